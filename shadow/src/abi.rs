@@ -1,0 +1,204 @@
+//! The hypercall ABI: discovery, call numbers, register use, ring records.
+//!
+//! **Discovery.** A hypervisor CPUID leaf block at `0x4000_0000 + 0x100 * n`, found by its signature, so that
+//! it coexists with KVM's own block and a kernel that runs elsewhere simply does not find it.
+//!
+//! | leaf | eax | ebx | ecx | edx |
+//! | --- | --- | --- | --- | --- |
+//! | base + 0 | highest leaf of the block | `Umbr` | `aSan` | `dbox` |
+//! | base + 1 | [`VERSION`] | [`PORT`] | [`Features`] bits | 0 |
+//! | base + 2 | page window, gpa low | gpa high | bytes, low | bytes, high |
+//! | base + 3 | byte window, gpa low | gpa high | bytes, low | bytes, high |
+//!
+//! **A call** is `out dx, eax` with the number in `eax`, [`PORT`] in `dx`, arguments in `rdi`, `rsi`, `rdx`,
+//! `rcx`. The result comes back in `rax`; values from [`ERR_MIN`] on are errors. No other register changes.
+//!
+//! This module has a version of its own ([`VERSION`]); it changes when an existing kernel would misbehave.
+
+/// Version of this ABI.
+pub const VERSION: u32 = 1;
+
+/// First leaf where a hypervisor block may start.
+pub const CPUID_FIRST: u32 = 0x4000_0000;
+/// Distance of the places where a hypervisor block may start.
+pub const CPUID_STEP: u32 = 0x100;
+/// Number of places to look at.
+pub const CPUID_BLOCKS: u32 = 0x100;
+/// ebx, ecx, edx of the first leaf of Umbra's block: "UmbraSandbox".
+pub const CPUID_SIGNATURE: [u32; 3] =
+    [u32::from_le_bytes(*b"Umbr"), u32::from_le_bytes(*b"aSan"), u32::from_le_bytes(*b"dbox")];
+/// Offset of the leaf with version, port and features.
+pub const CPUID_LEAF_FEATURES: u32 = 1;
+/// Offset of the leaf with the page-shadow window.
+pub const CPUID_LEAF_PAGE_WINDOW: u32 = 2;
+/// Offset of the leaf with the byte-shadow window.
+pub const CPUID_LEAF_BYTE_WINDOW: u32 = 3;
+
+/// The I/O port of the hypercall.
+pub const PORT: u16 = 0x0b5e;
+
+/// What the host offers this run.
+pub mod features {
+    /// Two-level shadow: both windows exist.
+    pub const PER_PAGE: u32 = 1 << 0;
+    /// Full shadow (KASAN's own layout): only the byte window exists, all of it resident from the start.
+    pub const FULL: u32 = 1 << 1;
+    /// The guest writes the shadow itself and records events in rings.
+    pub const RING: u32 = 1 << 2;
+    /// Windows are read-only; the guest calls for each change of shadow and each event.
+    pub const SYNC: u32 = 1 << 3;
+}
+
+/// The numbers of the calls, in `eax`.
+pub mod call {
+    /// `rdi`: the guest's ABI version. Result: the feature bits, or [`super::ERR_VERSION`].
+    pub const HELLO: u32 = 1;
+    /// `rdi`: virtual start, `rsi`: bytes, `rdx`: guest-physical start. Says that a virtual range maps
+    /// guest-physical memory one to one. All three are multiples of 4096.
+    pub const REGION_ADD: u32 = 2;
+    /// `rdi`: virtual address of a [`super::RingHeader`] (in an added region, 64-byte aligned), `rsi`: bytes
+    /// of header and records, `rdx`: CPU, `rcx`: text base (see [`super::Record`]).
+    pub const RING_SETUP: u32 = 3;
+    /// `rdi`: CPU. Takes all records out of its ring.
+    pub const RING_DRAIN: u32 = 4;
+    /// `rdi`: address, `rsi`: bytes, `rdx`: code. `sync` mode only.
+    pub const POISON: u32 = 5;
+    /// `rdi`: address, `rsi`: bytes. `sync` mode only.
+    pub const UNPOISON: u32 = 6;
+    /// `rdi`: address, `rsi`: bytes, `rdx`: cache in bits 0..16, CPU in bits 16..32, task in bits 32..64.
+    /// The VMM walks the caller's stack from `rbp`. `sync` mode only.
+    pub const ALLOCATED: u32 = 7;
+    /// `rdi`: address, `rdx`: CPU in bits 16..32, task in bits 32..64. `sync` mode only.
+    pub const FREED: u32 = 8;
+    /// A violation. `rdi`: address of the access, `rsi`: bytes, `rdx`: [`super::access`] in bits 0..16, CPU
+    /// in bits 16..32, task in bits 32..64; `rcx`: address of the instruction after the access. The VMM walks
+    /// the stack from `rbp` and starts at the frame that returns to `rcx`. Returns 0 when the guest shall
+    /// go on.
+    pub const REPORT: u32 = 9;
+    /// `rdi`: [`super::name`] kind, `rsi`: virtual address of the name, `rdx`: its bytes (at most
+    /// [`super::NAME_MAX`]) in bits 0..32, the id in bits 32..64, `rcx`: for a cache, bytes of one object.
+    pub const NAME: u32 = 10;
+    /// The guest is done. `rdi`: [`super::exit`] reason; for a fault `rsi`: vector in bits 0..32, error code in
+    /// bits 32..64, `rdx`: rip, `rcx`: faulting address; for `DONE` `rsi`: 0, or not 0 for failure.
+    pub const EXIT: u32 = 11;
+}
+
+/// The least value of `rax` that is an error.
+pub const ERR_MIN: u64 = -4095i64 as u64;
+/// No such call.
+pub const ERR_CALL: u64 = -1i64 as u64;
+/// An argument is out of range, misaligned, or not in an added region.
+pub const ERR_ARGUMENT: u64 = -2i64 as u64;
+/// The versions of guest and host do not go together.
+pub const ERR_VERSION: u64 = -3i64 as u64;
+/// The call does not belong to the mode that this run uses.
+pub const ERR_MODE: u64 = -4i64 as u64;
+/// A bounded table of the host is full.
+pub const ERR_LIMIT: u64 = -5i64 as u64;
+
+/// What a reported access was.
+pub mod access {
+    /// A load.
+    pub const READ: u16 = 0;
+    /// A store.
+    pub const WRITE: u16 = 1;
+    /// A free of memory that is free already.
+    pub const DOUBLE_FREE: u16 = 2;
+    /// A free of an address that is not the start of an allocation.
+    pub const INVALID_FREE: u16 = 3;
+}
+
+/// What a name is of.
+pub mod name {
+    /// An allocator's cache; ids below 65,536.
+    pub const CACHE: u64 = 0;
+    /// A task.
+    pub const TASK: u64 = 1;
+}
+/// Longest name, in bytes.
+pub const NAME_MAX: u64 = 64;
+
+/// Why the guest ends.
+pub mod exit {
+    /// It has done what it was to do.
+    pub const DONE: u64 = 0;
+    /// A panic; the message is on the console.
+    pub const PANIC: u64 = 1;
+    /// A CPU exception it had no answer to.
+    pub const FAULT: u64 = 2;
+}
+
+/// Bytes of a [`RingHeader`], and of a [`Record`].
+pub const RECORD_BYTES: u64 = 64;
+/// Most records one ring may have.
+pub const RING_MAX_RECORDS: u64 = 1 << 16;
+/// Most return addresses in one record.
+pub const RECORD_FRAMES: usize = 10;
+
+/// The first 64 bytes of a ring; [`Record`]s follow.
+///
+/// The guest writes a record, then raises `count`. The VMM reads `count` records and sets it to 0, while that
+/// CPU stands still.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C, align(64))]
+pub struct RingHeader {
+    /// Records written since the last drain.
+    pub count: u64,
+    /// Not used; zero.
+    pub reserved: [u64; 7],
+}
+
+/// What a record tells.
+pub mod record {
+    /// Memory was allocated.
+    pub const ALLOCATED: u8 = 1;
+    /// Memory was freed.
+    pub const FREED: u8 = 2;
+}
+
+/// One allocator event in a ring, 64 bytes, little endian.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C, align(64))]
+pub struct Record {
+    /// [`record`] kind.
+    pub kind: u8,
+    /// How many of `frames` are set.
+    pub depth: u8,
+    /// The cache it belongs to, 0 for none.
+    pub cache: u16,
+    /// The task that did it.
+    pub task: u32,
+    /// Virtual address of the memory.
+    pub address: u64,
+    /// Bytes asked for, saturated; 0 for a free.
+    pub size: u32,
+    /// Sequence number across all CPUs, wrapping.
+    pub sequence: u32,
+    /// Return addresses, innermost first, as the distance from the ring's text base. 0 is an address that lies
+    /// more than 4 GiB from it.
+    pub frames: [u32; RECORD_FRAMES],
+}
+
+impl Record {
+    /// The record in its 64 bytes of guest memory.
+    pub fn from_bytes(bytes: &[u8; RECORD_BYTES as usize]) -> Self {
+        let u32_at = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        let mut frames = [0; RECORD_FRAMES];
+        for (i, frame) in frames.iter_mut().enumerate() {
+            *frame = u32_at(24 + 4 * i);
+        }
+        Self {
+            kind: bytes[0],
+            depth: bytes[1],
+            cache: u16::from_le_bytes([bytes[2], bytes[3]]),
+            task: u32_at(4),
+            address: u64::from(u32_at(8)) | u64::from(u32_at(12)) << 32,
+            size: u32_at(16),
+            sequence: u32_at(20),
+            frames,
+        }
+    }
+}
+
+const _: () = assert!(size_of::<Record>() as u64 == RECORD_BYTES);
+const _: () = assert!(size_of::<RingHeader>() as u64 == RECORD_BYTES);

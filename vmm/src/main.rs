@@ -1,0 +1,2 @@
+//! The program `umbra`.
+fn main() {}
