@@ -10,8 +10,9 @@
 //! | base + 2 | page window, gpa low | gpa high | bytes, low | bytes, high |
 //! | base + 3 | byte window, gpa low | gpa high | bytes, low | bytes, high |
 //!
-//! **A call** is `out dx, eax` with the number in `eax`, [`PORT`] in `dx`, arguments in `rdi`, `rsi`, `rdx`,
-//! `rcx`. The result comes back in `rax`; values from [`ERR_MIN`] on are errors. No other register changes.
+//! **A call** is `out dx, eax` with the number in `eax`, [`PORT`] in `dx`, arguments in `rdi`, `rsi`, `rcx`,
+//! `r8` (not `rdx`, which the port occupies). The result comes back in `rax`; values from [`ERR_MIN`] on are
+//! errors. No other register changes.
 //!
 //! This module has a version of its own ([`VERSION`]); it changes when an existing kernel would misbehave.
 
@@ -53,33 +54,33 @@ pub mod features {
 pub mod call {
     /// `rdi`: the guest's ABI version. Result: the feature bits, or [`super::ERR_VERSION`].
     pub const HELLO: u32 = 1;
-    /// `rdi`: virtual start, `rsi`: bytes, `rdx`: guest-physical start. Says that a virtual range maps
+    /// `rdi`: virtual start, `rsi`: bytes, `rcx`: guest-physical start. Says that a virtual range maps
     /// guest-physical memory one to one. All three are multiples of 4096.
     pub const REGION_ADD: u32 = 2;
     /// `rdi`: virtual address of a [`super::RingHeader`] (in an added region, 64-byte aligned), `rsi`: bytes
-    /// of header and records, `rdx`: CPU, `rcx`: text base (see [`super::Record`]).
+    /// of header and records, `rcx`: CPU, `r8`: text base (see [`super::Record`]).
     pub const RING_SETUP: u32 = 3;
     /// `rdi`: CPU. Takes all records out of its ring.
     pub const RING_DRAIN: u32 = 4;
-    /// `rdi`: address, `rsi`: bytes, `rdx`: code. `sync` mode only.
+    /// `rdi`: address, `rsi`: bytes, `rcx`: code. `sync` mode only.
     pub const POISON: u32 = 5;
     /// `rdi`: address, `rsi`: bytes. `sync` mode only.
     pub const UNPOISON: u32 = 6;
-    /// `rdi`: address, `rsi`: bytes, `rdx`: cache in bits 0..16, CPU in bits 16..32, task in bits 32..64.
+    /// `rdi`: address, `rsi`: bytes, `rcx`: cache in bits 0..16, CPU in bits 16..32, task in bits 32..64.
     /// The VMM walks the caller's stack from `rbp`. `sync` mode only.
     pub const ALLOCATED: u32 = 7;
-    /// `rdi`: address, `rdx`: CPU in bits 16..32, task in bits 32..64. `sync` mode only.
+    /// `rdi`: address, `rcx`: CPU in bits 16..32, task in bits 32..64. `sync` mode only.
     pub const FREED: u32 = 8;
-    /// A violation. `rdi`: address of the access, `rsi`: bytes, `rdx`: [`super::access`] in bits 0..16, CPU
-    /// in bits 16..32, task in bits 32..64; `rcx`: address of the instruction after the access. The VMM walks
-    /// the stack from `rbp` and starts at the frame that returns to `rcx`. Returns 0 when the guest shall
+    /// A violation. `rdi`: address of the access, `rsi`: bytes, `rcx`: [`super::access`] in bits 0..16, CPU
+    /// in bits 16..32, task in bits 32..64; `r8`: address of the instruction after the access. The VMM walks
+    /// the stack from `rbp` and starts at the frame that returns to `r8`. Returns 0 when the guest shall
     /// go on.
     pub const REPORT: u32 = 9;
-    /// `rdi`: [`super::name`] kind, `rsi`: virtual address of the name, `rdx`: its bytes (at most
-    /// [`super::NAME_MAX`]) in bits 0..32, the id in bits 32..64, `rcx`: for a cache, bytes of one object.
+    /// `rdi`: [`super::name`] kind, `rsi`: virtual address of the name, `rcx`: its bytes (at most
+    /// [`super::NAME_MAX`]) in bits 0..32, the id in bits 32..64, `r8`: for a cache, bytes of one object.
     pub const NAME: u32 = 10;
     /// The guest is done. `rdi`: [`super::exit`] reason; for a fault `rsi`: vector in bits 0..32, error code in
-    /// bits 32..64, `rdx`: rip, `rcx`: faulting address; for `DONE` `rsi`: 0, or not 0 for failure.
+    /// bits 32..64, `rcx`: rip, `r8`: faulting address; for `DONE` `rsi`: 0, or not 0 for failure.
     pub const EXIT: u32 = 11;
 }
 
