@@ -1,2 +1,191 @@
-//! Placeholder.
+//! Umbra for Rust kernels: a safe face of the guest runtime.
+//!
+//! A kernel [`discover`]s Umbra, maps what [`Offer::mappings`] lists for each of its linear regions, calls
+//! [`start`], and lets its allocators say what they do ([`alloc`], [`free`]), or wraps a `GlobalAlloc`
+//! in [`Checked`]. On a machine without Umbra all of this does nothing.
 #![no_std]
+
+mod checked;
+mod ffi;
+
+pub use checked::Checked;
+pub use ffi::{CurrentFn, Offer, Trap};
+pub use umbra_shadow::{abi, codes};
+
+use umbra_shadow::abi::features;
+use umbra_shadow::codes::{GRANULE_SHIFT, PAGE_SHIFT, PAGE_SIZE};
+
+/// Memory that a kernel maps one to one: `bytes` of guest-physical memory from `gpa` on, at `start`.
+#[derive(Clone, Copy, Debug)]
+pub struct Region {
+    /// Virtual start, a multiple of 4096 in the upper half.
+    pub start: u64,
+    /// Bytes, a multiple of 4096.
+    pub bytes: u64,
+    /// Guest-physical start, a multiple of 4096.
+    pub gpa: u64,
+}
+
+/// A piece of a shadow window that the kernel must map, in whole pages.
+#[derive(Clone, Copy, Debug)]
+pub struct Mapping {
+    /// Virtual address.
+    pub start: u64,
+    /// Guest-physical address inside a window.
+    pub gpa: u64,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+impl Offer {
+    /// Whether there is an Umbra underneath that keeps shadow for this run.
+    pub fn checks(&self) -> bool {
+        self.features & (features::PER_PAGE | features::FULL) != 0
+    }
+
+    /// What to map, read-write and cached, so that the shadow of `region` is where the checks look: its page shadow
+    /// and its byte shadow. Pieces of a window that does not exist in this mode have 0 bytes.
+    pub fn mappings(&self, region: &Region) -> [Mapping; 2] {
+        let piece = |shift: u32, window: u64, window_bytes: u64| {
+            let first = region.gpa >> shift & !(PAGE_SIZE - 1);
+            let end = ((region.gpa + region.bytes) >> shift).next_multiple_of(PAGE_SIZE).min(window_bytes);
+            Mapping {
+                start: (region.start.cast_signed() >> shift).cast_unsigned() & !(PAGE_SIZE - 1),
+                gpa: window + first,
+                bytes: end.saturating_sub(first),
+            }
+        };
+        [
+            piece(PAGE_SHIFT, self.page_window, self.page_window_bytes),
+            piece(GRANULE_SHIFT, self.byte_window, self.byte_window_bytes),
+        ]
+    }
+}
+
+/// Looks for Umbra. `features` is 0 where there is none, or where it keeps no shadow.
+pub fn discover() -> Offer {
+    let mut offer = Offer::default();
+    // SAFETY: fills the offer; CPUID and a port write that is only made when Umbra was found.
+    unsafe { ffi::umbra_discover(&mut offer) };
+    offer
+}
+
+/// What [`start`] needs to know of a kernel.
+pub struct Config<'a> {
+    /// The linear regions, whose [`Offer::mappings`] are mapped.
+    pub regions: &'a [Region],
+    /// Where return addresses lie.
+    pub text: core::ops::Range<u64>,
+    /// 64-byte aligned, zeroed memory in a region for the first CPU's ring.
+    pub ring: &'static mut [u8],
+    /// Tells CPU and task.
+    pub current: Option<CurrentFn>,
+}
+
+/// Why checks could not be turned on.
+#[derive(Clone, Copy, Debug)]
+pub enum StartError {
+    /// The region was refused, by the VMM or because there are too many.
+    Region(Region),
+    /// The ring's memory was refused.
+    Ring,
+}
+
+/// Turns checks on. Does nothing when `offer` has none.
+///
+/// # Errors
+/// A region or the ring was refused; checks stay off.
+///
+/// # Safety
+/// Shadow is mapped for all regions, the ring is used for nothing else, and no other CPU runs yet.
+pub unsafe fn start(offer: &Offer, config: Config) -> Result<(), StartError> {
+    if !offer.checks() {
+        return Ok(());
+    }
+    // SAFETY: the caller's promises are those of the C functions.
+    unsafe {
+        for region in config.regions {
+            if !ffi::umbra_region_add(region.start, region.bytes, region.gpa) {
+                return Err(StartError::Region(*region));
+            }
+        }
+        let base = config.text.start & !0xffff_ffff;
+        let ring = config.ring;
+        if offer.features & features::RING != 0
+            && !ffi::umbra_ring_setup(0, ring.as_mut_ptr().cast(), ring.len() as u64, base)
+        {
+            return Err(StartError::Ring);
+        }
+        ffi::umbra_activate(offer.features, config.text.start, config.text.end, config.current);
+    }
+    Ok(())
+}
+
+macro_rules! safe_face {
+    ($($(#[$doc:meta])* $name:ident = $ffi:ident($($arg:ident: $type:ty),*) $(-> $result:ty)?;)*) => {$(
+        $(#[$doc])*
+        #[inline(always)]
+        pub fn $name($($arg: $type),*) $(-> $result)? {
+            // SAFETY: the function takes any values; it touches shadow of added regions and the ring only.
+            unsafe { ffi::$ffi($($arg),*) }
+        }
+    )*};
+}
+
+safe_face! {
+    /// Makes `bytes` from `address` on inaccessible, with a code of [`codes`].
+    poison = umbra_poison(address: u64, bytes: u64, code: u8);
+    /// Makes `bytes` from `address` on accessible.
+    unpoison = umbra_unpoison(address: u64, bytes: u64);
+    /// Checks a range by hand; false when it was reported.
+    check = umbra_check(address: u64, bytes: u64, write: bool) -> bool;
+    /// An allocator hands out `bytes` at `address`, the start of a slot of `slot` bytes.
+    alloc = umbra_alloc(address: u64, bytes: u64, slot: u64, redzone: u8, cache: u16);
+    /// An allocator takes back `address`, whose object starts at `start` in a slot of `slot` bytes. False, after a
+    /// report, when that is a double or an invalid free: the allocator must leave it alone then.
+    free = umbra_free(address: u64, start: u64, slot: u64, code: u8) -> bool;
+    /// Reports a free of something that no allocator knows.
+    invalid_free = umbra_invalid_free(address: u64);
+    /// A thread's stack comes into being.
+    stack_alloc = umbra_stack_alloc(start: u64, bytes: u64);
+    /// A thread's stack is given back.
+    stack_free = umbra_stack_free(start: u64, bytes: u64);
+    /// Ends the guest, 0 for success. Needs Umbra underneath.
+    exit = umbra_exit(code: u64) -> !;
+    /// Ends the guest after a panic. Needs Umbra underneath.
+    exit_panic = umbra_exit_panic() -> !;
+    /// Ends the guest after a CPU exception. Needs Umbra underneath.
+    exit_fault = umbra_exit_fault(vector: u32, error: u32, rip: u64, address: u64) -> !;
+}
+
+/// Names a cache whose objects have `object` bytes.
+pub fn name_cache(id: u16, name: &str, object: u64) {
+    // SAFETY: pointer and length are a string's.
+    unsafe { ffi::umbra_name_cache(id, name.as_ptr(), name.len() as u64, object) }
+}
+
+/// Names a task.
+pub fn name_task(id: u32, name: &str) {
+    // SAFETY: pointer and length are a string's.
+    unsafe { ffi::umbra_name_task(id, name.as_ptr(), name.len() as u64) }
+}
+
+/// Runs `work` with this CPU's reports off: for code that uses poisoned memory on purpose.
+pub fn suppressed<T>(work: impl FnOnce() -> T) -> T {
+    // SAFETY: counts up and down on this CPU.
+    unsafe { ffi::umbra_suppress_begin() };
+    let result = work();
+    // SAFETY: as above.
+    unsafe { ffi::umbra_suppress_end() };
+    result
+}
+
+/// Lets a page-fault handler ask whether the fault was a check's, of an address without shadow. If so the access has
+/// been reported, `trap` is where to go on, and true comes back.
+///
+/// # Safety
+/// `trap` holds the registers at the fault.
+pub unsafe fn page_fault(trap: &mut Trap) -> bool {
+    // SAFETY: the caller's promise.
+    unsafe { ffi::umbra_page_fault(trap) }
+}

@@ -1,0 +1,267 @@
+//! The calls a kernel makes: start-up, allocators, stacks, names, the end. All of them are C functions named
+//! `umbra_*`; without Umbra underneath each is a quick no-op.
+
+use umbra_shadow::abi::{self, access, call, exit, features, record};
+use umbra_shadow::codes;
+
+use crate::ring::{self, frame_pointer, return_address};
+use crate::{checks, host, shadow, state};
+
+/// What the VMM offers, for the kernel to map.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub struct Offer {
+    /// `features` bits of the ABI; 0 without Umbra.
+    pub features: u32,
+    /// ABI version of the VMM.
+    pub version: u32,
+    /// Guest-physical start of the page-shadow window.
+    pub page_window: u64,
+    /// Its bytes; 0 if there is none.
+    pub page_window_bytes: u64,
+    /// Guest-physical start of the byte-shadow window.
+    pub byte_window: u64,
+    /// Its bytes; 0 if there is none.
+    pub byte_window_bytes: u64,
+}
+
+/// Looks for Umbra and says hello. Returns the features in `offer`, and 0 where there is no Umbra, or one of
+/// another ABI version (then `offer.version` tells).
+#[unsafe(no_mangle)]
+pub extern "C" fn umbra_discover(offer: &mut Offer) -> u32 {
+    *offer = Offer::default();
+    let Some(found) = host::discover() else { return 0 };
+    offer.version = found.version;
+    if host::is_error(host::hypercall(call::HELLO, u64::from(abi::VERSION), 0, 0, 0)) {
+        return 0;
+    }
+    offer.features = found.features;
+    (offer.page_window, offer.page_window_bytes) = found.page_window;
+    (offer.byte_window, offer.byte_window_bytes) = found.byte_window;
+    offer.features
+}
+
+/// Says that `bytes` of guest-physical memory from `gpa` on are mapped one to one at `start`. Its shadow must be
+/// mapped as well. False when a table is full or a value is refused.
+#[unsafe(no_mangle)]
+pub extern "C" fn umbra_region_add(start: u64, bytes: u64, gpa: u64) -> bool {
+    bytes != 0
+        && !host::is_error(host::hypercall(call::REGION_ADD, start, bytes, gpa, 0))
+        && state::add_region(start, bytes)
+}
+
+/// Hands over 64-byte aligned, zeroed memory for a CPU's ring, in an added region. `text_base` is subtracted from
+/// return addresses so that they fit 32 bits. Only needed when `features` has `RING`.
+#[unsafe(no_mangle)]
+pub extern "C" fn umbra_ring_setup(
+    cpu: u64,
+    memory: *mut abi::RingHeader,
+    bytes: u64,
+    text_base: u64,
+) -> bool {
+    !host::is_error(ring::set_up(cpu, memory, bytes, text_base))
+}
+
+/// Turns the checks on. Windows are mapped, regions added and rings set up by now. `text_start..text_end` is where
+/// return addresses lie; `current` tells CPU and task (may be null).
+///
+/// # Safety
+/// Shadow is mapped for all regions, and no other CPU runs yet.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umbra_activate(
+    offered: u32,
+    text_start: u64,
+    text_end: u64,
+    current: Option<state::CurrentFn>,
+) {
+    state::configure(text_start, text_end, current);
+    state::set_mode(offered);
+    if offered & (features::PER_PAGE | features::FULL) != 0 {
+        // SAFETY: the caller's promise.
+        unsafe { checks::activate(offered) }
+    }
+}
+
+/// Makes `bytes` from `address` on inaccessible.
+#[unsafe(no_mangle)]
+pub extern "C" fn umbra_poison(address: u64, bytes: u64, code: u8) {
+    shadow::poison(address, bytes, code);
+}
+
+/// Makes `bytes` from `address` on accessible.
+#[unsafe(no_mangle)]
+pub extern "C" fn umbra_unpoison(address: u64, bytes: u64) {
+    shadow::unpoison(address, bytes);
+}
+
+/// Checks a range by hand, as `__asan_loadN` does; false when it was reported.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn umbra_check(address: u64, bytes: u64, write: bool) -> bool {
+    // SAFETY: this function's own frame.
+    let ip = unsafe { return_address(frame_pointer()) };
+    checks::check_range(address, bytes, if write { access::WRITE } else { access::READ }, ip)
+}
+
+/// An allocator hands out `bytes` at `address`, at the start of a slot of `slot` bytes: the object becomes accessible,
+/// the rest of the slot gets `redzone` as code. `cache` is an id named by [`umbra_name_cache`], or 0.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn umbra_alloc(address: u64, bytes: u64, slot: u64, redzone: u8, cache: u16) {
+    if state::mode() == 0 {
+        return;
+    }
+    shadow::unpoison(address, bytes);
+    if slot > bytes {
+        shadow::poison(address + bytes, slot - bytes, redzone);
+    }
+    // SAFETY: this function's own frame.
+    unsafe { ring::tell(record::ALLOCATED, address, bytes, cache, frame_pointer()) }
+}
+
+/// An allocator takes back what was at `address`: the slot of `slot` bytes becomes inaccessible with `code`. Returns
+/// false, after a report, when that memory is free already or `address` is not the object's start (`start`); the
+/// allocator must leave it alone then.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn umbra_free(address: u64, start: u64, slot: u64, code: u8) -> bool {
+    if state::mode() & (features::PER_PAGE | features::FULL) == 0 {
+        return true;
+    }
+    let fp = frame_pointer();
+    let bad = match shadow::value(start) {
+        _ if address != start => Some(access::INVALID_FREE),
+        codes::FREE_PAGE | codes::SLAB_FREE | codes::SLAB_FREE_TRACK => Some(access::DOUBLE_FREE),
+        codes::POISON_MIN.. => Some(access::INVALID_FREE),
+        _ => None,
+    };
+    if let Some(kind) = bad {
+        // SAFETY: this function's own frame.
+        checks::report(address, 0, kind, unsafe { return_address(fp) });
+        return false;
+    }
+    shadow::poison(start, slot, code);
+    // SAFETY: this function's own frame.
+    unsafe { ring::tell(record::FREED, start, 0, 0, fp) }
+    true
+}
+
+/// Reports a free of something that no allocator knows.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn umbra_invalid_free(address: u64) {
+    if state::mode() & (features::PER_PAGE | features::FULL) != 0 {
+        // SAFETY: this function's own frame.
+        let ip = unsafe { return_address(frame_pointer()) };
+        checks::report(address, 0, access::INVALID_FREE, ip);
+    }
+}
+
+/// A thread's stack comes into being: accessible, and byte-checked from now on.
+#[unsafe(no_mangle)]
+pub extern "C" fn umbra_stack_alloc(start: u64, bytes: u64) {
+    shadow::unpoison(start, bytes);
+    shadow::promote(start, bytes);
+}
+
+/// A thread's stack is given back: whatever its frames left poisoned is accessible again.
+#[unsafe(no_mangle)]
+pub extern "C" fn umbra_stack_free(start: u64, bytes: u64) {
+    shadow::unpoison(start, bytes);
+}
+
+/// Names a cache. `object` is the bytes of one of its slots' objects.
+#[unsafe(no_mangle)]
+pub extern "C" fn umbra_name_cache(id: u16, name: *const u8, len: u64, object: u64) {
+    named(abi::name::CACHE, u64::from(id), name, len, object);
+}
+
+/// Names a task.
+#[unsafe(no_mangle)]
+pub extern "C" fn umbra_name_task(id: u32, name: *const u8, len: u64) {
+    named(abi::name::TASK, u64::from(id), name, len, 0);
+}
+
+fn named(kind: u64, id: u64, name: *const u8, len: u64, object: u64) {
+    if state::mode() != 0 {
+        host::hypercall(call::NAME, kind, name as u64, len.min(abi::NAME_MAX) | id << 32, object);
+    }
+}
+
+/// Turns reports on this CPU off, nesting: for code that works on poisoned memory on purpose, such as an allocator
+/// that keeps its free list inside freed objects.
+#[unsafe(no_mangle)]
+pub extern "C" fn umbra_suppress_begin() {
+    state::suppress(true);
+}
+
+/// The counterpart of [`umbra_suppress_begin`].
+#[unsafe(no_mangle)]
+pub extern "C" fn umbra_suppress_end() {
+    state::suppress(false);
+}
+
+/// The registers that [`umbra_page_fault`] reads and changes.
+#[repr(C)]
+pub struct Trap {
+    /// First argument of the interrupted function, if it was a check.
+    pub rdi: u64,
+    /// Second argument.
+    pub rsi: u64,
+    /// Frame pointer.
+    pub rbp: u64,
+    /// Instruction pointer.
+    pub rip: u64,
+    /// Stack pointer.
+    pub rsp: u64,
+}
+
+/// To be called by the kernel's page-fault handler first. When the fault happened in a check's shadow lookup, the
+/// access it checked is to an address without shadow: that is reported, `trap` is set so that the check returns, and
+/// true comes back. The access itself then faults on its own.
+///
+/// # Safety
+/// `trap` holds the registers at the fault.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub unsafe extern "C" fn umbra_page_fault(trap: &mut Trap) -> bool {
+    let Some((size, access)) = checks::running(trap.rip, trap.rsi) else { return false };
+    // SAFETY: the fast paths push nothing, so the return address is on top of the stack; the slow paths take
+    // no fault, since they look at regions first.
+    let ip = unsafe { *(trap.rsp as *const u64) };
+    // The fast paths have no frame, so the stack that the report shows gets one: as if the check had pushed rbp.
+    let frame = [trap.rbp, ip];
+    // SAFETY: `report` is called with its C arguments, on an aligned stack, from a frame that outlives the call.
+    unsafe {
+        core::arch::asm!(
+            "push rbp", "push rbp", "mov rbp, {frame}", "call {report}", "pop rbp", "pop rbp",
+            frame = in(reg) &raw const frame, report = sym report_at,
+            in("rdi") trap.rdi, in("rsi") size, in("rdx") u64::from(access), in("rcx") ip, clobber_abi("C"),
+        );
+    }
+    trap.rip = ip;
+    trap.rsp += 8;
+    true
+}
+
+/// Ends the guest: it is done. 0 is success.
+#[unsafe(no_mangle)]
+pub extern "C" fn umbra_exit(code: u64) -> ! {
+    host::exit(exit::DONE, code, 0, 0)
+}
+
+/// Ends the guest: it panicked.
+#[unsafe(no_mangle)]
+pub extern "C" fn umbra_exit_panic() -> ! {
+    host::exit(exit::PANIC, 0, 0, 0)
+}
+
+/// Ends the guest: a CPU exception it has no answer to.
+#[unsafe(no_mangle)]
+pub extern "C" fn umbra_exit_fault(vector: u32, error: u32, rip: u64, address: u64) -> ! {
+    host::exit(exit::FAULT, u64::from(vector) | u64::from(error) << 32, rip, address)
+}
+
+extern "C" fn report_at(address: u64, size: u64, access: u64, ip: u64) {
+    checks::report(address, size, access as u16, ip);
+}

@@ -1,0 +1,136 @@
+//! The rest of what compilers emit for `-fsanitize=kernel-address`: globals, stack frames, `alloca`, scopes.
+//!
+//! Names and meaning are LLVM's and gcc's (`llvm/lib/Transforms/Instrumentation/AddressSanitizer.cpp`); the
+//! redzones of `alloca` are those of `mm/kasan/generic.c`.
+
+use umbra_shadow::codes;
+use umbra_shadow::memory::ShadowMemory;
+
+use crate::{shadow, state};
+
+/// What the compiler tells of one global variable (`struct __asan_global`).
+#[repr(C)]
+pub struct Global {
+    start: u64,
+    size: u64,
+    size_with_redzone: u64,
+    name: *const u8,
+    module: *const u8,
+    has_dynamic_init: u64,
+    location: *const u8,
+    odr_indicator: u64,
+}
+
+/// Poisons the redzones behind globals.
+///
+/// # Safety
+/// `globals` points to `n` descriptors.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn __asan_register_globals(globals: *const Global, n: u64) {
+    for i in 0..n as usize {
+        // SAFETY: the caller's promise; the compiler's constructors make the call.
+        let global = unsafe { &*globals.add(i) };
+        let (start, size) = (global.start, global.size);
+        shadow::poison(start + size, global.size_with_redzone.saturating_sub(size), codes::GLOBAL_REDZONE);
+    }
+}
+
+/// Takes the redzones of globals away again (a module is unloaded).
+///
+/// # Safety
+/// As [`__asan_register_globals`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn __asan_unregister_globals(globals: *const Global, n: u64) {
+    for i in 0..n as usize {
+        // SAFETY: the caller's promise.
+        let global = unsafe { &*globals.add(i) };
+        shadow::unpoison(global.start, global.size_with_redzone);
+    }
+}
+
+/// A function that will not return is about to be called. Frames above it are unpoisoned when their thread's
+/// stack is given back (`umbra_stack_free`).
+#[unsafe(no_mangle)]
+pub extern "C" fn __asan_handle_no_return() {}
+
+/// Marks a variable whose scope has ended.
+#[unsafe(no_mangle)]
+pub extern "C" fn __asan_poison_stack_memory(address: u64, size: u64) {
+    shadow::poison(address, size.next_multiple_of(codes::GRANULE), codes::USE_AFTER_SCOPE);
+}
+
+/// Marks a variable whose scope begins.
+#[unsafe(no_mangle)]
+pub extern "C" fn __asan_unpoison_stack_memory(address: u64, size: u64) {
+    shadow::unpoison(address, size);
+}
+
+const ALLOCA_REDZONE: u64 = 32;
+
+/// Poisons the redzones around an `alloca` region.
+#[unsafe(no_mangle)]
+pub extern "C" fn __asan_alloca_poison(address: u64, size: u64) {
+    let end = address + size.next_multiple_of(codes::GRANULE);
+    let padding = size.next_multiple_of(ALLOCA_REDZONE) - size.next_multiple_of(codes::GRANULE);
+    shadow::unpoison(address, size);
+    shadow::poison(address - ALLOCA_REDZONE, ALLOCA_REDZONE, codes::ALLOCA_LEFT);
+    shadow::poison(address + size, end - address - size, codes::ALLOCA_RIGHT);
+    shadow::poison(end, padding + ALLOCA_REDZONE, codes::ALLOCA_RIGHT);
+}
+
+/// Unpoisons all `alloca` regions between two stack addresses.
+#[unsafe(no_mangle)]
+pub extern "C" fn __asan_allocas_unpoison(top: u64, bottom: u64) {
+    if top != 0 && top <= bottom {
+        shadow::unpoison(top, bottom - top);
+    }
+}
+
+/// The compiler's stores of stack shadow, as calls: `n` bytes of shadow at `at` become `value`.
+#[inline(always)]
+fn set_shadow(at: u64, n: u64, value: u8) {
+    if n == 0 || state::mode() == 0 {
+        return;
+    }
+    let address = at << codes::GRANULE_SHIFT;
+    if state::rings() {
+        // Stacks are byte-checked from their creation, so this is real shadow.
+        if state::in_region(address, address + n * codes::GRANULE - 1) {
+            shadow::Windows.set_bytes(address, n, value);
+        }
+    } else if value >= codes::POISON_MIN {
+        shadow::poison(address, n * codes::GRANULE, value);
+    } else if value == 0 {
+        shadow::unpoison(address, n * codes::GRANULE);
+    } else {
+        for i in 0..n {
+            shadow::unpoison(address + i * codes::GRANULE, u64::from(value));
+        }
+    }
+}
+
+macro_rules! set_shadow {
+    ($($name:ident = $value:literal),* $(,)?) => {$(
+        #[doc = concat!("Sets `n` bytes of stack shadow to ", stringify!($value), ".")]
+        #[unsafe(no_mangle)]
+        pub extern "C" fn $name(at: u64, n: u64) {
+            set_shadow(at, n, $value);
+        }
+    )*};
+}
+
+set_shadow! {
+    __asan_set_shadow_00 = 0x00,
+    __asan_set_shadow_01 = 0x01,
+    __asan_set_shadow_02 = 0x02,
+    __asan_set_shadow_03 = 0x03,
+    __asan_set_shadow_04 = 0x04,
+    __asan_set_shadow_05 = 0x05,
+    __asan_set_shadow_06 = 0x06,
+    __asan_set_shadow_07 = 0x07,
+    __asan_set_shadow_f1 = 0xf1,
+    __asan_set_shadow_f2 = 0xf2,
+    __asan_set_shadow_f3 = 0xf3,
+    __asan_set_shadow_f5 = 0xf5,
+    __asan_set_shadow_f8 = 0xf8,
+}

@@ -1,0 +1,285 @@
+//! The checks that instrumented code calls: `__asan_load8_noabort` and its kin.
+//!
+//! They run for every memory access of the guest, so their fast paths are assembly, and there is one *slot* of
+//! [`SLOT`] bytes for each of them: first a patchable part that starts out as a bare `ret`, then what it
+//! jumps to. [`activate`] copies in one of two fast paths, for the two-level or the full shadow, so that neither
+//! pays for the other (as the kernel's static calls do).
+//!
+//! Instructions from entry to return, the `ret` included:
+//!
+//! | access | untyped page | byte-checked, whole granule | byte-checked, partial granule |
+//! | --- | --- | --- | --- |
+//! | 1 byte | 5 | 9 | 13 |
+//! | 2, 4 bytes, aligned | 7 | 11 | 15 |
+//! | 8, 16 bytes, aligned | 7 | 11 | |
+//! | 2 to 16 bytes, unaligned | 9 | model | model |
+//!
+//! Two-level: `rax` is the page shadow's address, one unsigned comparison with `PAGE_BYTES` tells the three cases
+//! apart. An aligned access lies in one page and one granule (two granules for 16 bytes).
+//!
+//! A wild address has no shadow mapped: the lookup itself faults, and [`crate::api::umbra_page_fault`] finds the
+//! access by the slot that `rip` lies in.
+
+use core::arch::{asm, global_asm};
+
+use umbra_shadow::abi::access::{READ, WRITE};
+use umbra_shadow::abi::{call, features};
+
+use crate::{host, shadow, state};
+
+/// Bytes of one check's slot.
+pub const SLOT: usize = 256;
+/// Bytes of its patchable part.
+pub const PATCH: usize = 64;
+
+/// What each slot checks, in slot order: bytes (0: the caller's second argument) and access.
+const SLOTS: [(u64, u16); 12] = [
+    (1, READ),
+    (2, READ),
+    (4, READ),
+    (8, READ),
+    (16, READ),
+    (0, READ),
+    (1, WRITE),
+    (2, WRITE),
+    (4, WRITE),
+    (8, WRITE),
+    (16, WRITE),
+    (0, WRITE),
+];
+
+// Displacements in the templates are written out by hand, since they run in another place than where they stand:
+// a jump's target is the offset in the slot less the offset behind the jump. In a slot, `bytes` is at 64,
+// `unaligned` at 96, `slow` at 160.
+global_asm!(
+    ".macro umbra_slow size, access",
+    "push rbp",
+    "mov rbp, rsp",
+    ".if \\size",
+    "mov esi, \\size",
+    ".endif",
+    "mov edx, \\access",
+    "mov rcx, [rbp + 8]",
+    "call umbra_slow_check",
+    "pop rbp",
+    "ret",
+    ".endm",
+    // One check of a fixed size.
+    ".macro umbra_slot name, size, access",
+    ".balign 256, 0xcc",
+    ".globl \\name",
+    ".type \\name, @function",
+    "\\name:",
+    "ret",
+    ".org \\name + 64, 0xcc",
+    // Page shadow was not below PAGE_BYTES; the flags are still those of that comparison.
+    "jne 9f",
+    "mov rax, rdi",
+    "sar rax, 3",
+    ".if \\size == 16",
+    "cmp word ptr [rax], 0",
+    ".else",
+    "cmp byte ptr [rax], 0",
+    ".endif",
+    "jne 1f",
+    "ret",
+    ".org \\name + 96, 0xcc",
+    ".if \\size > 1",
+    "lea rcx, [rdi + \\size - 1]",
+    "sar rcx, 12",
+    "mov al, [rax]",
+    "or al, [rcx]",
+    "jne 9f",
+    "ret",
+    ".endif",
+    ".org \\name + 128, 0xcc",
+    // A granule that is not wholly valid; rax is its shadow's address. Poison is negative.
+    "1:",
+    ".if \\size < 8",
+    "lea ecx, [rdi + \\size - 1]",
+    "and ecx, 7",
+    "cmp cl, [rax]",
+    "jge 9f",
+    "ret",
+    ".endif",
+    ".org \\name + 160, 0xcc",
+    "9:",
+    "umbra_slow \\size, \\access",
+    ".org \\name + 256, 0xcc",
+    ".size \\name, 256",
+    ".endm",
+    // One check of any size (rsi).
+    ".macro umbra_slot_any name, access",
+    ".balign 256, 0xcc",
+    ".globl \\name",
+    ".type \\name, @function",
+    "\\name:",
+    "ret",
+    ".org \\name + 64, 0xcc",
+    "9:",
+    "umbra_slow 0, \\access",
+    ".org \\name + 256, 0xcc",
+    ".size \\name, 256",
+    ".endm",
+    // Templates. `code` + 4 displacement bytes, to offset `to` of the slot from offset `behind`.
+    ".macro umbra_jump code, to, behind",
+    ".byte 0x0f, \\code",
+    ".long \\to - \\behind",
+    ".endm",
+    ".macro umbra_two_level size",
+    ".balign 64, 0xcc",
+    "mov rax, rdi",          // 0..3
+    "sar rax, 12",           // 3..7
+    ".if \\size > 1",
+    "test dil, \\size - 1",  // 7..11
+    "umbra_jump 0x85, 96, 17",
+    "cmp byte ptr [rax], 1", // 17..20
+    "umbra_jump 0x83, 64, 26",
+    ".else",
+    "cmp byte ptr [rax], 1", // 7..10
+    "umbra_jump 0x83, 64, 16",
+    ".endif",
+    "ret",
+    ".balign 64, 0xcc",
+    ".endm",
+    ".macro umbra_full size",
+    ".balign 64, 0xcc",
+    "mov rax, rdi",          // 0..3
+    "sar rax, 3",            // 3..7
+    ".if \\size > 1",
+    "test dil, \\size - 1",  // 7..11
+    "umbra_jump 0x85, 160, 17",
+    ".if \\size == 16",
+    "cmp word ptr [rax], 0", // 17..21
+    "umbra_jump 0x85, 160, 27",
+    ".elseif \\size == 8",
+    "cmp byte ptr [rax], 0", // 17..20
+    "umbra_jump 0x85, 160, 26",
+    ".else",
+    "cmp byte ptr [rax], 0",
+    "umbra_jump 0x85, 128, 26",
+    ".endif",
+    ".else",
+    "cmp byte ptr [rax], 0", // 7..10
+    "umbra_jump 0x85, 128, 16",
+    ".endif",
+    "ret",
+    ".balign 64, 0xcc",
+    ".endm",
+    ".section .text.umbra_checks, \"ax\", @progbits",
+    ".balign 256, 0xcc",
+    "umbra_slots:",
+    "umbra_slot __asan_load1_noabort, 1, 0",
+    "umbra_slot __asan_load2_noabort, 2, 0",
+    "umbra_slot __asan_load4_noabort, 4, 0",
+    "umbra_slot __asan_load8_noabort, 8, 0",
+    "umbra_slot __asan_load16_noabort, 16, 0",
+    "umbra_slot_any __asan_loadN_noabort, 0",
+    "umbra_slot __asan_store1_noabort, 1, 1",
+    "umbra_slot __asan_store2_noabort, 2, 1",
+    "umbra_slot __asan_store4_noabort, 4, 1",
+    "umbra_slot __asan_store8_noabort, 8, 1",
+    "umbra_slot __asan_store16_noabort, 16, 1",
+    "umbra_slot_any __asan_storeN_noabort, 1",
+    ".section .rodata.umbra_checks, \"a\", @progbits",
+    ".balign 64",
+    "umbra_templates_two_level:",
+    "umbra_two_level 1",
+    "umbra_two_level 2",
+    "umbra_two_level 4",
+    "umbra_two_level 8",
+    "umbra_two_level 16",
+    // Any size: within one page, and that page untyped.
+    "lea rcx, [rdi + rsi - 1]", // 0..5
+    "cmp rcx, rdi",             // 5..8
+    "umbra_jump 0x82, 64, 14",  // wraps, or nothing to check
+    "mov rax, rdi",             // 14..17
+    "sar rax, 12",              // 17..21
+    "sar rcx, 12",              // 21..25
+    "cmp rax, rcx",             // 25..28
+    "umbra_jump 0x85, 64, 34",
+    "cmp byte ptr [rax], 1",    // 34..37
+    "umbra_jump 0x83, 64, 43",
+    "ret",
+    ".balign 64, 0xcc",
+    "umbra_templates_full:",
+    "umbra_full 1",
+    "umbra_full 2",
+    "umbra_full 4",
+    "umbra_full 8",
+    "umbra_full 16",
+    // Any size: straight to the model.
+    ".byte 0xe9",
+    ".long 64 - 5",
+    ".balign 64, 0xcc",
+    ".text",
+);
+
+unsafe extern "C" {
+    static umbra_slots: [[u8; SLOT]; SLOTS.len()];
+    static umbra_templates_two_level: [[u8; PATCH]; SLOTS.len() / 2];
+    static umbra_templates_full: [[u8; PATCH]; SLOTS.len() / 2];
+}
+
+/// Puts the fast paths for `features` into the slots.
+///
+/// # Safety
+/// No other CPU runs instrumented code, and the shadow windows are mapped for all regions.
+pub unsafe fn activate(features: u32) {
+    let write_protect = 1u64 << 16;
+    // SAFETY: the slots are this module's own code, and with CR0.WP clear ring 0 may write a read-only page;
+    // interrupts stay off for as long as that lasts. A `cpuid` makes the CPU drop what it fetched before.
+    unsafe {
+        let (flags, cr0): (u64, u64);
+        asm!("pushfq", "pop {}", "cli", "mov {}, cr0", out(reg) flags, out(reg) cr0);
+        asm!("mov cr0, {}", in(reg) cr0 & !write_protect, options(nostack));
+        let templates = if features & features::FULL != 0 {
+            &raw const umbra_templates_full
+        } else {
+            &raw const umbra_templates_two_level
+        };
+        let slots = (&raw const umbra_slots).cast_mut();
+        for i in 0..SLOTS.len() {
+            let from = (&raw const (*templates)[i % (SLOTS.len() / 2)]).cast::<u64>();
+            let to = (&raw mut (*slots)[i]).cast::<u64>();
+            // The first word goes in last: it replaces the `ret` that keeps the check off.
+            for word in (0..PATCH / 8).rev() {
+                to.add(word).write_volatile(from.add(word).read());
+            }
+        }
+        asm!("mov cr0, {}", in(reg) cr0, options(nostack));
+        let _ = core::arch::x86_64::__cpuid(0);
+        asm!("push {}", "popfq", in(reg) flags);
+    }
+}
+
+/// The access whose check was running at `rip`: bytes and kind, if it was one.
+pub fn running(rip: u64, second_argument: u64) -> Option<(u64, u16)> {
+    let start = (&raw const umbra_slots) as u64;
+    let &(size, access) = SLOTS.get(usize::try_from(rip.checked_sub(start)?).ok()? / SLOT)?;
+    Some((if size == 0 { second_argument } else { size }, access))
+}
+
+/// The whole check, for whatever the fast paths did not let pass.
+#[unsafe(no_mangle)]
+extern "C" fn umbra_slow_check(address: u64, size: u64, access: u64, ip: u64) {
+    check_range(address, size, access as u16, ip);
+}
+
+/// Checks any range; a violation is reported. Returns false when one was.
+#[inline]
+pub fn check_range(address: u64, size: u64, access: u16, ip: u64) -> bool {
+    shadow::check(address, size) || !report(address, size, access, ip)
+}
+
+/// Reports a violation, unless reports are off here. Returns whether it did.
+#[inline(never)]
+pub fn report(address: u64, size: u64, access: u16, ip: u64) -> bool {
+    let who = state::current();
+    let mut told = false;
+    state::reporting(who, || {
+        host::hypercall(call::REPORT, address, size, who & !0xffff | u64::from(access), ip);
+        told = true;
+    });
+    told
+}

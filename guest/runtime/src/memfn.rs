@@ -1,0 +1,114 @@
+//! The memory functions, checked: what instrumented code calls for copies, fills and compares.
+//!
+//! `cargo xtask guest` renames the `umbra_checked_*` symbols to their C names after it has made the runtime's own
+//! unchecked ones local, so the runtime never checks itself.
+
+use core::arch::asm;
+use core::ffi::c_void;
+
+use umbra_shadow::abi::access::{READ, WRITE};
+
+use crate::checks::check_range;
+use crate::ring::{frame_pointer, return_address};
+
+macro_rules! caller {
+    () => {
+        // SAFETY: the function this stands in has a frame of its own and has not returned.
+        unsafe { return_address(frame_pointer()) }
+    };
+}
+
+#[inline]
+unsafe fn copy_up(to: *mut u8, from: *const u8, n: usize) {
+    // SAFETY: the caller of the C function vouches for both ranges. Eight bytes a step: each step of a string
+    // instruction costs an instruction's time on hosts that emulate ring 0.
+    unsafe {
+        asm!("rep movsq", "mov rcx, {rest}", "rep movsb", rest = in(reg) n % 8,
+             inout("rcx") n / 8 => _, inout("rdi") to => _, inout("rsi") from => _, options(nostack));
+    }
+}
+
+#[inline]
+unsafe fn copy_down(to: *mut u8, from: *const u8, n: usize) {
+    if n == 0 {
+        return;
+    }
+    // SAFETY: as in `copy_up`; the direction flag is clear again at the end, as the C ABI wants it.
+    unsafe {
+        asm!("std", "rep movsb", "sub rdi, 7", "sub rsi, 7", "mov rcx, {words}", "rep movsq", "cld",
+             words = in(reg) n / 8, inout("rcx") n % 8 => _, inout("rdi") to.add(n - 1) => _,
+             inout("rsi") from.add(n - 1) => _, options(nostack));
+    }
+}
+
+/// `memcpy`.
+///
+/// # Safety
+/// As C's.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub unsafe extern "C" fn umbra_checked_memcpy(to: *mut u8, from: *const u8, n: usize) -> *mut c_void {
+    let ip = caller!();
+    if check_range(from as u64, n as u64, READ, ip) && check_range(to as u64, n as u64, WRITE, ip) {
+        // SAFETY: the caller's promise.
+        unsafe { copy_up(to, from, n) }
+    }
+    to.cast()
+}
+
+/// `memmove`.
+///
+/// # Safety
+/// As C's.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub unsafe extern "C" fn umbra_checked_memmove(to: *mut u8, from: *const u8, n: usize) -> *mut c_void {
+    let ip = caller!();
+    if check_range(from as u64, n as u64, READ, ip) && check_range(to as u64, n as u64, WRITE, ip) {
+        // SAFETY: the caller's promise; the direction is chosen so that an overlap is read before it is written.
+        unsafe {
+            if (to as usize).wrapping_sub(from as usize) < n { copy_down(to, from, n) } else { copy_up(to, from, n) }
+        }
+    }
+    to.cast()
+}
+
+/// `memset`.
+///
+/// # Safety
+/// As C's.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub unsafe extern "C" fn umbra_checked_memset(to: *mut u8, value: i32, n: usize) -> *mut c_void {
+    let ip = caller!();
+    if check_range(to as u64, n as u64, WRITE, ip) {
+        let word = u64::from(value as u8) * 0x0101_0101_0101_0101;
+        // SAFETY: the caller's promise.
+        unsafe {
+            asm!("rep stosq", "mov rcx, {rest}", "rep stosb", rest = in(reg) n % 8,
+                 inout("rcx") n / 8 => _, inout("rdi") to => _, in("rax") word, options(nostack));
+        }
+    }
+    to.cast()
+}
+
+/// `memcmp`.
+///
+/// # Safety
+/// As C's.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub unsafe extern "C" fn umbra_checked_memcmp(a: *const u8, b: *const u8, n: usize) -> i32 {
+    let ip = caller!();
+    if !check_range(a as u64, n as u64, READ, ip) || !check_range(b as u64, n as u64, READ, ip) {
+        return 0;
+    }
+    for i in 0..n {
+        // SAFETY: the caller's promise.
+        let (x, y) = unsafe { (*a.add(i), *b.add(i)) };
+        if x != y {
+            return i32::from(x) - i32::from(y);
+        }
+    }
+    0
+}

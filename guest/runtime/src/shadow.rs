@@ -1,0 +1,161 @@
+//! The shadow as the guest sees it: windows at fixed virtual offsets, changed directly or by hypercall.
+
+use core::arch::asm;
+use core::sync::atomic::{Ordering, compiler_fence};
+
+use umbra_shadow::abi::{call, features};
+use umbra_shadow::codes;
+use umbra_shadow::full::Full;
+use umbra_shadow::memory::ShadowMemory;
+use umbra_shadow::model::Shadow;
+use umbra_shadow::two_level::TwoLevel;
+
+use crate::{host, state};
+
+/// The windows, at offset 0 from the arithmetically shifted address (see `ARCHITECTURE.md`).
+pub struct Windows;
+
+fn page_shadow(address: u64) -> *mut u8 {
+    (address.cast_signed() >> codes::PAGE_SHIFT) as *mut u8
+}
+
+fn byte_shadow(address: u64) -> *mut u8 {
+    (address.cast_signed() >> codes::GRANULE_SHIFT) as *mut u8
+}
+
+/// Fills shadow. Whole words where it can: on hosts that emulate ring 0 each instruction counts.
+///
+/// # Safety
+/// `at` and the `n` bytes from it on are mapped shadow.
+#[inline]
+unsafe fn fill(mut at: *mut u8, mut n: u64, value: u8) {
+    let word = u64::from(value) * 0x0101_0101_0101_0101;
+    // Stores before (a page marked busy) and after (the page marked byte-checked) must not move across.
+    compiler_fence(Ordering::SeqCst);
+    // SAFETY: the caller vouches for the range; x86 allows unaligned stores, which is why they are written
+    // in assembly, where the language has no say in alignment.
+    unsafe {
+        if n >= 128 {
+            asm!("rep stosq", inout("rcx") n / 8 => _, inout("rdi") at => at, in("rax") word, options(nostack));
+            n %= 8;
+        }
+        while n >= 8 {
+            asm!("mov [{}], {}", in(reg) at, in(reg) word, options(nostack));
+            at = at.add(8);
+            n -= 8;
+        }
+        while n > 0 {
+            asm!("mov [{}], {}", in(reg) at, in(reg_byte) value, options(nostack));
+            at = at.add(1);
+            n -= 1;
+        }
+    }
+    compiler_fence(Ordering::SeqCst);
+}
+
+impl ShadowMemory for Windows {
+    fn base(&self) -> u64 {
+        0xffff_8000_0000_0000
+    }
+
+    fn limit(&self) -> u64 {
+        u64::MAX
+    }
+
+    #[inline]
+    fn page(&self, address: u64) -> u8 {
+        // SAFETY: callers pass addresses of added regions only, whose shadow the kernel has mapped.
+        unsafe { page_shadow(address).read_volatile() }
+    }
+
+    #[inline]
+    fn set_pages(&mut self, address: u64, pages: u64, value: u8) {
+        // SAFETY: as in `page`.
+        unsafe { fill(page_shadow(address), pages, value) }
+    }
+
+    #[inline]
+    fn byte(&self, address: u64) -> u8 {
+        // SAFETY: as in `page`.
+        unsafe { byte_shadow(address).read_volatile() }
+    }
+
+    #[inline]
+    fn set_bytes(&mut self, address: u64, granules: u64, value: u8) {
+        // SAFETY: as in `page`.
+        unsafe { fill(byte_shadow(address), granules, value) }
+    }
+}
+
+fn full() -> bool {
+    state::mode() & features::FULL != 0
+}
+
+/// Whether shadow exists and covers all of `address..address + len`.
+fn covered(address: u64, len: u64) -> bool {
+    len != 0
+        && state::mode() & (features::FULL | features::PER_PAGE) != 0
+        && address.checked_add(len - 1).is_some_and(|last| state::in_region(address, last))
+}
+
+/// Poisons memory, by whichever way this run uses. Memory outside all regions has no shadow and is left alone.
+pub fn poison(address: u64, len: u64, code: u8) {
+    if !covered(address, len) {
+        return;
+    }
+    if state::sync() {
+        host::hypercall(call::POISON, address, len, u64::from(code), 0);
+    } else if full() {
+        let _ = Full::new(Windows).poison(address, len, code);
+    } else {
+        let _ = TwoLevel::new(Windows).poison(address, len, code);
+    }
+}
+
+/// Unpoisons memory; the counterpart of [`poison`].
+pub fn unpoison(address: u64, len: u64) {
+    if !covered(address, len) {
+        return;
+    }
+    if state::sync() {
+        host::hypercall(call::UNPOISON, address, len, 0, 0);
+    } else if full() {
+        let _ = Full::new(Windows).unpoison(address, len);
+    } else {
+        let _ = TwoLevel::new(Windows).unpoison(address, len);
+    }
+}
+
+/// Makes pages byte-checked, for memory whose shadow the compiler's code stores directly (stacks).
+pub fn promote(address: u64, len: u64) {
+    // In `sync` mode the first poisoning promotes, on the VMM's side; `full` has nothing to promote.
+    if covered(address, len) && state::rings() && !full() {
+        let _ = TwoLevel::new(Windows).promote(address, len);
+    }
+}
+
+/// Whether an access is good.
+pub fn check(address: u64, len: u64) -> bool {
+    if len == 0 || state::mode() & (features::FULL | features::PER_PAGE) == 0 {
+        return true;
+    }
+    if !covered(address, len) {
+        return false;
+    }
+    if full() {
+        Full::new(Windows).check(address, len).is_ok()
+    } else {
+        TwoLevel::new(Windows).check(address, len).is_ok()
+    }
+}
+
+/// The byte-shadow value in force at `address`; 0 where there is no shadow.
+pub fn value(address: u64) -> u8 {
+    if !covered(address, 1) {
+        0
+    } else if full() {
+        Full::new(Windows).state(address)
+    } else {
+        TwoLevel::new(Windows).state(address)
+    }
+}

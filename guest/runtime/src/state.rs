@@ -1,0 +1,111 @@
+//! What the runtime knows: the mode, the linear regions, and whom to ask for the current task.
+
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
+
+use umbra_shadow::abi::features;
+
+/// Most linear regions a kernel may have.
+pub const REGIONS: usize = 16;
+/// Most CPUs whose rings and suppression counts are kept.
+pub const CPUS: usize = 64;
+
+/// Feature bits in force; 0 as long as checks are off.
+static MODE: AtomicU32 = AtomicU32::new(0);
+static TEXT_START: AtomicU64 = AtomicU64::new(0);
+static TEXT_END: AtomicU64 = AtomicU64::new(0);
+static CURRENT: AtomicPtr<()> = AtomicPtr::new(core::ptr::null_mut());
+static REGION_COUNT: AtomicUsize = AtomicUsize::new(0);
+static REGION: [(AtomicU64, AtomicU64); REGIONS] = [const { (AtomicU64::new(0), AtomicU64::new(0)) }; REGIONS];
+static SUPPRESSED: [AtomicU32; CPUS] = [const { AtomicU32::new(0) }; CPUS];
+static REPORTING: [AtomicBool; CPUS] = [const { AtomicBool::new(false) }; CPUS];
+
+/// The features in force.
+pub fn mode() -> u32 {
+    MODE.load(Relaxed)
+}
+
+/// Puts features in force.
+pub fn set_mode(features: u32) {
+    MODE.store(features, Relaxed);
+}
+
+/// Whether the guest writes the shadow itself.
+pub fn rings() -> bool {
+    mode() & features::RING != 0
+}
+
+/// Whether each change is one hypercall.
+pub fn sync() -> bool {
+    mode() & features::SYNC != 0
+}
+
+/// Where the kernel's code lies: return addresses outside end a stack.
+pub fn text() -> (u64, u64) {
+    (TEXT_START.load(Relaxed), TEXT_END.load(Relaxed))
+}
+
+/// Who runs here: CPU in bits 16..32, task in bits 32..64, as the ABI passes it.
+pub type CurrentFn = extern "C" fn() -> u64;
+
+/// Sets what the kernel told at start.
+pub fn configure(text_start: u64, text_end: u64, current: Option<CurrentFn>) {
+    TEXT_START.store(text_start, Relaxed);
+    TEXT_END.store(text_end, Relaxed);
+    CURRENT.store(current.map_or(core::ptr::null_mut(), |f| f as *mut ()), Relaxed);
+}
+
+/// CPU and task that run now.
+#[inline]
+pub fn current() -> u64 {
+    let f = CURRENT.load(Relaxed);
+    if f.is_null() {
+        return 0;
+    }
+    // SAFETY: `configure` stores only null or a `CurrentFn`.
+    let f: CurrentFn = unsafe { core::mem::transmute(f) };
+    f()
+}
+
+/// The CPU out of [`current`]'s word, bounded by [`CPUS`].
+#[inline]
+pub fn cpu_of(who: u64) -> usize {
+    (who >> 16) as u16 as usize % CPUS
+}
+
+/// Remembers a linear region; false when the table is full.
+pub fn add_region(start: u64, bytes: u64) -> bool {
+    let n = REGION_COUNT.load(Relaxed);
+    let Some((s, e)) = REGION.get(n) else { return false };
+    s.store(start, Relaxed);
+    // The last region may end at the very top; its last byte is kept, not its end.
+    e.store(start.wrapping_add(bytes - 1), Relaxed);
+    REGION_COUNT.store(n + 1, Relaxed);
+    true
+}
+
+/// Whether all of `first..=last` lies in one region, so that shadow for it is mapped.
+#[inline]
+pub fn in_region(first: u64, last: u64) -> bool {
+    let n = REGION_COUNT.load(Relaxed);
+    REGION.iter().take(n).any(|(s, e)| s.load(Relaxed) <= first && last <= e.load(Relaxed) && first <= last)
+}
+
+/// Turns reports of this CPU off (`+1`) or on again (`-1`), nesting.
+pub fn suppress(on: bool) {
+    let count = &SUPPRESSED[cpu_of(current())];
+    if on {
+        count.fetch_add(1, Relaxed);
+    } else {
+        count.fetch_sub(1, Relaxed);
+    }
+}
+
+/// Runs `report` unless reports are off on this CPU or one is being made already.
+pub fn reporting(who: u64, report: impl FnOnce()) {
+    let cpu = cpu_of(who);
+    if SUPPRESSED[cpu].load(Relaxed) != 0 || REPORTING[cpu].swap(true, Relaxed) {
+        return;
+    }
+    report();
+    REPORTING[cpu].store(false, Relaxed);
+}
