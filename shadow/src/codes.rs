@@ -26,6 +26,10 @@ pub const PAGE_BUSY: u8 = 0x02;
 /// Values from here on are poison codes, in both shadows.
 pub const POISON_MIN: u8 = 0x80;
 
+/// Poison that says nothing. Page-shadow values that nobody writes (between [`PAGE_BUSY`] and [`POISON_MIN`])
+/// count as this one.
+pub const UNKNOWN: u8 = 0x80;
+
 /// A free page, as the page allocator holds it.
 pub const FREE_PAGE: u8 = 0xFF;
 /// Redzone behind a large (page-backed) allocation.

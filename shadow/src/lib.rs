@@ -6,5 +6,19 @@
 #![forbid(unsafe_code)]
 
 pub mod abi;
+mod byte;
+pub mod classify;
 pub mod codes;
+pub mod full;
 pub mod memory;
+pub mod model;
+mod span;
+pub mod two_level;
+pub mod violation;
+
+pub use classify::{BugKind, classify};
+pub use full::Full;
+pub use memory::ShadowMemory;
+pub use model::Shadow;
+pub use two_level::TwoLevel;
+pub use violation::{Cause, RangeError, Violation};

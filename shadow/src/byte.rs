@@ -1,0 +1,81 @@
+//! The byte shadow: one value per granule. Both models use it, the two-level one only for some pages.
+
+use crate::codes::{GRANULE, GRANULE_SHIFT};
+use crate::memory::ShadowMemory;
+use crate::span::Span;
+use crate::violation::{Cause, Violation};
+
+const MASK: u64 = GRANULE - 1;
+
+/// How many bytes of a granule are valid. Values that mean nothing count as poisoned.
+#[inline]
+fn valid_bytes(value: u8) -> u64 {
+    match value {
+        0 => GRANULE,
+        1..=7 => u64::from(value),
+        _ => 0,
+    }
+}
+
+/// The first invalid byte of the span.
+#[inline]
+pub(crate) fn check<M: ShadowMemory>(memory: &M, span: Span) -> Result<(), Violation> {
+    let mut at = span.first;
+    loop {
+        let value = memory.byte(at);
+        let end = (at | MASK).min(span.last);
+        if value != 0 {
+            let invalid = (at & !MASK) | valid_bytes(value);
+            if invalid <= end {
+                return Err(Violation { address: invalid.max(at), code: value, cause: Cause::Poisoned });
+            }
+        }
+        if end == span.last {
+            return Ok(());
+        }
+        at = end + 1;
+    }
+}
+
+/// Poisons the span with `value`, or makes it valid if that is 0.
+pub(crate) fn set<M: ShadowMemory>(memory: &mut M, span: Span, value: u8) {
+    let parts = span.cut(GRANULE_SHIFT);
+    if let Some(head) = parts.head {
+        set_part(memory, head, value);
+    }
+    let (addr, granules) = parts.whole;
+    if granules != 0 {
+        memory.set_bytes(addr, granules, value);
+    }
+    if let Some(tail) = parts.tail {
+        set_part(memory, tail, value);
+    }
+}
+
+/// [`set`] for a part of one granule.
+fn set_part<M: ShadowMemory>(memory: &mut M, part: Span, value: u8) {
+    let old = memory.byte(part.first);
+    let new = after(old, part.first & MASK, (part.last & MASK) + 1, value);
+    if new != old {
+        memory.set_bytes(part.first, 1, new);
+    }
+}
+
+/// What a granule holds after its bytes `start..end` were set to `value`.
+fn after(old: u8, start: u64, end: u64, value: u8) -> u8 {
+    let valid = valid_bytes(old);
+    if value == 0 {
+        // The mask turns eight valid bytes into their value, 0.
+        return if end > valid { (end & MASK) as u8 } else { old };
+    }
+    if end < valid {
+        // Valid bytes lie behind the part, and no value can say so: stay on the side of the program.
+        old
+    } else if start == 0 {
+        value
+    } else if start < valid {
+        start as u8
+    } else {
+        old
+    }
+}
