@@ -128,10 +128,10 @@ global_asm!(
     ".endm",
     ".macro umbra_two_level size",
     ".balign 64, 0xcc",
-    "mov rax, rdi",          // 0..3
-    "sar rax, 12",           // 3..7
+    "mov rax, rdi", // 0..3
+    "sar rax, 12",  // 3..7
     ".if \\size > 1",
-    "test dil, \\size - 1",  // 7..11
+    "test dil, \\size - 1", // 7..11
     "umbra_jump 0x85, 96, 17",
     "cmp byte ptr [rax], 1", // 17..20
     "umbra_jump 0x83, 64, 26",
@@ -144,10 +144,10 @@ global_asm!(
     ".endm",
     ".macro umbra_full size",
     ".balign 64, 0xcc",
-    "mov rax, rdi",          // 0..3
-    "sar rax, 3",            // 3..7
+    "mov rax, rdi", // 0..3
+    "sar rax, 3",   // 3..7
     ".if \\size > 1",
-    "test dil, \\size - 1",  // 7..11
+    "test dil, \\size - 1", // 7..11
     "umbra_jump 0x85, 160, 17",
     ".if \\size == 16",
     "cmp word ptr [rax], 0", // 17..21
@@ -198,7 +198,7 @@ global_asm!(
     "sar rcx, 12",              // 21..25
     "cmp rax, rcx",             // 25..28
     "umbra_jump 0x85, 64, 34",
-    "cmp byte ptr [rax], 1",    // 34..37
+    "cmp byte ptr [rax], 1", // 34..37
     "umbra_jump 0x83, 64, 43",
     "ret",
     ".balign 64, 0xcc",

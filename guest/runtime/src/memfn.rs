@@ -67,7 +67,11 @@ pub unsafe extern "C" fn umbra_checked_memmove(to: *mut u8, from: *const u8, n: 
     if check_range(from as u64, n as u64, READ, ip) && check_range(to as u64, n as u64, WRITE, ip) {
         // SAFETY: the caller's promise; the direction is chosen so that an overlap is read before it is written.
         unsafe {
-            if (to as usize).wrapping_sub(from as usize) < n { copy_down(to, from, n) } else { copy_up(to, from, n) }
+            if (to as usize).wrapping_sub(from as usize) < n {
+                copy_down(to, from, n)
+            } else {
+                copy_up(to, from, n)
+            }
         }
     }
     to.cast()

@@ -13,7 +13,8 @@ struct Ring {
 }
 
 static RINGS: [Ring; state::CPUS] =
-    [const { Ring { header: AtomicPtr::new(core::ptr::null_mut()), records: AtomicU64::new(0) } }; state::CPUS];
+    [const { Ring { header: AtomicPtr::new(core::ptr::null_mut()), records: AtomicU64::new(0) } };
+        state::CPUS];
 static TEXT_BASE: AtomicU64 = AtomicU64::new(0);
 static SEQUENCE: AtomicU32 = AtomicU32::new(0);
 

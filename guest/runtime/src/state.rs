@@ -15,7 +15,8 @@ static TEXT_START: AtomicU64 = AtomicU64::new(0);
 static TEXT_END: AtomicU64 = AtomicU64::new(0);
 static CURRENT: AtomicPtr<()> = AtomicPtr::new(core::ptr::null_mut());
 static REGION_COUNT: AtomicUsize = AtomicUsize::new(0);
-static REGION: [(AtomicU64, AtomicU64); REGIONS] = [const { (AtomicU64::new(0), AtomicU64::new(0)) }; REGIONS];
+static REGION: [(AtomicU64, AtomicU64); REGIONS] =
+    [const { (AtomicU64::new(0), AtomicU64::new(0)) }; REGIONS];
 static SUPPRESSED: [AtomicU32; CPUS] = [const { AtomicU32::new(0) }; CPUS];
 static REPORTING: [AtomicBool; CPUS] = [const { AtomicBool::new(false) }; CPUS];
 

@@ -1,0 +1,187 @@
+//! From the 64-bit boot protocol's entry to Rust code in the higher half, and the page tables for that.
+//!
+//! The VMM enters in long mode with memory mapped one to one and `rsi` pointing to the boot parameters. The first page
+//! tables stand ready in the image: the first GiB at 0 (until the jump is made), as direct map and as kernel image.
+
+use core::arch::{asm, global_asm};
+use core::ptr::{read_unaligned, write_volatile};
+
+use umbra_guest::Mapping;
+
+/// Where all of physical memory is mapped.
+pub const DIRECT_MAP: u64 = 0xffff_8000_0000_0000;
+/// Where physical memory is mapped a second time, for the kernel image.
+pub const IMAGE_MAP: u64 = 0xffff_ffff_8000_0000;
+/// Bytes of the kernel's first stack.
+pub const BOOT_STACK: u64 = 64 << 10;
+
+global_asm!(
+    ".section .text.boot, \"ax\"",
+    ".globl boot_entry",
+    "boot_entry:",
+    "cld",
+    "lea rax, [rip + boot_pml4]",
+    "mov cr3, rax",
+    "movabs rax, offset 2f",
+    "jmp rax",
+    "2:",
+    "movabs rsp, offset boot_stack + {stack}",
+    "xor ebp, ebp",
+    "mov rdi, rsi",
+    "call kernel_main",
+    "ud2",
+    ".section .data.boot, \"aw\"",
+    ".balign 4096",
+    ".globl boot_pml4",
+    "boot_pml4:",
+    ".quad boot_pdpt_low - {image} + 3",
+    ".fill 255, 8, 0",
+    ".quad boot_pdpt_direct - {image} + 3",
+    ".fill 254, 8, 0",
+    ".quad boot_pdpt_high - {image} + 3",
+    "boot_pdpt_low:",
+    "boot_pdpt_direct:",
+    ".quad boot_pd - {image} + 3",
+    ".fill 511, 8, 0",
+    "boot_pdpt_high:",
+    ".fill 510, 8, 0",
+    ".quad boot_pd - {image} + 3",
+    ".quad 0",
+    "boot_pd:",
+    ".set at, 0",
+    ".rept 512",
+    ".quad at + 0x83",
+    ".set at, at + 0x200000",
+    ".endr",
+    ".section .bss.boot, \"aw\", @nobits",
+    ".balign 4096",
+    ".globl boot_stack",
+    "boot_stack:",
+    ".skip {stack}",
+    ".text",
+    stack = const BOOT_STACK,
+    image = const IMAGE_MAP,
+);
+
+unsafe extern "C" {
+    static mut boot_pml4: [u64; 512];
+    static boot_stack: u8;
+    static __image_start: u8;
+    static __image_end: u8;
+    static __text_start: u8;
+    static __text_end: u8;
+    static __init_array_start: extern "C" fn();
+    static __init_array_end: extern "C" fn();
+}
+
+/// The virtual addresses of the kernel's code.
+pub fn text() -> core::ops::Range<u64> {
+    (&raw const __text_start) as u64..(&raw const __text_end) as u64
+}
+
+/// The first stack.
+pub fn stack() -> u64 {
+    (&raw const boot_stack) as u64
+}
+
+/// The guest-physical address behind the image.
+pub fn image_end() -> u64 {
+    (&raw const __image_end) as u64 - IMAGE_MAP
+}
+
+/// Runs the constructors that the compiler made: each registers the globals of one compilation unit.
+pub fn run_constructors() {
+    let mut f = &raw const __init_array_start;
+    while f < &raw const __init_array_end {
+        // SAFETY: the linker script bounds the array.
+        unsafe {
+            (*f)();
+            f = f.add(1);
+        }
+    }
+}
+
+/// What the boot parameters (`struct boot_params`, the kernel's zero page) tell.
+pub struct BootInfo {
+    /// The largest usable range of memory from 1 MiB on: guest-physical start and end.
+    pub memory: (u64, u64),
+    /// The command line.
+    pub command_line: &'static str,
+}
+
+/// Reads the boot parameters at guest-physical `at`. They lie below 1 MiB, which nothing else uses.
+pub fn boot_info(at: u64) -> BootInfo {
+    let zero_page = (DIRECT_MAP + at) as *const u8;
+    let mut memory = (0, 0);
+    // SAFETY: the VMM put a `boot_params` there: number of E820 entries at 0x1e8, entries of 20 bytes from 0x2d0
+    // on, address of the zero-terminated command line at 0x228 (Documentation/arch/x86/zero-page.rst).
+    unsafe {
+        for i in 0..usize::from(*zero_page.add(0x1e8)) {
+            let entry = zero_page.add(0x2d0 + 20 * i);
+            let start = read_unaligned(entry.cast::<u64>());
+            let bytes = read_unaligned(entry.add(8).cast::<u64>());
+            let usable = read_unaligned(entry.add(16).cast::<u32>()) == 1;
+            if usable && start >= 1 << 20 && bytes > memory.1 - memory.0 {
+                memory = (start, start + bytes);
+            }
+        }
+        let line = (DIRECT_MAP + u64::from(read_unaligned(zero_page.add(0x228).cast::<u32>()))) as *const u8;
+        let mut len = 0;
+        while len < 4096 && *line.add(len) != 0 {
+            len += 1;
+        }
+        let command_line = core::str::from_utf8(core::slice::from_raw_parts(line, len)).unwrap_or("");
+        BootInfo { memory, command_line }
+    }
+}
+
+const PRESENT_WRITABLE: u64 = 3;
+const LARGE: u64 = 0x80;
+const LARGE_PAGE: u64 = 2 << 20;
+
+/// Maps `mapping`, in large pages where both addresses allow it. `table` hands out zeroed page frames. What a large page
+/// maps beyond the window is not memory, and reads as such.
+fn map(mapping: &Mapping, table: &mut impl FnMut() -> u64) {
+    let mut done = 0;
+    while done < mapping.bytes {
+        let (at, gpa) = (mapping.start + done, mapping.gpa + done);
+        let large = (at | gpa).is_multiple_of(LARGE_PAGE);
+        let mut entries = &raw mut boot_pml4 as *mut u64;
+        let last = if large { 21 } else { 12 };
+        for shift in [39, 30, 21, 12] {
+            // SAFETY: `entries` is a page table, in the image or handed out by `table`, and in the direct map.
+            let entry = unsafe { entries.add((at >> shift & 511) as usize) };
+            if shift == last {
+                let flags = if large { PRESENT_WRITABLE | LARGE } else { PRESENT_WRITABLE };
+                // SAFETY: as above; the addresses mapped are unused until now.
+                unsafe { write_volatile(entry, gpa | flags) };
+                break;
+            }
+            // SAFETY: as above.
+            unsafe {
+                if *entry & 1 == 0 {
+                    write_volatile(entry, table() | PRESENT_WRITABLE);
+                }
+                entries = (DIRECT_MAP + (*entry & 0x000f_ffff_ffff_f000)) as *mut u64;
+            }
+        }
+        done += if large { LARGE_PAGE } else { 4096 };
+    }
+}
+
+/// Completes the page tables: the rest of the direct map, what `extra` lists, and nothing at 0 any more.
+pub fn map_all(memory_end: u64, extra: &[Mapping], mut table: impl FnMut() -> u64) {
+    const MAPPED_AT_BOOT: u64 = 1 << 30;
+    if memory_end > MAPPED_AT_BOOT {
+        let bytes = (memory_end - MAPPED_AT_BOOT).next_multiple_of(LARGE_PAGE);
+        map(&Mapping { start: DIRECT_MAP + MAPPED_AT_BOOT, gpa: MAPPED_AT_BOOT, bytes }, &mut table);
+    }
+    for mapping in extra {
+        map(mapping, &mut table);
+    }
+    // SAFETY: nothing runs at a low address any more; writing cr3 drops what was cached of the old tables.
+    unsafe {
+        write_volatile(&raw mut boot_pml4 as *mut u64, 0);
+        asm!("mov {0}, cr3", "mov cr3, {0}", out(reg) _, options(nostack));
+    }
+}

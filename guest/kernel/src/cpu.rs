@@ -1,0 +1,184 @@
+//! Segments, the interrupt table, and what happens on a CPU exception: it is reported through the exit call.
+
+use core::arch::{asm, global_asm};
+use core::ptr::addr_of_mut;
+
+use umbra_guest::Trap;
+
+const VECTORS: usize = 32;
+const CODE: u16 = 0x08;
+const TSS: u16 = 0x10;
+const FAULT_STACK: usize = 16 << 10;
+const PAGE_FAULT: u64 = 14;
+
+global_asm!(
+    ".macro fault_stub vector",
+    ".balign 16",
+    // These push an error code themselves (Intel SDM volume 3, table 6-1).
+    ".if (\\vector == 8) || ((\\vector >= 10) && (\\vector <= 14)) || (\\vector == 17) || (\\vector == 21)",
+    ".else",
+    "push 0",
+    ".endif",
+    "push \\vector",
+    "jmp fault_common",
+    ".endm",
+    ".balign 16",
+    "fault_stubs:",
+    ".irp vector, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31",
+    "fault_stub \\vector",
+    ".endr",
+    "fault_common:",
+    "push rax",
+    "push rcx",
+    "push rdx",
+    "push rsi",
+    "push rdi",
+    "push r8",
+    "push r9",
+    "push r10",
+    "push r11",
+    "push rbp",
+    "mov rdi, rsp",
+    "cld",
+    // 17 words lie on a stack that began 16-byte aligned.
+    "sub rsp, 8",
+    "call {fault}",
+    "add rsp, 8",
+    "pop rbp",
+    "pop r11",
+    "pop r10",
+    "pop r9",
+    "pop r8",
+    "pop rdi",
+    "pop rsi",
+    "pop rdx",
+    "pop rcx",
+    "pop rax",
+    "add rsp, 16",
+    "iretq",
+    fault = sym fault,
+);
+
+/// What lies on the stack in [`fault`].
+#[repr(C)]
+struct Frame {
+    rbp: u64,
+    r11: u64,
+    r10: u64,
+    r9: u64,
+    r8: u64,
+    rdi: u64,
+    rsi: u64,
+    rdx: u64,
+    rcx: u64,
+    rax: u64,
+    vector: u64,
+    error: u64,
+    rip: u64,
+    cs: u64,
+    rflags: u64,
+    rsp: u64,
+    ss: u64,
+}
+
+#[repr(C, packed)]
+struct TaskState {
+    reserved0: u32,
+    rsp: [u64; 3],
+    reserved1: u64,
+    ist: [u64; 7],
+    reserved2: u64,
+    reserved3: u16,
+    io_map: u16,
+}
+
+#[repr(C, packed)]
+struct Pointer {
+    limit: u16,
+    base: u64,
+}
+
+static mut GDT: [u64; 4] = [0, 0x00af_9b00_0000_ffff, 0, 0];
+static mut TASK: TaskState = TaskState {
+    reserved0: 0,
+    rsp: [0; 3],
+    reserved1: 0,
+    ist: [0; 7],
+    reserved2: 0,
+    reserved3: 0,
+    io_map: size_of::<TaskState>() as u16,
+};
+static mut IDT: [[u64; 2]; VECTORS] = [[0; 2]; VECTORS];
+#[repr(align(16))]
+struct Stack(#[allow(dead_code, reason = "only its address is used")] [u8; FAULT_STACK]);
+static mut STACK: Stack = Stack([0; FAULT_STACK]);
+
+unsafe extern "C" {
+    static fault_stubs: [u8; 16 * VECTORS];
+}
+
+/// Sets up segments and the interrupt table. Exceptions run on a stack of their own, so that one that comes from a
+/// broken stack is still told.
+pub fn init() {
+    // SAFETY: runs once, at start, on the only CPU; the tables live as long as the kernel.
+    unsafe {
+        let stack = addr_of_mut!(STACK) as u64;
+        umbra_guest::stack_alloc(
+            stack & !0xfff,
+            (FAULT_STACK as u64 + (stack & 0xfff)).next_multiple_of(4096),
+        );
+        (*addr_of_mut!(TASK)).ist[0] = stack + FAULT_STACK as u64;
+        let task = addr_of_mut!(TASK) as u64;
+        let gdt = &mut *addr_of_mut!(GDT);
+        gdt[2] = (task & 0xff_ffff) << 16
+            | (task >> 24 & 0xff) << 56
+            | 0x89 << 40
+            | (size_of::<TaskState>() as u64 - 1);
+        gdt[3] = task >> 32;
+        for (vector, entry) in (*addr_of_mut!(IDT)).iter_mut().enumerate() {
+            let stub = (&raw const fault_stubs) as u64 + 16 * vector as u64;
+            // An interrupt gate with the first alternate stack.
+            let low =
+                stub & 0xffff | u64::from(CODE) << 16 | 1 << 32 | 0x8e << 40 | (stub >> 16 & 0xffff) << 48;
+            *entry = [low, stub >> 32];
+        }
+        let gdt = Pointer { limit: size_of_val(gdt) as u16 - 1, base: addr_of_mut!(GDT) as u64 };
+        let idt = Pointer { limit: (16 * VECTORS - 1) as u16, base: addr_of_mut!(IDT) as u64 };
+        asm!(
+            "lgdt [{gdt}]", "push {code}", "lea {scratch}, [rip + 3f]", "push {scratch}", "retfq", "3:",
+            "mov ds, {zero:e}", "mov es, {zero:e}", "mov ss, {zero:e}", "ltr {tss:x}", "lidt [{idt}]",
+            gdt = in(reg) &raw const gdt, idt = in(reg) &raw const idt, code = in(reg) u64::from(CODE),
+            scratch = out(reg) _, zero = in(reg) 0u64, tss = in(reg) TSS,
+        );
+    }
+}
+
+extern "C" fn fault(frame: &mut Frame) {
+    let address: u64;
+    // SAFETY: reads cr2.
+    unsafe { asm!("mov {}, cr2", out(reg) address, options(nomem, nostack)) };
+    if frame.vector == PAGE_FAULT {
+        let mut trap =
+            Trap { rdi: frame.rdi, rsi: frame.rsi, rbp: frame.rbp, rip: frame.rip, rsp: frame.rsp };
+        // SAFETY: the registers are those at the fault.
+        if unsafe { umbra_guest::page_fault(&mut trap) } {
+            (frame.rip, frame.rsp) = (trap.rip, trap.rsp);
+            return;
+        }
+    }
+    let (vector, rip, error) = (frame.vector, frame.rip, frame.error);
+    crate::println!("exception {vector} at {rip:#x}, error code {error:#x}, cr2 {address:#x}");
+    if crate::on_umbra() {
+        umbra_guest::exit_fault(vector as u32, error as u32, rip, address);
+    }
+    reset()
+}
+
+/// Resets the machine, through the keyboard controller: how the kernel ends where there is no Umbra.
+pub fn reset() -> ! {
+    crate::console::out8(0x64, 0xfe);
+    loop {
+        // SAFETY: stops this CPU.
+        unsafe { asm!("cli", "hlt", options(nomem, nostack)) }
+    }
+}

@@ -1,0 +1,116 @@
+//! Umbra's test kernel: boots, sets up its allocators and threads, and runs the scenarios that its command line
+//! names. It is an ordinary small kernel, instrumented as any other would be.
+//!
+//! Command line: `scenarios=a,b` (default: all), `churn=N` (operations of the churn scenarios).
+#![no_std]
+#![no_main]
+#![allow(
+    missing_docs,
+    reason = "a program: its modules and types are documented, its entry points are obvious"
+)]
+
+extern crate alloc;
+
+mod boot;
+mod console;
+mod cpu;
+mod heap;
+mod page;
+mod scenarios;
+mod slab;
+mod thread;
+
+use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use umbra_guest::{Config, Mapping, Offer, Region, codes};
+
+static ON_UMBRA: AtomicBool = AtomicBool::new(false);
+
+/// Whether the exit call exists.
+pub fn on_umbra() -> bool {
+    ON_UMBRA.load(Relaxed)
+}
+
+/// Bytes of the event ring: its header and 8,191 records, so that a drain is rare.
+const RING: usize = 512 << 10;
+/// Guest-physical address where page tables and other early memory start to be taken from.
+struct Early {
+    next: u64,
+    end: u64,
+}
+
+impl Early {
+    /// Zeroed memory (it was never used), in whole pages.
+    fn take(&mut self, bytes: u64) -> u64 {
+        let at = self.next;
+        self.next += bytes.next_multiple_of(4096);
+        assert!(self.next <= self.end, "not enough memory to start");
+        at
+    }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn kernel_main(boot_params: u64) -> ! {
+    let info = boot::boot_info(boot_params);
+    let offer = umbra_guest::discover();
+    ON_UMBRA.store(offer.version == umbra_guest::abi::VERSION, Relaxed);
+    let mut early = Early { next: boot::image_end(), end: info.memory.1 };
+    start_checks(&offer, &info, &mut early);
+    cpu::init();
+    boot::run_constructors();
+    page::init(early.next, info.memory.1);
+    let (start, bytes) = page::all();
+    umbra_guest::poison(start, bytes, codes::FREE_PAGE);
+    slab::init();
+    thread::init();
+    scenarios::run(info.command_line);
+    if on_umbra() {
+        umbra_guest::exit(0);
+    }
+    cpu::reset()
+}
+
+/// Maps the shadow windows and turns checks on, where Umbra is underneath.
+fn start_checks(offer: &Offer, info: &boot::BootInfo, early: &mut Early) {
+    if offer.version == 0 {
+        println!("no Umbra underneath: checks are off");
+    } else if !on_umbra() {
+        println!("Umbra speaks ABI version {}, this kernel another: checks are off", offer.version);
+    }
+    let end = info.memory.1;
+    // What is mapped at boot and stays so; the image's mapping ends where the image does.
+    let regions = [
+        Region { start: boot::DIRECT_MAP, bytes: end & !0xfff, gpa: 0 },
+        Region { start: boot::IMAGE_MAP, bytes: boot::image_end(), gpa: 0 },
+    ];
+    let mut mappings = [Mapping { start: 0, gpa: 0, bytes: 0 }; 4];
+    if offer.checks() {
+        for (i, region) in regions.iter().enumerate() {
+            mappings[2 * i..][..2].copy_from_slice(&offer.mappings(region));
+        }
+    }
+    boot::map_all(end, &mappings, || early.take(4096));
+    let ring = (boot::DIRECT_MAP + early.take(RING as u64)) as *mut u8;
+    let config = Config {
+        regions: &regions,
+        text: boot::text(),
+        // SAFETY: this memory was taken for the ring, and is zero as all memory is at start.
+        ring: unsafe { core::slice::from_raw_parts_mut(ring, RING) },
+        current: Some(thread::current),
+    };
+    // SAFETY: the shadow of both regions was mapped above.
+    if let Err(error) = unsafe { umbra_guest::start(offer, config) } {
+        println!("Umbra refused: {error:?}; checks are off");
+        return;
+    }
+    umbra_guest::stack_alloc(boot::stack(), boot::BOOT_STACK);
+}
+
+#[panic_handler]
+fn panic(info: &core::panic::PanicInfo) -> ! {
+    println!("{info}");
+    if on_umbra() {
+        umbra_guest::exit_panic();
+    }
+    cpu::reset()
+}

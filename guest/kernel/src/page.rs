@@ -1,0 +1,200 @@
+//! The page allocator: a binary buddy system over one range of memory.
+//!
+//! Nothing is kept in free pages themselves: one [`Page`] describes each page, so free memory stays poisoned.
+
+use core::ptr::addr_of_mut;
+
+use umbra_guest::codes::{FREE_PAGE, PAGE_SIZE};
+
+use crate::boot::DIRECT_MAP;
+
+/// Blocks have `1 << order` pages, with orders below this.
+pub const ORDERS: usize = 11;
+/// Most objects in one slab: the bits of [`Page::free`].
+pub const SLAB_OBJECTS: usize = 192;
+
+const NONE: u32 = u32::MAX;
+
+/// What a page is used for, told by the first page of a block.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Use {
+    /// Not the first page of a block.
+    Tail = 0,
+    /// The first page of a free block.
+    Free,
+    /// Handed out as pages.
+    Pages,
+    /// A slab.
+    Slab,
+    /// A large allocation.
+    Large,
+}
+
+/// One page's description.
+pub struct Page {
+    next: u32,
+    prev: u32,
+    /// Order of the block that starts here.
+    pub order: u8,
+    /// What for.
+    pub used: Use,
+    /// A slab's cache.
+    pub cache: u8,
+    /// A slab's objects in use.
+    pub in_use: u8,
+    /// A slab's free objects, one bit each.
+    pub free: [u64; SLAB_OBJECTS / 64],
+}
+
+struct Buddy {
+    pages: *mut Page,
+    start: u32,
+    end: u32,
+    heads: [u32; ORDERS],
+    free_pages: u32,
+}
+
+static mut BUDDY: Buddy =
+    Buddy { pages: core::ptr::null_mut(), start: 0, end: 0, heads: [NONE; ORDERS], free_pages: 0 };
+
+fn buddy() -> &'static mut Buddy {
+    // SAFETY: one CPU, cooperative threads, no interrupts: no two callers at a time, and none keeps the reference
+    // across a call of another public function.
+    unsafe { &mut *addr_of_mut!(BUDDY) }
+}
+
+impl Buddy {
+    fn page(&mut self, number: u32) -> &mut Page {
+        assert!(number < self.end, "page {number} is not memory");
+        // SAFETY: `init` made room for the descriptions of all pages below `end`, zeroed.
+        unsafe { &mut *self.pages.add(number as usize) }
+    }
+
+    fn push(&mut self, number: u32, order: usize) {
+        let head = self.heads[order];
+        if head != NONE {
+            self.page(head).prev = number;
+        }
+        let page = self.page(number);
+        (page.next, page.prev, page.order, page.used) = (head, NONE, order as u8, Use::Free);
+        self.heads[order] = number;
+    }
+
+    fn unlink(&mut self, number: u32) {
+        let page = self.page(number);
+        let (next, prev, order) = (page.next, page.prev, page.order as usize);
+        page.used = Use::Tail;
+        if next != NONE {
+            self.page(next).prev = prev;
+        }
+        if prev == NONE {
+            self.heads[order] = next;
+        } else {
+            self.page(prev).next = next;
+        }
+    }
+}
+
+/// Takes over the memory from `start` to `end` (guest-physical). The first part of it holds the descriptions.
+pub fn init(start: u64, end: u64) {
+    let b = buddy();
+    b.pages = (DIRECT_MAP + start.next_multiple_of(PAGE_SIZE)) as *mut Page;
+    b.end = (end / PAGE_SIZE) as u32;
+    let descriptions_end = b.pages as u64 - DIRECT_MAP + u64::from(b.end) * size_of::<Page>() as u64;
+    b.start = descriptions_end.div_ceil(PAGE_SIZE) as u32;
+    let mut at = b.start;
+    while at < b.end {
+        let mut order = (at.trailing_zeros() as usize).min(ORDERS - 1);
+        while at + (1 << order) > b.end {
+            order -= 1;
+        }
+        b.push(at, order);
+        b.free_pages += 1 << order;
+        at += 1 << order;
+    }
+}
+
+/// All memory that is free now, as one virtual range; only meaningful right after [`init`].
+pub fn all() -> (u64, u64) {
+    let b = buddy();
+    (DIRECT_MAP + u64::from(b.start) * PAGE_SIZE, u64::from(b.end - b.start) * PAGE_SIZE)
+}
+
+/// Free pages.
+pub fn free_pages() -> u32 {
+    buddy().free_pages
+}
+
+/// The direct-map address of a page.
+pub fn address(number: u32) -> u64 {
+    DIRECT_MAP + u64::from(number) * PAGE_SIZE
+}
+
+/// The page that holds a direct-map address, if it is one that the allocator manages.
+pub fn number(address: u64) -> Option<u32> {
+    let b = buddy();
+    let number = u32::try_from(address.checked_sub(DIRECT_MAP)? / PAGE_SIZE).ok()?;
+    (b.start..b.end).contains(&number).then_some(number)
+}
+
+/// A page's description.
+pub fn page(number: u32) -> &'static mut Page {
+    buddy().page(number)
+}
+
+/// Takes a block of `1 << order` pages, still poisoned, and notes its use. `None` when there is none.
+pub fn take(order: usize, used: Use) -> Option<u32> {
+    let b = buddy();
+    let mut from = (order..ORDERS).find(|&o| b.heads[o] != NONE)?;
+    let number = b.heads[from];
+    b.unlink(number);
+    while from > order {
+        from -= 1;
+        b.push(number + (1 << from), from);
+    }
+    let page = b.page(number);
+    (page.order, page.used) = (order as u8, used);
+    b.free_pages -= 1 << order;
+    Some(number)
+}
+
+/// Gives a block back. The caller has poisoned it.
+pub fn give(mut number: u32) {
+    let b = buddy();
+    let page = b.page(number);
+    page.used = Use::Tail;
+    let mut order = page.order as usize;
+    b.free_pages += 1 << order;
+    while order + 1 < ORDERS {
+        let other = number ^ (1 << order);
+        if other < b.start || other + (1 << order) > b.end {
+            break;
+        }
+        let page = b.page(other);
+        if page.used != Use::Free || page.order as usize != order {
+            break;
+        }
+        b.unlink(other);
+        number = number.min(other);
+        order += 1;
+    }
+    b.push(number, order);
+}
+
+/// Allocates pages for anyone: accessible, and told to Umbra.
+pub fn alloc(order: usize) -> Option<u64> {
+    let at = address(take(order, Use::Pages)?);
+    let bytes = PAGE_SIZE << order;
+    umbra_guest::alloc(at, bytes, bytes, 0, 0);
+    Some(at)
+}
+
+/// Frees what [`alloc`] handed out.
+pub fn free(at: u64) {
+    let Some(number) = number(at) else { return umbra_guest::invalid_free(at) };
+    let bytes = PAGE_SIZE << page(number).order;
+    if umbra_guest::free(at, at & !(PAGE_SIZE - 1), bytes, FREE_PAGE) {
+        give(number);
+    }
+}

@@ -1,0 +1,86 @@
+//! What the kernel does right and wrong on request. Each scenario runs in a thread of its own name, so a finding
+//! tells which one caused it.
+//!
+//! What each is expected to lead to stands beside it, in a section of the kernel's ELF that the host reads:
+//! one line each, `name|verdict|description`. A verdict is `silent`, or findings separated by `;`, each
+//! `kind access size offset`, where the offset counts from the start of the object, `-` if there is none.
+
+mod churn;
+mod heap;
+mod pages;
+mod silent;
+mod slab;
+mod stack;
+
+use crate::{println, thread};
+
+type Scenario = (&'static str, fn());
+
+/// Defines scenarios: functions, their lines for the host, and the table `ALL` of the module.
+macro_rules! scenarios {
+    ($($name:ident, $verdict:literal, $about:literal, $body:block)*) => {
+        $(
+            #[doc = $about]
+            #[inline(never)]
+            pub fn $name() $body
+        )*
+        pub const ALL: &[$crate::scenarios::Scenario] = &[$((stringify!($name), $name)),*];
+        const _: () = {
+            const TEXT: &str = concat!($(stringify!($name), "|", $verdict, "|", $about, "\n"),*);
+            #[used]
+            #[unsafe(link_section = ".umbra.scenarios")]
+            static LINES: [u8; TEXT.len()] = match TEXT.as_bytes().first_chunk() {
+                Some(bytes) => *bytes,
+                None => panic!(),
+            };
+        };
+    };
+}
+use scenarios;
+
+/// Hides a value's origin from the optimizer.
+fn opaque<T>(value: T) -> T {
+    core::hint::black_box(value)
+}
+
+/// Reads a byte, for real.
+#[inline(always)]
+fn read(at: u64) -> u8 {
+    // SAFETY: the address is mapped, if not always allowed: being caught is what a scenario is for.
+    unsafe { (opaque(at) as *const u8).read_volatile() }
+}
+
+/// Writes a byte, for real.
+#[inline(always)]
+fn write(at: u64, value: u8) {
+    // SAFETY: as in `read`; what the bad writes hit are redzones and freed memory.
+    unsafe { (opaque(at) as *mut u8).write_volatile(value) }
+}
+
+/// Runs what the command line asks for.
+pub fn run(command_line: &'static str) {
+    let mut chosen = "";
+    for word in command_line.split_ascii_whitespace() {
+        if let Some(names) = word.strip_prefix("scenarios=") {
+            chosen = names;
+        } else if let Some(operations) = word.strip_prefix("churn=") {
+            match operations.parse() {
+                Ok(n) => churn::set_operations(n),
+                Err(_) => println!("churn={operations}: not a number"),
+            }
+        }
+    }
+    let all =
+        || [slab::ALL, pages::ALL, stack::ALL, heap::ALL, silent::ALL, churn::ALL].into_iter().flatten();
+    for name in chosen.split(',').filter(|name| !name.is_empty()) {
+        if !all().any(|(known, _)| *known == name) {
+            println!("no scenario is called {name}");
+        }
+    }
+    for (name, body) in all() {
+        if chosen.is_empty() || chosen.split(',').any(|wanted| wanted == *name) {
+            thread::run(name, *body);
+            println!("ran {name}");
+        }
+    }
+}

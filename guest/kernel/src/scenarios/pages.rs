@@ -1,0 +1,39 @@
+//! Bugs on whole pages.
+
+use super::{opaque, read, scenarios, write};
+use crate::page;
+
+scenarios! {
+    pagealloc_uaf, "use-after-free Write 1 0", "writes to a freed page", {
+        let Some(p) = page::alloc(2) else { return };
+        page::free(p);
+        write(p, 0);
+    }
+
+    pagealloc_double_free, "double-free Free 0 0", "frees pages twice", {
+        let Some(p) = page::alloc(1) else { return };
+        page::free(p);
+        page::free(opaque(p));
+    }
+
+    pagealloc_invalid_free, "invalid-free Free 0 8", "frees an address inside a page", {
+        let Some(p) = page::alloc(0) else { return };
+        page::free(opaque(p + 8));
+        page::free(p);
+    }
+
+    page_crossing_uaf, "use-after-free Read 8 4092", "reads across the end of a page into a free one", {
+        // The two halves of one block; the second is free, as the buddy of the first.
+        let (Some(a), Some(b)) = (page::alloc(0), page::alloc(0)) else { return };
+        let (low, high) = if a < b { (a, b) } else { (b, a) };
+        if high != low + 4096 {
+            crate::println!("the two pages are not neighbours");
+            return;
+        }
+        read(low + 4095);
+        page::free(high);
+        // SAFETY: mapped memory; being caught is what this is for.
+        unsafe { (opaque(low + 4092) as *const u64).read_unaligned() };
+        page::free(low);
+    }
+}

@@ -1,0 +1,235 @@
+//! The slab allocator: caches of equal objects, `kmalloc` over a row of caches, and large allocations.
+//!
+//! A slab is a block of pages; the bitmap of its free objects is in its first page's description. Every object is
+//! followed by a redzone of KASAN's adaptive size (`optimal_redzone` in `mm/kasan/common.c`).
+
+use core::ptr::addr_of_mut;
+
+use umbra_guest::codes::{FREE_PAGE, LARGE_REDZONE, PAGE_SIZE, SLAB_FREE, SLAB_REDZONE};
+
+use crate::page::{self, SLAB_OBJECTS, Use};
+
+/// The sizes of `kmalloc`'s caches; anything larger gets pages of its own.
+const KMALLOC: [(u64, &str); 12] = [
+    (8, "kmalloc-8"),
+    (16, "kmalloc-16"),
+    (32, "kmalloc-32"),
+    (64, "kmalloc-64"),
+    (96, "kmalloc-96"),
+    (128, "kmalloc-128"),
+    (192, "kmalloc-192"),
+    (256, "kmalloc-256"),
+    (512, "kmalloc-512"),
+    (1024, "kmalloc-1k"),
+    (2048, "kmalloc-2k"),
+    (4096, "kmalloc-4k"),
+];
+const CACHES: usize = 32;
+const NONE: u32 = u32::MAX;
+
+#[derive(Clone, Copy)]
+struct CacheData {
+    object: u64,
+    slot: u64,
+    order: u8,
+    slots: u8,
+    /// Slabs of this cache, with free objects first in line. A small array: what does not fit stays findable
+    /// through its objects, and comes back when one of them is freed.
+    partial: [u32; 8],
+}
+
+const UNUSED: CacheData = CacheData { object: 0, slot: 0, order: 0, slots: 0, partial: [NONE; 8] };
+
+static mut CACHE_DATA: [CacheData; CACHES] = [UNUSED; CACHES];
+static mut CACHE_COUNT: usize = 0;
+
+fn data(cache: usize) -> &'static mut CacheData {
+    // SAFETY: one CPU, cooperative threads, no interrupts; no reference is kept across a yield.
+    unsafe { &mut (*addr_of_mut!(CACHE_DATA))[cache] }
+}
+
+/// A cache of equal objects.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Cache(usize);
+
+/// KASAN's redzone for an object of this size.
+fn redzone(object: u64) -> u64 {
+    match object {
+        0..=48 => 16,
+        49..=96 => 32,
+        97..=448 => 64,
+        449..=3968 => 128,
+        _ => 256,
+    }
+}
+
+impl Cache {
+    /// Makes a cache for objects of `object` bytes (at most 4096).
+    pub fn new(name: &'static str, object: u64) -> Option<Self> {
+        // SAFETY: as in `data`.
+        let id = unsafe { *addr_of_mut!(CACHE_COUNT) };
+        if id >= CACHES || object == 0 || object > 4096 {
+            return None;
+        }
+        let align = if object.is_multiple_of(16) { 16 } else { 8 };
+        let slot = (object + redzone(object)).next_multiple_of(align);
+        let order = (0..3).find(|&o| (PAGE_SIZE << o) % slot < (PAGE_SIZE << o) / 8).unwrap_or(3);
+        let slots = ((PAGE_SIZE << order) / slot).min(SLAB_OBJECTS as u64) as u8;
+        *data(id) = CacheData { object, slot, order, slots, partial: [NONE; 8] };
+        // SAFETY: as in `data`.
+        unsafe { *addr_of_mut!(CACHE_COUNT) = id + 1 };
+        // Cache 0 is "none" for Umbra.
+        umbra_guest::name_cache(id as u16 + 1, name, object);
+        Some(Self(id))
+    }
+
+    /// Allocates an object of which `bytes` are asked for; the rest of it is redzone.
+    fn alloc_bytes(self, bytes: u64) -> Option<u64> {
+        let d = data(self.0);
+        let number = match d.partial.iter().find(|&&n| n != NONE) {
+            Some(&number) => number,
+            None => {
+                let number = page::take(d.order.into(), Use::Slab)?;
+                umbra_guest::poison(page::address(number), PAGE_SIZE << d.order, SLAB_REDZONE);
+                let p = page::page(number);
+                p.cache = self.0 as u8;
+                p.in_use = 0;
+                for (i, word) in p.free.iter_mut().enumerate() {
+                    let bits = usize::from(d.slots).saturating_sub(64 * i).min(64);
+                    *word = if bits == 64 { u64::MAX } else { (1 << bits) - 1 };
+                }
+                d.partial[0] = number;
+                number
+            }
+        };
+        let p = page::page(number);
+        let word = p.free.iter().position(|w| *w != 0)?;
+        let bit = p.free[word].trailing_zeros();
+        p.free[word] &= !(1 << bit);
+        p.in_use += 1;
+        if p.in_use == d.slots {
+            self.forget(number);
+        }
+        let at = page::address(number) + (word as u64 * 64 + u64::from(bit)) * d.slot;
+        umbra_guest::alloc(at, bytes, d.slot, SLAB_REDZONE, self.0 as u16 + 1);
+        Some(at)
+    }
+
+    fn forget(self, number: u32) {
+        for entry in data(self.0).partial.iter_mut().filter(|n| **n == number) {
+            *entry = NONE;
+        }
+    }
+
+    /// Allocates an object.
+    pub fn alloc(self) -> Option<u64> {
+        self.alloc_bytes(data(self.0).object)
+    }
+
+    /// Frees an object of this cache.
+    pub fn free(self, at: u64) {
+        kfree(at);
+    }
+}
+
+fn free_in_slab(at: u64, number: u32) {
+    let p = page::page(number);
+    let cache = Cache(p.cache.into());
+    let d = data(cache.0);
+    let slab = page::address(number);
+    let index = (at - slab) / d.slot;
+    if !umbra_guest::free(at, slab + index * d.slot, d.slot, SLAB_FREE) {
+        return;
+    }
+    p.free[(index / 64) as usize] |= 1 << (index % 64);
+    p.in_use -= 1;
+    if p.in_use == 0 {
+        cache.forget(number);
+        umbra_guest::poison(slab, PAGE_SIZE << d.order, FREE_PAGE);
+        page::give(number);
+    } else if !d.partial.contains(&number) {
+        if let Some(entry) = d.partial.iter_mut().find(|n| **n == NONE) {
+            *entry = number;
+        }
+    }
+}
+
+/// Makes `kmalloc`'s caches.
+pub fn init() {
+    for (object, name) in KMALLOC {
+        Cache::new(name, object).expect("kmalloc's caches fit the table");
+    }
+}
+
+/// Allocates `bytes`, 16-byte aligned if they are 16 or more.
+pub fn kmalloc(bytes: u64) -> Option<u64> {
+    match KMALLOC.iter().position(|(object, _)| bytes <= *object) {
+        Some(cache) => Cache(cache).alloc_bytes(bytes),
+        None => {
+            let order = bytes.div_ceil(PAGE_SIZE).next_power_of_two().trailing_zeros() as usize;
+            if order >= page::ORDERS {
+                return None;
+            }
+            let at = page::address(page::take(order, Use::Large)?);
+            umbra_guest::alloc(at, bytes, PAGE_SIZE << order, LARGE_REDZONE, 0);
+            Some(at)
+        }
+    }
+}
+
+/// The page that begins the block with `at` in it.
+fn head(at: u64) -> Option<u32> {
+    let mut number = page::number(at)?;
+    for order in 0..page::ORDERS {
+        number &= !0 << order;
+        let p = page::page(number);
+        if p.used != Use::Tail && usize::from(p.order) >= order {
+            return Some(number);
+        }
+    }
+    None
+}
+
+/// Frees what `kmalloc` handed out.
+pub fn kfree(at: u64) {
+    let Some(number) = head(at) else { return umbra_guest::invalid_free(at) };
+    let start = page::address(number);
+    let p = page::page(number);
+    match p.used {
+        Use::Slab => free_in_slab(at, number),
+        Use::Large => {
+            if umbra_guest::free(at, start, PAGE_SIZE << p.order, FREE_PAGE) {
+                page::give(number);
+            }
+        }
+        // Freed memory: Umbra tells which kind of bad free this is. Without it there is nothing to do.
+        Use::Free | Use::Pages | Use::Tail => {
+            umbra_guest::free(at, at, 0, FREE_PAGE);
+        }
+    }
+}
+
+/// How many bytes `at` may grow to in place.
+fn room(at: u64) -> u64 {
+    head(at).map_or(0, |number| match page::page(number).used {
+        Use::Slab => data(page::page(number).cache.into()).object,
+        Use::Large => PAGE_SIZE << page::page(number).order,
+        _ => 0,
+    })
+}
+
+/// Changes an allocation's size, in place where its slot allows it.
+pub fn krealloc(at: u64, old: u64, new: u64) -> Option<u64> {
+    let room = room(at);
+    if new <= room {
+        umbra_guest::unpoison(at, new);
+        let redzone = if room > 4096 { LARGE_REDZONE } else { SLAB_REDZONE };
+        umbra_guest::poison(at + new, room - new, redzone);
+        return Some(at);
+    }
+    let to = kmalloc(new)?;
+    // SAFETY: both are allocations of at least that size, and distinct.
+    unsafe { core::ptr::copy_nonoverlapping(at as *const u8, to as *mut u8, old.min(new) as usize) };
+    kfree(at);
+    Some(to)
+}

@@ -1,0 +1,150 @@
+//! Kernel threads: cooperative, each on a stack of its own, each a task with a name in reports.
+
+use core::arch::global_asm;
+use core::ptr::addr_of_mut;
+use core::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+use umbra_guest::codes::{FREE_PAGE, PAGE_SIZE};
+
+use crate::page::{self, Use};
+
+/// A stack is `1 << STACK_ORDER` pages.
+const STACK_ORDER: usize = 2;
+const STACK_BYTES: u64 = PAGE_SIZE << STACK_ORDER;
+/// Most threads at a time, with the one that boots.
+const THREADS: usize = 16;
+
+#[derive(Clone, Copy)]
+struct Thread {
+    rsp: u64,
+    stack: u32,
+    entry: Option<fn()>,
+    /// Task id; names in reports.
+    id: u32,
+    state: State,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum State {
+    Unused,
+    Ready,
+    Done,
+}
+
+static mut TABLE: [Thread; THREADS] =
+    [Thread { rsp: 0, stack: 0, entry: None, id: 0, state: State::Unused }; THREADS];
+static RUNNING: AtomicUsize = AtomicUsize::new(0);
+static mut NEXT_ID: u32 = 1;
+
+global_asm!(
+    // Saves what the C ABI has a callee save, changes stacks, restores. rdi: where to keep rsp, rsi: the other rsp.
+    ".globl switch_stacks",
+    "switch_stacks:",
+    "push rbp",
+    "push rbx",
+    "push r12",
+    "push r13",
+    "push r14",
+    "push r15",
+    "mov [rdi], rsp",
+    "mov rsp, rsi",
+    "pop r15",
+    "pop r14",
+    "pop r13",
+    "pop r12",
+    "pop rbx",
+    "pop rbp",
+    "ret",
+    // A new thread's first return goes here, with rbp 0: the end of its frame chain.
+    "start_thread:",
+    "call {main}",
+    "ud2",
+    main = sym thread_main,
+);
+
+unsafe extern "C" {
+    fn switch_stacks(keep: *mut u64, to: u64);
+    fn start_thread();
+}
+
+fn table() -> &'static mut [Thread; THREADS] {
+    // SAFETY: one CPU, cooperative threads: no two users at a time, and no reference is kept across a switch.
+    unsafe { &mut *addr_of_mut!(TABLE) }
+}
+
+/// CPU and task that run now, as the ABI wants them.
+pub extern "C" fn current() -> u64 {
+    // No bounds check and no reference: this runs for every allocator event.
+    // SAFETY: `RUNNING` is always an index of the table.
+    let id = unsafe { (*addr_of_mut!(TABLE).cast::<Thread>().add(RUNNING.load(Relaxed))).id };
+    u64::from(id) << 32
+}
+
+/// Makes the code that runs now the first thread.
+pub fn init() {
+    table()[0].state = State::Ready;
+    umbra_guest::name_task(0, "kernel");
+}
+
+extern "C" fn thread_main() -> ! {
+    let me = RUNNING.load(Relaxed);
+    if let Some(entry) = table()[me].entry {
+        entry();
+    }
+    table()[me].state = State::Done;
+    loop {
+        yield_now();
+    }
+}
+
+/// Starts a thread; it first runs at the next [`yield_now`]. `None` when the table or memory is full.
+pub fn spawn(name: &str, entry: fn()) -> Option<usize> {
+    let slot = table().iter().position(|t| t.state == State::Unused)?;
+    let stack = page::take(STACK_ORDER, Use::Pages)?;
+    let start = page::address(stack);
+    umbra_guest::stack_alloc(start, STACK_BYTES);
+    // SAFETY: as in `table`.
+    let id = unsafe {
+        NEXT_ID += 1;
+        NEXT_ID - 1
+    };
+    umbra_guest::name_task(id, name);
+    // From the top: a word that keeps the stack aligned, the address to return to, six saved registers.
+    let top = start + STACK_BYTES - 8;
+    // SAFETY: the stack is this thread's own.
+    unsafe { ((top - 8) as *mut u64).write(start_thread as *const () as u64) };
+    table()[slot] = Thread { rsp: top - 56, stack, entry: Some(entry), id, state: State::Ready };
+    Some(slot)
+}
+
+/// Lets the next thread run.
+pub fn yield_now() {
+    let me = RUNNING.load(Relaxed);
+    let next = (1..=THREADS).map(|i| (me + i) % THREADS).find(|&i| table()[i].state == State::Ready);
+    let Some(next) = next.filter(|&next| next != me) else { return };
+    RUNNING.store(next, Relaxed);
+    let (keep, to) = (&raw mut table()[me].rsp, table()[next].rsp);
+    // SAFETY: `to` is the stack of a thread that waits in this function, or has not begun.
+    unsafe { switch_stacks(keep, to) };
+}
+
+/// Waits for a thread to end, and frees its stack.
+pub fn join(slot: usize) {
+    while table()[slot].state == State::Ready {
+        yield_now();
+    }
+    let thread = &mut table()[slot];
+    thread.state = State::Unused;
+    let start = page::address(thread.stack);
+    umbra_guest::stack_free(start, STACK_BYTES);
+    umbra_guest::poison(start, STACK_BYTES, FREE_PAGE);
+    page::give(thread.stack);
+}
+
+/// Runs `entry` in a thread of its own, to its end.
+pub fn run(name: &str, entry: fn()) {
+    match spawn(name, entry) {
+        Some(slot) => join(slot),
+        None => crate::println!("cannot start {name}: no thread or no memory left"),
+    }
+}
