@@ -52,11 +52,9 @@ struct Buddy {
     start: u32,
     end: u32,
     heads: [u32; ORDERS],
-    free_pages: u32,
 }
 
-static mut BUDDY: Buddy =
-    Buddy { pages: core::ptr::null_mut(), start: 0, end: 0, heads: [NONE; ORDERS], free_pages: 0 };
+static mut BUDDY: Buddy = Buddy { pages: core::ptr::null_mut(), start: 0, end: 0, heads: [NONE; ORDERS] };
 
 fn buddy() -> &'static mut Buddy {
     // SAFETY: one CPU, cooperative threads, no interrupts: no two callers at a time, and none keeps the reference
@@ -110,7 +108,6 @@ pub fn init(start: u64, end: u64) {
             order -= 1;
         }
         b.push(at, order);
-        b.free_pages += 1 << order;
         at += 1 << order;
     }
 }
@@ -119,11 +116,6 @@ pub fn init(start: u64, end: u64) {
 pub fn all() -> (u64, u64) {
     let b = buddy();
     (DIRECT_MAP + u64::from(b.start) * PAGE_SIZE, u64::from(b.end - b.start) * PAGE_SIZE)
-}
-
-/// Free pages.
-pub fn free_pages() -> u32 {
-    buddy().free_pages
 }
 
 /// The direct-map address of a page.
@@ -155,7 +147,6 @@ pub fn take(order: usize, used: Use) -> Option<u32> {
     }
     let page = b.page(number);
     (page.order, page.used) = (order as u8, used);
-    b.free_pages -= 1 << order;
     Some(number)
 }
 
@@ -165,7 +156,6 @@ pub fn give(mut number: u32) {
     let page = b.page(number);
     page.used = Use::Tail;
     let mut order = page.order as usize;
-    b.free_pages += 1 << order;
     while order + 1 < ORDERS {
         let other = number ^ (1 << order);
         if other < b.start || other + (1 << order) > b.end {
