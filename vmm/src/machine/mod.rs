@@ -1,0 +1,237 @@
+//! A plain KVM machine: RAM, vCPUs, a kernel loader, and the few devices that a kernel cannot do without. It
+//! knows nothing of shadow memory.
+
+pub mod complete;
+pub mod cpuid;
+pub mod devices;
+pub mod kick;
+pub mod layout;
+pub mod loader;
+pub mod memory;
+pub mod stats;
+#[cfg(test)]
+mod tests;
+pub mod vcpu;
+mod vm;
+pub mod walk;
+
+use std::ffi::CString;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_ioctls::Cap;
+use thiserror::Error;
+use vm_memory::GuestAddress;
+
+use cpuid::{CpuidError, CpuidLeaf};
+use loader::{LoadError, LoadedKernel};
+use memory::{MemoryError, Ram};
+use vcpu::{Vcpu, VcpuError};
+use vm::Vm;
+pub use vm::{MapError, SlotId};
+
+const DEVICE: &str = "/dev/kvm";
+
+/// Why KVM cannot be used, or a machine not be made.
+#[derive(Debug, Error)]
+#[allow(missing_docs)]
+pub enum MachineError {
+    #[error(
+        "{0} does not exist: load the module kvm_intel or kvm_amd, or allow virtualisation in the firmware"
+    )]
+    NoDevice(String),
+    #[error(
+        "no permission to open {0}: add yourself to group kvm (sudo usermod -aG kvm $USER) and log in again"
+    )]
+    NoPermission(String),
+    #[error("cannot open {path}: {source}")]
+    Open { path: String, source: io::Error },
+    #[error("{0} is not KVM")]
+    NotKvm(String),
+    #[error("the host's KVM API has version {0}, {KVM_API_VERSION} is needed")]
+    ApiVersion(i32),
+    #[error("the host's KVM lacks the capability {0}: a newer host kernel is needed")]
+    Capability(&'static str),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Map(#[from] MapError),
+    #[error(transparent)]
+    Cpuid(#[from] CpuidError),
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    #[error("KVM refused to {operation}: {source}")]
+    Kvm { operation: &'static str, source: io::Error },
+}
+
+fn refused(operation: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> MachineError {
+    move |e| MachineError::Kvm { operation, source: e.into() }
+}
+
+/// An open `/dev/kvm` that has what a machine needs.
+#[derive(Debug)]
+pub struct Kvm {
+    fd: kvm_ioctls::Kvm,
+    sync_regs: bool,
+}
+
+impl Kvm {
+    /// Opens `/dev/kvm`.
+    pub fn open() -> Result<Self, MachineError> {
+        Self::open_path(Path::new(DEVICE))
+    }
+
+    /// Opens a KVM device elsewhere.
+    pub fn open_path(path: &Path) -> Result<Self, MachineError> {
+        let name = path.display().to_string();
+        let Ok(c_path) = CString::new(path.as_os_str().as_encoded_bytes()) else {
+            return Err(MachineError::NoDevice(name));
+        };
+        let fd = kvm_ioctls::Kvm::new_with_path(&c_path).map_err(|e| match e.errno() {
+            libc::ENOENT | libc::ENODEV | libc::ENXIO => MachineError::NoDevice(name.clone()),
+            libc::EACCES | libc::EPERM => MachineError::NoPermission(name.clone()),
+            _ => MachineError::Open { path: name.clone(), source: e.into() },
+        })?;
+        match fd.get_api_version() {
+            version if version == KVM_API_VERSION as i32 => {}
+            version if version < 0 => return Err(MachineError::NotKvm(name)),
+            version => return Err(MachineError::ApiVersion(version)),
+        }
+        for (cap, name) in [
+            (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+            (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM"),
+            (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+            (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+            (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
+        ] {
+            if !fd.check_extension(cap) {
+                return Err(MachineError::Capability(name));
+            }
+        }
+        // The bits of KVM_SYNC_X86_*.
+        let sync_regs = fd.check_extension_int(Cap::SyncRegs) & kvm_bindings::KVM_SYNC_X86_REGS as i32 != 0;
+        Ok(Self { fd, sync_regs })
+    }
+
+    /// Whether registers are read and written without system calls.
+    pub fn has_sync_regs(&self) -> bool {
+        self.sync_regs
+    }
+}
+
+/// What a machine shall have.
+#[derive(Clone, Debug, Default)]
+pub struct MachineConfig {
+    /// Bytes of RAM, a multiple of 4096 from [`layout::MIN_MEMORY`] to [`layout::MAX_MEMORY`].
+    pub memory_bytes: u64,
+    /// CPUID leaves beside KVM's own.
+    pub extra_cpuid: Vec<CpuidLeaf>,
+    /// KVM's interrupt controllers and timer. Without them `hlt` ends the run with an exit.
+    pub irqchip: bool,
+}
+
+/// A machine with RAM and, once loaded, a kernel. Its vCPUs keep it alive.
+#[derive(Debug)]
+pub struct Machine {
+    vm: Arc<Vm>,
+    supported: CpuId,
+    config: MachineConfig,
+    sync_regs: bool,
+    kernel: Option<LoadedKernel>,
+}
+
+impl Machine {
+    /// Makes a machine without vCPUs.
+    pub fn new(kvm: &Kvm, config: MachineConfig) -> Result<Self, MachineError> {
+        let ram = Ram::new(config.memory_bytes)?;
+        let supported =
+            kvm.fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("tell its CPUID"))?;
+        let fd = kvm.fd.create_vm().map_err(refused("create a VM"))?;
+        fd.set_tss_address(layout::KVM_TSS as usize).map_err(refused("set the TSS address"))?;
+        if config.irqchip {
+            fd.create_irq_chip().map_err(refused("create an interrupt controller"))?;
+            // Port 0x61 is the timer's, too: kernels calibrate with it.
+            let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+            fd.create_pit2(pit).map_err(refused("create a timer"))?;
+        }
+        kick::install_handler()
+            .map_err(|source| MachineError::Kvm { operation: "install a signal handler", source })?;
+        let vm = Arc::new(Vm::new(fd, ram, kvm.fd.get_nr_memslots())?);
+        Ok(Self { vm, supported, config, sync_regs: kvm.sync_regs, kernel: None })
+    }
+
+    /// The machine's RAM.
+    pub fn ram(&self) -> &Ram {
+        self.vm.ram()
+    }
+
+    /// Loads a kernel with its command line. The vCPU 0 created next starts there.
+    pub fn load(&mut self, image: &[u8], cmdline: &str) -> Result<LoadedKernel, LoadError> {
+        let kernel = loader::load(self.ram(), image, cmdline)?;
+        self.kernel = Some(kernel);
+        Ok(kernel)
+    }
+
+    /// Creates a vCPU. Number 0 starts at the loaded kernel's entry; others wait to be started by it.
+    pub fn create_vcpu(&self, id: u8) -> Result<Vcpu, MachineError> {
+        let fd = self.vm.fd().create_vcpu(u64::from(id)).map_err(refused("create a vCPU"))?;
+        let wanted = cpuid::table(&self.supported, &self.config.extra_cpuid, self.config.irqchip, id)?;
+        fd.set_cpuid2(&wanted).map_err(refused("set CPUID"))?;
+        if log::log_enabled!(log::Level::Debug)
+            && let Ok(got) = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES)
+        {
+            for difference in cpuid::differences(&wanted, &got) {
+                log::debug!("the host's CPUID differs from the one wanted: {difference}");
+            }
+        }
+        let mut vcpu = Vcpu::new(fd, id, self.sync_regs, self.vm.clone());
+        if let (0, Some(kernel)) = (id, self.kernel) {
+            vcpu.set_boot_state(kernel.entry)?;
+        }
+        Ok(vcpu)
+    }
+
+    /// Shows host memory to the guest as a memslot. A guest write to a `readonly` one is a
+    /// [`vcpu::VmExit::MmioWrite`].
+    ///
+    /// # Safety
+    /// The `len` bytes at `host` are mapped, belong to nobody who would mind that the guest writes them (unless
+    /// `readonly`), and stay so until [`Machine::unmap`], or until the machine and all its vCPUs are dropped.
+    pub unsafe fn map(
+        &self,
+        gpa: GuestAddress,
+        host: *mut u8,
+        len: u64,
+        readonly: bool,
+    ) -> Result<SlotId, MapError> {
+        // SAFETY: the same promise.
+        unsafe { self.vm.map(gpa, host, len, readonly) }
+    }
+
+    /// Takes a memslot away. Its number is used again.
+    pub fn unmap(&self, slot: SlotId) -> Result<(), MapError> {
+        self.vm.unmap(slot)
+    }
+
+    /// A line of the interrupt controller; `None` when the machine has none.
+    pub fn irq_line(&self, irq: u32) -> Option<IrqLine> {
+        self.config.irqchip.then(|| IrqLine { vm: self.vm.clone(), irq })
+    }
+}
+
+/// One input of the interrupt controller.
+#[derive(Clone, Debug)]
+pub struct IrqLine {
+    vm: Arc<Vm>,
+    irq: u32,
+}
+
+impl IrqLine {
+    /// Raises the line and lowers it again.
+    pub fn pulse(&self) -> io::Result<()> {
+        self.vm.fd().set_irq_line(self.irq, true)?;
+        Ok(self.vm.fd().set_irq_line(self.irq, false)?)
+    }
+}
