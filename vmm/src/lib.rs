@@ -1,4 +1,7 @@
 //! Umbra: boots an x86_64 kernel as a KVM guest, keeps its shadow memory outside of it, and reports its
 //! memory errors.
 
+pub mod hypercall;
 pub mod machine;
+pub mod report;
+pub mod shadow;

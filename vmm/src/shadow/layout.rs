@@ -1,0 +1,134 @@
+//! Where the shadow windows lie in guest-physical memory: above RAM, the page window first.
+
+use umbra_shadow::codes::{GRANULE_SHIFT, PAGE_SHIFT, PAGE_SIZE};
+
+/// Bytes of byte shadow that are mapped at once: 64 shadow pages, for 2 MiB of guest memory. One exit then
+/// serves a large page of the guest, and a 4 GiB guest needs at most 2,048 memory slots.
+pub const CHUNK_BYTES: u64 = 256 << 10;
+/// Bytes of guest memory whose byte shadow is one chunk.
+pub const CHUNK_COVERS: u64 = CHUNK_BYTES << GRANULE_SHIFT;
+
+/// Both windows start at multiples of this, so that a guest can map them with its largest pages.
+const WINDOW_ALIGN: u64 = 1 << 30;
+/// No window below this address, where devices and the interrupt controllers are.
+const LOWEST_WINDOW: u64 = 4 << 30;
+/// The end of the largest guest memory that is accepted. It keeps the tables of this module small whatever a
+/// command line asks for.
+const MAX_RAM_END: u64 = 4 << 40;
+
+/// A guest-physical range that shows shadow memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Guest-physical start.
+    pub gpa: u64,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+impl Window {
+    /// The first guest-physical address behind it.
+    pub fn end(&self) -> u64 {
+        self.gpa.saturating_add(self.bytes)
+    }
+
+    /// The offset of `[gpa, gpa + len)` in the window, if all of it lies inside.
+    pub fn offset(&self, gpa: u64, len: u64) -> Option<u64> {
+        let offset = gpa.checked_sub(self.gpa)?;
+        (offset.checked_add(len)? <= self.bytes).then_some(offset)
+    }
+}
+
+/// Guest memory that no windows can be laid out for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("guest memory that ends at {ram_end:#x} is not a multiple of 4 KiB between 4 KiB and 4 TiB")]
+pub struct LayoutError {
+    /// The end of guest memory that was asked for.
+    pub ram_end: u64,
+}
+
+/// The place of both windows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// The first address behind guest memory; everything below it has shadow.
+    pub ram_end: u64,
+    /// One byte for each page, at index `gpa >> 12`. Whole 4 KiB pages.
+    pub page: Window,
+    /// One byte for each 8 bytes, at index `gpa >> 3`. Whole chunks.
+    pub byte: Window,
+}
+
+impl Layout {
+    /// Lays out the windows for guest memory that ends at `ram_end`.
+    pub fn new(ram_end: u64) -> Result<Self, LayoutError> {
+        if ram_end == 0 || !ram_end.is_multiple_of(PAGE_SIZE) || ram_end > MAX_RAM_END {
+            return Err(LayoutError { ram_end });
+        }
+        let page = Window {
+            gpa: ram_end.max(LOWEST_WINDOW).next_multiple_of(WINDOW_ALIGN),
+            bytes: (ram_end >> PAGE_SHIFT).next_multiple_of(PAGE_SIZE),
+        };
+        let byte = Window {
+            gpa: page.end().next_multiple_of(WINDOW_ALIGN),
+            bytes: (ram_end >> GRANULE_SHIFT).next_multiple_of(CHUNK_BYTES),
+        };
+        Ok(Self { ram_end, page, byte })
+    }
+
+    /// The first guest-physical address above everything: the guest's physical addresses must reach it.
+    pub fn end(&self) -> u64 {
+        self.byte.end()
+    }
+
+    /// Chunks of the byte window.
+    pub fn chunks(&self) -> usize {
+        // At most 2^21, by MAX_RAM_END.
+        (self.byte.bytes / CHUNK_BYTES) as usize
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_lie_above_ram_and_cover_it() {
+        for ram_end in
+            [4096, 5 << 20, 128 << 20, 256 << 20, 3 << 30, 4 << 30, (5 << 30) + 4096, 1 << 40, MAX_RAM_END]
+        {
+            let layout = Layout::new(ram_end).unwrap();
+            assert!(layout.page.gpa >= ram_end && layout.page.gpa >= LOWEST_WINDOW, "{layout:x?}");
+            assert_eq!(layout.byte.gpa, layout.page.gpa + WINDOW_ALIGN, "{layout:x?}");
+            assert!(layout.page.bytes >= ram_end / 4096 && layout.page.bytes < ram_end / 4096 + 4096);
+            assert!(layout.byte.bytes >= ram_end / 8 && layout.byte.bytes < ram_end / 8 + CHUNK_BYTES);
+            // The page shadow of every chunk, the last one included, lies in the page window.
+            assert!(layout.chunks() as u64 * (CHUNK_COVERS >> PAGE_SHIFT) <= layout.page.bytes);
+        }
+        assert_eq!(
+            Layout::new(256 << 20).unwrap(),
+            Layout {
+                ram_end: 256 << 20,
+                page: Window { gpa: 4 << 30, bytes: 64 << 10 },
+                byte: Window { gpa: 5 << 30, bytes: 32 << 20 }
+            }
+        );
+    }
+
+    #[test]
+    fn absurd_memory_is_refused() {
+        for ram_end in [0, 1, 4095, 4097, MAX_RAM_END + 4096, u64::MAX, 1 << 63] {
+            assert_eq!(Layout::new(ram_end), Err(LayoutError { ram_end }));
+        }
+    }
+
+    #[test]
+    fn offsets_stay_inside() {
+        let window = Window { gpa: 0x1000, bytes: 0x100 };
+        assert_eq!(window.offset(0x1000, 0x100), Some(0));
+        assert_eq!(window.offset(0x10ff, 1), Some(0xff));
+        for (gpa, len) in
+            [(0xfff, 1), (0x1000, 0x101), (0x10ff, 2), (0x1100, 1), (u64::MAX, 8), (0x1001, u64::MAX)]
+        {
+            assert_eq!(window.offset(gpa, len), None, "{gpa:#x}+{len:#x}");
+        }
+    }
+}

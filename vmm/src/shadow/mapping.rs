@@ -1,0 +1,262 @@
+//! Host memory that guest and VMM share: the one place with raw pointers, behind bounds-checked offsets.
+//!
+//! A guest's vCPUs read and write this memory at any time. So no reference into it is ever made, every
+//! access is volatile, and a value is read once and then used.
+
+use std::{
+    io,
+    ops::Range,
+    ptr::{self, NonNull},
+    sync::Arc,
+};
+
+/// Size of a host page. Umbra runs on x86_64 only.
+pub const HOST_PAGE: u64 = 4096;
+
+/// Address space of this process, with an inaccessible page before and behind the part that is used.
+///
+/// The guard pages keep the kernel from merging the part with a neighbour, so that it has lines of its own in
+/// `/proc/self/smaps`; and they turn a stray access into a fault.
+#[derive(Debug)]
+pub struct Reservation {
+    start: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: it only owns address space; access goes through `Mapping`.
+unsafe impl Send for Reservation {}
+// SAFETY: as above; there is no access through a shared `Reservation`.
+unsafe impl Sync for Reservation {}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        // SAFETY: the range is exactly what `mmap` gave `Mapping::new`, and nothing points into it any more:
+        // `Mapping`s hold this value alive, and so do those whom it was handed to as keep-alive.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.bytes) };
+    }
+}
+
+/// Zeroed anonymous memory that is resident only where it was written.
+#[derive(Debug)]
+pub struct Mapping {
+    reservation: Arc<Reservation>,
+    start: NonNull<u8>,
+    bytes: u64,
+}
+
+// SAFETY: a `Mapping` is the only one in this process that accesses its memory, and writes need `&mut`.
+unsafe impl Send for Mapping {}
+// SAFETY: `&self` only reads, with volatile accesses.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps `bytes` bytes, rounded up to whole pages.
+    pub fn new(bytes: u64) -> io::Result<Self> {
+        let bytes = bytes.checked_next_multiple_of(HOST_PAGE).ok_or(io::ErrorKind::InvalidInput)?;
+        let total = bytes
+            .checked_add(2 * HOST_PAGE)
+            .and_then(|total| usize::try_from(total).ok())
+            .ok_or(io::ErrorKind::InvalidInput)?;
+        // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no existing memory.
+        let raw = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                total,
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if raw == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = NonNull::new(raw.cast::<u8>()).ok_or(io::ErrorKind::AddrNotAvailable)?;
+        let reservation = Arc::new(Reservation { start: base, bytes: total });
+        // SAFETY: one page into a mapping of at least two pages.
+        let start = unsafe { base.add(HOST_PAGE as usize) };
+        // SAFETY: start and length lie inside the mapping made above, which nobody else uses yet.
+        if unsafe {
+            libc::mprotect(start.as_ptr().cast(), bytes as usize, libc::PROT_READ | libc::PROT_WRITE)
+        } != 0
+        {
+            return Err(io::Error::last_os_error());
+        }
+        // Where huge pages are always on, one written byte would cost 2 MiB. A kernel built without them
+        // refuses the advice, and then there is nothing to refuse.
+        // SAFETY: as above; the advice changes no contents.
+        unsafe { libc::madvise(start.as_ptr().cast(), bytes as usize, libc::MADV_NOHUGEPAGE) };
+        Ok(Self { reservation, start, bytes })
+    }
+
+    /// What keeps the address space mapped, for those who hand it to a guest.
+    pub fn keep_alive(&self) -> Arc<Reservation> {
+        self.reservation.clone()
+    }
+
+    /// Addresses of this process.
+    pub fn range(&self) -> Range<u64> {
+        let start = self.start.as_ptr() as u64;
+        start..start + self.bytes
+    }
+
+    /// The host address of `[at, at + len)`, if it lies inside.
+    pub fn pointer(&self, at: u64, len: u64) -> Option<*mut u8> {
+        if at.checked_add(len)? > self.bytes {
+            return None;
+        }
+        // SAFETY: `at` is at most `bytes`, so the result points into the mapping or to its trailing guard page.
+        Some(unsafe { self.start.as_ptr().add(at as usize) })
+    }
+
+    /// Reads one byte.
+    pub fn load(&self, at: u64) -> Option<u8> {
+        let pointer = self.pointer(at, 1)?;
+        // SAFETY: one readable byte inside the mapping; volatile because a guest may write it meanwhile.
+        Some(unsafe { pointer.read_volatile() })
+    }
+
+    /// Reads 8 bytes, little endian. `at` is a multiple of 8.
+    pub fn load_u64(&self, at: u64) -> Option<u64> {
+        if !at.is_multiple_of(8) {
+            return None;
+        }
+        let pointer = self.pointer(at, 8)?.cast::<u64>();
+        // SAFETY: eight readable bytes inside the mapping, aligned because its start is page-aligned and `at` is
+        // a multiple of 8; volatile because a guest may write them meanwhile.
+        Some(unsafe { pointer.read_volatile() })
+    }
+
+    /// Reads `to.len()` bytes. `None` if they do not all lie inside; `to` is unchanged then.
+    pub fn read(&self, at: u64, to: &mut [u8]) -> Option<()> {
+        let pointer = self.pointer(at, to.len() as u64)?;
+        for (i, byte) in to.iter_mut().enumerate() {
+            // SAFETY: `i` is below the length that was checked; volatile because a guest may write meanwhile.
+            *byte = unsafe { pointer.add(i).read_volatile() };
+        }
+        Some(())
+    }
+
+    /// Writes `from`. `None`, and nothing written, if it does not all fit.
+    pub fn write(&mut self, at: u64, from: &[u8]) -> Option<()> {
+        let pointer = self.pointer(at, from.len() as u64)?;
+        for (i, byte) in from.iter().enumerate() {
+            // SAFETY: `i` is below the length that was checked; volatile because a guest may access it meanwhile.
+            unsafe { pointer.add(i).write_volatile(*byte) };
+        }
+        Some(())
+    }
+
+    /// Sets `len` bytes. `None`, and nothing written, if they do not all lie inside.
+    pub fn fill(&mut self, at: u64, len: u64, value: u8) -> Option<()> {
+        let pointer = self.pointer(at, len)?;
+        let head = (at.next_multiple_of(8) - at).min(len);
+        let words = (len - head) / 8;
+        let word = u64::from_ne_bytes([value; 8]);
+        for i in (0..head).chain(head + words * 8..len) {
+            // SAFETY: `i` is below `len`, which was checked; volatile because a guest may access it meanwhile.
+            unsafe { pointer.add(i as usize).write_volatile(value) };
+        }
+        for i in 0..words {
+            // SAFETY: `head + 8 * words` is at most `len`; behind the head the address is a multiple of 8.
+            unsafe { pointer.add((head + 8 * i) as usize).cast::<u64>().write_volatile(word) };
+        }
+        Some(())
+    }
+
+    /// Makes `[at, at + len)` resident, without changing it.
+    pub fn touch(&mut self, at: u64, len: u64) -> Option<()> {
+        let pointer = self.pointer(at, len)?;
+        let mut offset = 0;
+        while offset < len {
+            // SAFETY: `offset` is below `len`, which was checked. No guest runs on memory that is made resident
+            // (it is done before the memory gets a slot), so that reading and writing back loses no store.
+            unsafe {
+                let byte = pointer.add(offset as usize);
+                byte.write_volatile(byte.read_volatile());
+            }
+            offset += HOST_PAGE;
+        }
+        Some(())
+    }
+
+    /// Whether each page of `[at, at + len)` is in memory. Both are multiples of 4096.
+    pub fn populated(&self, at: u64, len: u64) -> io::Result<Vec<bool>> {
+        let pointer = self.pages(at, len)?;
+        let mut vector = vec![0u8; (len / HOST_PAGE) as usize];
+        // SAFETY: the range is page-aligned and inside the mapping; `vector` has one byte for each page.
+        if unsafe { libc::mincore(pointer.cast(), len as usize, vector.as_mut_ptr()) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(vector.into_iter().map(|byte| byte & 1 != 0).collect())
+    }
+
+    /// Gives the host memory of `[at, at + len)` back; it reads as zero from then on. Both are multiples of 4096.
+    pub fn discard(&mut self, at: u64, len: u64) -> io::Result<()> {
+        let pointer = self.pages(at, len)?;
+        // SAFETY: the range is page-aligned and inside the mapping; no references into it exist. A guest that has
+        // it in a slot is kept coherent by KVM.
+        if unsafe { libc::madvise(pointer.cast(), len as usize, libc::MADV_DONTNEED) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    fn pages(&self, at: u64, len: u64) -> io::Result<*mut u8> {
+        if !at.is_multiple_of(HOST_PAGE) || !len.is_multiple_of(HOST_PAGE) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.pointer(at, len).ok_or_else(|| io::ErrorKind::InvalidInput.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fill_writes_exactly_its_range() {
+        let mut mapping = Mapping::new(HOST_PAGE).unwrap();
+        for at in 0..20u64 {
+            for len in 0..40u64 {
+                mapping.fill(0, 128, 0).unwrap();
+                mapping.fill(at, len, 0xfc).unwrap();
+                for i in 0..128 {
+                    let expected = if (at..at + len).contains(&i) { 0xfc } else { 0 };
+                    assert_eq!(mapping.load(i), Some(expected), "{at}+{len}: {i}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_reaches_outside() {
+        let mut mapping = Mapping::new(1).unwrap();
+        assert_eq!(mapping.range().end - mapping.range().start, HOST_PAGE);
+        mapping.fill(HOST_PAGE - 8, 8, 0xfe).unwrap();
+        assert_eq!(mapping.load(HOST_PAGE), None);
+        assert_eq!(mapping.load_u64(HOST_PAGE - 8), Some(u64::from_ne_bytes([0xfe; 8])));
+        assert_eq!(mapping.load_u64(HOST_PAGE - 7), None);
+        assert_eq!(mapping.load_u64(u64::MAX - 7), None);
+        assert_eq!(mapping.fill(HOST_PAGE - 1, 2, 0), None);
+        assert_eq!(mapping.fill(1, u64::MAX, 0), None);
+        assert_eq!(mapping.write(HOST_PAGE - 1, &[0; 2]), None);
+        assert_eq!(mapping.read(HOST_PAGE - 1, &mut [0; 2]), None);
+        assert_eq!(mapping.load(HOST_PAGE - 1), Some(0xfe));
+        assert!(mapping.discard(0, 2 * HOST_PAGE).is_err());
+        assert!(mapping.discard(1, HOST_PAGE).is_err());
+        assert!(mapping.populated(HOST_PAGE, HOST_PAGE).is_err());
+        assert!(Mapping::new(u64::MAX).is_err());
+        assert!(Mapping::new(1 << 62).is_err());
+    }
+
+    #[test]
+    fn discard_gives_back_only_its_pages() {
+        let mut mapping = Mapping::new(4 * HOST_PAGE).unwrap();
+        mapping.fill(0, 3 * HOST_PAGE, 7).unwrap();
+        assert_eq!(mapping.populated(0, 4 * HOST_PAGE).unwrap(), [true, true, true, false]);
+        mapping.discard(HOST_PAGE, HOST_PAGE).unwrap();
+        assert_eq!(mapping.populated(0, 4 * HOST_PAGE).unwrap(), [true, false, true, false]);
+        assert_eq!([0, 1, 2].map(|page| mapping.load(page * HOST_PAGE)), [Some(7), Some(0), Some(7)]);
+    }
+}

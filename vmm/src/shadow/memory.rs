@@ -1,0 +1,243 @@
+//! The shadow bytes themselves, as the model of `umbra-shadow` wants them: by guest-physical address.
+
+use umbra_shadow::{
+    codes::{GRANULE_SHIFT, PAGE_BUSY, PAGE_BYTES, PAGE_SHIFT, SHADOW_PER_PAGE},
+    memory::ShadowMemory,
+};
+
+use super::{
+    layout::{CHUNK_BYTES, CHUNK_COVERS, Layout},
+    mapping::Mapping,
+};
+
+/// Pages of guest memory behind one chunk of byte shadow.
+const CHUNK_PAGES: u64 = CHUNK_COVERS >> PAGE_SHIFT;
+
+/// Page shadow and byte shadow of a whole guest in host memory.
+///
+/// Reads are safe while guest vCPUs run; each value is read once. Byte shadow of a chunk that was never
+/// mapped reads as zero and costs nothing. A write to such a chunk maps it as far as accounting goes;
+/// [`super::Windows`] makes sure beforehand that the limit allows it.
+#[derive(Debug)]
+pub struct HostShadow {
+    layout: Layout,
+    /// `None` for a full shadow, where every page is byte-checked.
+    pub(super) page: Option<Mapping>,
+    pub(super) byte: Mapping,
+    /// Which chunks may hold host memory: mapped for the guest, or written by the VMM.
+    mapped: Vec<bool>,
+    mapped_chunks: u64,
+    mapped_peak_chunks: u64,
+    /// Byte-checked pages, as far as the VMM itself changed the page shadow: all of them in `sync` mode.
+    tracked_pages: i64,
+    tracked_peak_pages: i64,
+}
+
+impl HostShadow {
+    pub(super) fn new(layout: Layout, page: Option<Mapping>, byte: Mapping) -> Self {
+        Self {
+            layout,
+            page,
+            byte,
+            mapped: vec![false; layout.chunks()],
+            mapped_chunks: 0,
+            mapped_peak_chunks: 0,
+            tracked_pages: 0,
+            tracked_peak_pages: 0,
+        }
+    }
+
+    /// Where the guest sees the two shadows.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Whether `chunk` may hold host memory.
+    pub(super) fn is_mapped(&self, chunk: usize) -> bool {
+        self.mapped.get(chunk).copied().unwrap_or(false)
+    }
+
+    /// Counts `chunk` as mapped, or no longer.
+    pub(super) fn set_mapped(&mut self, chunk: usize, mapped: bool) {
+        match self.mapped.get_mut(chunk) {
+            Some(was) if *was != mapped => {
+                *was = mapped;
+                if mapped {
+                    self.mapped_chunks += 1;
+                    self.mapped_peak_chunks = self.mapped_peak_chunks.max(self.mapped_chunks);
+                } else {
+                    self.mapped_chunks -= 1;
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Bytes of byte shadow that may hold host memory now.
+    pub fn mapped_bytes(&self) -> u64 {
+        self.mapped_chunks * CHUNK_BYTES
+    }
+
+    /// The most that [`Self::mapped_bytes`] has been.
+    pub fn mapped_peak_bytes(&self) -> u64 {
+        self.mapped_peak_chunks * CHUNK_BYTES
+    }
+
+    /// The chunks for which [`Self::is_mapped`] holds, in order.
+    pub(super) fn mapped_chunks(&self) -> impl Iterator<Item = usize> + '_ {
+        self.mapped.iter().enumerate().filter(|(_, mapped)| **mapped).map(|(chunk, _)| chunk)
+    }
+
+    /// Whether any page of `chunk` is byte-checked or on its way to be.
+    pub(super) fn chunk_in_use(&self, chunk: usize) -> bool {
+        (0..CHUNK_BYTES / super::mapping::HOST_PAGE).any(|page| self.shadow_page_in_use(chunk, page))
+    }
+
+    /// Whether any of the eight guest pages behind shadow page `page` of `chunk` is byte-checked or on its way
+    /// to be.
+    pub(super) fn shadow_page_in_use(&self, chunk: usize, page: u64) -> bool {
+        match &self.page {
+            None => true,
+            Some(mapping) => {
+                mapping.load_u64(chunk as u64 * CHUNK_PAGES + page * 8).is_none_or(any_byte_checked)
+            }
+        }
+    }
+
+    /// Bytes of byte shadow that byte-checked pages in mapped chunks use now.
+    pub fn used_bytes(&self) -> u64 {
+        let Some(mapping) = &self.page else {
+            return self.layout.ram_end >> GRANULE_SHIFT;
+        };
+        let pages: u64 = self
+            .mapped_chunks()
+            .map(|chunk| {
+                let first = chunk as u64 * CHUNK_PAGES;
+                (first..first + CHUNK_PAGES)
+                    .step_by(8)
+                    .filter_map(|at| mapping.load_u64(at))
+                    .map(|word| word.to_ne_bytes().iter().filter(|byte| **byte == PAGE_BYTES).count() as u64)
+                    .sum::<u64>()
+            })
+            .sum();
+        pages * SHADOW_PER_PAGE
+    }
+
+    /// The most that byte-checked pages have used, as far as the VMM itself changed the page shadow. Exact in
+    /// `sync` mode, where nobody else does.
+    pub(super) fn tracked_peak_bytes(&self) -> u64 {
+        self.tracked_peak_pages.max(0) as u64 * SHADOW_PER_PAGE
+    }
+}
+
+/// Whether one of the eight page-shadow values in `word` is [`PAGE_BYTES`] or [`PAGE_BUSY`].
+fn any_byte_checked(word: u64) -> bool {
+    word.to_ne_bytes().iter().any(|byte| matches!(*byte, PAGE_BYTES | PAGE_BUSY))
+}
+
+impl ShadowMemory for HostShadow {
+    fn base(&self) -> u64 {
+        0
+    }
+
+    fn limit(&self) -> u64 {
+        self.layout.ram_end
+    }
+
+    fn page(&self, addr: u64) -> u8 {
+        match &self.page {
+            Some(mapping) => mapping.load(addr >> PAGE_SHIFT).unwrap_or(0),
+            None => PAGE_BYTES,
+        }
+    }
+
+    fn set_pages(&mut self, addr: u64, pages: u64, value: u8) {
+        let Some(mapping) = &mut self.page else { return };
+        let first = addr >> PAGE_SHIFT;
+        if mapping.pointer(first, pages).is_none() {
+            return;
+        }
+        let before = (first..first + pages).filter(|at| mapping.load(*at) == Some(PAGE_BYTES)).count();
+        mapping.fill(first, pages, value);
+        let after = if value == PAGE_BYTES { pages } else { 0 };
+        self.tracked_pages += after as i64 - before as i64;
+        self.tracked_peak_pages = self.tracked_peak_pages.max(self.tracked_pages);
+    }
+
+    fn byte(&self, addr: u64) -> u8 {
+        // A read would make no host memory resident, but a page table for the shared zero page.
+        if !self.is_mapped((addr / CHUNK_COVERS) as usize) {
+            return 0;
+        }
+        self.byte.load(addr >> GRANULE_SHIFT).unwrap_or(0)
+    }
+
+    fn set_bytes(&mut self, addr: u64, granules: u64, value: u8) {
+        let first = addr >> GRANULE_SHIFT;
+        if granules == 0 || self.byte.fill(first, granules, value).is_none() {
+            return;
+        }
+        for chunk in first / CHUNK_BYTES..=(first + granules - 1) / CHUNK_BYTES {
+            self.set_mapped(chunk as usize, true);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use umbra_shadow::codes::{FREE_PAGE, PAGE_VALID, SLAB_REDZONE};
+
+    use super::*;
+
+    fn shadow(ram_end: u64) -> HostShadow {
+        let layout = Layout::new(ram_end).unwrap();
+        let page = Mapping::new(layout.page.bytes).unwrap();
+        HostShadow::new(layout, Some(page), Mapping::new(layout.byte.bytes).unwrap())
+    }
+
+    #[test]
+    fn positions_are_guest_physical() {
+        let mut shadow = shadow(8 << 20);
+        shadow.set_pages(0x3fff, 2, FREE_PAGE);
+        assert_eq!(
+            [0x2fff, 0x3000, 0x4fff, 0x5000].map(|addr| shadow.page(addr)),
+            [PAGE_VALID, FREE_PAGE, FREE_PAGE, PAGE_VALID]
+        );
+        shadow.set_bytes(0x1f_fff8, 2, SLAB_REDZONE);
+        assert_eq!(
+            [0x1f_fff7, 0x1f_fff8, 0x20_0007, 0x20_0008].map(|addr| shadow.byte(addr)),
+            [0, SLAB_REDZONE, SLAB_REDZONE, 0]
+        );
+        // The two granules lie in two chunks.
+        assert_eq!(shadow.mapped_bytes(), 2 * CHUNK_BYTES);
+        assert_eq!(shadow.mapped_chunks().collect::<Vec<_>>(), [0, 1]);
+    }
+
+    #[test]
+    fn use_is_seen_in_every_position() {
+        let mut shadow = shadow(8 << 20);
+        shadow.set_mapped(1, true);
+        for page in 512..1024u64 {
+            for (value, used) in [(PAGE_BYTES, SHADOW_PER_PAGE), (PAGE_BUSY, 0)] {
+                shadow.set_pages(page << 12, 1, value);
+                assert!(shadow.chunk_in_use(1) && !shadow.chunk_in_use(0) && !shadow.chunk_in_use(2));
+                assert!(shadow.shadow_page_in_use(1, (page - 512) / 8));
+                assert_eq!(shadow.used_bytes(), used);
+            }
+            shadow.set_pages(page << 12, 1, if page % 2 == 0 { FREE_PAGE } else { PAGE_VALID });
+            assert!(!shadow.chunk_in_use(1));
+        }
+        assert_eq!(shadow.tracked_peak_bytes(), SHADOW_PER_PAGE);
+    }
+
+    #[test]
+    fn the_model_cannot_reach_outside() {
+        let mut shadow = shadow(4096);
+        shadow.set_bytes(u64::MAX, u64::MAX, 1);
+        shadow.set_bytes(0, CHUNK_BYTES + 1, 1);
+        shadow.set_pages(u64::MAX, 1, 1);
+        shadow.set_pages(0, u64::MAX, 1);
+        assert_eq!((shadow.page(0), shadow.byte(0), shadow.mapped_bytes()), (0, 0, 0));
+        assert_eq!((shadow.page(u64::MAX), shadow.byte(u64::MAX)), (0, 0));
+    }
+}

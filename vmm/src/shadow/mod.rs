@@ -1,0 +1,24 @@
+//! The host side of shadow memory: the windows a guest sees it through, what they cost, giving host memory
+//! back, and who allocated and freed the memory that the shadow describes.
+//!
+//! Everything is keyed by guest-physical address, so that aliases of a page share one shadow and one history.
+
+pub mod accounting;
+pub mod layout;
+mod mapping;
+pub mod memory;
+pub mod model;
+mod names;
+pub mod objects;
+pub mod release;
+mod stacks;
+pub mod windows;
+
+
+pub use accounting::{Accounting, Figures, ProcessMemory};
+pub use layout::{CHUNK_BYTES, Layout, LayoutError, Window};
+pub use memory::HostShadow;
+pub use model::Model;
+pub use objects::{Found, ObjectLimits, Objects};
+pub use release::release_unused;
+pub use windows::{Config, FaultOutcome, Mode, Notify, ShadowError, SlotError, Slots, Windows};

@@ -1,0 +1,387 @@
+//! Provenance: which objects a guest allocated and freed, where, by which task and from which call stack.
+//!
+//! Everything here is told by the guest and bounded: the oldest freed objects are forgotten first, then new
+//! ones are not remembered, and both is counted.
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::{
+    names::{TaskNames, sanitize},
+    stacks::{StackId, Stacks},
+};
+
+/// How far from an object an address may lie to be explained by it, in bytes.
+const NEARBY: u64 = 4096;
+
+/// How much is remembered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ObjectLimits {
+    /// Objects, live and freed. About 64 bytes each.
+    pub objects: u32,
+    /// Distinct call stacks. Up to 160 bytes each.
+    pub stacks: u32,
+    /// Task names. Up to 128 bytes each.
+    pub tasks: usize,
+}
+
+impl Default for ObjectLimits {
+    fn default() -> Self {
+        Self { objects: 1 << 20, stacks: 1 << 16, tasks: 1 << 16 }
+    }
+}
+
+/// What happened to objects, and what could not be remembered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct ObjectCounts {
+    /// Allocations told.
+    pub allocations: u64,
+    /// Frees told.
+    pub frees: u64,
+    /// Frees of addresses at which no object was known.
+    pub unknown_frees: u64,
+    /// Frees of objects that were free.
+    pub repeated_frees: u64,
+    /// Freed objects forgotten to make room.
+    pub evicted: u64,
+    /// Objects not remembered because the table was full of live ones.
+    pub dropped: u64,
+    /// Call stacks not remembered because their table was full.
+    pub lost_stacks: u64,
+}
+
+/// An allocator's cache, as the guest names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cache<'a> {
+    /// The guest's id.
+    pub id: u16,
+    /// Its name, printable ASCII.
+    pub name: &'a str,
+    /// Bytes of one object slot; 0 if the guest did not say.
+    pub object_size: u64,
+}
+
+/// An allocation or a free.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Event<'a> {
+    /// The guest's task id.
+    pub task: u32,
+    /// The task's name, printable ASCII, if the guest told it.
+    pub name: Option<&'a str>,
+    /// Return addresses, innermost first.
+    pub frames: &'a [u64],
+    /// There was a call stack, but no room for it.
+    pub lost: bool,
+}
+
+/// An object that explains an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Found<'a> {
+    /// Guest-physical start.
+    pub start: u64,
+    /// Bytes that were asked for; 0 if only the free is known.
+    pub size: u64,
+    /// Whether it is allocated now.
+    pub live: bool,
+    /// Its cache, if it has one that the guest named.
+    pub cache: Option<Cache<'a>>,
+    /// Its allocation, if known.
+    pub allocated: Option<Event<'a>>,
+    /// Its free, if it was freed.
+    pub freed: Option<Event<'a>>,
+}
+
+/// Position in the table; [`END`] ends a list.
+type Index = u32;
+const END: Index = u32::MAX;
+
+/// The allocation is known.
+const ALLOCATED: u8 = 1;
+/// It was freed. Such objects are in the list of freed ones.
+const FREED: u8 = 2;
+
+/// One object.
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    start: u64,
+    /// Saturated: 4 GiB stands for that and more.
+    size: u32,
+    allocated_task: u32,
+    allocated_stack: StackId,
+    freed_task: u32,
+    freed_stack: StackId,
+    /// Neighbours in the list of freed objects; `newer` links vacant places, too.
+    older: Index,
+    newer: Index,
+    cache: u16,
+    state: u8,
+}
+
+const _: () = assert!(size_of::<Entry>() <= 48);
+
+impl Entry {
+    /// The first address behind it. An object of no bytes still has a place of its own.
+    fn end(&self) -> u64 {
+        self.start.saturating_add(u64::from(self.size.max(1)))
+    }
+}
+
+/// All objects that are remembered, by guest-physical address. No two overlap.
+#[derive(Debug)]
+pub struct Objects {
+    by_start: BTreeMap<u64, Index>,
+    entries: Vec<Entry>,
+    vacant: Index,
+    oldest_freed: Index,
+    newest_freed: Index,
+    stacks: Stacks,
+    caches: HashMap<u16, (String, u64)>,
+    tasks: TaskNames,
+    most: usize,
+    counts: ObjectCounts,
+}
+
+impl Default for Objects {
+    fn default() -> Self {
+        Self::new(ObjectLimits::default())
+    }
+}
+
+impl Objects {
+    /// An empty table.
+    pub fn new(limits: ObjectLimits) -> Self {
+        Self {
+            by_start: BTreeMap::new(),
+            entries: Vec::new(),
+            vacant: END,
+            oldest_freed: END,
+            newest_freed: END,
+            stacks: Stacks::new(limits.stacks),
+            caches: HashMap::new(),
+            tasks: TaskNames::new(limits.tasks),
+            most: limits.objects.min(END - 1) as usize,
+            counts: ObjectCounts::default(),
+        }
+    }
+
+    /// Names a cache and says how many bytes one of its object slots has.
+    pub fn name_cache(&mut self, id: u16, name: &[u8], object_size: u64) {
+        self.caches.insert(id, (sanitize(name), object_size));
+    }
+
+    /// Names a task.
+    pub fn name_task(&mut self, task: u32, name: &[u8]) {
+        self.tasks.set(task, name);
+    }
+
+    /// A task's name, printable ASCII.
+    pub fn task_name(&self, task: u32) -> Option<&str> {
+        self.tasks.get(task)
+    }
+
+    /// What happened so far.
+    pub fn counts(&self) -> ObjectCounts {
+        ObjectCounts { lost_stacks: self.stacks.lost(), ..self.counts }
+    }
+
+    /// Objects remembered now.
+    pub fn len(&self) -> usize {
+        self.by_start.len()
+    }
+
+    /// Whether none is remembered.
+    pub fn is_empty(&self) -> bool {
+        self.by_start.is_empty()
+    }
+
+    /// Distinct call stacks remembered.
+    pub fn stacks(&self) -> usize {
+        self.stacks.len()
+    }
+
+    /// `size` bytes at `gpa` were allocated. Objects that were there before are forgotten.
+    pub fn allocated(&mut self, gpa: u64, size: u64, cache: u16, task: u32, frames: &[u64]) {
+        self.counts.allocations = self.counts.allocations.saturating_add(1);
+        let mut entry = Entry {
+            start: gpa,
+            size: u32::try_from(size).unwrap_or(u32::MAX),
+            allocated_task: task,
+            allocated_stack: self.stacks.intern(frames),
+            freed_task: 0,
+            freed_stack: StackId::NONE,
+            older: END,
+            newer: END,
+            cache,
+            state: ALLOCATED,
+        };
+        let mut place = None;
+        // Those that overlap come last before its end, one after the other.
+        while let Some((&start, &index)) = self.by_start.range(..entry.end()).next_back() {
+            if self.entries[index as usize].end() <= gpa {
+                break;
+            }
+            self.unlink(index);
+            if start == gpa {
+                place = Some(index); // The usual case: the same slot again.
+                break;
+            }
+            self.by_start.remove(&start);
+            self.vacate(index);
+        }
+        if let Some(index) = place {
+            // What lies before the same start cannot overlap, as no two objects do.
+            std::mem::swap(&mut self.entries[index as usize], &mut entry);
+        } else {
+            self.insert(entry);
+        }
+    }
+
+    /// The object at `gpa` was freed.
+    pub fn freed(&mut self, gpa: u64, task: u32, frames: &[u64]) {
+        self.counts.frees = self.counts.frees.saturating_add(1);
+        if let Some(&index) = self.by_start.get(&gpa) {
+            if self.entries[index as usize].state & FREED != 0 {
+                // The first free is the one that explains later accesses.
+                self.counts.repeated_frees = self.counts.repeated_frees.saturating_add(1);
+                return;
+            }
+            let stack = self.stacks.intern(frames);
+            let entry = &mut self.entries[index as usize];
+            entry.freed_task = task;
+            entry.freed_stack = stack;
+            entry.state |= FREED;
+            self.link_freed(index);
+            return;
+        }
+        self.counts.unknown_frees = self.counts.unknown_frees.saturating_add(1);
+        let before =
+            self.by_start.range(..gpa).next_back().map(|(_, &index)| self.entries[index as usize].end());
+        if before.is_some_and(|end| end > gpa) {
+            return; // Inside another object: no object of its own.
+        }
+        let entry = Entry {
+            start: gpa,
+            size: 0,
+            allocated_task: 0,
+            allocated_stack: StackId::NONE,
+            freed_task: task,
+            freed_stack: self.stacks.intern(frames),
+            older: END,
+            newer: END,
+            cache: 0,
+            state: FREED,
+        };
+        if let Some(index) = self.insert(entry) {
+            self.link_freed(index);
+        }
+    }
+
+    /// The object that explains an access to `gpa`: the one that holds it, rest of its slot included; else
+    /// the closer one of its neighbours, if it is within 4 KiB; the left one if both are as close.
+    pub fn nearest(&self, gpa: u64) -> Option<Found<'_>> {
+        let entry = |(_, index): (&u64, &Index)| self.entries.get(*index as usize);
+        let left = self.by_start.range(..=gpa).next_back().and_then(entry);
+        let right = || {
+            let entry = self.by_start.range(gpa.checked_add(1)?..).next().and_then(entry)?;
+            Some((entry, entry.start - gpa)).filter(|(_, distance)| *distance <= NEARBY)
+        };
+        let Some(left) = left else { return right().map(|(entry, _)| self.found(entry)) };
+        let slot = self.caches.get(&left.cache).map_or(0, |(_, object_size)| *object_size);
+        let end = left.end().max(left.start.saturating_add(slot));
+        if gpa < end {
+            return Some(self.found(left));
+        }
+        let distance = gpa - end;
+        match right() {
+            Some((entry, other)) if other < distance => Some(self.found(entry)),
+            _ if distance <= NEARBY => Some(self.found(left)),
+            _ => None,
+        }
+    }
+
+    fn found(&self, entry: &Entry) -> Found<'_> {
+        let event = |task, stack| Event {
+            task,
+            name: self.tasks.get(task),
+            frames: self.stacks.get(stack),
+            lost: stack == StackId::LOST,
+        };
+        let known = entry.state & ALLOCATED != 0;
+        let freed = entry.state & FREED != 0;
+        Found {
+            start: entry.start,
+            size: u64::from(entry.size),
+            live: !freed,
+            cache: self.caches.get(&entry.cache).map(|(name, object_size)| Cache {
+                id: entry.cache,
+                name,
+                object_size: *object_size,
+            }),
+            allocated: known.then(|| event(entry.allocated_task, entry.allocated_stack)),
+            freed: freed.then(|| event(entry.freed_task, entry.freed_stack)),
+        }
+    }
+
+    /// Finds a place for a new object, at the cost of the oldest freed one if need be.
+    fn insert(&mut self, entry: Entry) -> Option<Index> {
+        if self.by_start.len() >= self.most {
+            let oldest = self.oldest_freed;
+            let Some(start) = self.entries.get(oldest as usize).map(|entry| entry.start) else {
+                self.counts.dropped = self.counts.dropped.saturating_add(1);
+                return None;
+            };
+            self.unlink(oldest);
+            self.by_start.remove(&start);
+            self.vacate(oldest);
+            self.counts.evicted = self.counts.evicted.saturating_add(1);
+        }
+        let start = entry.start;
+        let index = match self.entries.get_mut(self.vacant as usize) {
+            Some(place) => {
+                let index = self.vacant;
+                self.vacant = place.newer;
+                *place = entry;
+                index
+            }
+            None => {
+                self.entries.push(entry);
+                (self.entries.len() - 1) as Index
+            }
+        };
+        self.by_start.insert(start, index);
+        Some(index)
+    }
+
+    fn vacate(&mut self, index: Index) {
+        self.entries[index as usize].newer = self.vacant;
+        self.vacant = index;
+    }
+
+    /// Makes an object the newest freed one.
+    fn link_freed(&mut self, index: Index) {
+        let older = self.newest_freed;
+        let entry = &mut self.entries[index as usize];
+        entry.older = older;
+        entry.newer = END;
+        match self.entries.get_mut(older as usize) {
+            Some(entry) => entry.newer = index,
+            None => self.oldest_freed = index,
+        }
+        self.newest_freed = index;
+    }
+
+    /// Takes an object out of the list of freed ones, if it is in it.
+    fn unlink(&mut self, index: Index) {
+        let Entry { older, newer, state, .. } = self.entries[index as usize];
+        if state & FREED == 0 {
+            return;
+        }
+        match self.entries.get_mut(older as usize) {
+            Some(entry) => entry.newer = newer,
+            None => self.oldest_freed = newer,
+        }
+        match self.entries.get_mut(newer as usize) {
+            Some(entry) => entry.older = older,
+            None => self.newest_freed = older,
+        }
+    }
+}

@@ -1,0 +1,495 @@
+//! The windows through which a guest sees its shadow, and the policy of what backs them when.
+
+use std::{any::Any, io, ops::Range, sync::Arc};
+
+use umbra_shadow::{
+    RangeError, Shadow, ShadowMemory,
+    codes::{PAGE_SIZE, PAGE_VALID},
+};
+
+use super::{
+    accounting::{Accounting, Figures},
+    layout::{CHUNK_BYTES, CHUNK_COVERS, Layout, LayoutError, Window},
+    mapping::Mapping,
+    memory::HostShadow,
+    model::Model,
+};
+
+/// Which shadow a guest has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// One byte for each page, and byte shadow only where a page needs it.
+    PerPage,
+    /// Byte shadow for all memory, resident from the start: KASAN's own layout, to compare with.
+    Full,
+}
+
+/// Who writes the shadow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notify {
+    /// The guest.
+    Ring,
+    /// The VMM; the windows are read-only for the guest.
+    Sync,
+}
+
+/// What to make windows for.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The guest-physical ranges that are RAM, in order, page-aligned.
+    pub ram: Vec<Range<u64>>,
+    /// Which shadow.
+    pub mode: Mode,
+    /// Who writes it.
+    pub notify: Notify,
+    /// The most byte shadow that may be mapped at a time, in bytes. Less than a chunk allows none.
+    pub limit: Option<u64>,
+}
+
+/// The memory slots of a virtual machine.
+pub trait Slots {
+    /// Shows `len` bytes of host memory at `host` to the guest at `gpa`. Returns a handle for [`Self::unmap`].
+    ///
+    /// The memory stays valid until the slot is unmapped and longer: as long as the [`Windows`] that pass it or
+    /// a [`Windows::keep_alive`] of them exist. Whoever implements this must not let the guest run on
+    /// it for longer.
+    fn map(&mut self, gpa: u64, host: *mut u8, len: u64, readonly: bool) -> Result<u32, SlotError>;
+
+    /// Takes a slot away. When it returns no vCPU can reach the memory any more.
+    fn unmap(&mut self, slot: u32) -> Result<(), SlotError>;
+}
+
+/// A memory slot could not be changed.
+#[derive(Debug, thiserror::Error)]
+pub enum SlotError {
+    /// The host allows no more of them.
+    #[error("the host allows no more than {0} memory slots")]
+    Exhausted(u32),
+    /// The kernel refused.
+    #[error("the kernel refused the memory slot")]
+    Kernel(#[source] io::Error),
+}
+
+/// Why shadow could not be provided or accessed.
+#[derive(Debug, thiserror::Error)]
+pub enum ShadowError {
+    /// No windows for such memory.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The ranges of RAM are not in order, or not page-aligned.
+    #[error("guest memory range {start:#x}..{end:#x} is empty, misaligned or out of order")]
+    Ram {
+        /// Guest-physical start.
+        start: u64,
+        /// Guest-physical end.
+        end: u64,
+    },
+    /// The host did not give the address space or the memory.
+    #[error("cannot reserve {bytes} bytes for shadow memory")]
+    Reserve {
+        /// How much was asked for.
+        bytes: u64,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// More byte shadow is needed than is allowed.
+    #[error("byte shadow needs {needed} bytes, over the limit of {limit}")]
+    Limit {
+        /// The limit, in bytes.
+        limit: u64,
+        /// What would be mapped, in bytes.
+        needed: u64,
+    },
+    /// The access does not lie inside one window.
+    #[error("access of {len} bytes at guest-physical {gpa:#x} is not inside a shadow window")]
+    OutsideWindow {
+        /// Guest-physical address.
+        gpa: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// The access lies in a chunk that is not mapped.
+    #[error("shadow at guest-physical {gpa:#x} is not mapped")]
+    Unmapped {
+        /// Guest-physical address.
+        gpa: u64,
+    },
+    /// The model refuses the change.
+    #[error(transparent)]
+    Range(#[from] RangeError),
+    /// A memory slot could not be changed.
+    #[error("cannot change the memory slot of the shadow at guest-physical {gpa:#x}")]
+    Slot {
+        /// Guest-physical address.
+        gpa: u64,
+        /// Why not.
+        #[source]
+        source: SlotError,
+    },
+    /// The kernel refused something else.
+    #[error("cannot {what}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl ShadowError {
+    pub(super) fn host(what: &'static str) -> impl Fn(io::Error) -> Self {
+        move |source| Self::Host { what, source }
+    }
+}
+
+/// What a guest's access to a window came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultOutcome {
+    /// Shadow was mapped there; the access can be completed.
+    Mapped,
+    /// It was mapped before, by another vCPU that came first; the access can be completed.
+    AlreadyMapped,
+    /// A store to a window that is read-only for the guest. Nothing was changed.
+    Tampering,
+}
+
+/// A place in one of the windows.
+enum Place {
+    Page(u64),
+    Byte(u64),
+}
+
+/// All shadow memory of a guest.
+///
+/// One thread at a time changes it; the guest's vCPUs access the memory behind it meanwhile.
+#[derive(Debug)]
+pub struct Windows {
+    pub(super) model: Model,
+    pub(super) accounting: Accounting,
+    notify: Notify,
+    limit: u64,
+    /// The memory slot of each chunk that the guest can see.
+    slots: Vec<Option<u32>>,
+}
+
+impl Windows {
+    /// Reserves the shadow and maps what is there from the start: the page window, or the whole of a full
+    /// shadow, which is made resident too.
+    pub fn new(config: &Config, slots: &mut dyn Slots) -> Result<Self, ShadowError> {
+        let mut ram_end = 0;
+        for Range { start, end } in &config.ram {
+            if *start < ram_end || start >= end || !start.is_multiple_of(PAGE_SIZE) {
+                return Err(ShadowError::Ram { start: *start, end: *end });
+            }
+            ram_end = *end;
+        }
+        let layout = Layout::new(ram_end)?;
+        let reserve = |bytes| Mapping::new(bytes).map_err(|source| ShadowError::Reserve { bytes, source });
+        let limit = config.limit.unwrap_or(u64::MAX);
+        let readonly = config.notify == Notify::Sync;
+        let mut byte = reserve(layout.byte.bytes)?;
+        let slot_error = |gpa| move |source| ShadowError::Slot { gpa, source };
+
+        let page = match config.mode {
+            Mode::PerPage => {
+                let mut page = reserve(layout.page.bytes)?;
+                page.touch(0, layout.page.bytes);
+                let host = page.range().start as *mut u8;
+                slots
+                    .map(layout.page.gpa, host, layout.page.bytes, readonly)
+                    .map_err(slot_error(layout.page.gpa))?;
+                Some(page)
+            }
+            Mode::Full => {
+                if layout.byte.bytes > limit {
+                    return Err(ShadowError::Limit { limit, needed: layout.byte.bytes });
+                }
+                for Range { start, end } in &config.ram {
+                    byte.touch(start / 8, (end - start) / 8);
+                }
+                let host = byte.range().start as *mut u8;
+                slots
+                    .map(layout.byte.gpa, host, layout.byte.bytes, readonly)
+                    .map_err(slot_error(layout.byte.gpa))?;
+                None
+            }
+        };
+
+        let page_bytes = if page.is_some() { layout.page.bytes } else { 0 };
+        let accounting = Accounting::new(byte.range(), page_bytes);
+        let mut shadow = HostShadow::new(layout, page, byte);
+        if config.mode == Mode::Full {
+            for chunk in 0..layout.chunks() {
+                shadow.set_mapped(chunk, true);
+            }
+        }
+        Ok(Self {
+            model: Model::new(shadow),
+            accounting,
+            notify: config.notify,
+            limit,
+            slots: vec![None; layout.chunks()],
+        })
+    }
+
+    /// Which shadow it is.
+    pub fn mode(&self) -> Mode {
+        match self.model {
+            Model::PerPage(_) => Mode::PerPage,
+            Model::Full(_) => Mode::Full,
+        }
+    }
+
+    /// Who writes it.
+    pub fn notify(&self) -> Notify {
+        self.notify
+    }
+
+    /// The page window; a full shadow has none.
+    pub fn page_window(&self) -> Option<Window> {
+        (self.mode() == Mode::PerPage).then_some(self.model.memory().layout().page)
+    }
+
+    /// The byte window.
+    pub fn byte_window(&self) -> Window {
+        self.model.memory().layout().byte
+    }
+
+    /// Whether `gpa` lies in one of the windows.
+    pub fn contains(&self, gpa: u64) -> bool {
+        self.place(gpa, 1).is_ok()
+    }
+
+    /// The shadow, for checks and reports, by guest-physical address. Safe while vCPUs run, but what they
+    /// write in ring mode may change from one question to the next.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Poisons guest memory on the guest's behalf, in sync mode. In ring mode guests write the shadow
+    /// themselves and promotions of theirs could be under way: do not call it then.
+    ///
+    /// # Errors
+    /// The range or the code is wrong, or the limit is reached: the shadow is unchanged then.
+    pub fn poison(&mut self, gpa: u64, len: u64, code: u8, slots: &mut dyn Slots) -> Result<(), ShadowError> {
+        self.make_room_for_change(gpa, len, code, slots)?;
+        Ok(self.model.poison(gpa, len, code)?)
+    }
+
+    /// Unpoisons guest memory on the guest's behalf; see [`Self::poison`].
+    ///
+    /// # Errors
+    /// The range is wrong, or the limit is reached: the shadow is unchanged then.
+    pub fn unpoison(&mut self, gpa: u64, len: u64, slots: &mut dyn Slots) -> Result<(), ShadowError> {
+        self.make_room_for_change(gpa, len, PAGE_VALID, slots)?;
+        Ok(self.model.unpoison(gpa, len)?)
+    }
+
+    /// Keeps all memory that was given to [`Slots`] valid.
+    pub fn keep_alive(&self) -> Arc<dyn Any + Send + Sync> {
+        Arc::new((
+            self.model.memory().page.as_ref().map(Mapping::keep_alive),
+            self.model.memory().byte.keep_alive(),
+        ))
+    }
+
+    /// A guest touched `len` bytes of a window at `gpa` and had no slot there, or no right to write. Maps all
+    /// chunks of the access. Safe while other vCPUs run.
+    pub fn fault(
+        &mut self,
+        gpa: u64,
+        len: u64,
+        write: bool,
+        slots: &mut dyn Slots,
+    ) -> Result<FaultOutcome, ShadowError> {
+        let place = self.place(gpa, len)?;
+        if write && self.notify == Notify::Sync {
+            return Ok(FaultOutcome::Tampering);
+        }
+        let Place::Byte(at) = place else { return Ok(FaultOutcome::AlreadyMapped) };
+        if self.mode() == Mode::Full {
+            return Ok(FaultOutcome::AlreadyMapped);
+        }
+        let chunks = chunks_of(at, len);
+        let mut outcome = FaultOutcome::AlreadyMapped;
+        for chunk in chunks.clone() {
+            if self.slots.get(chunk).is_some_and(|slot| slot.is_none()) {
+                self.make_room(chunk, &chunks, slots)?;
+                self.map_chunk(chunk, slots)?;
+                self.accounting.count_fault();
+                outcome = FaultOutcome::Mapped;
+            }
+        }
+        if outcome == FaultOutcome::Mapped {
+            self.accounting.sample_used(self.model.memory());
+        }
+        Ok(outcome)
+    }
+
+    /// Completes a guest's store of `data` to a window at `gpa`, which [`Self::fault`] was called for.
+    pub fn apply_write(&mut self, gpa: u64, data: &[u8]) -> Result<(), ShadowError> {
+        let outside = ShadowError::OutsideWindow { gpa, len: data.len() as u64 };
+        match self.mapped_place(gpa, data.len() as u64)? {
+            Place::Page(at) => self.model.memory_mut().page.as_mut().and_then(|page| page.write(at, data)),
+            Place::Byte(at) => self.model.memory_mut().byte.write(at, data),
+        }
+        .ok_or(outside)
+    }
+
+    /// Completes a guest's load of `data` from a window at `gpa`, which [`Self::fault`] was called for.
+    pub fn read(&self, gpa: u64, data: &mut [u8]) -> Result<(), ShadowError> {
+        let outside = ShadowError::OutsideWindow { gpa, len: data.len() as u64 };
+        match self.mapped_place(gpa, data.len() as u64)? {
+            Place::Page(at) => self.model.memory().page.as_ref().and_then(|page| page.read(at, data)),
+            Place::Byte(at) => self.model.memory().byte.read(at, data),
+        }
+        .ok_or(outside)
+    }
+
+    /// Reads the kernel's figure of resident byte shadow, in bytes, and keeps the peak.
+    pub fn sample(&mut self) -> Result<u64, ShadowError> {
+        self.accounting.sample(self.model.memory()).map_err(ShadowError::host("read /proc/self/smaps"))
+    }
+
+    /// Notes how much byte shadow is used now, for the peak. In `ring` mode the VMM does not see changes: call it
+    /// at ring drains. Returns the bytes.
+    pub fn sample_used(&mut self) -> u64 {
+        self.accounting.sample_used(self.model.memory())
+    }
+
+    /// What the shadow costs, as of now.
+    pub fn figures(&mut self) -> Result<Figures, ShadowError> {
+        self.accounting.figures(self.model.memory()).map_err(ShadowError::host("read /proc/self/smaps"))
+    }
+
+    fn place(&self, gpa: u64, len: u64) -> Result<Place, ShadowError> {
+        let page = self.page_window().and_then(|window| window.offset(gpa, len)).map(Place::Page);
+        page.or_else(|| self.byte_window().offset(gpa, len).map(Place::Byte))
+            .filter(|_| len > 0)
+            .ok_or(ShadowError::OutsideWindow { gpa, len })
+    }
+
+    fn mapped_place(&self, gpa: u64, len: u64) -> Result<Place, ShadowError> {
+        let place = self.place(gpa, len)?;
+        if let Place::Byte(at) = place
+            && let Some(chunk) = chunks_of(at, len).find(|chunk| !self.model.memory().is_mapped(*chunk))
+        {
+            let first = self.byte_window().gpa + chunk as u64 * CHUNK_BYTES;
+            return Err(ShadowError::Unmapped { gpa: first.max(gpa) });
+        }
+        Ok(place)
+    }
+
+    fn map_chunk(&mut self, chunk: usize, slots: &mut dyn Slots) -> Result<(), ShadowError> {
+        let at = chunk as u64 * CHUNK_BYTES;
+        let gpa = self.byte_window().gpa + at;
+        let outside = ShadowError::OutsideWindow { gpa, len: CHUNK_BYTES };
+        let host = self.model.memory().byte.pointer(at, CHUNK_BYTES).ok_or(outside)?;
+        let slot = slots
+            .map(gpa, host, CHUNK_BYTES, self.notify == Notify::Sync)
+            .map_err(|source| ShadowError::Slot { gpa, source })?;
+        if let Some(entry) = self.slots.get_mut(chunk) {
+            *entry = Some(slot);
+        }
+        self.model.memory_mut().set_mapped(chunk, true);
+        Ok(())
+    }
+
+    /// Counts those chunks as mapped that setting `len` bytes at `gpa` to `value` will write. Only pages that the
+    /// range covers in part get byte shadow, so there are at most two.
+    fn make_room_for_change(
+        &mut self,
+        gpa: u64,
+        len: u64,
+        value: u8,
+        slots: &mut dyn Slots,
+    ) -> Result<(), ShadowError> {
+        // The model says what is wrong with a range.
+        let (Some(last), Mode::PerPage) =
+            (len.checked_sub(1).and_then(|more| gpa.checked_add(more)), self.mode())
+        else {
+            return Ok(());
+        };
+        if last >= self.model.memory().limit() {
+            return Ok(());
+        }
+        let chunk = |addr| (addr / CHUNK_COVERS) as usize;
+        let keep = chunk(gpa)..chunk(last) + 1;
+        let head = !gpa.is_multiple_of(PAGE_SIZE) || last / PAGE_SIZE == gpa / PAGE_SIZE;
+        let whole = gpa.is_multiple_of(PAGE_SIZE) && last % PAGE_SIZE == PAGE_SIZE - 1;
+        let tail = last % PAGE_SIZE != PAGE_SIZE - 1;
+        for (addr, partial) in [(gpa, head && !whole), (last, tail)] {
+            if partial && self.model.memory().page(addr) != value {
+                self.make_room(chunk(addr), &keep, slots)?;
+                self.model.memory_mut().set_mapped(chunk(addr), true);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sees to it that `chunk` may be mapped within the limit; takes unused chunks other than `keep` away if
+    /// that is needed.
+    fn make_room(
+        &mut self,
+        chunk: usize,
+        keep: &Range<usize>,
+        slots: &mut dyn Slots,
+    ) -> Result<(), ShadowError> {
+        if self.model.memory().is_mapped(chunk)
+            || self.model.memory().mapped_bytes() + CHUNK_BYTES <= self.limit
+        {
+            return Ok(());
+        }
+        self.evict_unused(keep, slots)?;
+        let needed = self.model.memory().mapped_bytes() + CHUNK_BYTES;
+        if needed > self.limit {
+            return Err(ShadowError::Limit { limit: self.limit, needed });
+        }
+        Ok(())
+    }
+
+    /// Unmaps all chunks other than `keep` in which no page is byte-checked, and gives their host memory back.
+    ///
+    /// Other vCPUs may run meanwhile. One of them may start a promotion after a chunk was looked at: so the page
+    /// shadow is looked at again once the chunk is out of the guest's reach. Byte shadow is only stored to
+    /// after the page was marked `PAGE_BUSY`; what was stored before the slot went is therefore seen now, and
+    /// what comes later faults and waits for us.
+    fn evict_unused(&mut self, keep: &Range<usize>, slots: &mut dyn Slots) -> Result<(), ShadowError> {
+        let unused: Vec<usize> = self
+            .model
+            .memory()
+            .mapped_chunks()
+            .filter(|chunk| !keep.contains(chunk) && !self.model.memory().chunk_in_use(*chunk))
+            .collect();
+        if unused.is_empty() {
+            return Ok(());
+        }
+        let before = self.sample()?;
+        for chunk in unused {
+            let at = chunk as u64 * CHUNK_BYTES;
+            if let Some(slot) = self.slots.get_mut(chunk).and_then(Option::take) {
+                let gpa = self.byte_window().gpa + at;
+                slots.unmap(slot).map_err(|source| ShadowError::Slot { gpa, source })?;
+                if self.model.memory().chunk_in_use(chunk) {
+                    self.map_chunk(chunk, slots)?;
+                    continue;
+                }
+            }
+            self.model
+                .memory_mut()
+                .byte
+                .discard(at, CHUNK_BYTES)
+                .map_err(ShadowError::host("give back shadow"))?;
+            self.model.memory_mut().set_mapped(chunk, false);
+        }
+        self.accounting.released(before).map_err(ShadowError::host("read /proc/self/smaps"))?;
+        Ok(())
+    }
+}
+
+/// The chunks that `len` bytes at `at` of the byte window touch. `len` is not 0, and the end inside the window.
+fn chunks_of(at: u64, len: u64) -> Range<usize> {
+    (at / CHUNK_BYTES) as usize..((at + len - 1) / CHUNK_BYTES + 1) as usize
+}
