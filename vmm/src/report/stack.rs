@@ -83,12 +83,7 @@ impl Stack {
 ///
 /// A chain is followed only while it leads to higher addresses, so a walk does not cross from an interrupt
 /// stack to one that lies below it.
-pub fn walk(
-    read: &mut dyn FnMut(u64) -> Option<u64>,
-    rbp: u64,
-    start_ip: Option<u64>,
-    max: usize,
-) -> Stack {
+pub fn walk(read: &mut dyn FnMut(u64) -> Option<u64>, rbp: u64, start_ip: Option<u64>, max: usize) -> Stack {
     let steps = max.saturating_add(if start_ip.is_some() { SKIP_MAX } else { 0 });
     let (mut ips, mut end) = chain(read, rbp, steps);
     let mut start_found = true;

@@ -69,7 +69,9 @@ fn a_free_has_no_size() {
     (one.freed, one.allocated) = (one.allocated.take(), None);
     one.freed.as_mut().unwrap().frames.clear();
     let text = to_string(&one, PLAIN);
-    assert!(text.contains("in kernel::kmalloc_oob_right+0x1d/0x80\nFree of addr ffff800000201073 by task kmal"));
+    assert!(
+        text.contains("in kernel::kmalloc_oob_right+0x1d/0x80\nFree of addr ffff800000201073 by task kmal")
+    );
     assert!(text.contains("\nFreed by task 12:\n(stack is not available)\n\nThe buggy"), "{text}");
     assert!(!text.contains("Allocated by"));
 }
@@ -192,7 +194,8 @@ mod tools {
         );
         for kind in ["double-free", "invalid-free"] {
             let text = to_string(&Finding { kind, access: Access::Free, ..finding() }, FOR_TOOLS);
-            let free = format!("BUG: KASAN: (?:double-free or invalid-free|double-free|invalid-free) in {FUNC}");
+            let free =
+                format!("BUG: KASAN: (?:double-free or invalid-free|double-free|invalid-free) in {FUNC}");
             assert_eq!(&re(&free).captures(&text).unwrap()[1], "_RNvCs1_6kernel17kmalloc_oob_right");
             assert!(!re(&access).is_match(&text), "{text}");
         }

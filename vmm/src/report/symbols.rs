@@ -1,1 +1,0 @@
-//! Names and lines of guest addresses.
