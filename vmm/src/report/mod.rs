@@ -12,5 +12,7 @@ pub mod stack;
 pub mod symbols;
 pub mod text;
 
-pub use collect::{Added, Findings};
-pub use finding::{Access, Event, Finding, Frame, Names, Object, Row, ShadowDump, Task, Variable};
+pub use collect::{Added, DEFAULT_LIMIT, Findings};
+pub use finding::{
+    Access, Event, Finding, Frame, Names, Object, ROW_MEMORY, ROW_SHADOW, Row, ShadowDump, Task, Variable,
+};

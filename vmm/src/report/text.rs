@@ -59,7 +59,7 @@ pub fn write_repeats(out: &mut dyn Write, findings: &Findings, style: TextStyle)
     }
     if findings.dropped() > 0 {
         let (kept, dropped) = (findings.distinct(), findings.dropped());
-        writeln!(out, "{dropped} more findings, unlike the {kept} kept, were counted only")?;
+        writeln!(out, "{dropped} more of other kinds: only the first {kept} different ones are kept")?;
     }
     Ok(())
 }

@@ -85,7 +85,12 @@ impl Dwarf {
             Ok(())
         });
         if let Err(error) = complete {
-            found.error = Some(format!("the debug information of {address:#x} cannot be read: {error}"));
+            let why = match error {
+                // The reader's own refusal; a spent budget is told apart by `exhausted`.
+                gimli::Error::Io => "it is nested too deep".to_owned(),
+                other => other.to_string(),
+            };
+            found.error = Some(format!("the debug information of {address:#x} cannot be read: {why}"));
             // The functions of a unit may be garbage and its lines good.
             if found.sources.is_empty()
                 && let Ok(Some(at)) = self.context.find_location(address)

@@ -14,10 +14,10 @@ use std::time::{Duration, Instant};
 
 use gimli::{Error, LittleEndian, ReaderOffsetId};
 
-/// Charged reads that any file may cost; a file of debug information may cost [`READS_PER_BYTE`] more.
-const READS_BASE: u64 = 16 << 20;
-/// A whole file is parsed with about one read per byte.
-const READS_PER_BYTE: u64 = 4;
+/// Charged reads that any file may cost, beside [`READS_PER_BYTE`].
+const READS_BASE: u64 = 1 << 20;
+/// Charged reads for each byte of the file. To look up every function of a program takes about a quarter.
+const READS_PER_BYTE: u64 = 2;
 /// Most reads that any file may cost.
 const READS_MAX: u64 = 256 << 20;
 /// Bytes of a string that count as one read.
@@ -195,5 +195,41 @@ impl gimli::Reader for Reader {
         buffer.copy_from_slice(bytes.ok_or_else(|| Error::UnexpectedEof(self.offset_id()))?);
         self.start = next;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use gimli::Reader as _;
+
+    use super::*;
+
+    fn reader(bytes: usize, time: Duration) -> Reader {
+        let limits = Arc::new(Limits::new(vec![7; bytes].into()));
+        limits.start(time);
+        Reader::new(&limits, 0..bytes)
+    }
+
+    #[test]
+    fn reads_what_is_there_and_no_more() {
+        let mut reader = reader(10, Duration::MAX);
+        assert_eq!(reader.read_u16(), Ok(0x0707));
+        let mut head = reader.split(3).unwrap();
+        assert_eq!((head.len(), reader.len(), reader.offset_from(&head)), (3, 5, 3));
+        assert!(head.read_u32().is_err() && head.skip(4).is_err() && head.truncate(4).is_err());
+        assert!(head.skip(usize::MAX).is_err() && head.find(1).is_err());
+        assert_eq!((head.skip(3), head.read_u8().is_err()), (Ok(()), true));
+        assert_eq!(Reader::new(&reader.limits, 5..11).len(), 0);
+    }
+
+    #[test]
+    fn work_ends_with_the_budget_or_the_time() {
+        let reads = |reader: Reader| (0..u64::MAX).find(|_| reader.clone().read_u8().is_err());
+        let budget = READS_BASE + READS_PER_BYTE * 8;
+        assert_eq!(reads(reader(8, Duration::MAX)), Some(budget - 1));
+        let late = reader(8, Duration::ZERO);
+        assert!(reads(late.clone()).is_some_and(|reads| reads <= READS_PER_TICK));
+        late.limits.start(Duration::MAX);
+        assert!(late.limits.exhausted() && late.clone().read_u8().is_err(), "it works no more");
     }
 }

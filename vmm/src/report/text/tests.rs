@@ -160,7 +160,7 @@ fn repeats_are_one_line_each() {
     assert_eq!(
         String::from_utf8(out).unwrap(),
         "2 more of: BUG: KASAN: slab-out-of-bounds in kernel::kmalloc_oob_right+0x1d/0x80\n\
-         1 more findings, unlike the 1 kept, were counted only\n"
+         1 more of other kinds: only the first 1 different ones are kept\n"
     );
 }
 
