@@ -1,0 +1,18 @@
+//! What Umbra tells about a memory error: one model of a [`Finding`], printed as a KASAN report ([`text`]) or
+//! as a line of JSON ([`json`]).
+//!
+//! The way of a finding: the guest's registers and memory give a stack ([`stack`]), the kernel's ELF and DWARF
+//! give its names and lines ([`symbols`]), [`Findings`] counts repeats, and the two printings write it out.
+//! Nothing here knows KVM or the shadow's layout; a caller passes in what it has read.
+
+mod collect;
+mod finding;
+pub mod json;
+pub mod stack;
+pub mod symbols;
+pub mod text;
+
+pub use collect::{Added, DEFAULT_LIMIT, Findings};
+pub use finding::{
+    Access, Event, Finding, Frame, Names, Object, ROW_MEMORY, ROW_SHADOW, Row, ShadowDump, Task, Variable,
+};

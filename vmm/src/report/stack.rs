@@ -1,0 +1,210 @@
+//! A guest's stack by frame pointers, read through a closure; every value on it may be garbage.
+
+use std::fmt;
+
+/// Frames of the checking runtime that may lie between the report call and the access.
+const SKIP_MAX: usize = 32;
+
+/// What a walk found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stack {
+    /// Return addresses, innermost first.
+    pub ips: Vec<u64>,
+    /// How the walk ended.
+    pub end: StackEnd,
+    /// The frame that the walk should start at was found, or none was asked for.
+    pub start_found: bool,
+}
+
+/// Why a walk ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StackEnd {
+    /// At the outermost frame.
+    Complete,
+    /// At a frame pointer that leads nowhere.
+    Broken {
+        /// The frame pointer.
+        at: u64,
+        /// What is wrong with it.
+        why: Break,
+    },
+    /// There are more frames than were asked for.
+    Truncated,
+}
+
+/// What is wrong with a frame pointer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Break {
+    /// No memory there.
+    Unreadable,
+    /// Not a multiple of 8.
+    Misaligned,
+    /// It does not lie above the frame that it was found in; so a cycle ends, too.
+    NotRising,
+}
+
+impl fmt::Display for StackEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Complete => f.write_str("the stack is complete"),
+            Self::Truncated => f.write_str("the stack has more frames than are shown"),
+            Self::Broken { at, why } => {
+                let why = match why {
+                    Break::Unreadable => "is not readable",
+                    Break::Misaligned => "is not aligned",
+                    Break::NotRising => "does not lead outwards",
+                };
+                write!(f, "the stack breaks off: frame pointer {at:#x} {why}")
+            }
+        }
+    }
+}
+
+impl Stack {
+    /// What is missing in this stack, one sentence each.
+    pub fn notes(&self) -> Vec<String> {
+        let mut notes = Vec::new();
+        if !self.start_found {
+            notes.push("the instruction is not on the stack: all frames are shown, the runtime's too".into());
+        }
+        if self.end != StackEnd::Complete {
+            notes.push(self.end.to_string());
+        }
+        notes
+    }
+}
+
+/// Walks the chain of frames from the frame pointer `rbp` on. `read` gives the 8 bytes at a guest-virtual
+/// address, or `None` where there are none.
+///
+/// With `start_ip` the stack begins with the frame that returns there, and what lies further inside is left
+/// out; if there is no such frame, the stack is `start_ip` and everything found. At most `max` addresses are
+/// returned, and at most that many frames and a few more are read, whatever the memory holds.
+///
+/// A chain is followed only while it leads to higher addresses, so a walk does not cross from an interrupt
+/// stack to one that lies below it.
+pub fn walk(read: &mut dyn FnMut(u64) -> Option<u64>, rbp: u64, start_ip: Option<u64>, max: usize) -> Stack {
+    let steps = max.saturating_add(if start_ip.is_some() { SKIP_MAX } else { 0 });
+    let (mut ips, mut end) = chain(read, rbp, steps);
+    let mut start_found = true;
+    if let Some(start) = start_ip {
+        match ips.iter().take(SKIP_MAX + 1).position(|ip| *ip == start) {
+            Some(at) => drop(ips.drain(..at)),
+            None => {
+                start_found = false;
+                ips.insert(0, start);
+            }
+        }
+    }
+    if ips.len() > max {
+        ips.truncate(max);
+        end = StackEnd::Truncated;
+    }
+    Stack { ips, end, start_found }
+}
+
+/// Up to `steps` return addresses.
+fn chain(read: &mut dyn FnMut(u64) -> Option<u64>, rbp: u64, steps: usize) -> (Vec<u64>, StackEnd) {
+    let mut ips = Vec::new();
+    let mut frame = rbp;
+    loop {
+        if frame == 0 {
+            return (ips, StackEnd::Complete);
+        }
+        if ips.len() >= steps {
+            return (ips, StackEnd::Truncated);
+        }
+        let broken = |why| StackEnd::Broken { at: frame, why };
+        if !frame.is_multiple_of(8) {
+            return (ips, broken(Break::Misaligned));
+        }
+        let (Some(next), Some(ip)) = (read(frame), frame.checked_add(8).and_then(&mut *read)) else {
+            return (ips, broken(Break::Unreadable));
+        };
+        if ip == 0 {
+            return (ips, StackEnd::Complete);
+        }
+        ips.push(ip);
+        if next != 0 && next <= frame {
+            return (ips, StackEnd::Broken { at: next, why: Break::NotRising });
+        }
+        frame = next;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+
+    /// Memory with frames at these places: (address, saved frame pointer, return address).
+    fn memory(frames: &[(u64, u64, u64)]) -> impl FnMut(u64) -> Option<u64> {
+        let mut memory = HashMap::new();
+        for (at, saved, ip) in frames {
+            memory.insert(*at, *saved);
+            memory.insert(at + 8, *ip);
+        }
+        move |at| memory.get(&at).copied()
+    }
+
+    const GOOD: [(u64, u64, u64); 3] = [(0x100, 0x140, 0xa1), (0x140, 0x180, 0xa2), (0x180, 0, 0xa3)];
+
+    fn walked(frames: &[(u64, u64, u64)], start: Option<u64>, max: usize) -> (Vec<u64>, StackEnd, bool) {
+        let stack = walk(&mut memory(frames), 0x100, start, max);
+        (stack.ips, stack.end, stack.start_found)
+    }
+
+    #[test]
+    fn a_whole_chain() {
+        assert_eq!(walked(&GOOD, None, 16), (vec![0xa1, 0xa2, 0xa3], StackEnd::Complete, true));
+        assert_eq!(walked(&GOOD, None, 3), (vec![0xa1, 0xa2, 0xa3], StackEnd::Complete, true));
+        assert_eq!(walked(&GOOD, None, 2), (vec![0xa1, 0xa2], StackEnd::Truncated, true));
+        let zero_ip = [GOOD[0], (0x140, 0x180, 0)];
+        assert_eq!(walked(&zero_ip, None, 16), (vec![0xa1], StackEnd::Complete, true));
+        assert_eq!(walk(&mut memory(&[]), 0, None, 16).end, StackEnd::Complete);
+        assert_eq!(walked(&GOOD, None, 0), (vec![], StackEnd::Truncated, true));
+    }
+
+    #[test]
+    fn starts_at_the_instruction() {
+        assert_eq!(walked(&GOOD, Some(0xa2), 16), (vec![0xa2, 0xa3], StackEnd::Complete, true));
+        assert_eq!(walked(&GOOD, Some(0xa2), 1), (vec![0xa2], StackEnd::Truncated, true));
+        let (ips, end, found) = walked(&GOOD, Some(0xbad), 16);
+        assert_eq!((ips, end, found), (vec![0xbad, 0xa1, 0xa2, 0xa3], StackEnd::Complete, false));
+        assert_eq!(walked(&GOOD, Some(0xbad), 2).0, [0xbad, 0xa1]);
+        let stack = walk(&mut memory(&[]), 0x7, Some(0xbad), 16);
+        assert_eq!(stack.ips, [0xbad]);
+        assert_eq!(stack.notes().len(), 2);
+        assert_eq!(stack.notes()[1], "the stack breaks off: frame pointer 0x7 is not aligned");
+    }
+
+    #[test]
+    fn broken_chains_end_where_they_break() {
+        let broken = |at, why| StackEnd::Broken { at, why };
+        for (saved, why) in [
+            (0x100, Break::NotRising), // a cycle of one
+            (0x80, Break::NotRising),
+            (0x8, Break::NotRising),
+            (0x144, Break::Misaligned),
+            (0x1000, Break::Unreadable),
+            (u64::MAX - 7, Break::Unreadable), // the return address would wrap
+        ] {
+            assert_eq!(walked(&[(0x100, saved, 0xa1)], None, 16), (vec![0xa1], broken(saved, why), true));
+        }
+        let cycle = [GOOD[0], (0x140, 0x100, 0xa2)];
+        assert_eq!(walked(&cycle, None, 16), (vec![0xa1, 0xa2], broken(0x100, Break::NotRising), true));
+    }
+
+    #[test]
+    fn work_is_bounded() {
+        let mut reads = 0;
+        let mut endless = |at: u64| {
+            reads += 1;
+            Some(at + 16)
+        };
+        let stack = walk(&mut endless, 0x100, Some(1), 10);
+        assert_eq!((stack.ips.len(), stack.end, stack.start_found), (10, StackEnd::Truncated, false));
+        assert!(reads <= 2 * (10 + SKIP_MAX), "{reads} reads");
+    }
+}

@@ -1,0 +1,152 @@
+//! The debug information: source lines, and functions inlined into others.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use addr2line::{Context, LookupContinuation, LookupResult};
+use object::{CompressionFormat, Object, ObjectSection};
+
+use super::reader::{Limits, Reader};
+use super::table::Elf;
+
+/// What one lookup may take. The first in a large unit parses that unit, which takes a part of a second.
+const TIME: Duration = Duration::from_secs(5);
+/// Inlined functions that are told of one address.
+const DEPTH_MAX: usize = 64;
+
+/// A place in the source.
+pub(super) struct Source {
+    /// The function's name as the compiler wrote it.
+    pub function: Option<String>,
+    /// The path when it was compiled.
+    pub file: Option<String>,
+    pub line: Option<u32>,
+}
+
+/// What the debug information says of an address.
+#[derive(Default)]
+pub(super) struct Found {
+    /// Innermost first; the last is the function that the others were inlined into.
+    pub sources: Vec<Source>,
+    /// The directory that the compiler ran in.
+    pub directory: Option<String>,
+    /// Start and bytes of that last function.
+    pub function: Option<(u64, u64)>,
+    /// What could not be read.
+    pub error: Option<String>,
+}
+
+/// The debug information of a kernel, parsed as far as it was needed.
+pub(super) struct Dwarf {
+    context: Context<Reader>,
+    limits: Arc<Limits>,
+}
+
+impl Dwarf {
+    /// Reads the list of units.
+    ///
+    /// # Errors
+    /// A sentence that says why there are no lines.
+    pub(super) fn open(bytes: &Arc<[u8]>, elf: &Elf) -> Result<Self, String> {
+        section(elf, ".debug_info")?
+            .ok_or("the kernel has no debug information (.debug_info): frames have no source lines")?;
+        let limits = Arc::new(Limits::new(bytes.clone()));
+        limits.start(TIME);
+        let sections = gimli::Dwarf::load(|id| {
+            Ok::<_, String>(Reader::new(&limits, section(elf, id.name())?.unwrap_or_default()))
+        })?;
+        let context = Context::from_dwarf(sections)
+            .map_err(|e| format!("the debug information cannot be read: {e}"))?;
+        Ok(Self { context, limits })
+    }
+
+    /// The budget is used up; nothing more will be found.
+    pub(super) fn exhausted(&self) -> bool {
+        self.limits.exhausted()
+    }
+
+    /// What is known of the instruction at `address`.
+    pub(super) fn find(&self, address: u64) -> Found {
+        self.limits.start(TIME);
+        let mut found = Found::default();
+        let mut die = None;
+        let complete = resolve(self.context.find_frames(address)).and_then(|mut frames| {
+            while let Some(frame) = frames.next()? {
+                if found.sources.len() == DEPTH_MAX {
+                    break;
+                }
+                let function =
+                    frame.function.as_ref().and_then(|name| Some(name.raw_name().ok()?.into_owned()));
+                let (file, line) = frame.location.map_or((None, None), |at| (at.file, at.line));
+                found.sources.push(Source { function, file: file.map(str::to_owned), line });
+                die = frame.dw_die_offset;
+            }
+            Ok(())
+        });
+        if let Err(error) = complete {
+            let why = match error {
+                // The reader's own refusal; a spent budget is told apart by `exhausted`.
+                gimli::Error::Io => "it is nested too deep".to_owned(),
+                other => other.to_string(),
+            };
+            found.error = Some(format!("the debug information of {address:#x} cannot be read: {why}"));
+            // The functions of a unit may be garbage and its lines good.
+            if found.sources.is_empty()
+                && let Ok(Some(at)) = self.context.find_location(address)
+            {
+                let file = at.file.map(str::to_owned);
+                found.sources.push(Source { function: None, file, line: at.line });
+            }
+            return found;
+        }
+        if let Some(unit) = resolve(self.context.find_dwarf_and_unit(address)) {
+            found.directory = unit.comp_dir.as_ref().and_then(|dir| Some(lossy(dir)?.into_owned()));
+            found.function = die.and_then(|die| {
+                let entry = unit.entry(die).ok()?;
+                let mut ranges = unit.die_ranges(&entry).ok()?;
+                while let Some(range) = ranges.next().ok()? {
+                    if (range.begin..range.end).contains(&address) {
+                        return Some((range.begin, range.end - range.begin));
+                    }
+                }
+                None
+            });
+        }
+        found
+    }
+}
+
+fn lossy(reader: &Reader) -> Option<std::borrow::Cow<'_, str>> {
+    gimli::Reader::to_string_lossy(reader).ok()
+}
+
+/// The result of a lookup, without the files that split debug information would be in.
+fn resolve<L: LookupContinuation<Buf = Reader>>(mut result: LookupResult<L>) -> L::Output {
+    loop {
+        match result {
+            LookupResult::Output(output) => return output,
+            LookupResult::Load { continuation, .. } => result = continuation.resume(None),
+        }
+    }
+}
+
+/// Where the bytes of a section are in the file.
+///
+/// # Errors
+/// A sentence, if they are not all there or compressed.
+fn section(elf: &Elf, name: &str) -> Result<Option<Range<usize>>, String> {
+    let Some(section) = elf.section_by_name(name) else { return Ok(None) };
+    let truncated =
+        || format!("the kernel's file ends inside its section {name}: frames have no source lines");
+    let range = section.compressed_file_range().map_err(|_| truncated())?;
+    if range.format != CompressionFormat::None {
+        return Err(format!("the kernel's section {name} is compressed: frames have no source lines"));
+    }
+    let (start, size) = (range.offset, range.compressed_size);
+    let end = start.checked_add(size).filter(|end| *end <= elf.data().len() as u64).ok_or_else(truncated)?;
+    match (usize::try_from(start), usize::try_from(end)) {
+        (Ok(start), Ok(end)) => Ok(Some(start..end)),
+        _ => Err(truncated()),
+    }
+}

@@ -1,0 +1,289 @@
+//! Names and source lines of guest addresses, out of the kernel's ELF and DWARF.
+//!
+//! The file is a user's, so nothing in it is trusted: a stripped, truncated or corrupt one gives frames with
+//! addresses and a note that says why ([`Symbols::notes`]), and the work on it is bounded (see `reader.rs`).
+//! Nothing is read before the first lookup, since most runs have no finding.
+//!
+//! Addresses are those that the kernel was linked at.
+
+mod dwarf;
+mod reader;
+mod table;
+
+use std::cell::{Cell, OnceCell, RefCell};
+use std::collections::HashMap;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use object::{Object, ObjectSymbol};
+
+use self::dwarf::{Dwarf, Found, Source};
+use self::table::{Elf, Entry, Table};
+use super::{Frame, Variable};
+
+/// Addresses whose frames are remembered: stacks of one run are much alike.
+const CACHED_MAX: usize = 4096;
+/// Longest name that is printed, in bytes.
+const NAME_MAX: usize = 1024;
+/// Most notes that are kept.
+const NOTES_MAX: usize = 8;
+
+/// What an address of code is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Position {
+    /// The instruction itself, as a fault has it.
+    Instruction,
+    /// Where a call, or the instruction asked for, returns to: name and line are those of the byte before it,
+    /// which matters where a call is the last instruction of a function.
+    Return,
+}
+
+/// A function of the ELF.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Symbol {
+    /// Its name, demangled and without the compiler's hash.
+    pub name: String,
+    /// Its name as the ELF has it, where that differs.
+    pub linkage: Option<String>,
+    /// Its address.
+    pub start: u64,
+    /// Its bytes.
+    pub size: u64,
+}
+
+type Load = Box<dyn FnOnce() -> io::Result<Arc<[u8]>> + Send>;
+
+/// The symbols and the debug information of one kernel.
+pub struct Symbols {
+    load: Cell<Option<Load>>,
+    file: OnceCell<Option<File>>,
+    cached: RefCell<HashMap<(u64, Position), Vec<Frame>>>,
+    notes: RefCell<Vec<String>>,
+}
+
+/// The kernel's file, once it was needed.
+struct File {
+    bytes: Arc<[u8]>,
+    functions: Table,
+    variables: Table,
+    dwarf: OnceCell<Option<Dwarf>>,
+}
+
+impl Symbols {
+    /// The symbols of an ELF file in memory.
+    pub fn from_elf(bytes: impl Into<Arc<[u8]>>) -> Self {
+        let bytes = bytes.into();
+        Self::lazy(move || Ok(bytes))
+    }
+
+    /// The symbols of an ELF file that `load` reads when the first of them is needed. If it fails, there are no
+    /// symbols and a note says why.
+    pub fn lazy<B: Into<Arc<[u8]>>>(load: impl FnOnce() -> io::Result<B> + Send + 'static) -> Self {
+        Self {
+            load: Cell::new(Some(Box::new(move || load().map(Into::into)))),
+            file: OnceCell::new(),
+            cached: RefCell::default(),
+            notes: RefCell::default(),
+        }
+    }
+
+    /// The function that holds `address`.
+    pub fn lookup(&self, address: u64) -> Option<Symbol> {
+        let file = self.file()?;
+        let entry = file.functions.holding(address)?;
+        let raw = file.name(entry)?;
+        let (name, linkage) = names(raw);
+        Some(Symbol { name, linkage, start: entry.start, size: entry.size })
+    }
+
+    /// The global variable that holds `address`, or else the last one before it in its section, since an
+    /// overrun lands behind the variable.
+    pub fn lookup_data(&self, address: u64) -> Option<Variable> {
+        let file = self.file()?;
+        let entry = file.variables.nearest(address)?;
+        Some(Variable { name: names(file.name(entry)?).0, start: entry.start, size: entry.size })
+    }
+
+    /// The frames of one address: the functions inlined there, innermost first, and last the function of the
+    /// ELF that holds it. There is always that last one, if only with its address.
+    pub fn frames(&self, ip: u64, position: Position) -> Vec<Frame> {
+        if let Some(frames) = self.cached.borrow().get(&(ip, position)) {
+            return frames.clone();
+        }
+        let frames = self.find_frames(ip, position);
+        let mut cached = self.cached.borrow_mut();
+        if cached.len() < CACHED_MAX {
+            cached.insert((ip, position), frames.clone());
+        }
+        frames
+    }
+
+    /// The frames of a stack of return addresses.
+    pub fn stack(&self, ips: &[u64]) -> Vec<Frame> {
+        ips.iter().flat_map(|ip| self.frames(*ip, Position::Return)).collect()
+    }
+
+    /// What the lookups so far did not find because the file lacks it or is damaged, one sentence each.
+    pub fn notes(&self) -> Vec<String> {
+        self.notes.borrow().clone()
+    }
+
+    fn note(&self, note: String) {
+        let mut notes = self.notes.borrow_mut();
+        if notes.len() < NOTES_MAX && !notes.contains(&note) {
+            notes.push(note);
+        }
+    }
+
+    fn find_frames(&self, ip: u64, position: Position) -> Vec<Frame> {
+        let probe = match position {
+            Position::Instruction => ip,
+            Position::Return => ip.saturating_sub(1),
+        };
+        let mut last = Frame::unknown(ip);
+        if let Some(symbol) = self.lookup(probe) {
+            last.symbol = Some(symbol.name);
+            last.linkage = symbol.linkage;
+            last.offset = ip.saturating_sub(symbol.start);
+            last.size = symbol.size;
+        }
+        let mut found = self.find_sources(probe);
+        let directory = found.directory.as_deref();
+        if let Some(source) = found.sources.pop() {
+            locate(&mut last, &source, directory);
+            // A kernel may have debug information and no symbol table.
+            if let (None, Some(name), Some((start, size))) = (&last.symbol, &source.function, found.function)
+            {
+                let (name, linkage) = names(name.clone());
+                last = Frame { symbol: Some(name), linkage, offset: ip.saturating_sub(start), size, ..last };
+            }
+        }
+        let inlined = found.sources.iter().map(|source| {
+            let named = source.function.clone().map(names);
+            let (symbol, linkage) = named.map_or((None, None), |(name, linkage)| (Some(name), linkage));
+            let mut frame = Frame { symbol, linkage, inlined: true, ..Frame::unknown(ip) };
+            locate(&mut frame, source, directory);
+            frame
+        });
+        inlined.chain([last.clone()]).collect()
+    }
+
+    fn find_sources(&self, probe: u64) -> Found {
+        let Some(dwarf) = self.dwarf() else { return Found::default() };
+        // The crates that parse it are made for hostile input, but a panic of theirs must not cost the finding.
+        let mut found = catch_unwind(AssertUnwindSafe(|| dwarf.find(probe))).unwrap_or_else(|_| {
+            let error = Some("the debug information is corrupt: frames may have no source lines".into());
+            Found { error, ..Found::default() }
+        });
+        if dwarf.exhausted() {
+            self.note("the debug information takes too long to read: frames may have no source lines".into());
+        } else if let Some(error) = found.error.take() {
+            self.note(error);
+        }
+        found
+    }
+
+    fn file(&self) -> Option<&File> {
+        let open = || match self.load.take()?() {
+            Ok(bytes) => Some(self.open(bytes)),
+            Err(error) => {
+                self.note(format!("the kernel's file cannot be read: {error}"));
+                None
+            }
+        };
+        self.file.get_or_init(open).as_ref()
+    }
+
+    fn open(&self, bytes: Arc<[u8]>) -> File {
+        let (functions, variables) = match Elf::parse(&*bytes) {
+            Ok(elf) => Table::read(&elf),
+            Err(error) => {
+                self.note(format!("the kernel's file is no complete 64-bit ELF: {error}"));
+                return File {
+                    bytes,
+                    functions: Table::default(),
+                    variables: Table::default(),
+                    dwarf: None.into(),
+                };
+            }
+        };
+        if functions.is_empty() {
+            self.note("the kernel has no symbol table (it is stripped): frames have addresses only".into());
+        }
+        File { bytes, functions, variables, dwarf: OnceCell::new() }
+    }
+
+    fn dwarf(&self) -> Option<&Dwarf> {
+        let file = self.file()?;
+        let open = || {
+            let elf = Elf::parse(&*file.bytes).ok()?;
+            let opened = catch_unwind(AssertUnwindSafe(|| Dwarf::open(&file.bytes, &elf)));
+            let opened = opened.unwrap_or_else(|_| Err("the debug information is corrupt".into()));
+            opened.map_err(|why| self.note(why)).ok()
+        };
+        file.dwarf.get_or_init(open).as_ref()
+    }
+}
+
+impl File {
+    /// The name of a symbol as the file has it.
+    fn name(&self, entry: Entry) -> Option<String> {
+        let elf = Elf::parse(&*self.bytes).ok()?;
+        let symbol = elf.symbol_by_index(entry.index).ok()?;
+        Some(String::from_utf8_lossy(symbol.name_bytes().ok()?).into_owned())
+    }
+}
+
+/// The name in the source, and the name in the ELF if that is another.
+fn names(mut raw: String) -> (String, Option<String>) {
+    let demangled = rustc_demangle::try_demangle(&raw).ok().map(|name| format!("{name:#}"));
+    shorten_name(&mut raw);
+    match demangled {
+        Some(mut name) if name != raw => {
+            shorten_name(&mut name);
+            (name, Some(raw))
+        }
+        _ => (raw, None),
+    }
+}
+
+fn shorten_name(name: &mut String) {
+    if name.len() > NAME_MAX {
+        name.truncate(name.floor_char_boundary(NAME_MAX));
+        name.push_str("...");
+    }
+}
+
+fn locate(frame: &mut Frame, source: &Source, directory: Option<&str>) {
+    frame.file = source.file.as_deref().map(|file| shorten(file, directory).to_owned());
+    frame.path.clone_from(&source.file);
+    // DWARF says 0 for code that no line stands for.
+    frame.line = source.line.filter(|line| *line > 0);
+}
+
+/// The part of a path that tells the file: without the place of the standard library, of Cargo's downloads, or
+/// of the directory that the compiler ran in.
+fn shorten<'a>(path: &'a str, directory: Option<&str>) -> &'a str {
+    let after = |mark: &str, names: usize| {
+        let (_, mut rest) = path.split_once(mark)?;
+        for _ in 0..names {
+            rest = rest.split_once('/')?.1;
+        }
+        Some(rest)
+    };
+    let inside = || {
+        let directory = directory?.trim_end_matches('/');
+        path.strip_prefix(directory)?.strip_prefix('/').filter(|rest| !rest.is_empty())
+    };
+    let rustc = || path.strip_prefix("/rustc/")?.split_once('/').map(|(_, rest)| rest);
+    let short = rustc()
+        .or_else(|| after("/lib/rustlib/src/rust/", 0))
+        .or_else(|| after("/registry/src/", 1))
+        .or_else(|| after("/git/checkouts/", 0))
+        .or_else(inside);
+    short.unwrap_or(path)
+}
+
+#[cfg(test)]
+mod tests;
