@@ -222,9 +222,11 @@ fn room(at: u64) -> u64 {
 pub fn krealloc(at: u64, old: u64, new: u64) -> Option<u64> {
     let room = room(at);
     if new <= room {
-        umbra_guest::unpoison(at, new);
         let redzone = if room > 4096 { LARGE_REDZONE } else { SLAB_REDZONE };
-        umbra_guest::poison(at + new, room - new, redzone);
+        let cache =
+            head(at).map_or(0, |n| if page::page(n).used == Use::Slab { page::page(n).cache + 1 } else { 0 });
+        // As a new allocation in the same place, with the stack of this call (as KASAN's `kasan_krealloc`).
+        umbra_guest::alloc(at, new, room, redzone, cache.into());
         return Some(at);
     }
     let to = kmalloc(new)?;

@@ -229,16 +229,12 @@ pub unsafe extern "C" fn umbra_page_fault(trap: &mut Trap) -> bool {
     // SAFETY: the fast paths push nothing, so the return address is on top of the stack; the slow paths take
     // no fault, since they look at regions first.
     let ip = unsafe { *(trap.rsp as *const u64) };
-    // The fast paths have no frame, so the stack that the report shows gets one: as if the check had pushed rbp.
-    let frame = [trap.rbp, ip];
-    // SAFETY: `report` is called with its C arguments, on an aligned stack, from a frame that outlives the call.
-    unsafe {
-        core::arch::asm!(
-            "push rbp", "push rbp", "mov rbp, {frame}", "call {report}", "pop rbp", "pop rbp",
-            frame = in(reg) &raw const frame, report = sym report_at,
-            in("rdi") trap.rdi, in("rsi") size, in("rdx") u64::from(access), in("rcx") ip, clobber_abi("C"),
-        );
-    }
+    // The fast paths have no frame. It is made here, where their `push rbp` would have put it, so that the chain
+    // goes on in the interrupted stack.
+    let fp = trap.rsp - 8;
+    // SAFETY: kernel code keeps nothing below its stack pointer.
+    unsafe { *(fp as *mut u64) = trap.rbp };
+    checks::report_from(fp, trap.rdi, size, access, ip);
     trap.rip = ip;
     trap.rsp += 8;
     true
@@ -260,8 +256,4 @@ pub extern "C" fn umbra_exit_panic() -> ! {
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_exit_fault(vector: u32, error: u32, rip: u64, address: u64) -> ! {
     host::exit(exit::FAULT, u64::from(vector) | u64::from(error) << 32, rip, address)
-}
-
-extern "C" fn report_at(address: u64, size: u64, access: u64, ip: u64) {
-    checks::report(address, size, access as u16, ip);
 }

@@ -23,8 +23,9 @@
 use core::arch::{asm, global_asm};
 
 use umbra_shadow::abi::access::{READ, WRITE};
-use umbra_shadow::abi::{call, features};
+use umbra_shadow::abi::features;
 
+use crate::ring::frame_pointer;
 use crate::{host, shadow, state};
 
 /// Bytes of one check's slot.
@@ -275,10 +276,15 @@ pub fn check_range(address: u64, size: u64, access: u16, ip: u64) -> bool {
 /// Reports a violation, unless reports are off here. Returns whether it did.
 #[inline(never)]
 pub fn report(address: u64, size: u64, access: u16, ip: u64) -> bool {
+    report_from(frame_pointer(), address, size, access, ip)
+}
+
+/// [`report`], with a stack that begins at frame pointer `fp`.
+pub fn report_from(fp: u64, address: u64, size: u64, access: u16, ip: u64) -> bool {
     let who = state::current();
     let mut told = false;
     state::reporting(who, || {
-        host::hypercall(call::REPORT, address, size, who & !0xffff | u64::from(access), ip);
+        host::report(fp, address, size, who & !0xffff | u64::from(access), ip);
         told = true;
     });
     told

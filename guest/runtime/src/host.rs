@@ -56,6 +56,16 @@ pub fn hypercall(number: u32, rdi: u64, rsi: u64, rcx: u64, r8: u64) -> u64 {
     result
 }
 
+/// Reports a violation: [`call::REPORT`] with `fp` as the frame pointer, for the VMM to walk the stack from.
+pub fn report(fp: u64, address: u64, size: u64, word: u64, ip: u64) {
+    // SAFETY: as in `hypercall`; rbp is back before anything else uses it.
+    unsafe {
+        asm!("xchg rbp, {fp}", "out dx, eax", "xchg rbp, {fp}", fp = inout(reg) fp => _,
+             inout("rax") u64::from(call::REPORT) => _, in("dx") abi::PORT,
+             in("rdi") address, in("rsi") size, in("rcx") word, in("r8") ip, options(nostack));
+    }
+}
+
 /// Whether a hypercall's result is an error.
 pub fn is_error(result: u64) -> bool {
     result >= abi::ERR_MIN

@@ -104,6 +104,12 @@ pub unsafe extern "C" fn umbra_checked_memset(to: *mut u8, value: i32, n: usize)
 #[inline(never)]
 pub unsafe extern "C" fn umbra_checked_memcmp(a: *const u8, b: *const u8, n: usize) -> i32 {
     let ip = caller!();
+    // SAFETY: the caller's promise.
+    unsafe { compare(a, b, n, ip) }
+}
+
+#[inline]
+unsafe fn compare(a: *const u8, b: *const u8, n: usize, ip: u64) -> i32 {
     if !check_range(a as u64, n as u64, READ, ip) || !check_range(b as u64, n as u64, READ, ip) {
         return 0;
     }
@@ -115,4 +121,16 @@ pub unsafe extern "C" fn umbra_checked_memcmp(a: *const u8, b: *const u8, n: usi
         }
     }
     0
+}
+
+/// `bcmp`.
+///
+/// # Safety
+/// As `memcmp`'s.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub unsafe extern "C" fn umbra_checked_bcmp(a: *const u8, b: *const u8, n: usize) -> i32 {
+    let ip = caller!();
+    // SAFETY: the caller's promise.
+    unsafe { compare(a, b, n, ip) }
 }

@@ -76,7 +76,7 @@ scenarios! {
         kfree(p);
     }
 
-    kmalloc_memcpy_oob, "slab-out-of-bounds Write 40 0", "copies 40 bytes into an object of 32", {
+    kmalloc_memcpy_oob, "slab-out-of-bounds Write 40 32", "copies 40 bytes into an object of 32", {
         let (Some(from), Some(to)) = (kmalloc(64), kmalloc(32)) else { return };
         // SAFETY: a bug on purpose; the checked `memcpy` reports it and copies nothing.
         unsafe { core::ptr::copy_nonoverlapping(opaque(from) as *const u8, opaque(to) as *mut u8, opaque(40)) };
@@ -84,7 +84,7 @@ scenarios! {
         kfree(to);
     }
 
-    kmalloc_memset_oob, "slab-out-of-bounds Write 130 0", "fills 130 bytes of an object of 128", {
+    kmalloc_memset_oob, "slab-out-of-bounds Write 130 128", "fills 130 bytes of an object of 128", {
         let Some(p) = kmalloc(128) else { return };
         // SAFETY: as above.
         unsafe { core::ptr::write_bytes(opaque(p) as *mut u8, 0, opaque(130)) };
@@ -98,7 +98,7 @@ scenarios! {
         kfree(p);
     }
 
-    kmalloc_unaligned_oob, "slab-out-of-bounds Read 8 60", "reads eight bytes across the end of an object, unaligned", {
+    kmalloc_unaligned_oob, "slab-out-of-bounds Read 8 64", "reads eight bytes across the end of an object, unaligned", {
         let Some(p) = kmalloc(64) else { return };
         // SAFETY: mapped memory; being caught is what this is for.
         unsafe { (opaque(p + 60) as *const u64).read_unaligned() };
