@@ -29,6 +29,9 @@ const NAME_MAX: usize = 1024;
 /// Most notes that are kept.
 const NOTES_MAX: usize = 8;
 
+/// The note on debug information that the crates which parse it do not stand.
+const CORRUPT: &str = "the debug information is corrupt: frames may have no source lines";
+
 /// What an address of code is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Position {
@@ -170,10 +173,11 @@ impl Symbols {
     }
 
     fn find_sources(&self, probe: u64) -> Found {
-        let Some(dwarf) = self.dwarf() else { return Found::default() };
+        // No code lies at the last address, and addr2line computes the one after it.
+        let Some(dwarf) = self.dwarf().filter(|_| probe < u64::MAX) else { return Found::default() };
         // The crates that parse it are made for hostile input, but a panic of theirs must not cost the finding.
         let mut found = catch_unwind(AssertUnwindSafe(|| dwarf.find(probe))).unwrap_or_else(|_| {
-            let error = Some("the debug information is corrupt: frames may have no source lines".into());
+            let error = Some(CORRUPT.into());
             Found { error, ..Found::default() }
         });
         if dwarf.exhausted() {
@@ -219,7 +223,7 @@ impl Symbols {
         let open = || {
             let elf = Elf::parse(&*file.bytes).ok()?;
             let opened = catch_unwind(AssertUnwindSafe(|| Dwarf::open(&file.bytes, &elf)));
-            let opened = opened.unwrap_or_else(|_| Err("the debug information is corrupt".into()));
+            let opened = opened.unwrap_or_else(|_| Err(CORRUPT.into()));
             opened.map_err(|why| self.note(why)).ok()
         };
         file.dwarf.get_or_init(open).as_ref()
