@@ -208,12 +208,12 @@ const fn wrong(what: &'static str, value: u64) -> CallError {
 }
 
 impl Call {
-    /// Decodes call `number` with the arguments in `rdi`, `rsi`, `rdx` and `rcx`.
-    pub fn decode(number: u32, rdi: u64, rsi: u64, rdx: u64, rcx: u64) -> Result<Self, CallError> {
+    /// Decodes call `number` with the arguments in `rdi`, `rsi`, `rcx` and `r8`.
+    pub fn decode(number: u32, rdi: u64, rsi: u64, rcx: u64, r8: u64) -> Result<Self, CallError> {
         Ok(match number {
             call::HELLO if rdi == u64::from(abi::VERSION) => Self::Hello,
             call::HELLO => return Err(CallError::Version(rdi)),
-            call::REGION_ADD => Self::RegionAdd(Region::new(rdi, rsi, rdx)?),
+            call::REGION_ADD => Self::RegionAdd(Region::new(rdi, rsi, rcx)?),
             call::RING_SETUP => {
                 if !rdi.is_multiple_of(abi::RECORD_BYTES) {
                     return Err(wrong("ring address", rdi));
@@ -223,13 +223,13 @@ impl Call {
                     return Err(wrong("ring size", rsi));
                 }
                 range("ring address", rdi, rsi)?;
-                Self::RingSetup { va: rdi, records, cpu: cpu(rdx)?, text_base: rcx }
+                Self::RingSetup { va: rdi, records, cpu: cpu(rcx)?, text_base: r8 }
             }
             call::RING_DRAIN => Self::RingDrain { cpu: cpu(rdi)? },
             call::POISON => {
                 range("address", rdi, rsi)?;
-                let code = u8::try_from(rdx).ok().filter(|code| *code >= POISON_MIN);
-                Self::Poison { va: rdi, len: rsi, code: code.ok_or(wrong("poison code", rdx))? }
+                let code = u8::try_from(rcx).ok().filter(|code| *code >= POISON_MIN);
+                Self::Poison { va: rdi, len: rsi, code: code.ok_or(wrong("poison code", rcx))? }
             }
             call::UNPOISON => {
                 range("address", rdi, rsi)?;
@@ -237,21 +237,21 @@ impl Call {
             }
             call::ALLOCATED => {
                 range("address", rdi, rsi)?;
-                Self::Allocated { va: rdi, size: rsi, cache: rdx as u16, actor: Actor::from_register(rdx) }
+                Self::Allocated { va: rdi, size: rsi, cache: rcx as u16, actor: Actor::from_register(rcx) }
             }
-            call::FREED => Self::Freed { va: rdi, actor: Actor::from_register(rdx) },
+            call::FREED => Self::Freed { va: rdi, actor: Actor::from_register(rcx) },
             call::REPORT => {
-                let access = match rdx as u16 {
+                let access = match rcx as u16 {
                     access::READ => Access::Read,
                     access::WRITE => Access::Write,
                     access::DOUBLE_FREE => Access::DoubleFree,
                     access::INVALID_FREE => Access::InvalidFree,
-                    _ => return Err(wrong("access", rdx & 0xffff)),
+                    _ => return Err(wrong("access", rcx & 0xffff)),
                 };
-                Self::Report { address: rdi, size: rsi, access, actor: Actor::from_register(rdx), ip: rcx }
+                Self::Report { address: rdi, size: rsi, access, actor: Actor::from_register(rcx), ip: r8 }
             }
             call::NAME => {
-                let (len, id) = (rdx & 0xffff_ffff, (rdx >> 32) as u32);
+                let (len, id) = (rcx & 0xffff_ffff, (rcx >> 32) as u32);
                 if len > abi::NAME_MAX {
                     return Err(wrong("name length", len));
                 }
@@ -259,7 +259,7 @@ impl Call {
                 let what = match rdi {
                     name::CACHE => Named::Cache {
                         id: u16::try_from(id).map_err(|_| wrong("cache id", id.into()))?,
-                        object_size: rcx,
+                        object_size: r8,
                     },
                     name::TASK => Named::Task { id },
                     _ => return Err(wrong("name kind", rdi)),
@@ -270,7 +270,7 @@ impl Call {
                 exit::DONE => Exit::Done { failed: rsi != 0 },
                 exit::PANIC => Exit::Panic,
                 exit::FAULT => {
-                    Exit::Fault { vector: rsi as u32, error: (rsi >> 32) as u32, rip: rdx, address: rcx }
+                    Exit::Fault { vector: rsi as u32, error: (rsi >> 32) as u32, rip: rcx, address: r8 }
                 }
                 _ => return Err(wrong("exit reason", rdi)),
             }),
