@@ -1,0 +1,232 @@
+//! What each hypercall does.
+
+use umbra_shadow::abi::{self, RECORD_BYTES, RECORD_FRAMES, record};
+use vm_memory::GuestAddress;
+
+use super::investigate::Place;
+use super::monitor::{Flow, Machine, Monitor};
+use super::rings::Event;
+use super::{Outcome, investigate};
+use crate::hypercall::{Actor, Call, CallError, Exit, Named, Regions};
+use crate::machine::memory::Ram;
+use crate::shadow::{Notify, Objects, ShadowError, release_unused};
+
+/// In `sync` mode, how many events pass between two looks for shadow to give back.
+const SYNC_RELEASE: u64 = 4096;
+
+impl Monitor {
+    /// Decodes and handles call `number`; its arguments are in the vCPU's registers, its result goes there.
+    pub(super) fn hypercall(&mut self, number: u32, machine: &mut Machine) -> Result<Flow, Outcome> {
+        let mut regs = machine.cpu.regs()?;
+        let handled = Call::decode(number, regs.rdi, regs.rsi, regs.rcx, regs.r8)
+            .map_err(Refused::from)
+            .and_then(|call| self.handle(number, call, machine));
+        regs.rax = match handled {
+            Ok(Answer::Value(value)) => value,
+            Ok(Answer::End(outcome)) => return Ok(Flow::End(outcome)),
+            Err(Refused::Call(error)) => {
+                self.refuse(&error);
+                error.result()
+            }
+            Err(Refused::Outcome(outcome)) => return Err(outcome),
+        };
+        machine.cpu.set_regs(&regs)?;
+        Ok(Flow::Continue)
+    }
+
+    fn handle(&mut self, number: u32, call: Call, machine: &mut Machine) -> Result<Answer, Refused> {
+        let notify = self.windows.as_ref().map(|windows| windows.notify());
+        let needed = match call {
+            Call::RingSetup { .. } | Call::RingDrain { .. } => Some(Notify::Ring),
+            Call::Poison { .. } | Call::Unpoison { .. } | Call::Allocated { .. } | Call::Freed { .. } => {
+                Some(Notify::Sync)
+            }
+            Call::Report { .. } => notify,
+            _ => None,
+        };
+        if needed != notify && needed.is_some() || matches!(call, Call::Report { .. }) && notify.is_none() {
+            return Err(CallError::Mode(number).into());
+        }
+        match call {
+            Call::Hello => {}
+            Call::RegionAdd(region) => self.regions.add(region, machine.ram.end())?,
+            Call::RingSetup { va, records, cpu, text_base } => {
+                let bytes = (records + 1) * RECORD_BYTES;
+                let gpa = in_ram(&self.regions, machine.ram, va, bytes, "ring address")?;
+                self.rings.set_up(cpu, gpa, records, text_base)?;
+            }
+            Call::RingDrain { cpu } => {
+                self.drain(cpu, machine.ram);
+                self.give_back()?;
+            }
+            Call::Poison { va, len, code } => {
+                let gpa = to_gpa(&self.regions, va, len)?;
+                if let Some(windows) = &mut self.windows {
+                    windows.poison(gpa, len, code, machine.slots).map_err(|e| shadow_error(e, va))?;
+                }
+            }
+            Call::Unpoison { va, len } => {
+                let gpa = to_gpa(&self.regions, va, len)?;
+                if let Some(windows) = &mut self.windows {
+                    windows.unpoison(gpa, len, machine.slots).map_err(|e| shadow_error(e, va))?;
+                }
+            }
+            Call::Allocated { va, size, cache, actor } => {
+                let gpa = to_gpa(&self.regions, va, size)?;
+                let frames = self.caller(machine);
+                self.events.allocations += 1;
+                self.objects.allocated(gpa, size, cache, actor.task, &frames);
+                self.give_back_now_and_then()?;
+            }
+            Call::Freed { va, actor } => {
+                let gpa = to_gpa(&self.regions, va, 1)?;
+                let frames = self.caller(machine);
+                self.events.frees += 1;
+                self.objects.freed(gpa, actor.task, &frames);
+                self.give_back_now_and_then()?;
+            }
+            Call::Report { address, size, access, actor, ip } => {
+                self.drain_all(machine.ram);
+                let finding = self.investigate(address, size, access, actor, ip, machine);
+                if let Flow::End(outcome) = self.found(finding) {
+                    return Ok(Answer::End(outcome));
+                }
+            }
+            Call::Name { what, va, len } => {
+                let mut name = [0; abi::NAME_MAX as usize];
+                let name = &mut name[..len as usize];
+                if len > 0 {
+                    let gpa = in_ram(&self.regions, machine.ram, va, len, "name address")?;
+                    machine
+                        .ram
+                        .read(GuestAddress(gpa), name)
+                        .map_err(|_| CallError::Argument { what: "name address", value: va })?;
+                }
+                match what {
+                    Named::Cache { id, object_size } => self.objects.name_cache(id, name, object_size),
+                    Named::Task { id } => self.objects.name_task(id, name),
+                }
+            }
+            Call::Exit(exit) => {
+                return Ok(Answer::End(match exit {
+                    Exit::Done { failed: false } => Outcome::Done,
+                    Exit::Done { failed: true } => Outcome::Failed,
+                    Exit::Panic => Outcome::Panic,
+                    Exit::Fault { vector, error, rip, address } => Outcome::Fault {
+                        vector,
+                        error,
+                        place: Place::new(rip, &self.symbols).to_string(),
+                        address,
+                    },
+                }));
+            }
+        }
+        let value = if matches!(call, Call::Hello) { u64::from(abi::VERSION) } else { 0 };
+        Ok(Answer::Value(value))
+    }
+
+    /// The return addresses of a call's maker, innermost first.
+    fn caller(&self, machine: &Machine) -> Vec<u64> {
+        investigate::stack(machine, None, RECORD_FRAMES).ips
+    }
+
+    /// Takes the records out of one ring. Its CPU stands still.
+    fn drain(&mut self, cpu: u16, ram: &Ram) {
+        self.events.ring_drains += 1;
+        let Self { rings, objects, regions, events, .. } = self;
+        let mut refused = 0;
+        rings.drain(cpu, ram, |event| {
+            if !take(event, cpu, regions, objects) {
+                refused += 1;
+            } else if event.record.kind == record::ALLOCATED {
+                events.allocations += 1;
+            } else {
+                events.frees += 1;
+            }
+        });
+        if refused > 0 {
+            self.refuse(&format_args!("{refused} records in the ring of CPU {cpu} make no sense"));
+            self.events.refused += refused - 1;
+        }
+    }
+
+    /// Takes the records out of all rings. Every CPU stands still.
+    pub fn drain_all(&mut self, ram: &Ram) {
+        for cpu in self.rings.cpus() {
+            self.drain(cpu, ram);
+        }
+    }
+
+    /// Gives host memory behind unused shadow back. Every vCPU stands still: there is one, and it has exited.
+    fn give_back(&mut self) -> Result<(), Outcome> {
+        if let Some(windows) = &mut self.windows {
+            windows.sample_used();
+            release_unused(windows)?;
+        }
+        Ok(())
+    }
+
+    fn give_back_now_and_then(&mut self) -> Result<(), Outcome> {
+        if (self.events.allocations + self.events.frees).is_multiple_of(SYNC_RELEASE) {
+            self.give_back()?;
+        }
+        Ok(())
+    }
+}
+
+/// What a call comes to.
+enum Answer {
+    Value(u64),
+    End(Outcome),
+}
+
+/// Why a call does not come to anything.
+enum Refused {
+    Call(CallError),
+    Outcome(Outcome),
+}
+
+impl From<CallError> for Refused {
+    fn from(error: CallError) -> Self {
+        Self::Call(error)
+    }
+}
+
+impl From<Outcome> for Refused {
+    fn from(outcome: Outcome) -> Self {
+        Self::Outcome(outcome)
+    }
+}
+
+/// The guest's mistakes are its own; the host's end the run.
+fn shadow_error(error: ShadowError, va: u64) -> Refused {
+    match error {
+        ShadowError::Range(_) => CallError::Argument { what: "address", value: va }.into(),
+        error => Outcome::from(error).into(),
+    }
+}
+
+fn to_gpa(regions: &Regions, va: u64, len: u64) -> Result<u64, CallError> {
+    regions.to_gpa(va, len.max(1)).ok_or(CallError::Argument { what: "address", value: va })
+}
+
+fn in_ram(regions: &Regions, ram: &Ram, va: u64, len: u64, what: &'static str) -> Result<u64, CallError> {
+    regions
+        .to_gpa(va, len)
+        .filter(|gpa| ram.contains(GuestAddress(*gpa), len))
+        .ok_or(CallError::Argument { what, value: va })
+}
+
+/// Takes in one record. False if it makes no sense.
+fn take(event: &Event, cpu: u16, regions: &Regions, objects: &mut Objects) -> bool {
+    let r = &event.record;
+    let Some(gpa) = regions.to_gpa(r.address, u64::from(r.size).max(1)) else { return false };
+    let actor = Actor { cpu, task: r.task };
+    let frames = event.frames.get(..event.depth).unwrap_or_default();
+    match r.kind {
+        record::ALLOCATED => objects.allocated(gpa, r.size.into(), r.cache, actor.task, frames),
+        record::FREED => objects.freed(gpa, actor.task, frames),
+        _ => return false,
+    }
+    true
+}

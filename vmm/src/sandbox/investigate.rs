@@ -1,0 +1,216 @@
+//! From a reported access to a finding: what the shadow says about the address, what object it belongs to, who
+//! allocated and freed that, and which code was at it.
+
+use std::fmt;
+
+use umbra_shadow::codes::{GRANULE, GRANULE_SHIFT, PAGE_SHIFT, UNKNOWN};
+use umbra_shadow::{BugKind, Cause, Shadow, Violation, abi, classify};
+
+use super::Outcome;
+use super::monitor::{Flow, Machine, Monitor};
+use crate::hypercall::{Access, Actor};
+use crate::machine::walk::AddressSpace;
+use crate::report::stack::{Stack, walk};
+use crate::report::symbols::{Position, Symbols};
+use crate::report::{self, Added, Event, Finding, Frame, Object, ROW_SHADOW, ShadowDump, Task};
+use crate::shadow::objects;
+
+/// Most frames in a finding's stack.
+const FRAMES: usize = 32;
+
+/// A place in the guest's code, for a message.
+pub struct Place {
+    rip: u64,
+    frame: Option<Frame>,
+}
+
+impl Place {
+    /// The place of the instruction at `rip`.
+    pub fn new(rip: u64, symbols: &Symbols) -> Self {
+        Self { rip, frame: symbols.frames(rip, Position::Instruction).pop() }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rip {:#x}", self.rip)?;
+        let Some((frame, symbol)) = self.frame.as_ref().and_then(|f| Some((f, f.symbol.as_ref()?))) else {
+            return Ok(());
+        };
+        write!(f, ", in {symbol}+{:#x}", frame.offset)
+    }
+}
+
+/// The stack that begins at the vCPU's frame pointer.
+pub(super) fn stack(machine: &Machine, start_ip: Option<u64>, most: usize) -> Stack {
+    let (regs, sregs) = (machine.cpu.regs().unwrap_or_default(), machine.cpu.sregs().unwrap_or_default());
+    let space = AddressSpace::new(&sregs);
+    walk(&mut |at| space.read_u64(machine.ram, at).ok(), regs.rbp, start_ip, most)
+}
+
+impl Monitor {
+    /// Makes a finding of what the guest reported. All rings are drained.
+    pub(super) fn investigate(
+        &self,
+        address: u64,
+        size: u64,
+        access: Access,
+        actor: Actor,
+        ip: u64,
+        machine: &Machine,
+    ) -> Finding {
+        let number = match access {
+            Access::Read => abi::access::READ,
+            Access::Write => abi::access::WRITE,
+            Access::DoubleFree => abi::access::DOUBLE_FREE,
+            Access::InvalidFree => abi::access::INVALID_FREE,
+        };
+        let gpa = self.regions.to_gpa(address, 1);
+        let violation = match (&self.windows, gpa) {
+            // A free has no size; its address is what is wrong.
+            (Some(windows), Some(gpa)) => windows.model().check(gpa, size.max(1)).err(),
+            _ => Some(Violation { address: gpa.unwrap_or(address), code: UNKNOWN, cause: Cause::Outside }),
+        };
+        let kind = BugKind::of_free(number).unwrap_or_else(|| match (&violation, &self.windows) {
+            (Some(violation), Some(windows)) => classify(windows.model(), violation, address, size, number),
+            _ => BugKind::Unknown,
+        });
+        // The shadow is keyed by guest-physical address; the guest knows the virtual one.
+        let bad_gpa = violation.map_or(gpa, |v| gpa.map(|_| v.address));
+        let first_bad = match (bad_gpa, gpa) {
+            (Some(bad), Some(gpa)) if BugKind::of_free(number).is_none() => {
+                address.wrapping_add(bad.wrapping_sub(gpa))
+            }
+            _ => address,
+        };
+        let bad_gpa = if BugKind::of_free(number).is_some() { gpa } else { bad_gpa };
+
+        let stack = stack(machine, Some(ip), FRAMES);
+        let frames = self.symbols.stack(&stack.ips);
+        let mut notes = stack.notes();
+        let found = match kind {
+            BugKind::StackOutOfBounds
+            | BugKind::GlobalOutOfBounds
+            | BugKind::AllocaOutOfBounds
+            | BugKind::UseAfterScope => None,
+            _ => bad_gpa.and_then(|gpa| Some((gpa, self.objects.nearest(gpa)?))),
+        };
+        let mut event = |event: &objects::Event| {
+            if event.lost {
+                notes.push("a stack is missing: too many different ones were recorded".into());
+            }
+            Event { task: task(event.task, event.name), frames: self.symbols.stack(event.frames) }
+        };
+        let (allocated, freed) = match &found {
+            Some((_, found)) => {
+                (found.allocated.as_ref().map(&mut event), found.freed.as_ref().map(&mut event))
+            }
+            None => (None, None),
+        };
+        let object = found.map(|(gpa, found)| {
+            let offset = gpa.wrapping_sub(found.start).cast_signed();
+            Object {
+                start: first_bad.wrapping_sub(offset.cast_unsigned()),
+                size: found.size,
+                cache: found.cache.map(|cache| cache.name.to_owned()),
+                cache_size: found.cache.map_or(0, |cache| cache.object_size),
+                offset,
+            }
+        });
+        let variable = match kind {
+            BugKind::GlobalOutOfBounds => self.symbols.lookup_data(first_bad),
+            _ => None,
+        };
+        notes.extend(self.symbols.notes());
+        if self.objects.counts().dropped + self.objects.counts().evicted > 0 && object.is_none() {
+            notes.push("the table of objects was full, so this one may be missing in it".into());
+        }
+        Finding {
+            kind: kind.as_str(),
+            access: match access {
+                Access::Read => report::Access::Read,
+                Access::Write => report::Access::Write,
+                Access::DoubleFree | Access::InvalidFree => report::Access::Free,
+            },
+            size,
+            address,
+            ip,
+            cpu: actor.cpu.into(),
+            task: task(actor.task, self.objects.task_name(actor.task)),
+            frames,
+            object,
+            variable,
+            allocated,
+            freed,
+            shadow: self.shadow_around(first_bad),
+            notes,
+        }
+    }
+
+    fn shadow_around(&self, first_bad: u64) -> ShadowDump {
+        ShadowDump::around(first_bad, |at| {
+            let model = self.windows.as_ref()?.model();
+            let gpa = self.regions.to_gpa(at, GRANULE * ROW_SHADOW as u64)?;
+            Some(std::array::from_fn(|i| model.state(gpa + i as u64 * GRANULE)))
+        })
+    }
+
+    /// Makes a finding of a guest's own store into a read-only window, which had no effect.
+    pub(super) fn tampering(&mut self, gpa: u64, size: u64, machine: &mut Machine) -> Result<Flow, Outcome> {
+        self.drain_all(machine.ram);
+        let ip = machine.cpu.regs()?.rip;
+        // Through which address of its own the guest came is not known; it has the shadow of its regions mapped where
+        // the checks look.
+        let address = self.windows.as_ref().and_then(|windows| {
+            let in_page = windows.page_window().and_then(|window| window.offset(gpa, 1));
+            let (offset, shift) = match in_page {
+                Some(offset) => (offset, PAGE_SHIFT),
+                None => (windows.byte_window().offset(gpa, 1)?, GRANULE_SHIFT),
+            };
+            let va = self.regions.to_va(offset << shift)?;
+            Some((va.cast_signed() >> shift).cast_unsigned())
+        });
+        let stack = stack(machine, None, FRAMES - 1);
+        let mut frames = self.symbols.frames(ip, Position::Instruction);
+        frames.extend(self.symbols.stack(&stack.ips));
+        let mut notes = self.symbols.notes();
+        if address.is_none() {
+            notes.push("the address is the guest-physical one: no region belongs to this shadow".into());
+        }
+        let finding = Finding {
+            kind: BugKind::ShadowTampering.as_str(),
+            access: report::Access::Write,
+            size,
+            address: address.unwrap_or(gpa),
+            ip,
+            cpu: 0,
+            task: Task::default(),
+            frames,
+            object: None,
+            variable: None,
+            allocated: None,
+            freed: None,
+            shadow: ShadowDump::default(),
+            notes,
+        };
+        Ok(self.found(finding))
+    }
+
+    /// Takes a finding in: tells the observer of a new one, and ends the run when there are enough.
+    pub(super) fn found(&mut self, finding: Finding) -> Flow {
+        if let Added::New(at) = self.findings.add(finding) {
+            if let Some((finding, _)) = self.findings.get(at) {
+                self.devices_flush();
+                self.observer.finding(finding);
+            }
+            if self.stop_at.is_some_and(|most| self.findings.distinct() >= most) {
+                return Flow::End(Outcome::FindingLimit(self.findings.distinct()));
+            }
+        }
+        Flow::Continue
+    }
+}
+
+fn task(id: u32, name: Option<&str>) -> Task {
+    Task { id, name: name.unwrap_or_default().to_owned() }
+}

@@ -1,0 +1,371 @@
+//! The sandbox: a machine, its shadow and its findings, joined for one run of one kernel. The library's entry point
+//! is [`run`].
+//!
+//! The vCPU runs in a thread of its own. The calling thread waits for it, watches the time limit and the request
+//! to stop, and gets the vCPU out of the guest for either. If the host does not let go of the vCPU, the run
+//! still ends, with all that was found.
+
+mod calls;
+mod investigate;
+pub mod monitor;
+mod outcome;
+mod rings;
+pub mod stats;
+
+use std::io::Write;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+use vm_memory::GuestAddress;
+
+use crate::machine::devices::Devices;
+use crate::machine::loader::LoadError;
+use crate::machine::memory::Ram;
+use crate::machine::stats::{VcpuStats, emulates_ring0};
+use crate::machine::vcpu::Vcpu;
+use crate::machine::{Kvm, Machine, MachineConfig, MachineError, SlotId, layout};
+use crate::report::symbols::Symbols;
+use crate::report::{Finding, Findings};
+use crate::shadow::accounting::resident_bytes;
+use crate::shadow::{self, Notify, ProcessMemory, ShadowError, SlotError, Slots, Windows};
+use monitor::{Flow, Monitor};
+pub use outcome::Outcome;
+use stats::{GuestStats, HostStats, ShadowStats, Stats};
+
+/// Which shadow to keep.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ShadowMode {
+    /// One byte for each page, byte shadow on demand.
+    #[default]
+    PerPage,
+    /// KASAN's own layout, to compare with.
+    Full,
+    /// None: the guest runs unchecked.
+    Off,
+}
+
+impl ShadowMode {
+    /// Its name on the command line and in `--stats`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::PerPage => "per-page",
+            Self::Full => "full",
+            Self::Off => "off",
+        }
+    }
+}
+
+/// What to run, and how.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The kernel's ELF file.
+    pub kernel: Arc<[u8]>,
+    /// Its command line.
+    pub cmdline: String,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// Which shadow.
+    pub shadow: ShadowMode,
+    /// Who writes it.
+    pub notify: Notify,
+    /// Most byte shadow that may be mapped, in bytes.
+    pub shadow_limit: Option<u64>,
+    /// How long the guest may run.
+    pub timeout: Option<Duration>,
+    /// After how many different findings to stop; never if none.
+    pub stop_at: Option<usize>,
+    /// Find out whether the host counts guest instructions, and read the count. Costs a probe guest.
+    pub count_instructions: bool,
+}
+
+/// Who hears of each new finding while the guest runs.
+pub trait Observer: Send {
+    /// A finding that is the first of its kind.
+    fn finding(&mut self, finding: &Finding);
+}
+
+/// Hears nothing.
+impl Observer for () {
+    fn finding(&mut self, _: &Finding) {}
+}
+
+/// Why a run did not begin.
+#[derive(Debug, Error)]
+#[allow(missing_docs)]
+pub enum RunError {
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Shadow(#[from] ShadowError),
+    #[error("cannot start a thread for the vCPU: {0}")]
+    Thread(std::io::Error),
+    #[error("the vCPU's thread panicked: this is a bug in Umbra")]
+    Panicked,
+}
+
+/// What a run came to.
+pub struct Report {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// What was found.
+    pub findings: Findings,
+    /// What it cost.
+    pub stats: Stats,
+}
+
+impl Report {
+    /// The exit status that belongs to it.
+    pub fn status(&self) -> u8 {
+        self.outcome.status(!self.findings.is_empty())
+    }
+}
+
+/// How often the waiting thread looks whether it shall stop.
+const TICK: Duration = Duration::from_millis(20);
+/// How long a vCPU may take to come out of the guest.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// The machine's memory slots, for the shadow.
+struct MachineSlots<'a>(&'a Machine);
+
+impl Slots for MachineSlots<'_> {
+    fn map(&mut self, gpa: u64, host: *mut u8, len: u64, readonly: bool) -> Result<u32, SlotError> {
+        // SAFETY: `Shared` drops the machine before the windows, and the vCPU's thread holds both; shadow is
+        // memory that is meant for the guest to write.
+        let slot = unsafe { self.0.map(GuestAddress(gpa), host, len, readonly) };
+        slot.map(|slot| slot.number()).map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
+    }
+
+    fn unmap(&mut self, slot: u32) -> Result<(), SlotError> {
+        self.0
+            .unmap(SlotId::from_number(slot))
+            .map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
+    }
+}
+
+/// What both threads hold. The order of the fields is the order in which they are dropped: the machine, whose memory
+/// slots lie in the windows, before them.
+struct Shared {
+    machine: Machine,
+    counters: Option<VcpuStats>,
+    stop: AtomicBool,
+    started: Mutex<Option<Instant>>,
+    monitor: Mutex<Monitor>,
+}
+
+impl Shared {
+    fn monitor(&self) -> MutexGuard<'_, Monitor> {
+        // A panic elsewhere is told when that thread is joined; the findings are still good.
+        self.monitor.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Runs a kernel to its end. `console` gets its serial output, `observer` its findings; `stop` ends it from outside.
+///
+/// # Errors
+/// The run could not begin: no KVM, a bad kernel, no memory. Once it has begun, everything is an [`Outcome`].
+pub fn run(
+    config: &Config,
+    console: Box<dyn Write + Send>,
+    observer: Box<dyn Observer>,
+    stop: &AtomicBool,
+) -> Result<Report, RunError> {
+    let begin = Instant::now();
+    let kvm = Kvm::open()?;
+    // The windows lie where CPUID says, so they come before the machine, and their slots after it.
+    let ram: Vec<Range<u64>> =
+        layout::ram_ranges(config.memory).into_iter().map(|(gpa, len)| gpa.0..gpa.0 + len).collect();
+    let shadow_config = |mode| shadow::Config { ram, mode, notify: config.notify, limit: config.shadow_limit };
+    let mut pending = Pending::default();
+    let mut windows = match config.shadow {
+        ShadowMode::PerPage => Some(Windows::new(&shadow_config(shadow::Mode::PerPage), &mut pending)?),
+        ShadowMode::Full => Some(Windows::new(&shadow_config(shadow::Mode::Full), &mut pending)?),
+        ShadowMode::Off => None,
+    };
+    let mut machine = Machine::new(
+        &kvm,
+        MachineConfig {
+            memory_bytes: config.memory,
+            extra_cpuid: monitor::discovery(config.shadow, config.notify, windows.as_ref()),
+            irqchip: false,
+        },
+    )?;
+    pending.into_slots(&mut MachineSlots(&machine), windows.as_mut())?;
+    machine.load(&config.kernel, &config.cmdline)?;
+    let vcpu = machine.create_vcpu(0)?;
+    let kicker = vcpu.kicker();
+    let kernel = config.kernel.clone();
+    let monitor = Monitor::new(
+        windows,
+        Devices::new(console, None),
+        Symbols::lazy(move || Ok(kernel)),
+        observer,
+        config.stop_at,
+    );
+    let counters = config.count_instructions.then(|| VcpuStats::open(&vcpu)).and_then(|counters| {
+        counters.inspect_err(|e| log::info!("guest instructions are not counted: {e}")).ok()
+    });
+    let shared = Arc::new(Shared {
+        machine,
+        counters,
+        stop: AtomicBool::new(false),
+        started: Mutex::new(None),
+        monitor: Mutex::new(monitor),
+    });
+
+    let (done, wait) = mpsc::sync_channel(1);
+    let worker = {
+        let shared = shared.clone();
+        thread::Builder::new()
+            .name("vcpu0".into())
+            .spawn(move || {
+                let outcome = run_vcpu(vcpu, &shared);
+                // Nobody waits any more if this took too long to stop.
+                let _ = done.send(outcome);
+            })
+            .map_err(RunError::Thread)?
+    };
+    let deadline = config.timeout.map(|limit| (Instant::now() + limit, limit));
+    let outcome = loop {
+        let tick = deadline.map_or(TICK, |(at, _)| TICK.min(at.saturating_duration_since(Instant::now())));
+        match wait.recv_timeout(tick) {
+            Ok(outcome) => break outcome,
+            Err(RecvTimeoutError::Disconnected) => break None,
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        let why = if stop.load(Relaxed) {
+            Outcome::Interrupted
+        } else {
+            match deadline {
+                Some((at, limit)) if at <= Instant::now() => Outcome::TimeLimit(limit),
+                _ => continue,
+            }
+        };
+        shared.stop.store(true, Relaxed);
+        if !kicker.kick_and_wait(PATIENCE) {
+            log::warn!("the host does not let go of the vCPU; its thread is left behind");
+            break Some(why);
+        }
+        // It may have ended by itself just now.
+        break Some(wait.recv_timeout(PATIENCE).ok().flatten().unwrap_or(why));
+    };
+    if worker.is_finished() && worker.join().is_err() {
+        return Err(RunError::Panicked);
+    }
+    let outcome = outcome.ok_or(RunError::Panicked)?;
+    let counted = shared.counters.as_ref().and_then(VcpuStats::instructions_emulated);
+    let instructions = counted.filter(|_| match emulates_ring0(&kvm) {
+        Ok(all) => all,
+        Err(error) => {
+            log::info!("guest instructions are not counted: {error}");
+            false
+        }
+    });
+    let mut monitor = shared.monitor();
+    monitor.drain_all(shared.machine.ram());
+    monitor.flush();
+    let started = *shared.started.lock().unwrap_or_else(PoisonError::into_inner);
+    let seconds = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
+        (Some(from), Some(to)) => to.saturating_duration_since(from).as_secs_f64(),
+        _ => 0.0,
+    };
+    let host = HostStats {
+        start_seconds: seconds(Some(begin), started),
+        seconds: seconds(started, Some(Instant::now())),
+        ..HostStats::default()
+    };
+    let stats = figures(config, &outcome, &mut monitor, shared.machine.ram(), instructions, host);
+    let findings = std::mem::take(&mut monitor.findings);
+    Ok(Report { outcome, findings, stats })
+}
+
+/// Runs the vCPU until the run ends. `None`: it was told to stop.
+fn run_vcpu(mut vcpu: Vcpu, shared: &Shared) -> Option<Outcome> {
+    *shared.started.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    while !shared.stop.load(Relaxed) {
+        let exit = match vcpu.run() {
+            Ok(exit) => exit,
+            Err(error) => return Some(error.into()),
+        };
+        let mut slots = MachineSlots(&shared.machine);
+        let mut machine =
+            monitor::Machine { cpu: &mut vcpu, ram: shared.machine.ram(), slots: &mut slots };
+        if let Flow::End(outcome) = shared.monitor().dispatch(exit, &mut machine) {
+            return Some(outcome);
+        }
+    }
+    None
+}
+
+/// Collects all figures.
+fn figures(
+    config: &Config,
+    outcome: &Outcome,
+    monitor: &mut Monitor,
+    ram: &Ram,
+    instructions: Option<u64>,
+    host: HostStats,
+) -> Stats {
+    let notify = match config.notify {
+        Notify::Ring => "ring",
+        Notify::Sync => "sync",
+    };
+    let mut shadow = ShadowStats { mode: config.shadow.as_str(), notify, ..ShadowStats::default() };
+    if let Some(windows) = &mut monitor.windows {
+        match windows.figures() {
+            Ok(figures) => {
+                shadow = ShadowStats {
+                    page_bytes: figures.page_bytes,
+                    byte_mapped_bytes: figures.byte_mapped_bytes,
+                    byte_resident_bytes: figures.byte_resident_bytes,
+                    byte_peak_resident_bytes: figures.byte_peak_resident_bytes,
+                    byte_used_peak_bytes: figures.byte_used_peak_bytes,
+                    byte_unused_bytes: figures.byte_unused_bytes,
+                    faults: figures.faults,
+                    released_bytes: figures.released_bytes,
+                    ..shadow
+                };
+            }
+            Err(error) => log::warn!("the shadow's figures are missing: {error}"),
+        }
+    }
+    let mut exits = monitor.exits.clone();
+    exits.completed = monitor.completed().clone();
+    Stats {
+        outcome: outcome.word(),
+        findings: monitor.findings.distinct(),
+        findings_total: monitor.findings.total(),
+        guest: GuestStats { memory_bytes: config.memory, instructions },
+        exits,
+        events: monitor.events.clone(),
+        host: with_memory(host, ram, &shadow),
+        shadow,
+    }
+}
+
+fn with_memory(host: HostStats, ram: &Ram, shadow: &ShadowStats) -> HostStats {
+    let guest = ram
+        .regions()
+        .map(|(_, at, len)| resident_bytes(&(at as u64..at as u64 + len)))
+        .sum::<Result<u64, _>>();
+    match (ProcessMemory::read(), guest) {
+        (Ok(memory), Ok(guest)) => HostStats {
+            rss_peak_bytes: memory.resident_peak,
+            vmm_overhead_bytes: memory
+                .resident
+                .saturating_sub(guest + shadow.page_bytes + shadow.byte_resident_bytes),
+            ..host
+        },
+        (Err(error), _) | (_, Err(error)) => {
+            log::warn!("this process's memory figures are missing: {error}");
+            host
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! The state of a run, and what each exit of the guest does to it.
+//!
+//! [`Monitor::dispatch`] is a plain function of an exit: it takes registers, RAM and memory slots through
+//! traits and references, so tests feed it with exits that no guest made.
+
+use umbra_shadow::abi::{self, CPUID_FIRST, CPUID_STEP, PORT, features};
+use vm_memory::GuestAddress;
+
+use super::investigate::Place;
+use super::rings::Rings;
+use super::stats::{EventStats, ExitStats};
+use super::{Observer, Outcome, ShadowMode};
+use crate::hypercall::Regions;
+use crate::machine::complete::{CompleteError, Completer, Cpu};
+use crate::machine::cpuid::CpuidLeaf;
+use crate::machine::devices::{DeviceEvent, Devices};
+use crate::machine::memory::Ram;
+use crate::machine::vcpu::{Vcpu, VmExit};
+use crate::report::Findings;
+use crate::report::symbols::Symbols;
+use crate::shadow::{FaultOutcome, Notify, Objects, ShadowError, Slots, Windows};
+
+/// A vCPU as the dispatcher needs it.
+pub trait GuestCpu: Cpu {
+    /// Gives the value of the read that the last exit asked for.
+    fn complete_read(&mut self, value: &[u8]);
+}
+
+impl GuestCpu for Vcpu {
+    fn complete_read(&mut self, value: &[u8]) {
+        self.complete_read(value);
+    }
+}
+
+/// What goes with an exit: the machine that the guest runs on.
+pub struct Machine<'a> {
+    /// The vCPU, stopped.
+    pub cpu: &'a mut dyn GuestCpuObject,
+    /// Guest memory.
+    pub ram: &'a Ram,
+    /// Its memory slots.
+    pub slots: &'a mut dyn Slots,
+}
+
+/// [`GuestCpu`] for use behind a pointer; every `GuestCpu` is one.
+pub trait GuestCpuObject: GuestCpu {
+    /// Completes the instruction at rip.
+    fn complete(
+        &mut self,
+        with: &mut Completer,
+        ram: &Ram,
+        bytes: &[u8],
+    ) -> Result<&'static str, CompleteError>;
+}
+
+impl<C: GuestCpu> GuestCpuObject for C {
+    fn complete(
+        &mut self,
+        with: &mut Completer,
+        ram: &Ram,
+        bytes: &[u8],
+    ) -> Result<&'static str, CompleteError> {
+        with.complete(self, ram, bytes)
+    }
+}
+
+/// What to do after an exit.
+#[derive(Debug)]
+pub enum Flow {
+    /// Run the guest on.
+    Continue,
+    /// End the run.
+    End(Outcome),
+}
+
+/// The state of a run.
+pub struct Monitor {
+    /// The shadow; none with `--shadow off`.
+    pub windows: Option<Windows>,
+    /// Who allocated and freed what.
+    pub objects: Objects,
+    /// What the guest has found wrong.
+    pub findings: Findings,
+    /// Exits so far.
+    pub exits: ExitStats,
+    /// Events so far.
+    pub events: EventStats,
+    pub(super) regions: Regions,
+    pub(super) rings: Rings,
+    pub(super) symbols: Symbols,
+    pub(super) observer: Box<dyn Observer>,
+    pub(super) stop_at: Option<usize>,
+    devices: Devices,
+    completer: Completer,
+}
+
+/// Bad calls that are logged; the rest are only counted.
+const LOGGED: u64 = 16;
+
+impl Monitor {
+    /// The state at the start.
+    pub fn new(
+        windows: Option<Windows>,
+        devices: Devices,
+        symbols: Symbols,
+        observer: Box<dyn Observer>,
+        stop_at: Option<usize>,
+    ) -> Self {
+        Self {
+            windows,
+            objects: Objects::default(),
+            findings: Findings::default(),
+            exits: ExitStats::default(),
+            events: EventStats::default(),
+            regions: Regions::default(),
+            rings: Rings::default(),
+            symbols,
+            observer,
+            stop_at,
+            devices,
+            completer: Completer::default(),
+        }
+    }
+
+    /// Does what an exit asks for.
+    pub fn dispatch(&mut self, exit: VmExit, machine: &mut Machine) -> Flow {
+        self.exits.total += 1;
+        let flow = match exit {
+            VmExit::IoOut { port: PORT, data } if data.as_slice().len() == 4 => {
+                self.exits.hypercall += 1;
+                self.hypercall(data.value() as u32, machine)
+            }
+            VmExit::IoOut { port, data } => {
+                self.exits.io += 1;
+                match self.devices.io_out(port, data.as_slice()) {
+                    DeviceEvent::None => Ok(Flow::Continue),
+                    DeviceEvent::Reset => Ok(Flow::End(Outcome::Reset)),
+                }
+            }
+            VmExit::IoIn { port, len } => {
+                self.exits.io += 1;
+                let mut data = [0; 8];
+                let data = &mut data[..usize::from(len).min(8)];
+                self.devices.io_in(port, data);
+                machine.cpu.complete_read(data);
+                Ok(Flow::Continue)
+            }
+            VmExit::MmioRead { gpa, len } => self.mmio_read(gpa, usize::from(len).min(8), machine),
+            VmExit::MmioWrite { gpa, data } => self.mmio_write(gpa, data.as_slice(), machine),
+            VmExit::MemoryFault { gpa, size, .. } => self.memory_fault(gpa, size, machine),
+            VmExit::Interrupted => Ok(Flow::Continue),
+            VmExit::Hlt => Ok(Flow::End(Outcome::Halted)),
+            VmExit::EmulationFailed { bytes, len } => {
+                let bytes = &bytes[..usize::from(len).min(bytes.len())];
+                match machine.cpu.complete(&mut self.completer, machine.ram, bytes) {
+                    Ok(_) => Ok(Flow::Continue),
+                    Err(CompleteError::Vcpu(error)) => Err(error.into()),
+                    Err(error) => {
+                        Ok(Flow::End(Outcome::Instruction { error, place: self.place(machine).to_string() }))
+                    }
+                }
+            }
+            VmExit::Shutdown => {
+                Ok(Flow::End(Outcome::TripleFault { place: self.place(machine).to_string() }))
+            }
+            VmExit::SystemEvent { .. } => Ok(Flow::End(Outcome::Reset)),
+            VmExit::FailEntry { reason } => self.stuck(format!("entry fails with {reason:#x}"), machine),
+            VmExit::InternalError { suberror } => self.stuck(format!("internal error {suberror}"), machine),
+            VmExit::Unsupported { reason } => self.stuck(format!("unexpected exit {reason}"), machine),
+        };
+        flow.unwrap_or_else(Flow::End)
+    }
+
+    /// Instructions completed so far, by mnemonic.
+    pub fn completed(&self) -> &std::collections::BTreeMap<&'static str, u64> {
+        self.completer.counts()
+    }
+
+    /// Writes out what the console still holds.
+    pub fn flush(&mut self) {
+        self.devices.flush();
+    }
+
+    fn stuck(&self, what: String, machine: &Machine) -> Result<Flow, Outcome> {
+        Ok(Flow::End(Outcome::Stuck { what, place: self.place(machine).to_string() }))
+    }
+
+    /// Where the guest is, for a message.
+    pub fn place(&self, machine: &Machine) -> Place {
+        Place::new(machine.cpu.regs().map(|regs| regs.rip).unwrap_or_default(), &self.symbols)
+    }
+
+    fn mmio_read(&mut self, gpa: GuestAddress, len: usize, machine: &mut Machine) -> Result<Flow, Outcome> {
+        let mut data = [0; 8];
+        let data = &mut data[..len];
+        match self.windows.as_mut().filter(|windows| windows.contains(gpa.0)) {
+            Some(windows) => match windows.fault(gpa.0, len as u64, false, machine.slots) {
+                Ok(outcome) => {
+                    self.exits.shadow_fault += u64::from(outcome == FaultOutcome::Mapped);
+                    windows.read(gpa.0, data)?;
+                }
+                Err(ShadowError::OutsideWindow { .. }) => data.fill(0xff),
+                Err(error) => return Err(error.into()),
+            },
+            None => {
+                self.exits.mmio += 1;
+                self.devices.mmio_read(gpa, data);
+            }
+        }
+        machine.cpu.complete_read(data);
+        Ok(Flow::Continue)
+    }
+
+    fn mmio_write(&mut self, gpa: GuestAddress, data: &[u8], machine: &mut Machine) -> Result<Flow, Outcome> {
+        let Some(windows) = self.windows.as_mut().filter(|windows| windows.contains(gpa.0)) else {
+            self.exits.mmio += 1;
+            self.devices.mmio_write(gpa, data);
+            return Ok(Flow::Continue);
+        };
+        match windows.fault(gpa.0, data.len() as u64, true, machine.slots) {
+            Ok(FaultOutcome::Tampering) => return self.tampering(gpa.0, data.len() as u64, machine),
+            Ok(outcome) => {
+                self.exits.shadow_fault += u64::from(outcome == FaultOutcome::Mapped);
+                windows.apply_write(gpa.0, data)?;
+            }
+            // Half in a window, half beyond: nothing is there.
+            Err(ShadowError::OutsideWindow { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(Flow::Continue)
+    }
+
+    /// The access runs again afterwards.
+    fn memory_fault(&mut self, gpa: GuestAddress, size: u64, machine: &mut Machine) -> Result<Flow, Outcome> {
+        let Some(windows) = self.windows.as_mut().filter(|windows| windows.contains(gpa.0)) else {
+            return self.stuck(format!("no memory behind guest-physical {:#x}", gpa.0), machine);
+        };
+        // At most the page that the host names; a chunk is larger.
+        match windows.fault(gpa.0, size.clamp(1, 4096), false, machine.slots)? {
+            FaultOutcome::Mapped => {
+                self.exits.shadow_fault += 1;
+                Ok(Flow::Continue)
+            }
+            _ => self.stuck(format!("shadow at {:#x} is mapped and yet faults", gpa.0), machine),
+        }
+    }
+
+    /// Logs a guest's mistake, a few times.
+    pub(super) fn refuse(&mut self, what: &dyn std::fmt::Display) {
+        self.events.refused += 1;
+        if self.events.refused <= LOGGED {
+            log::warn!("refused: {what}");
+        }
+        if self.events.refused == LOGGED {
+            log::warn!("more of these are only counted");
+        }
+    }
+}
+
+/// The CPUID leaves that a guest finds Umbra by (see [`umbra_shadow::abi`]). One block beyond KVM's own.
+pub fn discovery(mode: ShadowMode, notify: Notify, windows: Option<&Windows>) -> Vec<CpuidLeaf> {
+    let base = CPUID_FIRST + CPUID_STEP;
+    let notify = match notify {
+        Notify::Ring => features::RING,
+        Notify::Sync => features::SYNC,
+    };
+    let offered = match mode {
+        ShadowMode::PerPage => features::PER_PAGE | notify,
+        ShadowMode::Full => features::FULL | notify,
+        ShadowMode::Off => 0,
+    };
+    let leaf = |function, [eax, ebx, ecx, edx]: [u32; 4]| CpuidLeaf { function, eax, ebx, ecx, edx };
+    let window = |gpa: u64, bytes: u64| [gpa as u32, (gpa >> 32) as u32, bytes as u32, (bytes >> 32) as u32];
+    let page = windows.and_then(|windows| windows.page_window()).map_or([0; 4], |w| window(w.gpa, w.bytes));
+    let byte = windows.map_or([0; 4], |w| window(w.byte_window().gpa, w.byte_window().bytes));
+    let [s0, s1, s2] = abi::CPUID_SIGNATURE;
+    vec![
+        leaf(base, [base + abi::CPUID_LEAF_BYTE_WINDOW, s0, s1, s2]),
+        leaf(base + abi::CPUID_LEAF_FEATURES, [abi::VERSION, u32::from(PORT), offered, 0]),
+        leaf(base + abi::CPUID_LEAF_PAGE_WINDOW, page),
+        leaf(base + abi::CPUID_LEAF_BYTE_WINDOW, byte),
+    ]
+}

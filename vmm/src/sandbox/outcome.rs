@@ -1,0 +1,165 @@
+//! How a run ended, as a word, as a sentence and as an exit status.
+
+use std::time::Duration;
+
+use thiserror::Error;
+
+use crate::machine::complete::CompleteError;
+use crate::machine::vcpu::VcpuError;
+use crate::shadow::ShadowError;
+
+/// How a run ended. Display is a sentence for people.
+#[derive(Debug, Error)]
+pub enum Outcome {
+    /// The guest said that it is done.
+    #[error("the guest is done")]
+    Done,
+    /// The guest said that it is done, and that it failed.
+    #[error("the guest says that it failed")]
+    Failed,
+    /// As many findings as were asked for.
+    #[error("stopped after {0} finding(s)")]
+    FindingLimit(usize),
+    /// The guest reset the machine or switched it off.
+    #[error("the guest reset the machine or switched it off")]
+    Reset,
+    /// The guest halted for good: there is no interrupt that could wake it.
+    #[error("the guest halted")]
+    Halted,
+    /// The guest panicked.
+    #[error("the guest panicked")]
+    Panic,
+    /// A CPU exception the guest had no answer to.
+    #[error("the guest died of exception {vector} ({name}) at {place}, error code {error:#x}, address {address:#x}", name = exception(*vector))]
+    Fault {
+        /// The exception's vector.
+        vector: u32,
+        /// Its error code.
+        error: u32,
+        /// The instruction, with its symbol if it is known.
+        place: String,
+        /// cr2.
+        address: u64,
+    },
+    /// A triple fault.
+    #[error("the guest triple-faulted at {place}")]
+    TripleFault {
+        /// The last instruction, with its symbol if it is known.
+        place: String,
+    },
+    /// An instruction that neither KVM nor Umbra executes.
+    #[error("{error} ({place})")]
+    Instruction {
+        /// What cannot be executed.
+        error: CompleteError,
+        /// Where, with its symbol if it is known.
+        place: String,
+    },
+    /// The vCPU got into a state that KVM does not run.
+    #[error("KVM cannot run the guest any further: {what} at {place}")]
+    Stuck {
+        /// What KVM says.
+        what: String,
+        /// The instruction, with its symbol if it is known.
+        place: String,
+    },
+    /// The time limit.
+    #[error("the time limit of {0:?} is over: --timeout gives it more")]
+    TimeLimit(Duration),
+    /// The user asked for the end.
+    #[error("interrupted")]
+    Interrupted,
+    /// The guest needs more shadow than it may have.
+    #[error("{0}: --shadow-limit gives it more")]
+    ShadowLimit(ShadowError),
+    /// The host failed to provide shadow.
+    #[error("cannot provide shadow memory: {0}")]
+    Shadow(ShadowError),
+    /// KVM failed.
+    #[error("KVM failed: {0}")]
+    Host(#[from] VcpuError),
+}
+
+/// The names of the x86 exceptions (Intel SDM volume 3, table 6-1).
+fn exception(vector: u32) -> &'static str {
+    match vector {
+        0 => "divide error",
+        3 => "breakpoint",
+        6 => "invalid opcode",
+        8 => "double fault",
+        12 => "stack fault",
+        13 => "general protection",
+        14 => "page fault",
+        17 => "alignment check",
+        _ => "see the CPU's manual",
+    }
+}
+
+impl Outcome {
+    /// A word for `--stats`.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Done => "done",
+            Self::Failed => "failed",
+            Self::FindingLimit(_) => "finding-limit",
+            Self::Reset => "reset",
+            Self::Halted => "halted",
+            Self::Panic => "panic",
+            Self::Fault { .. } => "fault",
+            Self::TripleFault { .. } => "triple-fault",
+            Self::Instruction { .. } => "unknown-instruction",
+            Self::Stuck { .. } => "stuck",
+            Self::TimeLimit(_) => "time-limit",
+            Self::Interrupted => "interrupted",
+            Self::ShadowLimit(_) => "shadow-limit",
+            Self::Shadow(_) | Self::Host(_) => "host-error",
+        }
+    }
+
+    /// The exit status of `umbra run`: 0 clean, 1 findings, 2 usage or host problem, 3 the guest crashed, 4 time
+    /// limit; 130 after Ctrl-C, as shells have it.
+    pub fn status(&self, findings: bool) -> u8 {
+        match self {
+            Self::Done | Self::Reset | Self::Halted | Self::FindingLimit(_) => u8::from(findings),
+            Self::ShadowLimit(_) | Self::Shadow(_) | Self::Host(_) => 2,
+            Self::Failed
+            | Self::Panic
+            | Self::Fault { .. }
+            | Self::TripleFault { .. }
+            | Self::Instruction { .. }
+            | Self::Stuck { .. } => 3,
+            Self::TimeLimit(_) => 4,
+            Self::Interrupted => 130,
+        }
+    }
+
+    /// Whether the guest came to an end of its own.
+    pub fn is_regular(&self) -> bool {
+        matches!(self, Self::Done | Self::Reset | Self::Halted)
+    }
+}
+
+impl From<ShadowError> for Outcome {
+    fn from(error: ShadowError) -> Self {
+        match error {
+            ShadowError::Limit { .. } => Self::ShadowLimit(error),
+            error => Self::Shadow(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn crash_and_time_limit_outrank_findings() {
+        for findings in [false, true] {
+            assert_eq!(Outcome::Done.status(findings), u8::from(findings));
+            assert_eq!(Outcome::Panic.status(findings), 3);
+            assert_eq!(Outcome::TimeLimit(Duration::from_secs(1)).status(findings), 4);
+            let limit = Outcome::from(ShadowError::Limit { limit: 1, needed: 2 });
+            assert_eq!((limit.word(), limit.status(findings)), ("shadow-limit", 2));
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! The figures of a run: what `--stats` writes.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+/// All figures of a run. Sizes are bytes.
+#[derive(Clone, Debug, Serialize)]
+pub struct Stats {
+    /// How it ended, in a word ([`super::Outcome::word`]).
+    pub outcome: &'static str,
+    /// Different findings.
+    pub findings: usize,
+    /// Findings with those that were only counted: repeats, and different ones past the bound.
+    pub findings_total: u64,
+    /// The shadow.
+    pub shadow: ShadowStats,
+    /// The guest.
+    pub guest: GuestStats,
+    /// Exits from the guest to Umbra.
+    pub exits: ExitStats,
+    /// What the guest told.
+    pub events: EventStats,
+    /// Umbra itself.
+    pub host: HostStats,
+}
+
+/// What the shadow cost.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct ShadowStats {
+    /// `per-page`, `full` or `off`.
+    pub mode: &'static str,
+    /// `ring` or `sync`.
+    pub notify: &'static str,
+    /// Page shadow, there from the start.
+    pub page_bytes: u64,
+    /// Byte shadow that is mapped, at the end.
+    pub byte_mapped_bytes: u64,
+    /// Byte shadow that is resident at the end, by the kernel's count.
+    pub byte_resident_bytes: u64,
+    /// The most that was resident.
+    pub byte_peak_resident_bytes: u64,
+    /// The most that byte-checked pages used.
+    pub byte_used_peak_bytes: u64,
+    /// Resident at the end, and used by no byte-checked page.
+    pub byte_unused_bytes: u64,
+    /// Chunks that were mapped because the guest touched them.
+    pub faults: u64,
+    /// Byte shadow that was given back.
+    pub released_bytes: u64,
+}
+
+/// What the guest was.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct GuestStats {
+    /// Its memory.
+    pub memory_bytes: u64,
+    /// Instructions that it executed, where the host counts them; else null.
+    pub instructions: Option<u64>,
+}
+
+/// Exits by kind.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct ExitStats {
+    /// All of them.
+    pub total: u64,
+    /// Hypercalls.
+    pub hypercall: u64,
+    /// First touches of byte shadow.
+    pub shadow_fault: u64,
+    /// Ports other than the hypercall's.
+    pub io: u64,
+    /// Guest-physical addresses that are neither memory nor shadow.
+    pub mmio: u64,
+    /// Instructions that KVM refused and Umbra completed, by mnemonic.
+    pub completed: BTreeMap<&'static str, u64>,
+}
+
+/// What the guest told of its allocators.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct EventStats {
+    /// Allocations.
+    pub allocations: u64,
+    /// Frees.
+    pub frees: u64,
+    /// Times that a ring was emptied.
+    pub ring_drains: u64,
+    /// Events and calls with values that make no sense, and were left out.
+    pub refused: u64,
+}
+
+/// What Umbra needed.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct HostStats {
+    /// The most memory that the process held, guest and shadow included.
+    pub rss_peak_bytes: u64,
+    /// What it held at the end beside guest memory and shadow.
+    pub vmm_overhead_bytes: u64,
+    /// From the start of the run to the guest's first instruction.
+    pub start_seconds: f64,
+    /// From there to the end.
+    pub seconds: f64,
+}
