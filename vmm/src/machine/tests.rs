@@ -9,7 +9,7 @@ use vm_memory::GuestAddress;
 use super::complete::Completer;
 use super::devices::{DeviceEvent, Devices};
 use super::stats::{self, VcpuStats, raw_guest};
-use super::vcpu::{Vcpu, VmExit};
+use super::vcpu::{Data, Vcpu, VmExit};
 use super::*;
 
 /// KVM, or `None` after saying why the test is skipped.
@@ -376,6 +376,18 @@ fn a_busy_guest_is_kicked_out() {
 }
 
 #[test]
+fn a_guest_in_vmcall_is_kicked_out() {
+    let Some(kvm) = kvm("kick from vmcall") else { return };
+    // Where KVM emulates ring 0, this instruction is emulated again and again, and KVM_RUN does not return.
+    let (_machine, mut vcpu) = raw_guest(&kvm, guest!("2: vmcall", "jmp 2b")).unwrap();
+    let kicker = vcpu.kicker();
+    let thread = std::thread::spawn(move || vcpu.run().unwrap());
+    std::thread::sleep(Duration::from_millis(20));
+    assert!(kicker.kick_and_wait(Duration::from_secs(1)));
+    assert_eq!(thread.join().unwrap(), VmExit::Interrupted);
+}
+
+#[test]
 fn statistics_repeat_exactly() {
     let Some(kvm) = kvm("statistics") else { return };
     let emulated = stats::emulates_ring0(&kvm).unwrap();
@@ -416,4 +428,87 @@ fn with_interrupt_controller() {
     machine.irq_line(4).unwrap().pulse().unwrap();
     let exit = next(&machine, &mut vcpu, &mut Completer::default());
     assert!(matches!(exit, VmExit::IoOut { port: 0x80, .. }), "{exit:?}");
+}
+
+/// `raw_guest` in ring 3, with all of the boot mapping open to it.
+fn user_guest(kvm: &Kvm, code: &[u8]) -> (Machine, Vcpu) {
+    let (machine, mut vcpu) = raw_guest(kvm, code).unwrap();
+    for table in 0..2 + layout::BOOT_PDS {
+        for entry in 0..512 {
+            let gpa = GuestAddress(layout::BOOT_PML4 + table * layout::PAGE + 8 * entry);
+            let value = machine.ram().read_u64(gpa).unwrap();
+            machine.ram().write(gpa, &(value | 4).to_le_bytes()).unwrap();
+        }
+    }
+    let mut sregs = vcpu.sregs().unwrap();
+    for segment in [&mut sregs.cs, &mut sregs.ss, &mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs]
+    {
+        (segment.dpl, segment.selector) = (3, segment.selector | 3);
+    }
+    sregs.cr4 |= 1 << 9; // OSFXSR: SSE may be used
+    vcpu.set_sregs(&sregs).unwrap();
+    (machine, vcpu)
+}
+
+#[test]
+fn ring_3_exits_like_ring_0() {
+    let Some(kvm) = kvm("ring 3") else { return };
+    let code = guest!(
+        "mov ebx, 0x40000000",
+        "mov rcx, [rbx]",
+        "mov [rbx + 8], rcx",
+        "movaps xmm0, [rbx]",
+        "addps xmm0, [rbx]",
+    );
+    let (machine, mut vcpu) = user_guest(&kvm, code);
+    let mut completer = Completer::default();
+    let gpa = GuestAddress(0x4000_0000);
+    assert_eq!(next(&machine, &mut vcpu, &mut completer), VmExit::MmioRead { gpa, len: 8 });
+    vcpu.complete_read(&[5; 8]);
+    let write = VmExit::MmioWrite { gpa: GuestAddress(0x4000_0008), data: Data::new(&[5; 8]) };
+    assert_eq!(next(&machine, &mut vcpu, &mut completer), write);
+    // KVM's emulator knows plain SSE moves, and gives them out in halves.
+    for half in [gpa, GuestAddress(0x4000_0008)] {
+        assert_eq!(next(&machine, &mut vcpu, &mut completer), VmExit::MmioRead { gpa: half, len: 8 });
+    }
+    let exit = vcpu.run().unwrap();
+    let VmExit::EmulationFailed { bytes, len } = exit else { panic!("{exit:?}") };
+    let error = completer.complete(&mut vcpu, machine.ram(), &bytes[..usize::from(len)]).unwrap_err();
+    assert!(error.to_string().starts_with("the host cannot execute addps (0f 58 03) at rip"), "{error}");
+}
+
+#[test]
+fn memory_that_the_host_cannot_touch() {
+    let Some(kvm) = kvm("host memory") else { return };
+    let code = guest!("mov ebx, 0x40000000", "mov rcx, [rbx]", "hlt");
+    // SAFETY: a new mapping.
+    let memory = unsafe {
+        let flags = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE;
+        libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_NONE, flags, -1, 0)
+    };
+    assert_ne!(memory, libc::MAP_FAILED);
+    for (machine, mut vcpu) in [raw_guest(&kvm, code).unwrap(), user_guest(&kvm, code)] {
+        let gpa = GuestAddress(0x4000_0000);
+        // SAFETY: the mapping stays until after the loop.
+        let _slot = unsafe { machine.map(gpa, memory.cast(), 4096, false) }.unwrap();
+        // Which of them depends on host and ring; none is a crash or a silent success.
+        match vcpu.run() {
+            Ok(VmExit::MmioRead { gpa: at, .. }) => assert_eq!(at, gpa),
+            Ok(VmExit::MemoryFault { gpa: at, .. }) => assert_eq!(at.0 & !4095, gpa.0),
+            Err(vcpu::VcpuError::HostMemory { id: 0 }) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    // SAFETY: no machine has it any more.
+    unsafe { libc::munmap(memory, 4096) };
+}
+
+#[test]
+fn machines_can_be_shared_between_threads() {
+    fn shared<T: Send + Sync>() {}
+    fn moved<T: Send>() {}
+    shared::<Machine>();
+    shared::<super::kick::Kicker>();
+    moved::<Vcpu>();
+    moved::<Devices>();
 }
