@@ -139,7 +139,7 @@ fn a_kernel_boots_prints_its_command_line_and_switches_off() {
 
 #[test]
 fn a_hypercall_reads_and_writes_registers() {
-    let Some(kvm) = kvm("registers") else { return };
+    let Some(mut kvm) = kvm("registers") else { return };
     let code = guest!(
         "mov rdi, 0x1122334455667788",
         "mov eax, 5",
@@ -149,16 +149,19 @@ fn a_hypercall_reads_and_writes_registers() {
         "out dx, eax",
         "hlt",
     );
-    let (machine, mut vcpu) = raw_guest(&kvm, code).unwrap();
-    let mut completer = Completer::default();
-    let exit = next(&machine, &mut vcpu, &mut completer);
-    let VmExit::IoOut { port: 0xb5e, data } = exit else { panic!("{exit:?}") };
-    assert_eq!(data.value(), 5);
-    assert_eq!(vcpu.regs().unwrap().rdi, 0x1122_3344_5566_7788);
-    vcpu.set_rax(0xfeed_0000_0000_beef).unwrap();
-    assert!(matches!(next(&machine, &mut vcpu, &mut completer), VmExit::IoOut { .. }));
-    assert_eq!(vcpu.regs().unwrap().rdi, 0xfeed_0000_0000_beef);
-    assert_eq!(next(&machine, &mut vcpu, &mut completer), VmExit::Hlt);
+    for sync_regs in [kvm.sync_regs, false] {
+        kvm.sync_regs = sync_regs;
+        let (machine, mut vcpu) = raw_guest(&kvm, code).unwrap();
+        let mut completer = Completer::default();
+        let exit = next(&machine, &mut vcpu, &mut completer);
+        let VmExit::IoOut { port: 0xb5e, data } = exit else { panic!("{exit:?}") };
+        assert_eq!(data.value(), 5);
+        assert_eq!(vcpu.regs().unwrap().rdi, 0x1122_3344_5566_7788);
+        vcpu.set_rax(0xfeed_0000_0000_beef).unwrap();
+        assert!(matches!(next(&machine, &mut vcpu, &mut completer), VmExit::IoOut { .. }));
+        assert_eq!(vcpu.regs().unwrap().rdi, 0xfeed_0000_0000_beef);
+        assert_eq!(next(&machine, &mut vcpu, &mut completer), VmExit::Hlt);
+    }
 }
 
 #[test]
