@@ -326,3 +326,130 @@ pub(super) fn write_boot_tables(ram: &Ram) -> Result<(), NotRam> {
 
 /// The boot GDT. The protocol wants code at selector 0x10 and data at 0x18.
 pub const GDT: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::elf;
+    use super::*;
+
+    const BASE: u64 = layout::KERNEL_START;
+
+    fn ram() -> Ram {
+        Ram::new(4 << 20).unwrap()
+    }
+
+    /// A small valid kernel with `change` applied to its bytes.
+    fn broken(change: impl FnOnce(&mut Vec<u8>)) -> LoadError {
+        let mut image = elf(BASE + 4, &[(BASE, BASE, &[0x90; 64], 128), (BASE + 0x1000, 0, &[1; 16], 16)]);
+        check(&ram(), &image).expect("valid before the change");
+        change(&mut image);
+        check(&ram(), &image).expect_err("not valid after it")
+    }
+
+    fn put(at: usize, bytes: impl AsRef<[u8]>) -> impl FnOnce(&mut Vec<u8>) {
+        move |image| image[at..at + bytes.as_ref().len()].copy_from_slice(bytes.as_ref())
+    }
+
+    fn put64(at: usize, value: u64) -> impl FnOnce(&mut Vec<u8>) {
+        put(at, value.to_le_bytes())
+    }
+
+    #[test]
+    fn every_broken_image_is_refused() {
+        use LoadError as E;
+        assert!(matches!(broken(Vec::clear), E::Empty));
+        assert!(matches!(broken(put(0, b"#!/b")), E::NotElf(_)));
+        assert!(matches!(broken(|i| i.truncate(63)), E::HeaderCutOff(63)));
+        assert!(matches!(broken(put(4, [1])), E::Not64Bit));
+        assert!(matches!(broken(put(5, [2])), E::BigEndian));
+        assert!(matches!(broken(put(18, [183, 0])), E::ForeignMachine(183)));
+        assert!(matches!(broken(put(16, [1, 0])), E::NotExecutable(1)));
+        assert!(matches!(broken(put(54, [55])), E::BadProgramHeaders { .. }));
+        assert!(matches!(broken(put64(32, 0)), E::BadProgramHeaders { .. }));
+        assert!(matches!(broken(put64(32, u64::MAX)), E::CutOff { .. }));
+        assert!(matches!(broken(put(56, [255, 255])), E::CutOff { .. }));
+        assert!(matches!(broken(put(56, [0, 0])), E::NoSegment));
+        assert!(matches!(broken(|i| (put(64, [6])(i), put(120, [6])(i)).0), E::NoSegment));
+        assert!(matches!(broken(put64(64 + 8, u64::MAX)), E::CutOff { .. }), "p_offset");
+        assert!(matches!(broken(|i| i.truncate(i.len() - 1)), E::CutOff { .. }));
+        assert!(matches!(broken(put64(64 + 40, 63)), E::FileLargerThanMemory { file: 64, memory: 63, .. }));
+        assert!(matches!(broken(put64(64 + 24, u64::MAX - 8)), E::Wraps { .. }));
+        assert!(matches!(broken(put64(64 + 40, u64::MAX)), E::Wraps { .. }));
+        assert!(matches!(broken(put64(64 + 24, BASE - 1)), E::BootArea { index: 0, .. }));
+        assert!(matches!(broken(put64(64 + 24, 0)), E::BootArea { .. }));
+        assert!(matches!(broken(put64(64 + 24, (4 << 20) - 127)), E::MemoryTooSmall { need, .. }
+            if need == (4 << 20) + 1));
+        assert!(matches!(broken(put64(64 + 40, 1 << 40)), E::OutsideMemory { index: 0, .. }));
+        assert!(matches!(broken(put64(120 + 24, BASE + 127)), E::Overlap { first: 0, second: 1 }));
+        assert!(matches!(broken(put64(24, BASE + 128)), E::EntryOutside(_)));
+        // A note that lies outside of the file, or is garbage.
+        assert!(matches!(broken(|i| (put(120, [4])(i), put64(120 + 8, 1 << 40)(i)).0), E::CutOff { .. }));
+    }
+
+    #[test]
+    fn no_bytes_make_it_panic() {
+        let image = elf(BASE, &[(BASE, BASE, &[0x90; 64], 128)]);
+        let ram = ram();
+        for at in 0..image.len() {
+            for value in [0, 1, 4, 0x7f, 0x80, 0xff] {
+                let mut image = image.clone();
+                image[at] = value;
+                let _ = load(&ram, &image, "");
+            }
+            let _ = load(&ram, &image[..at], "");
+        }
+    }
+
+    #[test]
+    fn a_virtual_entry_point_is_translated() {
+        let high = 0xffff_ffff_8010_0000;
+        let image = elf(high + 8, &[(BASE, high, &[0x90; 64], 64)]);
+        let kernel = check(&ram(), &image).unwrap();
+        assert_eq!(kernel.entry, GuestAddress(BASE + 8));
+        assert_eq!((kernel.start.0, kernel.end.0), (BASE, BASE + 64));
+    }
+
+    #[test]
+    fn boot_structures() {
+        let ram = Ram::new(layout::HOLE_START + (8 << 20)).unwrap();
+        let image = elf(BASE, &[(BASE, BASE, b"code", 4)]);
+        load(&ram, &image, "a=b").unwrap();
+        let mut text = [0; 4];
+        ram.read(GuestAddress(BASE), &mut text).unwrap();
+        assert_eq!(&text, b"code");
+        ram.read(GuestAddress(layout::CMDLINE), &mut text).unwrap();
+        assert_eq!(&text, b"a=b\0");
+        let mut page = [0; 4096];
+        ram.read(GuestAddress(layout::BOOT_PARAMS), &mut page).unwrap();
+        assert_eq!(page[0x1e8], 4, "E820 entries");
+        assert_eq!(&page[0x202..0x206], b"HdrS");
+        assert_eq!(u32_at(&page, 0x228), layout::CMDLINE as u32);
+        let entry =
+            |i: usize| (u64_at(&page, 0x2d0 + 20 * i), u64_at(&page, 0x2d8 + 20 * i), page[0x2e0 + 20 * i]);
+        assert_eq!(entry(0), (0, 0x9_fc00, 1));
+        assert_eq!(entry(1), (0x9_fc00, 0x6_0400, 2));
+        assert_eq!(entry(2), (BASE, layout::HOLE_START - BASE, 1));
+        assert_eq!(entry(3), (layout::HOLE_END, 8 << 20, 1));
+    }
+
+    #[test]
+    fn command_lines() {
+        let image = elf(BASE, &[(BASE, BASE, &[0], 1)]);
+        let fits = "x".repeat(2047);
+        load(&ram(), &image, &fits).unwrap();
+        let error = load(&ram(), &image, &(fits + "x")).unwrap_err();
+        assert!(matches!(error, LoadError::CmdlineTooLong { have: 2048, max: 2047 }));
+        assert!(matches!(load(&ram(), &image, "a\0b"), Err(LoadError::CmdlineNul)));
+    }
+
+    #[test]
+    fn files() {
+        let dir = tempfile::tempdir().unwrap();
+        let missing = read_image(&dir.path().join("none")).unwrap_err();
+        assert!(missing.to_string().starts_with("cannot read kernel"), "{missing}");
+        assert!(matches!(read_image(dir.path()), Err(LoadError::NotAFile { .. })));
+        let path = dir.path().join("kernel");
+        std::fs::write(&path, b"abc").unwrap();
+        assert_eq!(read_image(&path).unwrap(), b"abc");
+    }
+}

@@ -20,7 +20,10 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_bindings::{
+    CpuId, KVM_API_VERSION, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
+    KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, kvm_enable_cap, kvm_pit_config,
+};
 use kvm_ioctls::Cap;
 use thiserror::Error;
 use vm_memory::GuestAddress;
@@ -75,6 +78,7 @@ fn refused(operation: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Machine
 pub struct Kvm {
     fd: kvm_ioctls::Kvm,
     sync_regs: bool,
+    emulation_exits: bool,
 }
 
 impl Kvm {
@@ -110,9 +114,10 @@ impl Kvm {
                 return Err(MachineError::Capability(name));
             }
         }
-        // The bits of KVM_SYNC_X86_*.
-        let sync_regs = fd.check_extension_int(Cap::SyncRegs) & kvm_bindings::KVM_SYNC_X86_REGS as i32 != 0;
-        Ok(Self { fd, sync_regs })
+        const SYNC: i32 = (KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS) as i32;
+        let sync_regs = fd.check_extension_int(Cap::SyncRegs) & SYNC == SYNC;
+        let emulation_exits = fd.check_extension_raw(KVM_CAP_EXIT_ON_EMULATION_FAILURE.into()) > 0;
+        Ok(Self { fd, sync_regs, emulation_exits })
     }
 
     /// Whether registers are read and written without system calls.
@@ -150,6 +155,15 @@ impl Machine {
             kvm.fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("tell its CPUID"))?;
         let fd = kvm.fd.create_vm().map_err(refused("create a VM"))?;
         fd.set_tss_address(layout::KVM_TSS as usize).map_err(refused("set the TSS address"))?;
+        if kvm.emulation_exits {
+            // An instruction that KVM cannot emulate shall end up here from ring 3 too, not as #UD in the guest.
+            let cap = kvm_enable_cap {
+                cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE,
+                args: [1, 0, 0, 0],
+                ..Default::default()
+            };
+            fd.enable_cap(&cap).map_err(refused("exit on emulation failures"))?;
+        }
         if config.irqchip {
             fd.create_irq_chip().map_err(refused("create an interrupt controller"))?;
             // Port 0x61 is the timer's, too: kernels calibrate with it.

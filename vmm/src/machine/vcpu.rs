@@ -5,8 +5,9 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_EXIT_IO_IN, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, Msrs,
-    kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
+    KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_INTERNAL_ERROR_EMULATION,
+    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment,
+    kvm_sregs,
 };
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use thiserror::Error;
@@ -184,6 +185,8 @@ impl Vcpu {
     pub(super) fn new(mut fd: VcpuFd, id: u8, sync: bool, vm: Arc<Vm>) -> Self {
         if sync {
             fd.set_sync_valid_reg(SyncReg::Register);
+            // Stacks are read through cr3 at many exits; this costs far less than an ioctl at each.
+            fd.set_sync_valid_reg(SyncReg::SystemRegister);
         }
         Self {
             run_bytes: vm.fd().run_size(),
@@ -220,6 +223,8 @@ impl Vcpu {
         let immediate_exit = &raw mut self.fd.get_kvm_run().immediate_exit;
         let running = Running::start(&self.kick, immediate_exit);
         if self.kick.take() {
+            drop(running);
+            self.fd.set_kvm_immediate_exit(0);
             return Ok(VmExit::Interrupted);
         }
         self.read = PendingRead::None;
@@ -263,7 +268,7 @@ impl Vcpu {
                     input: u32::from(io.direction) == KVM_EXIT_IO_IN,
                     offset: io.data_offset,
                 });
-                self.next_port_item().unwrap_or(VmExit::Unsupported { reason: 2 })
+                self.next_port_item().unwrap_or(VmExit::Unsupported { reason: KVM_EXIT_IO })
             }
             Raw::Internal => {
                 // SAFETY: KVM says that this is an internal error; all its variants start with `suberror`.
@@ -359,14 +364,22 @@ impl Vcpu {
         self.set_regs(&regs)
     }
 
-    /// Control, segment and table registers. One ioctl.
+    /// Control, segment and table registers.
     pub fn sregs(&self) -> Result<kvm_sregs, VcpuError> {
+        if self.synced {
+            return Ok(self.fd.sync_regs().sregs);
+        }
         self.fd.get_sregs().map_err(|e| self.error("KVM_GET_SREGS", e))
     }
 
     /// Sets them.
     pub fn set_sregs(&mut self, sregs: &kvm_sregs) -> Result<(), VcpuError> {
-        self.fd.set_sregs(sregs).map_err(|e| self.error("KVM_SET_SREGS", e))
+        // Not through the shared page: KVM would report a refusal only at the next run.
+        self.fd.set_sregs(sregs).map_err(|e| self.error("KVM_SET_SREGS", e))?;
+        if self.synced {
+            self.fd.sync_regs_mut().sregs = *sregs;
+        }
+        Ok(())
     }
 
     /// A model-specific register.
