@@ -14,6 +14,8 @@ pub mod release;
 mod stacks;
 pub mod windows;
 
+#[cfg(test)]
+mod tests;
 
 pub use accounting::{Accounting, Figures, ProcessMemory};
 pub use layout::{CHUNK_BYTES, Layout, LayoutError, Window};

@@ -4,7 +4,7 @@ use std::{any::Any, io, ops::Range, sync::Arc};
 
 use umbra_shadow::{
     RangeError, Shadow, ShadowMemory,
-    codes::{PAGE_SIZE, PAGE_VALID},
+    codes::{PAGE_SIZE, PAGE_VALID, POISON_MIN},
 };
 
 use super::{
@@ -406,7 +406,10 @@ impl Windows {
         value: u8,
         slots: &mut dyn Slots,
     ) -> Result<(), ShadowError> {
-        // The model says what is wrong with a range.
+        // The model says what is wrong with a range or a code.
+        if value != PAGE_VALID && value < POISON_MIN {
+            return Ok(());
+        }
         let (Some(last), Mode::PerPage) =
             (len.checked_sub(1).and_then(|more| gpa.checked_add(more)), self.mode())
         else {
