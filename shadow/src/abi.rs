@@ -6,7 +6,7 @@
 //! | leaf | eax | ebx | ecx | edx |
 //! | --- | --- | --- | --- | --- |
 //! | base + 0 | highest leaf of the block | `Umbr` | `aSan` | `dbox` |
-//! | base + 1 | [`VERSION`] | [`PORT`] | [`Features`] bits | 0 |
+//! | base + 1 | [`VERSION`] | [`PORT`] | [`features`] bits | 0 |
 //! | base + 2 | page window, gpa low | gpa high | bytes, low | bytes, high |
 //! | base + 3 | byte window, gpa low | gpa high | bytes, low | bytes, high |
 //!

@@ -17,8 +17,14 @@ fn valid_bytes(value: u8) -> u64 {
     }
 }
 
-/// The first invalid byte of the span.
+/// Whether an access that ends with the byte `last` passes, where `value` is the byte shadow of the only granule
+/// that it touches.
 #[inline]
+pub(crate) fn passes(value: u8, last: u64) -> bool {
+    value == 0 || (last & MASK) < valid_bytes(value)
+}
+
+/// Checks all granules of the span.
 pub(crate) fn check<M: ShadowMemory>(memory: &M, span: Span) -> Result<(), Violation> {
     let mut at = span.first;
     loop {

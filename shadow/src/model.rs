@@ -47,6 +47,11 @@ pub trait Shadow {
     /// The access touches a byte that is not valid or has no shadow, or it wraps.
     fn check(&self, addr: u64, len: u64) -> Result<(), Violation>;
 
+    /// The quick half of [`check`](Self::check), without loop or call: whether an access obviously passes. It
+    /// is true for most accesses that pass; if it is not, only `check` knows. For a guest that wants
+    /// to have nothing else on its hot path.
+    fn passes_at_once(&self, addr: u64, len: u64) -> bool;
+
     /// The first bad address of an access, if it has one.
     fn first_bad(&self, addr: u64, len: u64) -> Option<u64> {
         self.check(addr, len).err().map(|violation| violation.address)

@@ -17,7 +17,7 @@
 
 use crate::byte;
 use crate::codes::{
-    PAGE_BUSY, PAGE_BYTES, PAGE_SHIFT, PAGE_SIZE, PAGE_VALID, POISON_MIN, SHADOW_PER_PAGE, UNKNOWN,
+    GRANULE, PAGE_BUSY, PAGE_BYTES, PAGE_SHIFT, PAGE_SIZE, PAGE_VALID, POISON_MIN, SHADOW_PER_PAGE, UNKNOWN,
 };
 use crate::memory::ShadowMemory;
 use crate::model::Shadow;
@@ -67,6 +67,31 @@ impl<M: ShadowMemory> TwoLevel<M> {
         match self.memory.page(addr) {
             PAGE_BUSY => self.memory.wait_page(addr),
             page => page,
+        }
+    }
+
+    /// The whole check, page by page.
+    #[inline(never)]
+    fn check_pages(&self, addr: u64, len: u64) -> Result<(), Violation> {
+        let span = match Span::new(&self.memory, addr, len) {
+            Ok(Some(span)) => span,
+            Ok(None) => return Ok(()),
+            Err(refused) => return Err(refused.violation(addr)),
+        };
+        let mut at = span.first;
+        loop {
+            let last = (at | MASK).min(span.last);
+            match classify_page(self.page(at)) {
+                Class::Whole(PAGE_VALID) => {}
+                Class::Whole(code) => {
+                    return Err(Violation { address: at, code, cause: Cause::Poisoned });
+                }
+                Class::Bytes => byte::check(&self.memory, Span { first: at, last })?,
+            }
+            if last == span.last {
+                return Ok(());
+            }
+            at = last + 1;
         }
     }
 
@@ -161,30 +186,22 @@ impl<M: ShadowMemory> Shadow for TwoLevel<M> {
 
     #[inline]
     fn check(&self, addr: u64, len: u64) -> Result<(), Violation> {
-        let span = match Span::new(&self.memory, addr, len) {
-            Ok(Some(span)) => span,
-            Ok(None) => return Ok(()),
-            Err(refused) => return Err(refused.violation(addr)),
-        };
-        let mut at = span.first;
-        loop {
-            let last = (at | MASK).min(span.last);
-            // One load for most accesses: an accessible page.
-            let page = self.memory.page(at);
-            if page != PAGE_VALID {
-                let page = if page == PAGE_BUSY { self.memory.wait_page(at) } else { page };
-                match classify_page(page) {
-                    Class::Bytes => byte::check(&self.memory, Span { first: at, last })?,
-                    Class::Whole(PAGE_VALID) => {}
-                    Class::Whole(code) => {
-                        return Err(Violation { address: at, code, cause: Cause::Poisoned });
-                    }
-                }
-            }
-            if last == span.last {
-                return Ok(());
-            }
-            at = last + 1;
+        if self.passes_at_once(addr, len) { Ok(()) } else { self.check_pages(addr, len) }
+    }
+
+    // True inside one accessible page, or one granule of a byte-checked one.
+    #[inline]
+    fn passes_at_once(&self, addr: u64, len: u64) -> bool {
+        let more = len.wrapping_sub(1);
+        let last = addr.wrapping_add(more);
+        // Pages are checked as a whole, so `last` needs no look at the limits. No bytes are left to the others.
+        if more >= PAGE_SIZE || (addr ^ last) > MASK || !contains(&self.memory, addr) {
+            return false;
+        }
+        match self.memory.page(addr) {
+            PAGE_VALID => true,
+            PAGE_BYTES => (addr ^ last) < GRANULE && byte::passes(self.memory.byte(addr), last),
+            _ => false,
         }
     }
 

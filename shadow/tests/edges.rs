@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::cell::Cell;
+
 use common::{Store, TestMemory};
 use umbra_shadow::abi::access::{DOUBLE_FREE, INVALID_FREE, READ, WRITE};
 use umbra_shadow::codes::*;
@@ -84,6 +86,37 @@ fn end_of_an_object_with_a_partial_granule() {
         );
         assert_eq!(run(Check(object - 1, 2)), bad(object - 1, SLAB_REDZONE));
     });
+}
+
+#[test]
+fn most_accesses_pass_at_once() {
+    fn quick(shadow: &mut impl Shadow, in_pages: bool) {
+        shadow.poison(CHUNK + 8, 3, SLAB_REDZONE).unwrap();
+        shadow.poison(CHUNK + 5, 11, SLAB_REDZONE).unwrap();
+        shadow.poison(CHUNK + PAGE_SIZE, PAGE_SIZE, FREE_PAGE).unwrap();
+        for (addr, len, passes) in [
+            (BASE, 8, true),
+            (BASE + 7, 1, true),
+            (BASE + 4, 8, in_pages),
+            (BASE, PAGE_SIZE, in_pages),
+            (BASE, PAGE_SIZE + 1, false),
+            (CHUNK - 1, 2, false),
+            (CHUNK, 0, false),
+            (CHUNK + 4, 1, true),
+            (CHUNK + 4, 2, false),
+            (CHUNK + 5, 1, false),
+            (CHUNK + 8, 1, false),
+            (CHUNK + 16, 8, true),
+            (CHUNK + 16, 9, false),
+            (CHUNK + PAGE_SIZE, 1, false),
+            (BASE - 1, 1, false),
+            (LIMIT, 1, false),
+        ] {
+            assert_eq!(shadow.passes_at_once(addr, len), passes, "{len} bytes from {addr:#x}");
+        }
+    }
+    quick(&mut two_level(), true);
+    quick(&mut Full::new(TestMemory::new(BASE, PAGES, 0)), false);
 }
 
 #[test]
@@ -182,7 +215,7 @@ fn ranges_that_wrap() {
     let top = (PAGES * PAGE_SIZE).wrapping_neg();
     for base in [BASE, top] {
         both(base, |run| {
-            for (addr, len) in [(base, base.wrapping_neg() + 1), (base + 1, u64::MAX), (u64::MAX, 2)] {
+            for (addr, len) in [(base, base.wrapping_neg() + 1), (base + 3, u64::MAX), (u64::MAX, 2)] {
                 let wrapped = || Answer::Refused(RangeError::Wrapped { addr, len });
                 let violation = Violation { address: addr, code: UNKNOWN, cause: Cause::Wrapped };
                 assert_eq!(run(Check(addr, len)), Answer::Bad(violation));
@@ -361,6 +394,7 @@ fn a_promotion_that_never_ends_is_read_by_bytes() {
 struct Contended {
     inner: TestMemory,
     claims: u32,
+    waits: Cell<u32>,
 }
 
 impl ShadowMemory for Contended {
@@ -391,17 +425,22 @@ impl ShadowMemory for Contended {
     }
     fn wait_page(&self, addr: u64) -> u8 {
         assert_eq!(self.page(addr), PAGE_BUSY);
+        self.waits.set(self.waits.get() + 1);
         PAGE_BYTES
     }
 }
 
 #[test]
 fn a_lost_race_to_promote_keeps_the_other_part() {
-    let mut two = TwoLevel::new(Contended { inner: TestMemory::new(BASE, PAGES, 0xA5), claims: 0 });
+    let inner = TestMemory::new(BASE, PAGES, 0xA5);
+    let mut two = TwoLevel::new(Contended { inner, claims: 0, waits: Cell::new(0) });
     two.poison(BASE + 8, 8, SLAB_FREE).unwrap();
-    assert_eq!(two.memory().claims, 1);
+    assert_eq!((two.memory().claims, two.memory().waits.get()), (1, 1));
+    // The other one never gets done, so every look at the page waits for it.
     assert_eq!((two.state(BASE), two.state(BASE + 8), two.state(BASE + 16)), (STACK_LEFT, SLAB_FREE, 0));
-    assert_eq!(two.first_bad(BASE + 16, 8), None);
+    assert_eq!(two.memory().waits.get(), 4);
+    assert_eq!((two.first_bad(BASE + 16, 8), two.first_bad(BASE + 8, 1)), (None, Some(BASE + 8)));
+    assert_eq!(two.memory().waits.get(), 6);
 }
 
 #[test]

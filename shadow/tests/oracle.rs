@@ -154,7 +154,7 @@ fn agree(oracle: &Oracle, shadow: &impl Shadow, addr: u64, len: u64) -> Result<(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(ProptestConfig::with_cases(256))]
 
     #[test]
     fn models_agree_with_the_oracle(
