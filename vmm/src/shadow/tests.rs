@@ -1,5 +1,8 @@
 //! Windows, release and accounting together, with a guest made of a table of slots.
 
+// Guest memory is a list of ranges, of one or, on purpose, a wrong one.
+#![allow(clippy::single_range_in_vec_init, clippy::reversed_empty_ranges)]
+
 use proptest::prelude::*;
 use umbra_shadow::{
     Full, Shadow, ShadowMemory, TwoLevel,
@@ -384,6 +387,8 @@ fn the_limit_binds_the_vmm_too() {
     let (windows, slots) = (&mut guest.windows, &mut guest.slots);
     // Whole pages need no byte shadow, and neither does what is accessible or poisoned alike already.
     windows.poison(0, 16 * MIB, FREE_PAGE, slots).unwrap();
+    windows.poison(0x3000, 0x1000, SLAB_FREE, slots).unwrap();
+    windows.poison(0x3000, 0x1000, FREE_PAGE, slots).unwrap();
     windows.poison(0x123, 0x5000, FREE_PAGE, slots).unwrap();
     windows.unpoison(8 * MIB, MIB, slots).unwrap();
     windows.unpoison(8 * MIB + 5, 77, slots).unwrap();

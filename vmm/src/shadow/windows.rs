@@ -8,7 +8,7 @@ use umbra_shadow::{
 };
 
 use super::{
-    accounting::{Accounting, Figures},
+    accounting::{Accounting, Figures, count},
     layout::{CHUNK_BYTES, CHUNK_COVERS, Layout, LayoutError, Window},
     mapping::Mapping,
     memory::HostShadow,
@@ -218,7 +218,8 @@ impl Windows {
         };
 
         let page_bytes = if page.is_some() { layout.page.bytes } else { 0 };
-        let accounting = Accounting::new(byte.range(), page_bytes);
+        let accounting = Accounting::new(byte.range(), page_bytes)
+            .map_err(ShadowError::host("open /proc/self/pagemap"))?;
         let mut shadow = HostShadow::new(layout, page, byte);
         if config.mode == Mode::Full {
             for chunk in 0..layout.chunks() {
@@ -348,9 +349,9 @@ impl Windows {
         .ok_or(outside)
     }
 
-    /// Reads the kernel's figure of resident byte shadow, in bytes, and keeps the peak.
+    /// Asks the kernel how much byte shadow is resident, in bytes, and keeps the peak.
     pub fn sample(&mut self) -> Result<u64, ShadowError> {
-        self.accounting.sample(self.model.memory()).map_err(ShadowError::host("read /proc/self/smaps"))
+        self.accounting.sample(self.model.memory()).map_err(ShadowError::host("read /proc/self/pagemap"))
     }
 
     /// Notes how much byte shadow is used now, for the peak. In `ring` mode the VMM does not see changes: call it
@@ -420,10 +421,9 @@ impl Windows {
         }
         let chunk = |addr| (addr / CHUNK_COVERS) as usize;
         let keep = chunk(gpa)..chunk(last) + 1;
-        let head = !gpa.is_multiple_of(PAGE_SIZE) || last / PAGE_SIZE == gpa / PAGE_SIZE;
-        let whole = gpa.is_multiple_of(PAGE_SIZE) && last % PAGE_SIZE == PAGE_SIZE - 1;
-        let tail = last % PAGE_SIZE != PAGE_SIZE - 1;
-        for (addr, partial) in [(gpa, head && !whole), (last, tail)] {
+        let first_partial = !gpa.is_multiple_of(PAGE_SIZE);
+        let last_partial = last % PAGE_SIZE != PAGE_SIZE - 1;
+        for (addr, partial) in [(gpa, first_partial), (last, last_partial)] {
             if partial && self.model.memory().page(addr) != value {
                 self.make_room(chunk(addr), &keep, slots)?;
                 self.model.memory_mut().set_mapped(chunk(addr), true);
@@ -469,7 +469,7 @@ impl Windows {
         if unused.is_empty() {
             return Ok(());
         }
-        let before = self.sample()?;
+        self.sample()?;
         for chunk in unused {
             let at = chunk as u64 * CHUNK_BYTES;
             if let Some(slot) = self.slots.get_mut(chunk).and_then(Option::take) {
@@ -480,6 +480,8 @@ impl Windows {
                     continue;
                 }
             }
+            let held = self.accounting.held(chunk).map_err(ShadowError::host("read /proc/self/pagemap"))?;
+            self.accounting.count_released(count(&held));
             self.model
                 .memory_mut()
                 .byte
@@ -487,7 +489,6 @@ impl Windows {
                 .map_err(ShadowError::host("give back shadow"))?;
             self.model.memory_mut().set_mapped(chunk, false);
         }
-        self.accounting.released(before).map_err(ShadowError::host("read /proc/self/smaps"))?;
         Ok(())
     }
 }
