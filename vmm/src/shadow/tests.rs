@@ -247,6 +247,7 @@ fn sync_windows_are_read_only() {
     let (page, byte) = (guest.page_gpa(0x5000), guest.byte_gpa(0x5000));
     for gpa in [page, byte] {
         assert_eq!(guest.store(gpa, PAGE_BYTES).unwrap(), FaultOutcome::Tampering);
+        assert!(matches!(guest.windows.apply_write(gpa, &[1]), Err(ShadowError::ReadOnly { .. })));
     }
     guest.windows.poison(0x5010, 0x18, SLAB_REDZONE, &mut guest.slots).unwrap();
     assert_eq!(guest.slots.live(), 1, "the guest did not look at it yet");

@@ -115,6 +115,12 @@ pub enum ShadowError {
         /// Guest-physical address.
         gpa: u64,
     },
+    /// The windows are read-only for the guest.
+    #[error("store to shadow at guest-physical {gpa:#x}, which is read-only")]
+    ReadOnly {
+        /// Guest-physical address.
+        gpa: u64,
+    },
     /// The model refuses the change.
     #[error(transparent)]
     Range(#[from] RangeError),
@@ -329,8 +335,12 @@ impl Windows {
         Ok(outcome)
     }
 
-    /// Completes a guest's store of `data` to a window at `gpa`, which [`Self::fault`] was called for.
+    /// Completes a guest's store of `data` to a window at `gpa`, which [`Self::fault`] was called for. Nothing else
+    /// may have been done to the windows between the two: it could have unmapped the chunk.
     pub fn apply_write(&mut self, gpa: u64, data: &[u8]) -> Result<(), ShadowError> {
+        if self.notify == Notify::Sync {
+            return Err(ShadowError::ReadOnly { gpa });
+        }
         let outside = ShadowError::OutsideWindow { gpa, len: data.len() as u64 };
         match self.mapped_place(gpa, data.len() as u64)? {
             Place::Page(at) => self.model.memory_mut().page.as_mut().and_then(|page| page.write(at, data)),
