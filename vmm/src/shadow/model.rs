@@ -68,6 +68,13 @@ impl Shadow for Model {
         }
     }
 
+    fn passes_at_once(&self, addr: u64, len: u64) -> bool {
+        match self {
+            Self::PerPage(model) => model.passes_at_once(addr, len),
+            Self::Full(model) => model.passes_at_once(addr, len),
+        }
+    }
+
     fn state(&self, addr: u64) -> u8 {
         match self {
             Self::PerPage(model) => model.state(addr),
