@@ -180,33 +180,18 @@ impl Mapping {
         Some(())
     }
 
-    /// Whether each page of `[at, at + len)` is in memory. Both are multiples of 4096.
-    pub fn populated(&self, at: u64, len: u64) -> io::Result<Vec<bool>> {
-        let pointer = self.pages(at, len)?;
-        let mut vector = vec![0u8; (len / HOST_PAGE) as usize];
-        // SAFETY: the range is page-aligned and inside the mapping; `vector` has one byte for each page.
-        if unsafe { libc::mincore(pointer.cast(), len as usize, vector.as_mut_ptr()) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(vector.into_iter().map(|byte| byte & 1 != 0).collect())
-    }
-
     /// Gives the host memory of `[at, at + len)` back; it reads as zero from then on. Both are multiples of 4096.
     pub fn discard(&mut self, at: u64, len: u64) -> io::Result<()> {
-        let pointer = self.pages(at, len)?;
+        if !at.is_multiple_of(HOST_PAGE) || !len.is_multiple_of(HOST_PAGE) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let pointer = self.pointer(at, len).ok_or(io::ErrorKind::InvalidInput)?;
         // SAFETY: the range is page-aligned and inside the mapping; no references into it exist. A guest that has
         // it in a slot is kept coherent by KVM.
         if unsafe { libc::madvise(pointer.cast(), len as usize, libc::MADV_DONTNEED) } != 0 {
             return Err(io::Error::last_os_error());
         }
         Ok(())
-    }
-
-    fn pages(&self, at: u64, len: u64) -> io::Result<*mut u8> {
-        if !at.is_multiple_of(HOST_PAGE) || !len.is_multiple_of(HOST_PAGE) {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        self.pointer(at, len).ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }
 }
 
@@ -245,7 +230,6 @@ mod tests {
         assert_eq!(mapping.load(HOST_PAGE - 1), Some(0xfe));
         assert!(mapping.discard(0, 2 * HOST_PAGE).is_err());
         assert!(mapping.discard(1, HOST_PAGE).is_err());
-        assert!(mapping.populated(HOST_PAGE, HOST_PAGE).is_err());
         assert!(Mapping::new(u64::MAX).is_err());
         assert!(Mapping::new(1 << 62).is_err());
     }
@@ -254,9 +238,7 @@ mod tests {
     fn discard_gives_back_only_its_pages() {
         let mut mapping = Mapping::new(4 * HOST_PAGE).unwrap();
         mapping.fill(0, 3 * HOST_PAGE, 7).unwrap();
-        assert_eq!(mapping.populated(0, 4 * HOST_PAGE).unwrap(), [true, true, true, false]);
         mapping.discard(HOST_PAGE, HOST_PAGE).unwrap();
-        assert_eq!(mapping.populated(0, 4 * HOST_PAGE).unwrap(), [true, false, true, false]);
         assert_eq!([0, 1, 2].map(|page| mapping.load(page * HOST_PAGE)), [Some(7), Some(0), Some(7)]);
     }
 }

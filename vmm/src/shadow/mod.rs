@@ -14,11 +14,13 @@ pub mod release;
 mod stacks;
 pub mod windows;
 
+#[cfg(test)]
+mod tests;
 
-pub use accounting::{Accounting, Figures, ProcessMemory};
+pub use accounting::{Figures, ProcessMemory};
 pub use layout::{CHUNK_BYTES, Layout, LayoutError, Window};
 pub use memory::HostShadow;
 pub use model::Model;
-pub use objects::{Found, ObjectLimits, Objects};
+pub use objects::{Cache, Event, Found, ObjectCounts, ObjectLimits, Objects};
 pub use release::release_unused;
 pub use windows::{Config, FaultOutcome, Mode, Notify, ShadowError, SlotError, Slots, Windows};

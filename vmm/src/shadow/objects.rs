@@ -323,6 +323,11 @@ impl Objects {
 
     /// Finds a place for a new object, at the cost of the oldest freed one if need be.
     fn insert(&mut self, entry: Entry) -> Option<Index> {
+        if entry.start == u64::MAX {
+            // No range ends behind it, so a search for overlaps would not find it.
+            self.counts.dropped = self.counts.dropped.saturating_add(1);
+            return None;
+        }
         if self.by_start.len() >= self.most {
             let oldest = self.oldest_freed;
             let Some(start) = self.entries.get(oldest as usize).map(|entry| entry.start) else {
@@ -382,6 +387,208 @@ impl Objects {
         match self.entries.get_mut(newer as usize) {
             Some(entry) => entry.older = older,
             None => self.newest_freed = older,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn limits(objects: u32) -> ObjectLimits {
+        ObjectLimits { objects, stacks: 8, tasks: 8 }
+    }
+
+    /// Start of the object that explains `gpa`.
+    fn nearest(objects: &Objects, gpa: u64) -> Option<u64> {
+        objects.nearest(gpa).map(|found| found.start)
+    }
+
+    #[test]
+    fn an_object_tells_its_history() {
+        let mut objects = Objects::default();
+        objects.name_cache(3, b"kmalloc-64", 64);
+        objects.name_task(7, b"slab_oob");
+        objects.allocated(0x1000, 50, 3, 7, &[0xa, 0xb]);
+        let live = objects.nearest(0x1010).unwrap();
+        assert_eq!((live.start, live.size, live.live, live.freed), (0x1000, 50, true, None));
+        assert_eq!(live.cache, Some(Cache { id: 3, name: "kmalloc-64", object_size: 64 }));
+        let event = Event { task: 7, name: Some("slab_oob"), frames: &[0xa, 0xb], lost: false };
+        assert_eq!(live.allocated, Some(event));
+
+        objects.freed(0x1000, 8, &[0xc]);
+        objects.freed(0x1000, 9, &[0xd]);
+        let freed = objects.nearest(0x1000).unwrap();
+        assert_eq!((freed.live, freed.allocated), (false, Some(event)));
+        assert_eq!(freed.freed, Some(Event { task: 8, name: None, frames: &[0xc], lost: false }));
+        assert_eq!(objects.counts().repeated_frees, 1);
+
+        // The slot again, for someone else.
+        objects.allocated(0x1000, 20, 0, 1, &[]);
+        let again = objects.nearest(0x1000).unwrap();
+        assert_eq!((again.size, again.live, again.cache, again.freed), (20, true, None, None));
+        assert_eq!(again.allocated, Some(Event { task: 1, name: None, frames: &[], lost: false }));
+        assert_eq!(objects.len(), 1);
+    }
+
+    #[test]
+    fn the_closer_neighbour_explains() {
+        let mut objects = Objects::default();
+        objects.name_cache(1, b"c", 64);
+        objects.allocated(0x10000, 50, 1, 0, &[]);
+        objects.allocated(0x10080, 50, 0, 0, &[]);
+        for (gpa, expected) in [
+            (0x10000, Some(0x10000)),
+            (0x10031, Some(0x10000)),
+            (0x1003f, Some(0x10000)), // The rest of its slot.
+            (0x10060, Some(0x10000)), // 32 bytes from each.
+            (0x10061, Some(0x10080)),
+            (0x100b1, Some(0x10080)),
+            (0x100b2, Some(0x10080)),
+            (0x100b2 + 4096, Some(0x10080)),
+            (0x100b3 + 4096, None),
+            (0x10000 - 4096, Some(0x10000)),
+            (0x10000 - 4097, None),
+            (0, None),
+            (u64::MAX, None),
+        ] {
+            assert_eq!(nearest(&objects, gpa), expected, "{gpa:#x}");
+        }
+        for _ in 0..3 {
+            objects.allocated(u64::MAX, u64::MAX, 0, 0, &[]);
+            objects.freed(u64::MAX, 0, &[]);
+        }
+        assert_eq!((objects.len(), objects.entries.len()), (2, 2));
+        // A slot size that claims everything does not reach over the next object.
+        objects.name_cache(1, b"c", u64::MAX);
+        assert_eq!(nearest(&objects, 0x10080), Some(0x10080));
+        assert_eq!(nearest(&objects, 0x1007f), Some(0x10000));
+    }
+
+    #[test]
+    fn frees_of_unknown_objects_are_remembered_where_they_can_be() {
+        let mut objects = Objects::default();
+        objects.freed(0x1000, 5, &[1]);
+        let found = objects.nearest(0x1000).unwrap();
+        assert_eq!((found.size, found.live, found.allocated), (0, false, None));
+        assert_eq!(found.freed.unwrap().task, 5);
+        objects.allocated(0x2000, 100, 0, 0, &[]);
+        objects.freed(0x2010, 5, &[1]);
+        assert_eq!(objects.nearest(0x2010).map(|found| (found.start, found.live)), Some((0x2000, true)));
+        assert_eq!((objects.counts().unknown_frees, objects.len()), (2, 2));
+    }
+
+    #[test]
+    fn a_full_table_forgets_the_oldest_freed_objects() {
+        let mut objects = Objects::new(limits(4));
+        for start in [0x10000, 0x20000, 0x30000, 0x40000] {
+            objects.allocated(start, 8, 0, 0, &[]);
+        }
+        for start in [0x30000, 0x10000, 0x40000] {
+            objects.freed(start, 0, &[]);
+        }
+        // No longer freed: not a candidate.
+        objects.allocated(0x10000, 8, 0, 0, &[]);
+        for (start, gone) in [(0x50000, 0x30000), (0x60000, 0x40000)] {
+            objects.allocated(start, 8, 0, 0, &[]);
+            assert_eq!((nearest(&objects, start), nearest(&objects, gone)), (Some(start), None));
+        }
+        objects.allocated(0x70000, 8, 0, 0, &[]);
+        objects.freed(0x80000, 0, &[]);
+        assert_eq!((nearest(&objects, 0x70000), nearest(&objects, 0x80000)), (None, None));
+        let counts = objects.counts();
+        assert_eq!((counts.evicted, counts.dropped, objects.len()), (2, 2, 4));
+        // A known slot still takes its next object.
+        objects.allocated(0x20000, 16, 0, 0, &[]);
+        assert_eq!(objects.nearest(0x20000).unwrap().size, 16);
+    }
+
+    #[test]
+    fn lost_stacks_say_so() {
+        let mut objects = Objects::new(limits(100));
+        for i in 0..20u64 {
+            objects.allocated(i * 0x100, 8, 0, 0, &[i + 1]);
+        }
+        assert_eq!((objects.counts().lost_stacks, objects.stacks()), (12, 8));
+        let event = |gpa| objects.nearest(gpa).unwrap().allocated.unwrap();
+        assert_eq!((event(0x700).frames, event(0x700).lost), (&[8u64] as &[u64], false));
+        assert!(event(0x800).frames.is_empty() && event(0x800).lost);
+    }
+
+    proptest! {
+        /// Against a plain list of objects; small address space, so that they overlap all the time.
+        #[test]
+        fn overlaps_agree_with_a_plain_list(
+            steps in proptest::collection::vec((0..600u64, 0..80u64, any::<bool>()), 1..200),
+            high: bool,
+        ) {
+            let base = if high { u64::MAX - 700 } else { 0 };
+            let mut objects = Objects::new(limits(1000));
+            let mut plain: Vec<(u64, u64, bool)> = Vec::new();
+            for (start, size, free) in steps {
+                let (start, end) = (base + start, base + start + size.max(1));
+                if free {
+                    objects.freed(start, 0, &[]);
+                    match plain.iter().position(|object| object.0 == start) {
+                        Some(known) => plain[known].2 = true,
+                        None if plain.iter().any(|object| object.0 < start && start < object.1) => {}
+                        None => plain.push((start, start + 1, true)),
+                    }
+                } else {
+                    objects.allocated(start, size, 0, 0, &[]);
+                    plain.retain(|object| object.1 <= start || end <= object.0);
+                    plain.push((start, end, false));
+                }
+            }
+            prop_assert_eq!(objects.len(), plain.len());
+            for gpa in base..=base + 699 {
+                let inside = plain.iter().find(|object| (object.0..object.1).contains(&gpa));
+                let found = objects.nearest(gpa).map(|found| (found.start, found.live));
+                match inside {
+                    Some(object) => prop_assert_eq!(found, Some((object.0, !object.2))),
+                    None => {
+                        let distance = |object: &(u64, u64, bool)| match object.0 > gpa {
+                            true => object.0 - gpa,
+                            false => gpa - object.1,
+                        };
+                        let found = plain.iter().find(|object| Some(object.0) == found.map(|found| found.0));
+                        prop_assert_eq!(found.map(distance), plain.iter().map(distance).min());
+                    }
+                }
+            }
+        }
+
+        /// The list of freed objects and the vacant places survive any history at a small limit.
+        #[test]
+        fn a_small_table_stays_whole(
+            steps in proptest::collection::vec((0..40u64, 1..4u64, any::<bool>()), 1..300),
+        ) {
+            let mut objects = Objects::new(limits(8));
+            for (start, size, free) in steps {
+                if free {
+                    objects.freed(start * 8, 0, &[]);
+                } else {
+                    objects.allocated(start * 8, size * 8, 0, 0, &[start]);
+                    let dropped = objects.counts().dropped;
+                    prop_assert!(dropped > 0 || nearest(&objects, start * 8) == Some(start * 8));
+                }
+                prop_assert!(objects.len() <= 8 && objects.entries.len() <= 8);
+                let freed = objects.entries.iter().enumerate().filter(|(index, entry)| {
+                    entry.state & FREED != 0 && objects.by_start.get(&entry.start) == Some(&(*index as Index))
+                });
+                let mut listed = 0;
+                let (mut at, mut older) = (objects.oldest_freed, END);
+                while at != END {
+                    let entry = &objects.entries[at as usize];
+                    prop_assert_eq!(entry.older, older);
+                    (older, at) = (at, entry.newer);
+                    listed += 1;
+                    prop_assert!(listed <= 8, "a loop");
+                }
+                prop_assert_eq!((older, listed), (objects.newest_freed, freed.count()));
+            }
         }
     }
 }

@@ -16,39 +16,32 @@
 use umbra_shadow::{Shadow, codes::PAGE_SHIFT};
 
 use super::{
+    accounting::count,
     layout::{CHUNK_BYTES, CHUNK_COVERS},
     mapping::HOST_PAGE,
-    memory::HostShadow,
     windows::{ShadowError, Windows},
 };
 
-/// Pages of byte shadow in a chunk.
-const CHUNK_SHADOW_PAGES: u64 = CHUNK_BYTES / HOST_PAGE;
-
 // The module's description, and `HostShadow::shadow_page_in_use`, rest on this.
-const _: () = assert!(CHUNK_COVERS >> PAGE_SHIFT == CHUNK_SHADOW_PAGES * 8);
+const _: () = assert!(CHUNK_COVERS >> PAGE_SHIFT == CHUNK_BYTES / HOST_PAGE * 8);
 
-/// Gives back the host memory of all byte shadow that no page uses. Returns the bytes that went, by the
-/// kernel's count.
+/// Gives back the host memory of all byte shadow that no page uses. Returns the bytes that went.
 ///
 /// Call it only while no vCPU runs guest code. The chunks stay mapped. It reads the page shadow of mapped
-/// chunks and, when there is something to give back, the kernel's memory figures twice
-/// (see [`super::accounting::resident_bytes`]): a thing for every now and then, not for every exit.
+/// chunks and asks the kernel about their pages: a few microseconds for each chunk.
 pub fn release_unused(windows: &mut Windows) -> Result<u64, ShadowError> {
-    let runs = unused_runs(windows.model.memory())?;
-    if runs.is_empty() {
-        return Ok(0);
+    let (resident, runs) = scan(windows)?;
+    // The most that is resident until the next release is resident right now.
+    windows.accounting.note_resident(resident);
+    windows.sample_used();
+    let mut released = 0;
+    for run in runs {
+        let byte = &mut windows.model.memory_mut().byte;
+        byte.discard(run.at, run.len).map_err(ShadowError::host("give back shadow"))?;
+        released += run.len;
     }
-    let before = windows.sample()?;
-    for run in &runs {
-        windows
-            .model
-            .memory_mut()
-            .byte
-            .discard(run.at, run.len)
-            .map_err(ShadowError::host("give back shadow"))?;
-    }
-    windows.accounting.released(before).map_err(ShadowError::host("read /proc/self/smaps"))
+    windows.accounting.count_released(released);
+    Ok(released)
 }
 
 /// A part of the byte window, in bytes.
@@ -57,34 +50,24 @@ struct Run {
     len: u64,
 }
 
-/// Unused shadow pages that are in memory, adjacent ones together.
-fn unused_runs(shadow: &HostShadow) -> Result<Vec<Run>, ShadowError> {
+/// Bytes of all resident shadow, and the resident pages that are unused, adjacent ones together.
+fn scan(windows: &Windows) -> Result<(u64, Vec<Run>), ShadowError> {
+    let shadow = windows.model.memory();
+    let mut resident = 0;
     let mut runs: Vec<Run> = Vec::new();
-    if shadow.page.is_none() {
-        return Ok(runs); // A full shadow is in use everywhere.
-    }
     for chunk in shadow.mapped_chunks() {
-        let mut unused = [false; CHUNK_SHADOW_PAGES as usize];
-        for (page, unused) in unused.iter_mut().enumerate() {
-            *unused = !shadow.shadow_page_in_use(chunk, page as u64);
-        }
-        if !unused.contains(&true) {
-            continue;
-        }
-        let start = chunk as u64 * CHUNK_BYTES;
-        let populated = shadow
-            .byte
-            .populated(start, CHUNK_BYTES)
-            .map_err(ShadowError::host("ask which shadow is resident"))?;
-        for (page, _) in
-            unused.iter().zip(populated).enumerate().filter(|(_, (unused, there))| **unused && *there)
-        {
-            let at = start + page as u64 * HOST_PAGE;
+        let held = windows.accounting.held(chunk).map_err(ShadowError::host("read /proc/self/pagemap"))?;
+        resident += count(&held);
+        for (page, _) in (0u64..).zip(held).filter(|(_, held)| *held) {
+            if shadow.shadow_page_in_use(chunk, page) {
+                continue;
+            }
+            let at = chunk as u64 * CHUNK_BYTES + page * HOST_PAGE;
             match runs.last_mut() {
                 Some(run) if run.at + run.len == at => run.len += HOST_PAGE,
                 _ => runs.push(Run { at, len: HOST_PAGE }),
             }
         }
     }
-    Ok(runs)
+    Ok((resident, runs))
 }

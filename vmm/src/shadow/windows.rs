@@ -4,11 +4,11 @@ use std::{any::Any, io, ops::Range, sync::Arc};
 
 use umbra_shadow::{
     RangeError, Shadow, ShadowMemory,
-    codes::{PAGE_SIZE, PAGE_VALID},
+    codes::{PAGE_SIZE, PAGE_VALID, POISON_MIN},
 };
 
 use super::{
-    accounting::{Accounting, Figures},
+    accounting::{Accounting, Figures, count},
     layout::{CHUNK_BYTES, CHUNK_COVERS, Layout, LayoutError, Window},
     mapping::Mapping,
     memory::HostShadow,
@@ -115,6 +115,12 @@ pub enum ShadowError {
         /// Guest-physical address.
         gpa: u64,
     },
+    /// The windows are read-only for the guest.
+    #[error("store to shadow at guest-physical {gpa:#x}, which is read-only")]
+    ReadOnly {
+        /// Guest-physical address.
+        gpa: u64,
+    },
     /// The model refuses the change.
     #[error(transparent)]
     Range(#[from] RangeError),
@@ -218,7 +224,8 @@ impl Windows {
         };
 
         let page_bytes = if page.is_some() { layout.page.bytes } else { 0 };
-        let accounting = Accounting::new(byte.range(), page_bytes);
+        let accounting = Accounting::new(byte.range(), page_bytes)
+            .map_err(ShadowError::host("open /proc/self/pagemap"))?;
         let mut shadow = HostShadow::new(layout, page, byte);
         if config.mode == Mode::Full {
             for chunk in 0..layout.chunks() {
@@ -328,8 +335,12 @@ impl Windows {
         Ok(outcome)
     }
 
-    /// Completes a guest's store of `data` to a window at `gpa`, which [`Self::fault`] was called for.
+    /// Completes a guest's store of `data` to a window at `gpa`, which [`Self::fault`] was called for. Nothing else
+    /// may have been done to the windows between the two: it could have unmapped the chunk.
     pub fn apply_write(&mut self, gpa: u64, data: &[u8]) -> Result<(), ShadowError> {
+        if self.notify == Notify::Sync {
+            return Err(ShadowError::ReadOnly { gpa });
+        }
         let outside = ShadowError::OutsideWindow { gpa, len: data.len() as u64 };
         match self.mapped_place(gpa, data.len() as u64)? {
             Place::Page(at) => self.model.memory_mut().page.as_mut().and_then(|page| page.write(at, data)),
@@ -348,9 +359,9 @@ impl Windows {
         .ok_or(outside)
     }
 
-    /// Reads the kernel's figure of resident byte shadow, in bytes, and keeps the peak.
+    /// Asks the kernel how much byte shadow is resident, in bytes, and keeps the peak.
     pub fn sample(&mut self) -> Result<u64, ShadowError> {
-        self.accounting.sample(self.model.memory()).map_err(ShadowError::host("read /proc/self/smaps"))
+        self.accounting.sample(self.model.memory()).map_err(ShadowError::host("read /proc/self/pagemap"))
     }
 
     /// Notes how much byte shadow is used now, for the peak. In `ring` mode the VMM does not see changes: call it
@@ -406,7 +417,10 @@ impl Windows {
         value: u8,
         slots: &mut dyn Slots,
     ) -> Result<(), ShadowError> {
-        // The model says what is wrong with a range.
+        // The model says what is wrong with a range or a code.
+        if value != PAGE_VALID && value < POISON_MIN {
+            return Ok(());
+        }
         let (Some(last), Mode::PerPage) =
             (len.checked_sub(1).and_then(|more| gpa.checked_add(more)), self.mode())
         else {
@@ -417,10 +431,9 @@ impl Windows {
         }
         let chunk = |addr| (addr / CHUNK_COVERS) as usize;
         let keep = chunk(gpa)..chunk(last) + 1;
-        let head = !gpa.is_multiple_of(PAGE_SIZE) || last / PAGE_SIZE == gpa / PAGE_SIZE;
-        let whole = gpa.is_multiple_of(PAGE_SIZE) && last % PAGE_SIZE == PAGE_SIZE - 1;
-        let tail = last % PAGE_SIZE != PAGE_SIZE - 1;
-        for (addr, partial) in [(gpa, head && !whole), (last, tail)] {
+        let first_partial = !gpa.is_multiple_of(PAGE_SIZE);
+        let last_partial = last % PAGE_SIZE != PAGE_SIZE - 1;
+        for (addr, partial) in [(gpa, first_partial), (last, last_partial)] {
             if partial && self.model.memory().page(addr) != value {
                 self.make_room(chunk(addr), &keep, slots)?;
                 self.model.memory_mut().set_mapped(chunk(addr), true);
@@ -466,7 +479,7 @@ impl Windows {
         if unused.is_empty() {
             return Ok(());
         }
-        let before = self.sample()?;
+        self.sample()?;
         for chunk in unused {
             let at = chunk as u64 * CHUNK_BYTES;
             if let Some(slot) = self.slots.get_mut(chunk).and_then(Option::take) {
@@ -477,6 +490,8 @@ impl Windows {
                     continue;
                 }
             }
+            let held = self.accounting.held(chunk).map_err(ShadowError::host("read /proc/self/pagemap"))?;
+            self.accounting.count_released(count(&held));
             self.model
                 .memory_mut()
                 .byte
@@ -484,7 +499,6 @@ impl Windows {
                 .map_err(ShadowError::host("give back shadow"))?;
             self.model.memory_mut().set_mapped(chunk, false);
         }
-        self.accounting.released(before).map_err(ShadowError::host("read /proc/self/smaps"))?;
         Ok(())
     }
 }

@@ -1,0 +1,517 @@
+//! Windows, release and accounting together, with a guest made of a table of slots.
+
+// Guest memory is a list of ranges, of one or, on purpose, a wrong one.
+#![allow(clippy::single_range_in_vec_init, clippy::reversed_empty_ranges)]
+
+use proptest::prelude::*;
+use umbra_shadow::{
+    Full, Shadow, ShadowMemory, TwoLevel,
+    codes::{FREE_PAGE, PAGE_BUSY, PAGE_BYTES, SLAB_FREE, SLAB_REDZONE},
+};
+
+use super::{layout::CHUNK_COVERS, *};
+
+const MIB: u64 = 1 << 20;
+
+struct Slot {
+    gpa: u64,
+    host: *mut u8,
+    len: u64,
+    readonly: bool,
+}
+
+/// What KVM would be told, and what it would refuse.
+#[derive(Default)]
+struct FakeSlots {
+    slots: Vec<Option<Slot>>,
+    /// Page-shadow stores that a vCPU makes right before it loses a slot.
+    late_stores: Vec<(*mut u8, u8)>,
+    refuse: bool,
+}
+
+impl Slots for FakeSlots {
+    fn map(&mut self, gpa: u64, host: *mut u8, len: u64, readonly: bool) -> Result<u32, SlotError> {
+        if self.refuse {
+            return Err(SlotError::Exhausted(self.slots.len() as u32));
+        }
+        let overlaps = |slot: &Slot| slot.gpa < gpa + len && gpa < slot.gpa + slot.len;
+        assert!(!self.slots.iter().flatten().any(overlaps), "KVM refuses slots that overlap");
+        assert!(gpa.is_multiple_of(4096) && (host as u64).is_multiple_of(4096) && len.is_multiple_of(4096));
+        self.slots.push(Some(Slot { gpa, host, len, readonly }));
+        Ok(self.slots.len() as u32 - 1)
+    }
+
+    fn unmap(&mut self, slot: u32) -> Result<(), SlotError> {
+        for (host, value) in self.late_stores.drain(..) {
+            // SAFETY: a pointer into a slot that `pointer` gave; the windows still exist.
+            unsafe { host.write_volatile(value) };
+        }
+        assert!(self.slots[slot as usize].take().is_some(), "slot {slot} was not there");
+        Ok(())
+    }
+}
+
+impl FakeSlots {
+    fn live(&self) -> usize {
+        self.slots.iter().flatten().count()
+    }
+
+    fn pointer(&self, gpa: u64, write: bool) -> Option<*mut u8> {
+        let slot = self.slots.iter().flatten().find(|slot| (slot.gpa..slot.gpa + slot.len).contains(&gpa))?;
+        // SAFETY: inside the slot, which lies inside a window's mapping.
+        (!write || !slot.readonly).then(|| unsafe { slot.host.add((gpa - slot.gpa) as usize) })
+    }
+}
+
+/// A guest that accesses its windows as a vCPU does: through a slot, or else by an exit.
+struct Guest {
+    windows: Windows,
+    slots: FakeSlots,
+    error: Option<ShadowError>,
+}
+
+impl Guest {
+    fn new(ram: u64, mode: Mode, notify: Notify, limit: Option<u64>) -> Self {
+        let mut slots = FakeSlots::default();
+        let config = Config { ram: vec![0..ram], mode, notify, limit };
+        let windows = Windows::new(&config, &mut slots).unwrap();
+        Self { windows, slots, error: None }
+    }
+
+    fn store(&mut self, gpa: u64, value: u8) -> Result<FaultOutcome, ShadowError> {
+        if let Some(host) = self.slots.pointer(gpa, true) {
+            // SAFETY: a pointer into a slot, as a vCPU's store would use it.
+            unsafe { host.write_volatile(value) };
+            return Ok(FaultOutcome::AlreadyMapped);
+        }
+        let outcome = self.windows.fault(gpa, 1, true, &mut self.slots)?;
+        if outcome != FaultOutcome::Tampering {
+            self.windows.apply_write(gpa, &[value])?;
+        }
+        Ok(outcome)
+    }
+
+    fn load(&mut self, gpa: u64) -> Result<u8, ShadowError> {
+        if self.slots.pointer(gpa, false).is_none() {
+            self.windows.fault(gpa, 1, false, &mut self.slots)?;
+        }
+        let mut value = [0];
+        self.windows.read(gpa, &mut value)?;
+        Ok(value[0])
+    }
+
+    fn page_gpa(&self, addr: u64) -> u64 {
+        self.windows.page_window().unwrap().gpa + (addr >> 12)
+    }
+
+    fn byte_gpa(&self, addr: u64) -> u64 {
+        self.windows.byte_window().gpa + (addr >> 3)
+    }
+
+    fn try_store(&mut self, gpa: u64, value: u8) {
+        if let Err(error) = self.store(gpa, value) {
+            self.error.get_or_insert(error);
+        }
+    }
+}
+
+impl ShadowMemory for Guest {
+    fn base(&self) -> u64 {
+        0
+    }
+    fn limit(&self) -> u64 {
+        self.windows.model().memory().limit()
+    }
+    fn page(&self, addr: u64) -> u8 {
+        self.windows.model().memory().page(addr)
+    }
+    fn set_pages(&mut self, addr: u64, pages: u64, value: u8) {
+        (0..pages).for_each(|page| self.try_store(self.page_gpa(addr) + page, value));
+    }
+    fn byte(&self, addr: u64) -> u8 {
+        self.windows.model().memory().byte(addr)
+    }
+    fn set_bytes(&mut self, addr: u64, granules: u64, value: u8) {
+        (0..granules).for_each(|granule| self.try_store(self.byte_gpa(addr) + granule, value));
+    }
+}
+
+/// Shadow in a vector, to compare with.
+struct Plain(Vec<u8>);
+
+impl ShadowMemory for Plain {
+    fn base(&self) -> u64 {
+        0
+    }
+    fn limit(&self) -> u64 {
+        self.0.len() as u64 * 8
+    }
+    fn page(&self, _: u64) -> u8 {
+        PAGE_BYTES
+    }
+    fn set_pages(&mut self, _: u64, _: u64, _: u8) {}
+    fn byte(&self, addr: u64) -> u8 {
+        self.0[(addr >> 3) as usize]
+    }
+    fn set_bytes(&mut self, addr: u64, granules: u64, value: u8) {
+        let first = (addr >> 3) as usize;
+        self.0[first..first + granules as usize].fill(value);
+    }
+}
+
+#[test]
+fn chunks_are_mapped_at_the_first_touch() {
+    let mut guest = Guest::new(8 * MIB, Mode::PerPage, Notify::Ring, None);
+    assert_eq!(guest.slots.live(), 1, "only the page window");
+    let gpa = guest.byte_gpa(3 * MIB);
+    assert_eq!(guest.store(gpa, SLAB_REDZONE).unwrap(), FaultOutcome::Mapped);
+    assert_eq!(guest.store(gpa + 1, SLAB_FREE).unwrap(), FaultOutcome::AlreadyMapped);
+    assert_eq!([0, 1, 2].map(|at| guest.load(gpa + at).unwrap()), [SLAB_REDZONE, SLAB_FREE, 0]);
+    assert_eq!(guest.slots.live(), 2);
+
+    // Another vCPU had the same exit.
+    assert_eq!(guest.windows.fault(gpa, 8, true, &mut guest.slots).unwrap(), FaultOutcome::AlreadyMapped);
+    // A store across two chunks.
+    let edge = guest.byte_gpa(6 * MIB) - 3;
+    assert_eq!(guest.windows.fault(edge, 8, true, &mut guest.slots).unwrap(), FaultOutcome::Mapped);
+    guest.windows.apply_write(edge, &[1, 2, 3, 4, 5, 6, 7, 8]).unwrap();
+    let mut back = [0; 8];
+    guest.windows.read(edge, &mut back).unwrap();
+    assert_eq!(back, [1, 2, 3, 4, 5, 6, 7, 8]);
+
+    let figures = guest.windows.figures().unwrap();
+    assert_eq!((figures.faults, figures.byte_mapped_bytes), (3, 3 * CHUNK_BYTES));
+    assert_eq!((figures.page_bytes, figures.byte_used_bytes), (4096, 0));
+    assert_eq!(figures.byte_resident_bytes, 3 * 4096);
+    assert_eq!(figures.unused_share(), 1.0);
+}
+
+#[test]
+fn accesses_outside_change_nothing() {
+    let mut guest = Guest::new(8 * MIB, Mode::PerPage, Notify::Ring, None);
+    let (page, byte) = (guest.windows.page_window().unwrap(), guest.windows.byte_window());
+    for (gpa, len) in [
+        (0, 1),
+        (page.gpa - 1, 2),
+        (page.end() - 1, 2),
+        (page.end(), 1),
+        (byte.gpa - 1, 2),
+        (byte.end() - 4, 8),
+        (byte.end(), 1),
+        (byte.gpa, byte.bytes + 1),
+        (byte.gpa, u64::MAX),
+        (u64::MAX, 8),
+        (byte.gpa, 0),
+    ] {
+        let result = guest.windows.fault(gpa, len, true, &mut guest.slots);
+        assert!(matches!(result, Err(ShadowError::OutsideWindow { .. })), "{gpa:#x}+{len}: {result:?}");
+    }
+    assert!(guest.windows.apply_write(byte.end() - 4, &[0; 8]).is_err());
+    assert!(guest.windows.read(page.end() - 4, &mut [0; 8]).is_err());
+    let unmapped = guest.windows.apply_write(byte.gpa + 5, &[0; 8]);
+    assert!(matches!(unmapped, Err(ShadowError::Unmapped { gpa }) if gpa == byte.gpa + 5), "{unmapped:?}");
+    assert_eq!(guest.slots.live(), 1);
+    assert_eq!(guest.windows.figures().unwrap().byte_resident_bytes, 0);
+    assert!(guest.windows.contains(byte.gpa) && !guest.windows.contains(byte.end()));
+}
+
+#[test]
+fn a_refused_slot_is_an_error() {
+    let mut guest = Guest::new(8 * MIB, Mode::PerPage, Notify::Ring, None);
+    guest.slots.refuse = true;
+    let gpa = guest.byte_gpa(0);
+    assert!(matches!(guest.store(gpa, 1), Err(ShadowError::Slot { gpa: at, .. }) if at == gpa));
+    assert_eq!(guest.windows.figures().unwrap().byte_mapped_bytes, 0);
+    guest.slots.refuse = false;
+    assert_eq!(guest.store(gpa, 1).unwrap(), FaultOutcome::Mapped);
+}
+
+#[test]
+fn memory_ranges_are_checked() {
+    let make = |ram| {
+        let config = Config { ram, mode: Mode::PerPage, notify: Notify::Ring, limit: None };
+        Windows::new(&config, &mut FakeSlots::default()).map(drop)
+    };
+    make(vec![0..MIB, 2 * MIB..3 * MIB]).unwrap();
+    for ram in [vec![0..0], vec![1..4096], vec![0..MIB, 0..2 * MIB], vec![MIB..0]] {
+        assert!(matches!(make(ram), Err(ShadowError::Ram { .. })));
+    }
+    for ram in [vec![], vec![0..5000], vec![0..u64::MAX]] {
+        assert!(matches!(make(ram), Err(ShadowError::Layout(_))));
+    }
+}
+
+#[test]
+fn sync_windows_are_read_only() {
+    let mut guest = Guest::new(8 * MIB, Mode::PerPage, Notify::Sync, None);
+    let (page, byte) = (guest.page_gpa(0x5000), guest.byte_gpa(0x5000));
+    for gpa in [page, byte] {
+        assert_eq!(guest.store(gpa, PAGE_BYTES).unwrap(), FaultOutcome::Tampering);
+        assert!(matches!(guest.windows.apply_write(gpa, &[1]), Err(ShadowError::ReadOnly { .. })));
+    }
+    guest.windows.poison(0x5010, 0x18, SLAB_REDZONE, &mut guest.slots).unwrap();
+    assert_eq!(guest.slots.live(), 1, "the guest did not look at it yet");
+    assert_eq!(guest.load(page).unwrap(), PAGE_BYTES);
+    assert_eq!(
+        [1, 2, 4, 5].map(|granule| guest.load(byte + granule).unwrap()),
+        [0, SLAB_REDZONE, SLAB_REDZONE, 0]
+    );
+    assert_eq!(guest.slots.live(), 2);
+    assert_eq!(guest.store(byte, 0).unwrap(), FaultOutcome::Tampering);
+    assert_eq!(guest.load(byte + 2).unwrap(), SLAB_REDZONE);
+
+    guest.windows.unpoison(0x5000, 0x1000, &mut guest.slots).unwrap();
+    let figures = guest.windows.figures().unwrap();
+    assert_eq!((figures.byte_used_bytes, figures.byte_used_peak_bytes), (0, 512), "never sampled between");
+    assert_eq!((figures.byte_resident_bytes, figures.faults), (4096, 1));
+    assert_eq!(release_unused(&mut guest.windows).unwrap(), 4096);
+}
+
+#[test]
+fn full_shadow_is_resident_from_the_start() {
+    let mut slots = FakeSlots::default();
+    // With a hole: no memory, no shadow.
+    let ram = vec![0..4 * MIB, 12 * MIB..16 * MIB];
+    let config = Config { ram, mode: Mode::Full, notify: Notify::Ring, limit: None };
+    let mut windows = Windows::new(&config, &mut slots).unwrap();
+    assert_eq!((windows.mode(), windows.page_window(), slots.live()), (Mode::Full, None, 1));
+    let byte = windows.byte_window();
+    assert!(slots.pointer(byte.gpa, true).is_some() && slots.pointer(byte.end() - 1, true).is_some());
+    let figures = windows.figures().unwrap();
+    assert_eq!((figures.byte_resident_bytes, figures.page_bytes), (MIB, 0));
+    assert_eq!(windows.fault(byte.gpa, 8, true, &mut slots).unwrap(), FaultOutcome::AlreadyMapped);
+    windows.poison(12 * MIB + 5, 27, SLAB_FREE, &mut slots).unwrap();
+    assert_eq!(windows.model().first_bad(12 * MIB, 64), Some(12 * MIB + 5));
+    assert_eq!(release_unused(&mut windows).unwrap(), 0);
+    assert_eq!(windows.model().first_bad(12 * MIB, 64), Some(12 * MIB + 5));
+
+    let config = Config { limit: Some(2 * MIB - 1), ..config };
+    let over = Windows::new(&config, &mut FakeSlots::default());
+    assert!(matches!(over, Err(ShadowError::Limit { needed, .. }) if needed == 2 * MIB));
+}
+
+#[test]
+fn release_takes_only_what_nobody_uses() {
+    let mut guest = Guest::new(8 * MIB, Mode::PerPage, Notify::Ring, None);
+    // Eight shadow pages across the edge of two chunks; behind each, one guest page of another class.
+    let start = CHUNK_COVERS - 4 * 8 * 4096;
+    let classes = [PAGE_BYTES, PAGE_BUSY, FREE_PAGE, 0, 0xfe, FREE_PAGE, PAGE_BUSY, PAGE_BYTES];
+    let shadow_pages: Vec<u64> = (0..8).map(|i| start + i * 8 * 4096).collect();
+    for (i, (addr, class)) in shadow_pages.iter().zip(classes).enumerate() {
+        guest.set_bytes(*addr, 4096, SLAB_FREE);
+        guest.set_pages(addr + i as u64 * 4096, 1, class);
+    }
+    let before = guest.windows.figures().unwrap();
+    assert_eq!((before.byte_resident_bytes, before.byte_used_bytes), (8 * 4096, 2 * 512));
+
+    assert_eq!(release_unused(&mut guest.windows).unwrap(), 4 * 4096);
+    for (i, addr) in shadow_pages.iter().enumerate() {
+        let gpa = guest.byte_gpa(*addr);
+        let expected = if (2..6).contains(&i) { 0 } else { SLAB_FREE };
+        for at in [0, 511, 4095] {
+            assert_eq!(guest.load(gpa + at).unwrap(), expected, "shadow page {i}, byte {at}");
+        }
+    }
+    let after = guest.windows.figures().unwrap();
+    assert_eq!((after.byte_resident_bytes, after.byte_peak_resident_bytes), (4 * 4096, 8 * 4096));
+    assert_eq!((after.released_bytes, after.byte_mapped_bytes), (4 * 4096, 2 * CHUNK_BYTES));
+    assert_eq!(after.byte_unused_bytes, 4 * 4096 - 2 * 512);
+
+    // Nothing is left to take; what is given back can be written again without an exit.
+    assert_eq!(release_unused(&mut guest.windows).unwrap(), 0);
+    let gpa = guest.byte_gpa(shadow_pages[3]);
+    assert_eq!(guest.store(gpa, 5).unwrap(), FaultOutcome::AlreadyMapped);
+    assert_eq!(guest.load(gpa).unwrap(), 5);
+}
+
+#[test]
+fn the_limit_holds_and_unused_chunks_make_room() {
+    let mut guest = Guest::new(16 * MIB, Mode::PerPage, Notify::Ring, Some(2 * CHUNK_BYTES + 4095));
+    let chunk = |n: u64| n * CHUNK_COVERS;
+    guest.set_pages(chunk(0), 1, PAGE_BYTES);
+    guest.set_bytes(chunk(0), 512, SLAB_FREE);
+    guest.set_bytes(chunk(1), 512, SLAB_FREE);
+    // Chunk 1 is not in use and goes.
+    guest.set_pages(chunk(2) + 4096, 1, PAGE_BUSY);
+    guest.set_bytes(chunk(2), 1024, SLAB_REDZONE);
+    assert!(guest.error.is_none(), "{:?}", guest.error);
+    let figures = guest.windows.figures().unwrap();
+    assert_eq!(
+        (figures.byte_mapped_bytes, figures.byte_mapped_peak_bytes),
+        (2 * CHUNK_BYTES, 2 * CHUNK_BYTES)
+    );
+    assert_eq!((figures.released_bytes, figures.byte_peak_resident_bytes), (4096, 2 * 4096));
+    assert_eq!(guest.byte(chunk(0)), SLAB_FREE);
+    assert_eq!(guest.byte(chunk(1)), 0);
+
+    // Now both are in use.
+    let (third, limit) = (guest.byte_gpa(chunk(3)), 2 * CHUNK_BYTES + 4095);
+    for _ in 0..2 {
+        let over = guest.windows.fault(third, 8, true, &mut guest.slots);
+        assert!(
+            matches!(over, Err(ShadowError::Limit { limit: l, needed }) if l == limit && needed == 3 * CHUNK_BYTES)
+        );
+    }
+    assert_eq!((guest.byte(chunk(0)), guest.byte(chunk(2) + 4096)), (SLAB_FREE, SLAB_REDZONE));
+    assert_eq!(guest.slots.live(), 3);
+    guest.set_pages(chunk(0), 1, FREE_PAGE);
+    assert_eq!(guest.store(third, 1).unwrap(), FaultOutcome::Mapped);
+}
+
+#[test]
+fn an_access_does_not_evict_its_own_first_half() {
+    let mut guest = Guest::new(8 * MIB, Mode::PerPage, Notify::Ring, Some(CHUNK_BYTES));
+    let edge = guest.byte_gpa(CHUNK_COVERS) - 4;
+    let result = guest.windows.fault(edge, 8, true, &mut guest.slots);
+    assert!(matches!(result, Err(ShadowError::Limit { .. })), "{result:?}");
+    assert!(guest.windows.apply_write(edge, &[0; 8]).is_err());
+}
+
+#[test]
+fn a_promotion_that_starts_during_eviction_is_not_lost() {
+    let mut guest = Guest::new(8 * MIB, Mode::PerPage, Notify::Ring, Some(CHUNK_BYTES));
+    guest.set_bytes(0x3000, 512, SLAB_FREE);
+    // Another vCPU marks the page after it was looked at, and stores while it still has the slot.
+    let page = guest.slots.pointer(guest.page_gpa(0x3000), true).unwrap();
+    let byte = guest.slots.pointer(guest.byte_gpa(0x3000), true).unwrap();
+    guest.slots.late_stores = vec![(page, PAGE_BUSY), (byte, SLAB_REDZONE)];
+    let other = guest.byte_gpa(CHUNK_COVERS);
+    let result = guest.windows.fault(other, 1, true, &mut guest.slots);
+    assert!(matches!(result, Err(ShadowError::Limit { .. })), "{result:?}");
+    assert_eq!((guest.byte(0x3000), guest.byte(0x3008)), (SLAB_REDZONE, SLAB_FREE));
+    assert!(guest.slots.pointer(guest.byte_gpa(0x3000), true).is_some(), "it is mapped again");
+}
+
+#[test]
+fn the_limit_binds_the_vmm_too() {
+    let mut guest = Guest::new(16 * MIB, Mode::PerPage, Notify::Sync, Some(CHUNK_BYTES));
+    let (windows, slots) = (&mut guest.windows, &mut guest.slots);
+    // Whole pages need no byte shadow, and neither does what is accessible or poisoned alike already.
+    windows.poison(0, 16 * MIB, FREE_PAGE, slots).unwrap();
+    windows.poison(0x3000, 0x1000, SLAB_FREE, slots).unwrap();
+    windows.poison(0x3000, 0x1000, FREE_PAGE, slots).unwrap();
+    windows.poison(0x123, 0x5000, FREE_PAGE, slots).unwrap();
+    windows.unpoison(8 * MIB, MIB, slots).unwrap();
+    windows.unpoison(8 * MIB + 5, 77, slots).unwrap();
+    assert_eq!(windows.model().memory().mapped_bytes(), 0);
+    windows.unpoison(0x1000, 8, slots).unwrap();
+    assert_eq!(windows.model().memory().mapped_bytes(), CHUNK_BYTES);
+
+    // Both ends need another chunk: nothing is changed.
+    let result = windows.unpoison(3 * MIB + 8, 2 * MIB, slots);
+    assert!(matches!(result, Err(ShadowError::Limit { .. })), "{result:?}");
+    assert_eq!(windows.model().first_bad(3 * MIB + 4096, 1), Some(3 * MIB + 4096));
+    // Room is made once the first page is a whole one again.
+    windows.unpoison(0, 0x2000, slots).unwrap();
+    windows.unpoison(3 * MIB + 8, 8, slots).unwrap();
+    assert_eq!(windows.model().first_bad(3 * MIB + 8, 9), Some(3 * MIB + 16));
+    assert_eq!(windows.figures().unwrap().byte_mapped_peak_bytes, CHUNK_BYTES);
+
+    for (gpa, len) in [(16 * MIB, 1), (16 * MIB - 1, 2), (u64::MAX, 2), (0, u64::MAX)] {
+        assert!(matches!(windows.poison(gpa, len, FREE_PAGE, slots), Err(ShadowError::Range(_))));
+    }
+    assert!(matches!(windows.poison(8, 8, 7, slots), Err(ShadowError::Range(_))));
+    windows.poison(u64::MAX, 0, FREE_PAGE, slots).unwrap();
+}
+
+#[test]
+fn keep_alive_outlives_the_windows() {
+    let mut guest = Guest::new(8 * MIB, Mode::PerPage, Notify::Ring, None);
+    guest.set_bytes(0, 1, SLAB_FREE);
+    let (page, byte) = (guest.page_gpa(0), guest.byte_gpa(0));
+    let keep_alive = guest.windows.keep_alive();
+    let Guest { windows, slots, .. } = guest;
+    drop(windows);
+    // SAFETY: slots of windows that are gone, but whose memory is kept.
+    let values = [page, byte].map(|gpa| unsafe { slots.pointer(gpa, false).unwrap().read_volatile() });
+    assert_eq!(values, [0, SLAB_FREE]);
+    drop(keep_alive);
+}
+
+/// One thing that happens to the shadow.
+#[derive(Clone, Debug)]
+enum Step {
+    Poison(u64, u64, u8),
+    Unpoison(u64, u64),
+    Release,
+}
+
+const RAM: u64 = 8 * MIB;
+
+/// Ranges that often share pages, cover pages as a whole, or lie at the edge of a chunk or of memory.
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let start = prop_oneof![
+        (0..4u64, 0..0x6000u64).prop_map(|(chunk, at)| chunk * CHUNK_COVERS + at),
+        (1..=4u64, 0..0x6000u64).prop_map(|(chunk, at)| chunk * CHUNK_COVERS - at),
+    ];
+    let start = (start, any::<bool>()).prop_map(|(at, page)| if page { at & !0xfff } else { at });
+    let len = prop_oneof![0..300u64, (0..12u64).prop_map(|pages| pages * 4096), 0..0x5000u64];
+    let range = (start, len).prop_map(|(start, len)| (start, len.min(RAM - start)));
+    let step = prop_oneof![
+        3 => (range.clone(), 0x80..=0xffu8).prop_map(|((start, len), code)| Step::Poison(start, len, code)),
+        3 => range.prop_map(|(start, len)| Step::Unpoison(start, len)),
+        1 => Just(Step::Release),
+    ];
+    proptest::collection::vec(step, 1..60)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+
+    /// Whatever is taken back when, and whoever writes: the shadow says what a plain one says, the limit
+    /// holds, and no more is resident than is mapped.
+    #[test]
+    fn nothing_live_is_ever_taken(steps in steps(), sync: bool, chunks in 1..=4u64) {
+        let notify = if sync { Notify::Sync } else { Notify::Ring };
+        let limit = chunks * CHUNK_BYTES;
+        let mut guest = TwoLevel::new(Guest::new(RAM, Mode::PerPage, notify, Some(limit)));
+        let mut plain = Full::new(Plain(vec![0; (RAM / 8) as usize]));
+        let mut last_peak = 0;
+        for step in steps {
+            let result = match step {
+                Step::Release => {
+                    release_unused(&mut guest.memory_mut().windows).unwrap();
+                    let figures = guest.memory_mut().windows.figures().unwrap();
+                    let used_pages = figures.byte_used_bytes / 512;
+                    prop_assert!(figures.byte_resident_bytes <= used_pages * 4096, "{figures:?}");
+                    prop_assert!(figures.byte_peak_resident_bytes >= last_peak);
+                    last_peak = figures.byte_peak_resident_bytes;
+                    Ok(())
+                }
+                Step::Poison(gpa, len, code) if sync => {
+                    let Guest { windows, slots, .. } = guest.memory_mut();
+                    windows.poison(gpa, len, code, slots)
+                }
+                Step::Unpoison(gpa, len) if sync => {
+                    let Guest { windows, slots, .. } = guest.memory_mut();
+                    windows.unpoison(gpa, len, slots)
+                }
+                Step::Poison(gpa, len, code) => {
+                    guest.poison(gpa, len, code).unwrap();
+                    guest.memory_mut().error.take().map_or(Ok(()), Err)
+                }
+                Step::Unpoison(gpa, len) => {
+                    guest.unpoison(gpa, len).unwrap();
+                    guest.memory_mut().error.take().map_or(Ok(()), Err)
+                }
+            };
+            prop_assert!(guest.memory().windows.model().memory().mapped_bytes() <= limit);
+            match result {
+                Err(ShadowError::Limit { .. }) if sync => continue, // Unchanged.
+                Err(ShadowError::Limit { .. }) => return Ok(()), // The guest is stopped in the middle.
+                other => prop_assert!(other.is_ok(), "{other:?}"),
+            }
+            match step {
+                Step::Poison(gpa, len, code) => plain.poison(gpa, len, code).unwrap(),
+                Step::Unpoison(gpa, len) => plain.unpoison(gpa, len).unwrap(),
+                Step::Release => {}
+            }
+        }
+        let model = guest.memory().windows.model();
+        // No step reaches further from the edge of a chunk.
+        let near = |addr: &u64| !(0x13000..CHUNK_COVERS - 0x7000).contains(&(addr % CHUNK_COVERS));
+        for addr in (0..RAM).step_by(8).filter(near) {
+            prop_assert_eq!(model.state(addr), plain.state(addr), "at {:#x}", addr);
+        }
+    }
+}
