@@ -1,7 +1,11 @@
 //! Umbra: boots an x86_64 kernel as a KVM guest, keeps its shadow memory outside of it, and reports its
 //! memory errors.
 
+pub mod cli;
+pub mod demo;
 pub mod hypercall;
+pub mod kernel;
 pub mod machine;
 pub mod report;
+pub mod sandbox;
 pub mod shadow;

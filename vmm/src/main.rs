@@ -1,2 +1,7 @@
 //! The program `umbra`.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    umbra::cli::main()
+}

@@ -119,7 +119,7 @@ impl Completer {
     /// run goes on after it, or in the handler of the exception that it raised. Returns its mnemonic.
     pub fn complete(
         &mut self,
-        cpu: &mut impl Cpu,
+        cpu: &mut (impl Cpu + ?Sized),
         ram: &Ram,
         bytes: &[u8],
     ) -> Result<&'static str, CompleteError> {
@@ -246,7 +246,7 @@ fn decode(
 }
 
 fn popcnt(
-    cpu: &mut impl Cpu,
+    cpu: &mut (impl Cpu + ?Sized),
     ram: &Ram,
     space: &AddressSpace,
     sregs: &kvm_sregs,

@@ -29,6 +29,18 @@ pub enum MapError {
 #[derive(Debug, PartialEq, Eq)]
 pub struct SlotId(u32);
 
+impl SlotId {
+    /// The bare number, for who must keep it as such.
+    pub fn into_raw(self) -> u32 {
+        self.0
+    }
+
+    /// The slot with a number from [`SlotId::into_raw`].
+    pub fn from_raw(number: u32) -> Self {
+        Self(number)
+    }
+}
+
 #[derive(Debug)]
 struct Slots {
     free: Vec<u32>,

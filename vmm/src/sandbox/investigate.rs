@@ -199,8 +199,8 @@ impl Monitor {
     /// Takes a finding in: tells the observer of a new one, and ends the run when there are enough.
     pub(super) fn found(&mut self, finding: Finding) -> Flow {
         if let Added::New(at) = self.findings.add(finding) {
+            self.flush();
             if let Some((finding, _)) = self.findings.get(at) {
-                self.devices_flush();
                 self.observer.finding(finding);
             }
             if self.stop_at.is_some_and(|most| self.findings.distinct() >= most) {

@@ -13,7 +13,6 @@ mod rings;
 pub mod stats;
 
 use std::io::Write;
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -140,12 +139,12 @@ impl Slots for MachineSlots<'_> {
         // SAFETY: `Shared` drops the machine before the windows, and the vCPU's thread holds both; shadow is
         // memory that is meant for the guest to write.
         let slot = unsafe { self.0.map(GuestAddress(gpa), host, len, readonly) };
-        slot.map(|slot| slot.number()).map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
+        slot.map(SlotId::into_raw).map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
     }
 
     fn unmap(&mut self, slot: u32) -> Result<(), SlotError> {
         self.0
-            .unmap(SlotId::from_number(slot))
+            .unmap(SlotId::from_raw(slot))
             .map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
     }
 }
@@ -179,25 +178,26 @@ pub fn run(
 ) -> Result<Report, RunError> {
     let begin = Instant::now();
     let kvm = Kvm::open()?;
-    // The windows lie where CPUID says, so they come before the machine, and their slots after it.
-    let ram: Vec<Range<u64>> =
-        layout::ram_ranges(config.memory).into_iter().map(|(gpa, len)| gpa.0..gpa.0 + len).collect();
-    let shadow_config = |mode| shadow::Config { ram, mode, notify: config.notify, limit: config.shadow_limit };
-    let mut pending = Pending::default();
-    let mut windows = match config.shadow {
-        ShadowMode::PerPage => Some(Windows::new(&shadow_config(shadow::Mode::PerPage), &mut pending)?),
-        ShadowMode::Full => Some(Windows::new(&shadow_config(shadow::Mode::Full), &mut pending)?),
-        ShadowMode::Off => None,
-    };
+    let layout = shadow::Layout::new(layout::ram_end(config.memory)).map_err(ShadowError::from)?;
     let mut machine = Machine::new(
         &kvm,
         MachineConfig {
             memory_bytes: config.memory,
-            extra_cpuid: monitor::discovery(config.shadow, config.notify, windows.as_ref()),
+            extra_cpuid: monitor::discovery(config.shadow, config.notify, &layout),
             irqchip: false,
         },
     )?;
-    pending.into_slots(&mut MachineSlots(&machine), windows.as_mut())?;
+    let mode = match config.shadow {
+        ShadowMode::PerPage => Some(shadow::Mode::PerPage),
+        ShadowMode::Full => Some(shadow::Mode::Full),
+        ShadowMode::Off => None,
+    };
+    let windows = mode.map(|mode| {
+        let ram = layout::ram_ranges(config.memory).into_iter().map(|(gpa, len)| gpa.0..gpa.0 + len).collect();
+        let windows = shadow::Config { ram, mode, notify: config.notify, limit: config.shadow_limit };
+        Windows::new(&windows, &mut MachineSlots(&machine))
+    });
+    let windows = windows.transpose()?;
     machine.load(&config.kernel, &config.cmdline)?;
     let vcpu = machine.create_vcpu(0)?;
     let kicker = vcpu.kicker();

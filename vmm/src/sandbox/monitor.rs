@@ -18,7 +18,7 @@ use crate::machine::memory::Ram;
 use crate::machine::vcpu::{Vcpu, VmExit};
 use crate::report::Findings;
 use crate::report::symbols::Symbols;
-use crate::shadow::{FaultOutcome, Notify, Objects, ShadowError, Slots, Windows};
+use crate::shadow::{FaultOutcome, Layout, Notify, Objects, ShadowError, Slots, Windows};
 
 /// A vCPU as the dispatcher needs it.
 pub trait GuestCpu: Cpu {
@@ -35,33 +35,11 @@ impl GuestCpu for Vcpu {
 /// What goes with an exit: the machine that the guest runs on.
 pub struct Machine<'a> {
     /// The vCPU, stopped.
-    pub cpu: &'a mut dyn GuestCpuObject,
+    pub cpu: &'a mut dyn GuestCpu,
     /// Guest memory.
     pub ram: &'a Ram,
     /// Its memory slots.
     pub slots: &'a mut dyn Slots,
-}
-
-/// [`GuestCpu`] for use behind a pointer; every `GuestCpu` is one.
-pub trait GuestCpuObject: GuestCpu {
-    /// Completes the instruction at rip.
-    fn complete(
-        &mut self,
-        with: &mut Completer,
-        ram: &Ram,
-        bytes: &[u8],
-    ) -> Result<&'static str, CompleteError>;
-}
-
-impl<C: GuestCpu> GuestCpuObject for C {
-    fn complete(
-        &mut self,
-        with: &mut Completer,
-        ram: &Ram,
-        bytes: &[u8],
-    ) -> Result<&'static str, CompleteError> {
-        with.complete(self, ram, bytes)
-    }
 }
 
 /// What to do after an exit.
@@ -152,7 +130,7 @@ impl Monitor {
             VmExit::Hlt => Ok(Flow::End(Outcome::Halted)),
             VmExit::EmulationFailed { bytes, len } => {
                 let bytes = &bytes[..usize::from(len).min(bytes.len())];
-                match machine.cpu.complete(&mut self.completer, machine.ram, bytes) {
+                match self.completer.complete(machine.cpu, machine.ram, bytes) {
                     Ok(_) => Ok(Flow::Continue),
                     Err(CompleteError::Vcpu(error)) => Err(error.into()),
                     Err(error) => {
@@ -258,7 +236,7 @@ impl Monitor {
 }
 
 /// The CPUID leaves that a guest finds Umbra by (see [`umbra_shadow::abi`]). One block beyond KVM's own.
-pub fn discovery(mode: ShadowMode, notify: Notify, windows: Option<&Windows>) -> Vec<CpuidLeaf> {
+pub fn discovery(mode: ShadowMode, notify: Notify, layout: &Layout) -> Vec<CpuidLeaf> {
     let base = CPUID_FIRST + CPUID_STEP;
     let notify = match notify {
         Notify::Ring => features::RING,
@@ -271,8 +249,8 @@ pub fn discovery(mode: ShadowMode, notify: Notify, windows: Option<&Windows>) ->
     };
     let leaf = |function, [eax, ebx, ecx, edx]: [u32; 4]| CpuidLeaf { function, eax, ebx, ecx, edx };
     let window = |gpa: u64, bytes: u64| [gpa as u32, (gpa >> 32) as u32, bytes as u32, (bytes >> 32) as u32];
-    let page = windows.and_then(|windows| windows.page_window()).map_or([0; 4], |w| window(w.gpa, w.bytes));
-    let byte = windows.map_or([0; 4], |w| window(w.byte_window().gpa, w.byte_window().bytes));
+    let page = if mode == ShadowMode::PerPage { window(layout.page.gpa, layout.page.bytes) } else { [0; 4] };
+    let byte = if mode == ShadowMode::Off { [0; 4] } else { window(layout.byte.gpa, layout.byte.bytes) };
     let [s0, s1, s2] = abi::CPUID_SIGNATURE;
     vec![
         leaf(base, [base + abi::CPUID_LEAF_BYTE_WINDOW, s0, s1, s2]),

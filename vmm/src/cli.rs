@@ -1,0 +1,347 @@
+//! The command line of `umbra`.
+
+use std::fs::File;
+use std::io::{self, BufWriter, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::demo;
+use crate::machine::loader::read_image;
+use crate::report::text::{self, TextStyle};
+use crate::report::{Finding, Names, json};
+use crate::sandbox::{self, Config, Observer, Report, ShadowMode};
+use crate::shadow::Notify;
+
+/// What a bad command line or a host that cannot do it ends with.
+const USAGE: u8 = 2;
+
+#[derive(Parser)]
+#[command(
+    version,
+    about = "Boots an x86_64 kernel under KVM and finds its memory errors as they happen",
+    after_help = "Exit status: 0 clean, 1 findings, 2 usage or host problem, 3 the guest crashed, 4 time limit, \
+                  130 interrupted. RUST_LOG=info (or debug) tells more."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a kernel. Its console goes to standard output, findings to standard error.
+    Run(Run),
+    /// Run the built-in test kernel, whose scenarios misbehave on purpose, and compare what is found with what is
+    /// expected. Exit status 0 when every scenario got its verdict.
+    Demo(Demo),
+}
+
+#[derive(Args)]
+struct Run {
+    /// The kernel: an x86_64 ELF file with symbols, and instrumented if it is to be checked.
+    kernel: PathBuf,
+    /// The kernel's command line.
+    #[arg(long, default_value = "", value_name = "STRING", allow_hyphen_values = true)]
+    cmdline: String,
+    #[command(flatten)]
+    guest: Guest,
+    /// End the run after this time (such as 90s, 5m), or `none`.
+    #[arg(long, default_value = "60s", value_name = "TIME", value_parser = parse_time)]
+    timeout: Limit,
+    /// Write each finding as a line of JSON to a file, or to standard output (-).
+    #[arg(long, value_name = "FILE")]
+    findings: Option<PathBuf>,
+    /// Write the run's figures as a JSON object to a file, or to standard output (-).
+    #[arg(long, value_name = "FILE")]
+    stats: Option<PathBuf>,
+    /// Go on after findings.
+    #[arg(long, conflicts_with = "stop_at")]
+    keep_going: bool,
+    /// Stop after so many different findings.
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..))]
+    stop_at: u32,
+    /// How to print function names: as in the source, or as in the ELF (what scripts/decode_stacktrace.sh and
+    /// syzkaller look for).
+    #[arg(long, value_enum, default_value_t = Symbols::Demangled)]
+    symbols: Symbols,
+}
+
+#[derive(Args)]
+struct Demo {
+    /// Scenarios to run; all if none is named.
+    scenarios: Vec<String>,
+    /// List the scenarios and what they lead to.
+    #[arg(long)]
+    list: bool,
+    #[command(flatten)]
+    guest: Guest,
+    /// Do not print the findings themselves.
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+/// What `run` and `demo` have in common.
+#[derive(Args)]
+struct Guest {
+    /// Guest memory.
+    #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = parse_size)]
+    memory: u64,
+    /// Which shadow to keep.
+    #[arg(long, value_enum, default_value_t = Shadow::PerPage)]
+    shadow: Shadow,
+    /// Who writes it: the guest, which tells of its allocations in a ring; or the VMM, at one call each, with the
+    /// shadow read-only for the guest.
+    #[arg(long, value_enum, default_value_t = HowToNotify::Ring)]
+    notify: HowToNotify,
+    /// Stop the guest rather than map more byte shadow than this.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    shadow_limit: Option<u64>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Shadow {
+    /// One byte for each page, byte shadow on demand.
+    PerPage,
+    /// KASAN's layout, 1/8 of all memory, to compare with.
+    Full,
+    /// None.
+    Off,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum HowToNotify {
+    /// No exit for an allocation.
+    Ring,
+    /// Slower; a wild write cannot reach the shadow, and is found.
+    Sync,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Symbols {
+    /// As in the source.
+    Demangled,
+    /// As in the ELF.
+    Linkage,
+}
+
+/// A time limit.
+#[derive(Clone, Copy)]
+struct Limit(Option<Duration>);
+
+fn parse_time(text: &str) -> Result<Limit, String> {
+    if text == "none" {
+        return Ok(Limit(None));
+    }
+    let time = humantime::parse_duration(text).map_err(|e| format!("{e}; try 90s, 5m or none"))?;
+    if time.is_zero() { Err("no time at all; try 90s, 5m or none".into()) } else { Ok(Limit(Some(time))) }
+}
+
+/// Sizes are binary, as with other VMMs: 256M are 256 MiB.
+fn parse_size(text: &str) -> Result<u64, String> {
+    parse_size::Config::new()
+        .with_binary()
+        .parse_size(text)
+        .map_err(|e| format!("{e}; try 256M or 2G"))
+}
+
+impl Guest {
+    fn config(&self, kernel: Arc<[u8]>, cmdline: String) -> Config {
+        Config {
+            kernel,
+            cmdline,
+            memory: self.memory,
+            shadow: match self.shadow {
+                Shadow::PerPage => ShadowMode::PerPage,
+                Shadow::Full => ShadowMode::Full,
+                Shadow::Off => ShadowMode::Off,
+            },
+            notify: match self.notify {
+                HowToNotify::Ring => Notify::Ring,
+                HowToNotify::Sync => Notify::Sync,
+            },
+            shadow_limit: self.shadow_limit,
+            timeout: None,
+            stop_at: None,
+            count_instructions: true,
+        }
+    }
+}
+
+/// Prints findings as they come: text to standard error, JSON where it was asked for.
+pub(crate) struct Printer {
+    style: TextStyle,
+    quiet: bool,
+    json: Option<Box<dyn Write + Send>>,
+}
+
+impl Printer {
+    /// Text only.
+    pub(crate) fn text(quiet: bool) -> Self {
+        Self { style: TextStyle { color: stderr_color(), names: Names::Demangled }, quiet, json: None }
+    }
+}
+
+impl Observer for Printer {
+    fn finding(&mut self, finding: &Finding) {
+        // Standard error may be gone; the guest goes on, and the exit status still tells.
+        if !self.quiet {
+            let _ = text::write(&mut io::stderr().lock(), finding, self.style);
+        }
+        if let Some(out) = &mut self.json
+            && let Err(error) = json::write(out, finding).and_then(|()| out.flush())
+        {
+            log::error!("--findings cannot be written any more: {error}");
+            self.json = None;
+        }
+    }
+}
+
+/// Whether standard error gets colours: on a terminal, unless NO_COLOR is set.
+pub(crate) fn stderr_color() -> bool {
+    anstream::AutoStream::choice(&io::stderr()) != anstream::ColorChoice::Never && io::stderr().is_terminal()
+}
+
+/// Opens a file to write, or standard output for `-`.
+fn output(path: &Path) -> Result<Box<dyn Write + Send>> {
+    if path.as_os_str() == "-" {
+        return Ok(Box::new(io::stdout()));
+    }
+    let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(Box::new(BufWriter::new(file)))
+}
+
+fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
+    let kernel = read_image(&args.kernel)?;
+    let is_dash = |path: &Option<PathBuf>| path.as_ref().is_some_and(|path| path.as_os_str() == "-");
+    let json = args.findings.as_deref().map(output).transpose()?;
+    let stats = args.stats.as_deref().map(output).transpose()?;
+    // Standard output is either the guest's or the JSON's.
+    let console: Box<dyn Write + Send> = if is_dash(&args.findings) || is_dash(&args.stats) {
+        Box::new(io::stderr())
+    } else {
+        Box::new(io::stdout())
+    };
+    let names = match args.symbols {
+        Symbols::Demangled => Names::Demangled,
+        Symbols::Linkage => Names::Linkage,
+    };
+    let style = TextStyle { color: stderr_color(), names };
+    let config = Config {
+        timeout: args.timeout.0,
+        stop_at: (!args.keep_going).then_some(args.stop_at as usize),
+        count_instructions: stats.is_some(),
+        ..args.guest.config(kernel.into(), args.cmdline.clone())
+    };
+    let printer = Printer { style, quiet: false, json };
+    let report = sandbox::run(&config, console, Box::new(printer), stop)?;
+    // As above: what cannot be printed to standard error is lost.
+    let _ = text::write_repeats(&mut io::stderr().lock(), &report.findings, style);
+    eprintln!("umbra: {}", summary(&report));
+    if let Some(mut stats) = stats {
+        serde_json::to_writer_pretty(&mut stats, &report.stats)?;
+        stats.write_all(b"\n").and_then(|()| stats.flush()).context("cannot write --stats")?;
+    }
+    Ok(report.status())
+}
+
+/// A run in one line.
+fn summary(report: &Report) -> String {
+    let stats = &report.stats;
+    let findings = match stats.findings {
+        0 => "no findings".to_owned(),
+        1 => "1 finding".to_owned(),
+        n => format!("{n} findings"),
+    };
+    if stats.shadow.mode == "off" {
+        return format!("{}; the guest ran unchecked", report.outcome);
+    }
+    let shadow = &stats.shadow;
+    format!(
+        "{}; {findings}; shadow {} at its peak (1/8 of the guest's memory is {})",
+        report.outcome,
+        demo::size(shadow.page_bytes + shadow.byte_peak_resident_bytes),
+        demo::size(stats.guest.memory_bytes / 8),
+    )
+}
+
+fn demo(args: &Demo, stop: &AtomicBool) -> Result<u8> {
+    let kernel = crate::kernel::test_kernel()
+        .context("this umbra was built without the test kernel: `cargo xtask demo` builds both")?;
+    let scenarios = crate::kernel::scenarios(kernel)?;
+    if args.list {
+        demo::list(&scenarios, &mut io::stdout().lock())?;
+        return Ok(0);
+    }
+    let chosen = demo::choose(&scenarios, &args.scenarios)?;
+    demo::run(&args.guest.config(kernel.into(), String::new()), &chosen, args.quiet, stop)
+}
+
+/// Parses the command line and does what it says.
+pub fn main() -> ExitCode {
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
+        .format_timestamp(None)
+        .format_target(false)
+        .init();
+    // clap itself exits with 2 on a bad command line and 0 for help.
+    let cli = Cli::parse();
+    let stop = Arc::new(AtomicBool::new(false));
+    // The first Ctrl-C ends the run in good order; a second one ends the process.
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        let registered = signal_hook::flag::register_conditional_shutdown(signal, 130, stop.clone())
+            .and_then(|_| signal_hook::flag::register(signal, stop.clone()));
+        if let Err(error) = registered {
+            log::warn!("signals are not handled: {error}");
+        }
+    }
+    let result = match &cli.command {
+        Command::Run(args) => run(args, &stop),
+        Command::Demo(args) => demo(args, &stop),
+    };
+    match result {
+        Ok(status) => status.into(),
+        Err(error) => {
+            eprintln!("umbra: {error:#}");
+            USAGE.into()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_are_binary_and_bad_ones_say_what_to_try() {
+        assert_eq!(parse_size("256M"), Ok(256 << 20));
+        assert_eq!(parse_size("2GiB"), Ok(2 << 30));
+        assert!(parse_size("lots").is_err_and(|e| e.contains("256M")));
+        assert!(parse_size("-1").is_err());
+    }
+
+    #[test]
+    fn times_may_be_none_but_not_nothing() {
+        assert!(parse_time("none").is_ok_and(|limit| limit.0.is_none()));
+        assert!(parse_time("90s").is_ok_and(|limit| limit.0 == Some(Duration::from_secs(90))));
+        assert!(parse_time("0s").is_err());
+        assert!(parse_time("soon").is_err());
+    }
+
+    #[test]
+    fn keep_going_and_stop_at_exclude_each_other() {
+        assert!(Cli::try_parse_from(["umbra", "run", "k", "--keep-going", "--stop-at", "3"]).is_err());
+        assert!(Cli::try_parse_from(["umbra", "run", "k", "--stop-at", "0"]).is_err());
+        assert!(Cli::try_parse_from(["umbra", "run", "k", "--keep-going"]).is_ok());
+    }
+}

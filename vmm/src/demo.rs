@@ -1,0 +1,277 @@
+//! `umbra demo`: the built-in test kernel's scenarios, each held against its expected verdict, and what the shadow cost
+//! beside a full one.
+
+use std::fmt::Write as _;
+use std::io::{self, IsTerminal, Write};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+
+use crate::cli::Printer;
+use crate::kernel::{Expected, Scenario};
+use crate::report::Finding;
+use crate::sandbox::{self, Config, Observer, Report, RunError, ShadowMode};
+
+/// How long a demonstration may take.
+const TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Bytes for people.
+pub(crate) fn size(bytes: u64) -> String {
+    match bytes {
+        0..1024 => format!("{bytes} B"),
+        1024..0x10_0000 => format!("{:.0} KiB", bytes as f64 / 1024.0),
+        _ => format!("{:.1} MiB", bytes as f64 / 1_048_576.0),
+    }
+}
+
+/// What was expected of a scenario, in words.
+fn in_words(expected: &[Expected]) -> String {
+    if expected.is_empty() {
+        return "silent".into();
+    }
+    let each: Vec<_> = expected.iter().map(|e| format!("{} ({})", e.kind, e.access)).collect();
+    each.join(", ")
+}
+
+/// Writes the list of scenarios.
+pub fn list(scenarios: &[Scenario], out: &mut dyn Write) -> io::Result<()> {
+    let width = scenarios.iter().map(|s| s.name.len()).max().unwrap_or(0);
+    for scenario in scenarios {
+        writeln!(out, "{:width$}  {}", scenario.name, scenario.about)?;
+        writeln!(out, "{:width$}    expected: {}", "", in_words(&scenario.expected))?;
+    }
+    Ok(())
+}
+
+/// The scenarios that `names` name, all if there are none.
+///
+/// # Errors
+/// There is no scenario of a name.
+pub fn choose(scenarios: &[Scenario], names: &[String]) -> Result<Vec<Scenario>> {
+    for name in names {
+        if !scenarios.iter().any(|s| s.name == *name) {
+            bail!("there is no scenario {name}: `umbra demo --list` names them all");
+        }
+    }
+    let wanted = |s: &&Scenario| names.is_empty() || names.contains(&s.name);
+    Ok(scenarios.iter().filter(wanted).cloned().collect())
+}
+
+/// What came of one scenario.
+#[derive(Clone, Debug)]
+pub struct Verdict {
+    /// Its name.
+    pub name: String,
+    /// Whether it ran to its end.
+    pub ran: bool,
+    /// What was expected.
+    pub expected: Vec<Expected>,
+    /// What was found.
+    pub found: Vec<Expected>,
+}
+
+impl Verdict {
+    /// Whether it came as expected.
+    pub fn good(&self) -> bool {
+        self.ran
+            && self.expected.len() == self.found.len()
+            && self.expected.iter().zip(&self.found).all(|(expected, found)| {
+                let offset = expected.offset.is_none() || expected.offset == found.offset;
+                offset && Expected { offset: None, ..expected.clone() } == Expected { offset: None, ..found.clone() }
+            })
+    }
+}
+
+fn as_expected(finding: &Finding) -> Expected {
+    Expected {
+        kind: finding.kind.to_owned(),
+        access: finding.access.to_string(),
+        size: finding.size,
+        offset: finding.object.as_ref().map(|object| object.offset),
+    }
+}
+
+/// Takes the guest's console and passes it on, line by line, but for the lines that say that a scenario ran.
+struct Console {
+    line: Vec<u8>,
+    ran: Arc<Mutex<Vec<String>>>,
+    pass_on: bool,
+}
+
+impl Write for Console {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for &byte in bytes {
+            if byte != b'\n' && self.line.len() < 1024 {
+                self.line.push(byte);
+                continue;
+            }
+            let text = String::from_utf8_lossy(&self.line).trim_end().to_owned();
+            self.line.clear();
+            if let Some(name) = text.strip_prefix("ran ") {
+                self.ran.lock().unwrap_or_else(PoisonError::into_inner).push(name.to_owned());
+            } else if self.pass_on {
+                writeln!(io::stdout(), "guest: {text}")?;
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Runs `chosen` in one guest. `config.cmdline` is added to what names them; its kernel is the test kernel.
+///
+/// # Errors
+/// The run could not begin.
+pub fn verdicts(
+    config: &Config,
+    chosen: &[Scenario],
+    pass_on: bool,
+    observer: Box<dyn Observer>,
+    stop: &AtomicBool,
+) -> Result<(Vec<Verdict>, Report), RunError> {
+    let names: Vec<_> = chosen.iter().map(|s| s.name.as_str()).collect();
+    let ran = Arc::new(Mutex::new(Vec::new()));
+    let console = Console { line: Vec::new(), ran: ran.clone(), pass_on };
+    let config = Config {
+        cmdline: format!("scenarios={} {}", names.join(","), config.cmdline),
+        timeout: config.timeout.or(Some(TIMEOUT)),
+        ..config.clone()
+    };
+    let report = sandbox::run(&config, Box::new(console), observer, stop)?;
+    let ran = ran.lock().unwrap_or_else(PoisonError::into_inner);
+    let checked = config.shadow != ShadowMode::Off;
+    let verdicts = chosen.iter().map(|scenario| Verdict {
+        name: scenario.name.clone(),
+        ran: ran.contains(&scenario.name),
+        expected: if checked { scenario.expected.clone() } else { Vec::new() },
+        found: report
+            .findings
+            .iter()
+            .filter(|(finding, _)| finding.task.name == scenario.name)
+            .map(|(finding, _)| as_expected(finding))
+            .collect(),
+    });
+    let verdicts = verdicts.collect();
+    Ok((verdicts, report))
+}
+
+/// Runs the demonstration and prints what came of it. Returns the exit status: 0 when every scenario got its verdict.
+pub(crate) fn run(config: &Config, chosen: &[Scenario], quiet: bool, stop: &AtomicBool) -> Result<u8> {
+    let (verdicts, report) = verdicts(config, chosen, !quiet, Box::new(Printer::text(quiet)), stop)?;
+    let width = verdicts.iter().map(|v| v.name.len()).max().unwrap_or(0);
+    let mut table = String::new();
+    for verdict in &verdicts {
+        let came = if verdict.good() {
+            "ok".to_owned()
+        } else if verdict.ran {
+            format!("FAILED: expected {:?}, found {:?}", verdict.expected, verdict.found)
+        } else {
+            "FAILED: it did not run to its end".to_owned()
+        };
+        writeln!(table, "{:width$}  {:5}  {}", verdict.name, came, in_words(&verdict.found))?;
+    }
+    let attributed: usize = verdicts.iter().map(|v| v.found.len()).sum();
+    let stray = report.findings.distinct().saturating_sub(attributed);
+    if stray > 0 {
+        writeln!(table, "{stray} finding(s) belong to no scenario that was chosen")?;
+    }
+    print!("\n{table}\n{}: {} scenarios, {}\n", config.shadow.as_str(), verdicts.len(), report.outcome);
+    let mut good = verdicts.iter().all(Verdict::good) && stray == 0 && report.outcome.is_regular();
+    if config.shadow == ShadowMode::PerPage && good {
+        good &= compare(config, chosen, &report, stop)?;
+    }
+    io::stdout().flush()?;
+    if good {
+        return Ok(0);
+    }
+    eprintln!("umbra: not every scenario got its verdict");
+    Ok(match report.outcome.status(true) {
+        0 => 1,
+        status => status,
+    })
+}
+
+/// Runs the same once more with a full shadow and prints both costs. Returns whether that found the same.
+fn compare(config: &Config, chosen: &[Scenario], per_page: &Report, stop: &AtomicBool) -> Result<bool> {
+    let spinner = if io::stderr().is_terminal() {
+        indicatif::ProgressBar::new_spinner()
+    } else {
+        indicatif::ProgressBar::hidden()
+    };
+    spinner.enable_steady_tick(Duration::from_millis(100));
+    spinner.set_message("the same with a full shadow, to compare");
+    let full = Config { shadow: ShadowMode::Full, shadow_limit: None, ..config.clone() };
+    let (verdicts, full) = verdicts(&full, chosen, false, Box::new(()), stop)?;
+    spinner.finish_and_clear();
+    let row = |report: &Report| {
+        let s = &report.stats;
+        let instructions = s.guest.instructions.map_or("-".into(), |n| format!("{:.1} M", n as f64 / 1e6));
+        format!(
+            "{:9} {:>12} {:>14} {:>12} {:>9} {:>13} {:>7}",
+            s.shadow.mode,
+            size(s.shadow.page_bytes),
+            size(s.shadow.byte_peak_resident_bytes),
+            size(s.shadow.page_bytes + s.shadow.byte_peak_resident_bytes),
+            s.findings,
+            instructions,
+            s.exits.total,
+        )
+    };
+    println!("\nWhat the shadow of a {} guest cost:", size(config.memory));
+    println!(
+        "{:9} {:>12} {:>14} {:>12} {:>9} {:>13} {:>7}",
+        "shadow", "page shadow", "byte, peak", "together", "findings", "instructions", "exits"
+    );
+    println!("{}\n{}", row(per_page), row(&full));
+    let good = verdicts.iter().all(Verdict::good);
+    if !good {
+        println!("the full shadow did not find the same");
+    }
+    Ok(good)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn expected(kind: &str, offset: Option<i64>) -> Expected {
+        Expected { kind: kind.into(), access: "Write".into(), size: 1, offset }
+    }
+
+    fn verdict(ran: bool, expected: Vec<Expected>, found: Vec<Expected>) -> Verdict {
+        Verdict { name: "x".into(), ran, expected, found }
+    }
+
+    #[test]
+    fn a_verdict_is_good_only_if_all_of_it_is() {
+        let want = || vec![expected("a", Some(3)), expected("b", None)];
+        assert!(verdict(true, want(), vec![expected("a", Some(3)), expected("b", Some(7))]).good());
+        assert!(!verdict(false, want(), vec![expected("a", Some(3)), expected("b", None)]).good());
+        assert!(!verdict(true, want(), vec![expected("a", Some(4)), expected("b", None)]).good());
+        assert!(!verdict(true, want(), vec![expected("a", Some(3))]).good());
+        assert!(!verdict(true, Vec::new(), want()).good());
+        assert!(verdict(true, Vec::new(), Vec::new()).good());
+    }
+
+    #[test]
+    fn unknown_scenarios_are_refused() {
+        let one = Scenario { name: "one".into(), expected: Vec::new(), about: String::new() };
+        let all = [one.clone(), Scenario { name: "two".into(), ..one }];
+        assert_eq!(choose(&all, &[]).map(|c| c.len()).ok(), Some(2));
+        assert_eq!(choose(&all, &["two".into()]).map(|c| c.len()).ok(), Some(1));
+        assert!(choose(&all, &["three".into()]).is_err_and(|e| e.to_string().contains("--list")));
+    }
+
+    #[test]
+    fn the_console_keeps_what_ran_to_itself() {
+        let ran = Arc::new(Mutex::new(Vec::new()));
+        let mut console = Console { line: Vec::new(), ran: ran.clone(), pass_on: false };
+        console.write_all(b"hello\r\nran a\r\nran b").expect("nothing is passed on");
+        assert_eq!(*ran.lock().expect("not poisoned"), ["a"]);
+    }
+}
