@@ -143,7 +143,9 @@ fn free_in_slab(at: u64, number: u32) {
     }
     p.free[(index / 64) as usize] |= 1 << (index % 64);
     p.in_use -= 1;
-    if p.in_use == 0 {
+    // One empty slab is kept, as most kernels do: its objects stay freed objects for a while.
+    let others = d.partial.iter().any(|&n| n != NONE && n != number);
+    if p.in_use == 0 && others {
         cache.forget(number);
         umbra_guest::poison(slab, PAGE_SIZE << d.order, FREE_PAGE);
         page::give(number);

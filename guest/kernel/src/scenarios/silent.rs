@@ -43,9 +43,9 @@ scenarios! {
             let Some(p) = kmalloc(size) else { return };
             // SAFETY: all of these lie inside the object.
             unsafe {
-                (opaque(p + size - 8) as *const u64).read_unaligned();
-                (opaque(p + size - 4) as *const u32).read_unaligned();
-                (opaque(p + size - 2) as *const u16).read_unaligned();
+                opaque((opaque(p + size - 8) as *const u64).read_unaligned());
+                opaque((opaque(p + size - 4) as *const u32).read_unaligned());
+                opaque((opaque(p + size - 2) as *const u16).read_unaligned());
                 (opaque(p + (size - 4) / 4 * 4) as *const u32).read_volatile();
             }
             read(p + size - 1);
@@ -107,7 +107,7 @@ scenarios! {
         let Some(p) = kmalloc(64) else { return };
         for at in 0..=56 {
             // SAFETY: inside the object.
-            unsafe { (opaque(p + at) as *const u64).read_unaligned() };
+            opaque(unsafe { (opaque(p + at) as *const u64).read_unaligned() });
         }
         kfree(p);
         let Some(p) = page::alloc(1) else { return };

@@ -27,10 +27,18 @@ scenarios! {
         kfree(if p == first { return } else { p });
     }
 
-    kmalloc_large_oob_right, "slab-out-of-bounds Write 1 8190",
+    kmalloc_large_oob_right, "slab-out-of-bounds Write 1 3840", "writes behind a large object of a slab", {
+        let Some(p) = kmalloc(4096 - 256) else { return };
+        write(p + 4096 - 256, 0);
+        kfree(p);
+    }
+
+    kmalloc_pagealloc_oob_right, "slab-out-of-bounds Write 1 4106;slab-out-of-bounds Write 1 8191",
     "writes behind an allocation that has pages of its own", {
-        let Some(p) = kmalloc(8190) else { return };
-        write(p + 8190, 0);
+        let Some(p) = kmalloc(4096 + 10) else { return };
+        write(p + 4105, 0);
+        write(p + 4106, 0);
+        write(p + 8191, 0);
         kfree(p);
     }
 
@@ -101,7 +109,7 @@ scenarios! {
     kmalloc_unaligned_oob, "slab-out-of-bounds Read 8 64", "reads eight bytes across the end of an object, unaligned", {
         let Some(p) = kmalloc(64) else { return };
         // SAFETY: mapped memory; being caught is what this is for.
-        unsafe { (opaque(p + 60) as *const u64).read_unaligned() };
+        opaque(unsafe { (opaque(p + 60) as *const u64).read_unaligned() });
         kfree(p);
     }
 }
