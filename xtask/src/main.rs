@@ -1,2 +1,114 @@
-//! Project automation.
-fn main() {}
+//! Umbra's chores: `cargo xtask demo` and `cargo xtask test` set up what a machine lacks, build the guest and run.
+
+mod demo;
+mod guest;
+mod process;
+mod progress;
+mod setup;
+mod summary;
+mod tests;
+mod toolchain;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use clap::{Parser, Subcommand};
+
+use crate::progress::Progress;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Umbra's chores")]
+struct Arguments {
+    /// Show what every command prints
+    #[arg(short, long, global = true)]
+    verbose: bool,
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Boot the test kernel under KVM and show what Umbra finds in it
+    ///
+    /// Installs what is missing, builds the test kernel and Umbra, and runs `umbra demo`, whose exit status
+    /// it passes on.
+    Demo {
+        /// Arguments for `umbra demo`: names of scenarios, or options (see `cargo xtask demo -- --help`)
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        arguments: Vec<String>,
+    },
+    /// Run everything that is checked before a change lands: format, lints, documentation, tests
+    ///
+    /// Installs what is missing first. The last line counts what passed, failed, and was skipped; a test that needs
+    /// KVM is skipped where there is none.
+    Test {
+        /// Only tests whose name contains one of these; the checks besides the tests are left out
+        #[arg(value_name = "NAME")]
+        names: Vec<String>,
+    },
+    /// Run the benchmarks
+    Bench {
+        /// Arguments for the benchmarks
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        arguments: Vec<String>,
+    },
+    /// Build the guest runtime and the test kernel from source, into target/guest
+    Guest {
+        /// Only the runtime: libumbra_rt.o, and libumbra_rt.a to link into a kernel of your own
+        #[arg(long)]
+        lib: bool,
+    },
+}
+
+/// What every task needs to know.
+struct Context {
+    /// The workspace's root.
+    root: PathBuf,
+    /// The cargo that started this.
+    cargo: PathBuf,
+    progress: Progress,
+}
+
+impl Context {
+    fn new(verbose: bool) -> Result<Self> {
+        let manifest = std::env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
+        let manifest = manifest.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).to_owned());
+        let root = manifest.parent().context("xtask is not in a workspace")?.to_owned();
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()).into();
+        Ok(Self { root, cargo, progress: Progress::new(verbose) })
+    }
+
+    /// A cargo command for the host.
+    fn cargo(&self) -> process::Command {
+        let mut command = process::Command::new(&self.cargo, &self.root);
+        // `target/guest/umbra-kernel`, which is just built, is what gets embedded without it.
+        command.without("UMBRA_KERNEL");
+        command
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let outcome = process::forward_signals().and_then(|()| Context::new(arguments.verbose)).and_then(|context| {
+        let outcome = match arguments.task {
+            Task::Demo { arguments } => demo::run(&context, &arguments),
+            Task::Test { names } => tests::run(&context, &names),
+            Task::Bench { arguments } => bench(&context, &arguments),
+            Task::Guest { lib } => guest::run(&context, lib).map(|()| ExitCode::SUCCESS),
+        };
+        context.progress.finish();
+        outcome
+    });
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::from(2)
+    })
+}
+
+fn bench(context: &Context, arguments: &[String]) -> Result<ExitCode> {
+    guest::build(context)?;
+    context.progress.step("running the benchmarks");
+    context.progress.finish();
+    context.cargo().args(["bench", "--package", "umbra-benches", "--"]).args(arguments).replace()
+}

@@ -1,0 +1,301 @@
+//! Builds the guest: the runtime as one object, never instrumented, with a `core` of its own; then the test
+//! kernel, instrumented through and through, linked with it.
+
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
+use anyhow::{Context as _, Result};
+
+use crate::process::{Command, which};
+use crate::toolchain::Tools;
+use crate::{Context, setup};
+
+/// The guests' target: no operating system, no floating point.
+const TARGET: &str = "x86_64-unknown-none";
+
+/// Symbols of the runtime that a kernel sees: everything else becomes local to it, its own `core` included.
+const KEPT: [&str; 2] = ["umbra_*", "__asan_*"];
+
+/// The runtime's checked memory functions take the C names, after its own unchecked ones were made local.
+const RENAMED: [(&str, &str); 5] = [
+    ("umbra_checked_memcpy", "memcpy"),
+    ("umbra_checked_memmove", "memmove"),
+    ("umbra_checked_memset", "memset"),
+    ("umbra_checked_memcmp", "memcmp"),
+    ("umbra_checked_bcmp", "bcmp"),
+];
+
+/// How any guest code is compiled: at fixed addresses in the highest 2 GiB, with frame pointers for stacks.
+const COMMON: [&str; 5] = [
+    "-Clinker-flavor=ld.lld",
+    "-Crelocation-model=static",
+    "-Ccode-model=kernel",
+    "-Cforce-frame-pointers=yes",
+    "-Cpanic=abort",
+];
+
+/// How the kernel is instrumented: every check is a call, stack and globals have redzones. The mapping offset makes
+/// the compiler's own stores to a stack's shadow agree with the runtime's look-ups (address >>s 3, nothing added).
+const SANITIZER: [&str; 8] = [
+    "-Zsanitizer=kernel-address",
+    "-Zsanitizer-recover=kernel-address",
+    "-Zexternal-clangrt",
+    "-Cllvm-args=-asan-instrumentation-with-call-threshold=0",
+    "-Cllvm-args=-asan-stack=1",
+    "-Cllvm-args=-asan-globals=1",
+    "-Cllvm-args=-asan-mapping-offset=0xe000000000000000",
+    "-Cllvm-args=-asan-max-inline-poisoning-size=0",
+];
+
+/// What was built.
+pub struct Built {
+    /// The runtime, for the kernel.
+    pub object: PathBuf,
+    /// The kernel; not there if only the runtime was wanted.
+    pub kernel: PathBuf,
+}
+
+/// `cargo xtask guest`.
+pub fn run(context: &Context, only_runtime: bool) -> Result<()> {
+    let started = std::time::Instant::now();
+    let guest = Guest::new(context)?;
+    let object = guest.runtime()?;
+    if only_runtime {
+        let archive = guest.archive(&object)?;
+        context.progress.finish();
+        println!("{}\n{}", object.display(), archive.display());
+    } else {
+        let kernel = guest.kernel(&object)?;
+        context.progress.finish();
+        println!("{} ({:.1} s)", kernel.display(), started.elapsed().as_secs_f64());
+    }
+    Ok(())
+}
+
+/// Builds runtime and kernel, for a task that uses them.
+pub fn build(context: &Context) -> Result<Built> {
+    let guest = Guest::new(context)?;
+    let object = guest.runtime()?;
+    let kernel = guest.kernel(&object)?;
+    Ok(Built { object, kernel })
+}
+
+struct Guest<'a> {
+    context: &'a Context,
+    tools: Tools,
+    /// Where everything goes. Always in the workspace, where Umbra's build looks for the kernel.
+    folder: PathBuf,
+}
+
+impl<'a> Guest<'a> {
+    fn new(context: &'a Context) -> Result<Self> {
+        let tools = setup::guest_tools(context)?;
+        let folder = context.root.join("target/guest");
+        fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        Ok(Self { context, tools, folder })
+    }
+
+    /// A cargo command that compiles for the guest.
+    fn cargo(&self, part: &str, flags: &[&str]) -> Command {
+        let compiler = &self.tools.compiler;
+        let cargo = compiler.cargo.as_ref().unwrap_or(&self.context.cargo);
+        let mut command = Command::new(cargo, &self.context.root);
+        for (name, _) in std::env::vars_os() {
+            if name.to_str().is_some_and(disturbs) {
+                command.without(&name);
+            }
+        }
+        let mut all: Vec<String> = COMMON.iter().chain(flags).map(|&flag| flag.to_owned()).collect();
+        all.push(format!("-Clinker={}", self.tools.linker.display()));
+        all.extend(self.remapped().iter().map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display())));
+        command
+            .env("CARGO_ENCODED_RUSTFLAGS", all.join("\x1f"))
+            .env("RUSTC", &compiler.rustc)
+            // The sanitizer and the build of `core` are unstable features.
+            .env("RUSTC_BOOTSTRAP", "1")
+            .args(["rustc", "--release", "--target", TARGET, "--target-dir"])
+            .args([self.folder.join(part)]);
+        command
+    }
+
+    /// What files are called in debug information: names that are the same on every machine.
+    fn remapped(&self) -> Vec<(PathBuf, &'static str)> {
+        let library = self.tools.compiler.library();
+        let mut all = vec![(self.context.root.clone(), "."), (library.clone(), "library")];
+        // A distribution's sources may be behind a link, which rustc sees resolved.
+        if let Ok(real) = library.canonicalize()
+            && real != library
+        {
+            all.push((real, "library"));
+        }
+        all
+    }
+
+    /// The runtime as one relocatable object.
+    fn runtime(&self) -> Result<PathBuf> {
+        let progress = &self.context.progress;
+        progress.step("building the guest runtime");
+        self.cargo("runtime", &[])
+            .args(["--package", "umbra-runtime", "--crate-type", "staticlib"])
+            .args(["-Zbuild-std=core,compiler_builtins", "-Zbuild-std-features=compiler-builtins-mem"])
+            .run_or_fail(progress)?;
+        let archive = self.built("runtime", "libumbra_runtime.a");
+        let object = self.folder.join("libumbra_rt.o");
+        let made_from = fingerprint(&[&archive], &[&self.tools.linker, &self.tools.objcopy])?;
+        let stamp = self.folder.join("runtime/made-from");
+        if object.is_file() && fs::read_to_string(&stamp).is_ok_and(|text| text == made_from) {
+            return Ok(object);
+        }
+        let [whole, closed] = ["whole.o", "closed.o"].map(|name| self.folder.join("runtime").join(name));
+        let mut link = Command::new(&self.tools.linker, &self.folder);
+        if self.tools.linker.ends_with("rust-lld") {
+            link.args(["-flavor", "gnu"]);
+        }
+        link.args(["-r", "--whole-archive"]).args([&archive]).args(["-o"]).args([&whole]).run_or_fail(progress)?;
+        let objcopy = || Command::new(&self.tools.objcopy, &self.folder);
+        objcopy()
+            .args(["--wildcard"])
+            .args(KEPT.map(|name| format!("--keep-global-symbol={name}")))
+            .args([&whole, &closed])
+            .run_or_fail(progress)?;
+        objcopy()
+            .args(RENAMED.map(|(from, to)| format!("--redefine-sym={from}={to}")))
+            .args([&closed, &whole])
+            .run_or_fail(progress)?;
+        install(&whole, &object)?;
+        fs::write(&stamp, made_from).with_context(|| format!("cannot write {}", stamp.display()))?;
+        Ok(object)
+    }
+
+    /// The runtime as an archive, for kernels in any language.
+    fn archive(&self, object: &Path) -> Result<PathBuf> {
+        let ar = which("ar").or_else(|| which("llvm-ar")).context("ar was not found: install binutils")?;
+        let archive = self.folder.join("libumbra_rt.a");
+        // `ar` would add to an archive that is there.
+        match fs::remove_file(&archive) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("cannot remove {}", archive.display()));
+            }
+            _ => {}
+        }
+        Command::new(ar, &self.folder)
+            .args(["crs"])
+            .args([&archive, object])
+            .run_or_fail(&self.context.progress)?;
+        Ok(archive)
+    }
+
+    /// The test kernel.
+    fn kernel(&self, object: &Path) -> Result<PathBuf> {
+        let progress = &self.context.progress;
+        progress.step("building the test kernel");
+        let script = self.context.root.join("guest/kernel/link.ld");
+        // Cargo does not know about files that only the linker reads. With their content in its arguments, it links
+        // again when they changed, and compiles only the kernel's own crate for it.
+        let linked_with = fingerprint(&[&script, object], &[])?;
+        self.cargo("kernel", &SANITIZER)
+            .args(["--package", "umbra-kernel", "--bin", "umbra-kernel", "--features", "guest"])
+            .args(["-Zbuild-std=core,alloc,compiler_builtins", "--"])
+            .args(["--cfg".to_owned(), format!("umbra_linked_with=\"{linked_with}\"")])
+            .args([object, &script].into_iter().zip(["", "-T"]).map(link_argument))
+            .args(["--gc-sections", "-no-pie", "-z", "norelro"].map(|argument| format!("-Clink-arg={argument}")))
+            .run_or_fail(progress)?;
+        let kernel = self.folder.join("umbra-kernel");
+        install(&self.built("kernel", "umbra-kernel"), &kernel)?;
+        Ok(kernel)
+    }
+
+    /// Where cargo puts a result.
+    fn built(&self, part: &str, name: &str) -> PathBuf {
+        self.folder.join(part).join(TARGET).join("release").join(name)
+    }
+}
+
+fn link_argument((file, option): (&Path, &str)) -> String {
+    format!("-Clink-arg={option}{}", file.display())
+}
+
+/// Whether an environment variable, set for the host's build or by the cargo that started this, would change the
+/// guest's.
+fn disturbs(name: &str) -> bool {
+    let settings = ["CARGO_BUILD_", "CARGO_TARGET_", "CARGO_PROFILE_", "CARGO_UNSTABLE_", "CARGO_PKG_"];
+    let single = [
+        "RUSTFLAGS",
+        "CARGO_ENCODED_RUSTFLAGS",
+        "RUSTC_WRAPPER",
+        "RUSTC_WORKSPACE_WRAPPER",
+        "CARGO_INCREMENTAL",
+        "CARGO_MANIFEST_DIR",
+        "CARGO_MANIFEST_PATH",
+        // Set by `cargo run`: the libraries of another toolchain.
+        "LD_LIBRARY_PATH",
+    ];
+    single.contains(&name) || settings.iter().any(|prefix| name.starts_with(prefix))
+}
+
+/// A short text that is another one when the files' contents or the names are.
+fn fingerprint(files: &[&Path], names: &[&Path]) -> Result<String> {
+    let mut hasher = DefaultHasher::new();
+    (KEPT, RENAMED, names).hash(&mut hasher);
+    for file in files {
+        fs::read(file).with_context(|| format!("cannot read {}", file.display()))?.hash(&mut hasher);
+    }
+    Ok(format!("{:016x}", hasher.finish()))
+}
+
+/// Copies a file, at once and only if it differs: what depends on it is rebuilt when its time changes.
+fn install(from: &Path, to: &Path) -> Result<()> {
+    let content = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
+    if fs::read(to).is_ok_and(|old| old == content) {
+        return Ok(());
+    }
+    let partial = to.with_extension(format!("new-{}", std::process::id()));
+    fs::write(&partial, content)
+        .and_then(|()| fs::rename(&partial, to))
+        .with_context(|| format!("cannot write {}", to.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_of_the_host_do_not_reach_the_guest() {
+        for name in ["RUSTFLAGS", "CARGO_BUILD_TARGET", "CARGO_TARGET_DIR", "CARGO_PROFILE_RELEASE_LTO"] {
+            assert!(disturbs(name), "{name}");
+        }
+        for name in ["PATH", "CARGO_HOME", "CARGO_NET_OFFLINE", "CARGO_HTTP_PROXY", "HOME"] {
+            assert!(!disturbs(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_fingerprint_follows_content_and_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("f");
+        fs::write(&file, "one").unwrap();
+        let one = fingerprint(&[&file], &[Path::new("ld")]).unwrap();
+        assert_eq!(fingerprint(&[&file], &[Path::new("ld")]).unwrap(), one);
+        assert_ne!(fingerprint(&[&file], &[Path::new("lld")]).unwrap(), one);
+        fs::write(&file, "two").unwrap();
+        assert_ne!(fingerprint(&[&file], &[Path::new("ld")]).unwrap(), one);
+        assert!(fingerprint(&[&folder.path().join("none")], &[]).is_err());
+    }
+
+    #[test]
+    fn installing_the_same_again_leaves_the_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let [from, to] = ["from", "to"].map(|name| folder.path().join(name));
+        let long_ago = std::time::SystemTime::UNIX_EPOCH;
+        fs::write(&from, "kernel").unwrap();
+        install(&from, &to).unwrap();
+        fs::File::open(&to).unwrap().set_modified(long_ago).unwrap();
+        install(&from, &to).unwrap();
+        assert_eq!(fs::metadata(&to).unwrap().modified().unwrap(), long_ago);
+        fs::write(&from, "another").unwrap();
+        install(&from, &to).unwrap();
+        assert_eq!(fs::read_to_string(&to).unwrap(), "another");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "nothing is left over");
+    }
+}

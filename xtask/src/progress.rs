@@ -1,0 +1,84 @@
+//! Tells which step is being done: a spinner on a terminal, one line a step elsewhere.
+
+use std::cell::RefCell;
+use std::io::IsTerminal as _;
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// The current step.
+pub struct Progress {
+    verbose: bool,
+    bar: Option<ProgressBar>,
+    step: RefCell<String>,
+}
+
+impl Progress {
+    /// Starts without a step. `verbose` shows what commands print, instead of a spinner.
+    pub fn new(verbose: bool) -> Self {
+        let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+        let spins = !verbose && !dumb && std::io::stderr().is_terminal();
+        let bar = spins.then(|| {
+            let bar = ProgressBar::new_spinner();
+            let colours = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+            let template = if colours {
+                "{spinner:.cyan} {prefix} {elapsed:.dim} {wide_msg:.dim}"
+            } else {
+                "{spinner} {prefix} {elapsed} {wide_msg}"
+            };
+            // The template is a constant; if it were wrong, the default style does as well.
+            bar.set_style(
+                ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_spinner()),
+            );
+            bar
+        });
+        Self { verbose, bar, step: RefCell::default() }
+    }
+
+    /// Whether commands print right away.
+    pub fn verbose(&self) -> bool {
+        self.verbose
+    }
+
+    /// Begins a step.
+    pub fn step(&self, what: &str) {
+        what.clone_into(&mut self.step.borrow_mut());
+        match &self.bar {
+            Some(bar) => {
+                bar.reset_elapsed();
+                bar.set_prefix(what.to_owned());
+                bar.set_message("");
+                bar.enable_steady_tick(Duration::from_millis(100));
+            }
+            None => eprintln!("xtask: {what}"),
+        }
+    }
+
+    /// The current step, to say in an error what was being done.
+    pub fn current(&self) -> String {
+        self.step.borrow().clone()
+    }
+
+    /// Shows what the current step is at; nothing where there is no spinner.
+    pub fn detail(&self, line: &str) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(line.trim().to_owned());
+        }
+    }
+
+    /// Prints a line that stays.
+    pub fn say(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| eprintln!("xtask: {line}")),
+            None => eprintln!("xtask: {line}"),
+        }
+    }
+
+    /// Takes the spinner away, for something else to print.
+    pub fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.disable_steady_tick();
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! Installs what a machine lacks, and says in one sentence what to do where it cannot.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+
+use crate::Context;
+use crate::process::{Command, which};
+use crate::toolchain::{self, Missing, OLDEST, Tools, Version};
+
+/// Debian's packages of a compiler and of its library's sources, of the same version.
+const PACKAGES: [(&str, &str); 2] = [("rustc-web", "rust-web-src"), ("rustc", "rust-src")];
+
+/// The tools for the guest, installed where they are missing.
+pub fn guest_tools(context: &Context) -> Result<Tools> {
+    let mut tried = Vec::new();
+    loop {
+        let missing = match toolchain::look() {
+            Ok(tools) => return Ok(tools),
+            Err(missing) => missing,
+        };
+        if tried.contains(&missing) {
+            bail!("{}", advice(missing));
+        }
+        tried.push(missing);
+        match missing {
+            Missing::Compiler => compiler(context)?,
+            Missing::Linker => {
+                context.progress.say("installing lld: no linker for the guest kernel was found");
+                apt_install(context, &["lld"])?;
+            }
+            Missing::Objcopy => {
+                context.progress.say("installing binutils: the guest runtime is made with objcopy");
+                apt_install(context, &["binutils"])?;
+            }
+        }
+    }
+}
+
+/// What a user must do about it.
+fn advice(missing: Missing) -> String {
+    match missing {
+        Missing::Compiler => format!(
+            "the guest's core library is built from source, and no rustc of version {}.{} or later has it: run \
+             `rustup component add rust-src`, or as root `apt-get update && apt-get install rustc-web rust-web-src`",
+            OLDEST.0, OLDEST.1
+        ),
+        Missing::Linker => {
+            "no linker for the guest kernel was found: install lld (`apt-get install lld`), or a Rust toolchain by \
+             rustup, which has rust-lld"
+                .into()
+        }
+        Missing::Objcopy => "objcopy was not found: install binutils (`apt-get install binutils`)".into(),
+    }
+}
+
+/// Tries to get a compiler with sources: first the sources for the active compiler, then Debian's pair.
+fn compiler(context: &Context) -> Result<()> {
+    if let Some(rustup) = which("rustup") {
+        context.progress.step("installing rust-src by rustup: the guest's core library is built from source");
+        let added = Command::new(rustup, &context.root)
+            .args(["component", "add", "rust-src"])
+            .run(&context.progress)?
+            .success;
+        if added && !matches!(toolchain::look(), Err(Missing::Compiler)) {
+            return Ok(());
+        }
+    }
+    let Some(apt) = Apt::find(context) else {
+        return Ok(());
+    };
+    context.progress.step("updating the list of packages");
+    // An old list may still do.
+    apt.command("apt-get", &context.root).args(["update", "-qq"]).run(&context.progress)?;
+    for (compiler, sources) in PACKAGES {
+        let policy = Command::new("apt-cache", &context.root)
+            .args(["policy", compiler, sources])
+            .env("LC_ALL", "C")
+            .stream(|_| {})?;
+        if let Some(version) = matching_pair(&policy.output) {
+            context.progress.step(&format!(
+                "installing Debian's {compiler} and {sources} {version}: the guest's core library is built from \
+                 source, which rustup could not provide"
+            ));
+            let names = [format!("{compiler}={version}"), format!("{sources}={version}")];
+            return apt_install(context, &names.each_ref().map(String::as_str));
+        }
+    }
+    Ok(())
+}
+
+/// The version that apt would install of both packages, if it is the same and new enough. Takes what
+/// `apt-cache policy` says about the two.
+fn matching_pair(policy: &str) -> Option<&str> {
+    let mut candidates = policy.lines().filter_map(|line| line.trim().strip_prefix("Candidate: "));
+    let (compiler, sources) = (candidates.next()?, candidates.next()?);
+    (compiler == sources && Version::parse(compiler)? >= OLDEST).then_some(compiler)
+}
+
+/// Installs packages, where there is apt-get and the right to use it; else does nothing, and the look that
+/// follows tells the user what to do. Never removes a package for it.
+fn apt_install(context: &Context, packages: &[&str]) -> Result<()> {
+    if let Some(apt) = Apt::find(context) {
+        let mut command = apt.command("apt-get", &context.root);
+        command.args(["install", "-y", "-qq", "--no-install-recommends", "--no-remove"]).args(packages);
+        if !command.run(&context.progress)?.success {
+            context.progress.say(&format!("apt-get could not install {}", packages.join(" ")));
+        }
+    }
+    Ok(())
+}
+
+/// The way to install Debian's packages.
+struct Apt {
+    /// Set for a user who is not root.
+    sudo: Option<PathBuf>,
+}
+
+impl Apt {
+    fn find(context: &Context) -> Option<Self> {
+        which("apt-get")?;
+        // SAFETY: geteuid has no preconditions.
+        if unsafe { libc::geteuid() } == 0 {
+            return Some(Self { sudo: None });
+        }
+        let sudo = which("sudo")?;
+        // `-n`: there may be nobody to ask for a password.
+        let may = Command::new(&sudo, &context.root).args(["-n", "true"]).stream(|_| {}).ok()?.success;
+        may.then_some(Self { sudo: Some(sudo) })
+    }
+
+    fn command(&self, program: &str, directory: &Path) -> Command {
+        let mut command = match &self.sudo {
+            None => Command::new(program, directory),
+            Some(sudo) => {
+                let mut command = Command::new(sudo, directory);
+                command.args(["-n", "env", "DEBIAN_FRONTEND=noninteractive", program]);
+                command
+            }
+        };
+        command.env("DEBIAN_FRONTEND", "noninteractive");
+        command
+    }
+}
+
+/// Whether a part of the toolchain that cargo calls (`fmt`, `clippy`) is there; tries to install it by rustup.
+pub fn component(context: &Context, program: &str, component: &str) -> Result<bool> {
+    let works = || -> Result<bool> {
+        Ok(context.cargo().args([program, "--version"]).stream(|_| {}).is_ok_and(|finished| finished.success))
+    };
+    if works()? {
+        return Ok(true);
+    }
+    let Some(rustup) = which("rustup") else {
+        return Ok(false);
+    };
+    context.progress.step(&format!("installing {component} by rustup: `cargo {program}` needs it"));
+    Command::new(rustup, &context.root).args(["component", "add", component]).run(&context.progress)?;
+    works()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn policy(compiler: &str, sources: &str) -> String {
+        let of = |name: &str, version: &str| {
+            format!("{name}:\n  Installed: (none)\n  Candidate: {version}\n  Version table:\n     {version} 500\n")
+        };
+        of("rustc-web", compiler) + &of("rust-web-src", sources)
+    }
+
+    #[test]
+    fn only_a_matching_and_new_enough_pair_of_packages_is_installed() {
+        let good = policy("1.96.0+dfsg1-1~deb12u2", "1.96.0+dfsg1-1~deb12u2");
+        assert_eq!(matching_pair(&good), Some("1.96.0+dfsg1-1~deb12u2"));
+        assert_eq!(matching_pair(&policy("1.85.0+dfsg3-1", "1.85.0+dfsg3-1")), None, "too old");
+        assert_eq!(matching_pair(&policy("1.96.0+dfsg1-1", "1.97.0+dfsg1-1")), None, "different");
+        assert_eq!(matching_pair(&policy("(none)", "(none)")), None);
+        assert_eq!(matching_pair(""), None);
+    }
+}
