@@ -89,6 +89,13 @@ pub enum Call {
     },
     /// The guest is done.
     Exit(Exit),
+    /// `count` (1 to [`abi::GLOBALS_MAX`]) descriptions of globals at `va`.
+    Globals {
+        /// Virtual address.
+        va: u64,
+        /// How many.
+        count: u64,
+    },
 }
 
 /// Who did something.
@@ -274,6 +281,13 @@ impl Call {
                 }
                 _ => return Err(wrong("exit reason", rdi)),
             }),
+            call::GLOBALS => {
+                if !(1..=abi::GLOBALS_MAX).contains(&rsi) {
+                    return Err(wrong("number of globals", rsi));
+                }
+                range("address of globals", rdi, rsi * abi::GLOBAL_BYTES)?;
+                Self::Globals { va: rdi, count: rsi }
+            }
             _ => return Err(CallError::Unknown(number)),
         })
     }

@@ -37,7 +37,10 @@ const COMMON: [&str; 5] = [
 
 /// How the kernel is instrumented: every check is a call, stack and globals have redzones. The mapping offset makes
 /// the compiler's own stores to a stack's shadow agree with the runtime's look-ups (address >>s 3, nothing added).
-const SANITIZER: [&str; 8] = [
+///
+/// rustc drops the names of variables in a release build unless it is told not to; findings on a stack show them.
+const SANITIZER: [&str; 9] = [
+    "-Zfewer-names=no",
     "-Zsanitizer=kernel-address",
     "-Zsanitizer-recover=kernel-address",
     "-Zexternal-clangrt",

@@ -6,6 +6,7 @@
 use umbra_shadow::abi::{self, CPUID_FIRST, CPUID_STEP, PORT, features};
 use vm_memory::GuestAddress;
 
+use super::globals::Globals;
 use super::investigate::Place;
 use super::rings::Rings;
 use super::stats::{EventStats, ExitStats};
@@ -65,6 +66,7 @@ pub struct Monitor {
     pub events: EventStats,
     pub(super) regions: Regions,
     pub(super) rings: Rings,
+    pub(super) globals: Globals,
     pub(super) symbols: Symbols,
     pub(super) observer: Box<dyn Observer>,
     pub(super) stop_at: Option<usize>,
@@ -92,6 +94,7 @@ impl Monitor {
             events: EventStats::default(),
             regions: Regions::default(),
             rings: Rings::default(),
+            globals: Globals::default(),
             symbols,
             observer,
             stop_at,
