@@ -51,7 +51,7 @@ fn lints(context: &Context, summary: &mut Summary) -> Result<()> {
     }
     context.progress.step("checking lints");
     let mut clippy = context.cargo();
-    clippy.args(["clippy", "--workspace", "--all-targets", "--release", "--", "-Dwarnings"]);
+    clippy.args(["clippy", "--workspace", "--all-targets", "--release", "--keep-going", "--", "-Dwarnings"]);
     check(context, summary, &mut clippy)
 }
 
