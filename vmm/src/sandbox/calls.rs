@@ -125,7 +125,7 @@ impl Monitor {
                 }));
             }
         }
-        let value = if matches!(call, Call::Hello) { u64::from(abi::VERSION) } else { 0 };
+        let value = if matches!(call, Call::Hello) { self.features().into() } else { 0 };
         Ok(Answer::Value(value))
     }
 

@@ -12,6 +12,8 @@ pub mod monitor;
 mod outcome;
 mod rings;
 pub mod stats;
+#[cfg(test)]
+mod tests;
 
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};

@@ -19,7 +19,7 @@ use crate::machine::memory::Ram;
 use crate::machine::vcpu::{Vcpu, VmExit};
 use crate::report::Findings;
 use crate::report::symbols::Symbols;
-use crate::shadow::{FaultOutcome, Layout, Notify, Objects, ShadowError, Slots, Windows};
+use crate::shadow::{FaultOutcome, Layout, Mode, Notify, Objects, ShadowError, Slots, Windows};
 
 /// A vCPU as the dispatcher needs it.
 pub trait GuestCpu: Cpu {
@@ -162,6 +162,16 @@ impl Monitor {
         self.devices.flush();
     }
 
+    /// The feature bits of this run ([`features`]).
+    pub(super) fn features(&self) -> u32 {
+        let Some(windows) = &self.windows else { return 0 };
+        let mode = match windows.mode() {
+            Mode::PerPage => ShadowMode::PerPage,
+            Mode::Full => ShadowMode::Full,
+        };
+        offer(mode, windows.notify())
+    }
+
     fn stuck(&self, what: String, machine: &Machine) -> Result<Flow, Outcome> {
         Ok(Flow::End(Outcome::Stuck { what, place: self.place(machine).to_string() }))
     }
@@ -238,18 +248,23 @@ impl Monitor {
     }
 }
 
-/// The CPUID leaves that a guest finds Umbra by (see [`umbra_shadow::abi`]). One block beyond KVM's own.
-pub fn discovery(mode: ShadowMode, notify: Notify, layout: &Layout) -> Vec<CpuidLeaf> {
-    let base = CPUID_FIRST + CPUID_STEP;
+/// The feature bits of a run ([`features`]).
+fn offer(mode: ShadowMode, notify: Notify) -> u32 {
     let notify = match notify {
         Notify::Ring => features::RING,
         Notify::Sync => features::SYNC,
     };
-    let offered = match mode {
+    match mode {
         ShadowMode::PerPage => features::PER_PAGE | notify,
         ShadowMode::Full => features::FULL | notify,
         ShadowMode::Off => 0,
-    };
+    }
+}
+
+/// The CPUID leaves that a guest finds Umbra by (see [`umbra_shadow::abi`]). One block beyond KVM's own.
+pub fn discovery(mode: ShadowMode, notify: Notify, layout: &Layout) -> Vec<CpuidLeaf> {
+    let base = CPUID_FIRST + CPUID_STEP;
+    let offered = offer(mode, notify);
     let leaf = |function, [eax, ebx, ecx, edx]: [u32; 4]| CpuidLeaf { function, eax, ebx, ecx, edx };
     let window = |gpa: u64, bytes: u64| [gpa as u32, (gpa >> 32) as u32, bytes as u32, (bytes >> 32) as u32];
     let page = if mode == ShadowMode::PerPage { window(layout.page.gpa, layout.page.bytes) } else { [0; 4] };
