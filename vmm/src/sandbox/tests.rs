@@ -207,7 +207,7 @@ fn hello_tells_the_features_that_cpuid_tells() {
         for (notify, how) in [(Notify::Ring, features::RING), (Notify::Sync, features::SYNC)] {
             let mut bench = Bench::new(mode, notify, None, None);
             let expected = if bit == 0 { 0 } else { bit | how };
-            assert_eq!(bench.call(call::HELLO, [abi::VERSION.into(), 0, 0, 0]), expected.into());
+            assert_eq!(bench.call(call::HELLO, [abi::VERSION.into(), 0, 0, 0]), u64::from(expected));
             assert_eq!(bench.call(call::HELLO, [9, 0, 0, 0]), abi::ERR_VERSION);
             let leaves = discovery(shadow, notify, &bench.layout);
             assert_eq!((leaves[1].eax, leaves[1].ebx, leaves[1].ecx), (1, PORT.into(), expected));
@@ -235,7 +235,10 @@ fn a_call_changes_rax_and_nothing_else() {
         ..kvm_regs::default()
     };
     assert_eq!(bench.cpu.regs, expected);
-    assert_eq!((bench.monitor.exits.total, bench.monitor.exits.hypercall, bench.monitor.events.refused), (2, 2, 1));
+    assert_eq!(
+        (bench.monitor.exits.total, bench.monitor.exits.hypercall, bench.monitor.events.refused),
+        (2, 2, 1)
+    );
 }
 
 #[test]
@@ -297,7 +300,11 @@ fn sync_calls_write_the_shadow() {
     assert_eq!(bench.call(call::UNPOISON, [0x3000, 5, 0, 0]), 0);
     assert_eq!([0x3000, 0x3004, 0x3005].map(|at| bad(&bench, at)), [false, false, true]);
     for (va, len) in [(RAM, 1), (RAM - 8, 9), (u64::MAX, 1), (0, RAM + 1)] {
-        assert_eq!(bench.call(call::POISON, [va, len, SLAB_FREE.into(), 0]), abi::ERR_ARGUMENT, "{va:#x}+{len:#x}");
+        assert_eq!(
+            bench.call(call::POISON, [va, len, SLAB_FREE.into(), 0]),
+            abi::ERR_ARGUMENT,
+            "{va:#x}+{len:#x}"
+        );
     }
 }
 
@@ -313,7 +320,10 @@ fn a_report_becomes_a_finding_with_its_object() {
     assert_eq!(bench.call(call::REPORT, [0x5034, 8, who, 0x10_0005]), 0);
     let heard = bench.heard.0.lock().unwrap().clone();
     let [finding] = heard.as_slice() else { panic!("{heard:?}") };
-    assert_eq!((finding.kind, finding.address, finding.size, finding.ip), ("slab-out-of-bounds", 0x5034, 8, 0x10_0005));
+    assert_eq!(
+        (finding.kind, finding.address, finding.size, finding.ip),
+        ("slab-out-of-bounds", 0x5034, 8, 0x10_0005)
+    );
     assert_eq!((finding.cpu, finding.task.name.as_str()), (2, "task"));
     let object = finding.object.as_ref().unwrap();
     assert_eq!((object.start, object.size, object.cache.as_deref()), (0x5000, 50, Some("cache")));
@@ -467,7 +477,9 @@ fn reset_ports_end_the_run() {
 #[test]
 fn port_reads_are_answered() {
     let mut bench = Bench::ring();
-    for (port, len, expected) in [(0x1234, 4, vec![0xff; 4]), (0x64, 1, vec![0]), (0xfff0, 255, vec![0xff; 8])] {
+    for (port, len, expected) in
+        [(0x1234, 4, vec![0xff; 4]), (0x64, 1, vec![0]), (0xfff0, 255, vec![0xff; 8])]
+    {
         goes_on(bench.exit(VmExit::IoIn { port, len }));
         assert_eq!(bench.cpu.read.take(), Some(expected));
     }
@@ -545,7 +557,8 @@ fn a_vcpu_that_fails_is_a_host_error() {
 /// Guest-physical addresses near everything there is.
 fn addresses() -> impl Strategy<Value = u64> {
     let layout = Layout::new(RAM).unwrap();
-    let edges = [0, RAM, layout.page.gpa, layout.page.end(), layout.byte.gpa, layout.byte.end(), 1 << 47, 1 << 63];
+    let edges =
+        [0, RAM, layout.page.gpa, layout.page.end(), layout.byte.gpa, layout.byte.end(), 1 << 47, 1 << 63];
     prop_oneof![
         any::<u64>(),
         (prop::sample::select(edges.to_vec()), -9..10i64).prop_map(|(at, more)| at.wrapping_add_signed(more)),
