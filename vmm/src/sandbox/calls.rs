@@ -107,6 +107,10 @@ impl Monitor {
                     Named::Task { id } => self.objects.name_task(id, name),
                 }
             }
+            Call::Globals { va, count } => {
+                in_ram(&self.regions, machine.ram, va, count * abi::GLOBAL_BYTES, "address of globals")?;
+                self.globals.add(va, count)?;
+            }
             Call::Exit(exit) => {
                 return Ok(Answer::End(match exit {
                     Exit::Done { failed: false } => Outcome::Done,
