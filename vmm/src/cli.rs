@@ -204,6 +204,11 @@ pub(crate) fn stderr_color() -> bool {
     anstream::AutoStream::choice(&io::stderr()) != anstream::ColorChoice::Never && io::stderr().is_terminal()
 }
 
+/// Says something on standard error. If nobody listens there, the exit status has to do.
+pub(crate) fn say(what: std::fmt::Arguments) {
+    let _ = writeln!(io::stderr().lock(), "umbra: {what}");
+}
+
 /// Opens a file to write, or standard output for `-`.
 fn output(path: &Path) -> Result<Box<dyn Write + Send>> {
     if path.as_os_str() == "-" {
@@ -239,7 +244,7 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
     let report = sandbox::run(&config, console, Box::new(printer), stop)?;
     // As above: what cannot be printed to standard error is lost.
     let _ = text::write_repeats(&mut io::stderr().lock(), &report.findings, style);
-    eprintln!("umbra: {}", summary(&report));
+    say(format_args!("{}", summary(&report)));
     if let Some(mut stats) = stats {
         serde_json::to_writer_pretty(&mut stats, &report.stats)?;
         stats.write_all(b"\n").and_then(|()| stats.flush()).context("cannot write --stats")?;
@@ -303,7 +308,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(status) => status.into(),
         Err(error) => {
-            eprintln!("umbra: {error:#}");
+            say(format_args!("{error:#}"));
             USAGE.into()
         }
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 
-use crate::cli::Printer;
+use crate::cli::{Printer, say};
 use crate::kernel::{Expected, Scenario};
 use crate::report::Finding;
 use crate::sandbox::{self, Config, Observer, Report, RunError, ShadowMode};
@@ -182,16 +182,23 @@ pub(crate) fn run(config: &Config, chosen: &[Scenario], quiet: bool, stop: &Atom
     if stray > 0 {
         writeln!(table, "{stray} finding(s) belong to no scenario that was chosen")?;
     }
-    print!("\n{table}\n{}: {} scenarios, {}\n", config.shadow.as_str(), verdicts.len(), report.outcome);
+    // Who reads no further still gets the exit status.
+    let _ = write!(
+        io::stdout(),
+        "\n{table}\n{}: {} scenarios, {}\n",
+        config.shadow.as_str(),
+        verdicts.len(),
+        report.outcome
+    );
     let mut good = verdicts.iter().all(Verdict::good) && stray == 0 && report.outcome.is_regular();
     if config.shadow == ShadowMode::PerPage && good {
         good &= compare(config, chosen, &report, stop)?;
     }
-    io::stdout().flush()?;
+    let _ = io::stdout().flush();
     if good {
         return Ok(0);
     }
-    eprintln!("umbra: not every scenario got its verdict");
+    say(format_args!("not every scenario got its verdict"));
     Ok(match report.outcome.status(true) {
         0 => 1,
         status => status,
@@ -224,15 +231,17 @@ fn compare(config: &Config, chosen: &[Scenario], per_page: &Report, stop: &Atomi
             s.exits.total,
         )
     };
-    println!("\nWhat the shadow of a {} guest cost:", size(config.memory));
-    println!(
+    let mut out = io::stdout();
+    let _ = writeln!(out, "\nWhat the shadow of a {} guest cost:", size(config.memory));
+    let _ = writeln!(
+        out,
         "{:9} {:>12} {:>14} {:>12} {:>9} {:>13} {:>7}",
         "shadow", "page shadow", "byte, peak", "together", "findings", "instructions", "exits"
     );
-    println!("{}\n{}", row(per_page), row(&full));
+    let _ = writeln!(out, "{}\n{}", row(per_page), row(&full));
     let good = verdicts.iter().all(Verdict::good);
     if !good {
-        println!("the full shadow did not find the same");
+        let _ = writeln!(out, "the full shadow did not find the same");
     }
     Ok(good)
 }
