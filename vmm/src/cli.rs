@@ -169,6 +169,7 @@ impl Guest {
             timeout: None,
             stop_at: None,
             count_instructions: true,
+            picture: false,
         }
     }
 }
