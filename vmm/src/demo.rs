@@ -7,11 +7,11 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use crate::cli::Printer;
 use crate::kernel::{Expected, Scenario};
-use crate::report::Finding;
+use crate::report::{Finding, Names, html};
 use crate::sandbox::{self, Config, Observer, Report, RunError, ShadowMode};
 
 /// How long a demonstration may take.
@@ -79,7 +79,9 @@ impl Verdict {
             && self.expected.len() == self.found.len()
             && self.expected.iter().zip(&self.found).all(|(expected, found)| {
                 let offset = expected.offset.is_none() || expected.offset == found.offset;
-                offset && Expected { offset: None, ..expected.clone() } == Expected { offset: None, ..found.clone() }
+                offset
+                    && Expected { offset: None, ..expected.clone() }
+                        == Expected { offset: None, ..found.clone() }
             })
     }
 }
@@ -161,7 +163,16 @@ pub fn verdicts(
 }
 
 /// Runs the demonstration and prints what came of it. Returns the exit status: 0 when every scenario got its verdict.
-pub(crate) fn run(config: &Config, chosen: &[Scenario], quiet: bool, stop: &AtomicBool) -> Result<u8> {
+///
+/// # Errors
+/// The run could not begin, or the page that was asked for could not be written.
+pub(crate) fn run(
+    config: &Config,
+    chosen: &[Scenario],
+    quiet: bool,
+    page: Option<html::Target>,
+    stop: &AtomicBool,
+) -> Result<u8> {
     let (verdicts, report) = verdicts(config, chosen, !quiet, Box::new(Printer::text(quiet)), stop)?;
     let width = verdicts.iter().map(|v| v.name.len()).max().unwrap_or(0);
     let mut table = String::new();
@@ -182,6 +193,9 @@ pub(crate) fn run(config: &Config, chosen: &[Scenario], quiet: bool, stop: &Atom
     }
     print!("\n{table}\n{}: {} scenarios, {}\n", config.shadow.as_str(), verdicts.len(), report.outcome);
     let mut good = verdicts.iter().all(Verdict::good) && stray == 0 && report.outcome.is_regular();
+    if let Some(target) = page {
+        write_page(target, config, &verdicts, &report)?;
+    }
     if config.shadow == ShadowMode::PerPage && good {
         good &= compare(config, chosen, &report, stop)?;
     }
@@ -196,6 +210,25 @@ pub(crate) fn run(config: &Config, chosen: &[Scenario], quiet: bool, stop: &Atom
     })
 }
 
+/// Writes the page about the run.
+fn write_page(target: html::Target, config: &Config, verdicts: &[Verdict], report: &Report) -> Result<()> {
+    let row = |verdict: &Verdict| html::Verdict {
+        name: verdict.name.clone(),
+        expected: in_words(&verdict.expected),
+        found: if verdict.ran { in_words(&verdict.found) } else { "it did not run to its end".into() },
+        good: verdict.good(),
+    };
+    let page = html::Page {
+        kernel: "the built-in test kernel",
+        file: None,
+        config,
+        report,
+        names: Names::Demangled,
+        verdicts: verdicts.iter().map(row).collect(),
+    };
+    target.write(|out| html::write(out, &page)).context("cannot write --html")
+}
+
 /// Runs the same once more with a full shadow and prints both costs. Returns whether that found the same.
 fn compare(config: &Config, chosen: &[Scenario], per_page: &Report, stop: &AtomicBool) -> Result<bool> {
     let spinner = if io::stderr().is_terminal() {
@@ -205,7 +238,7 @@ fn compare(config: &Config, chosen: &[Scenario], per_page: &Report, stop: &Atomi
     };
     spinner.enable_steady_tick(Duration::from_millis(100));
     spinner.set_message("the same with a full shadow, to compare");
-    let full = Config { shadow: ShadowMode::Full, shadow_limit: None, ..config.clone() };
+    let full = Config { shadow: ShadowMode::Full, shadow_limit: None, picture: false, ..config.clone() };
     let (verdicts, full) = verdicts(&full, chosen, false, Box::new(()), stop)?;
     spinner.finish_and_clear();
     let row = |report: &Report| {

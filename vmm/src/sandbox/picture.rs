@@ -95,7 +95,8 @@ impl Timeline {
         if self.samples.len() >= SAMPLES {
             // Of two samples the higher one stays, so that no peak is lost. The first one, where it began, stays too.
             let rest = self.samples.split_off(1);
-            let higher = |pair: &[Sample]| pair.iter().copied().max_by_key(|sample| (sample.resident, sample.mapped));
+            let higher =
+                |pair: &[Sample]| pair.iter().copied().max_by_key(|sample| (sample.resident, sample.mapped));
             self.samples.extend(rest.chunks(2).filter_map(higher));
             self.gap *= 2;
         }
@@ -150,9 +151,9 @@ mod tests {
     #[test]
     fn thinning_keeps_the_bound_the_order_and_the_peak() {
         let mut timeline = Timeline::default();
-        for i in 0..100_000 {
-            let resident = if i == 77_777 { 9 << 20 } else { u64::from(i % 7) };
-            timeline.add(Sample { at: Duration::from_micros(i.into()), resident, ..Sample::default() });
+        for i in 0..100_000u64 {
+            let resident = if i == 77_777 { 9 << 20 } else { i % 7 };
+            timeline.add(Sample { at: Duration::from_micros(i), resident, ..Sample::default() });
             assert!(timeline.samples.len() <= SAMPLES);
         }
         let samples = &timeline.samples;
