@@ -125,6 +125,16 @@ impl Write for Console {
     }
 }
 
+/// `config`, for a guest that runs `chosen`.
+fn config_for(config: &Config, chosen: &[Scenario]) -> Config {
+    let names: Vec<_> = chosen.iter().map(|s| s.name.as_str()).collect();
+    Config {
+        cmdline: format!("scenarios={} {}", names.join(","), config.cmdline),
+        timeout: config.timeout.or(Some(TIMEOUT)),
+        ..config.clone()
+    }
+}
+
 /// Runs `chosen` in one guest. `config.cmdline` is added to what names them; its kernel is the test kernel.
 ///
 /// # Errors
@@ -136,14 +146,9 @@ pub fn verdicts(
     observer: Box<dyn Observer>,
     stop: &AtomicBool,
 ) -> Result<(Vec<Verdict>, Report), RunError> {
-    let names: Vec<_> = chosen.iter().map(|s| s.name.as_str()).collect();
     let ran = Arc::new(Mutex::new(Vec::new()));
     let console = Console { line: Vec::new(), ran: ran.clone(), pass_on };
-    let config = Config {
-        cmdline: format!("scenarios={} {}", names.join(","), config.cmdline),
-        timeout: config.timeout.or(Some(TIMEOUT)),
-        ..config.clone()
-    };
+    let config = config_for(config, chosen);
     let report = sandbox::run(&config, Box::new(console), observer, stop)?;
     let ran = ran.lock().unwrap_or_else(PoisonError::into_inner);
     let checked = config.shadow != ShadowMode::Off;
@@ -194,7 +199,7 @@ pub(crate) fn run(
     print!("\n{table}\n{}: {} scenarios, {}\n", config.shadow.as_str(), verdicts.len(), report.outcome);
     let mut good = verdicts.iter().all(Verdict::good) && stray == 0 && report.outcome.is_regular();
     if let Some(target) = page {
-        write_page(target, config, &verdicts, &report)?;
+        write_page(target, &config_for(config, chosen), &verdicts, &report)?;
     }
     if config.shadow == ShadowMode::PerPage && good {
         good &= compare(config, chosen, &report, stop)?;

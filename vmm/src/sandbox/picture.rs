@@ -88,7 +88,9 @@ impl Timeline {
             Err(error) => log::debug!("a sample of the shadow is missing: {error}"),
         }
         let end = Instant::now();
-        self.next = Some(end + self.gap.max(end.saturating_duration_since(now) * REST));
+        self.next = end
+            .checked_add(self.gap.max(end.saturating_duration_since(now).saturating_mul(REST)))
+            .or(self.next);
     }
 
     fn add(&mut self, sample: Sample) {
@@ -98,7 +100,7 @@ impl Timeline {
             let higher =
                 |pair: &[Sample]| pair.iter().copied().max_by_key(|sample| (sample.resident, sample.mapped));
             self.samples.extend(rest.chunks(2).filter_map(higher));
-            self.gap *= 2;
+            self.gap = self.gap.saturating_mul(2);
         }
         self.samples.push(sample);
     }

@@ -104,7 +104,7 @@ fn time_step(end: f64) -> f64 {
 }
 
 fn seconds_tick(at: f64) -> String {
-    if at == 0.0 { "0".into() } else { seconds(at) }
+    if at == 0.0 { "0".into() } else { seconds(at).replace(".0 ", " ") }
 }
 
 #[cfg(test)]

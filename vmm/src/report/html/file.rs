@@ -47,13 +47,15 @@ impl Target {
             Some(folder) if folder != Path::new("") => folder,
             _ => Path::new("."),
         };
+        fs::metadata(folder)?;
+        // The error names a file that says nothing to anybody; its kind is enough.
         let file = tempfile::Builder::new()
             .prefix(".umbra-")
             .suffix(".html")
             // As any new file: less what the user's mask takes away.
             .permissions(Permissions::from_mode(0o666))
             .tempfile_in(folder)
-            .map_err(|error| io::Error::new(error.kind(), plain(&error)))?;
+            .map_err(|error| io::Error::from(error.kind()))?;
         Ok(Self { path, to: To::Beside(file) })
     }
 
@@ -77,16 +79,6 @@ impl Target {
             }
         }
     }
-}
-
-/// The error without the temporary name, which says nothing to anybody.
-fn plain(error: &io::Error) -> String {
-    let inner = std::error::Error::source(error).map(ToString::to_string);
-    error
-        .raw_os_error()
-        .map(|code| io::Error::from_raw_os_error(code).to_string())
-        .or(inner)
-        .unwrap_or_else(|| error.kind().to_string())
 }
 
 #[cfg(test)]

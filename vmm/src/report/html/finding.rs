@@ -8,28 +8,6 @@ use super::escape::{Block, Esc, grouped};
 use super::shadow;
 use super::source::Sources;
 
-/// Writes the list of all findings, with links to each.
-pub fn index<'a>(out: &mut String, findings: impl Iterator<Item = (&'a Finding, u64)>, names: Names) {
-    out.push_str(
-        "<div class='scroll index' tabindex=0 role=region aria-label='List of findings'><table class=list>\
-         <tr><th scope=col>#<th scope=col>kind<th scope=col>in<th scope=col>access<th scope=col>task<th scope=col>seen</tr>",
-    );
-    for (i, (finding, seen)) in findings.enumerate() {
-        let n = i + 1;
-        let culprit = finding.culprit().and_then(|frame| frame.name(names)).unwrap_or("—");
-        let _ = write!(
-            out,
-            "<tr><td>{n}<td><a href='#finding-{n}'>{}</a><td><code>{}</code><td>{}<td>{}<td>{}</tr>",
-            Esc(finding.kind),
-            Esc(culprit),
-            access(finding),
-            Esc(&finding.task.name),
-            times(seen)
-        );
-    }
-    out.push_str("</table></div>");
-}
-
 /// Writes the finding that is number `n` of all, from 1. `open`: to be seen at once.
 pub fn write(
     out: &mut String,
@@ -48,7 +26,7 @@ pub fn write(
         Esc(finding.kind),
         Esc(culprit.unwrap_or("a function without a name")),
         access(finding),
-        if seen > 1 { format!(" · seen {}", times(seen)) } else { String::new() }
+        if seen > 1 { format!(" · seen {}×", grouped(seen)) } else { String::new() }
     );
     facts(out, finding);
     out.push_str("<h4>Shadow around the address</h4>");
@@ -70,13 +48,17 @@ pub fn write(
     );
 }
 
-fn times(seen: u64) -> String {
-    format!("{}×", grouped(seen))
-}
-
 fn access(finding: &Finding) -> String {
     match finding.access {
         Access::Free => "free".into(),
+        // A size that wrapped was meant to be small.
+        access if finding.size > i64::MAX as u64 => {
+            format!(
+                "{} of −{} bytes",
+                access.to_string().to_lowercase(),
+                grouped(finding.size.wrapping_neg())
+            )
+        }
         access => {
             let bytes = if finding.size == 1 { "byte" } else { "bytes" };
             format!("{} of {} {bytes}", access.to_string().to_lowercase(), grouped(finding.size))
@@ -97,6 +79,7 @@ fn relation(offset: i128, size: u64) -> String {
         (i128::from(size), |n: i128| if n == 1 { "1 byte".into() } else { format!("{n} bytes") });
     match offset {
         o if o < 0 => format!("{} before", bytes(-o)),
+        o if o == size => "just behind the end of".into(),
         o if o >= size => format!("{} behind the end of", bytes(o - size)),
         o => format!("{} into", bytes(o)),
     }

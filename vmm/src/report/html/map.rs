@@ -29,6 +29,10 @@ fn class(cell: &PageCounts) -> Option<usize> {
     }
 }
 
+fn share(percent: f64) -> String {
+    if percent > 0.0 && percent < 0.05 { "&lt; 0.1 %".into() } else { format!("{percent:.1} %") }
+}
+
 /// Draws `map` with its legend.
 pub fn draw(out: &mut String, map: &PageMap) {
     let rows = map.cells.len().div_ceil(COLUMNS).max(1);
@@ -71,10 +75,10 @@ pub fn draw(out: &mut String, map: &PageMap) {
     ] {
         let _ = write!(
             out,
-            "<tr><th scope=row><i class='key {class}'></i>{name}</th><td>{}<td>{}<td>{:.1} %</tr>",
+            "<tr><th scope=row><i class='key {class}'></i>{name}</th><td>{}<td>{}<td>{}</tr>",
             grouped(pages),
             size(pages * PAGE_SIZE),
-            pages as f64 * 100.0 / all
+            share(pages as f64 * 100.0 / all)
         );
     }
     let _ = write!(

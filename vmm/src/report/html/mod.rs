@@ -75,9 +75,6 @@ pub fn write(out: &mut dyn Write, page: &Page) -> io::Result<()> {
     } else if findings.is_empty() {
         part.push_str("<p>None. Whatever the guest accessed and told of was in order.</p>");
     }
-    if findings.distinct() > 1 {
-        finding::index(&mut part, findings.iter(), page.names);
-    }
     let mut sources = Sources::new(page.file);
     for (i, found) in findings.iter().enumerate() {
         finding::write(

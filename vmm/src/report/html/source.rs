@@ -145,6 +145,8 @@ mod tests {
         for name in ["build/kernel", "a.rs", "secret", "secret.txt"] {
             fs::write(folder.path().join(name), &text).expect("a file");
         }
+        let kernel_file = fs::File::open(&kernel).expect("it is there");
+        kernel_file.set_modified(SystemTime::UNIX_EPOCH).expect("our own file");
         fs::write(folder.path().join("large.rs"), vec![b'\n'; 1 << 20]).expect("a file");
         fs::write(folder.path().join("binary.c"), "a\0b\n").expect("a file");
         fs::write(folder.path().join("long.c"), "é".repeat(1000)).expect("a file");

@@ -124,7 +124,7 @@ fn a_finding_has_all_its_parts() {
         "slab-out-of-bounds",
         "kernel::kmalloc_oob_right",
         "write of 1 byte · seen 3×",
-        "0 bytes behind the end of 115 bytes",
+        "just behind the end of 115 bytes",
         "kmalloc-128",
         "Allocated by task kmalloc_oob_right (12)",
         "class='part obj bad'",
