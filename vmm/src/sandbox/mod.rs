@@ -10,6 +10,7 @@ mod globals;
 mod investigate;
 pub mod monitor;
 mod outcome;
+mod picture;
 mod rings;
 pub mod stats;
 #[cfg(test)]
@@ -34,9 +35,11 @@ use crate::machine::{Kvm, Machine, MachineConfig, MachineError, SlotId, layout};
 use crate::report::symbols::Symbols;
 use crate::report::{Finding, Findings};
 use crate::shadow::accounting::resident_bytes;
-use crate::shadow::{self, Notify, ProcessMemory, ShadowError, SlotError, Slots, Windows};
+use crate::shadow::{self, Notify, PageMap, ProcessMemory, ShadowError, SlotError, Slots, Windows};
 use monitor::{Flow, Monitor};
 pub use outcome::Outcome;
+use picture::Timeline;
+pub use picture::{Picture, Sample};
 use stats::{GuestStats, HostStats, ShadowStats, Stats};
 
 /// Which shadow to keep.
@@ -83,6 +86,8 @@ pub struct Config {
     pub stop_at: Option<usize>,
     /// Find out whether the host counts guest instructions, and read the count. Costs a probe guest.
     pub count_instructions: bool,
+    /// Watch the run for [`Report::picture`]. Without it nothing is sampled.
+    pub picture: bool,
 }
 
 /// Who hears of each new finding while the guest runs.
@@ -120,6 +125,8 @@ pub struct Report {
     pub findings: Findings,
     /// What it cost.
     pub stats: Stats,
+    /// What it looked like, if that was asked for.
+    pub picture: Option<Picture>,
 }
 
 impl Report {
@@ -204,13 +211,15 @@ pub fn run(
     let vcpu = machine.create_vcpu(0)?;
     let kicker = vcpu.kicker();
     let kernel = config.kernel.clone();
-    let monitor = Monitor::new(
+    let (console, tail) = picture::Tail::tee(console, config.picture);
+    let mut monitor = Monitor::new(
         windows,
         Devices::new(console, None),
         Symbols::lazy(move || Ok(kernel)),
         observer,
         config.stop_at,
     );
+    monitor.timeline = config.picture.then(Timeline::default);
     let counters = config.count_instructions.then(|| VcpuStats::open(&vcpu)).and_then(|counters| {
         counters.inspect_err(|e| log::info!("guest instructions are not counted: {e}")).ok()
     });
@@ -241,6 +250,12 @@ pub fn run(
             Ok(outcome) => break outcome,
             Err(RecvTimeoutError::Disconnected) => break None,
             Err(RecvTimeoutError::Timeout) => {}
+        }
+        // A guest that makes no exits is sampled from here. While it handles one, the other thread does it.
+        if config.picture
+            && let Ok(mut monitor) = shared.monitor.try_lock()
+        {
+            monitor.sample();
         }
         let why = if stop.load(Relaxed) {
             Outcome::Interrupted
@@ -273,6 +288,15 @@ pub fn run(
     let mut monitor = shared.monitor();
     monitor.drain_all(shared.machine.ram());
     monitor.flush();
+    let picture = monitor.timeline.take().map(|timeline| {
+        let ram: Vec<_> =
+            layout::ram_ranges(config.memory).into_iter().map(|(gpa, len)| gpa.0..gpa.0 + len).collect();
+        Picture {
+            samples: timeline.finish(monitor.windows.as_mut()),
+            pages: monitor.windows.as_ref().map(|windows| PageMap::of(windows, &ram, picture::CELLS)),
+            console: tail.take(),
+        }
+    });
     let started = *shared.started.lock().unwrap_or_else(PoisonError::into_inner);
     let seconds = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
         (Some(from), Some(to)) => to.saturating_duration_since(from).as_secs_f64(),
@@ -285,7 +309,7 @@ pub fn run(
     };
     let stats = figures(config, &outcome, &mut monitor, shared.machine.ram(), instructions, host);
     let findings = std::mem::take(&mut monitor.findings);
-    Ok(Report { outcome, findings, stats })
+    Ok(Report { outcome, findings, stats, picture })
 }
 
 /// Runs the vCPU until the run ends. `None`: it was told to stop.
