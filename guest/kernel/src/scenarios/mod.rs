@@ -57,6 +57,9 @@ fn write(at: u64, value: u8) {
     unsafe { (opaque(at) as *mut u8).write_volatile(value) }
 }
 
+/// Chooses no scenario at all.
+const NONE: &str = "-";
+
 /// Runs what the command line asks for.
 pub fn run(command_line: &'static str) {
     let mut chosen = "";
@@ -72,7 +75,7 @@ pub fn run(command_line: &'static str) {
     }
     let all =
         || [slab::ALL, pages::ALL, stack::ALL, heap::ALL, silent::ALL, churn::ALL].into_iter().flatten();
-    for name in chosen.split(',').filter(|name| !name.is_empty()) {
+    for name in chosen.split(',').filter(|name| !name.is_empty() && *name != NONE) {
         if !all().any(|(known, _)| *known == name) {
             println!("no scenario is called {name}");
         }
