@@ -158,7 +158,11 @@ fn chunks(rounds: u64, used: bool) -> Option<()> {
         umbra_guest::poison(at, 8, SLAB_REDZONE);
     }
     println!("bench end");
-    blocks.into_iter().for_each(page::free);
+    for at in blocks {
+        // A poisoned start would be taken for a double free.
+        umbra_guest::unpoison(at, 8);
+        page::free(at);
+    }
     Some(())
 }
 
