@@ -48,14 +48,6 @@ const SANITIZER: [&str; 8] = [
     "-Cllvm-args=-asan-max-inline-poisoning-size=0",
 ];
 
-/// What was built.
-pub struct Built {
-    /// The runtime, for the kernel.
-    pub object: PathBuf,
-    /// The kernel; not there if only the runtime was wanted.
-    pub kernel: PathBuf,
-}
-
 /// `cargo xtask guest`.
 pub fn run(context: &Context, only_runtime: bool) -> Result<()> {
     let started = std::time::Instant::now();
@@ -74,11 +66,11 @@ pub fn run(context: &Context, only_runtime: bool) -> Result<()> {
 }
 
 /// Builds runtime and kernel, for a task that uses them.
-pub fn build(context: &Context) -> Result<Built> {
+pub fn build(context: &Context) -> Result<()> {
     let guest = Guest::new(context)?;
     let object = guest.runtime()?;
-    let kernel = guest.kernel(&object)?;
-    Ok(Built { object, kernel })
+    guest.kernel(&object)?;
+    Ok(())
 }
 
 struct Guest<'a> {
@@ -108,12 +100,17 @@ impl<'a> Guest<'a> {
         }
         let mut all: Vec<String> = COMMON.iter().chain(flags).map(|&flag| flag.to_owned()).collect();
         all.push(format!("-Clinker={}", self.tools.linker.display()));
-        all.extend(self.remapped().iter().map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display())));
+        all.extend(
+            self.remapped().iter().map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display())),
+        );
         command
             .env("CARGO_ENCODED_RUSTFLAGS", all.join("\x1f"))
             .env("RUSTC", &compiler.rustc)
             // The sanitizer and the build of `core` are unstable features.
             .env("RUSTC_BOOTSTRAP", "1")
+            // Fewer instructions, and one unit of debug information for each crate: reading those of 16 would be most
+            // of the VMM's memory.
+            .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "1")
             .args(["rustc", "--release", "--target", TARGET, "--target-dir"])
             .args([self.folder.join(part)]);
         command
@@ -122,7 +119,7 @@ impl<'a> Guest<'a> {
     /// What files are called in debug information: names that are the same on every machine.
     fn remapped(&self) -> Vec<(PathBuf, &'static str)> {
         let library = self.tools.compiler.library();
-        let mut all = vec![(self.context.root.clone(), "."), (library.clone(), "library")];
+        let mut all = vec![(self.context.root.clone(), ""), (library.clone(), "library")];
         // A distribution's sources may be behind a link, which rustc sees resolved.
         if let Ok(real) = library.canonicalize()
             && real != library
@@ -137,6 +134,7 @@ impl<'a> Guest<'a> {
         let progress = &self.context.progress;
         progress.step("building the guest runtime");
         self.cargo("runtime", &[])
+            .env("CARGO_PROFILE_RELEASE_LTO", "fat")
             .args(["--package", "umbra-runtime", "--crate-type", "staticlib"])
             .args(["-Zbuild-std=core,compiler_builtins", "-Zbuild-std-features=compiler-builtins-mem"])
             .run_or_fail(progress)?;
@@ -152,7 +150,13 @@ impl<'a> Guest<'a> {
         if self.tools.linker.ends_with("rust-lld") {
             link.args(["-flavor", "gnu"]);
         }
-        link.args(["-r", "--whole-archive"]).args([&archive]).args(["-o"]).args([&whole]).run_or_fail(progress)?;
+        // Only the members that the entry points need.
+        link.args(["-r"])
+            .args(KEPT.map(|name| format!("--undefined-glob={name}")))
+            .args([&archive])
+            .args(["-o"])
+            .args([&whole])
+            .run_or_fail(progress)?;
         let objcopy = || Command::new(&self.tools.objcopy, &self.folder);
         objcopy()
             .args(["--wildcard"])
@@ -199,7 +203,10 @@ impl<'a> Guest<'a> {
             .args(["-Zbuild-std=core,alloc,compiler_builtins", "--"])
             .args(["--cfg".to_owned(), format!("umbra_linked_with=\"{linked_with}\"")])
             .args([object, &script].into_iter().zip(["", "-T"]).map(link_argument))
-            .args(["--gc-sections", "-no-pie", "-z", "norelro"].map(|argument| format!("-Clink-arg={argument}")))
+            .args(
+                ["--gc-sections", "-no-pie", "-z", "norelro"]
+                    .map(|argument| format!("-Clink-arg={argument}")),
+            )
             .run_or_fail(progress)?;
         let kernel = self.folder.join("umbra-kernel");
         install(&self.built("kernel", "umbra-kernel"), &kernel)?;

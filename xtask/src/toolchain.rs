@@ -82,7 +82,8 @@ fn rustup_home() -> Option<PathBuf> {
 fn rustup_toolchains(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let mut all: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
-    let name = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let name =
+        |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     all.sort_by_key(|path| {
         let name = name(path);
         (!name.starts_with("stable"), !name.starts_with(|c: char| c.is_ascii_digit()), name)
@@ -183,7 +184,7 @@ mod tests {
         let all = [bare.clone(), old.clone(), mixed.clone(), matching.clone(), rustup.clone()];
         assert_eq!(find(&all, release).unwrap().sysroot, matching);
         assert_eq!(find(&[bare.clone(), rustup.clone(), matching], release).unwrap().sysroot, rustup);
-        assert_eq!(find(&[bare, old, mixed], release), None);
+        assert_eq!(find(&[bare, old.clone(), mixed], release), None);
         assert_eq!(find(std::slice::from_ref(&rustup), |_| None), None, "a compiler that does not run");
         assert_eq!(find(&[rustup.clone()], release).unwrap().cargo, Some(rustup.join("bin/cargo")));
     }

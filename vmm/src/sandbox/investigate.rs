@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use umbra_shadow::codes::{GRANULE, GRANULE_SHIFT, PAGE_SHIFT, UNKNOWN};
+use umbra_shadow::codes::{GRANULE, GRANULE_SHIFT, LARGE_REDZONE, PAGE_SHIFT, UNKNOWN};
 use umbra_shadow::{BugKind, Cause, Shadow, Violation, abi, classify};
 
 use super::Outcome;
@@ -15,6 +15,8 @@ use crate::report::symbols::{Position, Symbols};
 use crate::report::{self, Added, Event, Finding, Frame, Object, ROW_SHADOW, ShadowDump, Task};
 use crate::shadow::objects;
 
+/// [`GRANULE`], as shadow bytes count.
+const GRANULE_BYTES: u8 = GRANULE as u8;
 /// Most frames in a finding's stack.
 const FRAMES: usize = 32;
 
@@ -93,7 +95,12 @@ impl Monitor {
             | BugKind::GlobalOutOfBounds
             | BugKind::AllocaOutOfBounds
             | BugKind::UseAfterScope => None,
-            _ => bad_gpa.and_then(|gpa| Some((gpa, self.objects.nearest(gpa)?))),
+            _ => bad_gpa.and_then(|gpa| {
+                let follows = self.windows.as_ref().is_some_and(|windows| {
+                    matches!(windows.model().state(gpa), 1..GRANULE_BYTES | LARGE_REDZONE)
+                });
+                Some((gpa, self.objects.nearest(gpa, follows)?))
+            }),
         };
         let mut event = |event: &objects::Event| {
             if event.lost {
