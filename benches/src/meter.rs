@@ -6,15 +6,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use umbra::machine::{Kvm, stats};
-use umbra::report::Findings;
-use umbra::sandbox::{self, Config, Outcome, ShadowMode};
+use umbra::machine::Kvm;
+use umbra::machine::stats::{VcpuStats, emulates_ring0};
+use umbra::report::{Finding, Findings};
+use umbra::sandbox::{self, Config, Observer, Outcome, ShadowMode};
 use umbra::shadow::Notify;
 
 /// How long one guest may run.
 const TIMEOUT: Duration = Duration::from_secs(600);
-/// Rounds of the two runs whose difference is taken: with as many digits each, so that the kernel reads them with
-/// as many instructions.
+/// Each word is run with both numbers of rounds, and the difference is taken.
 const ROUNDS: [u64; 2] = [100, 300];
 /// Rounds where there is only the clock, and how often it is tried.
 const CLOCK_ROUNDS: u64 = 2_000_000;
@@ -66,13 +66,21 @@ pub struct Run {
     pub stats: sandbox::stats::Stats,
     /// Its findings.
     pub findings: Findings,
-    /// The time between each pair of lines `bench begin` and `bench end`.
-    pub between: Vec<Duration>,
+    /// What lay between each pair of lines `bench begin` and `bench end`.
+    pub between: Vec<Between>,
 }
 
-/// Takes the time when the lines that enclose a benchmark arrive. Everything else that the test kernel says is about something
-/// that went wrong.
-#[derive(Default)]
+/// What lay between two lines.
+#[derive(Clone, Copy, Debug)]
+pub struct Between {
+    /// Time.
+    pub time: Duration,
+    /// Instructions; 0 where they are not counted.
+    pub instructions: u64,
+}
+
+/// Looks at the clock and the counter when the lines that enclose a benchmark arrive. Everything else that the test kernel
+/// says is about something that went wrong.
 struct Marks {
     line: Vec<u8>,
     seen: Arc<Mutex<Seen>>,
@@ -80,34 +88,53 @@ struct Marks {
 
 #[derive(Default)]
 struct Seen {
-    begin: Option<Instant>,
-    between: Vec<Duration>,
+    counters: Option<Arc<VcpuStats>>,
+    begin: Option<(Instant, u64)>,
+    between: Vec<Between>,
     complaints: String,
+}
+
+/// Gets hold of the counters.
+struct Starts(Arc<Mutex<Seen>>);
+
+impl Observer for Starts {
+    fn finding(&mut self, _: &Finding) {}
+
+    fn starts(&mut self, counters: Option<Arc<VcpuStats>>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).counters = counters;
+    }
+}
+
+impl Seen {
+    fn line(&mut self, line: &[u8], now: Instant) {
+        let count = self.counters.as_ref().and_then(|c| c.instructions_emulated()).unwrap_or(0);
+        match line {
+            b"bench begin" => self.begin = Some((now, count)),
+            b"bench end" => {
+                if let Some((begin, before)) = self.begin.take() {
+                    let instructions = count.saturating_sub(before);
+                    self.between.push(Between { time: now - begin, instructions });
+                }
+            }
+            line if line.starts_with(b"ran ") => {}
+            line => {
+                self.complaints.push_str(&String::from_utf8_lossy(line));
+                self.complaints.push('\n');
+            }
+        }
+    }
 }
 
 impl Write for Marks {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let now = Instant::now();
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         for &byte in bytes {
-            if byte != b'\n' {
+            if byte == b'\n' {
+                self.seen.lock().unwrap_or_else(PoisonError::into_inner).line(self.line.trim_ascii(), now);
+                self.line.clear();
+            } else {
                 self.line.push(byte);
-                continue;
             }
-            match self.line.trim_ascii() {
-                b"bench begin" => seen.begin = Some(now),
-                b"bench end" => {
-                    if let Some(begin) = seen.begin.take() {
-                        seen.between.push(now - begin);
-                    }
-                }
-                line if line.starts_with(b"ran ") => {}
-                line => {
-                    seen.complaints.push_str(&String::from_utf8_lossy(line));
-                    seen.complaints.push('\n');
-                }
-            }
-            self.line.clear();
         }
         Ok(bytes.len())
     }
@@ -132,7 +159,7 @@ impl Meter {
     /// There is no KVM, or it does not run a probe guest.
     pub fn new(kernel: Arc<[u8]>, clock: bool, tick: Box<dyn Fn(&str)>) -> Result<Self> {
         let kvm = Kvm::open()?;
-        let counts = !clock && stats::emulates_ring0(&kvm).context("the probe guest did not run")?;
+        let counts = !clock && emulates_ring0(&kvm).context("the probe guest did not run")?;
         Ok(Self { kernel, counts, tick })
     }
 
@@ -152,8 +179,8 @@ impl Meter {
     /// The run did not begin, or ended in another way, or the kernel complained.
     pub fn run(&self, mode: Mode, cmdline: &str) -> Result<Run> {
         (self.tick)(cmdline);
-        let marks = Marks::default();
-        let seen = marks.seen.clone();
+        let seen = Arc::new(Mutex::new(Seen::default()));
+        let marks = Marks { line: Vec::new(), seen: seen.clone() };
         let config = Config {
             kernel: self.kernel.clone(),
             cmdline: cmdline.to_owned(),
@@ -165,7 +192,8 @@ impl Meter {
             stop_at: None,
             count_instructions: self.counts,
         };
-        let report = sandbox::run(&config, Box::new(marks), Box::new(()), &AtomicBool::new(false))?;
+        let report =
+            sandbox::run(&config, Box::new(marks), Box::new(Starts(seen.clone())), &AtomicBool::new(false))?;
         let seen = std::mem::take(&mut *seen.lock().unwrap_or_else(PoisonError::into_inner));
         ensure!(
             matches!(report.outcome, Outcome::Done) && seen.complaints.is_empty(),
@@ -194,18 +222,13 @@ impl Meter {
         }
         let [low, high] = ROUNDS;
         let mut costs = Vec::with_capacity(words.len());
-        // One run has all words at the low number of rounds; then each word in turn is at the high one.
         for batch in words.chunks(BATCH) {
-            let count = |raised: Option<usize>| -> Result<f64> {
-                let rounds = |i| if Some(i) == raised { high } else { low };
-                let line: Vec<_> = batch.iter().enumerate().map(|(i, word)| word.with(rounds(i))).collect();
-                let instructions = self.bench(mode, &line)?.stats.guest.instructions;
-                Ok(instructions.context("KVM has stopped counting instructions")? as f64)
-            };
-            let base = count(None)?;
-            for i in 0..batch.len() {
-                costs.push((count(Some(i))? - base) / (high - low) as f64);
-            }
+            let line: Vec<_> = batch.iter().flat_map(|word| ROUNDS.map(|rounds| word.with(rounds))).collect();
+            let between = self.bench(mode, &line)?.between;
+            ensure!(between.len() == line.len(), "some of these did not run: {}", line.join(" "));
+            costs.extend(between.chunks(2).map(|pair| {
+                (pair[1].instructions as f64 - pair[0].instructions as f64) / (high - low) as f64
+            }));
         }
         Ok(costs)
     }
@@ -218,7 +241,7 @@ impl Meter {
         let mut least = Duration::MAX;
         for _ in 0..CLOCK_TRIES {
             let run = self.bench(mode, &[word.with(rounds)])?;
-            least = least.min(*run.between.first().context("the benchmark did not run")?);
+            least = least.min(run.between.first().context("the benchmark did not run")?.time);
         }
         Ok(least.as_nanos() as f64 / rounds as f64)
     }
