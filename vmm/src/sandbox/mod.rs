@@ -90,10 +90,15 @@ pub struct Config {
     pub picture: bool,
 }
 
-/// Who hears of each new finding while the guest runs.
+/// Who hears of each new finding while the guest runs, and of its start.
 pub trait Observer: Send {
     /// A finding that is the first of its kind.
     fn finding(&mut self, finding: &Finding);
+
+    /// The guest is about to run; `counters` are its vCPU's, if they were asked for and KVM has them.
+    fn starts(&mut self, counters: Option<Arc<VcpuStats>>) {
+        let _ = counters;
+    }
 }
 
 /// Hears nothing.
@@ -161,7 +166,7 @@ impl Slots for MachineSlots<'_> {
 /// slots lie in the windows, before them.
 struct Shared {
     machine: Machine,
-    counters: Option<VcpuStats>,
+    counters: Option<Arc<VcpuStats>>,
     stop: AtomicBool,
     started: Mutex<Option<Instant>>,
     monitor: Mutex<Monitor>,
@@ -181,7 +186,7 @@ impl Shared {
 pub fn run(
     config: &Config,
     console: Box<dyn Write + Send>,
-    observer: Box<dyn Observer>,
+    mut observer: Box<dyn Observer>,
     stop: &AtomicBool,
 ) -> Result<Report, RunError> {
     let begin = Instant::now();
@@ -211,6 +216,11 @@ pub fn run(
     let vcpu = machine.create_vcpu(0)?;
     let kicker = vcpu.kicker();
     let kernel = config.kernel.clone();
+    let counters = config.count_instructions.then(|| VcpuStats::open(&vcpu)).and_then(|counters| {
+        counters.inspect_err(|e| log::info!("guest instructions are not counted: {e}")).ok()
+    });
+    let counters = counters.map(Arc::new);
+    observer.starts(counters.clone());
     let (console, tail) = picture::Tail::tee(console, config.picture);
     let mut monitor = Monitor::new(
         windows,
@@ -220,9 +230,6 @@ pub fn run(
         config.stop_at,
     );
     monitor.timeline = config.picture.then(Timeline::default);
-    let counters = config.count_instructions.then(|| VcpuStats::open(&vcpu)).and_then(|counters| {
-        counters.inspect_err(|e| log::info!("guest instructions are not counted: {e}")).ok()
-    });
     let shared = Arc::new(Shared {
         machine,
         counters,
@@ -277,7 +284,7 @@ pub fn run(
         return Err(RunError::Panicked);
     }
     let outcome = outcome.ok_or(RunError::Panicked)?;
-    let counted = shared.counters.as_ref().and_then(VcpuStats::instructions_emulated);
+    let counted = shared.counters.as_ref().and_then(|counters| counters.instructions_emulated());
     let instructions = counted.filter(|_| match emulates_ring0(&kvm) {
         Ok(all) => all,
         Err(error) => {
