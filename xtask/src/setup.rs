@@ -110,6 +110,16 @@ fn apt_install(context: &Context, packages: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// A browser for the tests of the page that `--html` writes. Without one they are skipped, and say so.
+pub fn browser(context: &Context) -> Result<()> {
+    if which("chromium").is_some() || Apt::find(context).is_none() {
+        return Ok(());
+    }
+    context.progress.step("installing chromium: the page that --html writes is tested in a browser");
+    // Without fonts a page is nearly empty.
+    apt_install(context, &["chromium", "fonts-dejavu-core"])
+}
+
 /// The way to install Debian's packages.
 struct Apt {
     /// Set for a user who is not root.
