@@ -101,9 +101,14 @@ fn matching_pair(policy: &str) -> Option<&str> {
 /// follows tells the user what to do. Never removes a package for it.
 fn apt_install(context: &Context, packages: &[&str]) -> Result<()> {
     if let Some(apt) = Apt::find(context) {
-        let mut command = apt.command("apt-get", &context.root);
-        command.args(["install", "-y", "-qq", "--no-install-recommends", "--no-remove"]).args(packages);
-        if !command.run(&context.progress)?.success {
+        let install = || {
+            let mut command = apt.command("apt-get", &context.root);
+            command.args(["install", "-y", "-qq", "--no-install-recommends", "--no-remove"]).args(packages);
+            command.run(&context.progress)
+        };
+        // A list of packages that is missing or old names files that are gone.
+        let update = || apt.command("apt-get", &context.root).args(["update", "-qq"]).run(&context.progress);
+        if !install()?.success && !(update()?.success && install()?.success) {
             context.progress.say(&format!("apt-get could not install {}", packages.join(" ")));
         }
     }
