@@ -134,3 +134,20 @@ pub unsafe extern "C" fn umbra_checked_bcmp(a: *const u8, b: *const u8, n: usize
     // SAFETY: the caller's promise.
     unsafe { compare(a, b, n, ip) }
 }
+
+/// `strlen`. A string that runs past its object, or was freed, is found as a read of all of it.
+///
+/// # Safety
+/// As C's.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub unsafe extern "C" fn umbra_checked_strlen(text: *const u8) -> usize {
+    let ip = caller!();
+    let mut len = 0;
+    // SAFETY: the caller's promise: there is a zero.
+    while unsafe { text.add(len).read_volatile() } != 0 {
+        len += 1;
+    }
+    check_range(text as u64, len as u64 + 1, READ, ip);
+    len
+}
