@@ -69,6 +69,7 @@ fn boot(shadow: ShadowMode, notify: Notify, chosen: &[Scenario], cmdline: &str) 
         timeout: Some(Duration::from_secs(300)),
         stop_at: None,
         count_instructions: true,
+        picture: false,
     };
     let run = demo::verdicts(&config, chosen, false, Box::new(()), &AtomicBool::new(false));
     let (verdicts, report) = run.expect("it boots");
