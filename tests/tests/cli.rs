@@ -427,7 +427,7 @@ fn findings_have_the_documented_fields() {
         has_exactly(&uaf[event], "task:o frames:a");
         has_fields(&uaf[event]["frames"][0], "ip:x symbol:s offset:n");
     }
-    assert_eq!(run.findings[1]["variable"].is_object(), true);
+    assert!(run.findings[1]["variable"].is_object());
     assert_eq!(run.findings[2]["access"], "free");
 }
 
