@@ -5,7 +5,7 @@
 //!
 //! | word | what a round is |
 //! | --- | --- |
-//! | `bench=check:ROUNDS:ENTRY:PLACE:OFFSET:SIZE` | a call of `__asan_ENTRY_noabort` (`none`: of a bare `ret`) for `OFFSET` bytes into `page` (two pages, accessible as a whole) or `object` (1005 bytes in a slab); `SIZE` is for `loadN` and `storeN` |
+//! | `bench=check:ROUNDS:ENTRY:PLACE:OFFSET:SIZE` | a call of `__asan_ENTRY_noabort` (`none`: of a bare `ret`) for `OFFSET` bytes into `page` (two pages, accessible as a whole), `beside` (the second is byte-checked), or `object` (1005 bytes in a slab); `SIZE` is for `loadN` and `storeN` |
 //! | `bench=call:ROUNDS:NAME` | a call of the runtime, see [`calls`] |
 //! | `bench=record:ROUNDS:DEPTH` | an event without any shadow, `DEPTH` frames deep |
 //! | `bench=kmalloc:ROUNDS:BYTES` | `kmalloc` and `kfree` |
@@ -180,6 +180,11 @@ fn bench(word: &str) -> Option<()> {
             let f = entry(text()?)?;
             let at = match text()? {
                 "page" => page::alloc(1)?,
+                "beside" => {
+                    let at = page::alloc(1)?;
+                    umbra_guest::poison(at + PAGE_SIZE + 64, 8, SLAB_REDZONE);
+                    at
+                }
                 "object" => kmalloc(OBJECT)?,
                 _ => return None,
             };
