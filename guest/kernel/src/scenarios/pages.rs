@@ -23,7 +23,7 @@ scenarios! {
     }
 
     page_crossing_uaf, "use-after-free Read 8 0", "reads across the end of a page into a free one", {
-        let pages: [_; 8] = core::array::from_fn(|_| page::alloc(0).unwrap_or(0));
+        let pages: [_; 32] = core::array::from_fn(|_| page::alloc(0).unwrap_or(0));
         let Some(&low) = pages.iter().find(|&&low| low != 0 && pages.contains(&(low + 4096))) else {
             crate::println!("no two of the pages are neighbours");
             return;
