@@ -144,10 +144,7 @@ fn parse_time(text: &str) -> Result<Limit, String> {
 
 /// Sizes are binary, as with other VMMs: 256M are 256 MiB.
 fn parse_size(text: &str) -> Result<u64, String> {
-    parse_size::Config::new()
-        .with_binary()
-        .parse_size(text)
-        .map_err(|e| format!("{e}; try 256M or 2G"))
+    parse_size::Config::new().with_binary().parse_size(text).map_err(|e| format!("{e}; try 256M or 2G"))
 }
 
 impl Guest {

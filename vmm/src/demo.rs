@@ -79,7 +79,9 @@ impl Verdict {
             && self.expected.len() == self.found.len()
             && self.expected.iter().zip(&self.found).all(|(expected, found)| {
                 let offset = expected.offset.is_none() || expected.offset == found.offset;
-                offset && Expected { offset: None, ..expected.clone() } == Expected { offset: None, ..found.clone() }
+                offset
+                    && Expected { offset: None, ..expected.clone() }
+                        == Expected { offset: None, ..found.clone() }
             })
     }
 }

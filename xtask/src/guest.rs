@@ -108,7 +108,9 @@ impl<'a> Guest<'a> {
         }
         let mut all: Vec<String> = COMMON.iter().chain(flags).map(|&flag| flag.to_owned()).collect();
         all.push(format!("-Clinker={}", self.tools.linker.display()));
-        all.extend(self.remapped().iter().map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display())));
+        all.extend(
+            self.remapped().iter().map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display())),
+        );
         command
             .env("CARGO_ENCODED_RUSTFLAGS", all.join("\x1f"))
             .env("RUSTC", &compiler.rustc)
@@ -152,7 +154,11 @@ impl<'a> Guest<'a> {
         if self.tools.linker.ends_with("rust-lld") {
             link.args(["-flavor", "gnu"]);
         }
-        link.args(["-r", "--whole-archive"]).args([&archive]).args(["-o"]).args([&whole]).run_or_fail(progress)?;
+        link.args(["-r", "--whole-archive"])
+            .args([&archive])
+            .args(["-o"])
+            .args([&whole])
+            .run_or_fail(progress)?;
         let objcopy = || Command::new(&self.tools.objcopy, &self.folder);
         objcopy()
             .args(["--wildcard"])
@@ -199,7 +205,10 @@ impl<'a> Guest<'a> {
             .args(["-Zbuild-std=core,alloc,compiler_builtins", "--"])
             .args(["--cfg".to_owned(), format!("umbra_linked_with=\"{linked_with}\"")])
             .args([object, &script].into_iter().zip(["", "-T"]).map(link_argument))
-            .args(["--gc-sections", "-no-pie", "-z", "norelro"].map(|argument| format!("-Clink-arg={argument}")))
+            .args(
+                ["--gc-sections", "-no-pie", "-z", "norelro"]
+                    .map(|argument| format!("-Clink-arg={argument}")),
+            )
             .run_or_fail(progress)?;
         let kernel = self.folder.join("umbra-kernel");
         install(&self.built("kernel", "umbra-kernel"), &kernel)?;

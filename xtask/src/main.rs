@@ -90,16 +90,17 @@ impl Context {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let outcome = process::forward_signals().and_then(|()| Context::new(arguments.verbose)).and_then(|context| {
-        let outcome = match arguments.task {
-            Task::Demo { arguments } => demo::run(&context, &arguments),
-            Task::Test { names } => tests::run(&context, &names),
-            Task::Bench { arguments } => bench(&context, &arguments),
-            Task::Guest { lib } => guest::run(&context, lib).map(|()| ExitCode::SUCCESS),
-        };
-        context.progress.finish();
-        outcome
-    });
+    let outcome =
+        process::forward_signals().and_then(|()| Context::new(arguments.verbose)).and_then(|context| {
+            let outcome = match arguments.task {
+                Task::Demo { arguments } => demo::run(&context, &arguments),
+                Task::Test { names } => tests::run(&context, &names),
+                Task::Bench { arguments } => bench(&context, &arguments),
+                Task::Guest { lib } => guest::run(&context, lib).map(|()| ExitCode::SUCCESS),
+            };
+            context.progress.finish();
+            outcome
+        });
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
         ExitCode::from(2)

@@ -165,7 +165,9 @@ mod tests {
 
     fn policy(compiler: &str, sources: &str) -> String {
         let of = |name: &str, version: &str| {
-            format!("{name}:\n  Installed: (none)\n  Candidate: {version}\n  Version table:\n     {version} 500\n")
+            format!(
+                "{name}:\n  Installed: (none)\n  Candidate: {version}\n  Version table:\n     {version} 500\n"
+            )
         };
         of("rustc-web", compiler) + &of("rust-web-src", sources)
     }

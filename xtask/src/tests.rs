@@ -1,5 +1,8 @@
 //! `cargo xtask test`: builds everything and becomes `umbra demo`.
-use std::process::ExitCode;
-use anyhow::Result;
 use crate::Context;
-pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> { let _ = (context, arguments); todo!() }
+use anyhow::Result;
+use std::process::ExitCode;
+pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
+    let _ = (context, arguments);
+    todo!()
+}

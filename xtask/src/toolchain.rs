@@ -82,7 +82,8 @@ fn rustup_home() -> Option<PathBuf> {
 fn rustup_toolchains(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let mut all: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
-    let name = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let name =
+        |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     all.sort_by_key(|path| {
         let name = name(path);
         (!name.starts_with("stable"), !name.starts_with(|c: char| c.is_ascii_digit()), name)

@@ -173,6 +173,9 @@ global_asm!(
     ".endm",
     ".section .text.umbra_checks, \"ax\", @progbits",
     ".balign 256, 0xcc",
+    // Global, since the code that uses them may land in another object of the archive.
+    ".globl umbra_slots, umbra_templates_two_level, umbra_templates_full",
+    ".hidden umbra_slots, umbra_templates_two_level, umbra_templates_full",
     "umbra_slots:",
     "umbra_slot __asan_load1_noabort, 1, 0",
     "umbra_slot __asan_load2_noabort, 2, 0",

@@ -143,9 +143,7 @@ impl Slots for MachineSlots<'_> {
     }
 
     fn unmap(&mut self, slot: u32) -> Result<(), SlotError> {
-        self.0
-            .unmap(SlotId::from_raw(slot))
-            .map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
+        self.0.unmap(SlotId::from_raw(slot)).map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
     }
 }
 
@@ -193,7 +191,8 @@ pub fn run(
         ShadowMode::Off => None,
     };
     let windows = mode.map(|mode| {
-        let ram = layout::ram_ranges(config.memory).into_iter().map(|(gpa, len)| gpa.0..gpa.0 + len).collect();
+        let ram =
+            layout::ram_ranges(config.memory).into_iter().map(|(gpa, len)| gpa.0..gpa.0 + len).collect();
         let windows = shadow::Config { ram, mode, notify: config.notify, limit: config.shadow_limit };
         Windows::new(&windows, &mut MachineSlots(&machine))
     });
@@ -295,8 +294,7 @@ fn run_vcpu(mut vcpu: Vcpu, shared: &Shared) -> Option<Outcome> {
             Err(error) => return Some(error.into()),
         };
         let mut slots = MachineSlots(&shared.machine);
-        let mut machine =
-            monitor::Machine { cpu: &mut vcpu, ram: shared.machine.ram(), slots: &mut slots };
+        let mut machine = monitor::Machine { cpu: &mut vcpu, ram: shared.machine.ram(), slots: &mut slots };
         if let Flow::End(outcome) = shared.monitor().dispatch(exit, &mut machine) {
             return Some(outcome);
         }

@@ -11,6 +11,7 @@ pub mod model;
 mod names;
 pub mod objects;
 pub mod release;
+mod stack_pages;
 mod stacks;
 pub mod windows;
 

@@ -483,7 +483,10 @@ mod tests {
         assert_eq!(found.freed.unwrap().task, 5);
         objects.allocated(0x2000, 100, 0, 0, &[]);
         objects.freed(0x2010, 5, &[1]);
-        assert_eq!(objects.nearest(0x2010, false).map(|found| (found.start, found.live)), Some((0x2000, true)));
+        assert_eq!(
+            objects.nearest(0x2010, false).map(|found| (found.start, found.live)),
+            Some((0x2000, true))
+        );
         assert_eq!((objects.counts().unknown_frees, objects.len()), (2, 2));
     }
 
