@@ -82,6 +82,9 @@ pub mod call {
     /// The guest is done. `rdi`: [`super::exit`] reason; for a fault `rsi`: vector in bits 0..32, error code in
     /// bits 32..64, `rcx`: rip, `r8`: faulting address; for `DONE` `rsi`: 0, or not 0 for failure.
     pub const EXIT: u32 = 11;
+    /// The compiler's descriptions of global variables with redzones. `rdi`: virtual address of an array of
+    /// [`super::Global`] (in an added region), `rsi`: how many. It is read when a finding needs it.
+    pub const GLOBALS: u32 = 12;
 }
 
 /// The least value of `rax` that is an error.
@@ -118,6 +121,32 @@ pub mod name {
 }
 /// Longest name, in bytes.
 pub const NAME_MAX: u64 = 64;
+
+/// What a compiler tells of one global variable (LLVM's and gcc's `struct __asan_global`).
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Global {
+    /// Virtual address.
+    pub start: u64,
+    /// Bytes of the variable.
+    pub size: u64,
+    /// Bytes with the redzone behind it.
+    pub size_with_redzone: u64,
+    /// Virtual address of its name, zero-terminated.
+    pub name: u64,
+    /// Virtual address of the name of its compilation unit, zero-terminated.
+    pub module: u64,
+    /// Not 0 if a constructor initializes it.
+    pub has_dynamic_init: u64,
+    /// Virtual address of its place in the source, 0 if the compiler does not say.
+    pub location: u64,
+    /// For C++'s one-definition rule.
+    pub odr_indicator: u64,
+}
+/// Bytes of a [`Global`].
+pub const GLOBAL_BYTES: u64 = 64;
+/// Most globals in one call.
+pub const GLOBALS_MAX: u64 = 1 << 16;
 
 /// Why the guest ends.
 pub mod exit {
@@ -217,4 +246,5 @@ impl Record {
 }
 
 const _: () = assert!(size_of::<Record>() as u64 == RECORD_BYTES);
+const _: () = assert!(size_of::<Global>() as u64 == GLOBAL_BYTES);
 const _: () = assert!(size_of::<RingHeader>() as u64 == RECORD_BYTES);

@@ -91,6 +91,13 @@ pub enum Call {
     },
     /// The guest is done.
     Exit(Exit),
+    /// `count` (1 to [`abi::GLOBALS_MAX`]) descriptions of globals at `va`.
+    Globals {
+        /// Virtual address.
+        va: u64,
+        /// How many.
+        count: u64,
+    },
 }
 
 /// Who did something.
@@ -282,6 +289,13 @@ impl Call {
                 }
                 _ => return Err(wrong("exit reason", rdi)),
             }),
+            call::GLOBALS => {
+                if !(1..=abi::GLOBALS_MAX).contains(&rsi) {
+                    return Err(wrong("number of globals", rsi));
+                }
+                range("address of globals", rdi, rsi * abi::GLOBAL_BYTES)?;
+                Self::Globals { va: rdi, count: rsi }
+            }
             _ => return Err(CallError::Unknown(number)),
         })
     }
@@ -456,7 +470,7 @@ mod tests {
 
     #[test]
     fn wrong_arguments_are_refused() {
-        for number in [0, 12, 255, u32::MAX] {
+        for number in [0, 13, 255, u32::MAX] {
             assert_eq!(error(number, 0, 0, 0, 0), abi::ERR_CALL);
         }
         for version in [0, 2, u64::MAX, 1 << 32 | 1] {
@@ -489,6 +503,9 @@ mod tests {
             (call::NAME, name::TASK, u64::MAX, 2),
             (call::NAME, name::CACHE, 0, 1 << 48),
             (call::EXIT, 3, 0, 0),
+            (call::GLOBALS, 0, 0, 0),
+            (call::GLOBALS, 0, abi::GLOBALS_MAX + 1, 0),
+            (call::GLOBALS, u64::MAX - 62, 1, 0),
         ] {
             assert_eq!(
                 error(number, rdi, rsi, rdx, 0),
@@ -569,7 +586,7 @@ mod tests {
                 Err(error) => {
                     prop_assert!(error.result() >= abi::ERR_MIN);
                     prop_assert!(!error.to_string().contains('\n'));
-                    prop_assert_eq!(error.result() == abi::ERR_CALL, !(1..=11).contains(&number));
+                    prop_assert_eq!(error.result() == abi::ERR_CALL, !(1..=12).contains(&number));
                     prop_assert_eq!(error.result() == abi::ERR_VERSION, number == call::HELLO);
                 }
                 Ok(Call::RegionAdd(region)) => {
@@ -590,6 +607,9 @@ mod tests {
                 Ok(Call::Poison { va, len, code }) => prop_assert!(code >= 0x80 && holds(va, len)),
                 Ok(Call::Unpoison { va, len, .. } | Call::Allocated { va, size: len, .. }) => {
                     prop_assert!(holds(va, len));
+                }
+                Ok(Call::Globals { va, count }) => {
+                    prop_assert!((1..=abi::GLOBALS_MAX).contains(&count) && holds(va, count * 64));
                 }
                 Ok(Call::Name { va, len, .. }) => prop_assert!(len <= abi::NAME_MAX && holds(va, len)),
                 Ok(_) => {}

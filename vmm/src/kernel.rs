@@ -1,59 +1,212 @@
-//! temp
-use anyhow::Result;
-/// a
+//! The test kernel that is built into Umbra, and what its scenarios are expected to lead to.
+
+use object::{Object as _, ObjectSection as _};
+use thiserror::Error;
+
+/// The section that says what the scenarios are.
+const SECTION: &str = ".umbra.scenarios";
+
+/// One finding that a scenario is expected to lead to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Expected {
-    /// a
+    /// The kind of bug, as reports name it: `slab-out-of-bounds`.
     pub kind: String,
-    /// b
+    /// `Read`, `Write` or `Free`.
     pub access: String,
-    /// c
+    /// Bytes of the access.
     pub size: u64,
-    /// d
+    /// Where the access begins, in bytes from the start of the object; none if there is no object, or if any will do.
     pub offset: Option<i64>,
 }
-/// s
-#[derive(Clone, Debug)]
+
+/// Something that the test kernel does on request.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Scenario {
-    /// n
+    /// Its name, by which the kernel's command line chooses it.
     pub name: String,
-    /// e
+    /// The findings it leads to, in their order; none for one that must stay silent.
     pub expected: Vec<Expected>,
-    /// a
+    /// What it does, in a few words.
     pub about: String,
 }
-/// t
-pub fn test_kernel() -> Option<&'static [u8]> {
-    Some(Box::leak(std::fs::read(std::env::var("UMBRA_KERNEL").ok()?).ok()?.into_boxed_slice()))
+
+/// Why the scenarios of a kernel cannot be told.
+#[derive(Debug, Error)]
+pub enum ScenarioError {
+    /// The file is not one that has sections.
+    #[error("the test kernel is not an ELF file that can be read")]
+    NotElf(#[source] object::Error),
+    /// It was built without scenarios, or stripped of them.
+    #[error("the test kernel has no section {SECTION}")]
+    NoSection,
+    /// The section's content is outside of the file.
+    #[error("the test kernel's section {SECTION} cannot be read")]
+    Unreadable(#[source] object::Error),
+    /// The section holds something else than text.
+    #[error("the test kernel's section {SECTION} is not text")]
+    NotText(#[source] std::str::Utf8Error),
+    /// A line is not `name|verdict|description`.
+    #[error("the test kernel describes a scenario as {line:?}, which is not `name|verdict|description`")]
+    Line {
+        /// The line.
+        line: String,
+    },
+    /// A verdict is neither `silent` nor `kind access size offset`.
+    #[error("scenario {scenario}: {verdict:?} is neither `silent` nor `kind access size offset`")]
+    Verdict {
+        /// The scenario's name.
+        scenario: String,
+        /// The verdict, or the one of several that is wrong.
+        verdict: String,
+    },
 }
-/// s
-pub fn scenarios(elf: &[u8]) -> Result<Vec<Scenario>> {
-    use object::{Object, ObjectSection};
-    let f = object::File::parse(elf)?;
-    let s = f.section_by_name(".umbra.scenarios").unwrap();
-    let t = std::str::from_utf8(s.data()?)?;
-    Ok(t.lines()
-        .map(|l| {
-            let mut p = l.split('|');
-            let name = p.next().unwrap().to_string();
-            let v = p.next().unwrap();
-            let about = p.next().unwrap().to_string();
-            let expected = if v == "silent" {
-                vec![]
-            } else {
-                v.split(';')
-                    .map(|e| {
-                        let w: Vec<_> = e.split(' ').collect();
-                        Expected {
-                            kind: w[0].into(),
-                            access: w[1].into(),
-                            size: w[2].parse().unwrap(),
-                            offset: w[3].parse().ok(),
-                        }
-                    })
-                    .collect()
+
+/// The test kernel's ELF file, if Umbra was built with one (`cargo xtask guest` builds it).
+pub fn test_kernel() -> Option<&'static [u8]> {
+    #[cfg(umbra_kernel)]
+    return Some(include_bytes!(env!("UMBRA_KERNEL_FILE")));
+    #[cfg(not(umbra_kernel))]
+    None
+}
+
+/// The scenarios of a test kernel, in the order in which it runs them.
+///
+/// # Errors
+/// `elf` is not a kernel that describes its scenarios, or does so wrongly.
+pub fn scenarios(elf: &[u8]) -> Result<Vec<Scenario>, ScenarioError> {
+    let file = object::File::parse(elf).map_err(ScenarioError::NotElf)?;
+    let section = file.section_by_name(SECTION).ok_or(ScenarioError::NoSection)?;
+    let text = section.data().map_err(ScenarioError::Unreadable)?;
+    let text = std::str::from_utf8(text).map_err(ScenarioError::NotText)?;
+    text.lines().filter(|line| !line.is_empty()).map(scenario).collect()
+}
+
+fn scenario(line: &str) -> Result<Scenario, ScenarioError> {
+    let mut parts = line.splitn(3, '|');
+    let (Some(name), Some(verdict), Some(about)) = (parts.next(), parts.next(), parts.next()) else {
+        return Err(ScenarioError::Line { line: line.to_owned() });
+    };
+    let expected = match verdict {
+        "silent" => Vec::new(),
+        findings => {
+            let read = |verdict: &str| {
+                expected(verdict).ok_or_else(|| ScenarioError::Verdict {
+                    scenario: name.to_owned(),
+                    verdict: verdict.to_owned(),
+                })
             };
-            Scenario { name, expected, about }
-        })
-        .collect())
+            findings.split(';').map(read).collect::<Result<_, _>>()?
+        }
+    };
+    Ok(Scenario { name: name.to_owned(), expected, about: about.to_owned() })
+}
+
+fn expected(verdict: &str) -> Option<Expected> {
+    let mut words = verdict.split_ascii_whitespace();
+    let (kind, access) = (words.next()?, words.next()?);
+    let size = words.next()?.parse().ok()?;
+    let offset = match words.next()? {
+        "-" => None,
+        bytes => Some(bytes.parse().ok()?),
+    };
+    let known = matches!(access, "Read" | "Write" | "Free") && words.next().is_none();
+    known.then(|| Expected { kind: kind.to_owned(), access: access.to_owned(), size, offset })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A 64-bit ELF file whose one section beside the names is called `name` and holds `content`.
+    fn elf(name: &str, content: &[u8]) -> Vec<u8> {
+        let names = format!("\0.shstrtab\0{name}\0");
+        let content_at = 64 + names.len();
+        let table = (content_at + content.len()).next_multiple_of(8);
+        let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+        file.extend([2_u16, 62].map(u16::to_le_bytes).concat());
+        file.extend(1_u32.to_le_bytes());
+        file.extend([0, 0, table as u64].map(u64::to_le_bytes).concat());
+        file.extend(0_u32.to_le_bytes());
+        file.extend([64_u16, 0, 0, 64, 3, 1].map(u16::to_le_bytes).concat());
+        file.extend(names.as_bytes());
+        file.extend(content);
+        file.resize(table, 0);
+        for (name, kind, at, size) in
+            [(0, 0, 0, 0), (1, 3, 64, names.len()), (11, 1, content_at, content.len())]
+        {
+            file.extend([name, kind].map(u32::to_le_bytes).concat());
+            file.extend([0, 0, at as u64, size as u64].map(u64::to_le_bytes).concat());
+            file.extend([0_u32; 2].map(u32::to_le_bytes).concat());
+            file.extend([1_u64, 0].map(u64::to_le_bytes).concat());
+        }
+        file
+    }
+
+    fn read(text: &str) -> Result<Vec<Scenario>, ScenarioError> {
+        scenarios(&elf(SECTION, text.as_bytes()))
+    }
+
+    #[test]
+    fn verdicts_are_read() {
+        let text = "quiet|silent|does no harm | at all\n\
+                    wild|wild-memory-access Read 8 -;double-free Free 0 0|two\n\
+                    moves|out-of-bounds Read 18446744073709551614 -4|moves -2 bytes\n";
+        let of = |kind: &str, access: &str, size, offset| Expected {
+            kind: kind.into(),
+            access: access.into(),
+            size,
+            offset,
+        };
+        let found = read(text).unwrap();
+        assert_eq!(found.iter().map(|s| s.name.as_str()).collect::<Vec<_>>(), ["quiet", "wild", "moves"]);
+        assert_eq!(found[0].about, "does no harm | at all");
+        assert!(found[0].expected.is_empty());
+        assert_eq!(
+            found[1].expected,
+            [of("wild-memory-access", "Read", 8, None), of("double-free", "Free", 0, Some(0))]
+        );
+        assert_eq!(found[2].expected, [of("out-of-bounds", "Read", u64::MAX - 1, Some(-4))]);
+        assert!(read("").unwrap().is_empty());
+    }
+
+    #[test]
+    fn wrong_descriptions_are_named() {
+        for line in ["lonely", "name|silent"] {
+            assert!(
+                matches!(read(line), Err(ScenarioError::Line { line: named }) if named == line),
+                "{line}"
+            );
+        }
+        for bad in
+            ["", "loud", "k Read 1", "k Read x 1", "k Look 1 1", "k Read 1 1 1", "k Read 1 1;", "k Read -1 0"]
+        {
+            let error = read(&format!("s|{bad}|about")).unwrap_err();
+            assert!(
+                matches!(&error, ScenarioError::Verdict { scenario, .. } if scenario == "s"),
+                "{bad}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn files_without_descriptions_are_refused() {
+        assert!(matches!(scenarios(b"not a kernel"), Err(ScenarioError::NotElf(_))));
+        assert!(matches!(scenarios(&elf(".text", b"")), Err(ScenarioError::NoSection)));
+        assert!(matches!(scenarios(&elf(SECTION, b"\xff|silent|x")), Err(ScenarioError::NotText(_))));
+        let mut cut = elf(SECTION, b"name|silent|about");
+        let table = cut.len() - 3 * 64;
+        cut[table + 2 * 64 + 24..][..8].copy_from_slice(&u64::MAX.to_le_bytes());
+        assert!(matches!(scenarios(&cut), Err(ScenarioError::Unreadable(_))));
+    }
+
+    #[test]
+    fn the_built_in_kernel_describes_its_scenarios() {
+        let Some(kernel) = test_kernel() else {
+            println!("SKIPPED: the_built_in_kernel_describes_its_scenarios: built without the test kernel");
+            return;
+        };
+        let all = scenarios(kernel).unwrap();
+        assert!(all.iter().any(|s| s.name == "kmalloc_oob_right" && !s.expected.is_empty()));
+        assert!(all.iter().filter(|s| s.expected.is_empty()).count() >= 10);
+    }
 }

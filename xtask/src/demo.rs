@@ -1,8 +1,57 @@
 //! `cargo xtask demo`: builds everything and becomes `umbra demo`.
-use crate::Context;
-use anyhow::Result;
+
+use std::fs::OpenOptions;
+use std::io;
 use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+
+use crate::{Context, guest};
+
+/// Runs it. Returns only if that fails.
 pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
-    let _ = (context, arguments);
-    todo!()
+    let boots = !arguments.iter().any(|argument| ["--list", "--help", "-h"].contains(&argument.as_str()));
+    // Better said before minutes of building.
+    if boots && let Some(problem) = kvm_problem() {
+        bail!("{problem}");
+    }
+    guest::build(context)?;
+    context.progress.step("building Umbra");
+    let umbra = ["--release", "--package", "umbra", "--bin", "umbra"];
+    context.cargo().args(["build"]).args(umbra).run_or_fail(&context.progress)?;
+    context.progress.step("starting the demo");
+    context.progress.finish();
+    // It knows where the program is, wherever results are put.
+    context.cargo().args(["run", "--quiet"]).args(umbra).args(["--", "demo"]).args(arguments).replace()
+}
+
+/// Why guests cannot be booted on this machine, if so, and what to do about it.
+pub fn kvm_problem() -> Option<String> {
+    OpenOptions::new().read(true).write(true).open("/dev/kvm").err().as_ref().map(describe)
+}
+
+fn describe(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::NotFound => "there is no /dev/kvm: enable virtualization (VT-x or AMD-V) in the firmware and \
+             load kvm_intel or kvm_amd, or nested KVM where this is a virtual machine, or pass the device into the \
+             container where this is one"
+            .into(),
+        io::ErrorKind::PermissionDenied => "no permission to use /dev/kvm: join the group that owns it \
+             (`sudo usermod -aG kvm $USER`) and log in again"
+            .into(),
+        _ => format!("/dev/kvm cannot be used: {error}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_with_kvm_is_said_with_its_remedy() {
+        let said = |kind: io::ErrorKind| describe(&kind.into());
+        assert!(said(io::ErrorKind::NotFound).contains("enable virtualization"));
+        assert!(said(io::ErrorKind::PermissionDenied).contains("usermod -aG kvm"));
+        assert!(describe(&io::Error::from_raw_os_error(libc::ENODEV)).contains("No such device"));
+    }
 }

@@ -37,7 +37,10 @@ const COMMON: [&str; 5] = [
 
 /// How the kernel is instrumented: every check is a call, stack and globals have redzones. The mapping offset makes
 /// the compiler's own stores to a stack's shadow agree with the runtime's look-ups (address >>s 3, nothing added).
-const SANITIZER: [&str; 8] = [
+///
+/// rustc drops the names of variables in a release build unless it is told not to; findings on a stack show them.
+const SANITIZER: [&str; 9] = [
+    "-Zfewer-names=no",
     "-Zsanitizer=kernel-address",
     "-Zsanitizer-recover=kernel-address",
     "-Zexternal-clangrt",
@@ -47,14 +50,6 @@ const SANITIZER: [&str; 8] = [
     "-Cllvm-args=-asan-mapping-offset=0xe000000000000000",
     "-Cllvm-args=-asan-max-inline-poisoning-size=0",
 ];
-
-/// What was built.
-pub struct Built {
-    /// The runtime, for the kernel.
-    pub object: PathBuf,
-    /// The kernel; not there if only the runtime was wanted.
-    pub kernel: PathBuf,
-}
 
 /// `cargo xtask guest`.
 pub fn run(context: &Context, only_runtime: bool) -> Result<()> {
@@ -74,11 +69,11 @@ pub fn run(context: &Context, only_runtime: bool) -> Result<()> {
 }
 
 /// Builds runtime and kernel, for a task that uses them.
-pub fn build(context: &Context) -> Result<Built> {
+pub fn build(context: &Context) -> Result<()> {
     let guest = Guest::new(context)?;
     let object = guest.runtime()?;
-    let kernel = guest.kernel(&object)?;
-    Ok(Built { object, kernel })
+    guest.kernel(&object)?;
+    Ok(())
 }
 
 struct Guest<'a> {
@@ -116,6 +111,9 @@ impl<'a> Guest<'a> {
             .env("RUSTC", &compiler.rustc)
             // The sanitizer and the build of `core` are unstable features.
             .env("RUSTC_BOOTSTRAP", "1")
+            // Fewer instructions, and one unit of debug information for each crate: reading those of 16 would be most
+            // of the VMM's memory.
+            .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "1")
             .args(["rustc", "--release", "--target", TARGET, "--target-dir"])
             .args([self.folder.join(part)]);
         command
@@ -124,7 +122,7 @@ impl<'a> Guest<'a> {
     /// What files are called in debug information: names that are the same on every machine.
     fn remapped(&self) -> Vec<(PathBuf, &'static str)> {
         let library = self.tools.compiler.library();
-        let mut all = vec![(self.context.root.clone(), "."), (library.clone(), "library")];
+        let mut all = vec![(self.context.root.clone(), ""), (library.clone(), "library")];
         // A distribution's sources may be behind a link, which rustc sees resolved.
         if let Ok(real) = library.canonicalize()
             && real != library
@@ -139,6 +137,7 @@ impl<'a> Guest<'a> {
         let progress = &self.context.progress;
         progress.step("building the guest runtime");
         self.cargo("runtime", &[])
+            .env("CARGO_PROFILE_RELEASE_LTO", "fat")
             .args(["--package", "umbra-runtime", "--crate-type", "staticlib"])
             .args(["-Zbuild-std=core,compiler_builtins", "-Zbuild-std-features=compiler-builtins-mem"])
             .run_or_fail(progress)?;
@@ -154,7 +153,9 @@ impl<'a> Guest<'a> {
         if self.tools.linker.ends_with("rust-lld") {
             link.args(["-flavor", "gnu"]);
         }
-        link.args(["-r", "--whole-archive"])
+        // Only the members that the entry points need.
+        link.args(["-r"])
+            .args(KEPT.map(|name| format!("--undefined-glob={name}")))
             .args([&archive])
             .args(["-o"])
             .args([&whole])

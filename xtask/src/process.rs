@@ -4,12 +4,11 @@
 //! should this program be killed.
 
 use std::ffi::{OsStr, OsString};
-use std::io::{BufRead as _, BufReader, Read};
+use std::io::{BufRead as _, BufReader};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitCode, Stdio};
 use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
-use std::sync::mpsc;
 
 use anyhow::{Context as _, Result, bail};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -80,21 +79,24 @@ impl Command {
 
     /// Runs it to its end and hands each line it prints to `line`, as it comes.
     pub fn stream(&mut self, mut line: impl FnMut(&str)) -> Result<Finished> {
-        let (sender, lines) = mpsc::channel();
-        let mut child = self.spawn()?;
-        let readers = [
-            child.stdout.take().map(|stream| read_lines(stream, sender.clone())),
-            child.stderr.take().map(|stream| read_lines(stream, sender)),
-        ];
+        // One pipe for both streams keeps their lines in order.
+        let (reader, writer) = std::io::pipe().context("cannot make a pipe")?;
+        let copy = writer.try_clone().context("cannot make a pipe")?;
+        self.inner.stdin(Stdio::null()).stdout(writer).stderr(copy);
+        let child = self.spawn();
+        // The command's own ends of the pipe would keep it open.
+        self.inner.stdout(Stdio::null()).stderr(Stdio::null());
+        let mut child = child?;
         let mut output = String::new();
-        for text in lines {
-            line(&text);
-            output.push_str(&text);
+        let mut reader = BufReader::new(reader);
+        let mut bytes = Vec::new();
+        while reader.read_until(b'\n', &mut bytes).is_ok_and(|count| count > 0) {
+            let text = String::from_utf8_lossy(&bytes);
+            let text = text.trim_end_matches(['\r', '\n']);
+            line(text);
+            output.push_str(text);
             output.push('\n');
-        }
-        for reader in readers.into_iter().flatten() {
-            // A reader ends with its stream and does not panic.
-            let _ = reader.join();
+            bytes.clear();
         }
         let status = child.wait();
         RUNNING.store(0, SeqCst);
@@ -130,7 +132,7 @@ impl Command {
     }
 
     fn spawn(&mut self) -> Result<Child> {
-        self.inner.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+        self.inner.process_group(0);
         // SAFETY: getpid has no preconditions.
         let parent = unsafe { libc::getpid() };
         let end_with_parent = move || {
@@ -148,21 +150,6 @@ impl Command {
     }
 }
 
-/// Sends the lines of a stream, whatever their encoding.
-fn read_lines(stream: impl Read + Send + 'static, to: mpsc::Sender<String>) -> std::thread::JoinHandle<()> {
-    std::thread::spawn(move || {
-        let mut stream = BufReader::new(stream);
-        let mut line = Vec::new();
-        while stream.read_until(b'\n', &mut line).is_ok_and(|bytes| bytes > 0) {
-            let text = String::from_utf8_lossy(&line);
-            if to.send(text.trim_end_matches(['\r', '\n']).to_owned()).is_err() {
-                return;
-            }
-            line.clear();
-        }
-    })
-}
-
 /// What a program prints to its standard output, if it can be run and succeeds.
 pub fn ask(program: &Path, arguments: &[&str]) -> Option<String> {
     let output = std::process::Command::new(program).args(arguments).stdin(Stdio::null()).output().ok()?;
@@ -173,4 +160,23 @@ pub fn ask(program: &Path, arguments: &[&str]) -> Option<String> {
 pub fn which(name: &str) -> Option<PathBuf> {
     let path: OsString = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_both_streams_come_in_order_and_the_status_is_told() {
+        let mut lines = Vec::new();
+        let script = "echo one; echo two >&2; printf 'thr\\377ee'; exit 3";
+        let finished = Command::new("/bin/sh", Path::new("/"))
+            .args(["-c", script])
+            .stream(|line| lines.push(line.to_owned()))
+            .unwrap();
+        assert_eq!(lines, ["one", "two", "thr\u{fffd}ee"]);
+        assert!(!finished.success);
+        assert_eq!(finished.output, "one\ntwo\nthr\u{fffd}ee\n");
+        assert!(Command::new("/nowhere/program", Path::new("/")).stream(|_| {}).is_err());
+    }
 }

@@ -74,6 +74,14 @@ impl Progress {
         }
     }
 
+    /// Prints what a command said, as it is.
+    pub fn show(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| eprint!("{text}")),
+            None => eprint!("{text}"),
+        }
+    }
+
     /// Takes the spinner away, for something else to print.
     pub fn finish(&self) {
         if let Some(bar) = &self.bar {

@@ -184,9 +184,12 @@ mod tests {
         let all = [bare.clone(), old.clone(), mixed.clone(), matching.clone(), rustup.clone()];
         assert_eq!(find(&all, release).unwrap().sysroot, matching);
         assert_eq!(find(&[bare.clone(), rustup.clone(), matching], release).unwrap().sysroot, rustup);
-        assert_eq!(find(&[bare, old, mixed], release), None);
+        assert_eq!(find(&[bare, old.clone(), mixed], release), None);
         assert_eq!(find(std::slice::from_ref(&rustup), |_| None), None, "a compiler that does not run");
-        assert_eq!(find(&[rustup.clone()], release).unwrap().cargo, Some(rustup.join("bin/cargo")));
+        assert_eq!(
+            find(std::slice::from_ref(&rustup), release).unwrap().cargo,
+            Some(rustup.join("bin/cargo"))
+        );
     }
 
     #[test]

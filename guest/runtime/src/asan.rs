@@ -3,23 +3,11 @@
 //! Names and meaning are LLVM's and gcc's (`llvm/lib/Transforms/Instrumentation/AddressSanitizer.cpp`); the
 //! redzones of `alloca` are those of `mm/kasan/generic.c`.
 
+use umbra_shadow::abi::{Global, call};
 use umbra_shadow::codes;
 use umbra_shadow::memory::ShadowMemory;
 
-use crate::{shadow, state};
-
-/// What the compiler tells of one global variable (`struct __asan_global`).
-#[repr(C)]
-pub struct Global {
-    start: u64,
-    size: u64,
-    size_with_redzone: u64,
-    name: *const u8,
-    module: *const u8,
-    has_dynamic_init: u64,
-    location: *const u8,
-    odr_indicator: u64,
-}
+use crate::{host, shadow, state};
 
 /// Poisons the redzones behind globals.
 ///
@@ -27,6 +15,9 @@ pub struct Global {
 /// `globals` points to `n` descriptors.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn __asan_register_globals(globals: *const Global, n: u64) {
+    if state::mode() != 0 {
+        host::hypercall(call::GLOBALS, globals as u64, n, 0, 0);
+    }
     for i in 0..n as usize {
         // SAFETY: the caller's promise; the compiler's constructors make the call.
         let global = unsafe { &*globals.add(i) };

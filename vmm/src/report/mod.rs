@@ -7,6 +7,7 @@
 
 mod collect;
 mod finding;
+pub mod frame;
 pub mod json;
 pub mod stack;
 pub mod symbols;

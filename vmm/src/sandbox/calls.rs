@@ -110,6 +110,10 @@ impl Monitor {
                     Named::Task { id } => self.objects.name_task(id, name),
                 }
             }
+            Call::Globals { va, count } => {
+                in_ram(&self.regions, machine.ram, va, count * abi::GLOBAL_BYTES, "address of globals")?;
+                self.globals.add(va, count)?;
+            }
             Call::Exit(exit) => {
                 return Ok(Answer::End(match exit {
                     Exit::Done { failed: false } => Outcome::Done,
@@ -124,7 +128,7 @@ impl Monitor {
                 }));
             }
         }
-        let value = if matches!(call, Call::Hello) { u64::from(abi::VERSION) } else { 0 };
+        let value = if matches!(call, Call::Hello) { self.features().into() } else { 0 };
         Ok(Answer::Value(value))
     }
 

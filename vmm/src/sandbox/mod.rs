@@ -6,11 +6,14 @@
 //! still ends, with all that was found.
 
 mod calls;
+mod globals;
 mod investigate;
 pub mod monitor;
 mod outcome;
 mod rings;
 pub mod stats;
+#[cfg(test)]
+mod tests;
 
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};

@@ -6,6 +6,7 @@
 use umbra_shadow::abi::{self, CPUID_FIRST, CPUID_STEP, PORT, features};
 use vm_memory::GuestAddress;
 
+use super::globals::Globals;
 use super::investigate::Place;
 use super::rings::Rings;
 use super::stats::{EventStats, ExitStats};
@@ -18,7 +19,7 @@ use crate::machine::memory::Ram;
 use crate::machine::vcpu::{Vcpu, VmExit};
 use crate::report::Findings;
 use crate::report::symbols::Symbols;
-use crate::shadow::{FaultOutcome, Layout, Notify, Objects, ShadowError, Slots, Windows};
+use crate::shadow::{FaultOutcome, Layout, Mode, Notify, Objects, ShadowError, Slots, Windows};
 
 /// A vCPU as the dispatcher needs it.
 pub trait GuestCpu: Cpu {
@@ -65,6 +66,7 @@ pub struct Monitor {
     pub events: EventStats,
     pub(super) regions: Regions,
     pub(super) rings: Rings,
+    pub(super) globals: Globals,
     pub(super) symbols: Symbols,
     pub(super) observer: Box<dyn Observer>,
     pub(super) stop_at: Option<usize>,
@@ -92,6 +94,7 @@ impl Monitor {
             events: EventStats::default(),
             regions: Regions::default(),
             rings: Rings::default(),
+            globals: Globals::default(),
             symbols,
             observer,
             stop_at,
@@ -159,6 +162,16 @@ impl Monitor {
         self.devices.flush();
     }
 
+    /// The feature bits of this run ([`features`]).
+    pub(super) fn features(&self) -> u32 {
+        let Some(windows) = &self.windows else { return 0 };
+        let mode = match windows.mode() {
+            Mode::PerPage => ShadowMode::PerPage,
+            Mode::Full => ShadowMode::Full,
+        };
+        offer(mode, windows.notify())
+    }
+
     fn stuck(&self, what: String, machine: &Machine) -> Result<Flow, Outcome> {
         Ok(Flow::End(Outcome::Stuck { what, place: self.place(machine).to_string() }))
     }
@@ -224,6 +237,17 @@ impl Monitor {
         }
     }
 
+    /// The feature bits of this run.
+    pub(super) fn features(&self) -> u32 {
+        self.windows.as_ref().map_or(0, |windows| {
+            let mode = match windows.mode() {
+                Mode::PerPage => ShadowMode::PerPage,
+                Mode::Full => ShadowMode::Full,
+            };
+            offered(mode, windows.notify())
+        })
+    }
+
     /// Logs a guest's mistake, a few times.
     pub(super) fn refuse(&mut self, what: &dyn std::fmt::Display) {
         self.events.refused += 1;
@@ -236,18 +260,9 @@ impl Monitor {
     }
 }
 
-/// The CPUID leaves that a guest finds Umbra by (see [`umbra_shadow::abi`]). One block beyond KVM's own.
-pub fn discovery(mode: ShadowMode, notify: Notify, layout: &Layout) -> Vec<CpuidLeaf> {
-    let base = CPUID_FIRST + CPUID_STEP;
-    let notify = match notify {
-        Notify::Ring => features::RING,
-        Notify::Sync => features::SYNC,
-    };
-    let offered = match mode {
-        ShadowMode::PerPage => features::PER_PAGE | notify,
-        ShadowMode::Full => features::FULL | notify,
-        ShadowMode::Off => 0,
-    };
+/// The feature bits of a run ([`features`]).
+fn offer(mode: ShadowMode, notify: Notify) -> u32 {
+    let offered = offered(mode, notify);
     let leaf = |function, [eax, ebx, ecx, edx]: [u32; 4]| CpuidLeaf { function, eax, ebx, ecx, edx };
     let window = |gpa: u64, bytes: u64| [gpa as u32, (gpa >> 32) as u32, bytes as u32, (bytes >> 32) as u32];
     let page = if mode == ShadowMode::PerPage { window(layout.page.gpa, layout.page.bytes) } else { [0; 4] };

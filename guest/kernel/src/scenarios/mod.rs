@@ -72,15 +72,19 @@ pub fn run(command_line: &'static str) {
     }
     let all =
         || [slab::ALL, pages::ALL, stack::ALL, heap::ALL, silent::ALL, churn::ALL].into_iter().flatten();
+    if chosen.is_empty() {
+        all().for_each(run_one);
+    }
+    // In the order in which they are named, and as often.
     for name in chosen.split(',').filter(|name| !name.is_empty()) {
-        if !all().any(|(known, _)| *known == name) {
-            println!("no scenario is called {name}");
+        match all().find(|(known, _)| *known == name) {
+            Some(scenario) => run_one(scenario),
+            None => println!("no scenario is called {name}"),
         }
     }
-    for (name, body) in all() {
-        if chosen.is_empty() || chosen.split(',').any(|wanted| wanted == *name) {
-            thread::run(name, *body);
-            println!("ran {name}");
-        }
-    }
+}
+
+fn run_one((name, body): &Scenario) {
+    thread::run(name, *body);
+    println!("ran {name}");
 }
