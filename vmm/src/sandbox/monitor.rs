@@ -237,17 +237,6 @@ impl Monitor {
         }
     }
 
-    /// The feature bits of this run.
-    pub(super) fn features(&self) -> u32 {
-        self.windows.as_ref().map_or(0, |windows| {
-            let mode = match windows.mode() {
-                Mode::PerPage => ShadowMode::PerPage,
-                Mode::Full => ShadowMode::Full,
-            };
-            offered(mode, windows.notify())
-        })
-    }
-
     /// Logs a guest's mistake, a few times.
     pub(super) fn refuse(&mut self, what: &dyn std::fmt::Display) {
         self.events.refused += 1;
@@ -262,7 +251,21 @@ impl Monitor {
 
 /// The feature bits of a run ([`features`]).
 fn offer(mode: ShadowMode, notify: Notify) -> u32 {
-    let offered = offered(mode, notify);
+    let notify = match notify {
+        Notify::Ring => features::RING,
+        Notify::Sync => features::SYNC,
+    };
+    match mode {
+        ShadowMode::PerPage => features::PER_PAGE | notify,
+        ShadowMode::Full => features::FULL | notify,
+        ShadowMode::Off => 0,
+    }
+}
+
+/// The CPUID leaves that a guest finds Umbra by (see [`umbra_shadow::abi`]). One block beyond KVM's own.
+pub fn discovery(mode: ShadowMode, notify: Notify, layout: &Layout) -> Vec<CpuidLeaf> {
+    let base = CPUID_FIRST + CPUID_STEP;
+    let offered = offer(mode, notify);
     let leaf = |function, [eax, ebx, ecx, edx]: [u32; 4]| CpuidLeaf { function, eax, ebx, ecx, edx };
     let window = |gpa: u64, bytes: u64| [gpa as u32, (gpa >> 32) as u32, bytes as u32, (bytes >> 32) as u32];
     let page = if mode == ShadowMode::PerPage { window(layout.page.gpa, layout.page.bytes) } else { [0; 4] };
