@@ -80,6 +80,9 @@ impl Run {
     }
 }
 
+/// What is checked of a whole run.
+type Check = (&'static str, fn(&Run));
+
 fn shown(finding: &Finding) -> String {
     text::to_string(finding, Default::default())
 }
@@ -157,7 +160,7 @@ fn main() -> ExitCode {
                     exactly(&run, &scenario);
                 });
             }
-            let checks: [(&str, fn(&Run)); 2] =
+            let checks: [Check; 2] =
                 [("nothing else is found", nothing_else), ("findings are told in C", told_in_c)];
             for (what, check) in checks {
                 let run = run.clone();
