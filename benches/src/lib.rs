@@ -1,1 +1,10 @@
-//! Helpers shared by the benchmarks.
+//! Measures what Umbra promises, and prints it beside the promise.
+//!
+//! A [`figure::Figure`] is one measured value with its limit. [`meter::Meter`] boots the test kernel with the library and counts
+//! what its `bench=` words do, exactly where KVM counts guest instructions; [`program::Program`] runs the program
+//! `umbra` as a process of its own, for what a process costs. [`suite`] holds the figures themselves.
+
+pub mod figure;
+pub mod meter;
+pub mod program;
+pub mod suite;

@@ -47,7 +47,7 @@ impl Run {
     /// Panics if the program did.
     #[track_caller]
     pub fn assert_no_panic(&self) {
-        for word in ["panicked", "RUST_BACKTRACE", "stack backtrace", "this is a bug"] {
+        for word in ["panicked at", "RUST_BACKTRACE", "stack backtrace", "this is a bug"] {
             assert!(!self.stderr.contains(word), "{word}:\n{}", self.tail());
         }
     }

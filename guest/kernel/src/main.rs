@@ -1,7 +1,8 @@
 //! Umbra's test kernel: boots, sets up its allocators and threads, and runs the scenarios that its command line
 //! names. It is an ordinary small kernel, instrumented as any other would be.
 //!
-//! Command line: `scenarios=a,b` (default: all), `churn=N` (operations of the churn scenarios).
+//! Command line: `scenarios=a,b` (default: all; `-`: none), `churn=N` (operations of the churn scenarios),
+//! `bench=...` (see [`bench`]).
 #![no_std]
 #![no_main]
 #![allow(
@@ -11,6 +12,7 @@
 
 extern crate alloc;
 
+mod bench;
 mod boot;
 mod console;
 mod cpu;
@@ -63,6 +65,7 @@ extern "C" fn kernel_main(boot_params: u64) -> ! {
     umbra_guest::poison(start, bytes, codes::FREE_PAGE);
     slab::init();
     thread::init();
+    bench::run(info.command_line);
     scenarios::run(info.command_line);
     if on_umbra() {
         umbra_guest::exit(0);

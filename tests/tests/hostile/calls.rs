@@ -194,7 +194,8 @@ fn a_flood_of_reports() {
 }
 
 fn equal_reports_are_one() {
-    let rows: Vec<Row> = (0..500).map(|i| [call::REPORT.into(), FREE + i, 1, access::WRITE.into(), CODE]).collect();
+    let rows: Vec<Row> =
+        (0..500).map(|i| [call::REPORT.into(), FREE + i, 1, access::WRITE.into(), CODE]).collect();
     let guest = Guest::new(|g| {
         g.region()?;
         g.calls(&rows)?;
@@ -203,7 +204,12 @@ fn equal_reports_are_one() {
     let run = quiet(guest, "--keep-going");
     run.expect(1);
     assert_eq!((run.figure("/findings"), run.figure("/findings_total")), (1, 500));
-    assert_eq!(run.stderr.matches("BUG: KASAN").count(), 2, "once, and in the line that counts: {}", run.tail());
+    assert_eq!(
+        run.stderr.matches("BUG: KASAN").count(),
+        2,
+        "once, and in the line that counts: {}",
+        run.tail()
+    );
     assert!(run.stderr.contains("499 more of: BUG: KASAN: "), "{}", run.tail());
 }
 
@@ -286,13 +292,17 @@ fn a_ring_over_the_code() {
         });
         let run = quiet(guest, "--timeout 3s");
         let outcome = run.outcome();
-        assert!(["done", "triple-fault", "stuck", "unknown-instruction"].contains(&outcome), "{at:#x}: {outcome}");
+        assert!(
+            ["done", "triple-fault", "stuck", "unknown-instruction"].contains(&outcome),
+            "{at:#x}: {outcome}"
+        );
     }
 }
 
 /// Names that hold escape sequences, line ends and no text at all reach neither the terminal nor the JSON raw.
 fn wild_names() {
-    let bad = b"\x1b[31mEVIL\x1b]0;title\x07\n=====\r\nBUG: KASAN: forged in f+0x0/0x1\n\xff\xfe\x80".as_slice();
+    let bad =
+        b"\x1b[31mEVIL\x1b]0;title\x07\n=====\r\nBUG: KASAN: forged in f+0x0/0x1\n\xff\xfe\x80".as_slice();
     assert!(bad.len() <= 64 + 12);
     let guest = Guest::new(|g| {
         g.region()?;
@@ -364,8 +374,10 @@ fn wild_frame_pointers() {
     let guest = Guest::new(|g| {
         g.region()?;
         // A frame that is its own caller; below it a chain of 10,000 frames.
-        let chain: Vec<u8> =
-            (0..10_000u64).flat_map(|i| [(FREE + 64 + 16 * (i + 1)), CODE + i]).flat_map(u64::to_le_bytes).collect();
+        let chain: Vec<u8> = (0..10_000u64)
+            .flat_map(|i| [(FREE + 64 + 16 * (i + 1)), CODE + i])
+            .flat_map(u64::to_le_bytes)
+            .collect();
         let source = g.data(&chain);
         let a = &mut g.asm;
         a.mov(rbx, FREE)?;
@@ -388,7 +400,11 @@ fn wild_frame_pointers() {
     assert_eq!(run.outcome(), "done", "{}", run.tail());
     assert_eq!(run.findings.len(), starts.len() + 1);
     let depth = |finding: &serde_json::Value| finding["frames"].as_array().map_or(0, Vec::len);
-    assert!(run.findings.iter().all(|f| (1..=32).contains(&depth(f))), "{:?}", run.findings.iter().map(depth));
+    assert!(
+        run.findings.iter().all(|f| (1..=32).contains(&depth(f))),
+        "{:?}",
+        run.findings.iter().map(depth)
+    );
     assert!(depth(&run.findings[0]) < 4, "a circle is left at once: {}", run.findings[0]["frames"]);
     assert_eq!(depth(&run.findings[starts.len()]), 32);
     assert!(run.stderr.len() < OUTPUT + 4096 * starts.len());

@@ -24,8 +24,12 @@ const OUTPUT: usize = 64 << 10;
 /// good order, needs little memory, and lets no escape sequence of the guest through to standard error.
 #[track_caller]
 fn run(mut guest: Guest, args: &str) -> Run {
-    let mut umbra =
-        Umbra::new(PROGRAM, "run").file(&guest.elf()).arg("--memory").arg(RAM.to_string()).args(args).collect();
+    let mut umbra = Umbra::new(PROGRAM, "run")
+        .file(&guest.elf())
+        .arg("--memory")
+        .arg(RAM.to_string())
+        .args(args)
+        .collect();
     if !args.contains("--timeout") {
         umbra = umbra.args("--timeout 30s");
     }

@@ -234,7 +234,9 @@ fn garbage_in_the_shadow() {
     let guest = Guest::new(|g| {
         g.region()?;
         g.call(call::RING_SETUP, [FREE, 128, 0, 0])?;
-        for (page, value) in [(0x900u64, 3u32), (0x901, 0x7f), (0x902, 2), (0x903, 1), (0x904, 0x80), (0x905, 0xff)] {
+        for (page, value) in
+            [(0x900u64, 3u32), (0x901, 0x7f), (0x902, 2), (0x903, 1), (0x904, 0x80), (0x905, 0xff)]
+        {
             g.asm.mov(rbx, PAGE_WINDOW + page)?;
             g.asm.mov(byte_ptr(rbx), value)?;
             g.asm.mov(rbx, BYTE_WINDOW + page * 512)?;

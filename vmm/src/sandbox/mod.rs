@@ -10,6 +10,7 @@ mod globals;
 mod investigate;
 pub mod monitor;
 mod outcome;
+mod picture;
 mod rings;
 pub mod stats;
 #[cfg(test)]
@@ -34,9 +35,11 @@ use crate::machine::{Kvm, Machine, MachineConfig, MachineError, SlotId, layout};
 use crate::report::symbols::Symbols;
 use crate::report::{Finding, Findings};
 use crate::shadow::accounting::resident_bytes;
-use crate::shadow::{self, Notify, ProcessMemory, ShadowError, SlotError, Slots, Windows};
+use crate::shadow::{self, Notify, PageMap, ProcessMemory, ShadowError, SlotError, Slots, Windows};
 use monitor::{Flow, Monitor};
 pub use outcome::Outcome;
+use picture::Timeline;
+pub use picture::{Picture, Sample};
 use stats::{GuestStats, HostStats, ShadowStats, Stats};
 
 /// Which shadow to keep.
@@ -83,12 +86,19 @@ pub struct Config {
     pub stop_at: Option<usize>,
     /// Find out whether the host counts guest instructions, and read the count. Costs a probe guest.
     pub count_instructions: bool,
+    /// Watch the run for [`Report::picture`]. Without it nothing is sampled.
+    pub picture: bool,
 }
 
-/// Who hears of each new finding while the guest runs.
+/// Who hears of each new finding while the guest runs, and of its start.
 pub trait Observer: Send {
     /// A finding that is the first of its kind.
     fn finding(&mut self, finding: &Finding);
+
+    /// The guest is about to run; `counters` are its vCPU's, if they were asked for and KVM has them.
+    fn starts(&mut self, counters: Option<Arc<VcpuStats>>) {
+        let _ = counters;
+    }
 }
 
 /// Hears nothing.
@@ -120,6 +130,8 @@ pub struct Report {
     pub findings: Findings,
     /// What it cost.
     pub stats: Stats,
+    /// What it looked like, if that was asked for.
+    pub picture: Option<Picture>,
 }
 
 impl Report {
@@ -154,7 +166,7 @@ impl Slots for MachineSlots<'_> {
 /// slots lie in the windows, before them.
 struct Shared {
     machine: Machine,
-    counters: Option<VcpuStats>,
+    counters: Option<Arc<VcpuStats>>,
     stop: AtomicBool,
     started: Mutex<Option<Instant>>,
     monitor: Mutex<Monitor>,
@@ -174,7 +186,7 @@ impl Shared {
 pub fn run(
     config: &Config,
     console: Box<dyn Write + Send>,
-    observer: Box<dyn Observer>,
+    mut observer: Box<dyn Observer>,
     stop: &AtomicBool,
 ) -> Result<Report, RunError> {
     let begin = Instant::now();
@@ -204,16 +216,20 @@ pub fn run(
     let vcpu = machine.create_vcpu(0)?;
     let kicker = vcpu.kicker();
     let kernel = config.kernel.clone();
-    let monitor = Monitor::new(
+    let counters = config.count_instructions.then(|| VcpuStats::open(&vcpu)).and_then(|counters| {
+        counters.inspect_err(|e| log::info!("guest instructions are not counted: {e}")).ok()
+    });
+    let counters = counters.map(Arc::new);
+    observer.starts(counters.clone());
+    let (console, tail) = picture::Tail::tee(console, config.picture);
+    let mut monitor = Monitor::new(
         windows,
         Devices::new(console, None),
         Symbols::lazy(move || Ok(kernel)),
         observer,
         config.stop_at,
     );
-    let counters = config.count_instructions.then(|| VcpuStats::open(&vcpu)).and_then(|counters| {
-        counters.inspect_err(|e| log::info!("guest instructions are not counted: {e}")).ok()
-    });
+    monitor.timeline = config.picture.then(Timeline::default);
     let shared = Arc::new(Shared {
         machine,
         counters,
@@ -242,6 +258,12 @@ pub fn run(
             Err(RecvTimeoutError::Disconnected) => break None,
             Err(RecvTimeoutError::Timeout) => {}
         }
+        // A guest that makes no exits is sampled from here. While it handles one, the other thread does it.
+        if config.picture
+            && let Ok(mut monitor) = shared.monitor.try_lock()
+        {
+            monitor.sample();
+        }
         let why = if stop.load(Relaxed) {
             Outcome::Interrupted
         } else {
@@ -262,7 +284,7 @@ pub fn run(
         return Err(RunError::Panicked);
     }
     let outcome = outcome.ok_or(RunError::Panicked)?;
-    let counted = shared.counters.as_ref().and_then(VcpuStats::instructions_emulated);
+    let counted = shared.counters.as_ref().and_then(|counters| counters.instructions_emulated());
     let instructions = counted.filter(|_| match emulates_ring0(&kvm) {
         Ok(all) => all,
         Err(error) => {
@@ -273,6 +295,15 @@ pub fn run(
     let mut monitor = shared.monitor();
     monitor.drain_all(shared.machine.ram());
     monitor.flush();
+    let picture = monitor.timeline.take().map(|timeline| {
+        let ram: Vec<_> =
+            layout::ram_ranges(config.memory).into_iter().map(|(gpa, len)| gpa.0..gpa.0 + len).collect();
+        Picture {
+            samples: timeline.finish(monitor.windows.as_mut()),
+            pages: monitor.windows.as_ref().map(|windows| PageMap::of(windows, &ram, picture::CELLS)),
+            console: tail.take(),
+        }
+    });
     let started = *shared.started.lock().unwrap_or_else(PoisonError::into_inner);
     let seconds = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
         (Some(from), Some(to)) => to.saturating_duration_since(from).as_secs_f64(),
@@ -285,7 +316,7 @@ pub fn run(
     };
     let stats = figures(config, &outcome, &mut monitor, shared.machine.ram(), instructions, host);
     let findings = std::mem::take(&mut monitor.findings);
-    Ok(Report { outcome, findings, stats })
+    Ok(Report { outcome, findings, stats, picture })
 }
 
 /// Runs the vCPU until the run ends. `None`: it was told to stop.

@@ -8,6 +8,7 @@ use vm_memory::GuestAddress;
 
 use super::globals::Globals;
 use super::investigate::Place;
+use super::picture::Timeline;
 use super::rings::Rings;
 use super::stats::{EventStats, ExitStats};
 use super::{Observer, Outcome, ShadowMode};
@@ -70,6 +71,8 @@ pub struct Monitor {
     pub(super) symbols: Symbols,
     pub(super) observer: Box<dyn Observer>,
     pub(super) stop_at: Option<usize>,
+    /// The shadow over time, if that was asked for.
+    pub(super) timeline: Option<Timeline>,
     devices: Devices,
     completer: Completer,
 }
@@ -98,6 +101,7 @@ impl Monitor {
             symbols,
             observer,
             stop_at,
+            timeline: None,
             devices,
             completer: Completer::default(),
         }
@@ -106,6 +110,8 @@ impl Monitor {
     /// Does what an exit asks for.
     pub fn dispatch(&mut self, exit: VmExit, machine: &mut Machine) -> Flow {
         self.exits.total += 1;
+        // Before the exit is handled: a ring drain may give shadow back, so the peaks are here.
+        self.sample();
         let flow = match exit {
             VmExit::IoOut { port: PORT, data } if data.as_slice().len() == 4 => {
                 self.exits.hypercall += 1;
@@ -150,6 +156,13 @@ impl Monitor {
             VmExit::Unsupported { reason } => self.stuck(format!("unexpected exit {reason}"), machine),
         };
         flow.unwrap_or_else(Flow::End)
+    }
+
+    /// Takes a sample of the shadow if samples were asked for and it is time for one.
+    pub(super) fn sample(&mut self) {
+        if let (Some(timeline), Some(windows)) = (&mut self.timeline, &mut self.windows) {
+            timeline.sample(windows);
+        }
     }
 
     /// Instructions completed so far, by mnemonic.

@@ -5,6 +5,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use umbra_shadow::codes::PAGE_SIZE;
+
 use super::{
     names::{TaskNames, sanitize},
     stacks::{StackId, Stacks},
@@ -286,7 +288,12 @@ impl Objects {
             Some((entry, entry.start - gpa)).filter(|(_, distance)| *distance <= NEARBY)
         };
         let Some(left) = left else { return right().map(|(entry, _)| self.found(entry)) };
-        let slot = self.caches.get(&left.cache).map_or(0, |(_, object_size)| *object_size);
+        let slot = match self.caches.get(&left.cache) {
+            Some((_, object_size)) => *object_size,
+            // Without a cache, an object that starts a page has pages of its own.
+            None if left.start.is_multiple_of(PAGE_SIZE) => u64::from(left.size).next_multiple_of(PAGE_SIZE),
+            None => 0,
+        };
         let end = left.end().max(left.start.saturating_add(slot));
         if gpa < end {
             return Some(self.found(left));
@@ -434,6 +441,15 @@ mod tests {
         assert_eq!((again.size, again.live, again.cache, again.freed), (20, true, None, None));
         assert_eq!(again.allocated, Some(Event { task: 1, name: None, frames: &[], lost: false }));
         assert_eq!(objects.len(), 1);
+    }
+
+    #[test]
+    fn pages_of_its_own_belong_to_an_object() {
+        let mut objects = Objects::default();
+        objects.allocated(0x10000, 4106, 0, 0, &[]);
+        objects.allocated(0x12000, 4096, 0, 0, &[]);
+        assert_eq!(nearest(&objects, 0x11fff), Some(0x10000), "one byte before the next object");
+        assert_eq!(nearest(&objects, 0x12000), Some(0x12000));
     }
 
     #[test]

@@ -57,6 +57,9 @@ fn write(at: u64, value: u8) {
     unsafe { (opaque(at) as *mut u8).write_volatile(value) }
 }
 
+/// Chooses no scenario at all.
+const NONE: &str = "-";
+
 /// Runs what the command line asks for.
 pub fn run(command_line: &'static str) {
     let mut chosen = "";
@@ -76,7 +79,7 @@ pub fn run(command_line: &'static str) {
         all().for_each(run_one);
     }
     // In the order in which they are named, and as often.
-    for name in chosen.split(',').filter(|name| !name.is_empty()) {
+    for name in chosen.split(',').filter(|name| !name.is_empty() && *name != NONE) {
         match all().find(|(known, _)| *known == name) {
             Some(scenario) => run_one(scenario),
             None => println!("no scenario is called {name}"),

@@ -1,0 +1,5 @@
+//! The core's figures: `cargo bench -p umbra-benches`.
+
+fn main() -> std::process::ExitCode {
+    umbra_benches::suite::main()
+}

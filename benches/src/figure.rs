@@ -1,0 +1,156 @@
+//! Figures: measured values, their limits, and how they are printed.
+
+use std::fmt::Write as _;
+
+use serde::Serialize;
+
+/// One measured value.
+#[derive(Clone, Debug, Serialize)]
+pub struct Figure {
+    /// Figures of one kind stand together under this heading.
+    pub group: &'static str,
+    /// What was measured.
+    pub name: String,
+    /// The value.
+    pub measured: f64,
+    /// Its unit.
+    pub unit: &'static str,
+    /// The most that it may be; none for a figure that is only told.
+    pub limit: Option<f64>,
+    /// What it came to.
+    pub verdict: Verdict,
+    /// What else is to say.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub note: String,
+}
+
+/// What a figure came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// Within its limit.
+    Ok,
+    /// Over its limit.
+    Over,
+    /// There is no limit.
+    Told,
+    /// There is one, but not in the unit that this host allows to measure in.
+    NotApplicable,
+}
+
+impl Verdict {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Over => "OVER",
+            Self::Told => "",
+            Self::NotApplicable => "n/a here",
+        }
+    }
+}
+
+impl Figure {
+    /// A figure without a limit.
+    pub fn new(group: &'static str, name: impl Into<String>, measured: f64, unit: &'static str) -> Self {
+        let (limit, verdict, note) = (None, Verdict::Told, String::new());
+        Self { group, name: name.into(), measured, unit, limit, verdict, note }
+    }
+
+    /// Says the most that it may be.
+    #[must_use]
+    pub fn limit(self, limit: f64) -> Self {
+        let verdict = if self.measured <= limit { Verdict::Ok } else { Verdict::Over };
+        Self { limit: Some(limit), verdict, ..self }
+    }
+
+    /// Says that its limit is in a unit in which nothing can be measured here.
+    #[must_use]
+    pub fn not_applicable(self) -> Self {
+        match self.limit {
+            Some(_) => Self { verdict: Verdict::NotApplicable, ..self },
+            None => self,
+        }
+    }
+
+    /// Adds a remark.
+    #[must_use]
+    pub fn note(self, note: impl Into<String>) -> Self {
+        Self { note: note.into(), ..self }
+    }
+}
+
+/// A number for people: whole ones without a fraction, large ones in groups of three digits.
+fn number(value: f64) -> String {
+    if value.fract().abs() >= 0.005 && value.abs() < 1000.0 {
+        return format!("{value:.2}");
+    }
+    let digits = format!("{:.0}", value.abs());
+    let mut text = String::from(if value < 0.0 { "-" } else { "" });
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// All figures as a table.
+pub fn table(figures: &[Figure]) -> String {
+    let width = figures.iter().map(|f| f.name.chars().count()).max().unwrap_or(0).max(6);
+    let mut text = String::new();
+    let mut group = "";
+    for f in figures {
+        if f.group != group {
+            group = f.group;
+            // Writing to a string does not fail.
+            let _ = write!(
+                text,
+                "\n{group}\n{:width$}  {:>12}  {:>10}  {:12}  verdict\n",
+                "  figure", "measured", "limit", "unit"
+            );
+        }
+        let limit = f.limit.map(number).unwrap_or_default();
+        let line = format!(
+            "  {:inner$}  {:>12}  {limit:>10}  {:12}  {}  {}",
+            f.name,
+            number(f.measured),
+            f.unit,
+            f.verdict.as_str(),
+            f.note,
+            inner = width.saturating_sub(2),
+        );
+        let _ = writeln!(text, "{}", line.trim_end());
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_is_the_most_that_is_good() {
+        let figure = |measured| Figure::new("g", "n", measured, "x").limit(8.0);
+        assert_eq!(figure(8.0).verdict, Verdict::Ok);
+        assert_eq!(figure(8.5).verdict, Verdict::Over);
+        assert_eq!(figure(9.0).not_applicable().verdict, Verdict::NotApplicable);
+        assert_eq!(Figure::new("g", "n", 9.0, "x").not_applicable().verdict, Verdict::Told);
+    }
+
+    #[test]
+    fn numbers_read_well() {
+        for (value, text) in
+            [(7.0, "7"), (0.125, "0.13"), (999.0, "999"), (1000.4, "1,000"), (18613294.0, "18,613,294")]
+        {
+            assert_eq!(number(value), text);
+        }
+        assert_eq!(number(-1234.0), "-1,234");
+    }
+
+    #[test]
+    fn what_is_over_shows_in_the_table() {
+        let text = table(&[Figure::new("checks", "load8", 9.0, "instructions").limit(8.0)]);
+        assert!(text.lines().any(|line| line.contains("load8") && line.ends_with("OVER")), "{text}");
+    }
+}

@@ -1,0 +1,135 @@
+//! Runs the program `umbra` as a process of its own.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+use std::{env, fs};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+use umbra_shadow::abi::{PORT, call};
+
+/// The built program, and a folder for what it reads and writes.
+pub struct Program {
+    program: PathBuf,
+    folder: PathBuf,
+}
+
+impl Program {
+    /// Builds the program. Its files go to `folder`.
+    ///
+    /// # Errors
+    /// It cannot be built or found.
+    pub fn build(folder: &Path) -> Result<Self> {
+        let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let status = Command::new(cargo)
+            .args(["build", "--quiet", "--release", "--package", "umbra", "--bin", "umbra"])
+            .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+            .status()
+            .context("cannot start cargo to build umbra")?;
+        ensure!(status.success(), "umbra cannot be built: {status}");
+        // This program is in target/release/deps.
+        let this = env::current_exe().context("this program's path is unknown")?;
+        let program =
+            this.ancestors().nth(2).context("this program is not where cargo puts it")?.join("umbra");
+        ensure!(program.is_file(), "umbra is not at {}", program.display());
+        Ok(Self { program, folder: folder.to_owned() })
+    }
+
+    /// Runs a kernel in 256 MiB; the figures of `--stats`.
+    ///
+    /// # Errors
+    /// It cannot be started, or ends with another status than `expected`.
+    pub fn stats(&self, kernel: &[u8], cmdline: &str, expected: i32) -> Result<Value> {
+        let file = self.folder.join("kernel");
+        let stats = self.folder.join("stats.json");
+        fs::write(&file, kernel).with_context(|| format!("cannot write {}", file.display()))?;
+        let arguments: [&OsStr; 8] = [
+            "run".as_ref(),
+            file.as_ref(),
+            "--keep-going".as_ref(),
+            "--timeout=600s".as_ref(),
+            "--cmdline".as_ref(),
+            cmdline.as_ref(),
+            "--stats".as_ref(),
+            stats.as_ref(),
+        ];
+        self.run(&arguments, expected)?;
+        let text = fs::read(&stats).with_context(|| format!("cannot read {}", stats.display()))?;
+        serde_json::from_slice(&text).context("--stats is not JSON")
+    }
+
+    /// The median time from the start of the process to its end, of `times` runs of a kernel that ends at once, in 256
+    /// MiB: a bound for the time to the guest's first instruction.
+    ///
+    /// # Errors
+    /// As [`Program::stats`].
+    pub fn start_to_end(&self, times: usize) -> Result<Duration> {
+        let file = self.folder.join("exits-at-once");
+        fs::write(&file, exits_at_once()).with_context(|| format!("cannot write {}", file.display()))?;
+        let mut all = Vec::with_capacity(times);
+        for _ in 0..times {
+            let begin = Instant::now();
+            self.run(&["run".as_ref(), file.as_ref()], 0)?;
+            all.push(begin.elapsed());
+        }
+        all.sort();
+        all.get(times / 2).copied().context("no runs")
+    }
+
+    fn run(&self, arguments: &[&OsStr], expected: i32) -> Result<()> {
+        let status = Command::new(&self.program)
+            .args(arguments)
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .with_context(|| format!("cannot start {}", self.program.display()))?;
+        ensure!(status.code() == Some(expected), "umbra {arguments:?} ended with {status}");
+        Ok(())
+    }
+}
+
+/// An ELF kernel of one segment at 1 MiB, that says with its first instructions that it is done.
+fn exits_at_once() -> Vec<u8> {
+    const LOAD: u64 = 1 << 20;
+    const HEADERS: u64 = 64 + 56;
+    // xor edi, edi; xor esi, esi; mov eax, EXIT; mov edx, PORT; out dx, eax
+    let mut code = vec![0x31, 0xff, 0x31, 0xf6, 0xb8];
+    code.extend_from_slice(&call::EXIT.to_le_bytes());
+    code.push(0xba);
+    code.extend_from_slice(&u32::from(PORT).to_le_bytes());
+    code.push(0xef);
+    let bytes = HEADERS + code.len() as u64;
+    // Elf64_Ehdr: ELF, 64 bits, little endian, version 1; executable, x86_64, version 1.
+    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
+    // Entry, program headers, section headers; flags, sizes of this header and of a program header, one of these,
+    // no sections.
+    for word in [LOAD + HEADERS, 64, 0] {
+        file.extend_from_slice(&u64::to_le_bytes(word));
+    }
+    file.extend_from_slice(&[0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 64, 0, 0, 0, 0, 0]);
+    // Elf64_Phdr: PT_LOAD, readable and executable; offset, addresses, sizes, alignment.
+    file.extend_from_slice(&[1, 0, 0, 0, 5, 0, 0, 0]);
+    for word in [0, LOAD, LOAD, bytes, bytes, 4096] {
+        file.extend_from_slice(&u64::to_le_bytes(word));
+    }
+    file.extend_from_slice(&code);
+    file
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hand_made_kernel_has_the_size_that_its_headers_say() {
+        let file = exits_at_once();
+        let word = |at: usize| u64::from_le_bytes(file[at..at + 8].try_into().unwrap());
+        assert_eq!(word(24), (1 << 20) + 120, "the entry is behind the headers");
+        assert_eq!(word(64 + 32), file.len() as u64, "bytes in the file");
+        assert_eq!(&file[120..122], [0x31, 0xff]);
+    }
+}

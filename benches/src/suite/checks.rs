@@ -1,0 +1,114 @@
+//! Instructions of each check, from its first one to its return.
+
+use anyhow::Result;
+
+use crate::figure::Figure;
+use crate::meter::{Meter, Mode, Word};
+
+/// Limits in instructions, for accesses of 1 to 8 bytes inside one page.
+const UNTYPED: f64 = 8.0;
+const BYTE_CHECKED: f64 = 16.0;
+
+struct Case {
+    entry: String,
+    place: &'static str,
+    offset: u64,
+    size: u64,
+    name: &'static str,
+    limit: Option<f64>,
+}
+
+impl Case {
+    fn word(&self) -> Word {
+        Word::new("check", format!("{}:{}:{}:{}", self.entry, self.place, self.offset, self.size))
+    }
+}
+
+/// The places where accesses of a fixed size are tried. The object has 125 whole granules and 5 valid bytes in one more.
+fn fixed(size: u64) -> Vec<(&'static str, u64, &'static str, Option<f64>)> {
+    let mut all = vec![
+        ("page", 0, "untyped page", Some(UNTYPED)),
+        ("object", 0, "byte-checked, whole granule", Some(BYTE_CHECKED)),
+    ];
+    if size > 1 {
+        all.push(("page", 1, "untyped page, unaligned", Some(UNTYPED)));
+        all.push(("page", 4096 - size / 2, "untyped pages, across both", None));
+        all.push(("object", 8 - size / 2, "byte-checked, unaligned, across granules", Some(BYTE_CHECKED)));
+    }
+    if let Some(offset) = match size {
+        1 => Some(1004),
+        2 => Some(1002),
+        4 => Some(1000),
+        _ => None,
+    } {
+        all.push(("object", offset, "byte-checked, partial granule", Some(BYTE_CHECKED)));
+    }
+    if size == 2 || size == 4 {
+        all.push(("object", 1, "byte-checked, unaligned, in a whole granule", Some(BYTE_CHECKED)));
+        all.push(("object", 1001, "byte-checked, unaligned, in a partial granule", Some(BYTE_CHECKED)));
+    }
+    if size == 8 {
+        all.push(("object", 997, "byte-checked, unaligned, into a partial granule", Some(BYTE_CHECKED)));
+    }
+    if size > 8 {
+        all.iter_mut().for_each(|case| case.3 = None);
+    }
+    all
+}
+
+fn cases() -> Vec<Case> {
+    let mut all = Vec::new();
+    for access in ["load", "store"] {
+        for size in [1, 2, 4, 8, 16] {
+            for (place, offset, name, limit) in fixed(size) {
+                // Loads and stores are made of one macro: the less common ways are tried once.
+                if access == "load" || !name.contains("unaligned") {
+                    all.push(Case { entry: format!("{access}{size}"), place, offset, size, name, limit });
+                }
+            }
+        }
+        for (place, offset, size, name) in [
+            ("page", 0, 64, "64 bytes of an untyped page"),
+            ("page", 4000, 200, "200 bytes across two untyped pages"),
+            ("object", 1, 3, "3 bytes, byte-checked, in a granule"),
+            ("object", 0, 64, "64 bytes, byte-checked"),
+            ("object", 1, 1003, "1003 bytes, byte-checked, unaligned"),
+        ] {
+            all.push(Case { entry: format!("{access}N"), place, offset, size, name, limit: None });
+        }
+    }
+    all
+}
+
+/// Measures all checks with two-level and with full shadow.
+pub fn figures(meter: &Meter) -> Result<Vec<Figure>> {
+    let none = Case { entry: "none".into(), place: "page", offset: 0, size: 0, name: "", limit: None };
+    let modes = [
+        (Mode::RING, "checks, two-level shadow (without the call itself)"),
+        (Mode::FULL, "checks, full shadow (without the call itself)"),
+    ];
+    let mut all = Vec::new();
+    for (mode, group) in modes {
+        let cases = cases();
+        let words: Vec<_> = std::iter::once(&none).chain(&cases).map(Case::word).collect();
+        let costs = meter.cost(mode, &words)?;
+        // The loop and its call of a bare `ret`, which is one instruction; by the clock, it counts as nothing.
+        let (empty, costs) = (costs[0], &costs[1..]);
+        for (case, cost) in cases.iter().zip(costs) {
+            let ret = if meter.counts() { 1.0 } else { 0.0 };
+            let mut figure = Figure::new(
+                group,
+                format!("{}: {}", case.entry, case.name),
+                cost - empty + ret,
+                meter.unit(),
+            );
+            if mode == Mode::RING
+                && let Some(limit) = case.limit
+            {
+                figure = figure.limit(limit);
+            }
+            all.push(if meter.counts() { figure } else { figure.not_applicable() });
+        }
+    }
+    Ok(all)
+}

@@ -1,0 +1,111 @@
+//! What allocations, events and calls cost, in guest instructions and exits, or in time.
+
+use anyhow::{Context as _, Result};
+
+use crate::figure::Figure;
+use crate::meter::{Meter, Mode, Word};
+
+/// Rounds that are timed.
+const TIMED: u64 = 2000;
+/// Blocks of 2 MiB whose shadow is touched.
+const CHUNKS: u64 = 60;
+
+/// Measures them.
+pub fn figures(meter: &Meter) -> Result<Vec<Figure>> {
+    let mut all = instructions(meter)?;
+    all.extend(exits(meter)?);
+    all.extend(times(meter)?);
+    Ok(all)
+}
+
+fn instructions(meter: &Meter) -> Result<Vec<Figure>> {
+    const GROUP: &str = "costs (the loop excluded)";
+    let none = Word::new("check", "none:page:0:0");
+    let kmalloc =
+        |bytes: u64| (format!("kmalloc({bytes}) and kfree"), Word::new("kmalloc", bytes.to_string()));
+    let call = |name: &str, what: &str| (name.to_owned(), Word::new("call", what));
+    let mut all = Vec::new();
+    for (mode, mode_name, words) in [
+        (Mode::OFF, "off", vec![kmalloc(64), kmalloc(1024), kmalloc(8192)]),
+        (
+            Mode::RING,
+            "ring",
+            vec![
+                kmalloc(64),
+                kmalloc(1024),
+                kmalloc(8192),
+                ("record of an event, 3 frames".to_owned(), Word::new("record", "0")),
+                ("record of an event, 10 frames".to_owned(), Word::new("record", "7")),
+                call("umbra_alloc, 64 bytes in a slot of 96", "alloc"),
+                call("umbra_alloc and umbra_free of it", "alloc-free"),
+                call("umbra_poison, 8 bytes", "poison"),
+                call("umbra_unpoison, 8 bytes", "unpoison"),
+                call("umbra_unpoison, a page", "unpoison-page"),
+                call("a page demoted and promoted by these", "promote"),
+                call("a hypercall", "drain"),
+            ],
+        ),
+        (
+            Mode::SYNC,
+            "sync",
+            vec![
+                kmalloc(64),
+                kmalloc(1024),
+                kmalloc(8192),
+                call("umbra_alloc, 64 bytes in a slot of 96", "alloc"),
+                call("umbra_alloc and umbra_free of it", "alloc-free"),
+                call("umbra_poison, 8 bytes", "poison"),
+            ],
+        ),
+        (
+            Mode::FULL,
+            "full",
+            vec![
+                kmalloc(64),
+                kmalloc(1024),
+                kmalloc(8192),
+                call("umbra_alloc, 64 bytes in a slot of 96", "alloc"),
+                call("umbra_unpoison, a page", "unpoison-page"),
+            ],
+        ),
+    ] {
+        let measured: Vec<_> =
+            std::iter::once(none.clone()).chain(words.iter().map(|(_, word)| word.clone())).collect();
+        let costs = meter.cost(mode, &measured)?;
+        for ((name, _), cost) in words.iter().zip(&costs[1..]) {
+            all.push(Figure::new(GROUP, format!("{mode_name}: {name}"), cost - costs[0], meter.unit()));
+        }
+    }
+    Ok(all)
+}
+
+fn exits(meter: &Meter) -> Result<Vec<Figure>> {
+    const GROUP: &str = "exits of calls in sync mode";
+    let mut all = Vec::new();
+    for (name, what, calls) in [
+        ("umbra_poison", "poison", 1.0),
+        ("umbra_unpoison", "unpoison", 1.0),
+        ("umbra_alloc", "alloc", 1.0),
+        ("umbra_alloc and umbra_free", "alloc-free", 2.0),
+    ] {
+        let exits = meter.exits(Mode::SYNC, &Word::new("call", what))?;
+        all.push(Figure::new(GROUP, name, exits / calls, "exits/call").limit(1.0));
+    }
+    Ok(all)
+}
+
+fn times(meter: &Meter) -> Result<Vec<Figure>> {
+    const GROUP: &str = "times (they vary from run to run)";
+    let empty = meter.clock(Mode::RING, &Word::new("check", "none:page:0:0"), TIMED)?;
+    let hypercall = meter.clock(Mode::RING, &Word::new("call", "drain"), TIMED)?;
+    let change = meter.clock(Mode::SYNC, &Word::new("call", "poison"), TIMED)?;
+    let touch = |state| meter.clock(Mode::RING, &Word::new("chunks", state), CHUNKS);
+    let (new, used) = (touch("new").context("256 MiB hold no 64 blocks")?, touch("used")?);
+    let microseconds = |name, ns: f64| Figure::new(GROUP, name, ns / 1000.0, "µs");
+    Ok(vec![
+        microseconds("hypercall (an empty ring's drain) and back", hypercall - empty),
+        microseconds("umbra_poison of 8 bytes, in sync mode", change - empty),
+        microseconds("a promotion", used),
+        microseconds("shadow fault: a chunk mapped at its first touch", new - used),
+    ])
+}

@@ -1,0 +1,211 @@
+//! What the benchmarks have measured: one thing, called again and again in a loop whose own instructions are known.
+//!
+//! The host chooses by words `bench=WHAT:ROUNDS:...` on the command line, runs the kernel with two numbers of rounds,
+//! and divides the difference. Between the lines `bench begin` and `bench end` nothing but the loop runs.
+//!
+//! | word | what a round is |
+//! | --- | --- |
+//! | `bench=check:ROUNDS:ENTRY:PLACE:OFFSET:SIZE` | a call of `__asan_ENTRY_noabort` (`none`: of a bare `ret`) for `OFFSET` bytes into `page` (two pages, accessible as a whole) or `object` (1005 bytes in a slab); `SIZE` is for `loadN` and `storeN` |
+//! | `bench=call:ROUNDS:NAME` | a call of the runtime, see [`calls`] |
+//! | `bench=record:ROUNDS:DEPTH` | an event without any shadow, `DEPTH` frames deep |
+//! | `bench=kmalloc:ROUNDS:BYTES` | `kmalloc` and `kfree` |
+//! | `bench=chunks:ROUNDS:STATE` | a promotion in another 2 MiB each, of `new` or `used` byte shadow |
+
+use core::arch::{asm, global_asm};
+
+use umbra_guest::abi::{PORT, call};
+use umbra_guest::codes::{PAGE_SIZE, SLAB_REDZONE};
+
+use crate::slab::{kfree, kmalloc};
+use crate::{page, println};
+
+global_asm!(".balign 16", "bench_none:", "ret");
+
+unsafe extern "C" {
+    fn bench_none();
+    fn __asan_load1_noabort();
+    fn __asan_load2_noabort();
+    fn __asan_load4_noabort();
+    fn __asan_load8_noabort();
+    fn __asan_load16_noabort();
+    fn __asan_loadN_noabort();
+    fn __asan_store1_noabort();
+    fn __asan_store2_noabort();
+    fn __asan_store4_noabort();
+    fn __asan_store8_noabort();
+    fn __asan_store16_noabort();
+    fn __asan_storeN_noabort();
+    fn umbra_poison();
+    fn umbra_unpoison();
+    fn umbra_alloc();
+}
+
+/// A C function, whatever its arguments: at most five integers.
+type Function = unsafe extern "C" fn();
+
+/// Most 2 MiB blocks that `chunks` touches.
+const CHUNKS: usize = 64;
+/// A block of 2 MiB, as page order.
+const CHUNK_ORDER: usize = 9;
+/// Bytes of the object that checks are tried on: 125 whole granules, and one of which 5 bytes are valid.
+const OBJECT: u64 = 1005;
+
+/// Calls `f(arguments)` `rounds` times. Eight instructions of each round are the loop's, besides `call` and `ret`.
+#[inline(never)]
+fn repeat(rounds: u64, f: Function, arguments: [u64; 5]) {
+    if rounds == 0 {
+        return;
+    }
+    println!("bench begin");
+    // SAFETY: the callers' functions take such arguments; what a C function may change is declared.
+    unsafe {
+        asm!("2:",
+             "mov rdi, [r12]", "mov rsi, [r12 + 8]", "mov rdx, [r12 + 16]", "mov rcx, [r12 + 24]", "mov r8, [r12 + 32]",
+             "call r13", "dec r14", "jnz 2b",
+             in("r12") &arguments, in("r13") f, inout("r14") rounds => _, clobber_abi("C"));
+    }
+    println!("bench end");
+}
+
+/// [`repeat`], `depth` frames deeper.
+#[inline(never)]
+fn repeat_at(depth: u64, rounds: u64, f: Function, arguments: [u64; 5]) {
+    if depth == 0 {
+        repeat(rounds, f, arguments);
+    } else {
+        repeat_at(depth - 1, rounds, f, arguments);
+        // Something is left to do, so that the call above keeps its frame.
+        core::hint::black_box(depth);
+    }
+}
+
+fn entry(name: &str) -> Option<Function> {
+    let f: Function = match name {
+        "none" => bench_none,
+        "load1" => __asan_load1_noabort,
+        "load2" => __asan_load2_noabort,
+        "load4" => __asan_load4_noabort,
+        "load8" => __asan_load8_noabort,
+        "load16" => __asan_load16_noabort,
+        "loadN" => __asan_loadN_noabort,
+        "store1" => __asan_store1_noabort,
+        "store2" => __asan_store2_noabort,
+        "store4" => __asan_store4_noabort,
+        "store8" => __asan_store8_noabort,
+        "store16" => __asan_store16_noabort,
+        "storeN" => __asan_storeN_noabort,
+        _ => return None,
+    };
+    Some(f)
+}
+
+unsafe extern "C" fn allocate_and_free(bytes: u64) {
+    if let Some(at) = kmalloc(bytes) {
+        kfree(at);
+    }
+}
+
+/// The page of `at` becomes wholly accessible, then byte-checked.
+unsafe extern "C" fn demote_and_promote(at: u64) {
+    umbra_guest::unpoison(at, PAGE_SIZE);
+    umbra_guest::poison(at, 8, SLAB_REDZONE);
+}
+
+unsafe extern "C" fn give_and_take(at: u64) {
+    umbra_guest::alloc(at, 64, 96, SLAB_REDZONE, 1);
+    umbra_guest::free(at, at, 96, SLAB_REDZONE);
+}
+
+unsafe extern "C" fn drain() {
+    // SAFETY: a call of the ABI without any effect on this kernel's memory but the ring's count.
+    unsafe {
+        asm!("out dx, eax", inout("eax") call::RING_DRAIN => _, in("dx") PORT, in("rdi") 0, options(nostack));
+    }
+}
+
+fn with_arguments<F: Copy>(f: F) -> Function {
+    const { assert!(size_of::<F>() == size_of::<Function>()) };
+    // SAFETY: both are pointers to C functions; `repeat` passes more arguments than any of them takes.
+    unsafe { core::mem::transmute_copy(&f) }
+}
+
+/// The calls that `call` knows: the function and its arguments, for a page of its own at `at`.
+fn calls(name: &str, at: u64) -> Option<(Function, [u64; 5])> {
+    let redzone = u64::from(SLAB_REDZONE);
+    Some(match name {
+        "poison" => (umbra_poison, [at, 8, redzone, 0, 0]),
+        "unpoison" => (umbra_unpoison, [at, 8, 0, 0, 0]),
+        "unpoison-page" => (umbra_unpoison, [at, PAGE_SIZE, 0, 0, 0]),
+        "promote" => (with_arguments(demote_and_promote as unsafe extern "C" fn(u64)), [at, 0, 0, 0, 0]),
+        "alloc" => (umbra_alloc, [at, 64, 96, redzone, 1]),
+        "alloc-free" => (with_arguments(give_and_take as unsafe extern "C" fn(u64)), [at, 0, 0, 0, 0]),
+        "drain" => (drain, [0; 5]),
+        _ => return None,
+    })
+}
+
+fn chunks(rounds: u64, used: bool) -> Option<()> {
+    let mut blocks = [0; CHUNKS];
+    for block in &mut blocks {
+        *block = page::alloc(CHUNK_ORDER)?;
+    }
+    if used {
+        // A neighbour of the page in question, with its shadow in the same page of shadow.
+        blocks.iter().for_each(|&at| umbra_guest::poison(at + PAGE_SIZE, 8, SLAB_REDZONE));
+    }
+    println!("bench begin");
+    for &at in blocks.iter().take(rounds as usize) {
+        umbra_guest::poison(at, 8, SLAB_REDZONE);
+    }
+    println!("bench end");
+    for at in blocks {
+        // A poisoned start would be taken for a double free.
+        umbra_guest::unpoison(at, 8);
+        page::free(at);
+    }
+    Some(())
+}
+
+/// Does what one word asks for; none if it makes no sense, or memory is too small.
+fn bench(word: &str) -> Option<()> {
+    let mut parts = word.split(':');
+    let mut text = || parts.next();
+    let what = text()?;
+    let rounds: u64 = text()?.parse().ok()?;
+    match what {
+        "check" => {
+            let f = entry(text()?)?;
+            let at = match text()? {
+                "page" => page::alloc(1)?,
+                "object" => kmalloc(OBJECT)?,
+                _ => return None,
+            };
+            let at = at + text()?.parse::<u64>().ok()?;
+            repeat(rounds, f, [at, text()?.parse().ok()?, 0, 0, 0]);
+        }
+        "call" => {
+            let (f, arguments) = calls(text()?, page::alloc(0)?)?;
+            repeat(rounds, f, arguments);
+        }
+        "record" => {
+            let f: Function = umbra_alloc;
+            repeat_at(text()?.parse().ok()?, rounds, f, [page::alloc(0)?, 0, 0, 0, 0]);
+        }
+        "kmalloc" => {
+            let f = with_arguments(allocate_and_free as unsafe extern "C" fn(u64));
+            repeat(rounds, f, [text()?.parse().ok()?, 0, 0, 0, 0]);
+        }
+        "chunks" => chunks(rounds, text()? == "used")?,
+        _ => return None,
+    }
+    Some(())
+}
+
+/// Does what the command line asks for.
+pub fn run(command_line: &str) {
+    for word in command_line.split_ascii_whitespace().filter_map(|word| word.strip_prefix("bench=")) {
+        if bench(word).is_none() {
+            println!("bench={word}: there is no such benchmark, or too little memory");
+        }
+    }
+}
