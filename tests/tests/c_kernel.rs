@@ -54,6 +54,7 @@ impl Kernel {
             timeout: Some(Duration::from_secs(90)),
             stop_at: None,
             count_instructions: false,
+            picture: false,
         };
         let run = demo::verdicts(&config, chosen, false, Box::new(()), &AtomicBool::new(false));
         let (verdicts, report) = run.expect("it boots");
