@@ -101,9 +101,14 @@ fn matching_pair(policy: &str) -> Option<&str> {
 /// follows tells the user what to do. Never removes a package for it.
 fn apt_install(context: &Context, packages: &[&str]) -> Result<()> {
     if let Some(apt) = Apt::find(context) {
-        let mut command = apt.command("apt-get", &context.root);
-        command.args(["install", "-y", "-qq", "--no-install-recommends", "--no-remove"]).args(packages);
-        if !command.run(&context.progress)?.success {
+        let install = || {
+            let mut command = apt.command("apt-get", &context.root);
+            command.args(["install", "-y", "-qq", "--no-install-recommends", "--no-remove"]).args(packages);
+            command.run(&context.progress)
+        };
+        // A list of packages that is missing or old names files that are gone.
+        let update = || apt.command("apt-get", &context.root).args(["update", "-qq"]).run(&context.progress);
+        if !install()?.success && !(update()?.success && install()?.success) {
             context.progress.say(&format!("apt-get could not install {}", packages.join(" ")));
         }
     }
@@ -119,6 +124,16 @@ pub fn programs(context: &Context, names: &[&str]) -> Result<bool> {
         apt_install(context, &wanted)?;
     }
     Ok(missing().is_empty())
+}
+
+/// A browser for the tests of the page that `--html` writes. Without one they are skipped, and say so.
+pub fn browser(context: &Context) -> Result<()> {
+    if which("chromium").is_some() || Apt::find(context).is_none() {
+        return Ok(());
+    }
+    context.progress.step("installing chromium: the page that --html writes is tested in a browser");
+    // Without fonts a page is nearly empty.
+    apt_install(context, &["chromium", "fonts-dejavu-core"])
 }
 
 /// The way to install Debian's packages.

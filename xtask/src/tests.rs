@@ -85,6 +85,7 @@ fn tests(context: &Context, name: Option<&str>, summary: &mut Summary) -> Result
         command.args(["test", "--workspace", "--release", "--no-fail-fast"]);
         command
     };
+    setup::browser(context)?;
     context.progress.step("building the tests");
     test().args(["--no-run"]).run_or_fail(&context.progress)?;
     context.progress.step("running the tests");

@@ -5,8 +5,11 @@
 //! one line each, `name|verdict|description`. A verdict is `silent`, or findings separated by `;`, each
 //! `kind access size offset`, where the offset counts from the start of the object, `-` if there is none.
 
+mod access;
 mod churn;
+mod functions;
 mod heap;
+mod large;
 mod pages;
 mod silent;
 mod slab;
@@ -73,8 +76,21 @@ pub fn run(command_line: &'static str) {
             }
         }
     }
-    let all =
-        || [slab::ALL, pages::ALL, stack::ALL, heap::ALL, silent::ALL, churn::ALL].into_iter().flatten();
+    let all = || {
+        [
+            slab::ALL,
+            large::ALL,
+            functions::ALL,
+            access::ALL,
+            pages::ALL,
+            stack::ALL,
+            heap::ALL,
+            silent::ALL,
+            churn::ALL,
+        ]
+        .into_iter()
+        .flatten()
+    };
     if chosen.is_empty() {
         all().for_each(run_one);
     }
