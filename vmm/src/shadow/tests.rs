@@ -272,7 +272,7 @@ fn compilers_may_store_the_shadow_of_stacks() {
     let mut guest = Guest::new(8 * MIB, Mode::PerPage, Notify::Sync, None);
     let (page, byte) = (guest.page_gpa(0x5000), guest.byte_gpa(0x5000));
     let frame = [0xf1, 0xf1, 0, 2, 0xf2, 0xf3, 0xf8, 0];
-    let mut store =
+    let store =
         |guest: &mut Guest, gpa, data: &[u8]| guest.windows.stack_store(gpa, data, &mut guest.slots).unwrap();
     assert!(!store(&mut guest, byte, &frame), "no stack yet");
     guest.windows.mark_stack(0x5000, 0x2000, true);
