@@ -64,7 +64,7 @@ pub mod call {
     pub const RING_DRAIN: u32 = 4;
     /// `rdi`: address, `rsi`: bytes, `rcx`: code. `sync` mode only.
     pub const POISON: u32 = 5;
-    /// `rdi`: address, `rsi`: bytes. `sync` mode only.
+    /// `rdi`: address, `rsi`: bytes, `rcx`: a [`super::memory`] use. `sync` mode only.
     pub const UNPOISON: u32 = 6;
     /// `rdi`: address, `rsi`: bytes, `rcx`: cache in bits 0..16, CPU in bits 16..32, task in bits 32..64.
     /// The VMM walks the caller's stack from `rbp`. `sync` mode only.
@@ -156,6 +156,21 @@ pub mod exit {
     pub const PANIC: u64 = 1;
     /// A CPU exception it had no answer to.
     pub const FAULT: u64 = 2;
+}
+
+/// What unpoisoned memory is for.
+///
+/// Compilers store the shadow of stack variables directly, which read-only windows refuse. The VMM carries out such
+/// a store if all that it covers is stack and each of its bytes is one that a stack's shadow may hold
+/// ([`crate::codes::on_stack`]); any other store to a window is shadow tampering.
+pub mod memory {
+    /// As before.
+    pub const AS_BEFORE: u64 = 0;
+    /// From now on its whole pages are a stack. They stop being one with [`NO_STACK`], or when whole pages are
+    /// poisoned with a code that is not one of stacks.
+    pub const STACK: u64 = 1;
+    /// It is no stack any more.
+    pub const NO_STACK: u64 = 2;
 }
 
 /// Bytes of a [`RingHeader`], and of a [`Record`].

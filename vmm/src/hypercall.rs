@@ -4,7 +4,7 @@
 //! state (whether memory lies in a region, whether the call fits the mode) is left to the handler.
 
 use umbra_shadow::{
-    abi::{self, access, call, exit, name},
+    abi::{self, access, call, exit, memory, name},
     codes::{PAGE_SIZE, POISON_MIN},
 };
 
@@ -46,6 +46,8 @@ pub enum Call {
         va: u64,
         /// Bytes; may be 0.
         len: u64,
+        /// Whether it begins (or ceases) to be a stack; none for no change.
+        stack: Option<bool>,
     },
     /// Memory was allocated.
     Allocated {
@@ -240,7 +242,13 @@ impl Call {
             }
             call::UNPOISON => {
                 range("address", rdi, rsi)?;
-                Self::Unpoison { va: rdi, len: rsi }
+                let stack = match rcx {
+                    memory::AS_BEFORE => None,
+                    memory::STACK => Some(true),
+                    memory::NO_STACK => Some(false),
+                    _ => return Err(wrong("use of memory", rcx)),
+                };
+                Self::Unpoison { va: rdi, len: rsi, stack }
             }
             call::ALLOCATED => {
                 range("address", rdi, rsi)?;
@@ -430,7 +438,11 @@ mod tests {
         );
         assert_eq!(ok(call::RING_DRAIN, 0xffff, 0, 0, 0), Call::RingDrain { cpu: 0xffff });
         assert_eq!(ok(call::POISON, u64::MAX, 1, 0xfc, 0), Call::Poison { va: u64::MAX, len: 1, code: 0xfc });
-        assert_eq!(ok(call::UNPOISON, 5, 0, 0, 0), Call::Unpoison { va: 5, len: 0 });
+        assert_eq!(ok(call::UNPOISON, 5, 0, 0, 0), Call::Unpoison { va: 5, len: 0, stack: None });
+        assert_eq!(
+            ok(call::UNPOISON, DIRECT, 4096, memory::STACK, 0),
+            Call::Unpoison { va: DIRECT, len: 4096, stack: Some(true) }
+        );
         assert_eq!(
             ok(call::ALLOCATED, DIRECT, 50, who | 0x1234, 0),
             Call::Allocated { va: DIRECT, size: 50, cache: 0x1234, actor }
@@ -501,6 +513,7 @@ mod tests {
                 "{number} {rdi:#x} {rsi:#x} {rdx:#x}"
             );
         }
+        assert_eq!(error(call::UNPOISON, DIRECT, 4096, 3, 0), abi::ERR_ARGUMENT);
         assert_eq!(CallError::Mode(5).result(), abi::ERR_MODE);
     }
 
@@ -592,7 +605,7 @@ mod tests {
                     prop_assert!(holds(va, 64 + records * 64));
                 }
                 Ok(Call::Poison { va, len, code }) => prop_assert!(code >= 0x80 && holds(va, len)),
-                Ok(Call::Unpoison { va, len } | Call::Allocated { va, size: len, .. }) => {
+                Ok(Call::Unpoison { va, len, .. } | Call::Allocated { va, size: len, .. }) => {
                     prop_assert!(holds(va, len));
                 }
                 Ok(Call::Globals { va, count }) => {

@@ -53,20 +53,36 @@ const SANITIZER: [&str; 9] = [
 ];
 
 /// `cargo xtask guest`.
-pub fn run(context: &Context, only_runtime: bool) -> Result<()> {
+pub fn run(context: &Context) -> Result<()> {
     let started = std::time::Instant::now();
     let guest = Guest::new(context)?;
     let object = guest.runtime()?;
-    if only_runtime {
-        let archive = guest.archive(&object)?;
-        context.progress.finish();
-        println!("{}\n{}", object.display(), archive.display());
-    } else {
-        let kernel = guest.kernel(&object)?;
-        context.progress.finish();
-        println!("{} ({:.1} s)", kernel.display(), started.elapsed().as_secs_f64());
-    }
+    let kernel = guest.kernel(&object)?;
+    context.progress.finish();
+    println!("{} ({:.1} s)", kernel.display(), started.elapsed().as_secs_f64());
     Ok(())
+}
+
+/// `cargo xtask guest --lib`.
+pub fn library(context: &Context) -> Result<()> {
+    let folder = build_library(context)?;
+    context.progress.finish();
+    println!(
+        "{}: libumbra_rt.a, umbra.h, and umbra.mk with the compiler flags (guest/c/kernel/Makefile uses all three)",
+        folder.display()
+    );
+    Ok(())
+}
+
+/// Builds what kernels in other languages than Rust need, all in one folder, which is returned.
+pub fn build_library(context: &Context) -> Result<PathBuf> {
+    let guest = Guest::new(context)?;
+    let object = guest.runtime()?;
+    guest.archive(&object)?;
+    for name in ["umbra.h", "umbra.mk"] {
+        install(&context.root.join("guest/c").join(name), &guest.folder.join(name))?;
+    }
+    Ok(guest.folder)
 }
 
 /// Builds runtime and kernel, for a task that uses them.
@@ -176,10 +192,16 @@ impl<'a> Guest<'a> {
         Ok(object)
     }
 
-    /// The runtime as an archive, for kernels in any language.
-    fn archive(&self, object: &Path) -> Result<PathBuf> {
+    /// The runtime as an archive, for kernels in any language. Its memory functions are weak there: a kernel may have
+    /// its own, which are then not checked but where the kernel itself is instrumented.
+    fn archive(&self, object: &Path) -> Result<()> {
         let ar = which("ar").or_else(|| which("llvm-ar")).context("ar was not found: install binutils")?;
-        let archive = self.folder.join("libumbra_rt.a");
+        let [member, archive] =
+            ["libumbra_rt.o", "libumbra_rt.a"].map(|name| self.folder.join("runtime").join(name));
+        Command::new(&self.tools.objcopy, &self.folder)
+            .args(RENAMED.map(|(_, name)| format!("--weaken-symbol={name}")))
+            .args([object, &member])
+            .run_or_fail(&self.context.progress)?;
         // `ar` would add to an archive that is there.
         match fs::remove_file(&archive) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -187,11 +209,12 @@ impl<'a> Guest<'a> {
             }
             _ => {}
         }
+        // `D`: no times, so that the same runtime makes the same archive.
         Command::new(ar, &self.folder)
-            .args(["crs"])
-            .args([&archive, object])
+            .args(["crsD"])
+            .args([&archive, &member])
             .run_or_fail(&self.context.progress)?;
-        Ok(archive)
+        install(&archive, &self.folder.join("libumbra_rt.a"))
     }
 
     /// The test kernel.

@@ -115,6 +115,17 @@ fn apt_install(context: &Context, packages: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// Whether programs are there; tries to install those that are not, by Debian packages of the same names.
+pub fn programs(context: &Context, names: &[&str]) -> Result<bool> {
+    let missing = || names.iter().copied().filter(|name| which(name).is_none()).collect::<Vec<_>>();
+    let wanted = missing();
+    if !wanted.is_empty() {
+        context.progress.step(&format!("installing {}: C kernels are built with it", wanted.join(" and ")));
+        apt_install(context, &wanted)?;
+    }
+    Ok(missing().is_empty())
+}
+
 /// A browser for the tests of the page that `--html` writes. Without one they are skipped, and say so.
 pub fn browser(context: &Context) -> Result<()> {
     if which("chromium").is_some() || Apt::find(context).is_none() {

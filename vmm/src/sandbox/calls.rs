@@ -65,10 +65,13 @@ impl Monitor {
                     windows.poison(gpa, len, code, machine.slots).map_err(|e| shadow_error(e, va))?;
                 }
             }
-            Call::Unpoison { va, len } => {
+            Call::Unpoison { va, len, stack } => {
                 let gpa = to_gpa(&self.regions, va, len)?;
                 if let Some(windows) = &mut self.windows {
                     windows.unpoison(gpa, len, machine.slots).map_err(|e| shadow_error(e, va))?;
+                    if let Some(stack) = stack {
+                        windows.mark_stack(gpa, len, stack);
+                    }
                 }
             }
             Call::Allocated { va, size, cache, actor } => {

@@ -226,6 +226,7 @@ impl Monitor {
             return Ok(Flow::Continue);
         };
         match windows.fault(gpa.0, data.len() as u64, true, machine.slots) {
+            Ok(FaultOutcome::Tampering) if windows.stack_store(gpa.0, data, machine.slots)? => {}
             Ok(FaultOutcome::Tampering) => return self.tampering(gpa.0, data.len() as u64, machine),
             Ok(outcome) => {
                 self.exits.shadow_fault += u64::from(outcome == FaultOutcome::Mapped);

@@ -12,6 +12,7 @@ mod names;
 pub mod objects;
 pub mod pages;
 pub mod release;
+mod stack_pages;
 mod stacks;
 pub mod windows;
 
