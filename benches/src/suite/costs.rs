@@ -41,6 +41,7 @@ fn instructions(meter: &Meter) -> Result<Vec<Figure>> {
                 call("umbra_poison, 8 bytes", "poison"),
                 call("umbra_unpoison, 8 bytes", "unpoison"),
                 call("umbra_unpoison, a page", "unpoison-page"),
+                call("end of a scope with 32 bytes", "scope"),
                 call("a page demoted and promoted by these", "promote"),
                 call("a hypercall", "drain"),
             ],

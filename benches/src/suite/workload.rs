@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context as _, Result};
+use umbra::report::{Finding, Names};
 
 use crate::figure::Figure;
 use crate::meter::{Meter, Mode, Run};
@@ -16,12 +17,20 @@ fn churn(meter: &Meter, mode: Mode, operations: u64) -> Result<Run> {
     meter.run(mode, &format!("scenarios=huge_churn churn={operations}"))
 }
 
-/// What was found, as far as two runs of one kernel agree on it.
+/// What was found, as far as it is the same in two runs of one kernel: addresses are not, since page tables for more shadow take
+/// more memory.
 fn found(run: &Run) -> BTreeSet<String> {
-    let line = |f: &umbra::report::Finding| {
-        format!("{} {:?} {} {:#x} {:#x} {}", f.kind, f.access, f.size, f.address, f.ip, f.task.name)
+    let line = |f: &Finding| {
+        let offset = f.object.as_ref().map(|object| object.offset);
+        format!(
+            "{}, {} bytes at {offset:?} at {:#x} by {}",
+            f.headline(Names::Linkage),
+            f.size,
+            f.ip,
+            f.task.name
+        )
     };
-    run.findings.iter().map(|(finding, times)| format!("{} {times}", line(finding))).collect()
+    run.findings.iter().map(|(finding, times)| format!("{}, {times} times", line(finding))).collect()
 }
 
 fn shadow_bytes(run: &Run) -> f64 {

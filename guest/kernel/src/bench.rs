@@ -5,7 +5,7 @@
 //!
 //! | word | what a round is |
 //! | --- | --- |
-//! | `bench=check:ROUNDS:ENTRY:PLACE:OFFSET:SIZE` | a call of `__asan_ENTRY_noabort` (`none`: of a bare `ret`) for `OFFSET` bytes into `page` (two pages, accessible as a whole) or `object` (1005 bytes in a slab); `SIZE` is for `loadN` and `storeN` |
+//! | `bench=check:ROUNDS:ENTRY:PLACE:OFFSET:SIZE` | a call of `__asan_ENTRY_noabort` (`none`: of a bare `ret`) for `OFFSET` bytes into `page` (two pages, accessible as a whole), `beside` (the second is byte-checked), or `object` (1005 bytes in a slab); `SIZE` is for `loadN` and `storeN` |
 //! | `bench=call:ROUNDS:NAME` | a call of the runtime, see [`calls`] |
 //! | `bench=record:ROUNDS:DEPTH` | an event without any shadow, `DEPTH` frames deep |
 //! | `bench=kmalloc:ROUNDS:BYTES` | `kmalloc` and `kfree` |
@@ -14,7 +14,7 @@
 use core::arch::{asm, global_asm};
 
 use umbra_guest::abi::{PORT, call};
-use umbra_guest::codes::{PAGE_SIZE, SLAB_REDZONE};
+use umbra_guest::codes::{GRANULE_SHIFT, PAGE_SIZE, SLAB_REDZONE};
 
 use crate::slab::{kfree, kmalloc};
 use crate::{page, println};
@@ -38,6 +38,7 @@ unsafe extern "C" {
     fn umbra_poison();
     fn umbra_unpoison();
     fn umbra_alloc();
+    fn __asan_set_shadow_f8();
 }
 
 /// A C function, whatever its arguments: at most five integers.
@@ -139,6 +140,8 @@ fn calls(name: &str, at: u64) -> Option<(Function, [u64; 5])> {
         "promote" => (with_arguments(demote_and_promote as unsafe extern "C" fn(u64)), [at, 0, 0, 0, 0]),
         "alloc" => (umbra_alloc, [at, 64, 96, redzone, 1]),
         "alloc-free" => (with_arguments(give_and_take as unsafe extern "C" fn(u64)), [at, 0, 0, 0, 0]),
+        // As at the end of a scope with a variable of 32 bytes.
+        "scope" => (__asan_set_shadow_f8, [(at.cast_signed() >> GRANULE_SHIFT).cast_unsigned(), 4, 0, 0, 0]),
         "drain" => (drain, [0; 5]),
         _ => return None,
     })
@@ -177,6 +180,11 @@ fn bench(word: &str) -> Option<()> {
             let f = entry(text()?)?;
             let at = match text()? {
                 "page" => page::alloc(1)?,
+                "beside" => {
+                    let at = page::alloc(1)?;
+                    umbra_guest::poison(at + PAGE_SIZE + 64, 8, SLAB_REDZONE);
+                    at
+                }
                 "object" => kmalloc(OBJECT)?,
                 _ => return None,
             };

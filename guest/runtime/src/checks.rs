@@ -9,10 +9,11 @@
 //!
 //! | access | untyped page | byte-checked, whole granule | byte-checked, partial granule |
 //! | --- | --- | --- | --- |
-//! | 1 byte | 5 | 9 | 13 |
-//! | 2, 4 bytes, aligned | 7 | 11 | 15 |
-//! | 8, 16 bytes, aligned | 7 | 11 | |
-//! | 2 to 16 bytes, unaligned | 9 | model | model |
+//! | 1 byte | 5 | 10 | 14 |
+//! | 2, 4 bytes, aligned | 7 | 12 | 16 |
+//! | 8, 16 bytes, aligned | 7 | 12 | |
+//! | 2 to 8 bytes, unaligned | 7 (14 beside another kind of page) | 16 | model |
+//! | 16 bytes, unaligned | 7 (14) | model | model |
 //!
 //! Two-level: `rax` is the page shadow's address, one unsigned comparison with `PAGE_BYTES` tells the three cases
 //! apart. An aligned access lies in one page and one granule (two granules for 16 bytes).
@@ -51,7 +52,7 @@ const SLOTS: [(u64, u16); 12] = [
 
 // Displacements in the templates are written out by hand, since they run in another place than where they stand:
 // a jump's target is the offset in the slot less the offset behind the jump. In a slot, `bytes` is at 64,
-// `unaligned` at 96, `slow` at 160.
+// `unaligned` at 96, `partial` at 176, `slow` at 208.
 global_asm!(
     ".macro umbra_slow size, access",
     "push rbp",
@@ -90,6 +91,29 @@ global_asm!(
     "ret",
     ".org \\name + 96, 0xcc",
     ".if \\size > 1",
+    // Unaligned. This page and the next at once, which are neighbours in the page shadow; behind the last page of a region
+    // that may fault, and then `umbra_page_fault` has the model decide.
+    "cmp word ptr [rax], 0",
+    "jne 2f",
+    "ret",
+    "2:",
+    "cmp byte ptr [rax], 1",
+    "jne 3f",
+    ".if \\size < 16",
+    // Two granules at once likewise. Not for an access that may go on in the next page, which has a class of its own:
+    // its last byte then lies in the first granule of a page.
+    "mov rax, rdi",
+    "sar rax, 3",
+    "cmp word ptr [rax], 0",
+    "jne 9f",
+    "lea ecx, [rdi + \\size - 1]",
+    "test ecx, 0xff8",
+    "je 9f",
+    "ret",
+    ".else",
+    "jmp 9f",
+    ".endif",
+    "3:",
     "lea rcx, [rdi + \\size - 1]",
     "sar rcx, 12",
     "mov al, [rax]",
@@ -97,7 +121,7 @@ global_asm!(
     "jne 9f",
     "ret",
     ".endif",
-    ".org \\name + 128, 0xcc",
+    ".org \\name + 176, 0xcc",
     // A granule that is not wholly valid; rax is its shadow's address. Poison is negative.
     "1:",
     ".if \\size < 8",
@@ -107,7 +131,7 @@ global_asm!(
     "jge 9f",
     "ret",
     ".endif",
-    ".org \\name + 160, 0xcc",
+    ".org \\name + 208, 0xcc",
     "9:",
     "umbra_slow \\size, \\access",
     ".org \\name + 256, 0xcc",
@@ -153,22 +177,33 @@ global_asm!(
     "sar rax, 3",   // 3..7
     ".if \\size > 1",
     "test dil, \\size - 1", // 7..11
-    "umbra_jump 0x85, 160, 17",
+    "umbra_jump 0x85, 32, 17",
     ".if \\size == 16",
     "cmp word ptr [rax], 0", // 17..21
-    "umbra_jump 0x85, 160, 27",
+    "umbra_jump 0x85, 208, 27",
     ".elseif \\size == 8",
     "cmp byte ptr [rax], 0", // 17..20
-    "umbra_jump 0x85, 160, 26",
+    "umbra_jump 0x85, 208, 26",
     ".else",
     "cmp byte ptr [rax], 0",
-    "umbra_jump 0x85, 128, 26",
+    "umbra_jump 0x85, 176, 26",
     ".endif",
     ".else",
     "cmp byte ptr [rax], 0", // 7..10
-    "umbra_jump 0x85, 128, 16",
+    "umbra_jump 0x85, 176, 16",
     ".endif",
     "ret",
+    // Unaligned: all granules that it may touch.
+    ".if \\size > 1",
+    ".balign 32, 0xcc",
+    "cmp word ptr [rax], 0", // 32..36
+    "umbra_jump 0x85, 208, 42",
+    ".if \\size == 16",
+    "cmp byte ptr [rax + 2], 0", // 42..46
+    "umbra_jump 0x85, 208, 52",
+    ".endif",
+    "ret",
+    ".endif",
     ".balign 64, 0xcc",
     ".endm",
     ".section .text.umbra_checks, \"ax\", @progbits",

@@ -153,6 +153,60 @@ pub unsafe extern "C" fn umbra_checked_bcmp(a: *const u8, b: *const u8, n: usize
     unsafe { compare(a, b, n, ip) }
 }
 
+/// `strlen`. A string that runs past its object, or was freed, is found as a read of all of it.
+///
+/// # Safety
+/// As C's.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub unsafe extern "C" fn umbra_checked_strlen(text: *const u8) -> usize {
+    let ip = caller!();
+    let mut len = 0;
+    // SAFETY: the caller's promise: there is a zero.
+    while unsafe { text.add(len).read_volatile() } != 0 {
+        len += 1;
+    }
+    check_range(text as u64, len as u64 + 1, READ, ip);
+    len
+}
+
+/// `memcpy`, by the name that compilers use on request (`asan-kernel-mem-intrinsic-prefix`) so that a kernel's own
+/// `memcpy` may stay unchecked.
+///
+/// # Safety
+/// As C's.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub unsafe extern "C" fn __asan_memcpy(to: *mut u8, from: *const u8, n: usize) -> *mut c_void {
+    let ip = caller!();
+    // SAFETY: the caller's promise.
+    unsafe { copy(to, from, n, ip) }
+}
+
+/// `memmove`; see [`__asan_memcpy`].
+///
+/// # Safety
+/// As C's.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub unsafe extern "C" fn __asan_memmove(to: *mut u8, from: *const u8, n: usize) -> *mut c_void {
+    let ip = caller!();
+    // SAFETY: the caller's promise.
+    unsafe { copy_either_way(to, from, n, ip) }
+}
+
+/// `memset`; see [`__asan_memcpy`].
+///
+/// # Safety
+/// As C's.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub unsafe extern "C" fn __asan_memset(to: *mut u8, value: i32, n: usize) -> *mut c_void {
+    let ip = caller!();
+    // SAFETY: the caller's promise.
+    unsafe { set(to, value, n, ip) }
+}
+
 /// `memcpy`, by the name that compilers use on request (`asan-kernel-mem-intrinsic-prefix`) so that a kernel's own
 /// `memcpy` may stay unchecked.
 ///

@@ -38,16 +38,25 @@ unsafe fn fill(mut at: *mut u8, mut n: u64, value: u8) {
         if n >= 128 {
             asm!("rep stosq", inout("rcx") n / 8 => _, inout("rdi") at => at, in("rax") word, options(nostack));
             n %= 8;
-        }
-        while n >= 8 {
-            asm!("mov [{}], {}", in(reg) at, in(reg) word, options(nostack));
-            at = at.add(8);
-            n -= 8;
-        }
-        while n > 0 {
+            if n > 0 {
+                asm!("mov [{}], {}", in(reg) at.sub(8 - n as usize), in(reg) word, options(nostack));
+            }
+            // What is left was written with bytes before it a second time.
+        } else if n >= 8 {
+            let last = at.add(n as usize - 8);
+            while at < last {
+                asm!("mov [{}], {}", in(reg) at, in(reg) word, options(nostack));
+                at = at.add(8);
+            }
+            asm!("mov [{}], {}", in(reg) last, in(reg) word, options(nostack));
+        } else if n >= 4 {
+            asm!("mov [{0}], {2:e}", "mov [{1}], {2:e}", in(reg) at, in(reg) at.add(n as usize - 4), in(reg) word,
+                 options(nostack));
+        } else if n >= 2 {
+            asm!("mov [{0}], {2:x}", "mov [{1}], {2:x}", in(reg) at, in(reg) at.add(n as usize - 2), in(reg) word,
+                 options(nostack));
+        } else if n == 1 {
             asm!("mov [{}], {}", in(reg) at, in(reg_byte) value, options(nostack));
-            at = at.add(1);
-            n -= 1;
         }
     }
     compiler_fence(Ordering::SeqCst);

@@ -133,7 +133,8 @@ fn a_triple_fault() {
 /// Handlers that fault themselves, whose stack is no memory.
 fn an_idt_that_leads_nowhere() {
     let guest = Guest::new(|g| {
-        let gate = 0x30_0000u64 & 0xffff | 0x10 << 16 | 0x8e00 << 32 | 0x30 << 48;
+        // All handlers are at 0x300000, in boot code segment 0x10.
+        let gate = 0x10u64 << 16 | 0x8e00 << 32 | 0x30 << 48;
         let gates: Vec<u8> = (0..256).flat_map(|_| [gate, 0]).flat_map(u64::to_le_bytes).collect();
         let gates = g.data(&gates);
         let mut pointer = 0xfffu16.to_le_bytes().to_vec();

@@ -3,7 +3,9 @@
 
 use std::fmt;
 
-use umbra_shadow::codes::{GRANULE, GRANULE_SHIFT, LARGE_REDZONE, PAGE_SHIFT, STACK_LEFT, UNKNOWN};
+use umbra_shadow::codes::{
+    GRANULE, GRANULE_SHIFT, LARGE_REDZONE, PAGE_SHIFT, SLAB_REDZONE, STACK_LEFT, UNKNOWN,
+};
 use umbra_shadow::{BugKind, Cause, Shadow, Violation, abi, classify};
 
 use super::Outcome;
@@ -14,7 +16,7 @@ use crate::report::frame::{self, DESCRIPTION_MAX, FRAME_MAGIC, StackFrame};
 use crate::report::stack::{Stack, walk};
 use crate::report::symbols::{Position, Symbols};
 use crate::report::{self, Added, Event, Finding, Frame, Object, ROW_SHADOW, ShadowDump, Task};
-use crate::shadow::objects;
+use crate::shadow::{At, objects};
 
 /// [`GRANULE`], as shadow bytes count.
 const GRANULE_BYTES: u8 = GRANULE as u8;
@@ -99,10 +101,13 @@ impl Monitor {
             | BugKind::AllocaOutOfBounds
             | BugKind::UseAfterScope => None,
             _ => bad_gpa.and_then(|gpa| {
-                let follows = self.windows.as_ref().is_some_and(|windows| {
-                    matches!(windows.model().state(gpa), 1..GRANULE_BYTES | LARGE_REDZONE)
-                });
-                Some((gpa, self.objects.nearest(gpa, follows)?))
+                let state = self.windows.as_ref().map(|windows| windows.model().state(gpa));
+                let at = match state {
+                    Some(1..GRANULE_BYTES | LARGE_REDZONE) => At::Behind,
+                    Some(SLAB_REDZONE) => At::Redzone,
+                    _ => At::Anywhere,
+                };
+                Some((gpa, self.objects.nearest(gpa, at)?))
             }),
         };
         let mut event = |event: &objects::Event| {

@@ -191,6 +191,8 @@ pub fn run(
 ) -> Result<Report, RunError> {
     let begin = Instant::now();
     let kvm = Kvm::open()?;
+    // Before anything is computed from it.
+    Ram::check(config.memory).map_err(MachineError::from)?;
     let layout = shadow::Layout::new(layout::ram_end(config.memory)).map_err(ShadowError::from)?;
     let mut machine = Machine::new(
         &kvm,
