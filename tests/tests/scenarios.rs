@@ -26,6 +26,9 @@ const MEMORY: u64 = 128 << 20;
 const FEW: &str = "kmalloc_oob_right,kmalloc_uaf,kmem_cache_double_free,kmem_cache_invalid_free,pagealloc_uaf,\
                    kasan_stack_oob,kasan_global_oob_right,exact_fit,reuse_after_free,threads";
 
+/// Operations of the churn where it is one scenario among others.
+const LITTLE_CHURN: &str = "churn=1000";
+
 /// A run of the test kernel.
 struct Outcome {
     verdicts: Vec<Verdict>,
@@ -100,7 +103,7 @@ impl Configuration {
     }
 
     fn get(&self) -> &Outcome {
-        self.run.get_or_init(|| boot(self.shadow, self.notify, &self.chosen(), ""))
+        self.run.get_or_init(|| boot(self.shadow, self.notify, &self.chosen(), LITTLE_CHURN))
     }
 }
 
@@ -269,7 +272,7 @@ fn survivable() -> Vec<Scenario> {
 }
 
 fn off_finds_nothing() {
-    let run = boot(ShadowMode::Off, Notify::Ring, &survivable(), "");
+    let run = boot(ShadowMode::Off, Notify::Ring, &survivable(), LITTLE_CHURN);
     assert!(run.report.findings.is_empty());
     assert!(run.verdicts.iter().all(|v| v.ran), "{:?}", run.verdicts.iter().find(|v| !v.ran));
     let stats = &run.report.stats;
@@ -301,7 +304,7 @@ fn runs_without_umbra() {
     let mut machine = Machine::new(&kvm, config).expect("a machine");
     let chosen = survivable();
     let names: Vec<_> = chosen.iter().map(|s| s.name.as_str()).collect();
-    let cmdline = format!("scenarios={}", names.join(","));
+    let cmdline = format!("{LITTLE_CHURN} scenarios={}", names.join(","));
     machine.load(test_kernel().expect("checked before"), &cmdline).expect("it loads");
     let mut vcpu = machine.create_vcpu(0).expect("a vCPU");
     let console = Console::default();

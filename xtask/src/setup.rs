@@ -108,7 +108,8 @@ fn apt_install(context: &Context, packages: &[&str]) -> Result<()> {
         };
         // A list of packages that is missing or old names files that are gone.
         let update = || apt.command("apt-get", &context.root).args(["update", "-qq"]).run(&context.progress);
-        if !install()?.success && !(update()?.success && install()?.success) {
+        let installed = install()?.success || (update()?.success && install()?.success);
+        if !installed {
             context.progress.say(&format!("apt-get could not install {}", packages.join(" ")));
         }
     }

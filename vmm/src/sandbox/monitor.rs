@@ -208,7 +208,11 @@ impl Monitor {
             },
             None => {
                 self.exits.mmio += 1;
-                self.devices.mmio_read(gpa, data);
+                match &self.windows {
+                    // The shadow of what is no memory is poison.
+                    Some(windows) if windows.is_reserved(gpa.0) => data.fill(0xff),
+                    _ => self.devices.mmio_read(gpa, data),
+                }
             }
         }
         machine.cpu.complete_read(data);

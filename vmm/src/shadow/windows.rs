@@ -272,6 +272,12 @@ impl Windows {
         self.place(gpa, 1).is_ok()
     }
 
+    /// Whether `gpa` lies in or between the windows, where a look-up for an address beyond memory lands.
+    pub fn is_reserved(&self, gpa: u64) -> bool {
+        let layout = self.model.memory().layout();
+        (layout.page.gpa..layout.end()).contains(&gpa)
+    }
+
     /// The shadow, for checks and reports, by guest-physical address. Safe while vCPUs run, but what they
     /// write in ring mode may change from one question to the next.
     pub fn model(&self) -> &Model {
