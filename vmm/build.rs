@@ -28,14 +28,18 @@ fn main() {
 
 /// Where `cargo xtask guest` puts the test kernel.
 fn built_here() -> PathBuf {
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let workspace = workspace.parent().unwrap_or(workspace);
     let kernel = workspace.join("target/guest/umbra-kernel");
     // Cargo takes a file that is not there for changed, each time, and would always compile this crate anew. An
     // empty one in its place is as good to wait for. If it cannot be made, only time is lost.
     if !kernel.exists() && workspace.join("guest/kernel").is_dir() {
         let made = kernel.parent().map(std::fs::create_dir_all);
-        if matches!(made, Some(Ok(()))) {
-            let _ = std::fs::File::create_new(&kernel);
+        if matches!(made, Some(Ok(())))
+            && let Ok(file) = std::fs::File::create_new(&kernel)
+        {
+            // Older than this run, or the next one would take it for changed.
+            let _ = file.set_modified(std::time::SystemTime::UNIX_EPOCH);
         }
     }
     kernel

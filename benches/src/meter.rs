@@ -193,6 +193,7 @@ impl Meter {
             timeout: Some(TIMEOUT),
             stop_at: None,
             count_instructions: self.counts,
+            picture: false,
         };
         let report =
             sandbox::run(&config, Box::new(marks), Box::new(Starts(seen.clone())), &AtomicBool::new(false))?;

@@ -64,7 +64,7 @@ pub mod call {
     pub const RING_DRAIN: u32 = 4;
     /// `rdi`: address, `rsi`: bytes, `rcx`: code. `sync` mode only.
     pub const POISON: u32 = 5;
-    /// `rdi`: address, `rsi`: bytes. `sync` mode only.
+    /// `rdi`: address, `rsi`: bytes, `rcx`: a [`super::memory`] use. `sync` mode only.
     pub const UNPOISON: u32 = 6;
     /// `rdi`: address, `rsi`: bytes, `rcx`: cache in bits 0..16, CPU in bits 16..32, task in bits 32..64.
     /// The VMM walks the caller's stack from `rbp`. `sync` mode only.
@@ -82,6 +82,9 @@ pub mod call {
     /// The guest is done. `rdi`: [`super::exit`] reason; for a fault `rsi`: vector in bits 0..32, error code in
     /// bits 32..64, `rcx`: rip, `r8`: faulting address; for `DONE` `rsi`: 0, or not 0 for failure.
     pub const EXIT: u32 = 11;
+    /// The compiler's descriptions of global variables with redzones. `rdi`: virtual address of an array of
+    /// [`super::Global`] (in an added region), `rsi`: how many. It is read when a finding needs it.
+    pub const GLOBALS: u32 = 12;
 }
 
 /// The least value of `rax` that is an error.
@@ -119,6 +122,32 @@ pub mod name {
 /// Longest name, in bytes.
 pub const NAME_MAX: u64 = 64;
 
+/// What a compiler tells of one global variable (LLVM's and gcc's `struct __asan_global`).
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Global {
+    /// Virtual address.
+    pub start: u64,
+    /// Bytes of the variable.
+    pub size: u64,
+    /// Bytes with the redzone behind it.
+    pub size_with_redzone: u64,
+    /// Virtual address of its name, zero-terminated.
+    pub name: u64,
+    /// Virtual address of the name of its compilation unit, zero-terminated.
+    pub module: u64,
+    /// Not 0 if a constructor initializes it.
+    pub has_dynamic_init: u64,
+    /// Virtual address of its place in the source, 0 if the compiler does not say.
+    pub location: u64,
+    /// For C++'s one-definition rule.
+    pub odr_indicator: u64,
+}
+/// Bytes of a [`Global`].
+pub const GLOBAL_BYTES: u64 = 64;
+/// Most globals in one call.
+pub const GLOBALS_MAX: u64 = 1 << 16;
+
 /// Why the guest ends.
 pub mod exit {
     /// It has done what it was to do.
@@ -127,6 +156,21 @@ pub mod exit {
     pub const PANIC: u64 = 1;
     /// A CPU exception it had no answer to.
     pub const FAULT: u64 = 2;
+}
+
+/// What unpoisoned memory is for.
+///
+/// Compilers store the shadow of stack variables directly, which read-only windows refuse. The VMM carries out such
+/// a store if all that it covers is stack and each of its bytes is one that a stack's shadow may hold
+/// ([`crate::codes::on_stack`]); any other store to a window is shadow tampering.
+pub mod memory {
+    /// As before.
+    pub const AS_BEFORE: u64 = 0;
+    /// From now on its whole pages are a stack. They stop being one with [`NO_STACK`], or when whole pages are
+    /// poisoned with a code that is not one of stacks.
+    pub const STACK: u64 = 1;
+    /// It is no stack any more.
+    pub const NO_STACK: u64 = 2;
 }
 
 /// Bytes of a [`RingHeader`], and of a [`Record`].
@@ -202,4 +246,5 @@ impl Record {
 }
 
 const _: () = assert!(size_of::<Record>() as u64 == RECORD_BYTES);
+const _: () = assert!(size_of::<Global>() as u64 == GLOBAL_BYTES);
 const _: () = assert!(size_of::<RingHeader>() as u64 == RECORD_BYTES);

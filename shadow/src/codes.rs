@@ -52,7 +52,16 @@ pub const STACK_MID: u8 = 0xF2;
 pub const STACK_RIGHT: u8 = 0xF3;
 /// Partial redzone of a stack variable (older compilers).
 pub const STACK_PARTIAL: u8 = 0xF4;
+/// A stack frame that has been returned from (compilers that keep such frames; kernels have none).
+pub const STACK_AFTER_RETURN: u8 = 0xF5;
 /// Redzone left of an `alloca` region.
 pub const ALLOCA_LEFT: u8 = 0xCA;
 /// Redzone right of an `alloca` region.
 pub const ALLOCA_RIGHT: u8 = 0xCB;
+
+/// Whether a compiler may store this value in the byte shadow of a stack: valid bytes, and the codes of stacks.
+pub const fn on_stack(value: u8) -> bool {
+    matches!(value, 0..GRANULE_U8 | STACK_LEFT..=STACK_AFTER_RETURN | USE_AFTER_SCOPE | ALLOCA_LEFT | ALLOCA_RIGHT)
+}
+
+const GRANULE_U8: u8 = GRANULE as u8;

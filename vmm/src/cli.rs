@@ -14,7 +14,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::demo;
 use crate::machine::loader::read_image;
 use crate::report::text::{self, TextStyle};
-use crate::report::{Finding, Names, json};
+use crate::report::{Finding, Names, html, json};
 use crate::sandbox::{self, Config, Observer, Report, ShadowMode};
 use crate::shadow::Notify;
 
@@ -60,6 +60,9 @@ struct Run {
     /// Write the run's figures as a JSON object to a file, or to standard output (-).
     #[arg(long, value_name = "FILE")]
     stats: Option<PathBuf>,
+    /// Write a page about the run, to look at in a browser. It appears at the end, whole.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
     /// Go on after findings.
     #[arg(long, conflicts_with = "stop_at")]
     keep_going: bool,
@@ -84,6 +87,9 @@ struct Demo {
     /// Do not print the findings themselves.
     #[arg(long, short)]
     quiet: bool,
+    /// Write a page about the run, to look at in a browser.
+    #[arg(long, value_name = "FILE", conflicts_with = "list")]
+    html: Option<PathBuf>,
 }
 
 /// What `run` and `demo` have in common.
@@ -144,10 +150,7 @@ fn parse_time(text: &str) -> Result<Limit, String> {
 
 /// Sizes are binary, as with other VMMs: 256M are 256 MiB.
 fn parse_size(text: &str) -> Result<u64, String> {
-    parse_size::Config::new()
-        .with_binary()
-        .parse_size(text)
-        .map_err(|e| format!("{e}; try 256M or 2G"))
+    parse_size::Config::new().with_binary().parse_size(text).map_err(|e| format!("{e}; try 256M or 2G"))
 }
 
 impl Guest {
@@ -169,6 +172,7 @@ impl Guest {
             timeout: None,
             stop_at: None,
             count_instructions: true,
+            picture: false,
         }
     }
 }
@@ -207,6 +211,11 @@ pub(crate) fn stderr_color() -> bool {
     anstream::AutoStream::choice(&io::stderr()) != anstream::ColorChoice::Never && io::stderr().is_terminal()
 }
 
+/// Says something on standard error. If nobody listens there, the exit status has to do.
+pub(crate) fn say(what: std::fmt::Arguments) {
+    let _ = writeln!(io::stderr().lock(), "umbra: {what}");
+}
+
 /// Opens a file to write, or standard output for `-`.
 fn output(path: &Path) -> Result<Box<dyn Write + Send>> {
     if path.as_os_str() == "-" {
@@ -216,8 +225,16 @@ fn output(path: &Path) -> Result<Box<dyn Write + Send>> {
     Ok(Box::new(BufWriter::new(file)))
 }
 
+/// Looks whether a page can be written to `path`, before the run begins.
+fn page(path: Option<&Path>) -> Result<Option<html::Target>> {
+    let target =
+        |path: &Path| html::Target::new(path).with_context(|| format!("cannot write {}", path.display()));
+    path.map(target).transpose()
+}
+
 fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
     let kernel = read_image(&args.kernel)?;
+    let page = page(args.html.as_deref())?;
     let is_dash = |path: &Option<PathBuf>| path.as_ref().is_some_and(|path| path.as_os_str() == "-");
     let json = args.findings.as_deref().map(output).transpose()?;
     let stats = args.stats.as_deref().map(output).transpose()?;
@@ -235,17 +252,29 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
     let config = Config {
         timeout: args.timeout.0,
         stop_at: (!args.keep_going).then_some(args.stop_at as usize),
-        count_instructions: stats.is_some(),
+        count_instructions: stats.is_some() || page.is_some(),
+        picture: page.is_some(),
         ..args.guest.config(kernel.into(), args.cmdline.clone())
     };
     let printer = Printer { style, quiet: false, json };
     let report = sandbox::run(&config, console, Box::new(printer), stop)?;
     // As above: what cannot be printed to standard error is lost.
     let _ = text::write_repeats(&mut io::stderr().lock(), &report.findings, style);
-    eprintln!("umbra: {}", summary(&report));
+    say(format_args!("{}", summary(&report)));
     if let Some(mut stats) = stats {
         serde_json::to_writer_pretty(&mut stats, &report.stats)?;
         stats.write_all(b"\n").and_then(|()| stats.flush()).context("cannot write --stats")?;
+    }
+    if let Some(target) = page {
+        let page = html::Page {
+            kernel: &args.kernel.to_string_lossy(),
+            file: Some(&args.kernel),
+            config: &config,
+            report: &report,
+            names,
+            verdicts: Vec::new(),
+        };
+        target.write(|out| html::write(out, &page)).context("cannot write --html")?;
     }
     Ok(report.status())
 }
@@ -279,7 +308,9 @@ fn demo(args: &Demo, stop: &AtomicBool) -> Result<u8> {
         return Ok(0);
     }
     let chosen = demo::choose(&scenarios, &args.scenarios)?;
-    demo::run(&args.guest.config(kernel.into(), String::new()), &chosen, args.quiet, stop)
+    let page = page(args.html.as_deref())?;
+    let config = Config { picture: page.is_some(), ..args.guest.config(kernel.into(), String::new()) };
+    demo::run(&config, &chosen, args.quiet, page, stop)
 }
 
 /// Parses the command line and does what it says.
@@ -306,7 +337,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(status) => status.into(),
         Err(error) => {
-            eprintln!("umbra: {error:#}");
+            say(format_args!("{error:#}"));
             USAGE.into()
         }
     }

@@ -7,11 +7,11 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
-use crate::cli::Printer;
+use crate::cli::{Printer, say};
 use crate::kernel::{Expected, Scenario};
-use crate::report::Finding;
+use crate::report::{Finding, Names, html};
 use crate::sandbox::{self, Config, Observer, Report, RunError, ShadowMode};
 
 /// How long a demonstration may take.
@@ -79,7 +79,9 @@ impl Verdict {
             && self.expected.len() == self.found.len()
             && self.expected.iter().zip(&self.found).all(|(expected, found)| {
                 let offset = expected.offset.is_none() || expected.offset == found.offset;
-                offset && Expected { offset: None, ..expected.clone() } == Expected { offset: None, ..found.clone() }
+                offset
+                    && Expected { offset: None, ..expected.clone() }
+                        == Expected { offset: None, ..found.clone() }
             })
     }
 }
@@ -123,6 +125,16 @@ impl Write for Console {
     }
 }
 
+/// `config`, for a guest that runs `chosen`.
+fn config_for(config: &Config, chosen: &[Scenario]) -> Config {
+    let names: Vec<_> = chosen.iter().map(|s| s.name.as_str()).collect();
+    Config {
+        cmdline: format!("scenarios={} {}", names.join(","), config.cmdline),
+        timeout: config.timeout.or(Some(TIMEOUT)),
+        ..config.clone()
+    }
+}
+
 /// Runs `chosen` in one guest. `config.cmdline` is added to what names them; its kernel is the test kernel.
 ///
 /// # Errors
@@ -134,14 +146,9 @@ pub fn verdicts(
     observer: Box<dyn Observer>,
     stop: &AtomicBool,
 ) -> Result<(Vec<Verdict>, Report), RunError> {
-    let names: Vec<_> = chosen.iter().map(|s| s.name.as_str()).collect();
     let ran = Arc::new(Mutex::new(Vec::new()));
     let console = Console { line: Vec::new(), ran: ran.clone(), pass_on };
-    let config = Config {
-        cmdline: format!("scenarios={} {}", names.join(","), config.cmdline),
-        timeout: config.timeout.or(Some(TIMEOUT)),
-        ..config.clone()
-    };
+    let config = config_for(config, chosen);
     let report = sandbox::run(&config, Box::new(console), observer, stop)?;
     let ran = ran.lock().unwrap_or_else(PoisonError::into_inner);
     let checked = config.shadow != ShadowMode::Off;
@@ -161,7 +168,16 @@ pub fn verdicts(
 }
 
 /// Runs the demonstration and prints what came of it. Returns the exit status: 0 when every scenario got its verdict.
-pub(crate) fn run(config: &Config, chosen: &[Scenario], quiet: bool, stop: &AtomicBool) -> Result<u8> {
+///
+/// # Errors
+/// The run could not begin, or the page that was asked for could not be written.
+pub(crate) fn run(
+    config: &Config,
+    chosen: &[Scenario],
+    quiet: bool,
+    page: Option<html::Target>,
+    stop: &AtomicBool,
+) -> Result<u8> {
     let (verdicts, report) = verdicts(config, chosen, !quiet, Box::new(Printer::text(quiet)), stop)?;
     let width = verdicts.iter().map(|v| v.name.len()).max().unwrap_or(0);
     let mut table = String::new();
@@ -180,20 +196,49 @@ pub(crate) fn run(config: &Config, chosen: &[Scenario], quiet: bool, stop: &Atom
     if stray > 0 {
         writeln!(table, "{stray} finding(s) belong to no scenario that was chosen")?;
     }
-    print!("\n{table}\n{}: {} scenarios, {}\n", config.shadow.as_str(), verdicts.len(), report.outcome);
+    // Who reads no further still gets the exit status.
+    let _ = write!(
+        io::stdout(),
+        "\n{table}\n{}: {} scenarios, {}\n",
+        config.shadow.as_str(),
+        verdicts.len(),
+        report.outcome
+    );
     let mut good = verdicts.iter().all(Verdict::good) && stray == 0 && report.outcome.is_regular();
+    if let Some(target) = page {
+        write_page(target, &config_for(config, chosen), &verdicts, &report)?;
+    }
     if config.shadow == ShadowMode::PerPage && good {
         good &= compare(config, chosen, &report, stop)?;
     }
-    io::stdout().flush()?;
+    let _ = io::stdout().flush();
     if good {
         return Ok(0);
     }
-    eprintln!("umbra: not every scenario got its verdict");
+    say(format_args!("not every scenario got its verdict"));
     Ok(match report.outcome.status(true) {
         0 => 1,
         status => status,
     })
+}
+
+/// Writes the page about the run.
+fn write_page(target: html::Target, config: &Config, verdicts: &[Verdict], report: &Report) -> Result<()> {
+    let row = |verdict: &Verdict| html::Verdict {
+        name: verdict.name.clone(),
+        expected: in_words(&verdict.expected),
+        found: if verdict.ran { in_words(&verdict.found) } else { "it did not run to its end".into() },
+        good: verdict.good(),
+    };
+    let page = html::Page {
+        kernel: "the built-in test kernel",
+        file: None,
+        config,
+        report,
+        names: Names::Demangled,
+        verdicts: verdicts.iter().map(row).collect(),
+    };
+    target.write(|out| html::write(out, &page)).context("cannot write --html")
 }
 
 /// Runs the same once more with a full shadow and prints both costs. Returns whether that found the same.
@@ -205,7 +250,7 @@ fn compare(config: &Config, chosen: &[Scenario], per_page: &Report, stop: &Atomi
     };
     spinner.enable_steady_tick(Duration::from_millis(100));
     spinner.set_message("the same with a full shadow, to compare");
-    let full = Config { shadow: ShadowMode::Full, shadow_limit: None, ..config.clone() };
+    let full = Config { shadow: ShadowMode::Full, shadow_limit: None, picture: false, ..config.clone() };
     let (verdicts, full) = verdicts(&full, chosen, false, Box::new(()), stop)?;
     spinner.finish_and_clear();
     let row = |report: &Report| {
@@ -222,15 +267,17 @@ fn compare(config: &Config, chosen: &[Scenario], per_page: &Report, stop: &Atomi
             s.exits.total,
         )
     };
-    println!("\nWhat the shadow of a {} guest cost:", size(config.memory));
-    println!(
+    let mut out = io::stdout();
+    let _ = writeln!(out, "\nWhat the shadow of a {} guest cost:", size(config.memory));
+    let _ = writeln!(
+        out,
         "{:9} {:>12} {:>14} {:>12} {:>9} {:>13} {:>7}",
         "shadow", "page shadow", "byte, peak", "together", "findings", "instructions", "exits"
     );
-    println!("{}\n{}", row(per_page), row(&full));
+    let _ = writeln!(out, "{}\n{}", row(per_page), row(&full));
     let good = verdicts.iter().all(Verdict::good);
     if !good {
-        println!("the full shadow did not find the same");
+        let _ = writeln!(out, "the full shadow did not find the same");
     }
     Ok(good)
 }

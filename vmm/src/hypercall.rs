@@ -4,7 +4,7 @@
 //! state (whether memory lies in a region, whether the call fits the mode) is left to the handler.
 
 use umbra_shadow::{
-    abi::{self, access, call, exit, name},
+    abi::{self, access, call, exit, memory, name},
     codes::{PAGE_SIZE, POISON_MIN},
 };
 
@@ -46,6 +46,8 @@ pub enum Call {
         va: u64,
         /// Bytes; may be 0.
         len: u64,
+        /// Whether it begins (or ceases) to be a stack; none for no change.
+        stack: Option<bool>,
     },
     /// Memory was allocated.
     Allocated {
@@ -89,6 +91,13 @@ pub enum Call {
     },
     /// The guest is done.
     Exit(Exit),
+    /// `count` (1 to [`abi::GLOBALS_MAX`]) descriptions of globals at `va`.
+    Globals {
+        /// Virtual address.
+        va: u64,
+        /// How many.
+        count: u64,
+    },
 }
 
 /// Who did something.
@@ -233,7 +242,13 @@ impl Call {
             }
             call::UNPOISON => {
                 range("address", rdi, rsi)?;
-                Self::Unpoison { va: rdi, len: rsi }
+                let stack = match rcx {
+                    memory::AS_BEFORE => None,
+                    memory::STACK => Some(true),
+                    memory::NO_STACK => Some(false),
+                    _ => return Err(wrong("use of memory", rcx)),
+                };
+                Self::Unpoison { va: rdi, len: rsi, stack }
             }
             call::ALLOCATED => {
                 range("address", rdi, rsi)?;
@@ -274,6 +289,13 @@ impl Call {
                 }
                 _ => return Err(wrong("exit reason", rdi)),
             }),
+            call::GLOBALS => {
+                if !(1..=abi::GLOBALS_MAX).contains(&rsi) {
+                    return Err(wrong("number of globals", rsi));
+                }
+                range("address of globals", rdi, rsi * abi::GLOBAL_BYTES)?;
+                Self::Globals { va: rdi, count: rsi }
+            }
             _ => return Err(CallError::Unknown(number)),
         })
     }
@@ -416,7 +438,11 @@ mod tests {
         );
         assert_eq!(ok(call::RING_DRAIN, 0xffff, 0, 0, 0), Call::RingDrain { cpu: 0xffff });
         assert_eq!(ok(call::POISON, u64::MAX, 1, 0xfc, 0), Call::Poison { va: u64::MAX, len: 1, code: 0xfc });
-        assert_eq!(ok(call::UNPOISON, 5, 0, 0, 0), Call::Unpoison { va: 5, len: 0 });
+        assert_eq!(ok(call::UNPOISON, 5, 0, 0, 0), Call::Unpoison { va: 5, len: 0, stack: None });
+        assert_eq!(
+            ok(call::UNPOISON, DIRECT, 4096, memory::STACK, 0),
+            Call::Unpoison { va: DIRECT, len: 4096, stack: Some(true) }
+        );
         assert_eq!(
             ok(call::ALLOCATED, DIRECT, 50, who | 0x1234, 0),
             Call::Allocated { va: DIRECT, size: 50, cache: 0x1234, actor }
@@ -444,7 +470,7 @@ mod tests {
 
     #[test]
     fn wrong_arguments_are_refused() {
-        for number in [0, 12, 255, u32::MAX] {
+        for number in [0, 13, 255, u32::MAX] {
             assert_eq!(error(number, 0, 0, 0, 0), abi::ERR_CALL);
         }
         for version in [0, 2, u64::MAX, 1 << 32 | 1] {
@@ -477,6 +503,9 @@ mod tests {
             (call::NAME, name::TASK, u64::MAX, 2),
             (call::NAME, name::CACHE, 0, 1 << 48),
             (call::EXIT, 3, 0, 0),
+            (call::GLOBALS, 0, 0, 0),
+            (call::GLOBALS, 0, abi::GLOBALS_MAX + 1, 0),
+            (call::GLOBALS, u64::MAX - 62, 1, 0),
         ] {
             assert_eq!(
                 error(number, rdi, rsi, rdx, 0),
@@ -484,6 +513,7 @@ mod tests {
                 "{number} {rdi:#x} {rsi:#x} {rdx:#x}"
             );
         }
+        assert_eq!(error(call::UNPOISON, DIRECT, 4096, 3, 0), abi::ERR_ARGUMENT);
         assert_eq!(CallError::Mode(5).result(), abi::ERR_MODE);
     }
 
@@ -556,7 +586,7 @@ mod tests {
                 Err(error) => {
                     prop_assert!(error.result() >= abi::ERR_MIN);
                     prop_assert!(!error.to_string().contains('\n'));
-                    prop_assert_eq!(error.result() == abi::ERR_CALL, !(1..=11).contains(&number));
+                    prop_assert_eq!(error.result() == abi::ERR_CALL, !(1..=12).contains(&number));
                     prop_assert_eq!(error.result() == abi::ERR_VERSION, number == call::HELLO);
                 }
                 Ok(Call::RegionAdd(region)) => {
@@ -575,8 +605,11 @@ mod tests {
                     prop_assert!(holds(va, 64 + records * 64));
                 }
                 Ok(Call::Poison { va, len, code }) => prop_assert!(code >= 0x80 && holds(va, len)),
-                Ok(Call::Unpoison { va, len } | Call::Allocated { va, size: len, .. }) => {
+                Ok(Call::Unpoison { va, len, .. } | Call::Allocated { va, size: len, .. }) => {
                     prop_assert!(holds(va, len));
+                }
+                Ok(Call::Globals { va, count }) => {
+                    prop_assert!((1..=abi::GLOBALS_MAX).contains(&count) && holds(va, count * 64));
                 }
                 Ok(Call::Name { va, len, .. }) => prop_assert!(len <= abi::NAME_MAX && holds(va, len)),
                 Ok(_) => {}

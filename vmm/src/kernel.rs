@@ -172,11 +172,19 @@ mod tests {
     #[test]
     fn wrong_descriptions_are_named() {
         for line in ["lonely", "name|silent"] {
-            assert!(matches!(read(line), Err(ScenarioError::Line { line: named }) if named == line), "{line}");
+            assert!(
+                matches!(read(line), Err(ScenarioError::Line { line: named }) if named == line),
+                "{line}"
+            );
         }
-        for bad in ["", "loud", "k Read 1", "k Read x 1", "k Look 1 1", "k Read 1 1 1", "k Read 1 1;", "k Read -1 0"] {
+        for bad in
+            ["", "loud", "k Read 1", "k Read x 1", "k Look 1 1", "k Read 1 1 1", "k Read 1 1;", "k Read -1 0"]
+        {
             let error = read(&format!("s|{bad}|about")).unwrap_err();
-            assert!(matches!(&error, ScenarioError::Verdict { scenario, .. } if scenario == "s"), "{bad}: {error}");
+            assert!(
+                matches!(&error, ScenarioError::Verdict { scenario, .. } if scenario == "s"),
+                "{bad}: {error}"
+            );
         }
     }
 

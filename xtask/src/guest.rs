@@ -18,12 +18,13 @@ const TARGET: &str = "x86_64-unknown-none";
 const KEPT: [&str; 2] = ["umbra_*", "__asan_*"];
 
 /// The runtime's checked memory functions take the C names, after its own unchecked ones were made local.
-const RENAMED: [(&str, &str); 5] = [
+const RENAMED: [(&str, &str); 6] = [
     ("umbra_checked_memcpy", "memcpy"),
     ("umbra_checked_memmove", "memmove"),
     ("umbra_checked_memset", "memset"),
     ("umbra_checked_memcmp", "memcmp"),
     ("umbra_checked_bcmp", "bcmp"),
+    ("umbra_checked_strlen", "strlen"),
 ];
 
 /// How any guest code is compiled: at fixed addresses in the highest 2 GiB, with frame pointers for stacks.
@@ -37,7 +38,10 @@ const COMMON: [&str; 5] = [
 
 /// How the kernel is instrumented: every check is a call, stack and globals have redzones. The mapping offset makes
 /// the compiler's own stores to a stack's shadow agree with the runtime's look-ups (address >>s 3, nothing added).
-const SANITIZER: [&str; 8] = [
+///
+/// rustc drops the names of variables in a release build unless it is told not to; findings on a stack show them.
+const SANITIZER: [&str; 9] = [
+    "-Zfewer-names=no",
     "-Zsanitizer=kernel-address",
     "-Zsanitizer-recover=kernel-address",
     "-Zexternal-clangrt",
@@ -49,20 +53,36 @@ const SANITIZER: [&str; 8] = [
 ];
 
 /// `cargo xtask guest`.
-pub fn run(context: &Context, only_runtime: bool) -> Result<()> {
+pub fn run(context: &Context) -> Result<()> {
     let started = std::time::Instant::now();
     let guest = Guest::new(context)?;
     let object = guest.runtime()?;
-    if only_runtime {
-        let archive = guest.archive(&object)?;
-        context.progress.finish();
-        println!("{}\n{}", object.display(), archive.display());
-    } else {
-        let kernel = guest.kernel(&object)?;
-        context.progress.finish();
-        println!("{} ({:.1} s)", kernel.display(), started.elapsed().as_secs_f64());
-    }
+    let kernel = guest.kernel(&object)?;
+    context.progress.finish();
+    println!("{} ({:.1} s)", kernel.display(), started.elapsed().as_secs_f64());
     Ok(())
+}
+
+/// `cargo xtask guest --lib`.
+pub fn library(context: &Context) -> Result<()> {
+    let folder = build_library(context)?;
+    context.progress.finish();
+    println!(
+        "{}: libumbra_rt.a, umbra.h, and umbra.mk with the compiler flags (guest/c/kernel/Makefile uses all three)",
+        folder.display()
+    );
+    Ok(())
+}
+
+/// Builds what kernels in other languages than Rust need, all in one folder, which is returned.
+pub fn build_library(context: &Context) -> Result<PathBuf> {
+    let guest = Guest::new(context)?;
+    let object = guest.runtime()?;
+    guest.archive(&object)?;
+    for name in ["umbra.h", "umbra.mk"] {
+        install(&context.root.join("guest/c").join(name), &guest.folder.join(name))?;
+    }
+    Ok(guest.folder)
 }
 
 /// Builds runtime and kernel, for a task that uses them.
@@ -172,10 +192,16 @@ impl<'a> Guest<'a> {
         Ok(object)
     }
 
-    /// The runtime as an archive, for kernels in any language.
-    fn archive(&self, object: &Path) -> Result<PathBuf> {
+    /// The runtime as an archive, for kernels in any language. Its memory functions are weak there: a kernel may have
+    /// its own, which are then not checked but where the kernel itself is instrumented.
+    fn archive(&self, object: &Path) -> Result<()> {
         let ar = which("ar").or_else(|| which("llvm-ar")).context("ar was not found: install binutils")?;
-        let archive = self.folder.join("libumbra_rt.a");
+        let [member, archive] =
+            ["libumbra_rt.o", "libumbra_rt.a"].map(|name| self.folder.join("runtime").join(name));
+        Command::new(&self.tools.objcopy, &self.folder)
+            .args(RENAMED.map(|(_, name)| format!("--weaken-symbol={name}")))
+            .args([object, &member])
+            .run_or_fail(&self.context.progress)?;
         // `ar` would add to an archive that is there.
         match fs::remove_file(&archive) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -183,11 +209,12 @@ impl<'a> Guest<'a> {
             }
             _ => {}
         }
+        // `D`: no times, so that the same runtime makes the same archive.
         Command::new(ar, &self.folder)
-            .args(["crs"])
-            .args([&archive, object])
+            .args(["crsD"])
+            .args([&archive, &member])
             .run_or_fail(&self.context.progress)?;
-        Ok(archive)
+        install(&archive, &self.folder.join("libumbra_rt.a"))
     }
 
     /// The test kernel.

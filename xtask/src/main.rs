@@ -1,5 +1,6 @@
 //! Umbra's chores: `cargo xtask demo` and `cargo xtask test` set up what a machine lacks, build the guest and run.
 
+mod c_kernel;
 mod demo;
 mod guest;
 mod process;
@@ -54,9 +55,12 @@ enum Task {
     },
     /// Build the guest runtime and the test kernel from source, into target/guest
     Guest {
-        /// Only the runtime: libumbra_rt.o, and libumbra_rt.a to link into a kernel of your own
+        /// Only the runtime: libumbra_rt.a, to link into a kernel of your own, with umbra.h and umbra.mk for one in C
         #[arg(long)]
         lib: bool,
+        /// Only the runtime and the C test kernel, by gcc and by clang
+        #[arg(long, conflicts_with = "lib")]
+        c: bool,
     },
 }
 
@@ -95,7 +99,9 @@ fn main() -> ExitCode {
                 Task::Demo { arguments } => demo::run(&context, &arguments),
                 Task::Test { name } => Ok(tests::run(&context, name.as_deref())),
                 Task::Bench { arguments } => bench(&context, &arguments),
-                Task::Guest { lib } => guest::run(&context, lib).map(|()| ExitCode::SUCCESS),
+                Task::Guest { lib: true, .. } => guest::library(&context).map(|()| ExitCode::SUCCESS),
+                Task::Guest { c: true, .. } => c_kernel::run(&context).map(|()| ExitCode::SUCCESS),
+                Task::Guest { .. } => guest::run(&context).map(|()| ExitCode::SUCCESS),
             };
             context.progress.finish();
             outcome

@@ -101,13 +101,40 @@ fn matching_pair(policy: &str) -> Option<&str> {
 /// follows tells the user what to do. Never removes a package for it.
 fn apt_install(context: &Context, packages: &[&str]) -> Result<()> {
     if let Some(apt) = Apt::find(context) {
-        let mut command = apt.command("apt-get", &context.root);
-        command.args(["install", "-y", "-qq", "--no-install-recommends", "--no-remove"]).args(packages);
-        if !command.run(&context.progress)?.success {
+        let install = || {
+            let mut command = apt.command("apt-get", &context.root);
+            command.args(["install", "-y", "-qq", "--no-install-recommends", "--no-remove"]).args(packages);
+            command.run(&context.progress)
+        };
+        // A list of packages that is missing or old names files that are gone.
+        let update = || apt.command("apt-get", &context.root).args(["update", "-qq"]).run(&context.progress);
+        let installed = install()?.success || (update()?.success && install()?.success);
+        if !installed {
             context.progress.say(&format!("apt-get could not install {}", packages.join(" ")));
         }
     }
     Ok(())
+}
+
+/// Whether programs are there; tries to install those that are not, by Debian packages of the same names.
+pub fn programs(context: &Context, names: &[&str]) -> Result<bool> {
+    let missing = || names.iter().copied().filter(|name| which(name).is_none()).collect::<Vec<_>>();
+    let wanted = missing();
+    if !wanted.is_empty() {
+        context.progress.step(&format!("installing {}: C kernels are built with it", wanted.join(" and ")));
+        apt_install(context, &wanted)?;
+    }
+    Ok(missing().is_empty())
+}
+
+/// A browser for the tests of the page that `--html` writes. Without one they are skipped, and say so.
+pub fn browser(context: &Context) -> Result<()> {
+    if which("chromium").is_some() || Apt::find(context).is_none() {
+        return Ok(());
+    }
+    context.progress.step("installing chromium: the page that --html writes is tested in a browser");
+    // Without fonts a page is nearly empty.
+    apt_install(context, &["chromium", "fonts-dejavu-core"])
 }
 
 /// The way to install Debian's packages.

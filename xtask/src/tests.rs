@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::process::Command;
 use crate::summary::Summary;
-use crate::{Context, demo, guest, setup};
+use crate::{Context, c_kernel, demo, guest, setup};
 
 /// Runs the tests, with the other checks unless only some tests are asked for, and prints the counts last.
 pub fn run(context: &Context, name: Option<&str>) -> ExitCode {
@@ -23,6 +23,7 @@ pub fn run(context: &Context, name: Option<&str>) -> ExitCode {
 
 fn run_all(context: &Context, name: Option<&str>, summary: &mut Summary) -> Result<()> {
     guest::build(context)?;
+    c_kernel::build(context)?;
     if name.is_none() {
         format(context, summary)?;
         lints(context, summary)?;
@@ -51,7 +52,7 @@ fn lints(context: &Context, summary: &mut Summary) -> Result<()> {
     }
     context.progress.step("checking lints");
     let mut clippy = context.cargo();
-    clippy.args(["clippy", "--workspace", "--all-targets", "--release", "--", "-Dwarnings"]);
+    clippy.args(["clippy", "--workspace", "--all-targets", "--release", "--keep-going", "--", "-Dwarnings"]);
     check(context, summary, &mut clippy)
 }
 
@@ -84,6 +85,7 @@ fn tests(context: &Context, name: Option<&str>, summary: &mut Summary) -> Result
         command.args(["test", "--workspace", "--release", "--no-fail-fast"]);
         command
     };
+    setup::browser(context)?;
     context.progress.step("building the tests");
     test().args(["--no-run"]).run_or_fail(&context.progress)?;
     context.progress.step("running the tests");

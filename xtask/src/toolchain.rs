@@ -186,7 +186,10 @@ mod tests {
         assert_eq!(find(&[bare.clone(), rustup.clone(), matching], release).unwrap().sysroot, rustup);
         assert_eq!(find(&[bare, old.clone(), mixed], release), None);
         assert_eq!(find(std::slice::from_ref(&rustup), |_| None), None, "a compiler that does not run");
-        assert_eq!(find(&[rustup.clone()], release).unwrap().cargo, Some(rustup.join("bin/cargo")));
+        assert_eq!(
+            find(std::slice::from_ref(&rustup), release).unwrap().cargo,
+            Some(rustup.join("bin/cargo"))
+        );
     }
 
     #[test]

@@ -118,6 +118,11 @@ pub fn all() -> (u64, u64) {
     (DIRECT_MAP + u64::from(b.start) * PAGE_SIZE, u64::from(b.end - b.start) * PAGE_SIZE)
 }
 
+/// The direct-map address behind all memory.
+pub fn end() -> u64 {
+    address(buddy().end)
+}
+
 /// The direct-map address of a page.
 pub fn address(number: u32) -> u64 {
     DIRECT_MAP + u64::from(number) * PAGE_SIZE

@@ -36,9 +36,12 @@ struct CacheData {
     /// Slabs of this cache, with free objects first in line. A small array: what does not fit stays findable
     /// through its objects, and comes back when one of them is freed.
     partial: [u32; 8],
+    /// An object that stands for the cache, so that its use after [`Cache::destroy`] is found; 0 for `kmalloc`'s.
+    descriptor: u64,
 }
 
-const UNUSED: CacheData = CacheData { object: 0, slot: 0, order: 0, slots: 0, partial: [NONE; 8] };
+const UNUSED: CacheData =
+    CacheData { object: 0, slot: 0, order: 0, slots: 0, partial: [NONE; 8], descriptor: 0 };
 
 static mut CACHE_DATA: [CacheData; CACHES] = [UNUSED; CACHES];
 static mut CACHE_COUNT: usize = 0;
@@ -66,6 +69,12 @@ fn redzone(object: u64) -> u64 {
 impl Cache {
     /// Makes a cache for objects of `object` bytes (at most 4096).
     pub fn new(name: &'static str, object: u64) -> Option<Self> {
+        let cache = Self::without_descriptor(name, object)?;
+        data(cache.0).descriptor = kmalloc(32)?;
+        Some(cache)
+    }
+
+    fn without_descriptor(name: &'static str, object: u64) -> Option<Self> {
         // SAFETY: as in `data`.
         let id = unsafe { *addr_of_mut!(CACHE_COUNT) };
         if id >= CACHES || object == 0 || object > 4096 {
@@ -75,7 +84,7 @@ impl Cache {
         let slot = (object + redzone(object)).next_multiple_of(align);
         let order = (0..3).find(|&o| (PAGE_SIZE << o) % slot < (PAGE_SIZE << o) / 8).unwrap_or(3);
         let slots = ((PAGE_SIZE << order) / slot).min(SLAB_OBJECTS as u64) as u8;
-        *data(id) = CacheData { object, slot, order, slots, partial: [NONE; 8] };
+        *data(id) = CacheData { object, slot, order, slots, ..UNUSED };
         // SAFETY: as in `data`.
         unsafe { *addr_of_mut!(CACHE_COUNT) = id + 1 };
         // Cache 0 is "none" for Umbra.
@@ -126,6 +135,26 @@ impl Cache {
         self.alloc_bytes(data(self.0).object)
     }
 
+    /// Gives the cache up. Its id is not used again.
+    pub fn destroy(self) {
+        let descriptor = data(self.0).descriptor;
+        if umbra_guest::check(descriptor, 1, false) {
+            kfree(descriptor);
+        }
+    }
+
+    /// Allocates `objects.len()` objects at once. False if there is not enough memory; then it keeps none.
+    pub fn alloc_bulk(self, objects: &mut [u64]) -> bool {
+        for i in 0..objects.len() {
+            let Some(object) = self.alloc() else {
+                objects[..i].iter().for_each(|&object| self.free(object));
+                return false;
+            };
+            objects[i] = object;
+        }
+        true
+    }
+
     /// Frees an object of this cache.
     pub fn free(self, at: u64) {
         kfree(at);
@@ -159,7 +188,7 @@ fn free_in_slab(at: u64, number: u32) {
 /// Makes `kmalloc`'s caches.
 pub fn init() {
     for (object, name) in KMALLOC {
-        Cache::new(name, object).expect("kmalloc's caches fit the table");
+        Cache::without_descriptor(name, object).expect("kmalloc's caches fit the table");
     }
 }
 
@@ -211,6 +240,24 @@ pub fn kfree(at: u64) {
     }
 }
 
+/// All the bytes that an allocation may use, which it may from now on. 0, after a report, if it was freed.
+pub fn ksize(at: u64) -> u64 {
+    if !umbra_guest::check(at, 1, false) {
+        return 0;
+    }
+    let room = room(at);
+    umbra_guest::unpoison(at, room);
+    room
+}
+
+/// Frees what `kmalloc` handed out, and leaves nothing of what was in it.
+pub fn kfree_sensitive(at: u64) {
+    let bytes = ksize(at);
+    // SAFETY: that much memory belongs to the allocation.
+    unsafe { core::ptr::write_bytes(at as *mut u8, 0, bytes as usize) };
+    kfree(at);
+}
+
 /// How many bytes `at` may grow to in place.
 fn room(at: u64) -> u64 {
     head(at).map_or(0, |number| match page::page(number).used {
@@ -220,8 +267,11 @@ fn room(at: u64) -> u64 {
     })
 }
 
-/// Changes an allocation's size, in place where its slot allows it.
+/// Changes an allocation's size, in place where its slot allows it. `None`, after a report, if it was freed.
 pub fn krealloc(at: u64, old: u64, new: u64) -> Option<u64> {
+    if !umbra_guest::check(at, 1, false) {
+        return None;
+    }
     let room = room(at);
     if new <= room {
         let redzone = if room > 4096 { LARGE_REDZONE } else { SLAB_REDZONE };

@@ -160,14 +160,14 @@ pub extern "C" fn umbra_invalid_free(address: u64) {
 /// A thread's stack comes into being: accessible, and byte-checked from now on.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_stack_alloc(start: u64, bytes: u64) {
-    shadow::unpoison(start, bytes);
+    shadow::unpoison_for(start, bytes, abi::memory::STACK);
     shadow::promote(start, bytes);
 }
 
 /// A thread's stack is given back: whatever its frames left poisoned is accessible again.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_stack_free(start: u64, bytes: u64) {
-    shadow::unpoison(start, bytes);
+    shadow::unpoison_for(start, bytes, abi::memory::NO_STACK);
 }
 
 /// Names a cache. `object` is the bytes of one of its slots' objects.
@@ -232,16 +232,32 @@ pub unsafe extern "C" fn umbra_page_fault(trap: &mut Trap) -> bool {
     // The fast paths have no frame. It is made here, where their `push rbp` would have put it, so that the chain
     // goes on in the interrupted stack.
     let fp = trap.rsp - 8;
-    // SAFETY: kernel code keeps nothing below its stack pointer.
-    unsafe { *(fp as *mut u64) = trap.rbp };
+    // What lies there now is put back: where exceptions run on the stack that they interrupt, it is the CPU's own
+    // frame.
+    // SAFETY: mapped stack, below the word that was read above.
+    let kept = unsafe { core::ptr::replace(fp as *mut u64, trap.rbp) };
     // A look-up may also have gone one byte beyond a region's shadow for an access that is good.
     if !shadow::check(trap.rdi, size) {
         checks::report_from(fp, trap.rdi, size, access, ip);
     }
+    // SAFETY: as above.
+    unsafe { *(fp as *mut u64) = kept };
     trap.rip = ip;
     trap.rsp += 8;
     true
 }
+
+// `guest/c/umbra.h` asserts the same of its structures.
+const _: () = {
+    use core::mem::offset_of;
+    assert!(size_of::<Offer>() == 40 && offset_of!(Offer, version) == 4);
+    assert!(offset_of!(Offer, page_window) == 8 && offset_of!(Offer, page_window_bytes) == 16);
+    assert!(offset_of!(Offer, byte_window) == 24 && offset_of!(Offer, byte_window_bytes) == 32);
+    assert!(size_of::<Trap>() == 40 && offset_of!(Trap, rsi) == 8 && offset_of!(Trap, rbp) == 16);
+    assert!(offset_of!(Trap, rip) == 24 && offset_of!(Trap, rsp) == 32);
+    assert!(size_of::<abi::RingHeader>() == 64 && abi::VERSION == 1 && abi::NAME_MAX == 64);
+    assert!(features::PER_PAGE == 1 && features::FULL == 2 && features::RING == 4 && features::SYNC == 8);
+};
 
 /// Ends the guest: it is done. 0 is success.
 #[unsafe(no_mangle)]

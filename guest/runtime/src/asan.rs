@@ -3,23 +3,11 @@
 //! Names and meaning are LLVM's and gcc's (`llvm/lib/Transforms/Instrumentation/AddressSanitizer.cpp`); the
 //! redzones of `alloca` are those of `mm/kasan/generic.c`.
 
+use umbra_shadow::abi::{Global, call};
 use umbra_shadow::codes;
 use umbra_shadow::memory::ShadowMemory;
 
-use crate::{shadow, state};
-
-/// What the compiler tells of one global variable (`struct __asan_global`).
-#[repr(C)]
-pub struct Global {
-    start: u64,
-    size: u64,
-    size_with_redzone: u64,
-    name: *const u8,
-    module: *const u8,
-    has_dynamic_init: u64,
-    location: *const u8,
-    odr_indicator: u64,
-}
+use crate::{host, shadow, state};
 
 /// Poisons the redzones behind globals.
 ///
@@ -27,6 +15,9 @@ pub struct Global {
 /// `globals` points to `n` descriptors.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn __asan_register_globals(globals: *const Global, n: u64) {
+    if state::mode() != 0 {
+        host::hypercall(call::GLOBALS, globals as u64, n, 0, 0);
+    }
     for i in 0..n as usize {
         // SAFETY: the caller's promise; the compiler's constructors make the call.
         let global = unsafe { &*globals.add(i) };
@@ -53,16 +44,33 @@ pub unsafe extern "C" fn __asan_unregister_globals(globals: *const Global, n: u6
 #[unsafe(no_mangle)]
 pub extern "C" fn __asan_handle_no_return() {}
 
+/// The constructors of a C++ file's globals begin. Their order is not checked.
+#[unsafe(no_mangle)]
+pub extern "C" fn __asan_before_dynamic_init(_module: *const u8) {}
+
+/// The constructors of a C++ file's globals have ended.
+#[unsafe(no_mangle)]
+pub extern "C" fn __asan_after_dynamic_init() {}
+
 /// Marks a variable whose scope has ended.
 #[unsafe(no_mangle)]
 pub extern "C" fn __asan_poison_stack_memory(address: u64, size: u64) {
-    shadow::poison(address, size.next_multiple_of(codes::GRANULE), codes::USE_AFTER_SCOPE);
+    shadow::set_on_stack(address, size.div_ceil(codes::GRANULE), codes::USE_AFTER_SCOPE);
 }
 
 /// Marks a variable whose scope begins.
 #[unsafe(no_mangle)]
 pub extern "C" fn __asan_unpoison_stack_memory(address: u64, size: u64) {
-    shadow::unpoison(address, size);
+    unpoison_on_stack(address, size);
+}
+
+/// Makes `size` bytes of a stack valid, and what follows in their last granule not.
+fn unpoison_on_stack(address: u64, size: u64) {
+    let (granules, rest) = (size / codes::GRANULE, size % codes::GRANULE);
+    shadow::set_on_stack(address, granules, 0);
+    if rest != 0 {
+        shadow::set_on_stack(address + granules * codes::GRANULE, 1, rest as u8);
+    }
 }
 
 const ALLOCA_REDZONE: u64 = 32;
@@ -70,19 +78,20 @@ const ALLOCA_REDZONE: u64 = 32;
 /// Poisons the redzones around an `alloca` region.
 #[unsafe(no_mangle)]
 pub extern "C" fn __asan_alloca_poison(address: u64, size: u64) {
-    let end = address + size.next_multiple_of(codes::GRANULE);
-    let padding = size.next_multiple_of(ALLOCA_REDZONE) - size.next_multiple_of(codes::GRANULE);
-    shadow::unpoison(address, size);
-    shadow::poison(address - ALLOCA_REDZONE, ALLOCA_REDZONE, codes::ALLOCA_LEFT);
-    shadow::poison(address + size, end - address - size, codes::ALLOCA_RIGHT);
-    shadow::poison(end, padding + ALLOCA_REDZONE, codes::ALLOCA_RIGHT);
+    let granules = size.div_ceil(codes::GRANULE);
+    let right = size.div_ceil(ALLOCA_REDZONE) * ALLOCA_REDZONE + ALLOCA_REDZONE - granules * codes::GRANULE;
+    unpoison_on_stack(address, size);
+    let left = address.wrapping_sub(ALLOCA_REDZONE);
+    shadow::set_on_stack(left, ALLOCA_REDZONE / codes::GRANULE, codes::ALLOCA_LEFT);
+    let end = address.wrapping_add(granules * codes::GRANULE);
+    shadow::set_on_stack(end, right / codes::GRANULE, codes::ALLOCA_RIGHT);
 }
 
 /// Unpoisons all `alloca` regions between two stack addresses.
 #[unsafe(no_mangle)]
 pub extern "C" fn __asan_allocas_unpoison(top: u64, bottom: u64) {
     if top != 0 && top <= bottom {
-        shadow::unpoison(top, bottom - top);
+        shadow::set_on_stack(top, (bottom - top).div_ceil(codes::GRANULE), 0);
     }
 }
 
@@ -98,14 +107,8 @@ fn set_shadow(at: u64, n: u64, value: u8) {
         if state::in_region(address, address + n * codes::GRANULE - 1) {
             shadow::Windows.set_bytes(address, n, value);
         }
-    } else if value >= codes::POISON_MIN {
-        shadow::poison(address, n * codes::GRANULE, value);
-    } else if value == 0 {
-        shadow::unpoison(address, n * codes::GRANULE);
     } else {
-        for i in 0..n {
-            shadow::unpoison(address + i * codes::GRANULE, u64::from(value));
-        }
+        shadow::set_on_stack(address, n, value);
     }
 }
 

@@ -208,6 +208,9 @@ global_asm!(
     ".endm",
     ".section .text.umbra_checks, \"ax\", @progbits",
     ".balign 256, 0xcc",
+    // Global, since the code that uses them may land in another object of the archive.
+    ".globl umbra_slots, umbra_templates_two_level, umbra_templates_full",
+    ".hidden umbra_slots, umbra_templates_two_level, umbra_templates_full",
     "umbra_slots:",
     "umbra_slot __asan_load1_noabort, 1, 0",
     "umbra_slot __asan_load2_noabort, 2, 0",
@@ -221,6 +224,11 @@ global_asm!(
     "umbra_slot __asan_store8_noabort, 8, 1",
     "umbra_slot __asan_store16_noabort, 16, 1",
     "umbra_slot_any __asan_storeN_noabort, 1",
+    // With `-fno-sanitize-recover` compilers leave the suffix off. Whether to stop is the VMM's choice here.
+    ".irp name, load1, load2, load4, load8, load16, loadN, store1, store2, store4, store8, store16, storeN",
+    ".globl __asan_\\name",
+    ".set __asan_\\name, __asan_\\name\\()_noabort",
+    ".endr",
     ".section .rodata.umbra_checks, \"a\", @progbits",
     ".balign 64",
     "umbra_templates_two_level:",

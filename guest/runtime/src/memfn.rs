@@ -49,6 +49,12 @@ unsafe fn copy_down(to: *mut u8, from: *const u8, n: usize) {
 #[inline(never)]
 pub unsafe extern "C" fn umbra_checked_memcpy(to: *mut u8, from: *const u8, n: usize) -> *mut c_void {
     let ip = caller!();
+    // SAFETY: the caller's promise.
+    unsafe { copy(to, from, n, ip) }
+}
+
+#[inline]
+unsafe fn copy(to: *mut u8, from: *const u8, n: usize, ip: u64) -> *mut c_void {
     if check_range(from as u64, n as u64, READ, ip) && check_range(to as u64, n as u64, WRITE, ip) {
         // SAFETY: the caller's promise.
         unsafe { copy_up(to, from, n) }
@@ -64,6 +70,12 @@ pub unsafe extern "C" fn umbra_checked_memcpy(to: *mut u8, from: *const u8, n: u
 #[inline(never)]
 pub unsafe extern "C" fn umbra_checked_memmove(to: *mut u8, from: *const u8, n: usize) -> *mut c_void {
     let ip = caller!();
+    // SAFETY: the caller's promise.
+    unsafe { copy_either_way(to, from, n, ip) }
+}
+
+#[inline]
+unsafe fn copy_either_way(to: *mut u8, from: *const u8, n: usize, ip: u64) -> *mut c_void {
     if check_range(from as u64, n as u64, READ, ip) && check_range(to as u64, n as u64, WRITE, ip) {
         // SAFETY: the caller's promise; the direction is chosen so that an overlap is read before it is written.
         unsafe {
@@ -85,6 +97,12 @@ pub unsafe extern "C" fn umbra_checked_memmove(to: *mut u8, from: *const u8, n: 
 #[inline(never)]
 pub unsafe extern "C" fn umbra_checked_memset(to: *mut u8, value: i32, n: usize) -> *mut c_void {
     let ip = caller!();
+    // SAFETY: the caller's promise.
+    unsafe { set(to, value, n, ip) }
+}
+
+#[inline]
+unsafe fn set(to: *mut u8, value: i32, n: usize, ip: u64) -> *mut c_void {
     if check_range(to as u64, n as u64, WRITE, ip) {
         let word = u64::from(value as u8) * 0x0101_0101_0101_0101;
         // SAFETY: the caller's promise.
@@ -133,4 +151,58 @@ pub unsafe extern "C" fn umbra_checked_bcmp(a: *const u8, b: *const u8, n: usize
     let ip = caller!();
     // SAFETY: the caller's promise.
     unsafe { compare(a, b, n, ip) }
+}
+
+/// `strlen`. A string that runs past its object, or was freed, is found as a read of all of it.
+///
+/// # Safety
+/// As C's.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub unsafe extern "C" fn umbra_checked_strlen(text: *const u8) -> usize {
+    let ip = caller!();
+    let mut len = 0;
+    // SAFETY: the caller's promise: there is a zero.
+    while unsafe { text.add(len).read_volatile() } != 0 {
+        len += 1;
+    }
+    check_range(text as u64, len as u64 + 1, READ, ip);
+    len
+}
+
+/// `memcpy`, by the name that compilers use on request (`asan-kernel-mem-intrinsic-prefix`) so that a kernel's own
+/// `memcpy` may stay unchecked.
+///
+/// # Safety
+/// As C's.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub unsafe extern "C" fn __asan_memcpy(to: *mut u8, from: *const u8, n: usize) -> *mut c_void {
+    let ip = caller!();
+    // SAFETY: the caller's promise.
+    unsafe { copy(to, from, n, ip) }
+}
+
+/// `memmove`; see [`__asan_memcpy`].
+///
+/// # Safety
+/// As C's.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub unsafe extern "C" fn __asan_memmove(to: *mut u8, from: *const u8, n: usize) -> *mut c_void {
+    let ip = caller!();
+    // SAFETY: the caller's promise.
+    unsafe { copy_either_way(to, from, n, ip) }
+}
+
+/// `memset`; see [`__asan_memcpy`].
+///
+/// # Safety
+/// As C's.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub unsafe extern "C" fn __asan_memset(to: *mut u8, value: i32, n: usize) -> *mut c_void {
+    let ip = caller!();
+    // SAFETY: the caller's promise.
+    unsafe { set(to, value, n, ip) }
 }

@@ -3,7 +3,7 @@
 use core::arch::asm;
 use core::sync::atomic::{Ordering, compiler_fence};
 
-use umbra_shadow::abi::{call, features};
+use umbra_shadow::abi::{call, features, memory};
 use umbra_shadow::codes;
 use umbra_shadow::full::Full;
 use umbra_shadow::memory::ShadowMemory;
@@ -123,11 +123,16 @@ pub fn poison(address: u64, len: u64, code: u8) {
 
 /// Unpoisons memory; the counterpart of [`poison`].
 pub fn unpoison(address: u64, len: u64) {
+    unpoison_for(address, len, memory::AS_BEFORE);
+}
+
+/// [`unpoison`], and in `sync` mode tells the VMM what the memory is for ([`memory`]).
+pub fn unpoison_for(address: u64, len: u64, purpose: u64) {
     if !covered(address, len) {
         return;
     }
     if state::sync() {
-        host::hypercall(call::UNPOISON, address, len, 0, 0);
+        host::hypercall(call::UNPOISON, address, len, purpose, 0);
     } else if full() {
         let _ = Full::new(Windows).unpoison(address, len);
     } else {
@@ -140,6 +145,29 @@ pub fn promote(address: u64, len: u64) {
     // In `sync` mode the first poisoning promotes, on the VMM's side; `full` has nothing to promote.
     if covered(address, len) && state::rings() && !full() {
         let _ = TwoLevel::new(Windows).promote(address, len);
+    }
+}
+
+/// Gives `granules` of a stack a byte-shadow value. Other than [`poison`] and [`unpoison`] it never makes a page
+/// untyped: the compiler's next store to the stack's shadow must find the page byte-checked.
+pub fn set_on_stack(address: u64, granules: u64, value: u8) {
+    let len = granules << codes::GRANULE_SHIFT;
+    if !covered(address, len) {
+        return;
+    }
+    if !state::sync() {
+        promote(address, len);
+        Windows.set_bytes(address, granules, value);
+    } else if value == 0 {
+        unpoison(address, len);
+    } else if value >= codes::POISON_MIN {
+        poison(address, len, value);
+    } else {
+        // What was valid before is to become less.
+        poison(address, len, codes::STACK_MID);
+        for i in 0..granules {
+            unpoison(address + (i << codes::GRANULE_SHIFT), u64::from(value));
+        }
     }
 }
 

@@ -37,8 +37,11 @@ pub struct Ram {
 }
 
 impl Ram {
-    /// Reserves `bytes` of RAM, laid out as [`layout::ram_ranges`] says, all zero.
-    pub fn new(bytes: u64) -> Result<Self, MemoryError> {
+    /// Whether a machine may have `bytes` of RAM.
+    ///
+    /// # Errors
+    /// It is too small, too large, or no multiple of a page.
+    pub fn check(bytes: u64) -> Result<(), MemoryError> {
         if bytes < layout::MIN_MEMORY {
             return Err(MemoryError::TooSmall { bytes });
         }
@@ -48,6 +51,12 @@ impl Ram {
         if !bytes.is_multiple_of(layout::PAGE) {
             return Err(MemoryError::Unaligned { bytes });
         }
+        Ok(())
+    }
+
+    /// Reserves `bytes` of RAM, laid out as [`layout::ram_ranges`] says, all zero.
+    pub fn new(bytes: u64) -> Result<Self, MemoryError> {
+        Self::check(bytes)?;
         // vm-memory maps private anonymous memory with MAP_NORESERVE.
         let ranges: Vec<_> =
             layout::ram_ranges(bytes).into_iter().map(|(gpa, len)| (gpa, len as usize)).collect();

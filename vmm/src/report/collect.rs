@@ -8,11 +8,13 @@ use super::{Access, Finding, Names};
 /// Different findings that are kept by default.
 pub const DEFAULT_LIMIT: usize = 1000;
 
-/// What makes two findings the same bug.
+/// What makes two findings the same bug: what it is, where, and who called that. The caller tells apart what is wrong
+/// in one function for the fault of several, such as a double free.
 #[derive(PartialEq, Eq, Hash)]
 struct Identity {
     headline: String,
     access: Access,
+    caller: Option<String>,
     /// Without symbols all headlines of a kind are equal, and only the address tells two bugs apart.
     ip: Option<u64>,
 }
@@ -20,9 +22,12 @@ struct Identity {
 impl Identity {
     fn of(finding: &Finding) -> Self {
         let named = finding.culprit().is_some_and(|frame| frame.symbol.is_some());
+        let functions = finding.frames.iter().filter(|frame| !frame.inlined);
+        let caller = functions.skip_while(|frame| frame.ip != finding.ip).nth(1);
         Self {
             headline: finding.headline(Names::Linkage),
             access: finding.access,
+            caller: caller.and_then(|frame| frame.name(Names::Linkage).map(str::to_owned)),
             ip: (!named).then_some(finding.ip),
         }
     }
@@ -133,6 +138,20 @@ mod tests {
         assert_eq!(findings.add(elsewhere), Added::New(3));
         assert_eq!((findings.distinct(), findings.total()), (4, 5));
         assert_eq!(findings.get(0).map(|(f, n)| (f.address, n)), Some((finding().address, 2)));
+    }
+
+    #[test]
+    fn the_caller_tells_apart_what_is_wrong_in_one_function() {
+        let called_by = |name: &str| {
+            let mut called = finding();
+            let at = called.frames.iter().rposition(|frame| !frame.inlined).expect("a caller");
+            (called.frames[at].symbol, called.frames[at].linkage) = (Some(name.into()), None);
+            called
+        };
+        let mut findings = Findings::default();
+        assert_eq!(findings.add(called_by("one")), Added::New(0));
+        assert_eq!(findings.add(called_by("other")), Added::New(1));
+        assert_eq!(findings.add(called_by("one")), Added::Repeat(0, 2));
     }
 
     #[test]

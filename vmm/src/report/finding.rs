@@ -4,6 +4,8 @@ use std::fmt::Write as _;
 
 use serde::{Serialize, Serializer};
 
+use super::frame::StackFrame;
+
 /// Shadow bytes in one row of a [`ShadowDump`].
 pub const ROW_SHADOW: usize = 16;
 /// Bytes of guest memory that one row of a [`ShadowDump`] stands for.
@@ -45,6 +47,9 @@ pub struct Finding {
     /// The global variable that the address belongs to, or lies behind.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub variable: Option<Variable>,
+    /// The stack frame that the address lies in, with its variables.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stack_frame: Option<StackFrame>,
     /// Who allocated the object.
     pub allocated: Option<Event>,
     /// Who freed the object.
@@ -162,8 +167,11 @@ pub struct Variable {
     /// Its guest-virtual address.
     #[serde(serialize_with = "hex")]
     pub start: u64,
-    /// Its bytes as the ELF has them: an instrumenting compiler counts the redzone behind it in.
+    /// Its bytes. If only the ELF's symbol is known, with the redzone that an instrumenting compiler put behind it.
     pub size: u64,
+    /// The source file or compilation unit that defines it, as the compiler names it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub module: Option<String>,
 }
 
 /// An allocation or a free.
@@ -326,6 +334,7 @@ pub(super) mod tests {
                 offset: 115,
             }),
             variable: None,
+            stack_frame: None,
             allocated: Some(Event {
                 task: Task { id: 12, name: "kmalloc_oob_right".into() },
                 frames: vec![alloc, thread],

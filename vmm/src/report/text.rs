@@ -13,6 +13,7 @@ use std::io::{self, Write};
 use anstyle::{AnsiColor, Style};
 
 use super::finding::{place, printable};
+use super::frame::StackFrame;
 use super::{Access, Event, Finding, Findings, Frame, Names, Object, ShadowDump, Task};
 
 /// How to print.
@@ -106,7 +107,12 @@ impl Printer<'_> {
             let sign = if offset < 0 { '-' } else { '+' };
             let (name, offset) = (printable(&variable.name), offset.unsigned_abs());
             writeln!(self.out, "The buggy address belongs to the variable:")?;
-            writeln!(self.out, " {name}{sign}{offset:#x}/{:#x}\n", variable.size)?;
+            let of = variable.module.as_deref().map(|m| format!(", of {}", printable(m))).unwrap_or_default();
+            let size = variable.size;
+            writeln!(self.out, " {name}{sign}{offset:#x}/{size:#x} ({size} bytes{of})\n")?;
+        }
+        if let Some(frame) = &finding.stack_frame {
+            self.stack_frame(task, frame)?;
         }
         self.shadow(&finding.shadow)?;
         for note in &finding.notes {
@@ -168,6 +174,24 @@ impl Printer<'_> {
         if finding.address != finding.shadow.first_bad {
             let place = relation(i128::from(finding.address) - i128::from(object.start), object.size);
             writeln!(self.out, " (the access begins {place} of it)")?;
+        }
+        writeln!(self.out)
+    }
+
+    fn stack_frame(&mut self, task: &Task, frame: &StackFrame) -> io::Result<()> {
+        writeln!(self.out, "The buggy address belongs to stack of task {}/{}", name(task), task.id)?;
+        if let Some(function) = &frame.function {
+            writeln!(self.out, " and is located at offset {} in frame:", frame.offset)?;
+            writeln!(self.out, " {}", printable(function))?;
+        } else {
+            writeln!(self.out, " and is located at offset {} in its frame", frame.offset)?;
+        }
+        let objects = if frame.variables.len() == 1 { "object" } else { "objects" };
+        writeln!(self.out, "\nThis frame has {} {objects}:", frame.variables.len())?;
+        for variable in &frame.variables {
+            let end = variable.offset.saturating_add(variable.size);
+            let line = variable.line.map(|line| format!(" (line {line})")).unwrap_or_default();
+            writeln!(self.out, " [{}, {end}) '{}'{line}", variable.offset, printable(&variable.name))?;
         }
         writeln!(self.out)
     }

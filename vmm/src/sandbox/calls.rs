@@ -65,10 +65,13 @@ impl Monitor {
                     windows.poison(gpa, len, code, machine.slots).map_err(|e| shadow_error(e, va))?;
                 }
             }
-            Call::Unpoison { va, len } => {
+            Call::Unpoison { va, len, stack } => {
                 let gpa = to_gpa(&self.regions, va, len)?;
                 if let Some(windows) = &mut self.windows {
                     windows.unpoison(gpa, len, machine.slots).map_err(|e| shadow_error(e, va))?;
+                    if let Some(stack) = stack {
+                        windows.mark_stack(gpa, len, stack);
+                    }
                 }
             }
             Call::Allocated { va, size, cache, actor } => {
@@ -107,6 +110,10 @@ impl Monitor {
                     Named::Task { id } => self.objects.name_task(id, name),
                 }
             }
+            Call::Globals { va, count } => {
+                in_ram(&self.regions, machine.ram, va, count * abi::GLOBAL_BYTES, "address of globals")?;
+                self.globals.add(va, count)?;
+            }
             Call::Exit(exit) => {
                 return Ok(Answer::End(match exit {
                     Exit::Done { failed: false } => Outcome::Done,
@@ -121,7 +128,7 @@ impl Monitor {
                 }));
             }
         }
-        let value = if matches!(call, Call::Hello) { u64::from(abi::VERSION) } else { 0 };
+        let value = if matches!(call, Call::Hello) { self.features().into() } else { 0 };
         Ok(Answer::Value(value))
     }
 

@@ -3,20 +3,25 @@
 
 use std::fmt;
 
-use umbra_shadow::codes::{GRANULE, GRANULE_SHIFT, LARGE_REDZONE, PAGE_SHIFT, UNKNOWN};
+use umbra_shadow::codes::{
+    GRANULE, GRANULE_SHIFT, LARGE_REDZONE, PAGE_SHIFT, SLAB_REDZONE, STACK_LEFT, UNKNOWN,
+};
 use umbra_shadow::{BugKind, Cause, Shadow, Violation, abi, classify};
 
 use super::Outcome;
 use super::monitor::{Flow, Machine, Monitor};
 use crate::hypercall::{Access, Actor};
 use crate::machine::walk::AddressSpace;
+use crate::report::frame::{self, DESCRIPTION_MAX, FRAME_MAGIC, StackFrame};
 use crate::report::stack::{Stack, walk};
 use crate::report::symbols::{Position, Symbols};
 use crate::report::{self, Added, Event, Finding, Frame, Object, ROW_SHADOW, ShadowDump, Task};
-use crate::shadow::objects;
+use crate::shadow::{At, objects};
 
 /// [`GRANULE`], as shadow bytes count.
 const GRANULE_BYTES: u8 = GRANULE as u8;
+/// How far below an address the start of its stack frame is looked for, in bytes.
+const STACK_SEARCH: u64 = 64 << 10;
 /// Most frames in a finding's stack.
 const FRAMES: usize = 32;
 
@@ -96,10 +101,13 @@ impl Monitor {
             | BugKind::AllocaOutOfBounds
             | BugKind::UseAfterScope => None,
             _ => bad_gpa.and_then(|gpa| {
-                let follows = self.windows.as_ref().is_some_and(|windows| {
-                    matches!(windows.model().state(gpa), 1..GRANULE_BYTES | LARGE_REDZONE)
-                });
-                Some((gpa, self.objects.nearest(gpa, follows)?))
+                let state = self.windows.as_ref().map(|windows| windows.model().state(gpa));
+                let at = match state {
+                    Some(1..GRANULE_BYTES | LARGE_REDZONE) => At::Behind,
+                    Some(SLAB_REDZONE) => At::Redzone,
+                    _ => At::Anywhere,
+                };
+                Some((gpa, self.objects.nearest(gpa, at)?))
             }),
         };
         let mut event = |event: &objects::Event| {
@@ -125,7 +133,17 @@ impl Monitor {
             }
         });
         let variable = match kind {
-            BugKind::GlobalOutOfBounds => self.symbols.lookup_data(first_bad),
+            // The compiler's description knows the size without the redzone; the symbol table does not.
+            BugKind::GlobalOutOfBounds => {
+                let sregs = machine.cpu.sregs().unwrap_or_default();
+                self.globals
+                    .find(first_bad, &AddressSpace::new(&sregs), machine.ram)
+                    .or_else(|| self.symbols.lookup_data(first_bad))
+            }
+            _ => None,
+        };
+        let stack_frame = match kind {
+            BugKind::StackOutOfBounds | BugKind::UseAfterScope => self.stack_frame(first_bad, machine),
             _ => None,
         };
         notes.extend(self.symbols.notes());
@@ -147,11 +165,42 @@ impl Monitor {
             frames,
             object,
             variable,
+            stack_frame,
             allocated,
             freed,
             shadow: self.shadow_around(first_bad),
             notes,
         }
+    }
+
+    /// The frame that `first_bad` lies in. Its start is that of the nearest left redzone below, if what the compiler
+    /// puts there is there (as `kasan_get_stack_frame_info` finds it, `mm/kasan/report_generic.c`).
+    fn stack_frame(&self, first_bad: u64, machine: &Machine) -> Option<StackFrame> {
+        let model = self.windows.as_ref()?.model();
+        let state = |at| Some(model.state(self.regions.to_gpa(at, GRANULE)?));
+        let mut base = first_bad & !(GRANULE - 1);
+        let lowest = base.checked_sub(STACK_SEARCH)?;
+        while state(base)? != STACK_LEFT {
+            base = base.checked_sub(GRANULE).filter(|at| *at >= lowest)?;
+        }
+        while state(base.wrapping_sub(GRANULE)).is_some_and(|state| state == STACK_LEFT) {
+            base = base.checked_sub(GRANULE).filter(|at| *at >= lowest)?;
+        }
+        let sregs = machine.cpu.sregs().ok()?;
+        let space = AddressSpace::new(&sregs);
+        let word = |i: u64| space.read_u64(machine.ram, base.checked_add(8 * i)?).ok();
+        if word(0)? != FRAME_MAGIC {
+            return None;
+        }
+        let mut text = [0; DESCRIPTION_MAX];
+        let len = space.read_some(machine.ram, word(1)?, &mut text);
+        let text = text.get(..len)?.split(|byte| *byte == 0).next()?;
+        let pc = word(2)?;
+        let function = self
+            .symbols
+            .lookup(pc)
+            .map(|symbol| format!("{}+{:#x}/{:#x}", symbol.name, pc.wrapping_sub(symbol.start), symbol.size));
+        Some(StackFrame { offset: first_bad - base, function, variables: frame::parse(text)? })
     }
 
     fn shadow_around(&self, first_bad: u64) -> ShadowDump {
@@ -195,6 +244,7 @@ impl Monitor {
             frames,
             object: None,
             variable: None,
+            stack_frame: None,
             allocated: None,
             freed: None,
             shadow: ShadowDump::default(),

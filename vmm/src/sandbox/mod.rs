@@ -6,11 +6,15 @@
 //! still ends, with all that was found.
 
 mod calls;
+mod globals;
 mod investigate;
 pub mod monitor;
 mod outcome;
+mod picture;
 mod rings;
 pub mod stats;
+#[cfg(test)]
+mod tests;
 
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -31,9 +35,11 @@ use crate::machine::{Kvm, Machine, MachineConfig, MachineError, SlotId, layout};
 use crate::report::symbols::Symbols;
 use crate::report::{Finding, Findings};
 use crate::shadow::accounting::resident_bytes;
-use crate::shadow::{self, Notify, ProcessMemory, ShadowError, SlotError, Slots, Windows};
+use crate::shadow::{self, Notify, PageMap, ProcessMemory, ShadowError, SlotError, Slots, Windows};
 use monitor::{Flow, Monitor};
 pub use outcome::Outcome;
+use picture::Timeline;
+pub use picture::{Picture, Sample};
 use stats::{GuestStats, HostStats, ShadowStats, Stats};
 
 /// Which shadow to keep.
@@ -80,6 +86,8 @@ pub struct Config {
     pub stop_at: Option<usize>,
     /// Find out whether the host counts guest instructions, and read the count. Costs a probe guest.
     pub count_instructions: bool,
+    /// Watch the run for [`Report::picture`]. Without it nothing is sampled.
+    pub picture: bool,
 }
 
 /// Who hears of each new finding while the guest runs, and of its start.
@@ -122,6 +130,8 @@ pub struct Report {
     pub findings: Findings,
     /// What it cost.
     pub stats: Stats,
+    /// What it looked like, if that was asked for.
+    pub picture: Option<Picture>,
 }
 
 impl Report {
@@ -148,9 +158,7 @@ impl Slots for MachineSlots<'_> {
     }
 
     fn unmap(&mut self, slot: u32) -> Result<(), SlotError> {
-        self.0
-            .unmap(SlotId::from_raw(slot))
-            .map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
+        self.0.unmap(SlotId::from_raw(slot)).map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
     }
 }
 
@@ -183,6 +191,8 @@ pub fn run(
 ) -> Result<Report, RunError> {
     let begin = Instant::now();
     let kvm = Kvm::open()?;
+    // Before anything is computed from it.
+    Ram::check(config.memory).map_err(MachineError::from)?;
     let layout = shadow::Layout::new(layout::ram_end(config.memory)).map_err(ShadowError::from)?;
     let mut machine = Machine::new(
         &kvm,
@@ -198,7 +208,8 @@ pub fn run(
         ShadowMode::Off => None,
     };
     let windows = mode.map(|mode| {
-        let ram = layout::ram_ranges(config.memory).into_iter().map(|(gpa, len)| gpa.0..gpa.0 + len).collect();
+        let ram =
+            layout::ram_ranges(config.memory).into_iter().map(|(gpa, len)| gpa.0..gpa.0 + len).collect();
         let windows = shadow::Config { ram, mode, notify: config.notify, limit: config.shadow_limit };
         Windows::new(&windows, &mut MachineSlots(&machine))
     });
@@ -212,13 +223,15 @@ pub fn run(
     });
     let counters = counters.map(Arc::new);
     observer.starts(counters.clone());
-    let monitor = Monitor::new(
+    let (console, tail) = picture::Tail::tee(console, config.picture);
+    let mut monitor = Monitor::new(
         windows,
         Devices::new(console, None),
         Symbols::lazy(move || Ok(kernel)),
         observer,
         config.stop_at,
     );
+    monitor.timeline = config.picture.then(Timeline::default);
     let shared = Arc::new(Shared {
         machine,
         counters,
@@ -246,6 +259,12 @@ pub fn run(
             Ok(outcome) => break outcome,
             Err(RecvTimeoutError::Disconnected) => break None,
             Err(RecvTimeoutError::Timeout) => {}
+        }
+        // A guest that makes no exits is sampled from here. While it handles one, the other thread does it.
+        if config.picture
+            && let Ok(mut monitor) = shared.monitor.try_lock()
+        {
+            monitor.sample();
         }
         let why = if stop.load(Relaxed) {
             Outcome::Interrupted
@@ -278,6 +297,15 @@ pub fn run(
     let mut monitor = shared.monitor();
     monitor.drain_all(shared.machine.ram());
     monitor.flush();
+    let picture = monitor.timeline.take().map(|timeline| {
+        let ram: Vec<_> =
+            layout::ram_ranges(config.memory).into_iter().map(|(gpa, len)| gpa.0..gpa.0 + len).collect();
+        Picture {
+            samples: timeline.finish(monitor.windows.as_mut()),
+            pages: monitor.windows.as_ref().map(|windows| PageMap::of(windows, &ram, picture::CELLS)),
+            console: tail.take(),
+        }
+    });
     let started = *shared.started.lock().unwrap_or_else(PoisonError::into_inner);
     let seconds = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
         (Some(from), Some(to)) => to.saturating_duration_since(from).as_secs_f64(),
@@ -290,7 +318,7 @@ pub fn run(
     };
     let stats = figures(config, &outcome, &mut monitor, shared.machine.ram(), instructions, host);
     let findings = std::mem::take(&mut monitor.findings);
-    Ok(Report { outcome, findings, stats })
+    Ok(Report { outcome, findings, stats, picture })
 }
 
 /// Runs the vCPU until the run ends. `None`: it was told to stop.
@@ -302,8 +330,7 @@ fn run_vcpu(mut vcpu: Vcpu, shared: &Shared) -> Option<Outcome> {
             Err(error) => return Some(error.into()),
         };
         let mut slots = MachineSlots(&shared.machine);
-        let mut machine =
-            monitor::Machine { cpu: &mut vcpu, ram: shared.machine.ram(), slots: &mut slots };
+        let mut machine = monitor::Machine { cpu: &mut vcpu, ram: shared.machine.ram(), slots: &mut slots };
         if let Flow::End(outcome) = shared.monitor().dispatch(exit, &mut machine) {
             return Some(outcome);
         }

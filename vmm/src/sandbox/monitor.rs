@@ -6,7 +6,9 @@
 use umbra_shadow::abi::{self, CPUID_FIRST, CPUID_STEP, PORT, features};
 use vm_memory::GuestAddress;
 
+use super::globals::Globals;
 use super::investigate::Place;
+use super::picture::Timeline;
 use super::rings::Rings;
 use super::stats::{EventStats, ExitStats};
 use super::{Observer, Outcome, ShadowMode};
@@ -18,7 +20,7 @@ use crate::machine::memory::Ram;
 use crate::machine::vcpu::{Vcpu, VmExit};
 use crate::report::Findings;
 use crate::report::symbols::Symbols;
-use crate::shadow::{FaultOutcome, Layout, Notify, Objects, ShadowError, Slots, Windows};
+use crate::shadow::{FaultOutcome, Layout, Mode, Notify, Objects, ShadowError, Slots, Windows};
 
 /// A vCPU as the dispatcher needs it.
 pub trait GuestCpu: Cpu {
@@ -65,9 +67,12 @@ pub struct Monitor {
     pub events: EventStats,
     pub(super) regions: Regions,
     pub(super) rings: Rings,
+    pub(super) globals: Globals,
     pub(super) symbols: Symbols,
     pub(super) observer: Box<dyn Observer>,
     pub(super) stop_at: Option<usize>,
+    /// The shadow over time, if that was asked for.
+    pub(super) timeline: Option<Timeline>,
     devices: Devices,
     completer: Completer,
 }
@@ -92,9 +97,11 @@ impl Monitor {
             events: EventStats::default(),
             regions: Regions::default(),
             rings: Rings::default(),
+            globals: Globals::default(),
             symbols,
             observer,
             stop_at,
+            timeline: None,
             devices,
             completer: Completer::default(),
         }
@@ -103,6 +110,8 @@ impl Monitor {
     /// Does what an exit asks for.
     pub fn dispatch(&mut self, exit: VmExit, machine: &mut Machine) -> Flow {
         self.exits.total += 1;
+        // Before the exit is handled: a ring drain may give shadow back, so the peaks are here.
+        self.sample();
         let flow = match exit {
             VmExit::IoOut { port: PORT, data } if data.as_slice().len() == 4 => {
                 self.exits.hypercall += 1;
@@ -149,6 +158,13 @@ impl Monitor {
         flow.unwrap_or_else(Flow::End)
     }
 
+    /// Takes a sample of the shadow if samples were asked for and it is time for one.
+    pub(super) fn sample(&mut self) {
+        if let (Some(timeline), Some(windows)) = (&mut self.timeline, &mut self.windows) {
+            timeline.sample(windows);
+        }
+    }
+
     /// Instructions completed so far, by mnemonic.
     pub fn completed(&self) -> &std::collections::BTreeMap<&'static str, u64> {
         self.completer.counts()
@@ -157,6 +173,16 @@ impl Monitor {
     /// Writes out what the console still holds.
     pub fn flush(&mut self) {
         self.devices.flush();
+    }
+
+    /// The feature bits of this run ([`features`]).
+    pub(super) fn features(&self) -> u32 {
+        let Some(windows) = &self.windows else { return 0 };
+        let mode = match windows.mode() {
+            Mode::PerPage => ShadowMode::PerPage,
+            Mode::Full => ShadowMode::Full,
+        };
+        offer(mode, windows.notify())
     }
 
     fn stuck(&self, what: String, machine: &Machine) -> Result<Flow, Outcome> {
@@ -182,7 +208,11 @@ impl Monitor {
             },
             None => {
                 self.exits.mmio += 1;
-                self.devices.mmio_read(gpa, data);
+                match &self.windows {
+                    // The shadow of what is no memory is poison.
+                    Some(windows) if windows.is_reserved(gpa.0) => data.fill(0xff),
+                    _ => self.devices.mmio_read(gpa, data),
+                }
             }
         }
         machine.cpu.complete_read(data);
@@ -196,6 +226,7 @@ impl Monitor {
             return Ok(Flow::Continue);
         };
         match windows.fault(gpa.0, data.len() as u64, true, machine.slots) {
+            Ok(FaultOutcome::Tampering) if windows.stack_store(gpa.0, data, machine.slots)? => {}
             Ok(FaultOutcome::Tampering) => return self.tampering(gpa.0, data.len() as u64, machine),
             Ok(outcome) => {
                 self.exits.shadow_fault += u64::from(outcome == FaultOutcome::Mapped);
@@ -235,18 +266,23 @@ impl Monitor {
     }
 }
 
-/// The CPUID leaves that a guest finds Umbra by (see [`umbra_shadow::abi`]). One block beyond KVM's own.
-pub fn discovery(mode: ShadowMode, notify: Notify, layout: &Layout) -> Vec<CpuidLeaf> {
-    let base = CPUID_FIRST + CPUID_STEP;
+/// The feature bits of a run ([`features`]).
+fn offer(mode: ShadowMode, notify: Notify) -> u32 {
     let notify = match notify {
         Notify::Ring => features::RING,
         Notify::Sync => features::SYNC,
     };
-    let offered = match mode {
+    match mode {
         ShadowMode::PerPage => features::PER_PAGE | notify,
         ShadowMode::Full => features::FULL | notify,
         ShadowMode::Off => 0,
-    };
+    }
+}
+
+/// The CPUID leaves that a guest finds Umbra by (see [`umbra_shadow::abi`]). One block beyond KVM's own.
+pub fn discovery(mode: ShadowMode, notify: Notify, layout: &Layout) -> Vec<CpuidLeaf> {
+    let base = CPUID_FIRST + CPUID_STEP;
+    let offered = offer(mode, notify);
     let leaf = |function, [eax, ebx, ecx, edx]: [u32; 4]| CpuidLeaf { function, eax, ebx, ecx, edx };
     let window = |gpa: u64, bytes: u64| [gpa as u32, (gpa >> 32) as u32, bytes as u32, (bytes >> 32) as u32];
     let page = if mode == ShadowMode::PerPage { window(layout.page.gpa, layout.page.bytes) } else { [0; 4] };

@@ -178,6 +178,11 @@ impl Accounting {
         Ok(Self { range, pages, page_bytes, faults: 0, released_bytes: 0, peak_resident: 0, peak_used: 0 })
     }
 
+    /// Bytes of page shadow.
+    pub(super) fn page_bytes(&self) -> u64 {
+        self.page_bytes
+    }
+
     pub(super) fn count_fault(&mut self) {
         self.faults = self.faults.saturating_add(1);
     }

@@ -10,7 +10,9 @@ pub mod memory;
 pub mod model;
 mod names;
 pub mod objects;
+pub mod pages;
 pub mod release;
+mod stack_pages;
 mod stacks;
 pub mod windows;
 
@@ -21,6 +23,7 @@ pub use accounting::{Figures, ProcessMemory};
 pub use layout::{CHUNK_BYTES, Layout, LayoutError, Window};
 pub use memory::HostShadow;
 pub use model::Model;
-pub use objects::{Cache, Event, Found, ObjectCounts, ObjectLimits, Objects};
+pub use objects::{At, Cache, Event, Found, ObjectCounts, ObjectLimits, Objects};
+pub use pages::{PageCounts, PageMap};
 pub use release::release_unused;
 pub use windows::{Config, FaultOutcome, Mode, Notify, ShadowError, SlotError, Slots, Windows};

@@ -5,6 +5,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use umbra_shadow::codes::PAGE_SIZE;
+
 use super::{
     names::{TaskNames, sanitize},
     stacks::{StackId, Stacks},
@@ -12,6 +14,9 @@ use super::{
 
 /// How far from an object an address may lie to be explained by it, in bytes.
 const NEARBY: u64 = 4096;
+
+/// How many objects that do not fit are passed over in a search.
+const PASSED_OVER: usize = 64;
 
 /// How much is remembered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +63,17 @@ pub struct Cache<'a> {
     pub name: &'a str,
     /// Bytes of one object slot; 0 if the guest did not say.
     pub object_size: u64,
+}
+
+/// What the shadow says of an address that [`Objects::nearest`] is to explain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum At {
+    /// Nothing that would help.
+    Anywhere,
+    /// It is a redzone: no freed object explains it.
+    Redzone,
+    /// It is the rest of a live object's last granule, or the redzone behind a large one: that object lies before it.
+    Behind,
 }
 
 /// An allocation or a free.
@@ -276,24 +292,33 @@ impl Objects {
     }
 
     /// The object that explains an access to `gpa`: the one that holds it, rest of its slot included; else
-    /// the closer one of its neighbours, if it is within 4 KiB; the left one if both are as close, or if the shadow
-    /// says that what is there `follows` an object (the rest of its last granule, or the redzone of its last page).
-    pub fn nearest(&self, gpa: u64, follows: bool) -> Option<Found<'_>> {
+    /// the closer one of its neighbours, if it is within 4 KiB; the left one if both are as close. What the shadow says
+    /// of `gpa` narrows it.
+    pub fn nearest(&self, gpa: u64, at: At) -> Option<Found<'_>> {
+        // A freed object leaves its memory poisoned as freed. Where that is a redzone now, it was before the memory was
+        // cut up anew.
+        let fits = |entry: &&Entry| at == At::Anywhere || entry.state & FREED == 0;
         let entry = |(_, index): (&u64, &Index)| self.entries.get(*index as usize);
-        let left = self.by_start.range(..=gpa).next_back().and_then(entry);
+        let left = self.by_start.range(..=gpa).rev().take(PASSED_OVER).filter_map(entry).find(fits);
         let right = || {
-            let entry = self.by_start.range(gpa.checked_add(1)?..).next().and_then(entry)?;
+            let behind = self.by_start.range(gpa.checked_add(1)?..);
+            let entry = behind.take(PASSED_OVER).filter_map(entry).find(fits)?;
             Some((entry, entry.start - gpa)).filter(|(_, distance)| *distance <= NEARBY)
         };
         let Some(left) = left else { return right().map(|(entry, _)| self.found(entry)) };
-        let slot = self.caches.get(&left.cache).map_or(0, |(_, object_size)| *object_size);
+        let slot = match self.caches.get(&left.cache) {
+            Some((_, object_size)) => *object_size,
+            // Without a cache, an object that starts a page has pages of its own.
+            None if left.start.is_multiple_of(PAGE_SIZE) => u64::from(left.size).next_multiple_of(PAGE_SIZE),
+            None => 0,
+        };
         let end = left.end().max(left.start.saturating_add(slot));
         if gpa < end {
             return Some(self.found(left));
         }
         let distance = gpa - end;
         match right() {
-            Some((entry, other)) if other < distance && !(follows && distance <= NEARBY) => {
+            Some((entry, other)) if other < distance && !(at == At::Behind && distance <= NEARBY) => {
                 Some(self.found(entry))
             }
             _ if distance <= NEARBY => Some(self.found(left)),
@@ -406,7 +431,7 @@ mod tests {
 
     /// Start of the object that explains `gpa`.
     fn nearest(objects: &Objects, gpa: u64) -> Option<u64> {
-        objects.nearest(gpa, false).map(|found| found.start)
+        objects.nearest(gpa, At::Anywhere).map(|found| found.start)
     }
 
     #[test]
@@ -415,7 +440,7 @@ mod tests {
         objects.name_cache(3, b"kmalloc-64", 64);
         objects.name_task(7, b"slab_oob");
         objects.allocated(0x1000, 50, 3, 7, &[0xa, 0xb]);
-        let live = objects.nearest(0x1010, false).unwrap();
+        let live = objects.nearest(0x1010, At::Anywhere).unwrap();
         assert_eq!((live.start, live.size, live.live, live.freed), (0x1000, 50, true, None));
         assert_eq!(live.cache, Some(Cache { id: 3, name: "kmalloc-64", object_size: 64 }));
         let event = Event { task: 7, name: Some("slab_oob"), frames: &[0xa, 0xb], lost: false };
@@ -423,17 +448,26 @@ mod tests {
 
         objects.freed(0x1000, 8, &[0xc]);
         objects.freed(0x1000, 9, &[0xd]);
-        let freed = objects.nearest(0x1000, false).unwrap();
+        let freed = objects.nearest(0x1000, At::Anywhere).unwrap();
         assert_eq!((freed.live, freed.allocated), (false, Some(event)));
         assert_eq!(freed.freed, Some(Event { task: 8, name: None, frames: &[0xc], lost: false }));
         assert_eq!(objects.counts().repeated_frees, 1);
 
         // The slot again, for someone else.
         objects.allocated(0x1000, 20, 0, 1, &[]);
-        let again = objects.nearest(0x1000, false).unwrap();
+        let again = objects.nearest(0x1000, At::Anywhere).unwrap();
         assert_eq!((again.size, again.live, again.cache, again.freed), (20, true, None, None));
         assert_eq!(again.allocated, Some(Event { task: 1, name: None, frames: &[], lost: false }));
         assert_eq!(objects.len(), 1);
+    }
+
+    #[test]
+    fn pages_of_its_own_belong_to_an_object() {
+        let mut objects = Objects::default();
+        objects.allocated(0x10000, 4106, 0, 0, &[]);
+        objects.allocated(0x12000, 4096, 0, 0, &[]);
+        assert_eq!(nearest(&objects, 0x11fff), Some(0x10000), "one byte before the next object");
+        assert_eq!(nearest(&objects, 0x12000), Some(0x12000));
     }
 
     #[test]
@@ -460,9 +494,15 @@ mod tests {
             assert_eq!(nearest(&objects, gpa), expected, "{gpa:#x}");
         }
         // Where the shadow says that it belongs to what lies before it, closeness does not count.
-        let owner = |gpa| objects.nearest(gpa, true).map(|found| found.start);
+        let owner = |gpa| objects.nearest(gpa, At::Behind).map(|found| found.start);
         assert_eq!(owner(0x1007f), Some(0x10000));
         assert_eq!(owner(0x10000 - 1), Some(0x10000));
+        // An object that was freed long ago does not explain a redzone.
+        objects.freed(0x10080, 0, &[]);
+        let redzone = |gpa| objects.nearest(gpa, At::Redzone).map(|found| found.start);
+        assert_eq!((redzone(0x10090), nearest(&objects, 0x10090)), (Some(0x10000), Some(0x10080)));
+        assert_eq!((redzone(0x1007f), redzone(0x10000 + 4096 + 64)), (Some(0x10000), Some(0x10000)));
+        assert_eq!(redzone(0x10000 + 4096 + 65), None);
         for _ in 0..3 {
             objects.allocated(u64::MAX, u64::MAX, 0, 0, &[]);
             objects.freed(u64::MAX, 0, &[]);
@@ -478,12 +518,15 @@ mod tests {
     fn frees_of_unknown_objects_are_remembered_where_they_can_be() {
         let mut objects = Objects::default();
         objects.freed(0x1000, 5, &[1]);
-        let found = objects.nearest(0x1000, false).unwrap();
+        let found = objects.nearest(0x1000, At::Anywhere).unwrap();
         assert_eq!((found.size, found.live, found.allocated), (0, false, None));
         assert_eq!(found.freed.unwrap().task, 5);
         objects.allocated(0x2000, 100, 0, 0, &[]);
         objects.freed(0x2010, 5, &[1]);
-        assert_eq!(objects.nearest(0x2010, false).map(|found| (found.start, found.live)), Some((0x2000, true)));
+        assert_eq!(
+            objects.nearest(0x2010, At::Anywhere).map(|found| (found.start, found.live)),
+            Some((0x2000, true))
+        );
         assert_eq!((objects.counts().unknown_frees, objects.len()), (2, 2));
     }
 
@@ -509,7 +552,7 @@ mod tests {
         assert_eq!((counts.evicted, counts.dropped, objects.len()), (2, 2, 4));
         // A known slot still takes its next object.
         objects.allocated(0x20000, 16, 0, 0, &[]);
-        assert_eq!(objects.nearest(0x20000, false).unwrap().size, 16);
+        assert_eq!(objects.nearest(0x20000, At::Anywhere).unwrap().size, 16);
     }
 
     #[test]
@@ -519,7 +562,7 @@ mod tests {
             objects.allocated(i * 0x100, 8, 0, 0, &[i + 1]);
         }
         assert_eq!((objects.counts().lost_stacks, objects.stacks()), (12, 8));
-        let event = |gpa| objects.nearest(gpa, false).unwrap().allocated.unwrap();
+        let event = |gpa| objects.nearest(gpa, At::Anywhere).unwrap().allocated.unwrap();
         assert_eq!((event(0x700).frames, event(0x700).lost), (&[8u64] as &[u64], false));
         assert!(event(0x800).frames.is_empty() && event(0x800).lost);
     }
@@ -531,7 +574,8 @@ mod tests {
             steps in proptest::collection::vec((0..600u64, 0..80u64, any::<bool>()), 1..200),
             high: bool,
         ) {
-            let base = if high { u64::MAX - 700 } else { 0 };
+            // Nothing here starts a page: such an object explains all of it.
+            let base = if high { u64::MAX - 700 } else { 64 };
             let mut objects = Objects::new(limits(1000));
             let mut plain: Vec<(u64, u64, bool)> = Vec::new();
             for (start, size, free) in steps {
@@ -552,7 +596,7 @@ mod tests {
             prop_assert_eq!(objects.len(), plain.len());
             for gpa in base..=base + 699 {
                 let inside = plain.iter().find(|object| (object.0..object.1).contains(&gpa));
-                let found = objects.nearest(gpa, false).map(|found| (found.start, found.live));
+                let found = objects.nearest(gpa, At::Anywhere).map(|found| (found.start, found.live));
                 match inside {
                     Some(object) => prop_assert_eq!(found, Some((object.0, !object.2))),
                     None => {

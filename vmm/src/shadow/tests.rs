@@ -268,6 +268,31 @@ fn sync_windows_are_read_only() {
 }
 
 #[test]
+fn compilers_may_store_the_shadow_of_stacks() {
+    let mut guest = Guest::new(8 * MIB, Mode::PerPage, Notify::Sync, None);
+    let (page, byte) = (guest.page_gpa(0x5000), guest.byte_gpa(0x5000));
+    let frame = [0xf1, 0xf1, 0, 2, 0xf2, 0xf3, 0xf8, 0];
+    let store =
+        |guest: &mut Guest, gpa, data: &[u8]| guest.windows.stack_store(gpa, data, &mut guest.slots).unwrap();
+    assert!(!store(&mut guest, byte, &frame), "no stack yet");
+    guest.windows.mark_stack(0x5000, 0x2000, true);
+    assert!(store(&mut guest, byte + 508, &frame), "across two pages of the stack");
+    assert_eq!(guest.windows.model().first_bad(0x5000 + 510 * 8, 16), Some(0x5000 + 511 * 8 + 2));
+    assert!(!store(&mut guest, byte - 4, &frame), "half of it is something else's shadow");
+    assert!(!store(&mut guest, byte + 1020, &frame));
+    assert!(!store(&mut guest, byte, &[SLAB_REDZONE]) && !store(&mut guest, byte, &[8]));
+    assert!(!store(&mut guest, page, &[0]), "page shadow");
+    // A large variable made the page untyped; the next frame makes it byte-checked again.
+    guest.windows.unpoison(0x5000, 0x1000, &mut guest.slots).unwrap();
+    assert!(store(&mut guest, byte + 3, &[0xf1]));
+    assert_eq!(guest.windows.model().first_bad(0x5000, 0x1000), Some(0x5018));
+    guest.windows.poison(0x5000, 0x1000, 0xff, &mut guest.slots).unwrap();
+    assert!(!store(&mut guest, byte, &frame), "freed");
+    guest.windows.mark_stack(0x5000, 0x2000, false);
+    assert!(!store(&mut guest, byte + 512, &frame), "given back");
+}
+
+#[test]
 fn full_shadow_is_resident_from_the_start() {
     let mut slots = FakeSlots::default();
     // With a hole: no memory, no shadow.

@@ -4,7 +4,7 @@ use std::{any::Any, io, ops::Range, sync::Arc};
 
 use umbra_shadow::{
     RangeError, Shadow, ShadowMemory,
-    codes::{PAGE_SIZE, PAGE_VALID, POISON_MIN},
+    codes::{self, PAGE_SIZE, PAGE_VALID, POISON_MIN},
 };
 
 use super::{
@@ -13,6 +13,7 @@ use super::{
     mapping::Mapping,
     memory::HostShadow,
     model::Model,
+    stack_pages::StackPages,
 };
 
 /// Which shadow a guest has.
@@ -162,7 +163,7 @@ pub enum FaultOutcome {
 }
 
 /// A place in one of the windows.
-enum Place {
+pub(super) enum Place {
     Page(u64),
     Byte(u64),
 }
@@ -174,7 +175,8 @@ enum Place {
 pub struct Windows {
     pub(super) model: Model,
     pub(super) accounting: Accounting,
-    notify: Notify,
+    pub(super) stack_pages: StackPages,
+    pub(super) notify: Notify,
     limit: u64,
     /// The memory slot of each chunk that the guest can see.
     slots: Vec<Option<u32>>,
@@ -235,6 +237,7 @@ impl Windows {
         Ok(Self {
             model: Model::new(shadow),
             accounting,
+            stack_pages: StackPages::default(),
             notify: config.notify,
             limit,
             slots: vec![None; layout.chunks()],
@@ -269,6 +272,12 @@ impl Windows {
         self.place(gpa, 1).is_ok()
     }
 
+    /// Whether `gpa` lies in or between the windows, where a look-up for an address beyond memory lands.
+    pub fn is_reserved(&self, gpa: u64) -> bool {
+        let layout = self.model.memory().layout();
+        (layout.page.gpa..layout.end()).contains(&gpa)
+    }
+
     /// The shadow, for checks and reports, by guest-physical address. Safe while vCPUs run, but what they
     /// write in ring mode may change from one question to the next.
     pub fn model(&self) -> &Model {
@@ -282,7 +291,11 @@ impl Windows {
     /// The range or the code is wrong, or the limit is reached: the shadow is unchanged then.
     pub fn poison(&mut self, gpa: u64, len: u64, code: u8, slots: &mut dyn Slots) -> Result<(), ShadowError> {
         self.make_room_for_change(gpa, len, code, slots)?;
-        Ok(self.model.poison(gpa, len, code)?)
+        self.model.poison(gpa, len, code)?;
+        if !codes::on_stack(code) {
+            self.stack_pages.set(gpa, len, false);
+        }
+        Ok(())
     }
 
     /// Unpoisons guest memory on the guest's behalf; see [`Self::poison`].
@@ -364,6 +377,14 @@ impl Windows {
         self.accounting.sample(self.model.memory()).map_err(ShadowError::host("read /proc/self/pagemap"))
     }
 
+    /// What the shadow holds of host memory at this moment: page shadow, byte shadow that is mapped, resident, and
+    /// used by byte-checked pages, in bytes. As quick as [`Self::sample`].
+    pub fn sample_all(&mut self) -> Result<[u64; 4], ShadowError> {
+        let resident = self.sample()?;
+        let shadow = self.model.memory();
+        Ok([self.accounting.page_bytes(), shadow.mapped_bytes(), resident, shadow.used_bytes()])
+    }
+
     /// Notes how much byte shadow is used now, for the peak. In `ring` mode the VMM does not see changes: call it
     /// at ring drains. Returns the bytes.
     pub fn sample_used(&mut self) -> u64 {
@@ -375,7 +396,7 @@ impl Windows {
         self.accounting.figures(self.model.memory()).map_err(ShadowError::host("read /proc/self/smaps"))
     }
 
-    fn place(&self, gpa: u64, len: u64) -> Result<Place, ShadowError> {
+    pub(super) fn place(&self, gpa: u64, len: u64) -> Result<Place, ShadowError> {
         let page = self.page_window().and_then(|window| window.offset(gpa, len)).map(Place::Page);
         page.or_else(|| self.byte_window().offset(gpa, len).map(Place::Byte))
             .filter(|_| len > 0)
@@ -444,7 +465,7 @@ impl Windows {
 
     /// Sees to it that `chunk` may be mapped within the limit; takes unused chunks other than `keep` away if
     /// that is needed.
-    fn make_room(
+    pub(super) fn make_room(
         &mut self,
         chunk: usize,
         keep: &Range<usize>,

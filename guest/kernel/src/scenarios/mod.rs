@@ -5,8 +5,11 @@
 //! one line each, `name|verdict|description`. A verdict is `silent`, or findings separated by `;`, each
 //! `kind access size offset`, where the offset counts from the start of the object, `-` if there is none.
 
+mod access;
 mod churn;
+mod functions;
 mod heap;
+mod large;
 mod pages;
 mod silent;
 mod slab;
@@ -73,17 +76,34 @@ pub fn run(command_line: &'static str) {
             }
         }
     }
-    let all =
-        || [slab::ALL, pages::ALL, stack::ALL, heap::ALL, silent::ALL, churn::ALL].into_iter().flatten();
+    let all = || {
+        [
+            slab::ALL,
+            large::ALL,
+            functions::ALL,
+            access::ALL,
+            pages::ALL,
+            stack::ALL,
+            heap::ALL,
+            silent::ALL,
+            churn::ALL,
+        ]
+        .into_iter()
+        .flatten()
+    };
+    if chosen.is_empty() {
+        all().for_each(run_one);
+    }
+    // In the order in which they are named, and as often.
     for name in chosen.split(',').filter(|name| !name.is_empty() && *name != NONE) {
-        if !all().any(|(known, _)| *known == name) {
-            println!("no scenario is called {name}");
+        match all().find(|(known, _)| *known == name) {
+            Some(scenario) => run_one(scenario),
+            None => println!("no scenario is called {name}"),
         }
     }
-    for (name, body) in all() {
-        if chosen.is_empty() || chosen.split(',').any(|wanted| wanted == *name) {
-            thread::run(name, *body);
-            println!("ran {name}");
-        }
-    }
+}
+
+fn run_one((name, body): &Scenario) {
+    thread::run(name, *body);
+    println!("ran {name}");
 }

@@ -1,12 +1,10 @@
-//! Bugs on slab objects and large allocations. Names follow Linux's KASAN test suite (`mm/kasan/kasan_test.c`) where
+//! Bugs on slab objects. Names follow Linux's KASAN test suite (`mm/kasan/kasan_test.c`) where
 //! it has the same case.
 
 use super::{opaque, read, scenarios, write};
-use crate::slab::{Cache, kfree, kmalloc, krealloc};
-
-unsafe extern "C" {
-    fn memmove(to: *mut u8, from: *const u8, n: usize) -> *mut u8;
-}
+use crate::boot::DIRECT_MAP;
+use crate::page;
+use crate::slab::{Cache, kfree, kfree_sensitive, kmalloc, krealloc, ksize};
 
 scenarios! {
     kmalloc_oob_right, "slab-out-of-bounds Write 1 115;slab-out-of-bounds Write 1 120;slab-out-of-bounds Read 1 128",
@@ -30,15 +28,6 @@ scenarios! {
     kmalloc_large_oob_right, "slab-out-of-bounds Write 1 3840", "writes behind a large object of a slab", {
         let Some(p) = kmalloc(4096 - 256) else { return };
         write(p + 4096 - 256, 0);
-        kfree(p);
-    }
-
-    kmalloc_pagealloc_oob_right, "slab-out-of-bounds Write 1 4106;slab-out-of-bounds Write 1 8191",
-    "writes behind an allocation that has pages of its own", {
-        let Some(p) = kmalloc(4096 + 10) else { return };
-        write(p + 4105, 0);
-        write(p + 4106, 0);
-        write(p + 8191, 0);
         kfree(p);
     }
 
@@ -76,40 +65,137 @@ scenarios! {
         kfree(p);
     }
 
-    krealloc_less_oob, "slab-out-of-bounds Write 1 201", "writes where an object reached before it shrank", {
-        let Some(p) = kmalloc(235) else { return };
-        let Some(p) = krealloc(p, 235, 201) else { return };
-        write(p + 200, 0);
-        write(p + 201, 0);
-        kfree(p);
-    }
-
-    kmalloc_memcpy_oob, "slab-out-of-bounds Write 40 32", "copies 40 bytes into an object of 32", {
-        let (Some(from), Some(to)) = (kmalloc(64), kmalloc(32)) else { return };
-        // SAFETY: a bug on purpose; the checked `memcpy` reports it and copies nothing.
-        unsafe { core::ptr::copy_nonoverlapping(opaque(from) as *const u8, opaque(to) as *mut u8, opaque(40)) };
-        kfree(from);
-        kfree(to);
-    }
-
-    kmalloc_memset_oob, "slab-out-of-bounds Write 130 128", "fills 130 bytes of an object of 128", {
-        let Some(p) = kmalloc(128) else { return };
-        // SAFETY: as above.
-        unsafe { core::ptr::write_bytes(opaque(p) as *mut u8, 0, opaque(130)) };
-        kfree(p);
-    }
-
-    kmalloc_memmove_negative_size, "out-of-bounds Read 18446744073709551614 4", "moves -2 bytes", {
-        let Some(p) = kmalloc(64) else { return };
-        // SAFETY: a bug on purpose; the checked `memmove` reports it and moves nothing.
-        unsafe { memmove(p as *mut u8, opaque(p + 4) as *const u8, opaque(usize::MAX - 1)) };
-        kfree(p);
-    }
-
     kmalloc_unaligned_oob, "slab-out-of-bounds Read 8 64", "reads eight bytes across the end of an object, unaligned", {
         let Some(p) = kmalloc(64) else { return };
         // SAFETY: mapped memory; being caught is what this is for.
         opaque(unsafe { (opaque(p + 60) as *const u64).read_unaligned() });
         kfree(p);
     }
+
+    kmalloc_node_oob_right, "slab-out-of-bounds Read 1 4096", "reads behind an object as large as a page", {
+        let Some(p) = kmalloc(4096) else { return };
+        read(p + 4095);
+        read(p + 4096);
+        kfree(p);
+    }
+
+    krealloc_more_oob, "slab-out-of-bounds Write 1 235;slab-out-of-bounds Write 1 240",
+    "writes behind an object that has grown in place", {
+        realloc_oob(201, 235, &[200, 201, 218, 234], &[]);
+    }
+
+    krealloc_less_oob,
+    "slab-out-of-bounds Write 1 201;slab-out-of-bounds Write 1 208;slab-out-of-bounds Write 1 218;\
+     slab-out-of-bounds Write 1 234;slab-out-of-bounds Write 1 235",
+    "writes where an object reached before it shrank in place", {
+        realloc_oob(235, 201, &[200], &[218, 234, 235]);
+    }
+
+    krealloc_uaf, "slab-use-after-free Read 1 0;slab-use-after-free Read 1 0",
+    "changes the size of a freed object, and reads it", {
+        let Some(p) = kmalloc(201) else { return };
+        kfree(p);
+        if krealloc(opaque(p), 201, 235).is_some() {
+            crate::println!("a freed object was given a new size");
+        }
+        read(p);
+    }
+
+    kmalloc_oob_16, "slab-out-of-bounds Write 16 13", "writes 16 bytes to an object of 13", {
+        let Some(p) = kmalloc(13) else { return };
+        // SAFETY: mapped memory, 16-byte aligned; being caught is what this is for.
+        unsafe { (opaque(p) as *mut u128).write_volatile(0) };
+        kfree(p);
+    }
+
+    kmalloc_uaf_16, "slab-use-after-free Read 16 0", "reads 16 bytes of a freed object", {
+        let Some(p) = kmalloc(16) else { return };
+        kfree(p);
+        // SAFETY: as above.
+        opaque(unsafe { (opaque(p) as *const u128).read_volatile() });
+    }
+
+    ksize_unpoisons_memory, "slab-out-of-bounds Read 1 128", "asks for an object's whole size, and reads behind that", {
+        let Some(p) = kmalloc(115) else { return };
+        let all = ksize(p);
+        write(p + 115, b'x');
+        write(p + all - 1, b'x');
+        read(p + all);
+        kfree(p);
+    }
+
+    ksize_uaf, "slab-use-after-free Read 1 0;slab-use-after-free Read 1 0;slab-use-after-free Read 1 120",
+    "asks for the size of a freed object, and reads it", {
+        let Some(p) = kmalloc(120) else { return };
+        kfree(p);
+        ksize(opaque(p));
+        read(p);
+        read(p + 120);
+    }
+
+    kmalloc_double_kzfree, "slab-use-after-free Read 1 0;double-free Free 0 0", "clears and frees an object twice", {
+        let Some(p) = kmalloc(16) else { return };
+        kfree_sensitive(p);
+        kfree_sensitive(opaque(p));
+    }
+
+    kmem_cache_double_destroy, "slab-use-after-free Read 1 0", "destroys a cache twice", {
+        let Some(cache) = Cache::new("double_destroy_cache", 200) else { return };
+        cache.destroy();
+        opaque(cache).destroy();
+    }
+
+    kmem_cache_accounted, "silent", "objects of a cache, one after the other", {
+        let Some(cache) = Cache::new("accounted_cache", 200) else { return };
+        for _ in 0..5 {
+            let Some(p) = cache.alloc() else { return };
+            write(p, b'x');
+            write(p + 199, b'x');
+            cache.free(p);
+        }
+        cache.destroy();
+    }
+
+    kmem_cache_bulk, "silent", "objects of a cache, many at once", {
+        let Some(cache) = Cache::new("bulk_cache", 200) else { return };
+        let mut objects = [0; 10];
+        if cache.alloc_bulk(&mut objects) {
+            for p in objects {
+                write(p, b'x');
+                write(p + 199, b'x');
+            }
+            objects.into_iter().for_each(|p| cache.free(p));
+        }
+        cache.destroy();
+    }
+
+    kfree_via_page, "silent", "frees an object by an address computed from its page", {
+        let Some(p) = kmalloc(128) else { return };
+        let Some(number) = page::number(p) else { return };
+        kfree(page::address(number) + (p & 4095));
+    }
+
+    kfree_via_phys, "silent", "frees an object by an address computed from its physical one", {
+        let Some(p) = kmalloc(128) else { return };
+        kfree(opaque(p - DIRECT_MAP) + DIRECT_MAP);
+    }
+}
+
+/// Allocates `old` bytes, changes that to `new`, writes at `good` offsets, then behind the end and at `bad` ones.
+#[inline(always)]
+pub fn realloc_oob(old: u64, new: u64, good: &[u64], bad: &[u64]) {
+    let Some(p) = kmalloc(old) else { return };
+    let Some(p) = krealloc(p, old, new) else { return };
+    for at in good {
+        write(p + at, b'x');
+    }
+    write(p + new, b'x');
+    write(p + new.next_multiple_of(8), b'x');
+    // One after the other, not in a loop: each is a finding of its own.
+    if let [first, second, third] = bad {
+        write(p + first, b'x');
+        write(p + second, b'x');
+        write(p + third, b'x');
+    }
+    kfree(p);
 }

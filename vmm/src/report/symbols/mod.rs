@@ -105,7 +105,12 @@ impl Symbols {
     pub fn lookup_data(&self, address: u64) -> Option<Variable> {
         let file = self.file()?;
         let entry = file.variables.nearest(address)?;
-        Some(Variable { name: names(file.name(entry)?).0, start: entry.start, size: entry.size })
+        Some(Variable {
+            name: names(file.name(entry)?).0,
+            start: entry.start,
+            size: entry.size,
+            module: None,
+        })
     }
 
     /// The frames of one address: the functions inlined there, innermost first, and last the function of the
@@ -237,6 +242,11 @@ impl File {
         let symbol = elf.symbol_by_index(entry.index).ok()?;
         Some(String::from_utf8_lossy(symbol.name_bytes().ok()?).into_owned())
     }
+}
+
+/// The name in the source, if `raw` is one that a compiler made of it; bounded.
+pub fn demangle(raw: &str) -> String {
+    names(raw.to_owned()).0
 }
 
 /// The name in the source, and the name in the ELF if that is another.

@@ -111,7 +111,7 @@ fn a_variable_is_found_from_behind_too() {
     let bytes = kernel();
     let (start, size) = symbol(&bytes, "table");
     let symbols = Symbols::from_elf(bytes);
-    let table = Variable { name: "table".into(), start, size: 40 };
+    let table = Variable { name: "table".into(), start, size: 40, module: None };
     assert_eq!(size, 40);
     assert_eq!(symbols.lookup_data(start), Some(table.clone()));
     assert_eq!(symbols.lookup_data(start + 39), Some(table));

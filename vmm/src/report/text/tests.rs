@@ -1,5 +1,5 @@
 use super::super::finding::tests::finding;
-use super::super::{Row, Variable};
+use super::super::{Row, Variable, frame};
 use super::*;
 
 const PLAIN: TextStyle = TextStyle { color: false, names: Names::Demangled };
@@ -105,7 +105,12 @@ fn what_is_missing_is_left_out_and_said() {
     one.frames = vec![Frame::unknown(one.ip)];
     one.shadow.rows.clear();
     one.notes = vec!["the kernel has no symbols".into()];
-    one.variable = Some(Variable { name: "TABLE".into(), start: one.address - 0x14, size: 0x40 });
+    one.variable = Some(Variable {
+        name: "TABLE".into(),
+        start: one.address - 0x14,
+        size: 0x40,
+        module: Some("a.c".into()),
+    });
     assert_eq!(
         to_string(&one, PLAIN),
         "\
@@ -121,13 +126,32 @@ Call Trace:
  </TASK>
 
 The buggy address belongs to the variable:
- TABLE+0x14/0x40
+ TABLE+0x14/0x40 (64 bytes, of a.c)
 
 Memory state around the buggy address: it has no shadow
 Note: the kernel has no symbols
 ==================================================================
 "
     );
+}
+
+#[test]
+fn a_stack_finding_names_the_variables() {
+    let mut one = finding();
+    let variables = frame::parse(b"2 32 10 8 array:12 64 1 3 x\ny").unwrap();
+    one.stack_frame = Some(StackFrame { offset: 42, function: Some("f+0x0/0x90".into()), variables });
+    let text = to_string(&one, PLAIN);
+    let expected = "\
+The buggy address belongs to stack of task kmalloc_oob_right/12
+ and is located at offset 42 in frame:
+ f+0x0/0x90
+
+This frame has 2 objects:
+ [32, 42) 'array' (line 12)
+ [64, 65) 'x?y'
+
+Memory state";
+    assert!(text.contains(expected), "{text}");
 }
 
 #[test]

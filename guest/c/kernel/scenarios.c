@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+/* Runs what the command line asks for (`scenarios=a,b`; all without it), each scenario as a task of its name. */
+#include "kernel.h"
+
+extern const struct scenario scenarios_start[], scenarios_end[];
+static uint32_t task;
+
+uint64_t current_task(void)
+{
+	return umbra_who(0, task);
+}
+
+/* Whether `name` is one of the words of `list`, which commas part and a blank ends. */
+static bool listed(const char *list, const char *name)
+{
+	for (;;) {
+		const char *at = name;
+
+		while (*at && *at == *list)
+			at++, list++;
+		if (!*at && (*list == ',' || *list == ' ' || !*list))
+			return true;
+		while (*list && *list != ',' && *list != ' ')
+			list++;
+		if (*list++ != ',')
+			return false;
+	}
+}
+
+static const char *chosen(const char *command_line)
+{
+	static const char option[] = "scenarios=";
+
+	while (*command_line) {
+		size_t n = 0;
+
+		while (option[n] && command_line[n] == option[n])
+			n++;
+		if (!option[n])
+			return command_line + n;
+		while (*command_line && *command_line++ != ' ')
+			;
+	}
+	return NULL;
+}
+
+void scenarios_run(const char *command_line)
+{
+	const char *list = chosen(command_line);
+
+	for (const struct scenario *s = scenarios_start; s < scenarios_end; s++) {
+		size_t n = 0;
+
+		if (list && *list && *list != ' ' && !listed(list, s->name))
+			continue;
+		while (s->name[n])
+			n++;
+		task++;
+		umbra_name_task(task, s->name, n);
+		s->body();
+		print("ran ");
+		print(s->name);
+		print("\n");
+	}
+	task = 0;
+}

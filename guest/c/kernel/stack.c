@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+/* Bugs on stack and global variables. */
+#include "kernel.h"
+
+SCENARIO(kasan_stack_oob, "stack-out-of-bounds Read 1 -", "reads behind an array on the stack")
+{
+	char stack_array[10];
+	char *p = opaque(stack_array);
+
+	write8(p + 9, 1);
+	read8(p + 10);
+}
+
+SCENARIO(kasan_stack_oob_left, "stack-out-of-bounds Write 1 -", "writes before an array on the stack")
+{
+	char stack_array[24];
+	char *p = opaque(stack_array);
+
+	write8(p, 1);
+	write8(p - 1, 1);
+}
+
+SCENARIO(stack_oob_between, "stack-out-of-bounds Read 4 -", "reads behind a variable, where another is not far")
+{
+	int first[3], second[5];
+	int *p = opaque(first), *q = opaque(second);
+
+	p[2] = 1;
+	q[4] = 1;
+	opaque(*(volatile int *)opaque(p < q ? p + 3 : q + 5));
+}
+
+SCENARIO(use_after_scope, "use-after-scope Write 1 -", "writes to a variable whose block has ended")
+{
+	char *p;
+
+	{
+		char inner[40];
+
+		p = opaque(inner);
+		write8(p, 1);
+	}
+	write8(p + 3, 1);
+}
+
+SCENARIO(use_after_scope_in_loop, "use-after-scope Read 1 -", "reads, in a second round, a variable of the first")
+{
+	char *p = NULL;
+
+	for (int i = 0; i < 2; i++) {
+		char inner[16];
+
+		if (i == 0) {
+			p = opaque(inner);
+			write8(p, 1);
+		}
+		opaque(i);
+	}
+	read8(p);
+}
+
+SCENARIO(kasan_alloca_oob_left, "alloca-out-of-bounds Read 1 -", "reads before an array of variable length")
+{
+	char array[opaque(10ul)];
+
+	read8((char *)opaque(&array[0]) - 1);
+}
+
+SCENARIO(kasan_alloca_oob_right, "alloca-out-of-bounds Read 1 -;alloca-out-of-bounds Write 1 -",
+	 "reads and writes behind an array of variable length")
+{
+	size_t n = opaque(10ul);
+	char array[n];
+	char *p = opaque(&array[0]);
+
+	write8(p + n - 1, 1);
+	read8(p + n);
+	write8(p + 16, 1);
+}
+
+SCENARIO(alloca_large_oob, "alloca-out-of-bounds Write 1 -",
+	 "writes behind an alloca of pages, then uses the stack again")
+{
+	for (int i = 0; i < 2; i++) {
+		size_t n = opaque(3 * 4096ul);
+		char *p = __builtin_alloca(n);
+
+		write8(p, 1);
+		write8(p + n - 1, 1);
+		if (i == 1)
+			write8(p + n, 1);
+	}
+}
+
+static noinline void allocas_come_and_go(void)
+{
+	char array[opaque(3 * 4096ul)];
+
+	write8(array, 1);
+}
+
+static noinline void deep_frame(void)
+{
+	char far_down[8192], array[16];
+	char *p = opaque(&array[0]);
+
+	write8(opaque(&far_down[0]), 1);
+	read8(p + 16);
+}
+
+SCENARIO(stack_oob_after_alloca, "stack-out-of-bounds Read 1 -",
+	 "overruns an array where an alloca of pages was before")
+{
+	allocas_come_and_go();
+	deep_frame();
+}
+
+static char global_array[10] = "global";
+static char global_first[13] = "first";
+static char global_second[13] = "second";
+
+SCENARIO(kasan_global_oob_right, "global-out-of-bounds Read 1 -", "reads behind a global variable")
+{
+	char *p = opaque(&global_array[0]);
+
+	read8(p + 9);
+	read8(p + 10);
+}
+
+/* Neither compiler puts a redzone before a variable: the one behind its neighbour is found. */
+SCENARIO(kasan_global_oob_left, "global-out-of-bounds Read 1 -", "reads before a global variable that has a neighbour")
+{
+	char *a = opaque(&global_first[0]), *b = opaque(&global_second[0]);
+
+	read8((a > b ? a : b) - 1);
+}

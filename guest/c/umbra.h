@@ -1,0 +1,258 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * umbra.h - Umbra's guest runtime, for kernels in C (C11) and C++.
+ *
+ * Link libumbra_rt.a, compile with -fsanitize=kernel-address (flags: guest/c/umbra.mk), and at start:
+ *
+ *   1. umbra_discover()            is there an Umbra underneath, and where are its shadow windows?
+ *   2. map umbra_mappings()        for every linear region (direct map, kernel image), read-write, cached
+ *   3. umbra_region_add()          for each of them
+ *   4. umbra_ring_setup()          if features has UMBRA_RING
+ *   5. umbra_activate()            from here on accesses are checked
+ *   6. umbra_stack_alloc()         for the stack that runs now, then the constructors (.init_array), which
+ *                                  register the redzones of globals
+ *
+ * After that allocators call umbra_alloc() and umbra_free(). Without Umbra, or before umbra_activate(), every
+ * function but umbra_exit*() does nothing, and every check is a single `ret`.
+ *
+ * Code compiled with stack instrumentation stores to the byte shadow of its own stack, from its first frame on
+ * (gcc always, clang before 16 for some variables). So either what runs before step 2 is compiled without the
+ * sanitizer, or the shadow of the first stack is mapped to a scratch page until then. A kernel that shall also run
+ * without Umbra keeps the scratch page there: guest/c/kernel/boot.S shows how.
+ *
+ * Addresses are virtual addresses of the upper half unless they are called gpa (guest-physical). Sizes are bytes.
+ * Nothing here may be called from a non-maskable interrupt. A change of the shadow must not be interrupted by checked
+ * code that changes the same page: interrupts off, as in an allocator's lock.
+ */
+#ifndef UMBRA_H
+#define UMBRA_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+#define UMBRA_ASSERT static_assert
+#define UMBRA_NORETURN [[noreturn]]
+extern "C" {
+#else
+#define UMBRA_ASSERT _Static_assert
+#define UMBRA_NORETURN _Noreturn
+#endif
+
+/* ABI version that this header goes with; compare with umbra_offer.version. */
+#define UMBRA_VERSION 1u
+
+/* What the VMM offers this run (umbra_offer.features). */
+#define UMBRA_PER_PAGE (1u << 0) /* two-level shadow: both windows exist */
+#define UMBRA_FULL (1u << 1)     /* KASAN's layout: only the byte window exists */
+#define UMBRA_RING (1u << 2)     /* the guest writes the shadow; events go to rings */
+#define UMBRA_SYNC (1u << 3)     /* windows are read-only; each change is a call to the VMM */
+
+/* Poison codes: why memory is inaccessible. They are KASAN's. */
+#define UMBRA_FREE_PAGE 0xff     /* a free page */
+#define UMBRA_LARGE_REDZONE 0xfe /* behind an allocation that has pages of its own */
+#define UMBRA_SLAB_REDZONE 0xfc  /* inside or behind a slab object */
+#define UMBRA_SLAB_FREE 0xfb     /* a freed slab object */
+
+#define UMBRA_PAGE_SHIFT 12
+#define UMBRA_GRANULE_SHIFT 3
+
+/* Longest name of a cache or task; the rest is cut off. */
+#define UMBRA_NAME_MAX 64
+
+/* What the VMM offers, for the kernel to map. */
+struct umbra_offer {
+	uint32_t features;          /* UMBRA_* bits; 0 without Umbra, or if it keeps no shadow */
+	uint32_t version;           /* ABI version of the VMM; 0 without Umbra */
+	uint64_t page_window;       /* guest-physical start of the page-shadow window */
+	uint64_t page_window_bytes; /* 0 if there is none */
+	uint64_t byte_window;       /* guest-physical start of the byte-shadow window */
+	uint64_t byte_window_bytes; /* 0 if there is none */
+};
+
+/* Memory that the kernel maps one to one: `bytes` from `gpa` on, at `start`. All multiples of 4096. */
+struct umbra_region {
+	uint64_t start;
+	uint64_t bytes;
+	uint64_t gpa;
+};
+
+/* A piece of a shadow window to map, in whole pages; 0 bytes: nothing to map. */
+struct umbra_mapping {
+	uint64_t start; /* virtual address */
+	uint64_t gpa;   /* guest-physical address inside a window */
+	uint64_t bytes;
+};
+
+/* First 64 bytes of a ring; records of 64 bytes follow. Only the runtime and the VMM look inside. */
+struct umbra_ring_header {
+	uint64_t count;
+	uint64_t reserved[7];
+};
+
+/* The registers that umbra_page_fault() reads and changes. */
+struct umbra_trap {
+	uint64_t rdi;
+	uint64_t rsi;
+	uint64_t rbp;
+	uint64_t rip;
+	uint64_t rsp;
+};
+
+/* The runtime's side asserts the same (guest/runtime/src/api.rs). */
+UMBRA_ASSERT(sizeof(struct umbra_offer) == 40, "umbra_offer");
+UMBRA_ASSERT(offsetof(struct umbra_offer, version) == 4, "umbra_offer.version");
+UMBRA_ASSERT(offsetof(struct umbra_offer, page_window) == 8, "umbra_offer.page_window");
+UMBRA_ASSERT(offsetof(struct umbra_offer, page_window_bytes) == 16, "umbra_offer.page_window_bytes");
+UMBRA_ASSERT(offsetof(struct umbra_offer, byte_window) == 24, "umbra_offer.byte_window");
+UMBRA_ASSERT(offsetof(struct umbra_offer, byte_window_bytes) == 32, "umbra_offer.byte_window_bytes");
+UMBRA_ASSERT(sizeof(struct umbra_ring_header) == 64, "umbra_ring_header");
+UMBRA_ASSERT(sizeof(struct umbra_trap) == 40, "umbra_trap");
+UMBRA_ASSERT(offsetof(struct umbra_trap, rsi) == 8, "umbra_trap.rsi");
+UMBRA_ASSERT(offsetof(struct umbra_trap, rbp) == 16, "umbra_trap.rbp");
+UMBRA_ASSERT(offsetof(struct umbra_trap, rip) == 24, "umbra_trap.rip");
+UMBRA_ASSERT(offsetof(struct umbra_trap, rsp) == 32, "umbra_trap.rsp");
+
+/* Tells who runs on this CPU: umbra_who(cpu, task). Called from any context, so it should be short. */
+typedef uint64_t (*umbra_current_fn)(void);
+
+static inline uint64_t umbra_who(uint16_t cpu, uint32_t task)
+{
+	return (uint64_t)cpu << 16 | (uint64_t)task << 32;
+}
+
+/* ---- Start ---------------------------------------------------------------------------------------------------- */
+
+/* Looks for Umbra and fills `offer`. Returns its features: 0 means that there is nothing to set up. */
+uint32_t umbra_discover(struct umbra_offer *offer);
+
+/* Whether an Umbra that this header goes with is underneath, so that umbra_exit() ends the guest. */
+static inline bool umbra_present(const struct umbra_offer *offer)
+{
+	return offer->version == UMBRA_VERSION;
+}
+
+static inline struct umbra_mapping umbra_mapping_of(const struct umbra_region *region, unsigned shift,
+						    uint64_t window, uint64_t window_bytes)
+{
+	const uint64_t mask = ((uint64_t)1 << UMBRA_PAGE_SHIFT) - 1;
+	uint64_t first = region->gpa >> shift & ~mask;
+	uint64_t end = (((region->gpa + region->bytes) >> shift) + mask) & ~mask;
+	struct umbra_mapping mapping;
+
+	if (end > window_bytes)
+		end = window_bytes;
+	/* Shadow is looked up at the arithmetically shifted address, with nothing added. */
+	mapping.start = (uint64_t)((int64_t)region->start >> shift) & ~mask;
+	mapping.gpa = window + first;
+	mapping.bytes = end > first ? end - first : 0;
+	return mapping;
+}
+
+/*
+ * What to map, writable and cached, so that the shadow of `region` is where the checks look: `out[0]` for its page
+ * shadow, `out[1]` for its byte shadow. Map it once, on all CPUs, and never change it: what is behind it comes and
+ * goes without the guest's help.
+ */
+static inline void umbra_mappings(const struct umbra_offer *offer, const struct umbra_region *region,
+				  struct umbra_mapping out[2])
+{
+	out[0] = umbra_mapping_of(region, UMBRA_PAGE_SHIFT, offer->page_window, offer->page_window_bytes);
+	out[1] = umbra_mapping_of(region, UMBRA_GRANULE_SHIFT, offer->byte_window, offer->byte_window_bytes);
+}
+
+/* Adds a region whose shadow is mapped. False when a table is full (16 regions) or a value is refused. */
+bool umbra_region_add(uint64_t start, uint64_t bytes, uint64_t gpa);
+
+/*
+ * Gives the runtime a CPU's ring: 64-byte aligned, zeroed memory in a region, `bytes` a multiple of 64 and at least
+ * 128; 512 KiB make drains rare. `text_base` is subtracted from return addresses so that they fit 32 bits.
+ * Only where features has UMBRA_RING.
+ */
+bool umbra_ring_setup(uint64_t cpu, struct umbra_ring_header *memory, uint64_t bytes, uint64_t text_base);
+
+/*
+ * Turns checks on. No other CPU may run yet. Return addresses lie in `text_start` to `text_end`; `current` may be
+ * null.
+ */
+void umbra_activate(uint32_t features, uint64_t text_start, uint64_t text_end, umbra_current_fn current);
+
+/*
+ * All of the start but the mapping: adds the regions, sets up the first CPU's ring, turns checks on. False when
+ * something was refused; checks stay off then. True, with nothing done, where there is no Umbra.
+ */
+static inline bool umbra_start(const struct umbra_offer *offer, const struct umbra_region *regions, size_t count,
+			       void *ring, uint64_t ring_bytes, uint64_t text_start, uint64_t text_end,
+			       umbra_current_fn current)
+{
+	size_t i;
+
+	if (!(offer->features & (UMBRA_PER_PAGE | UMBRA_FULL)))
+		return true;
+	for (i = 0; i < count; i++)
+		if (!umbra_region_add(regions[i].start, regions[i].bytes, regions[i].gpa))
+			return false;
+	if (offer->features & UMBRA_RING &&
+	    !umbra_ring_setup(0, (struct umbra_ring_header *)ring, ring_bytes, text_start & ~(uint64_t)0xffffffff))
+		return false;
+	umbra_activate(offer->features, text_start, text_end, current);
+	return true;
+}
+
+/* ---- Allocators ----------------------------------------------------------------------------------------------- */
+
+/* Makes memory inaccessible (`code`: 0x80 or more), or accessible. Start and end of a slot are best 8-byte aligned. */
+void umbra_poison(uint64_t address, uint64_t bytes, uint8_t code);
+void umbra_unpoison(uint64_t address, uint64_t bytes);
+
+/*
+ * An object of `bytes` at `address` is handed out, from a slot of `slot` bytes: the object becomes accessible, the rest
+ * of the slot gets `redzone`. `cache` is an id that umbra_name_cache() named, or 0.
+ */
+void umbra_alloc(uint64_t address, uint64_t bytes, uint64_t slot, uint8_t redzone, uint16_t cache);
+
+/*
+ * `address` is given back; the object of its slot of `slot` bytes starts at `start`. The slot becomes inaccessible
+ * with `code`. False, after a report, when it was free already or `address` is not the start: leave it alone then.
+ */
+bool umbra_free(uint64_t address, uint64_t start, uint64_t slot, uint8_t code);
+
+/* Reports a free of something that no allocator knows. */
+void umbra_invalid_free(uint64_t address);
+
+/* Checks a range by hand; false when it was reported. */
+bool umbra_check(uint64_t address, uint64_t bytes, bool write);
+
+/* Reports off and on again on this CPU, nesting: around code that uses poisoned memory on purpose. */
+void umbra_suppress_begin(void);
+void umbra_suppress_end(void);
+
+/* ---- Stacks and names ----------------------------------------------------------------------------------------- */
+
+/* A thread's stack comes into being, or is given back. Page-aligned, in a region. */
+void umbra_stack_alloc(uint64_t start, uint64_t bytes);
+void umbra_stack_free(uint64_t start, uint64_t bytes);
+
+/* Names cache `id`, whose objects have `object` bytes, or task `id`. The name is copied. */
+void umbra_name_cache(uint16_t id, const char *name, uint64_t len, uint64_t object);
+void umbra_name_task(uint32_t id, const char *name, uint64_t len);
+
+/* ---- Exceptions and the end ----------------------------------------------------------------------------------- */
+
+/*
+ * To be called by the page-fault handler first, with the registers at the fault. If the fault was a check's own, of
+ * an address that has no shadow, it is reported, `trap` says where to go on, and true comes back: load rip and rsp
+ * from it and return from the interrupt. The access itself then faults again, and false comes back.
+ */
+bool umbra_page_fault(struct umbra_trap *trap);
+
+/* End the guest: done (0 is success), panicked, stopped by a CPU exception. Only where umbra_present(). */
+UMBRA_NORETURN void umbra_exit(uint64_t code);
+UMBRA_NORETURN void umbra_exit_panic(void);
+UMBRA_NORETURN void umbra_exit_fault(uint32_t vector, uint32_t error, uint64_t rip, uint64_t address);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

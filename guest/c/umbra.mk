@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+#
+# Compiler flags for kernels that are checked by Umbra. Include it from a Makefile and compile what shall be checked
+# with $(UMBRA_CFLAGS) $(UMBRA_SANITIZE); link $(UMBRA_LIB). What runs before the shadow is mapped gets
+# $(UMBRA_CFLAGS) alone.
+#
+#   CC      gcc (12 or later) or clang (14 or later)
+#   UMBRA   folder with umbra.h and libumbra_rt.a (`cargo xtask guest --lib` makes it)
+
+UMBRA ?= $(dir $(lastword $(MAKEFILE_LIST)))
+UMBRA_LIB := $(UMBRA)/libumbra_rt.a
+
+# No vector registers; frame pointers, which reports walk; addresses in the highest 2 GiB.
+UMBRA_CFLAGS := -I$(UMBRA) -ffreestanding -fno-pic -fno-pie -mcmodel=kernel -mno-red-zone -mgeneral-regs-only \
+	-fno-omit-frame-pointer -fno-optimize-sibling-calls -fno-stack-protector -fcf-protection=none \
+	-fno-asynchronous-unwind-tables
+
+# Every check is a call; redzones around stack variables, globals and alloca; use after scope. The offset makes the
+# compiler's own stores to a stack's shadow go where the runtime looks: address >>s 3, nothing added.
+ifneq (,$(findstring clang,$(shell $(CC) --version)))
+UMBRA_SANITIZE := -fsanitize=kernel-address $(addprefix -mllvm -asan-, \
+	instrumentation-with-call-threshold=0 max-inline-poisoning-size=0 mapping-offset=0xe000000000000000 \
+	stack=1 globals=1 use-after-scope=1 instrument-dynamic-allocas=1)
+else
+UMBRA_SANITIZE := -fsanitize=kernel-address -fasan-shadow-offset=0xe000000000000000 \
+	-fsanitize-address-use-after-scope $(addprefix --param asan-, \
+	instrumentation-with-call-threshold=0 stack=1 globals=1 instrument-allocas=1)
+endif

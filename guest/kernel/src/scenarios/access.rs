@@ -1,0 +1,119 @@
+//! The checks' entry points themselves: at every alignment, and at addresses that are no memory at all.
+
+use super::{opaque, scenarios};
+use crate::page;
+use crate::slab::{kfree, kmalloc};
+
+unsafe extern "C" {
+    fn __asan_load1_noabort(at: u64);
+    fn __asan_load2_noabort(at: u64);
+    fn __asan_load4_noabort(at: u64);
+    fn __asan_load8_noabort(at: u64);
+    fn __asan_load16_noabort(at: u64);
+    fn __asan_loadN_noabort(at: u64, n: u64);
+    fn __asan_store1_noabort(at: u64);
+    fn __asan_store2_noabort(at: u64);
+    fn __asan_store4_noabort(at: u64);
+    fn __asan_store8_noabort(at: u64);
+    fn __asan_store16_noabort(at: u64);
+    fn __asan_storeN_noabort(at: u64, n: u64);
+}
+
+/// Checks accesses of every size and alignment that lie in `start..end`.
+fn check_inside(start: u64, end: u64) {
+    // SAFETY: these look at shadow only.
+    unsafe {
+        for at in start..end {
+            __asan_load1_noabort(at);
+            __asan_store1_noabort(at);
+            if at + 2 <= end {
+                __asan_load2_noabort(at);
+                __asan_store2_noabort(at);
+            }
+            if at + 4 <= end {
+                __asan_load4_noabort(at);
+                __asan_store4_noabort(at);
+            }
+            if at + 8 <= end {
+                __asan_load8_noabort(at);
+                __asan_store8_noabort(at);
+            }
+            if at + 16 <= end {
+                __asan_load16_noabort(at);
+                __asan_store16_noabort(at);
+            }
+            for n in 0..=end - at {
+                __asan_loadN_noabort(at, n);
+                __asan_storeN_noabort(at, n);
+            }
+        }
+    }
+}
+
+scenarios! {
+    entry_points_inside, "silent", "every check, at every alignment, up to the ends of objects and across pages", {
+        for size in [1, 5, 8, 13, 16, 23, 24] {
+            let Some(p) = kmalloc(size) else { return };
+            check_inside(p, p + size);
+            kfree(p);
+        }
+        let Some(p) = page::alloc(1) else { return };
+        check_inside(p + 4084, p + 4108);
+        page::free(p);
+    }
+
+    entry_points_across_the_end,
+    "slab-out-of-bounds Read 2 13;slab-out-of-bounds Read 4 13;slab-out-of-bounds Read 8 13;slab-out-of-bounds Read 16 13;\
+     slab-out-of-bounds Write 2 13;slab-out-of-bounds Write 4 13;slab-out-of-bounds Write 8 13;\
+     slab-out-of-bounds Write 16 13;slab-out-of-bounds Read 1 13;slab-out-of-bounds Write 3 13",
+    "every check, unaligned, by one byte too far", {
+        let Some(p) = kmalloc(13) else { return };
+        let p = opaque(p);
+        // SAFETY: these look at shadow only.
+        unsafe {
+            __asan_load2_noabort(p + 12);
+            __asan_load4_noabort(p + 10);
+            __asan_load8_noabort(p + 6);
+            __asan_load16_noabort(p - 2 + 2);
+            __asan_store2_noabort(p + 12);
+            __asan_store4_noabort(p + 10);
+            __asan_store8_noabort(p + 6);
+            __asan_store16_noabort(p);
+            __asan_loadN_noabort(p + 13, 1);
+            __asan_storeN_noabort(p + 11, 3);
+        }
+        kfree(p);
+    }
+
+    null_pointer, "null-ptr-deref Read 8 -", "checks an access through a null pointer", {
+        // SAFETY: looks at shadow only; the fault of that is what this is for.
+        unsafe { __asan_load8_noabort(opaque(0x10)) };
+    }
+
+    user_memory, "user-memory-access Write 4 -", "checks an access to an address of the lower half", {
+        // SAFETY: as above.
+        unsafe { __asan_store4_noabort(opaque(0x1234_5678_9000)) };
+    }
+
+    wild_access, "wild-memory-access Read 1 -", "checks an access to an upper-half address that maps nothing", {
+        // SAFETY: as above.
+        unsafe { __asan_load1_noabort(opaque(0xffff_9000_0000_0123)) };
+    }
+
+    beyond_memory, "wild-memory-access Write 8 -", "checks an access to the direct map behind the end of memory", {
+        let end = page::end();
+        // SAFETY: as above.
+        unsafe { __asan_store8_noabort(opaque(end + 64)) };
+    }
+
+    page_oob_into_free_neighbour, "use-after-free Read 1 -", "reads behind a page whose neighbour is free", {
+        let pages: [_; 32] = core::array::from_fn(|_| page::alloc(0).unwrap_or(0));
+        if let Some(&low) = pages.iter().find(|&&low| low != 0 && pages.contains(&(low + 4096))) {
+            page::free(low + 4096);
+            super::read(low + 4096);
+            pages.into_iter().filter(|&page| page != 0 && page != low + 4096).for_each(page::free);
+        } else {
+            crate::println!("no two of the pages are neighbours");
+        }
+    }
+}

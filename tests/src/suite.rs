@@ -1,0 +1,85 @@
+//! A list of tests that is made at run time, and says of each test that it skips why.
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Trial};
+
+/// Something that a test may need and a machine may lack.
+#[derive(Clone, Debug)]
+pub enum Need {
+    /// It is there.
+    There,
+    /// It is not; why, in a few words.
+    Missing(String),
+}
+
+impl Need {
+    /// From the reason why something is missing, if it is.
+    pub fn unless(missing: Option<String>) -> Self {
+        missing.map_or(Self::There, Self::Missing)
+    }
+
+    /// Both.
+    #[must_use]
+    pub fn and(&self, other: &Self) -> Self {
+        match self {
+            Self::There => other.clone(),
+            Self::Missing(_) => self.clone(),
+        }
+    }
+
+    /// A usable `/dev/kvm`.
+    pub fn kvm() -> Self {
+        Self::unless(umbra::machine::Kvm::open().err().map(|error| error.to_string()))
+    }
+
+    /// A usable `/dev/kvm` and the test kernel.
+    pub fn test_kernel() -> Self {
+        let built = umbra::kernel::test_kernel().is_some();
+        let missing = (!built).then(|| "the test kernel was not built: `cargo xtask guest` does".to_owned());
+        Self::kvm().and(&Self::unless(missing))
+    }
+
+    /// Root.
+    pub fn root() -> Self {
+        // SAFETY: only asks.
+        let root = unsafe { libc::geteuid() } == 0;
+        Self::unless((!root).then(|| "only root can do this".into()))
+    }
+}
+
+/// A list of tests.
+#[derive(Default)]
+pub struct Suite {
+    trials: Vec<Trial>,
+    skipped: Vec<(String, String)>,
+}
+
+impl Suite {
+    /// Adds a test. Where what it needs is missing, it counts as ignored and its name is printed with the reason.
+    pub fn add(&mut self, name: impl Into<String>, need: &Need, test: impl FnOnce() + Send + 'static) {
+        let name = name.into();
+        let trial = Trial::test(name.clone(), move || {
+            test();
+            Ok(())
+        });
+        match need {
+            Need::There => self.trials.push(trial),
+            Need::Missing(reason) => {
+                self.skipped.push((name, reason.clone()));
+                self.trials.push(trial.with_ignored_flag(true));
+            }
+        }
+    }
+
+    /// Runs the tests that the command line asks for.
+    pub fn run(self) -> ExitCode {
+        let arguments = Arguments::from_args();
+        if !arguments.list {
+            for (test, reason) in &self.skipped {
+                println!("SKIPPED: {test}: {reason}");
+            }
+        }
+        libtest_mimic::run(&arguments, self.trials).exit_code()
+    }
+}

@@ -1,0 +1,174 @@
+//! The C test kernel, built by gcc and by clang, under each configuration: every scenario's exact verdict, and reports
+//! that name C functions, files and lines.
+//!
+//! A configuration's guest runs when the first test asks for it, and once for all of them.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use umbra::demo::{self, Verdict};
+use umbra::kernel::{Expected, Scenario, scenarios};
+use umbra::report::{Finding, text};
+use umbra::sandbox::{Config, Report, ShadowMode};
+use umbra::shadow::Notify;
+use umbra_tests::suite::{Need, Suite};
+
+/// Guest memory of these tests, in bytes.
+const MEMORY: u64 = 64 << 20;
+
+const COMPILERS: [&str; 2] = ["gcc", "clang"];
+const CONFIGURATIONS: [(&str, ShadowMode, Notify); 4] = [
+    ("per-page/ring", ShadowMode::PerPage, Notify::Ring),
+    ("full/ring", ShadowMode::Full, Notify::Ring),
+    ("per-page/sync", ShadowMode::PerPage, Notify::Sync),
+    ("full/sync", ShadowMode::Full, Notify::Sync),
+];
+
+/// The kernel that a compiler made, and its scenarios.
+struct Kernel {
+    elf: Arc<[u8]>,
+    scenarios: Vec<Scenario>,
+}
+
+impl Kernel {
+    /// What `cargo xtask guest --c` left, if it could.
+    fn built(compiler: &str) -> Option<Self> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guest");
+        let elf: Arc<[u8]> = std::fs::read(folder.join(format!("c-kernel-{compiler}"))).ok()?.into();
+        let scenarios = scenarios(&elf).expect("the kernel tells its scenarios");
+        Some(Self { elf, scenarios })
+    }
+
+    fn boot(&self, chosen: &[Scenario], shadow: ShadowMode, notify: Notify) -> (Vec<Verdict>, Report) {
+        let config = Config {
+            kernel: self.elf.clone(),
+            cmdline: String::new(),
+            memory: MEMORY,
+            shadow,
+            notify,
+            shadow_limit: None,
+            timeout: Some(Duration::from_secs(90)),
+            stop_at: None,
+            count_instructions: false,
+            picture: false,
+        };
+        let run = demo::verdicts(&config, chosen, false, Box::new(()), &AtomicBool::new(false));
+        let (verdicts, report) = run.expect("it boots");
+        assert!(report.outcome.is_regular(), "{}", report.outcome);
+        (verdicts, report)
+    }
+}
+
+/// A configuration of one kernel.
+struct Run {
+    kernel: Arc<Kernel>,
+    shadow: ShadowMode,
+    notify: Notify,
+    outcome: OnceLock<(Vec<Verdict>, Report)>,
+}
+
+impl Run {
+    fn get(&self) -> &(Vec<Verdict>, Report) {
+        self.outcome.get_or_init(|| self.kernel.boot(&self.kernel.scenarios, self.shadow, self.notify))
+    }
+
+    fn findings(&self) -> impl Iterator<Item = &Finding> {
+        self.get().1.findings.iter().map(|(finding, _)| finding)
+    }
+}
+
+/// What is checked of a whole run.
+type Check = (&'static str, fn(&Run));
+
+fn shown(finding: &Finding) -> String {
+    text::to_string(finding, Default::default())
+}
+
+/// Fails unless a scenario ran and led to exactly what it says.
+fn exactly(run: &Run, scenario: &Scenario) {
+    let verdict = run.get().0.iter().find(|v| v.name == scenario.name).expect("all were chosen");
+    assert!(verdict.ran, "it did not run to its end");
+    // An offset that is not expected is not compared.
+    let without = |(found, expected): (&Expected, &Expected)| Expected {
+        offset: expected.offset.and(found.offset),
+        ..found.clone()
+    };
+    let found: Vec<_> = verdict.found.iter().zip(&scenario.expected).map(without).collect();
+    assert_eq!((verdict.found.len(), &found), (scenario.expected.len(), &scenario.expected));
+}
+
+/// Nothing was found outside of the scenarios, such as a compiler's own store taken for tampering.
+fn nothing_else(run: &Run) {
+    let known: BTreeSet<_> = run.kernel.scenarios.iter().map(|s| s.name.as_str()).collect();
+    let stray: Vec<_> = run.findings().filter(|f| !known.contains(f.task.name.as_str())).map(shown).collect();
+    assert!(stray.is_empty(), "{}", stray.join("\n"));
+    assert_eq!(run.get().1.stats.events.refused, 0, "the kernel made calls that were refused");
+}
+
+/// Each finding names its scenario's function with file and line, and who allocated and freed its object.
+fn told_in_c(run: &Run) {
+    for finding in run.findings() {
+        let text = shown(finding);
+        let frame = |f: &&umbra::report::Frame| {
+            let file = f.file.as_deref().unwrap_or_default();
+            file.starts_with("guest/c/kernel/") && file.ends_with(".c") && f.line.is_some_and(|line| line > 0)
+        };
+        let scenario = finding.frames.iter().filter(frame).filter_map(|f| f.symbol.as_deref());
+        // Most scenarios misbehave in their own function; those that call another are in the trace all the same.
+        assert!(scenario.into_iter().any(|symbol| symbol == finding.task.name), "{text}");
+        assert!(finding.notes.is_empty(), "{text}");
+        if finding.kind == "slab-use-after-free" || finding.kind == "double-free" {
+            let freed = finding.freed.as_ref().unwrap_or_else(|| panic!("who freed it?\n{text}"));
+            assert!(freed.frames.iter().any(|f| f.symbol.as_deref() == Some(&finding.task.name)), "{text}");
+        }
+        if finding.kind.starts_with("slab-") {
+            let allocated = finding.allocated.as_ref().unwrap_or_else(|| panic!("who allocated it?\n{text}"));
+            assert!(
+                allocated.frames.iter().any(|f| f.symbol.as_deref() == Some(&finding.task.name)),
+                "{text}"
+            );
+        }
+    }
+}
+
+/// The same kernel without shadow: what does no harm runs, though compilers store the shadow of stacks all the same.
+fn unchecked(kernel: &Kernel) {
+    let mut silent = kernel.scenarios.clone();
+    silent.retain(|scenario| scenario.expected.is_empty());
+    assert!(silent.len() >= 8);
+    let (verdicts, report) = kernel.boot(&silent, ShadowMode::Off, Notify::Ring);
+    assert!(report.findings.is_empty());
+    assert!(verdicts.iter().all(|v| v.ran), "{:?}", verdicts.iter().find(|v| !v.ran));
+}
+
+fn main() -> ExitCode {
+    let mut suite = Suite::default();
+    for compiler in COMPILERS {
+        let Some(kernel) = Kernel::built(compiler).map(Arc::new) else {
+            let missing = format!("not built: `cargo xtask guest --c` does, with {compiler} and make");
+            suite.add(format!("{compiler}: all scenarios"), &Need::Missing(missing), || {});
+            continue;
+        };
+        for (name, shadow, notify) in CONFIGURATIONS {
+            let run = Arc::new(Run { kernel: kernel.clone(), shadow, notify, outcome: OnceLock::new() });
+            for scenario in kernel.scenarios.clone() {
+                let run = run.clone();
+                suite.add(format!("{compiler}/{name}/{}", scenario.name), &Need::kvm(), move || {
+                    exactly(&run, &scenario);
+                });
+            }
+            let checks: [Check; 2] =
+                [("nothing else is found", nothing_else), ("findings are told in C", told_in_c)];
+            for (what, check) in checks {
+                let run = run.clone();
+                suite.add(format!("{compiler}/{name}: {what}"), &Need::kvm(), move || check(&run));
+            }
+        }
+        suite.add(format!("{compiler}: unchecked"), &Need::kvm(), move || unchecked(&kernel));
+    }
+    suite.run()
+}

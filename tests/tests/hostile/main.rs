@@ -1,0 +1,62 @@
+//! Hostile guests: whatever a guest does, the program says how the run ended, within bounded time, memory and output.
+
+mod calls;
+mod crash;
+mod guest;
+mod windows;
+
+use std::process::ExitCode;
+
+use guest::{Guest, RAM};
+use umbra_tests::program::{Run, Umbra};
+use umbra_tests::suite::{Need, Suite};
+
+/// The program.
+const PROGRAM: &str = env!("CARGO_BIN_EXE_umbra-under-test");
+
+/// What the program may need beside the guest's memory, in bytes.
+const OVERHEAD: u64 = 32 << 20;
+
+/// How much a run may print when it has few findings, in bytes.
+const OUTPUT: usize = 64 << 10;
+
+/// Runs a guest with these arguments; a time limit is added if they name none. Whatever the guest, the program ends in
+/// good order, needs little memory, and lets no escape sequence of the guest through to standard error.
+#[track_caller]
+fn run(mut guest: Guest, args: &str) -> Run {
+    let mut umbra = Umbra::new(PROGRAM, "run")
+        .file(&guest.elf())
+        .arg("--memory")
+        .arg(RAM.to_string())
+        .args(args)
+        .collect();
+    if !args.contains("--timeout") {
+        umbra = umbra.args("--timeout 30s");
+    }
+    let run = umbra.run();
+    run.assert_no_panic();
+    assert!(run.code().is_some(), "killed by a signal: {}", run.tail());
+    if !run.stats.is_null() {
+        let peak = run.figure("/host/rss_peak_bytes");
+        assert!(peak < RAM + OVERHEAD, "{} MiB", peak >> 20);
+    }
+    assert!(!run.stderr.contains('\x1b'), "an escape sequence: {}", run.tail());
+    run
+}
+
+/// As [`run`], for a guest that gives no reason to print much.
+#[track_caller]
+fn quiet(guest: Guest, args: &str) -> Run {
+    let run = run(guest, args);
+    assert!(run.stderr.len() < OUTPUT, "{} bytes of output: {}", run.stderr.len(), run.tail());
+    run
+}
+
+fn main() -> ExitCode {
+    let mut suite = Suite::default();
+    let kvm = Need::kvm();
+    for (name, test) in calls::ALL.iter().chain(crash::ALL).chain(windows::ALL) {
+        suite.add(*name, &kvm, test);
+    }
+    suite.run()
+}

@@ -1,0 +1,409 @@
+//! The test kernel under each configuration: every scenario's exact verdict, the same everywhere, at the promised number
+//! of exits.
+//!
+//! A configuration's guest runs when the first test asks for it, and once for all of them.
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+
+use umbra::demo::{self, Verdict};
+use umbra::kernel::{Expected, Scenario, scenarios, test_kernel};
+use umbra::machine::complete::Completer;
+use umbra::machine::devices::{DeviceEvent, Devices};
+use umbra::machine::vcpu::VmExit;
+use umbra::machine::{Kvm, Machine, MachineConfig};
+use umbra::sandbox::{Config, Report, ShadowMode};
+use umbra::shadow::Notify;
+use umbra_tests::suite::{Need, Suite};
+
+/// Guest memory of these tests, in bytes.
+const MEMORY: u64 = 128 << 20;
+
+/// Scenarios that a slow configuration is tried with: one for each kind of finding, and some that are silent.
+const FEW: &str = "kmalloc_oob_right,kmalloc_uaf,kmem_cache_double_free,kmem_cache_invalid_free,pagealloc_uaf,\
+                   kasan_stack_oob,kasan_global_oob_right,exact_fit,reuse_after_free,threads";
+
+/// Operations of the churn where it is one scenario among others.
+const LITTLE_CHURN: &str = "churn=1000";
+
+/// A run of the test kernel.
+struct Outcome {
+    verdicts: Vec<Verdict>,
+    report: Report,
+}
+
+impl Outcome {
+    #[track_caller]
+    fn verdict(&self, name: &str) -> &Verdict {
+        self.verdicts.iter().find(|v| v.name == name).unwrap_or_else(|| panic!("{name} was not chosen"))
+    }
+
+    /// What was found in which task, in order.
+    fn findings(&self) -> Vec<(String, String, &'static str, u64)> {
+        let all = self.report.findings.iter();
+        all.map(|(f, _)| (f.task.name.clone(), f.access.to_string(), f.kind, f.size)).collect()
+    }
+}
+
+/// All scenarios of the test kernel.
+fn all() -> Vec<Scenario> {
+    test_kernel().map(|kernel| scenarios(kernel).expect("the kernel tells its scenarios")).unwrap_or_default()
+}
+
+/// The scenarios of these names, in this order.
+fn named(names: &str) -> Vec<Scenario> {
+    let all = all();
+    let find = |name: &str| all.iter().find(|s| s.name == name).cloned();
+    names.split(',').map(|name| find(name).unwrap_or_else(|| panic!("no scenario {name}"))).collect()
+}
+
+/// Boots the test kernel.
+fn boot(shadow: ShadowMode, notify: Notify, chosen: &[Scenario], cmdline: &str) -> Outcome {
+    let config = Config {
+        kernel: test_kernel().expect("checked before").into(),
+        cmdline: cmdline.into(),
+        memory: MEMORY,
+        shadow,
+        notify,
+        shadow_limit: None,
+        timeout: Some(Duration::from_secs(300)),
+        stop_at: None,
+        count_instructions: true,
+        picture: false,
+    };
+    let run = demo::verdicts(&config, chosen, false, Box::new(()), &AtomicBool::new(false));
+    let (verdicts, report) = run.expect("it boots");
+    assert!(report.outcome.is_regular(), "{}", report.outcome);
+    Outcome { verdicts, report }
+}
+
+const PER_PAGE: ShadowMode = ShadowMode::PerPage;
+const FULL: ShadowMode = ShadowMode::Full;
+
+/// The configurations in which all scenarios are tried.
+struct Configuration {
+    name: &'static str,
+    shadow: ShadowMode,
+    notify: Notify,
+    /// All, if empty.
+    chosen: &'static str,
+    run: OnceLock<Outcome>,
+}
+
+impl Configuration {
+    const fn new(name: &'static str, shadow: ShadowMode, notify: Notify, chosen: &'static str) -> Self {
+        Self { name, shadow, notify, chosen, run: OnceLock::new() }
+    }
+
+    fn chosen(&self) -> Vec<Scenario> {
+        if self.chosen.is_empty() { all() } else { named(self.chosen) }
+    }
+
+    fn get(&self) -> &Outcome {
+        self.run.get_or_init(|| boot(self.shadow, self.notify, &self.chosen(), LITTLE_CHURN))
+    }
+}
+
+static RING: Configuration = Configuration::new("per-page/ring", PER_PAGE, Notify::Ring, "");
+static SYNC: Configuration = Configuration::new("per-page/sync", PER_PAGE, Notify::Sync, "");
+static FULL_RING: Configuration = Configuration::new("full/ring", FULL, Notify::Ring, "");
+static FULL_SYNC: Configuration = Configuration::new("full/sync", FULL, Notify::Sync, FEW);
+static CONFIGURATIONS: [&Configuration; 4] = [&RING, &SYNC, &FULL_RING, &FULL_SYNC];
+
+/// Fails unless a scenario ran and led to exactly what it says.
+#[track_caller]
+fn exactly(expected: &[Expected], verdict: &Verdict) {
+    assert!(verdict.ran, "it did not run to its end");
+    let found: Vec<_> = verdict
+        .found
+        .iter()
+        .zip(expected)
+        .map(|(f, e)| Expected { offset: e.offset.and(f.offset), ..f.clone() })
+        .collect();
+    assert_eq!((verdict.found.len(), found.as_slice()), (expected.len(), expected));
+}
+
+fn no_stray_findings(configuration: &Configuration) {
+    let run = configuration.get();
+    let stray: Vec<_> = run
+        .report
+        .findings
+        .iter()
+        .filter(|(finding, _)| !run.verdicts.iter().any(|v| v.name == finding.task.name))
+        .map(|(finding, _)| umbra::report::text::to_string(finding, Default::default()))
+        .collect();
+    assert!(stray.is_empty(), "{}", stray.join("\n"));
+    assert_eq!(run.report.stats.events.refused, 0, "the kernel made calls that were refused");
+    assert_eq!(run.report.findings.dropped(), 0);
+}
+
+/// The findings of `other` are those that `ring` has of the same scenarios.
+fn the_same_findings(other: &Configuration) {
+    let (other_run, ring) = (other.get(), RING.get());
+    let chosen = other.chosen();
+    let sorted = |run: &Outcome| {
+        let mut findings = run.findings();
+        findings.retain(|(task, ..)| chosen.iter().any(|s| s.name == *task));
+        findings.sort();
+        findings
+    };
+    assert_eq!(sorted(other_run), sorted(ring));
+    assert!(!sorted(ring).is_empty());
+}
+
+/// Every finding names the function that did it, its line, and where an object came from.
+fn findings_are_symbolized() {
+    for (finding, _) in RING.get().report.findings.iter() {
+        let text = umbra::report::text::to_string(finding, Default::default());
+        let named =
+            finding.frames.iter().any(|f| f.symbol.as_ref().is_some_and(|s| s.contains(&finding.task.name)));
+        assert!(named, "no frame of the scenario:\n{text}");
+        let culprit = finding.culprit().unwrap_or_else(|| panic!("nobody did it:\n{text}"));
+        assert!(culprit.symbol.is_some() && culprit.size > 0, "{text}");
+        assert!(finding.frames.iter().any(|f| f.file.is_some() && f.line.is_some()), "no lines:\n{text}");
+        assert!(finding.notes.is_empty(), "{text}");
+        if finding.kind == "slab-use-after-free" || finding.kind == "double-free" {
+            let freed = finding.freed.as_ref().unwrap_or_else(|| panic!("who freed it?\n{text}"));
+            assert_eq!(freed.task.name, finding.task.name, "{text}");
+            assert!(!freed.frames.is_empty(), "{text}");
+        }
+    }
+}
+
+/// The guest has no timer: two equal runs execute the same, to the instruction.
+fn runs_repeat_exactly() {
+    for notify in [Notify::Ring, Notify::Sync] {
+        let runs =
+            [(); 2].map(|()| boot(PER_PAGE, notify, &named("kmalloc_oob_right,exact_fit,threads"), ""));
+        let [a, b] = runs.each_ref().map(|run| &run.report.stats);
+        assert_eq!(a.guest.instructions, b.guest.instructions);
+        let exits = |s: &umbra::sandbox::stats::Stats| {
+            let e = s.exits.clone();
+            (e.hypercall, e.shadow_fault, e.io, e.mmio, e.completed)
+        };
+        assert_eq!(exits(a), exits(b));
+        assert_eq!((a.events.allocations, a.events.frees), (b.events.allocations, b.events.frees));
+        assert!(a.events.allocations > 0 && a.exits.hypercall > 0);
+        assert_eq!(runs[0].findings(), runs[1].findings());
+    }
+}
+
+/// The scenarios of [`FEW`] around a churn without operations, and around one that fills the ring.
+fn around_churn() -> &'static [Outcome; 2] {
+    static RUNS: OnceLock<[Outcome; 2]> = OnceLock::new();
+    RUNS.get_or_init(|| {
+        // They run in this order, the first one before and after the churn.
+        let chosen = named(&format!("kmalloc_oob_right,huge_churn,{FEW}"));
+        ["churn=0", "churn=8000"].map(|churn| boot(PER_PAGE, Notify::Ring, &chosen, churn))
+    })
+}
+
+/// Allocations and frees, hypercalls, and all exits that the second run has more.
+fn more([few, many]: [&Outcome; 2]) -> (u64, u64, u64) {
+    let [few, many] = [few, many].map(|run| &run.report.stats);
+    let events = |s: &umbra::sandbox::stats::Stats| s.events.allocations + s.events.frees;
+    (
+        events(many) - events(few),
+        many.exits.hypercall - few.exits.hypercall,
+        many.exits.total - few.exits.total,
+    )
+}
+
+fn ring_exits() {
+    let (events, hypercalls, _) = more(around_churn().each_ref());
+    assert!(events >= 8000, "{events} events");
+    assert!(hypercalls > 0, "the ring was drained");
+    assert!(hypercalls * 1000 <= events, "{hypercalls} exits for {events} events");
+}
+
+fn sync_exits() {
+    let [few, many] =
+        ["churn=0", "churn=300"].map(|churn| boot(PER_PAGE, Notify::Sync, &named("huge_churn"), churn));
+    let (events, hypercalls, exits) = more([&few, &many]);
+    assert!(events >= 300, "{events} events");
+    // Each is one call, and each call one exit. What else there is are `poison` and `unpoison`.
+    assert!(hypercalls >= events, "{hypercalls} calls for {events} events");
+    // First touches of a chunk by the guest's checks are the only others.
+    assert!((exits - hypercalls) * 1000 <= hypercalls, "{exits} exits for {hypercalls} calls");
+}
+
+/// Shadow is given back while the guest allocates and frees. Nothing is lost by that: what came before is still
+/// told, and what comes after is found as ever.
+fn giving_shadow_back_loses_nothing() {
+    let [before, run] = around_churn();
+    let shadow = &run.report.stats.shadow;
+    assert!(shadow.released_bytes > 0, "{shadow:?}");
+    for verdict in &run.verdicts {
+        exactly(&verdict.expected, verdict);
+    }
+    let expected: usize = named(FEW).iter().map(|s| s.expected.len()).sum();
+    assert_eq!(run.report.findings.distinct(), expected, "{:?}", run.findings());
+    let mut findings = [before.findings(), run.findings()];
+    findings.iter_mut().for_each(|f| f.sort());
+    assert_eq!(findings[0], findings[1]);
+    // The one that ran twice was found twice.
+    let twice = run.report.findings.iter().filter(|(_, seen)| *seen == 2).count();
+    assert_eq!(twice, named("kmalloc_oob_right")[0].expected.len());
+}
+
+/// Peak, resident and used shadow are what they must be to each other, and far below 1/8 of the memory.
+fn figures_fit_together() {
+    for configuration in [&RING, &SYNC] {
+        let s = &configuration.get().report.stats.shadow;
+        assert_eq!(s.page_bytes, MEMORY / 4096, "{}", configuration.name);
+        assert!(s.byte_resident_bytes <= s.byte_peak_resident_bytes, "{s:?}");
+        assert!(s.byte_resident_bytes <= s.byte_mapped_bytes, "{s:?}");
+        assert!(s.byte_used_peak_bytes > 0 && s.byte_used_peak_bytes <= s.byte_peak_resident_bytes, "{s:?}");
+        assert!(s.page_bytes + s.byte_peak_resident_bytes < MEMORY / 8 / 10, "{s:?}");
+    }
+    let full = &FULL_RING.get().report.stats.shadow;
+    assert_eq!((full.page_bytes, full.byte_peak_resident_bytes), (0, MEMORY / 8));
+    assert!(RING.get().report.stats.shadow.faults > 0);
+}
+
+/// The scenarios that a kernel survives without checks: one moves nearly all of memory.
+fn survivable() -> Vec<Scenario> {
+    let mut all = all();
+    all.retain(|s| s.name != "kmalloc_memmove_negative_size");
+    all
+}
+
+fn off_finds_nothing() {
+    let run = boot(ShadowMode::Off, Notify::Ring, &survivable(), LITTLE_CHURN);
+    assert!(run.report.findings.is_empty());
+    assert!(run.verdicts.iter().all(|v| v.ran), "{:?}", run.verdicts.iter().find(|v| !v.ran));
+    let stats = &run.report.stats;
+    assert_eq!(
+        (stats.shadow.page_bytes, stats.shadow.byte_mapped_bytes, stats.exits.shadow_fault),
+        (0, 0, 0)
+    );
+    assert_eq!(stats.events.allocations, 0);
+}
+
+/// Takes the console.
+#[derive(Clone, Default)]
+struct Console(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Console {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().expect("nobody panics with it").extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The same kernel on a machine that has no Umbra.
+fn runs_without_umbra() {
+    let kvm = Kvm::open().expect("checked before");
+    let config = MachineConfig { memory_bytes: MEMORY, ..Default::default() };
+    let mut machine = Machine::new(&kvm, config).expect("a machine");
+    let chosen = survivable();
+    let names: Vec<_> = chosen.iter().map(|s| s.name.as_str()).collect();
+    let cmdline = format!("{LITTLE_CHURN} scenarios={}", names.join(","));
+    machine.load(test_kernel().expect("checked before"), &cmdline).expect("it loads");
+    let mut vcpu = machine.create_vcpu(0).expect("a vCPU");
+    let console = Console::default();
+    let mut devices = Devices::new(Box::new(console.clone()), None);
+    let mut completer = Completer::default();
+    loop {
+        match vcpu.run().expect("it runs") {
+            VmExit::Interrupted => {}
+            VmExit::EmulationFailed { bytes, len } => {
+                let done = completer.complete(&mut vcpu, machine.ram(), &bytes[..usize::from(len)]);
+                done.expect("an instruction that is known");
+            }
+            VmExit::IoOut { port, data } => {
+                assert_ne!(port, umbra_shadow::abi::PORT, "a hypercall, and no Umbra");
+                if devices.io_out(port, data.as_slice()) == DeviceEvent::Reset {
+                    break;
+                }
+            }
+            VmExit::IoIn { port, len } => {
+                let mut data = [0; 4];
+                devices.io_in(port, &mut data[..usize::from(len)]);
+                vcpu.complete_read(&data[..usize::from(len)]);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    devices.flush();
+    let text = String::from_utf8_lossy(&console.0.lock().expect("as above")).into_owned();
+    assert!(text.contains("no Umbra underneath"), "{text}");
+    for scenario in chosen {
+        assert!(
+            text.lines().any(|line| line.trim_end() == format!("ran {}", scenario.name)),
+            "{}",
+            scenario.name
+        );
+    }
+}
+
+fn unknown_names_are_told() {
+    let chosen = [Scenario { name: "no_such_thing".into(), expected: Vec::new(), about: String::new() }];
+    let run = boot(PER_PAGE, Notify::Ring, &chosen, "");
+    assert!(!run.verdicts[0].ran && !run.verdicts[0].good());
+}
+
+/// The list is what the project promises of it.
+fn there_are_enough_scenarios() {
+    let all = all();
+    let silent = all.iter().filter(|s| s.expected.is_empty()).count();
+    assert!(silent >= 10, "{silent}");
+    let kinds = [
+        "slab-out-of-bounds",
+        "slab-use-after-free",
+        "use-after-free",
+        "double-free",
+        "invalid-free",
+        "stack-out-of-bounds",
+        "global-out-of-bounds",
+        "out-of-bounds",
+    ];
+    for kind in kinds {
+        assert!(all.iter().flat_map(|s| &s.expected).any(|e| e.kind == kind), "{kind}");
+    }
+    let mut names: Vec<_> = all.iter().map(|s| &s.name).collect();
+    names.sort();
+    names.dedup();
+    assert_eq!(names.len(), all.len());
+}
+
+fn main() -> ExitCode {
+    let mut suite = Suite::default();
+    let need = Need::test_kernel();
+    for configuration in CONFIGURATIONS {
+        let chosen = if test_kernel().is_some() { configuration.chosen() } else { Vec::new() };
+        for scenario in chosen {
+            suite.add(format!("{}/{}", configuration.name, scenario.name), &need, move || {
+                exactly(&scenario.expected, configuration.get().verdict(&scenario.name));
+            });
+        }
+        suite.add(format!("{}: no stray findings", configuration.name), &need, || {
+            no_stray_findings(configuration)
+        });
+        suite.add(format!("{}: the same findings", configuration.name), &need, || {
+            the_same_findings(configuration)
+        });
+    }
+    let others: [(&str, fn()); 10] = [
+        ("findings_are_symbolized", findings_are_symbolized),
+        ("runs_repeat_exactly", runs_repeat_exactly),
+        ("ring_exits", ring_exits),
+        ("sync_exits", sync_exits),
+        ("giving_shadow_back_loses_nothing", giving_shadow_back_loses_nothing),
+        ("figures_fit_together", figures_fit_together),
+        ("off_finds_nothing", off_finds_nothing),
+        ("runs_without_umbra", runs_without_umbra),
+        ("unknown_names_are_told", unknown_names_are_told),
+        ("there_are_enough_scenarios", there_are_enough_scenarios),
+    ];
+    for (name, test) in others {
+        suite.add(name, &need, test);
+    }
+    suite.run()
+}

@@ -1,0 +1,139 @@
+//! A file that appears as a whole or not at all.
+
+use std::fs::{self, File, Permissions};
+use std::io::{self, BufWriter, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use tempfile::NamedTempFile;
+
+/// A place to write a page to later, which has been seen to be writable.
+pub struct Target {
+    path: PathBuf,
+    to: To,
+}
+
+enum To {
+    /// A new file beside the one that it will become.
+    Beside(NamedTempFile),
+    /// What is no regular file cannot be replaced by one.
+    Into(File),
+}
+
+impl Target {
+    /// Looks whether `path` can be written, and changes nothing there yet.
+    ///
+    /// # Errors
+    /// It cannot.
+    pub fn new(path: &Path) -> io::Result<Self> {
+        let path = match fs::metadata(path) {
+            Ok(data) if data.is_dir() => return Err(io::ErrorKind::IsADirectory.into()),
+            Ok(data) => {
+                // A file that is write-protected is not meant to be replaced either.
+                let file = File::options().write(true).open(path)?;
+                if !data.is_file() {
+                    return Ok(Self { path: path.to_owned(), to: To::Into(file) });
+                }
+                // A link stays one.
+                path.canonicalize()?
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => path.to_owned(),
+            Err(error) => return Err(error),
+        };
+        if path.file_name().is_none() {
+            return Err(io::ErrorKind::InvalidFilename.into());
+        }
+        let folder = match path.parent() {
+            Some(folder) if folder != Path::new("") => folder,
+            _ => Path::new("."),
+        };
+        fs::metadata(folder)?;
+        // The error names a file that says nothing to anybody; its kind is enough.
+        let file = tempfile::Builder::new()
+            .prefix(".umbra-")
+            .suffix(".html")
+            // As any new file: less what the user's mask takes away.
+            .permissions(Permissions::from_mode(0o666))
+            .tempfile_in(folder)
+            .map_err(|error| io::Error::from(error.kind()))?;
+        Ok(Self { path, to: To::Beside(file) })
+    }
+
+    /// Writes the file.
+    ///
+    /// # Errors
+    /// What `write` says, or the disk. What was at the path before is still there then.
+    pub fn write(self, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
+        match self.to {
+            To::Into(mut file) => {
+                let mut out = BufWriter::new(&mut file);
+                write(&mut out)?;
+                out.flush()
+            }
+            To::Beside(mut file) => {
+                let mut out = BufWriter::new(&mut file);
+                write(&mut out)?;
+                out.flush()?;
+                drop(out);
+                file.persist(self.path).map(drop).map_err(|error| error.error)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(folder: &Path) -> usize {
+        fs::read_dir(folder).expect("a directory").count()
+    }
+
+    #[test]
+    fn a_file_is_replaced_at_once_or_left_alone() {
+        let folder = tempfile::tempdir().expect("a temporary directory");
+        let path = folder.path().join("page.html");
+        fs::write(&path, "old").expect("a file");
+        drop(Target::new(&path).expect("writable"));
+        let failed = Target::new(&path).expect("writable").write(|out| {
+            out.write_all(b"half")?;
+            Err(io::ErrorKind::StorageFull.into())
+        });
+        assert!(failed.is_err());
+        assert_eq!(
+            (fs::read_to_string(&path).expect("it is there"), names(folder.path())),
+            ("old".into(), 1)
+        );
+        Target::new(&path).expect("writable").write(|out| out.write_all(b"new")).expect("written");
+        assert_eq!(
+            (fs::read_to_string(&path).expect("it is there"), names(folder.path())),
+            ("new".into(), 1)
+        );
+    }
+
+    #[test]
+    fn links_and_devices_stay_what_they_are() {
+        let folder = tempfile::tempdir().expect("a temporary directory");
+        let [real, link] = ["real", "link"].map(|name| folder.path().join(name));
+        fs::write(&real, "").expect("a file");
+        std::os::unix::fs::symlink(&real, &link).expect("a link");
+        Target::new(&link).expect("writable").write(|out| out.write_all(b"x")).expect("written");
+        assert!(link.is_symlink());
+        assert_eq!(fs::read_to_string(&real).expect("it is there"), "x");
+        Target::new(Path::new("/dev/null"))
+            .expect("writable")
+            .write(|out| out.write_all(b"x"))
+            .expect("written");
+        assert!(!fs::metadata("/dev/null").expect("it is there").is_file());
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_told_before() {
+        let folder = tempfile::tempdir().expect("a temporary directory");
+        let error = |path: &Path| Target::new(path).err().map(|error| error.to_string()).unwrap_or_default();
+        assert!(error(folder.path()).contains("directory"));
+        let nowhere = error(&folder.path().join("none/page.html"));
+        assert!(nowhere.contains("No such file") && !nowhere.contains(".umbra-"), "{nowhere}");
+        assert!(!error(Path::new("")).is_empty());
+    }
+}

@@ -1,0 +1,58 @@
+//! The guest's global variables that have redzones, as its compiler described them.
+//!
+//! Only where the descriptions lie is kept; they are read from guest memory when a finding needs them.
+
+use umbra_shadow::abi::GLOBAL_BYTES;
+
+use crate::hypercall::CallError;
+use crate::machine::memory::Ram;
+use crate::machine::walk::AddressSpace;
+use crate::report::Variable;
+use crate::report::symbols::demangle;
+
+/// Most arrays of descriptions: one for each compilation unit.
+const ARRAYS: usize = 1 << 14;
+/// Most bytes of a name.
+const NAME_MAX: usize = 256;
+
+/// Where the descriptions are.
+#[derive(Debug, Default)]
+pub struct Globals {
+    arrays: Vec<(u64, u64)>,
+}
+
+impl Globals {
+    /// Takes note of `count` descriptions at `va`.
+    ///
+    /// # Errors
+    /// There are too many arrays.
+    pub fn add(&mut self, va: u64, count: u64) -> Result<(), CallError> {
+        if self.arrays.len() >= ARRAYS {
+            return Err(CallError::Limit { what: "arrays of globals", most: ARRAYS as u64 });
+        }
+        self.arrays.push((va, count));
+        Ok(())
+    }
+
+    /// The variable that holds `address`, or whose redzone does.
+    pub fn find(&self, address: u64, space: &AddressSpace, ram: &Ram) -> Option<Variable> {
+        let word = |at: u64| space.read_u64(ram, at).ok();
+        let text = |at: u64| {
+            let mut bytes = [0; NAME_MAX];
+            let len = space.read_some(ram, at, &mut bytes);
+            let text = bytes.get(..len)?.split(|byte| *byte == 0).next()?;
+            (!text.is_empty()).then(|| String::from_utf8_lossy(text).into_owned())
+        };
+        // A hostile guest may claim many and overlapping arrays; this is only run for a finding that is printed once.
+        let all = self.arrays.iter().flat_map(|&(va, count)| (0..count).map(move |i| va + i * GLOBAL_BYTES));
+        for at in all.take(1 << 20) {
+            let (Some(start), Some(whole)) = (word(at), word(at + 16)) else { continue };
+            if address.checked_sub(start).is_some_and(|offset| offset < whole) {
+                let name = word(at + 24).and_then(text)?;
+                let module = word(at + 32).and_then(text);
+                return Some(Variable { name: demangle(&name), start, size: word(at + 8)?, module });
+            }
+        }
+        None
+    }
+}

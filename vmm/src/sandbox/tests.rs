@@ -1,0 +1,622 @@
+//! The dispatcher, fed with exits that no guest made, over a vCPU and memory slots that do not exist.
+
+use std::sync::{Arc, Mutex};
+
+use kvm_bindings::{kvm_regs, kvm_sregs};
+use proptest::prelude::*;
+use umbra_shadow::Shadow as _;
+use umbra_shadow::abi::{self, PORT, access, call, exit, features, name};
+use umbra_shadow::codes::{PAGE_BYTES, SLAB_FREE};
+use vm_memory::GuestAddress;
+
+use super::monitor::{Flow, GuestCpu, Machine, Monitor, discovery};
+use super::{Observer, Outcome, ShadowMode};
+use crate::machine::complete::Cpu;
+use crate::machine::devices::Devices;
+use crate::machine::memory::Ram;
+use crate::machine::vcpu::{Data, VcpuError, VmExit};
+use crate::report::Finding;
+use crate::report::symbols::Symbols;
+use crate::shadow::{self, CHUNK_BYTES, Layout, Mode, Notify, SlotError, Slots, Windows};
+
+const RAM: u64 = 16 << 20;
+
+/// Registers, and what was done to them.
+#[derive(Default)]
+struct FakeCpu {
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    read: Option<Vec<u8>>,
+    injected: Vec<u8>,
+    /// All register accesses fail.
+    broken: bool,
+}
+
+impl FakeCpu {
+    fn check(&self) -> Result<(), VcpuError> {
+        if self.broken { Err(VcpuError::HostMemory { id: 0 }) } else { Ok(()) }
+    }
+}
+
+impl Cpu for FakeCpu {
+    fn regs(&self) -> Result<kvm_regs, VcpuError> {
+        self.check().map(|()| self.regs)
+    }
+    fn set_regs(&mut self, regs: &kvm_regs) -> Result<(), VcpuError> {
+        self.regs = *regs;
+        self.check()
+    }
+    fn sregs(&self) -> Result<kvm_sregs, VcpuError> {
+        self.check().map(|()| self.sregs)
+    }
+    fn set_sregs(&mut self, sregs: &kvm_sregs) -> Result<(), VcpuError> {
+        self.sregs = *sregs;
+        self.check()
+    }
+    fn msr(&self, index: u32) -> Result<u64, VcpuError> {
+        Err(VcpuError::NoMsr { index })
+    }
+    fn set_msr(&mut self, index: u32, _: u64) -> Result<(), VcpuError> {
+        Err(VcpuError::NoMsr { index })
+    }
+    fn xcr0(&self) -> Result<u64, VcpuError> {
+        Ok(7)
+    }
+    fn inject_exception(&mut self, vector: u8, _: Option<u32>) -> Result<(), VcpuError> {
+        self.injected.push(vector);
+        self.check()
+    }
+    fn inject_interrupt(&mut self, vector: u8) -> Result<(), VcpuError> {
+        self.injected.push(vector);
+        self.check()
+    }
+}
+
+impl GuestCpu for FakeCpu {
+    fn complete_read(&mut self, value: &[u8]) {
+        self.read = Some(value.to_vec());
+    }
+}
+
+/// The slots that KVM would have: (gpa, bytes, read-only).
+#[derive(Default)]
+struct FakeSlots {
+    slots: Vec<Option<(u64, u64, bool)>>,
+    refuse: bool,
+}
+
+impl Slots for FakeSlots {
+    fn map(&mut self, gpa: u64, _: *mut u8, len: u64, readonly: bool) -> Result<u32, SlotError> {
+        if self.refuse {
+            return Err(SlotError::Exhausted(7));
+        }
+        self.slots.push(Some((gpa, len, readonly)));
+        Ok(self.slots.len() as u32 - 1)
+    }
+    fn unmap(&mut self, slot: u32) -> Result<(), SlotError> {
+        assert!(self.slots[slot as usize].take().is_some(), "slot {slot} was not there");
+        Ok(())
+    }
+}
+
+#[derive(Clone, Default)]
+struct Heard(Arc<Mutex<Vec<Finding>>>);
+
+impl Observer for Heard {
+    fn finding(&mut self, finding: &Finding) {
+        self.0.lock().unwrap().push(finding.clone());
+    }
+}
+
+/// A monitor and the machine that it believes in.
+struct Bench {
+    monitor: Monitor,
+    cpu: FakeCpu,
+    ram: Ram,
+    slots: FakeSlots,
+    heard: Heard,
+    layout: Layout,
+}
+
+impl Bench {
+    fn new(mode: Option<Mode>, notify: Notify, limit: Option<u64>, stop_at: Option<usize>) -> Self {
+        let mut slots = FakeSlots::default();
+        let config = |mode| shadow::Config { ram: std::iter::once(0..RAM).collect(), mode, notify, limit };
+        let windows = mode.map(|mode| Windows::new(&config(mode), &mut slots).unwrap());
+        let heard = Heard::default();
+        let devices = Devices::new(Box::new(std::io::sink()), None);
+        let symbols = Symbols::lazy(|| Ok(Vec::new()));
+        let monitor = Monitor::new(windows, devices, symbols, Box::new(heard.clone()), stop_at);
+        let mut cpu = FakeCpu::default();
+        (cpu.regs.rip, cpu.regs.rsp) = (0x10_0000, 0x20_0000);
+        // 64-bit code without paging, which does not exist, but keeps this short.
+        (cpu.sregs.efer, cpu.sregs.cs.l) = (1 << 10, 1);
+        let layout = Layout::new(RAM).unwrap();
+        Self { monitor, cpu, ram: Ram::new(RAM).unwrap(), slots, heard, layout }
+    }
+
+    fn ring() -> Self {
+        Self::new(Some(Mode::PerPage), Notify::Ring, None, None).with_region()
+    }
+
+    fn sync() -> Self {
+        Self::new(Some(Mode::PerPage), Notify::Sync, None, None).with_region()
+    }
+
+    fn with_region(mut self) -> Self {
+        assert_eq!(self.call(call::REGION_ADD, [0, RAM, 0, 0]), 0);
+        self
+    }
+
+    fn exit(&mut self, exit: VmExit) -> Flow {
+        let mut machine = Machine { cpu: &mut self.cpu, ram: &self.ram, slots: &mut self.slots };
+        self.monitor.dispatch(exit, &mut machine)
+    }
+
+    fn hypercall(&mut self, number: u32, [rdi, rsi, rcx, r8]: [u64; 4]) -> Flow {
+        (self.cpu.regs.rdi, self.cpu.regs.rsi) = (rdi, rsi);
+        (self.cpu.regs.rcx, self.cpu.regs.r8) = (rcx, r8);
+        self.exit(VmExit::IoOut { port: PORT, data: Data::new(&number.to_le_bytes()) })
+    }
+
+    /// A call that the run survives; its result.
+    #[track_caller]
+    fn call(&mut self, number: u32, arguments: [u64; 4]) -> u64 {
+        let flow = self.hypercall(number, arguments);
+        assert!(matches!(flow, Flow::Continue), "{flow:?}");
+        self.cpu.regs.rax
+    }
+
+    fn read(&mut self, gpa: u64, len: u8) -> (Flow, Option<Vec<u8>>) {
+        self.cpu.read = None;
+        let flow = self.exit(VmExit::MmioRead { gpa: GuestAddress(gpa), len });
+        (flow, self.cpu.read.take())
+    }
+
+    fn write(&mut self, gpa: u64, data: &[u8]) -> Flow {
+        self.exit(VmExit::MmioWrite { gpa: GuestAddress(gpa), data: Data::new(data) })
+    }
+
+    fn kinds(&self) -> Vec<&'static str> {
+        self.heard.0.lock().unwrap().iter().map(|finding| finding.kind).collect()
+    }
+}
+
+/// The outcome of a flow that ends the run.
+#[track_caller]
+fn ended(flow: Flow) -> Outcome {
+    match flow {
+        Flow::End(outcome) => outcome,
+        Flow::Continue => panic!("the run goes on"),
+    }
+}
+
+#[track_caller]
+fn goes_on(flow: Flow) {
+    assert!(matches!(flow, Flow::Continue), "{flow:?}");
+}
+
+#[test]
+fn hello_tells_the_features_that_cpuid_tells() {
+    let modes = [
+        (Some(Mode::PerPage), ShadowMode::PerPage, features::PER_PAGE),
+        (Some(Mode::Full), ShadowMode::Full, features::FULL),
+        (None, ShadowMode::Off, 0),
+    ];
+    for (mode, shadow, bit) in modes {
+        for (notify, how) in [(Notify::Ring, features::RING), (Notify::Sync, features::SYNC)] {
+            let mut bench = Bench::new(mode, notify, None, None);
+            let expected = if bit == 0 { 0 } else { bit | how };
+            assert_eq!(bench.call(call::HELLO, [abi::VERSION.into(), 0, 0, 0]), u64::from(expected));
+            assert_eq!(bench.call(call::HELLO, [9, 0, 0, 0]), abi::ERR_VERSION);
+            let leaves = discovery(shadow, notify, &bench.layout);
+            assert_eq!((leaves[1].eax, leaves[1].ebx, leaves[1].ecx), (1, PORT.into(), expected));
+            assert_eq!([leaves[0].ebx, leaves[0].ecx, leaves[0].edx], abi::CPUID_SIGNATURE);
+        }
+    }
+}
+
+#[test]
+fn a_call_changes_rax_and_nothing_else() {
+    let mut bench = Bench::ring();
+    (bench.cpu.regs.rbx, bench.cpu.regs.rdx, bench.cpu.regs.rflags) = (1, 2, 3);
+    assert_eq!(bench.call(99, [4, 5, 6, 7]), abi::ERR_CALL);
+    let expected = kvm_regs {
+        rax: abi::ERR_CALL,
+        rbx: 1,
+        rdx: 2,
+        rflags: 3,
+        rdi: 4,
+        rsi: 5,
+        rcx: 6,
+        r8: 7,
+        rip: 0x10_0000,
+        rsp: 0x20_0000,
+        ..kvm_regs::default()
+    };
+    assert_eq!(bench.cpu.regs, expected);
+    assert_eq!(
+        (bench.monitor.exits.total, bench.monitor.exits.hypercall, bench.monitor.events.refused),
+        (2, 2, 1)
+    );
+}
+
+#[test]
+fn only_32_bits_to_the_port_are_a_call() {
+    let mut bench = Bench::ring();
+    for data in [&[11u8][..], &[11, 0], &[11, 0, 0, 0, 0, 0, 0, 0]] {
+        goes_on(bench.exit(VmExit::IoOut { port: PORT, data: Data::new(data) }));
+    }
+    goes_on(bench.exit(VmExit::IoOut { port: PORT + 1, data: Data::new(&[11, 0, 0, 0]) }));
+    assert_eq!((bench.monitor.exits.hypercall, bench.monitor.exits.io), (1, 4));
+}
+
+#[test]
+fn calls_of_the_other_mode_are_refused() {
+    let sync = [call::POISON, call::UNPOISON, call::ALLOCATED, call::FREED];
+    let ring = [call::RING_SETUP, call::RING_DRAIN];
+    let arguments = |number| match number {
+        call::RING_SETUP => [0x1000, 128, 0, 0],
+        call::POISON => [0x1000, 8, 0xfc, 0],
+        call::RING_DRAIN => [0; 4],
+        _ => [0x1000, 8, 0, 0],
+    };
+    for (notify, fits, others) in [(Notify::Ring, &ring[..], &sync[..]), (Notify::Sync, &sync, &ring)] {
+        for mode in [Mode::PerPage, Mode::Full] {
+            let mut bench = Bench::new(Some(mode), notify, None, None).with_region();
+            for number in fits {
+                assert_eq!(bench.call(*number, arguments(*number)), 0, "{number} in {notify:?}");
+            }
+            for number in others {
+                assert_eq!(bench.call(*number, arguments(*number)), abi::ERR_MODE, "{number} in {notify:?}");
+            }
+        }
+    }
+    let mut off = Bench::new(None, Notify::Ring, None, None).with_region();
+    for number in ring.iter().chain(&sync).chain(&[call::REPORT]) {
+        assert_eq!(off.call(*number, arguments(*number)), abi::ERR_MODE, "{number} with shadow off");
+    }
+}
+
+#[test]
+fn exits_of_the_guest_end_the_run() {
+    let end = |arguments| ended(Bench::ring().hypercall(call::EXIT, arguments));
+    assert!(matches!(end([exit::DONE, 0, 0, 0]), Outcome::Done));
+    assert!(matches!(end([exit::DONE, 1 << 63, 0, 0]), Outcome::Failed));
+    assert!(matches!(end([exit::PANIC, 0, 0, 0]), Outcome::Panic));
+    let fault = end([exit::FAULT, 14 | 2 << 32, 0xabc, 0xdef]);
+    let text = fault.to_string();
+    assert!(matches!(fault, Outcome::Fault { vector: 14, error: 2, address: 0xdef, .. }), "{fault:?}");
+    assert!(text.contains("page fault") && text.contains("rip 0xabc"), "{text}");
+    assert_eq!(Bench::ring().call(call::EXIT, [3, 0, 0, 0]), abi::ERR_ARGUMENT);
+}
+
+#[test]
+fn sync_calls_write_the_shadow() {
+    let mut bench = Bench::sync();
+    assert_eq!(bench.call(call::POISON, [0x3000, 0x1008, SLAB_FREE.into(), 0]), 0);
+    let bad = |bench: &Bench, at| bench.monitor.windows.as_ref().unwrap().model().first_bad(at, 1).is_some();
+    assert_eq!([0x2fff, 0x3000, 0x4007, 0x4008].map(|at| bad(&bench, at)), [false, true, true, false]);
+    assert_eq!(bench.call(call::UNPOISON, [0x3000, 5, 0, 0]), 0);
+    assert_eq!([0x3000, 0x3004, 0x3005].map(|at| bad(&bench, at)), [false, false, true]);
+    for (va, len) in [(RAM, 1), (RAM - 8, 9), (u64::MAX, 1), (0, RAM + 1)] {
+        assert_eq!(
+            bench.call(call::POISON, [va, len, SLAB_FREE.into(), 0]),
+            abi::ERR_ARGUMENT,
+            "{va:#x}+{len:#x}"
+        );
+    }
+}
+
+#[test]
+fn a_report_becomes_a_finding_with_its_object() {
+    let mut bench = Bench::sync();
+    bench.ram.write(GuestAddress(0x100), b"cachetask").unwrap();
+    assert_eq!(bench.call(call::NAME, [name::CACHE, 0x100, 5 | 3 << 32, 64]), 0);
+    assert_eq!(bench.call(call::NAME, [name::TASK, 0x105, 4 | 8 << 32, 0]), 0);
+    assert_eq!(bench.call(call::ALLOCATED, [0x5000, 50, 3 | 8 << 32, 0]), 0);
+    assert_eq!(bench.call(call::POISON, [0x5038, 8, 0xfc, 0]), 0);
+    let who = u64::from(access::WRITE) | 2 << 16 | 8 << 32;
+    assert_eq!(bench.call(call::REPORT, [0x5034, 8, who, 0x10_0005]), 0);
+    let heard = bench.heard.0.lock().unwrap().clone();
+    let [finding] = heard.as_slice() else { panic!("{heard:?}") };
+    assert_eq!(
+        (finding.kind, finding.address, finding.size, finding.ip),
+        ("slab-out-of-bounds", 0x5034, 8, 0x10_0005)
+    );
+    assert_eq!((finding.cpu, finding.task.name.as_str()), (2, "task"));
+    let object = finding.object.as_ref().unwrap();
+    assert_eq!((object.start, object.size, object.cache.as_deref()), (0x5000, 50, Some("cache")));
+    assert_eq!(object.offset, 0x38, "of the first bad byte");
+    assert_eq!(finding.allocated.as_ref().unwrap().task.name, "task");
+    assert_eq!((bench.monitor.events.allocations, bench.monitor.events.frees), (1, 0));
+}
+
+#[test]
+fn the_run_ends_after_enough_different_findings() {
+    let mut bench = Bench::new(Some(Mode::PerPage), Notify::Ring, None, Some(2)).with_region();
+    assert_eq!(bench.call(call::REPORT, [0x1000, 1, 0, 0x100]), 0);
+    assert_eq!(bench.call(call::REPORT, [0x1000, 1, 0, 0x100]), 0, "a repeat does not count");
+    let outcome = ended(bench.hypercall(call::REPORT, [0x1000, 1, 0, 0x200]));
+    assert!(matches!(outcome, Outcome::FindingLimit(2)), "{outcome:?}");
+    assert_eq!(bench.heard.0.lock().unwrap().len(), 2);
+}
+
+#[test]
+fn rings_are_drained_before_a_report() {
+    let mut bench = Bench::ring();
+    assert_eq!(bench.call(call::RING_SETUP, [0x8000, 64 * 5, 0, 0]), 0);
+    let mut record = [0u8; 64];
+    record[0] = 1;
+    record[8..12].copy_from_slice(&0x6000u32.to_le_bytes());
+    record[16..20].copy_from_slice(&40u32.to_le_bytes());
+    bench.ram.write(GuestAddress(0x8040), &record).unwrap();
+    // The second one makes no sense: no such kind.
+    record[0] = 77;
+    bench.ram.write(GuestAddress(0x8080), &record).unwrap();
+    bench.ram.write(GuestAddress(0x8000), &2u64.to_le_bytes()).unwrap();
+    assert_eq!(bench.call(call::REPORT, [0x6008, 1, 0, 0x100]), 0);
+    let object = bench.heard.0.lock().unwrap()[0].object.clone().unwrap();
+    assert_eq!((object.start, object.size, object.offset), (0x6000, 40, 8));
+    let events = &bench.monitor.events;
+    assert_eq!((events.allocations, events.frees, events.refused), (1, 0, 1));
+    assert_eq!(bench.ram.read_u64(GuestAddress(0x8000)).unwrap(), 0, "the ring is empty now");
+}
+
+#[test]
+fn the_first_touch_of_a_chunk_maps_it() {
+    let mut bench = Bench::ring();
+    let at = bench.layout.byte.gpa + CHUNK_BYTES + 5;
+    assert_eq!(bench.slots.slots.len(), 1, "the page window");
+    let (flow, value) = bench.read(at, 8);
+    goes_on(flow);
+    assert_eq!(value.as_deref(), Some(&[0; 8][..]));
+    assert_eq!(bench.slots.slots[1], Some((at - 5, CHUNK_BYTES, false)));
+    goes_on(bench.write(at, &[1, 2, 3]));
+    assert_eq!(bench.read(at, 4).1.as_deref(), Some(&[1, 2, 3, 0][..]));
+    assert_eq!((bench.monitor.exits.shadow_fault, bench.monitor.exits.mmio), (1, 0));
+    // Across the end of a chunk: both.
+    goes_on(bench.write(bench.layout.byte.gpa + 3 * CHUNK_BYTES - 4, &[9; 8]));
+    assert_eq!(bench.slots.slots.len(), 4);
+}
+
+#[test]
+fn outside_of_the_windows_there_is_nothing() {
+    let mut bench = Bench::ring();
+    let (page, byte) = (bench.layout.page, bench.layout.byte);
+    for at in [0xd000_0000, page.gpa - 1, page.end(), byte.gpa - 1, byte.end(), u64::MAX] {
+        let (flow, value) = bench.read(at, 1);
+        goes_on(flow);
+        assert_eq!(value.as_deref(), Some(&[0xff][..]), "{at:#x}");
+        goes_on(bench.write(at, &[1]));
+    }
+    assert_eq!(bench.monitor.exits.mmio, 12);
+    // Half in a window: all ones, no effect, no slot.
+    for at in [page.end() - 4, byte.end() - 4] {
+        let (flow, value) = bench.read(at, 8);
+        goes_on(flow);
+        assert_eq!(value.as_deref(), Some(&[0xff; 8][..]));
+        goes_on(bench.write(at, &[1; 8]));
+    }
+    assert_eq!(bench.slots.slots.len(), 1);
+    // With the shadow off, nothing is there either.
+    let mut off = Bench::new(None, Notify::Ring, None, None);
+    assert_eq!(off.read(page.gpa, 8).1.as_deref(), Some(&[0xff; 8][..]));
+    assert_eq!(off.monitor.exits.mmio, 1);
+}
+
+#[test]
+fn stores_to_read_only_windows_are_found_and_have_no_effect() {
+    let mut bench = Bench::sync();
+    bench.cpu.regs.rip = 0x1234;
+    let (page, byte) = (bench.layout.page.gpa + 0x20, bench.layout.byte.gpa + 0x20);
+    for at in [page, byte] {
+        goes_on(bench.write(at, &[0xff; 8]));
+        assert_eq!(bench.read(at, 8).1.as_deref(), Some(&[0; 8][..]));
+        bench.cpu.regs.rip += 8;
+    }
+    assert_eq!(bench.kinds(), ["shadow-tampering"; 2]);
+    let heard = bench.heard.0.lock().unwrap();
+    assert_eq!((heard[0].ip, heard[0].size, heard[0].address), (0x1234, 8, 0x20_000 >> 12));
+    assert_eq!(heard[1].address, 0x100 >> 3);
+}
+
+#[test]
+fn the_shadow_limit_ends_the_run() {
+    let mut bench = Bench::new(Some(Mode::PerPage), Notify::Ring, Some(CHUNK_BYTES), None).with_region();
+    let byte = bench.layout.byte.gpa;
+    // The chunk's first page is byte-checked, so it stays.
+    goes_on(bench.write(bench.layout.page.gpa, &[PAGE_BYTES]));
+    goes_on(bench.write(byte, &[1]));
+    for flow in [bench.write(byte + CHUNK_BYTES, &[1]), bench.read(byte + CHUNK_BYTES, 1).0] {
+        let outcome = ended(flow);
+        assert!(matches!(outcome, Outcome::ShadowLimit(_)), "{outcome:?}");
+        assert_eq!((outcome.word(), outcome.status(true)), ("shadow-limit", 2));
+    }
+    let memory_fault = VmExit::MemoryFault { gpa: GuestAddress(byte + CHUNK_BYTES), size: 4096, flags: 0 };
+    assert!(matches!(ended(bench.exit(memory_fault)), Outcome::ShadowLimit(_)));
+    let mut sync = Bench::new(Some(Mode::PerPage), Notify::Sync, Some(0), None).with_region();
+    let flow = sync.hypercall(call::POISON, [8, 8, SLAB_FREE.into(), 0]);
+    assert!(matches!(ended(flow), Outcome::ShadowLimit(_)));
+}
+
+#[test]
+fn a_host_without_slots_ends_the_run() {
+    let mut bench = Bench::ring();
+    bench.slots.refuse = true;
+    let outcome = ended(bench.write(bench.layout.byte.gpa, &[1]));
+    assert!(matches!(outcome, Outcome::Shadow(_)), "{outcome:?}");
+    assert_eq!((outcome.word(), outcome.status(false)), ("host-error", 2));
+}
+
+#[test]
+fn memory_faults_map_shadow_and_nothing_else() {
+    let mut bench = Bench::ring();
+    let fault = |gpa, size| VmExit::MemoryFault { gpa: GuestAddress(gpa), size, flags: 0 };
+    let byte = bench.layout.byte.gpa;
+    goes_on(bench.exit(fault(byte + 0x1000, 4096)));
+    assert_eq!(bench.monitor.exits.shadow_fault, 1);
+    // A second time is one too many: the access would fault for ever.
+    assert!(matches!(ended(bench.exit(fault(byte + 0x1000, 4096))), Outcome::Stuck { .. }));
+    for (gpa, size) in [(0x1000, 4096), (0xd000_0000, 0), (u64::MAX, u64::MAX)] {
+        assert!(matches!(ended(bench.exit(fault(gpa, size))), Outcome::Stuck { .. }), "{gpa:#x}");
+    }
+}
+
+#[test]
+fn reset_ports_end_the_run() {
+    for (port, data) in [(0x64, &[0xfe][..]), (0xcf9, &[6]), (0x604, &[0, 0x20])] {
+        let outcome = ended(Bench::ring().exit(VmExit::IoOut { port, data: Data::new(data) }));
+        assert!(matches!(outcome, Outcome::Reset), "{outcome:?}");
+    }
+    for (port, data) in [(0x64, &[0xf0][..]), (0xcf9, &[2]), (0x604, &[0, 0x10])] {
+        goes_on(Bench::ring().exit(VmExit::IoOut { port, data: Data::new(data) }));
+    }
+}
+
+#[test]
+fn port_reads_are_answered() {
+    let mut bench = Bench::ring();
+    for (port, len, expected) in
+        [(0x1234, 4, vec![0xff; 4]), (0x64, 1, vec![0]), (0xfff0, 255, vec![0xff; 8])]
+    {
+        goes_on(bench.exit(VmExit::IoIn { port, len }));
+        assert_eq!(bench.cpu.read.take(), Some(expected));
+    }
+    assert_eq!(bench.monitor.exits.io, 3);
+}
+
+#[test]
+fn known_instructions_are_completed_and_others_end_the_run() {
+    let mut bench = Bench::ring();
+    let failed = |bytes: &[u8]| {
+        let mut padded = [0; 15];
+        padded[..bytes.len()].copy_from_slice(bytes);
+        VmExit::EmulationFailed { bytes: padded, len: bytes.len() as u8 }
+    };
+    bench.cpu.regs.rcx = 0xff;
+    goes_on(bench.exit(failed(&[0xf3, 0x48, 0x0f, 0xb8, 0xc1]))); // popcnt rax, rcx
+    assert_eq!((bench.cpu.regs.rax, bench.cpu.regs.rip), (8, 0x10_0005));
+    goes_on(bench.exit(failed(&[0xcc])));
+    assert_eq!(bench.cpu.injected, [3]);
+    assert_eq!(bench.monitor.completed().get("popcnt"), Some(&1));
+    let outcome = ended(bench.exit(failed(&[0x0f, 0x58, 0xc1])));
+    assert!(matches!(outcome, Outcome::Instruction { .. }), "{outcome:?}");
+    let text = outcome.to_string();
+    assert!(text.contains("addps (0f 58 c1) at rip 0x100006"), "{text}");
+    // The bytes are read from memory if KVM gave none; that may be impossible.
+    bench.cpu.regs.rip = 0xffff_0000_0000;
+    let outcome = ended(bench.exit(failed(&[])));
+    assert_eq!(outcome.word(), "unknown-instruction");
+    // A length beyond the array.
+    let long = VmExit::EmulationFailed { bytes: [0x90; 15], len: 255 };
+    bench.cpu.regs.rip = 0;
+    bench.exit(long);
+}
+
+#[test]
+fn every_other_exit_has_an_outcome() {
+    let end = |exit| {
+        let outcome = ended(Bench::ring().exit(exit));
+        (outcome.word(), outcome.status(true), outcome.to_string())
+    };
+    assert_eq!(end(VmExit::Hlt).0, "halted");
+    let (word, status, text) = end(VmExit::Shutdown);
+    assert_eq!((word, status), ("triple-fault", 3));
+    assert!(text.contains("rip 0x100000"), "{text}");
+    assert_eq!(end(VmExit::SystemEvent { kind: 2 }).0, "reset");
+    for (exit, part) in [
+        (VmExit::FailEntry { reason: 0x8000_0021 }, "0x80000021"),
+        (VmExit::InternalError { suberror: 3 }, "internal error 3"),
+        (VmExit::Unsupported { reason: 44 }, "exit 44"),
+    ] {
+        let (word, status, text) = end(exit);
+        assert_eq!((word, status), ("stuck", 3));
+        assert!(text.contains(part) && text.contains("rip 0x100000"), "{text}");
+    }
+    goes_on(Bench::ring().exit(VmExit::Interrupted));
+}
+
+#[test]
+fn a_vcpu_that_fails_is_a_host_error() {
+    let mut bench = Bench::sync();
+    bench.cpu.broken = true;
+    let byte = bench.layout.byte.gpa;
+    for flow in [
+        bench.hypercall(call::HELLO, [1, 0, 0, 0]),
+        bench.write(byte, &[1]),
+        bench.exit(VmExit::EmulationFailed { bytes: [0xcc; 15], len: 1 }),
+    ] {
+        let outcome = ended(flow);
+        assert!(matches!(outcome, Outcome::Host(_)), "{outcome:?}");
+    }
+    // Where only a message would name the place, the outcome stays what it is.
+    assert!(matches!(ended(bench.exit(VmExit::Shutdown)), Outcome::TripleFault { .. }));
+}
+
+/// Guest-physical addresses near everything there is.
+fn addresses() -> impl Strategy<Value = u64> {
+    let layout = Layout::new(RAM).unwrap();
+    let edges =
+        [0, RAM, layout.page.gpa, layout.page.end(), layout.byte.gpa, layout.byte.end(), 1 << 47, 1 << 63];
+    prop_oneof![
+        any::<u64>(),
+        (prop::sample::select(edges.to_vec()), -9..10i64).prop_map(|(at, more)| at.wrapping_add_signed(more)),
+        (0..layout.byte.bytes).prop_map(move |at| layout.byte.gpa + at),
+        0..RAM,
+    ]
+}
+
+fn exits() -> impl Strategy<Value = VmExit> {
+    let data = prop::collection::vec(any::<u8>(), 0..9).prop_map(|bytes| Data::new(&bytes));
+    let call = (0..14u32).prop_map(|number| Data::new(&number.to_le_bytes()));
+    let gpa = || addresses().prop_map(GuestAddress);
+    prop_oneof![
+        8 => call.prop_map(|data| VmExit::IoOut { port: PORT, data }),
+        1 => (any::<u16>(), data.clone()).prop_map(|(port, data)| VmExit::IoOut { port, data }),
+        1 => (any::<u16>(), any::<u8>()).prop_map(|(port, len)| VmExit::IoIn { port, len }),
+        3 => (gpa(), any::<u8>()).prop_map(|(gpa, len)| VmExit::MmioRead { gpa, len }),
+        3 => (gpa(), data).prop_map(|(gpa, data)| VmExit::MmioWrite { gpa, data }),
+        1 => (gpa(), addresses(), any::<u64>())
+            .prop_map(|(gpa, size, flags)| VmExit::MemoryFault { gpa, size, flags }),
+        1 => (any::<[u8; 15]>(), any::<u8>()).prop_map(|(bytes, len)| VmExit::EmulationFailed { bytes, len }),
+        1 => prop::sample::select(vec![
+            VmExit::Hlt, VmExit::Shutdown, VmExit::Interrupted, VmExit::SystemEvent { kind: 1 },
+            VmExit::FailEntry { reason: 1 }, VmExit::InternalError { suberror: 2 },
+            VmExit::Unsupported { reason: 3 },
+        ]),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    /// Whatever exits come with whatever registers: no panic, figures that fit, one-line outcomes.
+    #[test]
+    fn random_exits_never_panic(
+        mode in prop::sample::select(vec![None, Some(Mode::PerPage), Some(Mode::Full)]),
+        sync in any::<bool>(),
+        limit in prop::sample::select(vec![None, Some(0), Some(CHUNK_BYTES)]),
+        steps in prop::collection::vec((exits(), prop::array::uniform5(addresses())), 1..60),
+    ) {
+        let notify = if sync { Notify::Sync } else { Notify::Ring };
+        let limit = limit.filter(|_| mode != Some(Mode::Full));
+        let mut bench = Bench::new(mode, notify, limit, None).with_region();
+        let mut exits = 1;
+        for (exit, [rdi, rsi, rcx, r8, rbp]) in steps {
+            (bench.cpu.regs.rdi, bench.cpu.regs.rsi, bench.cpu.regs.rcx) = (rdi, rsi, rcx);
+            (bench.cpu.regs.r8, bench.cpu.regs.rbp) = (r8, rbp);
+            exits += 1;
+            if let Flow::End(outcome) = bench.exit(exit) {
+                prop_assert!(!outcome.to_string().contains('\n'));
+            }
+        }
+        bench.monitor.drain_all(&bench.ram);
+        prop_assert_eq!(bench.monitor.exits.total, exits);
+        let heard = bench.heard.0.lock().unwrap().len();
+        prop_assert_eq!(bench.monitor.findings.distinct(), heard);
+        if let (Some(windows), Some(limit)) = (&mut bench.monitor.windows, limit) {
+            prop_assert!(windows.figures().unwrap().byte_mapped_bytes <= limit);
+        }
+    }
+}

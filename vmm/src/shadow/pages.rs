@@ -1,0 +1,167 @@
+//! What each part of guest memory is at one moment, in as few cells as a picture has: the page map of a run.
+
+use std::ops::Range;
+
+use umbra_shadow::{
+    Shadow,
+    codes::{FREE_PAGE, GRANULE_SHIFT, PAGE_BUSY, PAGE_BYTES, PAGE_SHIFT, PAGE_VALID, SHADOW_PER_PAGE},
+};
+
+use super::{memory::HostShadow, windows::Windows};
+
+/// How many pages are what.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PageCounts {
+    /// Accessible as a whole.
+    pub valid: u64,
+    /// Free.
+    pub free: u64,
+    /// Byte-checked: some of it may be accessible.
+    pub bytes: u64,
+    /// Poisoned as a whole for another reason.
+    pub poisoned: u64,
+}
+
+impl PageCounts {
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        self.valid + self.free + self.bytes + self.poisoned
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.valid += other.valid;
+        self.free += other.free;
+        self.bytes += other.bytes;
+        self.poisoned += other.poisoned;
+    }
+}
+
+/// Guest memory by rising guest-physical address, from 0 on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PageMap {
+    /// Pages that a cell stands for, a power of two.
+    pub pages_per_cell: u64,
+    /// The cells. One without any page is a hole in guest memory.
+    pub cells: Vec<PageCounts>,
+    /// All cells together.
+    pub total: PageCounts,
+}
+
+impl PageMap {
+    /// Looks at all pages of `ram` (guest-physical, in order) and puts them into at most `most` cells. Safe while
+    /// vCPUs run, but what they change meanwhile may be seen or not.
+    ///
+    /// With page shadow it reads one byte for each page; with a full shadow it has to read all of that.
+    pub fn of(windows: &Windows, ram: &[Range<u64>], most: usize) -> Self {
+        let shadow = windows.model().memory();
+        let pages = ram.last().map_or(0, |last| last.end >> PAGE_SHIFT);
+        let pages_per_cell = pages.div_ceil(most.max(1) as u64).max(1).next_power_of_two();
+        let mut cells = vec![PageCounts::default(); pages.div_ceil(pages_per_cell) as usize];
+        for range in ram {
+            for page in range.start >> PAGE_SHIFT..range.end >> PAGE_SHIFT {
+                if let Some(cell) = cells.get_mut((page / pages_per_cell) as usize) {
+                    *shadow.class_of(page).counter(cell) += 1;
+                }
+            }
+        }
+        let mut total = PageCounts::default();
+        cells.iter().for_each(|cell| total.add(cell));
+        Self { pages_per_cell, cells, total }
+    }
+}
+
+/// What a page is.
+#[derive(Clone, Copy)]
+enum Class {
+    Valid,
+    Free,
+    Bytes,
+    Poisoned,
+}
+
+impl Class {
+    fn counter(self, counts: &mut PageCounts) -> &mut u64 {
+        match self {
+            Self::Valid => &mut counts.valid,
+            Self::Free => &mut counts.free,
+            Self::Bytes => &mut counts.bytes,
+            Self::Poisoned => &mut counts.poisoned,
+        }
+    }
+}
+
+impl HostShadow {
+    fn class_of(&self, page: u64) -> Class {
+        let Some(mapping) = &self.page else { return self.class_by_bytes(page) };
+        match mapping.load(page) {
+            Some(PAGE_VALID) => Class::Valid,
+            Some(PAGE_BYTES | PAGE_BUSY) => Class::Bytes,
+            Some(FREE_PAGE) => Class::Free,
+            _ => Class::Poisoned,
+        }
+    }
+
+    /// In a full shadow: what a page's 512 bytes amount to.
+    fn class_by_bytes(&self, page: u64) -> Class {
+        /// The highest bit of each byte: poison codes have it.
+        const POISON: u64 = 0x8080_8080_8080_8080;
+        let first = page << (PAGE_SHIFT - GRANULE_SHIFT);
+        let (mut all, mut any) = (u64::MAX, 0);
+        for at in (first..first + SHADOW_PER_PAGE).step_by(8) {
+            let word = self.byte.load_u64(at).unwrap_or_default();
+            (all, any) = (all & word, any | word);
+        }
+        match (all, any) {
+            (_, 0) => Class::Valid,
+            (u64::MAX, _) => Class::Free,
+            (all, _) if all & POISON == POISON => Class::Poisoned,
+            _ => Class::Bytes,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use umbra_shadow::codes::{LARGE_REDZONE, SLAB_REDZONE};
+
+    use super::*;
+    use crate::shadow::{Config, Mode, Notify, SlotError, Slots};
+
+    struct NoMachine;
+
+    impl Slots for NoMachine {
+        fn map(&mut self, _: u64, _: *mut u8, _: u64, _: bool) -> Result<u32, SlotError> {
+            Ok(0)
+        }
+
+        fn unmap(&mut self, _: u32) -> Result<(), SlotError> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn both_shadows_give_the_same_map() {
+        let ram = vec![0..0x10_0000, 0x20_0000..0x30_0000];
+        let maps = [Mode::PerPage, Mode::Full].map(|mode| {
+            let config = Config { ram: ram.clone(), mode, notify: Notify::Sync, limit: None };
+            let mut windows = Windows::new(&config, &mut NoMachine).expect("3 MiB of guest memory");
+            for (gpa, len, code) in [
+                (0x1000, 0x2000, FREE_PAGE),
+                (0x5000, 0x1000, LARGE_REDZONE),
+                (0x7ff8, 8, SLAB_REDZONE),
+                (0x2f_f008, 8, SLAB_REDZONE),
+            ] {
+                windows.poison(gpa, len, code, &mut NoMachine).expect("inside RAM");
+            }
+            PageMap::of(&windows, &ram, 100)
+        });
+        assert_eq!(maps[0], maps[1]);
+        let map = &maps[0];
+        assert_eq!((map.pages_per_cell, map.cells.len()), (8, 96));
+        assert_eq!(map.cells[0], PageCounts { valid: 4, free: 2, bytes: 1, poisoned: 1 });
+        assert_eq!(map.cells[1], PageCounts { valid: 8, ..PageCounts::default() });
+        assert_eq!(map.cells[32].total(), 0, "the hole");
+        assert_eq!(map.cells[95].bytes, 1);
+        assert_eq!(map.total, PageCounts { valid: 507, free: 2, bytes: 2, poisoned: 1 });
+    }
+}

@@ -1,0 +1,44 @@
+//! Builds the C test kernel, by each compiler that there is.
+
+use anyhow::Result;
+
+use crate::process::Command;
+use crate::{Context, guest, setup};
+
+/// The compilers, which are also the names of their Debian packages.
+const COMPILERS: [&str; 2] = ["gcc", "clang"];
+
+/// `cargo xtask guest --c`.
+pub fn run(context: &Context) -> Result<()> {
+    let built = build(context)?;
+    context.progress.finish();
+    for kernel in built {
+        println!("{kernel}");
+    }
+    Ok(())
+}
+
+/// Builds the runtime and, with every compiler that is there or can be installed, `target/guest/c-kernel-COMPILER`.
+/// Returns the kernels; for a compiler that is missing it says so.
+pub fn build(context: &Context) -> Result<Vec<String>> {
+    let folder = guest::build_library(context)?;
+    let mut built = Vec::new();
+    for compiler in COMPILERS {
+        let kernel = folder.join(format!("c-kernel-{compiler}"));
+        if !setup::programs(context, &[compiler, "make"])? {
+            context.progress.say(&format!(
+                "SKIPPED: the C test kernel by {compiler}: install {compiler} and make (`apt-get install {compiler} make`)"
+            ));
+            continue;
+        }
+        context.progress.step(&format!("building the C test kernel with {compiler}"));
+        let out = folder.join(format!("c-{compiler}"));
+        let variables = [("UMBRA", &folder), ("OUT", &out), ("KERNEL", &kernel)];
+        Command::new("make", &context.root)
+            .args(["-f", "guest/c/kernel/Makefile", &format!("CC={compiler}")])
+            .args(variables.map(|(name, path)| format!("{name}={}", path.display())))
+            .run_or_fail(&context.progress)?;
+        built.push(kernel.display().to_string());
+    }
+    Ok(built)
+}
