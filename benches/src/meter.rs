@@ -16,9 +16,10 @@ use umbra::shadow::Notify;
 const TIMEOUT: Duration = Duration::from_secs(600);
 /// Each word is run with both numbers of rounds, and the difference is taken.
 const ROUNDS: [u64; 2] = [100, 300];
-/// Rounds where there is only the clock, and how often it is tried.
+/// Rounds where there is only the clock, on a CPU that executes the guest itself.
 const CLOCK_ROUNDS: u64 = 2_000_000;
-const CLOCK_TRIES: usize = 5;
+/// How often the clock is tried.
+const CLOCK_TRIES: usize = 3;
 /// Words in one command line.
 const BATCH: usize = 16;
 
@@ -148,19 +149,20 @@ impl Write for Marks {
 pub struct Meter {
     kernel: Arc<[u8]>,
     counts: bool,
+    clock_rounds: u64,
     tick: Box<dyn Fn(&str)>,
 }
 
 impl Meter {
     /// A meter for `kernel`. `tick` hears of each guest that is about to run. With `clock`, it measures as on a host
-    /// that does not count instructions.
+    /// that does not count instructions, in so many rounds.
     ///
     /// # Errors
     /// There is no KVM, or it does not run a probe guest.
-    pub fn new(kernel: Arc<[u8]>, clock: bool, tick: Box<dyn Fn(&str)>) -> Result<Self> {
+    pub fn new(kernel: Arc<[u8]>, clock: Option<u64>, tick: Box<dyn Fn(&str)>) -> Result<Self> {
         let kvm = Kvm::open()?;
-        let counts = !clock && emulates_ring0(&kvm).context("the probe guest did not run")?;
-        Ok(Self { kernel, counts, tick })
+        let counts = clock.is_none() && emulates_ring0(&kvm).context("the probe guest did not run")?;
+        Ok(Self { kernel, counts, clock_rounds: clock.unwrap_or(CLOCK_ROUNDS), tick })
     }
 
     /// Whether guest instructions are counted; else a cost is in nanoseconds.
@@ -219,7 +221,7 @@ impl Meter {
     /// As [`Meter::run`].
     pub fn cost(&self, mode: Mode, words: &[Word]) -> Result<Vec<f64>> {
         if !self.counts {
-            return words.iter().map(|word| self.clock(mode, word, CLOCK_ROUNDS)).collect();
+            return words.iter().map(|word| self.clock(mode, word, self.clock_rounds)).collect();
         }
         let [low, high] = ROUNDS;
         let mut costs = Vec::with_capacity(words.len());

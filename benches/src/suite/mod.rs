@@ -33,9 +33,10 @@ struct Arguments {
     /// Only these parts; all if none is named.
     #[arg(value_enum)]
     parts: Vec<Part>,
-    /// Measure by the clock, as on a host that does not count guest instructions.
-    #[arg(long)]
-    clock: bool,
+    /// Measure by the clock, as on a host that does not count guest instructions, in so many rounds.
+    #[arg(long, value_name = "ROUNDS", num_args = 0..=1, default_missing_value = "2000000",
+          value_parser = clap::value_parser!(u64).range(1..))]
+    clock: Option<u64>,
     /// Given by cargo.
     #[arg(long, hide = true)]
     bench: bool,
