@@ -171,6 +171,9 @@ fn a_path_that_cannot_be_written() -> Tested {
     check(error.contains("cannot write") && error.contains("none/page.html"), || error.clone())
 }
 
+/// A test's name, and the test.
+type Test = (&'static str, fn() -> Tested);
+
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let browser =
@@ -185,7 +188,7 @@ fn main() -> ExitCode {
     if let Some(reason) = missing.as_ref().filter(|_| !arguments.list) {
         println!("SKIPPED: html: {reason}");
     }
-    let tests: [(&str, fn() -> Tested); 4] = [
+    let tests: [Test; 4] = [
         ("a_run_with_findings", a_run_with_findings),
         ("a_clean_run", a_clean_run),
         ("a_run_that_takes_too_long", a_run_that_takes_too_long),

@@ -1,6 +1,6 @@
 //! A run as one page for a browser, which needs nothing else: no network, no script, no font.
 //!
-//! Everything in it that a guest, its ELF or a file could have written goes through [`escape`]. Should that fail, a
+//! Everything in it that a guest, its ELF or a file could have written goes through `escape`. Should that fail, a
 //! content security policy in the page forbids scripts and any request.
 //!
 //! Of the report modules only this one knows the sandbox: its subject is the run, not a finding.
