@@ -66,10 +66,12 @@ pub mod call {
     pub const POISON: u32 = 5;
     /// `rdi`: address, `rsi`: bytes, `rcx`: a [`super::memory`] use. `sync` mode only.
     pub const UNPOISON: u32 = 6;
-    /// `rdi`: address, `rsi`: bytes, `rcx`: cache in bits 0..16, CPU in bits 16..32, task in bits 32..64.
-    /// The VMM walks the caller's stack from `rbp`. `sync` mode only.
+    /// `rdi`: address, `rsi`: bytes, `rcx`: cache in bits 0..16, CPU in bits 16..32, task in bits 32..64, `r8`: a
+    /// [`super::slot`]. The memory is unpoisoned and the rest of the slot poisoned; without a slot the shadow stays as it
+    /// is. The VMM walks the caller's stack from `rbp`. `sync` mode only.
     pub const ALLOCATED: u32 = 7;
-    /// `rdi`: address, `rcx`: CPU in bits 16..32, task in bits 32..64. `sync` mode only.
+    /// `rdi`: address, `rcx`: CPU in bits 16..32, task in bits 32..64, `r8`: a [`super::slot`], which is poisoned.
+    /// `sync` mode only.
     pub const FREED: u32 = 8;
     /// A violation. `rdi`: address of the access, `rsi`: bytes, `rcx`: [`super::access`] in bits 0..16, CPU
     /// in bits 16..32, task in bits 32..64; `r8`: address of the instruction after the access. The VMM walks
@@ -111,6 +113,14 @@ pub mod access {
     /// A free of an address that is not the start of an allocation.
     pub const INVALID_FREE: u16 = 3;
 }
+
+/// An allocator's slot as one argument: its bytes in bits 0..56, in bits 56..64 the code that poisons what of it is not
+/// allocated. 0 is none.
+pub const fn slot(bytes: u64, code: u8) -> u64 {
+    bytes & SLOT_BYTES_MAX | (code as u64) << 56
+}
+/// Most bytes of a [`slot`].
+pub const SLOT_BYTES_MAX: u64 = (1 << 56) - 1;
 
 /// What a name is of.
 pub mod name {

@@ -59,6 +59,8 @@ pub enum Call {
         cache: u16,
         /// Who did it.
         actor: Actor,
+        /// The slot that it lies at the start of, if the shadow shall change.
+        slot: Option<Slot>,
     },
     /// Memory was freed.
     Freed {
@@ -66,6 +68,8 @@ pub enum Call {
         va: u64,
         /// Who did it.
         actor: Actor,
+        /// The slot that becomes inaccessible, if the shadow shall change.
+        slot: Option<Slot>,
     },
     /// A violation.
     Report {
@@ -98,6 +102,30 @@ pub enum Call {
         /// How many.
         count: u64,
     },
+}
+
+/// An allocator's slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// Its bytes, at least 1.
+    pub bytes: u64,
+    /// What poisons the part of it that is not allocated, at least [`POISON_MIN`].
+    pub code: u8,
+}
+
+impl Slot {
+    /// Decodes the slot at `va`; 0 is none.
+    fn from_register(va: u64, value: u64) -> Result<Option<Self>, CallError> {
+        if value == 0 {
+            return Ok(None);
+        }
+        let (bytes, code) = (value & abi::SLOT_BYTES_MAX, (value >> 56) as u8);
+        if bytes == 0 || code < POISON_MIN {
+            return Err(wrong("slot", value));
+        }
+        range("slot", va, bytes)?;
+        Ok(Some(Self { bytes, code }))
+    }
 }
 
 /// Who did something.
@@ -252,9 +280,19 @@ impl Call {
             }
             call::ALLOCATED => {
                 range("address", rdi, rsi)?;
-                Self::Allocated { va: rdi, size: rsi, cache: rcx as u16, actor: Actor::from_register(rcx) }
+                let slot = Slot::from_register(rdi, r8)?;
+                Self::Allocated {
+                    va: rdi,
+                    size: rsi,
+                    cache: rcx as u16,
+                    actor: Actor::from_register(rcx),
+                    slot,
+                }
             }
-            call::FREED => Self::Freed { va: rdi, actor: Actor::from_register(rcx) },
+            call::FREED => {
+                let slot = Slot::from_register(rdi, r8)?;
+                Self::Freed { va: rdi, actor: Actor::from_register(rcx), slot }
+            }
             call::REPORT => {
                 let access = match rcx as u16 {
                     access::READ => Access::Read,
@@ -445,9 +483,23 @@ mod tests {
         );
         assert_eq!(
             ok(call::ALLOCATED, DIRECT, 50, who | 0x1234, 0),
-            Call::Allocated { va: DIRECT, size: 50, cache: 0x1234, actor }
+            Call::Allocated { va: DIRECT, size: 50, cache: 0x1234, actor, slot: None }
         );
-        assert_eq!(ok(call::FREED, DIRECT, 0, who, 0), Call::Freed { va: DIRECT, actor });
+        let slot = Some(Slot { bytes: 64, code: 0xfc });
+        assert_eq!(
+            ok(call::ALLOCATED, DIRECT, 50, who, abi::slot(64, 0xfc)),
+            Call::Allocated { va: DIRECT, size: 50, cache: 0, actor, slot }
+        );
+        assert_eq!(ok(call::FREED, DIRECT, 0, who, 0), Call::Freed { va: DIRECT, actor, slot: None });
+        assert_eq!(
+            ok(call::FREED, DIRECT, 0, who, abi::slot(64, 0xfc)),
+            Call::Freed { va: DIRECT, actor, slot }
+        );
+        for (va, bad) in [(DIRECT, 64), (DIRECT, abi::slot(64, 0x7f)), (DIRECT, abi::slot(0, 0xfc))] {
+            assert_eq!(error(call::ALLOCATED, va, 1, who, bad), abi::ERR_ARGUMENT);
+            assert_eq!(error(call::FREED, va, 0, who, bad), abi::ERR_ARGUMENT);
+        }
+        assert_eq!(error(call::FREED, u64::MAX - 8, 0, who, abi::slot(10, 0xfc)), abi::ERR_ARGUMENT);
         // A size that wraps is a finding, not a mistake of the call.
         let report = Call::Report { address: 7, size: u64::MAX, access: Access::Write, actor, ip: IMAGE };
         assert_eq!(ok(call::REPORT, 7, u64::MAX, who | 1, IMAGE), report);

@@ -111,6 +111,11 @@ pub extern "C" fn umbra_alloc(address: u64, bytes: u64, slot: u64, redzone: u8, 
     if state::mode() == 0 {
         return;
     }
+    if state::sync() {
+        // A slot without redzone needs no code; it has one all the same, as the ABI wants it.
+        let slot = abi::slot(slot.max(bytes), redzone.max(codes::POISON_MIN));
+        return ring::call(record::ALLOCATED, address, bytes, cache, slot);
+    }
     shadow::unpoison(address, bytes);
     if slot > bytes {
         shadow::poison(address + bytes, slot - bytes, redzone);
@@ -139,6 +144,10 @@ pub extern "C" fn umbra_free(address: u64, start: u64, slot: u64, code: u8) -> b
         // SAFETY: this function's own frame.
         checks::report(address, 0, kind, unsafe { return_address(fp) });
         return false;
+    }
+    if state::sync() {
+        ring::call(record::FREED, start, 0, 0, abi::slot(slot, code));
+        return true;
     }
     shadow::poison(start, slot, code);
     // SAFETY: this function's own frame.

@@ -76,19 +76,21 @@ unsafe fn walk(mut fp: u64, base: u64, frames: &mut [u32; RECORD_FRAMES]) -> u8 
     depth
 }
 
-/// Tells of an event at `address`; `fp` is the frame whose caller is the first of the stack.
+/// Tells of an event at `address`, by a call that changes the shadow of `slot` too. For `sync` mode.
+#[inline(always)]
+pub fn call(kind: u8, address: u64, size: u64, cache: u16, slot: u64) {
+    let word = state::current() & !0xffff | u64::from(cache);
+    let number = if kind == record::ALLOCATED { call::ALLOCATED } else { call::FREED };
+    host::hypercall(number, address, size, word, slot);
+}
+
+/// Tells of an event at `address`; `fp` is the frame whose caller is the first of the stack. For `ring` mode.
 ///
 /// # Safety
 /// As [`return_address`].
 #[inline(always)]
 pub unsafe fn tell(kind: u8, address: u64, size: u64, cache: u16, fp: u64) {
     let who = state::current();
-    if state::sync() {
-        let word = who & !0xffff | u64::from(cache);
-        let number = if kind == record::ALLOCATED { call::ALLOCATED } else { call::FREED };
-        host::hypercall(number, address, size, word, 0);
-        return;
-    }
     let cpu = state::cpu_of(who);
     let ring = &RINGS[cpu];
     let header = ring.header.load(Relaxed);

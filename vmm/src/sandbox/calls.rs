@@ -74,15 +74,27 @@ impl Monitor {
                     }
                 }
             }
-            Call::Allocated { va, size, cache, actor } => {
-                let gpa = to_gpa(&self.regions, va, size)?;
+            Call::Allocated { va, size, cache, actor, slot } => {
+                let gpa = to_gpa(&self.regions, va, slot.map_or(size, |slot| slot.bytes.max(size)))?;
+                if let (Some(windows), Some(slot)) = (&mut self.windows, slot) {
+                    windows.unpoison(gpa, size, machine.slots).map_err(|e| shadow_error(e, va))?;
+                    let rest = slot.bytes.saturating_sub(size);
+                    windows
+                        .poison(gpa + size, rest, slot.code, machine.slots)
+                        .map_err(|e| shadow_error(e, va))?;
+                }
                 let frames = self.caller(machine);
                 self.events.allocations += 1;
                 self.objects.allocated(gpa, size, cache, actor.task, &frames);
                 self.give_back_now_and_then()?;
             }
-            Call::Freed { va, actor } => {
-                let gpa = to_gpa(&self.regions, va, 1)?;
+            Call::Freed { va, actor, slot } => {
+                let gpa = to_gpa(&self.regions, va, slot.map_or(1, |slot| slot.bytes))?;
+                if let (Some(windows), Some(slot)) = (&mut self.windows, slot) {
+                    windows
+                        .poison(gpa, slot.bytes, slot.code, machine.slots)
+                        .map_err(|e| shadow_error(e, va))?;
+                }
                 let frames = self.caller(machine);
                 self.events.frees += 1;
                 self.objects.freed(gpa, actor.task, &frames);

@@ -309,6 +309,25 @@ fn sync_calls_write_the_shadow() {
 }
 
 #[test]
+fn one_call_allocates_and_one_frees() {
+    let mut bench = Bench::sync();
+    let state = |bench: &Bench, at| bench.monitor.windows.as_ref().map(|windows| windows.model().state(at));
+    assert_eq!(bench.call(call::POISON, [0x5000, 4096, 0xff, 0]), 0);
+    assert_eq!(bench.call(call::ALLOCATED, [0x5000, 50, 0, abi::slot(64, 0xfc)]), 0);
+    let states: Vec<_> = [0x5000, 0x5030, 0x5038, 0x5040].map(|at| state(&bench, at)).into();
+    assert_eq!(states, [Some(0), Some(2), Some(0xfc), Some(0xff)]);
+    assert_eq!(bench.call(call::FREED, [0x5000, 0, 0, abi::slot(64, 0xfb)]), 0);
+    let states: Vec<_> = [0x5000, 0x5030, 0x5038, 0x5040].map(|at| state(&bench, at)).into();
+    assert_eq!(states, [Some(0xfb), Some(0xfb), Some(0xfb), Some(0xff)]);
+    assert_eq!((bench.monitor.events.allocations, bench.monitor.events.frees), (1, 1));
+    // Past the end of memory nothing changes and nothing is counted.
+    let end = bench.ram.end() - 64;
+    assert_eq!(bench.call(call::ALLOCATED, [end, 50, 0, abi::slot(128, 0xfc)]), abi::ERR_ARGUMENT);
+    assert_eq!(bench.call(call::FREED, [end, 0, 0, abi::slot(128, 0xfc)]), abi::ERR_ARGUMENT);
+    assert_eq!((bench.monitor.events.allocations, bench.monitor.events.frees), (1, 1));
+}
+
+#[test]
 fn a_report_becomes_a_finding_with_its_object() {
     let mut bench = Bench::sync();
     bench.ram.write(GuestAddress(0x100), b"cachetask").unwrap();

@@ -107,13 +107,9 @@ scenarios! {
     }
 
     page_oob_into_free_neighbour, "use-after-free Read 1 -", "reads behind a page whose neighbour is free", {
-        let pages: [_; 32] = core::array::from_fn(|_| page::alloc(0).unwrap_or(0));
-        if let Some(&low) = pages.iter().find(|&&low| low != 0 && pages.contains(&(low + 4096))) {
-            page::free(low + 4096);
-            super::read(low + 4096);
-            pages.into_iter().filter(|&page| page != 0 && page != low + 4096).for_each(page::free);
-        } else {
-            crate::println!("no two of the pages are neighbours");
-        }
+        let Some((low, pages)) = super::pages::neighbours() else { return };
+        page::free(low + 4096);
+        super::read(low + 4096);
+        pages.into_iter().for_each(page::free);
     }
 }

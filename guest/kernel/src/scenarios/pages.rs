@@ -5,6 +5,20 @@ use alloc::vec::Vec;
 use super::{opaque, read, scenarios, write};
 use crate::page;
 
+/// Two pages that are neighbours, the lower one's address, and what else was allocated until there were two, that one
+/// included.
+pub fn neighbours() -> Option<(u64, Vec<u64>)> {
+    // Sooner or later a larger block is split, and two neighbours come one after the other.
+    let mut pages = Vec::new();
+    loop {
+        let page = page::alloc(0)?;
+        match pages.last() {
+            Some(&last) if page == last + 4096 => return Some((last, pages)),
+            _ => pages.push(page),
+        }
+    }
+}
+
 scenarios! {
     pagealloc_uaf, "use-after-free Write 1 0", "writes to a freed page", {
         let Some(p) = page::alloc(2) else { return };
@@ -25,16 +39,7 @@ scenarios! {
     }
 
     page_crossing_uaf, "use-after-free Read 8 0", "reads across the end of a page into a free one", {
-        // Sooner or later a larger block is split, and two neighbours come one after the other.
-        let mut pages = Vec::new();
-        let low = loop {
-            // Bounded, for runs whose double frees nobody caught and whose allocator hands out pages twice.
-            let Some(page) = page::alloc(0).filter(|_| pages.len() < 1024) else { return };
-            match pages.last() {
-                Some(&last) if page == last + 4096 => break last,
-                _ => pages.push(page),
-            }
-        };
+        let Some((low, pages)) = neighbours() else { return };
         read(low + 4095);
         page::free(low + 4096);
         // SAFETY: mapped memory; being caught is what this is for.
