@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
@@ -629,6 +629,35 @@ fn closed_pipes() {
     assert_eq!(status, Some(2));
 }
 
+/// Both outputs are one pipe that fills up: the guest's findings cannot be written, and the time limit holds all the same.
+fn a_full_pipe() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = dir.path().join("kernel");
+    fs::write(&path, test_kernel().expect("checked before")).expect("a kernel");
+    // Smaller than the findings of all scenarios. It stays open, and nobody reads.
+    let (read, write) = pipe();
+    // SAFETY: a descriptor of this test's own, and a plain number.
+    assert!(unsafe { libc::fcntl(read.as_raw_fd(), libc::F_SETPIPE_SZ, 4096) } > 0);
+    let both = write.try_clone().expect("a second descriptor");
+    let mut child = Command::new(PROGRAM)
+        .args(["run", "--keep-going", "--timeout=3s"])
+        .arg(&path)
+        .stdin(Stdio::null())
+        .stdout(Stdio::from(write))
+        .stderr(Stdio::from(both))
+        .spawn()
+        .expect("the program starts");
+    for _ in 0..600 {
+        if let Some(status) = child.try_wait().expect("a child") {
+            assert_eq!(status.code(), Some(4));
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    child.kill().expect("a child");
+    panic!("it waits for a reader for ever");
+}
+
 // Colours.
 
 fn no_colours_into_a_file() {
@@ -692,7 +721,7 @@ fn main() -> ExitCode {
     let test_kernel = Need::test_kernel();
     let namespaces = kvm.and(&Need::root()).and(&namespaces());
     let nobody = kvm.and(&Need::root()).and(&kvm_is_guarded());
-    let tests: [(&str, &Need, fn()); 33] = [
+    let tests: [(&str, &Need, fn()); 34] = [
         ("status_0_is_clean", &test_kernel, status_0_is_clean),
         ("status_1_is_findings", &test_kernel, status_1_is_findings),
         ("status_2_is_a_host_or_usage_problem", &nothing, status_2_is_a_host_or_usage_problem),
@@ -722,6 +751,7 @@ fn main() -> ExitCode {
         ("ctrl_c_ends_it_in_order", &kvm, ctrl_c_ends_it_in_order),
         ("a_kill_leaves_nothing_behind", &kvm, a_kill_leaves_nothing_behind),
         ("closed_pipes", &test_kernel, closed_pipes),
+        ("a_full_pipe", &test_kernel, a_full_pipe),
         ("no_colours_into_a_file", &test_kernel, no_colours_into_a_file),
         ("colours_on_a_terminal", &kvm, colours_on_a_terminal),
         ("a_fifo_is_no_kernel", &nothing, a_fifo_is_no_kernel),

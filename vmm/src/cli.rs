@@ -15,7 +15,7 @@ use crate::demo;
 use crate::machine::loader::read_image;
 use crate::report::text::{self, TextStyle};
 use crate::report::{Finding, Names, html, json};
-use crate::sandbox::{self, Config, Observer, Report, ShadowMode};
+use crate::sandbox::{self, Config, Observer, Report, RunError, ShadowMode};
 use crate::shadow::Notify;
 
 /// What a bad command line or a host that cannot do it ends with.
@@ -340,10 +340,19 @@ pub fn main() -> ExitCode {
     };
     match result {
         Ok(status) => status.into(),
-        Err(error) => {
-            say(format_args!("{error:#}"));
-            USAGE.into()
-        }
+        Err(error) => match error.downcast_ref() {
+            Some(RunError::Abandoned(outcome)) => {
+                // Standard error may be what nobody reads, so a thread that need not come back says it.
+                let status = outcome.status(false);
+                std::thread::spawn(move || say(format_args!("{error:#}")));
+                std::thread::sleep(Duration::from_millis(200));
+                status.into()
+            }
+            _ => {
+                say(format_args!("{error:#}"));
+                USAGE.into()
+            }
+        },
     }
 }
 

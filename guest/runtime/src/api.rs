@@ -113,7 +113,8 @@ pub extern "C" fn umbra_alloc(address: u64, bytes: u64, slot: u64, redzone: u8, 
     }
     if state::sync() {
         // A slot without redzone needs no code; it has one all the same, as the ABI wants it.
-        let slot = abi::slot(slot.max(bytes), redzone.max(codes::POISON_MIN));
+        let slot = slot.max(bytes);
+        let slot = if slot == 0 { 0 } else { abi::slot(slot, redzone.max(codes::POISON_MIN)) };
         return ring::call(record::ALLOCATED, address, bytes, cache, slot);
     }
     shadow::unpoison(address, bytes);
@@ -146,7 +147,7 @@ pub extern "C" fn umbra_free(address: u64, start: u64, slot: u64, code: u8) -> b
         return false;
     }
     if state::sync() {
-        ring::call(record::FREED, start, 0, 0, abi::slot(slot, code));
+        ring::call(record::FREED, start, 0, 0, if slot == 0 { 0 } else { abi::slot(slot, code) });
         return true;
     }
     shadow::poison(start, slot, code);

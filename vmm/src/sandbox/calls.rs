@@ -25,7 +25,7 @@ impl Monitor {
             Ok(Answer::Value(value)) => value,
             Ok(Answer::End(outcome)) => return Ok(Flow::End(outcome)),
             Err(Refused::Call(error)) => {
-                self.refuse(&error);
+                self.refuse(1, &error);
                 error.result()
             }
             Err(Refused::Outcome(outcome)) => return Err(outcome),
@@ -56,6 +56,9 @@ impl Monitor {
                 self.rings.set_up(cpu, gpa, records, text_base)?;
             }
             Call::RingDrain { cpu } => {
+                if !self.rings.has(cpu) {
+                    return Err(CallError::Argument { what: "CPU", value: cpu.into() }.into());
+                }
                 self.drain(cpu, machine.ram);
                 self.give_back()?;
             }
@@ -164,8 +167,7 @@ impl Monitor {
             }
         });
         if refused > 0 {
-            self.refuse(&format_args!("{refused} records in the ring of CPU {cpu} make no sense"));
-            self.events.refused += refused - 1;
+            self.refuse(refused, &format_args!("{refused} records in the ring of CPU {cpu} make no sense"));
         }
     }
 
@@ -179,7 +181,6 @@ impl Monitor {
     /// Gives host memory behind unused shadow back. Every vCPU stands still: there is one, and it has exited.
     fn give_back(&mut self) -> Result<(), Outcome> {
         if let Some(windows) = &mut self.windows {
-            windows.sample_used();
             release_unused(windows)?;
         }
         Ok(())

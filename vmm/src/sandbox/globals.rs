@@ -12,6 +12,8 @@ use crate::report::symbols::demangle;
 
 /// Most arrays of descriptions: one for each compilation unit.
 const ARRAYS: usize = 1 << 14;
+/// Most descriptions in all of them; each finding on a global may look at all.
+const DESCRIPTIONS: u64 = 1 << 17;
 /// Most bytes of a name.
 const NAME_MAX: usize = 256;
 
@@ -25,10 +27,15 @@ impl Globals {
     /// Takes note of `count` descriptions at `va`.
     ///
     /// # Errors
-    /// There are too many arrays.
+    /// There are too many arrays, or too many descriptions in all.
     pub fn add(&mut self, va: u64, count: u64) -> Result<(), CallError> {
+        // The same array again is a module that was loaded where another had been.
+        self.arrays.retain(|(known, _)| *known != va);
         if self.arrays.len() >= ARRAYS {
             return Err(CallError::Limit { what: "arrays of globals", most: ARRAYS as u64 });
+        }
+        if self.arrays.iter().map(|(_, count)| count).sum::<u64>() + count > DESCRIPTIONS {
+            return Err(CallError::Limit { what: "globals", most: DESCRIPTIONS });
         }
         self.arrays.push((va, count));
         Ok(())
@@ -43,9 +50,8 @@ impl Globals {
             let text = bytes.get(..len)?.split(|byte| *byte == 0).next()?;
             (!text.is_empty()).then(|| String::from_utf8_lossy(text).into_owned())
         };
-        // A hostile guest may claim many and overlapping arrays; this is only run for a finding that is printed once.
         let all = self.arrays.iter().flat_map(|&(va, count)| (0..count).map(move |i| va + i * GLOBAL_BYTES));
-        for at in all.take(1 << 20) {
+        for at in all {
             let (Some(start), Some(whole)) = (word(at), word(at + 16)) else { continue };
             if address.checked_sub(start).is_some_and(|offset| offset < whole) {
                 let name = word(at + 24).and_then(text)?;

@@ -19,7 +19,7 @@ mod tests;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -120,6 +120,8 @@ pub enum RunError {
     Thread(std::io::Error),
     #[error("the vCPU's thread panicked: this is a bug in Umbra")]
     Panicked,
+    #[error("{0}, but the run cannot be ended in good order: is its output being read?")]
+    Abandoned(Outcome),
 }
 
 /// What a run came to.
@@ -152,7 +154,8 @@ struct MachineSlots<'a>(&'a Machine);
 impl Slots for MachineSlots<'_> {
     fn map(&mut self, gpa: u64, host: *mut u8, len: u64, readonly: bool) -> Result<u32, SlotError> {
         // SAFETY: `Shared` drops the machine before the windows, and the vCPU's thread holds both; shadow is
-        // memory that is meant for the guest to write.
+        // memory that is meant for the guest to write. Should the windows fail half made, they go first, but no vCPU
+        // runs then or later.
         let slot = unsafe { self.0.map(GuestAddress(gpa), host, len, readonly) };
         slot.map(SlotId::into_raw).map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
     }
@@ -176,6 +179,19 @@ impl Shared {
     fn monitor(&self) -> MutexGuard<'_, Monitor> {
         // A panic elsewhere is told when that thread is joined; the findings are still good.
         self.monitor.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The state, unless the vCPU's thread holds on to it: it may be writing to a pipe that nobody reads.
+    fn monitor_in_time(&self) -> Option<MutexGuard<'_, Monitor>> {
+        let give_up = Instant::now() + PATIENCE;
+        loop {
+            match self.monitor.try_lock() {
+                Ok(monitor) => return Some(monitor),
+                Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) if Instant::now() < give_up => thread::sleep(TICK),
+                Err(TryLockError::WouldBlock) => return None,
+            }
+        }
     }
 }
 
@@ -202,6 +218,10 @@ pub fn run(
             irqchip: false,
         },
     )?;
+    machine.load(&config.kernel, &config.cmdline)?;
+    let vcpu = machine.create_vcpu(0)?;
+    let kicker = vcpu.kicker();
+    // Last of what can fail: if it does, no vCPU has run on the slots that it made.
     let mode = match config.shadow {
         ShadowMode::PerPage => Some(shadow::Mode::PerPage),
         ShadowMode::Full => Some(shadow::Mode::Full),
@@ -214,9 +234,6 @@ pub fn run(
         Windows::new(&windows, &mut MachineSlots(&machine))
     });
     let windows = windows.transpose()?;
-    machine.load(&config.kernel, &config.cmdline)?;
-    let vcpu = machine.create_vcpu(0)?;
-    let kicker = vcpu.kicker();
     let kernel = config.kernel.clone();
     let counters = config.count_instructions.then(|| VcpuStats::open(&vcpu)).and_then(|counters| {
         counters.inspect_err(|e| log::info!("guest instructions are not counted: {e}")).ok()
@@ -252,7 +269,9 @@ pub fn run(
             })
             .map_err(RunError::Thread)?
     };
-    let deadline = config.timeout.map(|limit| (Instant::now() + limit, limit));
+    // A limit beyond what the clock can tell is none.
+    let deadline = config.timeout.and_then(|limit| Some((Instant::now().checked_add(limit)?, limit)));
+    let mut left_behind = false;
     let outcome = loop {
         let tick = deadline.map_or(TICK, |(at, _)| TICK.min(at.saturating_duration_since(Instant::now())));
         match wait.recv_timeout(tick) {
@@ -276,7 +295,7 @@ pub fn run(
         };
         shared.stop.store(true, Relaxed);
         if !kicker.kick_and_wait(PATIENCE) {
-            log::warn!("the host does not let go of the vCPU; its thread is left behind");
+            left_behind = true;
             break Some(why);
         }
         // It may have ended by itself just now.
@@ -294,7 +313,10 @@ pub fn run(
             false
         }
     });
-    let mut monitor = shared.monitor();
+    let Some(mut monitor) = shared.monitor_in_time() else { return Err(RunError::Abandoned(outcome)) };
+    if left_behind {
+        log::warn!("the host does not let go of the vCPU; its thread is left behind");
+    }
     monitor.drain_all(shared.machine.ram());
     monitor.flush();
     let picture = monitor.timeline.take().map(|timeline| {

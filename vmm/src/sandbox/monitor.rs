@@ -254,14 +254,15 @@ impl Monitor {
         }
     }
 
-    /// Logs a guest's mistake, a few times.
-    pub(super) fn refuse(&mut self, what: &dyn std::fmt::Display) {
-        self.events.refused += 1;
-        if self.events.refused <= LOGGED {
+    /// Counts a guest's mistakes, and logs the first few.
+    pub(super) fn refuse(&mut self, count: u64, what: &dyn std::fmt::Display) {
+        let before = self.events.refused;
+        self.events.refused = before.saturating_add(count);
+        if before < LOGGED {
             log::warn!("refused: {what}");
-        }
-        if self.events.refused == LOGGED {
-            log::warn!("more of these are only counted");
+            if self.events.refused >= LOGGED {
+                log::warn!("more of these are only counted");
+            }
         }
     }
 }

@@ -33,7 +33,7 @@ pub struct Picture {
 /// The shadow's host memory at a moment. Sizes are bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sample {
-    /// Since the first sample, which the first exit of the guest brings.
+    /// Since the first sample, which the first exit of the guest brings, or the first tick without one.
     pub at: Duration,
     /// Page shadow.
     pub page: u64,

@@ -1,6 +1,6 @@
 //! The rings in which a guest records its allocations and frees.
 
-use umbra_shadow::abi::{RECORD_BYTES, RECORD_FRAMES, Record};
+use umbra_shadow::abi::{RECORD_BYTES, RECORD_FRAMES, RING_MAX_RECORDS, Record};
 use vm_memory::GuestAddress;
 
 use crate::hypercall::CallError;
@@ -8,6 +8,8 @@ use crate::machine::memory::Ram;
 
 /// Most CPUs that may have a ring.
 const CPUS: usize = 64;
+/// Most records in all rings: all of them may be drained at one exit.
+const RECORDS: u64 = 4 * RING_MAX_RECORDS;
 
 /// One CPU's ring.
 #[derive(Clone, Copy, Debug)]
@@ -48,11 +50,23 @@ impl Rings {
     /// checked that).
     ///
     /// # Errors
-    /// There are no rings for CPUs with such a number.
+    /// There are no rings for CPUs with such a number, too many records in all rings, or another ring in that place.
     pub fn set_up(&mut self, cpu: u16, gpa: u64, records: u64, text_base: u64) -> Result<(), CallError> {
         let at = usize::from(cpu);
         if at >= CPUS {
             return Err(CallError::Limit { what: "rings", most: CPUS as u64 });
+        }
+        let bytes = |records: u64| (records + 1) * RECORD_BYTES;
+        let mut all = records;
+        let others = self.rings.iter().enumerate().filter(|(other, _)| *other != at);
+        for ring in others.filter_map(|(_, ring)| ring.as_ref()) {
+            if gpa < ring.gpa + bytes(ring.records) && ring.gpa < gpa + bytes(records) {
+                return Err(CallError::Argument { what: "ring address", value: gpa });
+            }
+            all += ring.records;
+        }
+        if all > RECORDS {
+            return Err(CallError::Limit { what: "records in all rings", most: RECORDS });
         }
         if self.rings.len() <= at {
             self.rings.resize(at + 1, None);
@@ -65,6 +79,11 @@ impl Rings {
     pub fn cpus(&self) -> impl Iterator<Item = u16> + use<> {
         let set: Vec<_> = self.rings.iter().map(Option::is_some).collect();
         (0..).zip(set).filter_map(|(cpu, set)| set.then_some(cpu))
+    }
+
+    /// Whether a CPU has a ring.
+    pub fn has(&self, cpu: u16) -> bool {
+        matches!(self.rings.get(usize::from(cpu)), Some(Some(_)))
     }
 
     /// Takes all records out of a CPU's ring. That CPU must stand still. A CPU without a ring has none.
@@ -127,5 +146,21 @@ mod tests {
             assert_eq!(taken, 4, "count {count:#x}");
         }
         assert!(Rings::default().set_up(64, 0, 1, 0).is_err());
+    }
+
+    #[test]
+    fn rings_do_not_overlap_and_hold_so_much_in_all() {
+        let mut rings = Rings::default();
+        assert!(rings.set_up(0, 0x10_0000, 3, 0).is_ok());
+        assert!(rings.set_up(1, 0x10_00c0, 3, 0).is_err(), "its header is the other's last record");
+        assert!(rings.set_up(1, 0x10_0100, 3, 0).is_ok());
+        assert!(rings.set_up(1, 0x10_0140, 3, 0).is_ok(), "the CPU's own, in another place");
+        for cpu in 2..5 {
+            let gpa = u64::from(cpu) * 0x100_0000;
+            assert!(rings.set_up(cpu, gpa, RING_MAX_RECORDS, 0).is_ok());
+        }
+        assert!(rings.set_up(5, 0x500_0000, RING_MAX_RECORDS, 0).is_err());
+        assert!(rings.set_up(5, 0x500_0000, RING_MAX_RECORDS - 6, 0).is_ok());
+        assert!(rings.has(5) && !rings.has(6));
     }
 }

@@ -4,9 +4,9 @@
 //! end give the exact peak.
 //!
 //! The kernel tells it in two places. `/proc/self/smaps` has a line for the whole byte shadow that anybody can
-//! check, but its price is a walk over all memory of this process, the guest's included (31 ms for each
-//! resident GiB was seen): the final figures come from there. `/proc/self/pagemap` tells it page by page, in
-//! microseconds for the chunks that are mapped: it decides what to release, and gives the samples.
+//! check, but its price is a walk over all memory of this process, the guest's included: the final figures come
+//! from there. `/proc/self/pagemap` tells it page by page, for the chunks that are mapped: it decides what to release,
+//! and gives the samples.
 
 use std::{
     fs::File,
