@@ -60,7 +60,7 @@ pub mod call {
     /// `rdi`: virtual address of a [`super::RingHeader`] (in an added region, 64-byte aligned), `rsi`: bytes
     /// of header and records, `rcx`: CPU, `r8`: text base (see [`super::Record`]).
     pub const RING_SETUP: u32 = 3;
-    /// `rdi`: CPU. Takes all records out of its ring.
+    /// `rdi`: CPU. Takes all records out of its ring; an error if it has none.
     pub const RING_DRAIN: u32 = 4;
     /// `rdi`: address, `rsi`: bytes, `rcx`: code. `sync` mode only.
     pub const POISON: u32 = 5;
