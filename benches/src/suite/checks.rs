@@ -25,9 +25,6 @@ impl Case {
 }
 
 /// The places where accesses of a fixed size are tried. The object has 125 whole granules and 5 valid bytes in one more.
-///
-/// Compilers check what they know to be unaligned with `__asan_loadN`, so an unaligned address in a check of a fixed size
-/// comes from code that breaks its language's rules. Where those go to a slower path they are told, without a limit.
 fn fixed(size: u64) -> Vec<(&'static str, u64, &'static str, Option<f64>)> {
     let mut all = vec![
         ("page", 0, "untyped page", Some(UNTYPED)),
@@ -35,7 +32,7 @@ fn fixed(size: u64) -> Vec<(&'static str, u64, &'static str, Option<f64>)> {
     ];
     if size > 1 {
         all.push(("page", 1, "untyped page, unaligned", Some(UNTYPED)));
-        all.push(("beside", 1, "untyped page, unaligned, beside a byte-checked one", None));
+        all.push(("beside", 1, "untyped page, unaligned, beside a byte-checked one", Some(UNTYPED)));
         all.push(("page", 4096 - size / 2, "untyped pages, across both", None));
         all.push((
             "object",
@@ -54,10 +51,10 @@ fn fixed(size: u64) -> Vec<(&'static str, u64, &'static str, Option<f64>)> {
     }
     if size == 2 || size == 4 {
         all.push(("object", 1, "byte-checked, unaligned, in a whole granule", Some(BYTE_CHECKED)));
-        all.push(("object", 1001, "byte-checked, unaligned, in a partial granule", None));
+        all.push(("object", 1001, "byte-checked, unaligned, in a partial granule", Some(BYTE_CHECKED)));
     }
     if size == 8 {
-        all.push(("object", 997, "byte-checked, unaligned, into a partial granule", None));
+        all.push(("object", 997, "byte-checked, unaligned, into a partial granule", Some(BYTE_CHECKED)));
     }
     if size > 8 {
         all.iter_mut().for_each(|case| case.3 = None);
