@@ -1,5 +1,5 @@
-//! Builds the guest: the runtime as one object, never instrumented, with a `core` of its own; then the test
-//! kernel, instrumented through and through, linked with it.
+//! Builds the guest: the runtime and the test kernel's allocators as one object each, never instrumented, with a `core`
+//! of their own; then the rest of the test kernel, instrumented through and through, linked with both.
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::path::{Path, PathBuf};
@@ -14,18 +14,42 @@ use crate::{Context, setup};
 /// The guests' target: no operating system, no floating point.
 const TARGET: &str = "x86_64-unknown-none";
 
-/// Symbols of the runtime that a kernel sees: everything else becomes local to it, its own `core` included.
-const KEPT: [&str; 2] = ["umbra_*", "__asan_*"];
+/// A library that is compiled without the sanitizer and linked as one object.
+struct Plain {
+    /// Its folder below `target/guest`.
+    part: &'static str,
+    package: &'static str,
+    object: &'static str,
+    /// Symbols that a kernel sees: everything else becomes local to it, its own `core` included.
+    kept: &'static [&'static str],
+    /// What is called otherwise from then on.
+    renamed: &'static [(&'static str, &'static str)],
+}
 
-/// The runtime's checked memory functions take the C names, after its own unchecked ones were made local.
-const RENAMED: [(&str, &str); 6] = [
-    ("umbra_checked_memcpy", "memcpy"),
-    ("umbra_checked_memmove", "memmove"),
-    ("umbra_checked_memset", "memset"),
-    ("umbra_checked_memcmp", "memcmp"),
-    ("umbra_checked_bcmp", "bcmp"),
-    ("umbra_checked_strlen", "strlen"),
-];
+const RUNTIME: Plain = Plain {
+    part: "runtime",
+    package: "umbra-runtime",
+    object: "libumbra_rt.o",
+    kept: &["umbra_*", "__asan_*"],
+    // The runtime's checked memory functions take the C names, after its own unchecked ones were made local.
+    renamed: &[
+        ("umbra_checked_memcpy", "memcpy"),
+        ("umbra_checked_memmove", "memmove"),
+        ("umbra_checked_memset", "memset"),
+        ("umbra_checked_memcmp", "memcmp"),
+        ("umbra_checked_bcmp", "bcmp"),
+        ("umbra_checked_strlen", "strlen"),
+    ],
+};
+
+/// The test kernel's allocators.
+const MEMORY: Plain = Plain {
+    part: "memory",
+    package: "umbra-kernel-memory",
+    object: "kernel-memory.o",
+    kept: &["kernel_*", "kmalloc", "kfree", "kfree_sensitive", "krealloc", "ksize", "kmem_cache_*"],
+    renamed: &[],
+};
 
 /// How any guest code is compiled: at fixed addresses in the highest 2 GiB, with frame pointers for stacks.
 const COMMON: [&str; 5] = [
@@ -55,9 +79,7 @@ const SANITIZER: [&str; 9] = [
 /// `cargo xtask guest`.
 pub fn run(context: &Context) -> Result<()> {
     let started = std::time::Instant::now();
-    let guest = Guest::new(context)?;
-    let object = guest.runtime()?;
-    let kernel = guest.kernel(&object)?;
+    let kernel = Guest::new(context)?.all()?;
     context.progress.finish();
     println!("{} ({:.1} s)", kernel.display(), started.elapsed().as_secs_f64());
     Ok(())
@@ -77,7 +99,8 @@ pub fn library(context: &Context) -> Result<()> {
 /// Builds what kernels in other languages than Rust need, all in one folder, which is returned.
 pub fn build_library(context: &Context) -> Result<PathBuf> {
     let guest = Guest::new(context)?;
-    let object = guest.runtime()?;
+    context.progress.step("building the guest runtime");
+    let object = guest.plain(&RUNTIME)?;
     guest.archive(&object)?;
     for name in ["umbra.h", "umbra.mk"] {
         install(&context.root.join("guest/c").join(name), &guest.folder.join(name))?;
@@ -87,10 +110,7 @@ pub fn build_library(context: &Context) -> Result<PathBuf> {
 
 /// Builds runtime and kernel, for a task that uses them.
 pub fn build(context: &Context) -> Result<()> {
-    let guest = Guest::new(context)?;
-    let object = guest.runtime()?;
-    guest.kernel(&object)?;
-    Ok(())
+    Guest::new(context)?.all().map(drop)
 }
 
 struct Guest<'a> {
@@ -149,30 +169,40 @@ impl<'a> Guest<'a> {
         all
     }
 
-    /// The runtime as one relocatable object.
-    fn runtime(&self) -> Result<PathBuf> {
+    /// Everything that the test kernel is made of, and the kernel.
+    fn all(&self) -> Result<PathBuf> {
+        self.context.progress.step("building the guest runtime");
+        let runtime = self.plain(&RUNTIME)?;
+        self.context.progress.step("building the test kernel's allocators");
+        let memory = self.plain(&MEMORY)?;
+        self.kernel(&[&runtime, &memory])
+    }
+
+    /// A library as one relocatable object.
+    fn plain(&self, library: &Plain) -> Result<PathBuf> {
         let progress = &self.context.progress;
-        progress.step("building the guest runtime");
-        self.cargo("runtime", &[])
+        let Plain { part, package, kept, renamed, .. } = library;
+        self.cargo(part, &[])
             .env("CARGO_PROFILE_RELEASE_LTO", "fat")
-            .args(["--package", "umbra-runtime", "--crate-type", "staticlib"])
+            .args(["--package", package, "--crate-type", "staticlib"])
             .args(["-Zbuild-std=core,compiler_builtins", "-Zbuild-std-features=compiler-builtins-mem"])
             .run_or_fail(progress)?;
-        let archive = self.built("runtime", "libumbra_runtime.a");
-        let object = self.folder.join("libumbra_rt.o");
-        let made_from = fingerprint(&[&archive], &[&self.tools.linker, &self.tools.objcopy])?;
-        let stamp = self.folder.join("runtime/made-from");
+        let archive = self.built(part, &format!("lib{}.a", package.replace('-', "_")));
+        let object = self.folder.join(library.object);
+        let mut made_from = fingerprint(&[&archive], &[&self.tools.linker, &self.tools.objcopy])?;
+        made_from.push_str(&format!("{kept:?}{renamed:?}"));
+        let stamp = self.folder.join(part).join("made-from");
         if object.is_file() && fs::read_to_string(&stamp).is_ok_and(|text| text == made_from) {
             return Ok(object);
         }
-        let [whole, closed] = ["whole.o", "closed.o"].map(|name| self.folder.join("runtime").join(name));
+        let [whole, closed] = ["whole.o", "closed.o"].map(|name| self.folder.join(part).join(name));
         let mut link = Command::new(&self.tools.linker, &self.folder);
         if self.tools.linker.ends_with("rust-lld") {
             link.args(["-flavor", "gnu"]);
         }
         // Only the members that the entry points need.
         link.args(["-r"])
-            .args(KEPT.map(|name| format!("--undefined-glob={name}")))
+            .args(kept.iter().map(|name| format!("--undefined-glob={name}")))
             .args([&archive])
             .args(["-o"])
             .args([&whole])
@@ -180,11 +210,11 @@ impl<'a> Guest<'a> {
         let objcopy = || Command::new(&self.tools.objcopy, &self.folder);
         objcopy()
             .args(["--wildcard"])
-            .args(KEPT.map(|name| format!("--keep-global-symbol={name}")))
+            .args(kept.iter().map(|name| format!("--keep-global-symbol={name}")))
             .args([&whole, &closed])
             .run_or_fail(progress)?;
         objcopy()
-            .args(RENAMED.map(|(from, to)| format!("--redefine-sym={from}={to}")))
+            .args(renamed.iter().map(|(from, to)| format!("--redefine-sym={from}={to}")))
             .args([&closed, &whole])
             .run_or_fail(progress)?;
         install(&whole, &object)?;
@@ -199,7 +229,7 @@ impl<'a> Guest<'a> {
         let [member, archive] =
             ["libumbra_rt.o", "libumbra_rt.a"].map(|name| self.folder.join("runtime").join(name));
         Command::new(&self.tools.objcopy, &self.folder)
-            .args(RENAMED.map(|(_, name)| format!("--weaken-symbol={name}")))
+            .args(RUNTIME.renamed.iter().map(|(_, name)| format!("--weaken-symbol={name}")))
             .args([object, &member])
             .run_or_fail(&self.context.progress)?;
         // `ar` would add to an archive that is there.
@@ -217,19 +247,21 @@ impl<'a> Guest<'a> {
         install(&archive, &self.folder.join("libumbra_rt.a"))
     }
 
-    /// The test kernel.
-    fn kernel(&self, object: &Path) -> Result<PathBuf> {
+    /// The test kernel, with the objects that are part of it.
+    fn kernel(&self, objects: &[&Path]) -> Result<PathBuf> {
         let progress = &self.context.progress;
         progress.step("building the test kernel");
         let script = self.context.root.join("guest/kernel/link.ld");
         // Cargo does not know about files that only the linker reads. With their content in its arguments, it links
         // again when they changed, and compiles only the kernel's own crate for it.
-        let linked_with = fingerprint(&[&script, object], &[])?;
+        let files: Vec<&Path> = objects.iter().copied().chain([script.as_path()]).collect();
+        let linked_with = fingerprint(&files, &[])?;
         self.cargo("kernel", &SANITIZER)
             .args(["--package", "umbra-kernel", "--bin", "umbra-kernel", "--features", "guest"])
             .args(["-Zbuild-std=core,alloc,compiler_builtins", "--"])
             .args(["--cfg".to_owned(), format!("umbra_linked_with=\"{linked_with}\"")])
-            .args([object, &script].into_iter().zip(["", "-T"]).map(link_argument))
+            .args(objects.iter().map(|object| link_argument("", object)))
+            .args([link_argument("-T", &script)])
             .args(
                 ["--gc-sections", "-no-pie", "-z", "norelro"]
                     .map(|argument| format!("-Clink-arg={argument}")),
@@ -246,7 +278,7 @@ impl<'a> Guest<'a> {
     }
 }
 
-fn link_argument((file, option): (&Path, &str)) -> String {
+fn link_argument(option: &str, file: &Path) -> String {
     format!("-Clink-arg={option}{}", file.display())
 }
 
@@ -271,7 +303,7 @@ fn disturbs(name: &str) -> bool {
 /// A short text that is another one when the files' contents or the names are.
 fn fingerprint(files: &[&Path], names: &[&Path]) -> Result<String> {
     let mut hasher = DefaultHasher::new();
-    (KEPT, RENAMED, names).hash(&mut hasher);
+    names.hash(&mut hasher);
     for file in files {
         fs::read(file).with_context(|| format!("cannot read {}", file.display()))?.hash(&mut hasher);
     }

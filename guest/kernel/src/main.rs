@@ -17,14 +17,14 @@ mod boot;
 mod console;
 mod cpu;
 mod heap;
-mod page;
+mod memory;
 mod scenarios;
-mod slab;
 mod thread;
 
 use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use umbra_guest::{Config, Mapping, Offer, Region, codes};
+use memory::{page, slab};
+use umbra_guest::{Config, Mapping, Offer, Region};
 
 static ON_UMBRA: AtomicBool = AtomicBool::new(false);
 
@@ -61,9 +61,6 @@ extern "C" fn kernel_main(boot_params: u64) -> ! {
     cpu::init();
     boot::run_constructors();
     page::init(early.next, info.memory.1);
-    let (start, bytes) = page::all();
-    umbra_guest::poison(start, bytes, codes::FREE_PAGE);
-    slab::init();
     thread::init();
     bench::run(info.command_line);
     scenarios::run(info.command_line);
@@ -99,7 +96,7 @@ fn start_checks(offer: &Offer, info: &boot::BootInfo, early: &mut Early) {
         text: boot::text(),
         // SAFETY: this memory was taken for the ring, and is zero as all memory is at start.
         ring: unsafe { core::slice::from_raw_parts_mut(ring, RING) },
-        current: Some(thread::current),
+        current: Some(thread::thread_current),
     };
     // SAFETY: the shadow of both regions was mapped above.
     if let Err(error) = unsafe { umbra_guest::start(offer, config) } {
@@ -107,6 +104,12 @@ fn start_checks(offer: &Offer, info: &boot::BootInfo, early: &mut Early) {
         return;
     }
     umbra_guest::stack_alloc(boot::stack(), boot::BOOT_STACK);
+}
+
+/// The allocators, which cannot format text, have found something that cannot be.
+#[unsafe(no_mangle)]
+extern "C" fn kernel_memory_panic(line: u32) -> ! {
+    panic!("the allocators panicked in line {line} of guest/kernel/memory")
 }
 
 #[panic_handler]

@@ -2,11 +2,11 @@
 
 use core::arch::global_asm;
 use core::ptr::addr_of_mut;
-use core::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 use umbra_guest::codes::{FREE_PAGE, PAGE_SIZE};
 
-use crate::page::{self, Use};
+use crate::page;
 
 /// A stack is `1 << STACK_ORDER` pages.
 const STACK_ORDER: usize = 2;
@@ -17,7 +17,7 @@ const THREADS: usize = 16;
 #[derive(Clone, Copy)]
 struct Thread {
     rsp: u64,
-    stack: u32,
+    stack: u64,
     entry: Option<fn()>,
     /// Task id; names in reports.
     id: u32,
@@ -33,6 +33,8 @@ enum State {
 
 static mut TABLE: [Thread; THREADS] =
     [Thread { rsp: 0, stack: 0, entry: None, id: 0, state: State::Unused }; THREADS];
+/// CPU and task that run now, as the ABI wants them.
+static CURRENT: AtomicU64 = AtomicU64::new(0);
 static RUNNING: AtomicUsize = AtomicUsize::new(0);
 static mut NEXT_ID: u32 = 1;
 
@@ -59,25 +61,23 @@ global_asm!(
     "start_thread:",
     "call {main}",
     "ud2",
+    "thread_current:",
+    "mov rax, [rip + {current}]",
+    "ret",
     main = sym thread_main,
+    current = sym CURRENT,
 );
 
 unsafe extern "C" {
     fn switch_stacks(keep: *mut u64, to: u64);
     fn start_thread();
+    /// CPU and task that run now, as the ABI wants them. It runs for every allocator event: two instructions.
+    pub safe fn thread_current() -> u64;
 }
 
 fn table() -> &'static mut [Thread; THREADS] {
     // SAFETY: one CPU, cooperative threads: no two users at a time, and no reference is kept across a switch.
     unsafe { &mut *addr_of_mut!(TABLE) }
-}
-
-/// CPU and task that run now, as the ABI wants them.
-pub extern "C" fn current() -> u64 {
-    // No bounds check and no reference: this runs for every allocator event.
-    // SAFETY: `RUNNING` is always an index of the table.
-    let id = unsafe { (*addr_of_mut!(TABLE).cast::<Thread>().add(RUNNING.load(Relaxed))).id };
-    u64::from(id) << 32
 }
 
 /// Makes the code that runs now the first thread.
@@ -100,8 +100,7 @@ extern "C" fn thread_main() -> ! {
 /// Starts a thread; it first runs at the next [`yield_now`]. `None` when the table or memory is full.
 pub fn spawn(name: &str, entry: fn()) -> Option<usize> {
     let slot = table().iter().position(|t| t.state == State::Unused)?;
-    let stack = page::take(STACK_ORDER, Use::Pages)?;
-    let start = page::address(stack);
+    let start = page::take(STACK_ORDER)?;
     umbra_guest::stack_alloc(start, STACK_BYTES);
     // SAFETY: as in `table`.
     let id = unsafe {
@@ -113,7 +112,7 @@ pub fn spawn(name: &str, entry: fn()) -> Option<usize> {
     let top = start + STACK_BYTES - 8;
     // SAFETY: the stack is this thread's own.
     unsafe { ((top - 8) as *mut u64).write(start_thread as *const () as u64) };
-    table()[slot] = Thread { rsp: top - 56, stack, entry: Some(entry), id, state: State::Ready };
+    table()[slot] = Thread { rsp: top - 56, stack: start, entry: Some(entry), id, state: State::Ready };
     Some(slot)
 }
 
@@ -123,6 +122,7 @@ pub fn yield_now() {
     let next = (1..=THREADS).map(|i| (me + i) % THREADS).find(|&i| table()[i].state == State::Ready);
     let Some(next) = next.filter(|&next| next != me) else { return };
     RUNNING.store(next, Relaxed);
+    CURRENT.store(u64::from(table()[next].id) << 32, Relaxed);
     let (keep, to) = (&raw mut table()[me].rsp, table()[next].rsp);
     // SAFETY: `to` is the stack of a thread that waits in this function, or has not begun.
     unsafe { switch_stacks(keep, to) };
@@ -135,10 +135,10 @@ pub fn join(slot: usize) {
     }
     let thread = &mut table()[slot];
     thread.state = State::Unused;
-    let start = page::address(thread.stack);
+    let start = thread.stack;
     umbra_guest::stack_free(start, STACK_BYTES);
     umbra_guest::poison(start, STACK_BYTES, FREE_PAGE);
-    page::give(thread.stack);
+    page::give(start);
 }
 
 /// Runs `entry` in a thread of its own, to its end.

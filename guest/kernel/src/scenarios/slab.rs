@@ -1,9 +1,10 @@
 //! Bugs on slab objects. Names follow Linux's KASAN test suite (`mm/kasan/kasan_test.c`) where
 //! it has the same case.
 
+use umbra_guest::codes::{PAGE_SHIFT, PAGE_SIZE};
+
 use super::{opaque, read, scenarios, write};
 use crate::boot::DIRECT_MAP;
-use crate::page;
 use crate::slab::{Cache, kfree, kfree_sensitive, kmalloc, krealloc, ksize};
 
 scenarios! {
@@ -171,8 +172,8 @@ scenarios! {
 
     kfree_via_page, "silent", "frees an object by an address computed from its page", {
         let Some(p) = kmalloc(128) else { return };
-        let Some(number) = page::number(p) else { return };
-        kfree(page::address(number) + (p & 4095));
+        let number = opaque((p - DIRECT_MAP) >> PAGE_SHIFT);
+        kfree(DIRECT_MAP + (number << PAGE_SHIFT) + (p & (PAGE_SIZE - 1)));
     }
 
     kfree_via_phys, "silent", "frees an object by an address computed from its physical one", {

@@ -6,7 +6,7 @@ use core::ptr::addr_of_mut;
 
 use umbra_guest::codes::{FREE_PAGE, PAGE_SIZE};
 
-use crate::boot::DIRECT_MAP;
+use crate::DIRECT_MAP;
 
 /// Blocks have `1 << order` pages, with orders below this.
 pub const ORDERS: usize = 11;
@@ -94,8 +94,10 @@ impl Buddy {
     }
 }
 
-/// Takes over the memory from `start` to `end` (guest-physical). The first part of it holds the descriptions.
-pub fn init(start: u64, end: u64) {
+/// Takes over the memory from `start` to `end` (guest-physical). The first part of it holds the descriptions. Returns
+/// where what is left begins (as an address of the direct map).
+#[unsafe(no_mangle)]
+pub extern "C" fn kernel_memory_init(start: u64, end: u64) -> u64 {
     let b = buddy();
     b.pages = (DIRECT_MAP + start.next_multiple_of(PAGE_SIZE)) as *mut Page;
     b.end = (end / PAGE_SIZE) as u32;
@@ -110,17 +112,10 @@ pub fn init(start: u64, end: u64) {
         b.push(at, order);
         at += 1 << order;
     }
-}
-
-/// All memory that is free now, as one virtual range; only meaningful right after [`init`].
-pub fn all() -> (u64, u64) {
-    let b = buddy();
-    (DIRECT_MAP + u64::from(b.start) * PAGE_SIZE, u64::from(b.end - b.start) * PAGE_SIZE)
-}
-
-/// The direct-map address behind all memory.
-pub fn end() -> u64 {
-    address(buddy().end)
+    let first = address(b.start);
+    umbra_guest::poison(first, address(b.end) - first, FREE_PAGE);
+    crate::slab::init();
+    first
 }
 
 /// The direct-map address of a page.
@@ -177,16 +172,32 @@ pub fn give(mut number: u32) {
     b.push(number, order);
 }
 
-/// Allocates pages for anyone: accessible, and told to Umbra.
-pub fn alloc(order: usize) -> Option<u64> {
-    let at = address(take(order, Use::Pages)?);
-    let bytes = PAGE_SIZE << order;
+/// Allocates `1 << order` pages for anyone: accessible, and told to Umbra. 0 if there are none.
+#[unsafe(no_mangle)]
+pub extern "C" fn kernel_pages_alloc(order: usize) -> u64 {
+    let Some(number) = take(order, Use::Pages) else { return 0 };
+    let (at, bytes) = (address(number), PAGE_SIZE << order);
     umbra_guest::alloc(at, bytes, bytes, 0, 0);
-    Some(at)
+    at
 }
 
-/// Frees what [`alloc`] handed out.
-pub fn free(at: u64) {
+/// Takes `1 << order` pages for a stack, still poisoned. 0 if there are none.
+#[unsafe(no_mangle)]
+pub extern "C" fn kernel_pages_take(order: usize) -> u64 {
+    take(order, Use::Pages).map_or(0, address)
+}
+
+/// The counterpart of [`kernel_pages_take`]. The caller has poisoned them.
+#[unsafe(no_mangle)]
+pub extern "C" fn kernel_pages_give(at: u64) {
+    if let Some(number) = number(at) {
+        give(number);
+    }
+}
+
+/// Frees what [`kernel_pages_alloc`] handed out.
+#[unsafe(no_mangle)]
+pub extern "C" fn kernel_pages_free(at: u64) {
     let Some(number) = number(at) else { return umbra_guest::invalid_free(at) };
     let bytes = PAGE_SIZE << page(number).order;
     if umbra_guest::free(at, at & !(PAGE_SIZE - 1), bytes, FREE_PAGE) {

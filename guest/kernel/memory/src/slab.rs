@@ -52,8 +52,8 @@ fn data(cache: usize) -> &'static mut CacheData {
 }
 
 /// A cache of equal objects.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Cache(usize);
+#[derive(Clone, Copy)]
+struct Cache(usize);
 
 /// KASAN's redzone for an object of this size.
 fn redzone(object: u64) -> u64 {
@@ -68,13 +68,13 @@ fn redzone(object: u64) -> u64 {
 
 impl Cache {
     /// Makes a cache for objects of `object` bytes (at most 4096).
-    pub fn new(name: &'static str, object: u64) -> Option<Self> {
+    fn new(name: &str, object: u64) -> Option<Self> {
         let cache = Self::without_descriptor(name, object)?;
-        data(cache.0).descriptor = kmalloc(32)?;
+        data(cache.0).descriptor = alloc(32)?;
         Some(cache)
     }
 
-    fn without_descriptor(name: &'static str, object: u64) -> Option<Self> {
+    fn without_descriptor(name: &str, object: u64) -> Option<Self> {
         // SAFETY: as in `data`.
         let id = unsafe { *addr_of_mut!(CACHE_COUNT) };
         if id >= CACHES || object == 0 || object > 4096 {
@@ -130,34 +130,12 @@ impl Cache {
         }
     }
 
-    /// Allocates an object.
-    pub fn alloc(self) -> Option<u64> {
-        self.alloc_bytes(data(self.0).object)
-    }
-
     /// Gives the cache up. Its id is not used again.
-    pub fn destroy(self) {
+    fn destroy(self) {
         let descriptor = data(self.0).descriptor;
         if umbra_guest::check(descriptor, 1, false) {
             kfree(descriptor);
         }
-    }
-
-    /// Allocates `objects.len()` objects at once. False if there is not enough memory; then it keeps none.
-    pub fn alloc_bulk(self, objects: &mut [u64]) -> bool {
-        for i in 0..objects.len() {
-            let Some(object) = self.alloc() else {
-                objects[..i].iter().for_each(|&object| self.free(object));
-                return false;
-            };
-            objects[i] = object;
-        }
-        true
-    }
-
-    /// Frees an object of this cache.
-    pub fn free(self, at: u64) {
-        kfree(at);
     }
 }
 
@@ -178,10 +156,10 @@ fn free_in_slab(at: u64, number: u32) {
         cache.forget(number);
         umbra_guest::poison(slab, PAGE_SIZE << d.order, FREE_PAGE);
         page::give(number);
-    } else if !d.partial.contains(&number) {
-        if let Some(entry) = d.partial.iter_mut().find(|n| **n == NONE) {
-            *entry = number;
-        }
+    } else if !d.partial.contains(&number)
+        && let Some(entry) = d.partial.iter_mut().find(|n| **n == NONE)
+    {
+        *entry = number;
     }
 }
 
@@ -192,8 +170,38 @@ pub fn init() {
     }
 }
 
-/// Allocates `bytes`, 16-byte aligned if they are 16 or more.
-pub fn kmalloc(bytes: u64) -> Option<u64> {
+/// Makes a cache for objects of `object` bytes (at most 4096), and returns its number; `u32::MAX` if it cannot.
+///
+/// # Safety
+/// `name` points to `len` bytes of UTF-8.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kmem_cache_create(name: *const u8, len: usize, object: u64) -> u32 {
+    // SAFETY: the caller's promise.
+    let name = unsafe { core::str::from_utf8_unchecked(core::slice::from_raw_parts(name, len)) };
+    Cache::new(name, object).map_or(u32::MAX, |cache| cache.0 as u32)
+}
+
+/// Allocates an object of a cache that [`kmem_cache_create`] made. 0 if there is no memory.
+#[unsafe(no_mangle)]
+pub extern "C" fn kmem_cache_alloc(cache: u32) -> u64 {
+    let cache = Cache(cache as usize);
+    cache.alloc_bytes(data(cache.0).object).unwrap_or(0)
+}
+
+/// Gives a cache up. Its number is not used again.
+#[unsafe(no_mangle)]
+pub extern "C" fn kmem_cache_destroy(cache: u32) {
+    Cache(cache as usize).destroy();
+}
+
+/// Allocates `bytes`, 16-byte aligned if they are 16 or more. 0 if there is no memory.
+#[unsafe(no_mangle)]
+pub extern "C" fn kmalloc(bytes: u64) -> u64 {
+    alloc(bytes).unwrap_or(0)
+}
+
+#[inline(always)]
+fn alloc(bytes: u64) -> Option<u64> {
     match KMALLOC.iter().position(|(object, _)| bytes <= *object) {
         Some(cache) => Cache(cache).alloc_bytes(bytes),
         None => {
@@ -222,7 +230,8 @@ fn head(at: u64) -> Option<u32> {
 }
 
 /// Frees what `kmalloc` handed out.
-pub fn kfree(at: u64) {
+#[unsafe(no_mangle)]
+pub extern "C" fn kfree(at: u64) {
     let Some(number) = head(at) else { return umbra_guest::invalid_free(at) };
     let start = page::address(number);
     let p = page::page(number);
@@ -241,7 +250,8 @@ pub fn kfree(at: u64) {
 }
 
 /// All the bytes that an allocation may use, which it may from now on. 0, after a report, if it was freed.
-pub fn ksize(at: u64) -> u64 {
+#[unsafe(no_mangle)]
+pub extern "C" fn ksize(at: u64) -> u64 {
     if !umbra_guest::check(at, 1, false) {
         return 0;
     }
@@ -251,7 +261,8 @@ pub fn ksize(at: u64) -> u64 {
 }
 
 /// Frees what `kmalloc` handed out, and leaves nothing of what was in it.
-pub fn kfree_sensitive(at: u64) {
+#[unsafe(no_mangle)]
+pub extern "C" fn kfree_sensitive(at: u64) {
     let bytes = ksize(at);
     // SAFETY: that much memory belongs to the allocation.
     unsafe { core::ptr::write_bytes(at as *mut u8, 0, bytes as usize) };
@@ -267,10 +278,12 @@ fn room(at: u64) -> u64 {
     })
 }
 
-/// Changes an allocation's size, in place where its slot allows it. `None`, after a report, if it was freed.
-pub fn krealloc(at: u64, old: u64, new: u64) -> Option<u64> {
+/// Changes an allocation's size, in place where its slot allows it. 0 if there is no memory, or, after a report, if it was
+/// freed.
+#[unsafe(no_mangle)]
+pub extern "C" fn krealloc(at: u64, old: u64, new: u64) -> u64 {
     if !umbra_guest::check(at, 1, false) {
-        return None;
+        return 0;
     }
     let room = room(at);
     if new <= room {
@@ -279,11 +292,11 @@ pub fn krealloc(at: u64, old: u64, new: u64) -> Option<u64> {
             head(at).map_or(0, |n| if page::page(n).used == Use::Slab { page::page(n).cache + 1 } else { 0 });
         // As a new allocation in the same place, with the stack of this call (as KASAN's `kasan_krealloc`).
         umbra_guest::alloc(at, new, room, redzone, cache.into());
-        return Some(at);
+        return at;
     }
-    let to = kmalloc(new)?;
+    let Some(to) = alloc(new) else { return 0 };
     // SAFETY: both are allocations of at least that size, and distinct.
     unsafe { core::ptr::copy_nonoverlapping(at as *const u8, to as *mut u8, old.min(new) as usize) };
     kfree(at);
-    Some(to)
+    to
 }
