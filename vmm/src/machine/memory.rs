@@ -1,7 +1,11 @@
 //! Guest RAM: host memory that is reserved at once and becomes resident page by page as the guest uses it.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use thiserror::Error;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileMemory,
+};
 
 use super::layout;
 
@@ -107,6 +111,16 @@ impl Ram {
         let mut bytes = [0; 8];
         self.read(gpa, &mut bytes)?;
         Ok(u64::from_le_bytes(bytes))
+    }
+
+    /// Sets bits of the little-endian number at `gpa`, a multiple of 8, at once as vCPUs see it. Does nothing
+    /// elsewhere.
+    pub fn set_bits(&self, gpa: GuestAddress, bits: u64) {
+        if let Ok(slice) = self.mem.get_slice(gpa, 8)
+            && let Ok(number) = slice.get_atomic_ref::<AtomicU64>(0)
+        {
+            number.fetch_or(bits, Ordering::SeqCst);
+        }
     }
 
     /// The host mappings behind RAM: guest-physical start, host address, bytes.

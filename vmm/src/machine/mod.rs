@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
-    KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, kvm_enable_cap, kvm_pit_config,
+    KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, kvm_enable_cap, kvm_pit_config,
 };
 use kvm_ioctls::Cap;
 use thiserror::Error;
@@ -114,7 +114,7 @@ impl Kvm {
                 return Err(MachineError::Capability(name));
             }
         }
-        const SYNC: i32 = (KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS) as i32;
+        const SYNC: i32 = (KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS) as i32;
         let sync_regs = fd.check_extension_int(Cap::SyncRegs) & SYNC == SYNC;
         let emulation_exits = fd.check_extension_raw(KVM_CAP_EXIT_ON_EMULATION_FAILURE.into()) > 0;
         Ok(Self { fd, sync_regs, emulation_exits })

@@ -1,5 +1,7 @@
 //! A virtual CPU: runs the guest until it needs something, and gives access to its registers.
 
+mod extended;
+
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -12,6 +14,8 @@ use kvm_bindings::{
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use thiserror::Error;
 use vm_memory::GuestAddress;
+
+pub use extended::XsaveArea;
 
 use super::kick::{KickState, Kicker, Running};
 use super::layout;
@@ -187,6 +191,8 @@ impl Vcpu {
             fd.set_sync_valid_reg(SyncReg::Register);
             // Stacks are read through cr3 at many exits; this costs far less than an ioctl at each.
             fd.set_sync_valid_reg(SyncReg::SystemRegister);
+            // Completed instructions raise exceptions.
+            fd.set_sync_valid_reg(SyncReg::VcpuEvents);
         }
         Self {
             run_bytes: vm.fd().run_size(),
@@ -399,37 +405,6 @@ impl Vcpu {
             Ok(_) => Err(VcpuError::NoMsr { index }),
             Err(e) => Err(self.error("KVM_SET_MSRS", e)),
         }
-    }
-
-    /// Extended control register 0: which register sets `xsave` saves.
-    pub fn xcr0(&self) -> Result<u64, VcpuError> {
-        let xcrs = self.fd.get_xcrs().map_err(|e| self.error("KVM_GET_XCRS", e))?;
-        Ok(xcrs.xcrs.iter().take(xcrs.nr_xcrs as usize).find(|x| x.xcr == 0).map_or(0, |x| x.value))
-    }
-
-    /// Delivers a CPU exception (vector 0 to 31) before the next instruction.
-    pub fn inject_exception(&mut self, vector: u8, error_code: Option<u32>) -> Result<(), VcpuError> {
-        let mut events = self.fd.get_vcpu_events().map_err(|e| self.error("KVM_GET_VCPU_EVENTS", e))?;
-        events.exception.injected = 1;
-        events.exception.nr = vector;
-        events.exception.has_error_code = u8::from(error_code.is_some());
-        events.exception.error_code = error_code.unwrap_or(0);
-        events.exception.pending = 0;
-        events.flags = 0;
-        self.fd.set_vcpu_events(&events).map_err(|e| self.error("KVM_SET_VCPU_EVENTS", e))
-    }
-
-    /// Delivers a software interrupt (`int n`) before the next instruction.
-    pub fn inject_interrupt(&mut self, vector: u8) -> Result<(), VcpuError> {
-        let mut events = self.fd.get_vcpu_events().map_err(|e| self.error("KVM_GET_VCPU_EVENTS", e))?;
-        // KVM queued #UD when it gave up on the instruction.
-        events.exception.injected = 0;
-        events.exception.pending = 0;
-        events.interrupt.injected = 1;
-        events.interrupt.nr = vector;
-        events.interrupt.soft = 1;
-        events.flags = 0;
-        self.fd.set_vcpu_events(&events).map_err(|e| self.error("KVM_SET_VCPU_EVENTS", e))
     }
 
     /// Puts the vCPU where the Linux 64-bit boot protocol starts a kernel: long mode, the first 4 GiB mapped one

@@ -15,6 +15,8 @@ const EFER_LMA: u64 = 1 << 10;
 const PRESENT: u64 = 1 << 0;
 const WRITE: u64 = 1 << 1;
 const USER: u64 = 1 << 2;
+const ACCESSED: u64 = 1 << 5;
+const DIRTY: u64 = 1 << 6;
 const LARGE: u64 = 1 << 7;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
@@ -69,16 +71,49 @@ impl AddressSpace {
         Self { root: sregs.cr3 & ADDRESS, levels, long: levels == 0 || sregs.efer & EFER_LMA != 0 }
     }
 
+    /// Whether addresses are translated at all.
+    pub fn is_paged(&self) -> bool {
+        self.levels != 0
+    }
+
+    /// Whether the upper bits of an address are all the same, as paging wants them.
+    pub fn is_canonical(&self, gva: u64) -> bool {
+        let unused = 64 - (12 + 9 * u32::from(self.levels.max(4)));
+        ((gva << unused) as i64 >> unused) as u64 == gva
+    }
+
     /// Translates one address.
     pub fn translate(&self, ram: &Ram, gva: u64) -> Result<Translation, WalkError> {
+        self.walk(ram, gva, |_, _, _| {})
+    }
+
+    /// Sets the accessed bits on the way to an address, and the page's dirty bit if it is `written`, as the
+    /// hardware does it.
+    pub fn mark(&self, ram: &Ram, gva: u64, written: bool) -> Result<(), WalkError> {
+        self.walk(ram, gva, |gpa, entry, last| {
+            let wanted = ACCESSED | if last && written { DIRTY } else { 0 };
+            if entry & wanted != wanted {
+                ram.set_bits(gpa, wanted);
+            }
+        })?;
+        Ok(())
+    }
+
+    /// Translates one address. `visit` is told each entry on the way: where it is, what it is, whether it is the
+    /// last.
+    fn walk(
+        &self,
+        ram: &Ram,
+        gva: u64,
+        mut visit: impl FnMut(GuestAddress, u64, bool),
+    ) -> Result<Translation, WalkError> {
         if self.levels == 0 {
             return Ok(Translation { gpa: GuestAddress(gva), page: 4096, writable: true, user: true });
         }
         if !self.long {
             return Err(WalkError::NotLongMode);
         }
-        let unused = 64 - (12 + 9 * u32::from(self.levels));
-        if ((gva << unused) as i64 >> unused) as u64 != gva {
+        if !self.is_canonical(gva) {
             return Err(WalkError::NotCanonical { gva });
         }
         let mut table = self.root;
@@ -92,10 +127,12 @@ impl AddressSpace {
                 return Err(WalkError::NotPresent { gva, level });
             }
             rights &= entry;
-            if level == 1 || entry & LARGE != 0 {
-                if level > 3 {
-                    return Err(WalkError::Reserved { gva, level });
-                }
+            let last = level == 1 || entry & LARGE != 0;
+            if last && level > 3 {
+                return Err(WalkError::Reserved { gva, level });
+            }
+            visit(GuestAddress(gpa), entry, last);
+            if last {
                 let page = 1u64 << shift;
                 let gpa = GuestAddress(entry & ADDRESS & !(page - 1) | gva & (page - 1));
                 return Ok(Translation {
@@ -192,6 +229,21 @@ mod tests {
         assert!(matches!(space.read_u64(&ram, 0x4000_0000), Err(WalkError::NotRam { .. })));
         assert_eq!(space.read_u64(&ram, 0x1ffc), Err(WalkError::NotPresent { gva: 0x2000, level: 1 }));
         assert_eq!(space.read_some(&ram, 0x1ffc, &mut [0; 8]), 4);
+    }
+
+    #[test]
+    fn marks_are_the_hardwares() {
+        let (ram, space) = space();
+        let tables = [ROOT, 0x10_1000, 0x10_2000, 0x10_3000];
+        for (table, next) in tables.iter().zip([0x10_1000, 0x10_2000, 0x10_3000, 0x15_5000]) {
+            put(&ram, *table, next | PRESENT | WRITE);
+        }
+        let marks = || tables.map(|t| ram.read_u64(GuestAddress(t)).unwrap() & (ACCESSED | DIRTY));
+        space.mark(&ram, 0x123, false).unwrap();
+        assert_eq!(marks(), [ACCESSED; 4]);
+        space.mark(&ram, 0x123, true).unwrap();
+        assert_eq!(marks(), [ACCESSED, ACCESSED, ACCESSED, ACCESSED | DIRTY]);
+        assert_eq!(space.translate(&ram, 0x123).unwrap().gpa, GuestAddress(0x15_5123));
     }
 
     #[test]

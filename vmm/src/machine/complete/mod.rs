@@ -1,0 +1,339 @@
+//! Completes instructions that KVM's emulator gives up on.
+//!
+//! A host without hardware virtualisation for the guest's ring 0 emulates every kernel instruction, and its
+//! emulator lacks some that kernels use. Those are done here, on the vCPU's registers and the guest's memory.
+//! [`table`] says which. An instruction either takes its whole effect, or raises the exception that the hardware
+//! would raise, or ends the run with an error; then nothing has changed.
+//!
+//! Semantics are those of Intel's and AMD's manuals (Intel SDM volumes 1 and 2).
+
+mod integer;
+mod operand;
+mod system;
+mod table;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::sync::LazyLock;
+
+use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic};
+use kvm_bindings::{kvm_regs, kvm_sregs};
+use thiserror::Error;
+
+use super::memory::Ram;
+use super::vcpu::{MAX_INSTRUCTION, Vcpu, VcpuError, XsaveArea};
+use super::walk::{AddressSpace, WalkError};
+
+/// #DB, a debug exception.
+const DEBUG: u8 = 1;
+/// #BP, a breakpoint.
+const BREAKPOINT: u8 = 3;
+/// #UD, an invalid opcode.
+const INVALID_OPCODE: u8 = 6;
+/// #SS, a stack fault.
+const STACK_FAULT: u8 = 12;
+/// #GP, a general protection fault.
+const GENERAL_PROTECTION: u8 = 13;
+/// #PF, a page fault.
+const PAGE_FAULT: u8 = 14;
+
+const RFLAGS_CF: u64 = 1 << 0;
+const RFLAGS_ZF: u64 = 1 << 6;
+const RFLAGS_SF: u64 = 1 << 7;
+const RFLAGS_TF: u64 = 1 << 8;
+const RFLAGS_OF: u64 = 1 << 11;
+const RFLAGS_RF: u64 = 1 << 16;
+const RFLAGS_AC: u64 = 1 << 18;
+/// CF, PF, AF, ZF, SF and OF.
+const RFLAGS_STATUS: u64 = 0x8d5;
+const CR0_WP: u64 = 1 << 16;
+const CR4_TSD: u64 = 1 << 2;
+const CR4_PGE: u64 = 1 << 7;
+const CR4_FSGSBASE: u64 = 1 << 16;
+const CR4_OSXSAVE: u64 = 1 << 18;
+const CR4_SMAP: u64 = 1 << 21;
+const EFER_LMA: u64 = 1 << 10;
+
+/// Why an instruction was not completed.
+#[derive(Debug, Error)]
+#[allow(missing_docs)]
+pub enum CompleteError {
+    #[error("the host cannot execute {mnemonic} ({bytes}) at rip {rip:#x}")]
+    Unknown { mnemonic: String, bytes: String, rip: u64 },
+    #[error("the instruction at rip {rip:#x} cannot be read: {source}")]
+    Fetch { rip: u64, source: WalkError },
+    #[error("{mnemonic} ({bytes}) at rip {rip:#x} uses memory that cannot be used: {source}")]
+    Operand { mnemonic: &'static str, bytes: String, rip: u64, source: WalkError },
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+}
+
+/// The registers of a vCPU, as far as completion needs them. Tests have one without KVM.
+pub trait Cpu {
+    /// General registers.
+    fn regs(&self) -> Result<kvm_regs, VcpuError>;
+    /// Sets them.
+    fn set_regs(&mut self, regs: &kvm_regs) -> Result<(), VcpuError>;
+    /// Control and segment registers.
+    fn sregs(&self) -> Result<kvm_sregs, VcpuError>;
+    /// Sets them.
+    fn set_sregs(&mut self, sregs: &kvm_sregs) -> Result<(), VcpuError>;
+    /// A model-specific register.
+    fn msr(&self, index: u32) -> Result<u64, VcpuError>;
+    /// Sets it.
+    fn set_msr(&mut self, index: u32, value: u64) -> Result<(), VcpuError>;
+    /// Extended control register 0.
+    fn xcr0(&self) -> Result<u64, VcpuError>;
+    /// Sets it.
+    fn set_xcr0(&mut self, value: u64) -> Result<(), VcpuError>;
+    /// The extended state: x87, SSE, AVX and what else there is, in the standard format of `xsave64`.
+    fn xsave(&self) -> Result<Box<XsaveArea>, VcpuError>;
+    /// Sets it.
+    fn set_xsave(&mut self, area: &XsaveArea) -> Result<(), VcpuError>;
+    /// Delivers an exception before the next instruction.
+    fn inject_exception(&mut self, vector: u8, error_code: Option<u32>) -> Result<(), VcpuError>;
+    /// Delivers a software interrupt before the next instruction.
+    fn inject_interrupt(&mut self, vector: u8) -> Result<(), VcpuError>;
+    /// Delivers the debug exception of a single step before the next instruction.
+    fn inject_single_step(&mut self) -> Result<(), VcpuError>;
+    /// Ends the interrupt shadow of an `sti` or `mov ss` just before, if there is one.
+    fn end_interrupt_shadow(&mut self) -> Result<(), VcpuError>;
+}
+
+impl Cpu for Vcpu {
+    fn regs(&self) -> Result<kvm_regs, VcpuError> {
+        self.regs()
+    }
+    fn set_regs(&mut self, regs: &kvm_regs) -> Result<(), VcpuError> {
+        self.set_regs(regs)
+    }
+    fn sregs(&self) -> Result<kvm_sregs, VcpuError> {
+        self.sregs()
+    }
+    fn set_sregs(&mut self, sregs: &kvm_sregs) -> Result<(), VcpuError> {
+        self.set_sregs(sregs)
+    }
+    fn msr(&self, index: u32) -> Result<u64, VcpuError> {
+        self.msr(index)
+    }
+    fn set_msr(&mut self, index: u32, value: u64) -> Result<(), VcpuError> {
+        self.set_msr(index, value)
+    }
+    fn xcr0(&self) -> Result<u64, VcpuError> {
+        self.xcr0()
+    }
+    fn set_xcr0(&mut self, value: u64) -> Result<(), VcpuError> {
+        self.set_xcr0(value)
+    }
+    fn xsave(&self) -> Result<Box<XsaveArea>, VcpuError> {
+        self.xsave()
+    }
+    fn set_xsave(&mut self, area: &XsaveArea) -> Result<(), VcpuError> {
+        self.set_xsave(area)
+    }
+    fn inject_exception(&mut self, vector: u8, error_code: Option<u32>) -> Result<(), VcpuError> {
+        self.inject_exception(vector, error_code)
+    }
+    fn inject_interrupt(&mut self, vector: u8) -> Result<(), VcpuError> {
+        self.inject_interrupt(vector)
+    }
+    fn inject_single_step(&mut self) -> Result<(), VcpuError> {
+        self.inject_single_step()
+    }
+    fn end_interrupt_shadow(&mut self) -> Result<(), VcpuError> {
+        self.end_interrupt_shadow()
+    }
+}
+
+/// What an instruction comes to when it takes effect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Effect {
+    /// Go on after it.
+    Next,
+    /// An exception after it.
+    Trap(u8),
+    /// A software interrupt after it.
+    Interrupt(u8),
+}
+
+/// Why an instruction takes no effect.
+#[derive(Debug)]
+enum Stop {
+    /// An exception at the instruction.
+    Fault { vector: u8, error: Option<u32> },
+    /// A page fault at the instruction.
+    PageFault { address: u64, error: u32 },
+    /// This form of the instruction is not known.
+    Unknown,
+    /// A memory operand is where completion cannot reach.
+    Memory(WalkError),
+    /// The vCPU's registers cannot be had.
+    Vcpu(VcpuError),
+}
+
+impl From<VcpuError> for Stop {
+    fn from(error: VcpuError) -> Self {
+        Self::Vcpu(error)
+    }
+}
+
+impl Stop {
+    /// #UD.
+    const UNDEFINED: Self = Self::Fault { vector: INVALID_OPCODE, error: None };
+    /// #GP(0).
+    const PROTECTION: Self = Self::Fault { vector: GENERAL_PROTECTION, error: Some(0) };
+}
+
+/// An instruction, and all that it may look at and change. What it did to `regs` counts only if it takes effect.
+struct Context<'a> {
+    cpu: &'a mut dyn Cpu,
+    ram: &'a Ram,
+    space: AddressSpace,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    instruction: Instruction,
+}
+
+/// Does what an instruction does.
+type Handler = fn(&mut Context) -> Result<Effect, Stop>;
+
+/// Completes instructions, and counts them by mnemonic.
+#[derive(Debug, Default)]
+pub struct Completer {
+    counts: BTreeMap<&'static str, u64>,
+}
+
+impl Completer {
+    /// How often each instruction was completed.
+    pub fn counts(&self) -> &BTreeMap<&'static str, u64> {
+        &self.counts
+    }
+
+    /// Completes the instruction at `rip`, of which KVM gave `bytes` (none: they are read from memory). The next
+    /// run goes on after it, or in the handler of the exception that it raised. Returns its mnemonic.
+    ///
+    /// # Errors
+    /// The instruction is not known, it or its operand cannot be read, or KVM refuses the registers.
+    pub fn complete(
+        &mut self,
+        cpu: &mut dyn Cpu,
+        ram: &Ram,
+        bytes: &[u8],
+    ) -> Result<&'static str, CompleteError> {
+        let regs = cpu.regs()?;
+        let sregs = cpu.sregs()?;
+        let rip = regs.rip;
+        let space = AddressSpace::new(&sregs);
+        let fetched = fetch(ram, &space, &sregs, rip, bytes)?;
+        let instruction = fetched.instruction;
+        let name = name(instruction.mnemonic());
+        let mut context = Context { cpu, ram, space, regs, sregs, instruction };
+        let result = match table::handler(instruction.mnemonic()) {
+            Some(handler) => handler(&mut context),
+            None => Err(Stop::Unknown),
+        };
+        let Context { cpu, regs, .. } = context;
+        match result {
+            Ok(effect) => retire(cpu, &regs, rip.wrapping_add(instruction.len() as u64), effect)?,
+            Err(Stop::Fault { vector, error }) => cpu.inject_exception(vector, error)?,
+            Err(Stop::PageFault { address, error }) => {
+                cpu.set_sregs(&kvm_sregs { cr2: address, ..sregs })?;
+                cpu.inject_exception(PAGE_FAULT, Some(error))?;
+            }
+            Err(Stop::Unknown) => {
+                let mnemonic =
+                    if instruction.is_invalid() { "an invalid instruction".into() } else { name.to_string() };
+                return Err(CompleteError::Unknown { mnemonic, bytes: fetched.hex(), rip });
+            }
+            Err(Stop::Memory(source)) => {
+                return Err(CompleteError::Operand { mnemonic: name, bytes: fetched.hex(), rip, source });
+            }
+            Err(Stop::Vcpu(error)) => return Err(error.into()),
+        }
+        *self.counts.entry(name).or_default() += 1;
+        Ok(name)
+    }
+}
+
+/// Puts the vCPU after an instruction that took effect.
+fn retire(cpu: &mut dyn Cpu, regs: &kvm_regs, next: u64, effect: Effect) -> Result<(), VcpuError> {
+    let step = effect == Effect::Next && regs.rflags & RFLAGS_TF != 0;
+    cpu.set_regs(&kvm_regs { rip: next, rflags: regs.rflags & !RFLAGS_RF, ..*regs })?;
+    cpu.end_interrupt_shadow()?;
+    match effect {
+        Effect::Next if step => cpu.inject_single_step(),
+        Effect::Next => Ok(()),
+        Effect::Trap(vector) => cpu.inject_exception(vector, None),
+        Effect::Interrupt(vector) => cpu.inject_interrupt(vector),
+    }
+}
+
+/// The lower-case name of a mnemonic.
+fn name(mnemonic: Mnemonic) -> &'static str {
+    static NAMES: LazyLock<Vec<String>> = LazyLock::new(|| {
+        let name = |m| match m {
+            // iced-x86 has the name of the opcode.
+            Mnemonic::Wait => "fwait".into(),
+            m => format!("{m:?}").to_lowercase(),
+        };
+        Mnemonic::values().map(name).collect()
+    });
+    NAMES.get(mnemonic as usize).map_or("?", String::as_str)
+}
+
+/// An instruction and its bytes.
+struct Fetched {
+    instruction: Instruction,
+    bytes: [u8; MAX_INSTRUCTION],
+    len: usize,
+}
+
+impl Fetched {
+    fn hex(&self) -> String {
+        self.bytes[..self.len].iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" ")
+    }
+}
+
+/// Decodes the instruction at `rip`: from `bytes`, or from memory when they are not all of it.
+fn fetch(
+    ram: &Ram,
+    space: &AddressSpace,
+    sregs: &kvm_sregs,
+    rip: u64,
+    bytes: &[u8],
+) -> Result<Fetched, CompleteError> {
+    let long = is_long(sregs);
+    let bits = match (long, sregs.cs.db) {
+        (true, _) => 64,
+        (false, 0) => 16,
+        (false, _) => 32,
+    };
+    let decode = |from: &[u8]| {
+        let from = &from[..from.len().min(MAX_INSTRUCTION)];
+        let mut decoder = Decoder::with_ip(bits, from, rip, DecoderOptions::NONE);
+        let instruction = decoder.decode();
+        let cut_off = decoder.last_error() == DecoderError::NoMoreBytes;
+        let len = if instruction.is_invalid() { from.len() } else { instruction.len().min(from.len()) };
+        let mut bytes = [0; MAX_INSTRUCTION];
+        bytes[..len].copy_from_slice(&from[..len]);
+        (Fetched { instruction, bytes, len }, cut_off)
+    };
+    let (fetched, cut_off) = decode(bytes);
+    if !cut_off {
+        return Ok(fetched);
+    }
+    let mut read = [0; MAX_INSTRUCTION];
+    let linear = if long { rip } else { sregs.cs.base.wrapping_add(rip) };
+    let len = space.read_some(ram, linear, &mut read);
+    if len == 0 {
+        let source = space.translate(ram, linear).err().unwrap_or(WalkError::NotRam { gva: linear, gpa: 0 });
+        return Err(CompleteError::Fetch { rip, source });
+    }
+    Ok(decode(&read[..len]).0)
+}
+
+/// Whether the CPU executes 64-bit code.
+fn is_long(sregs: &kvm_sregs) -> bool {
+    sregs.efer & EFER_LMA != 0 && sregs.cs.l != 0
+}

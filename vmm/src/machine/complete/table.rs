@@ -1,0 +1,76 @@
+//! The instructions that are completed.
+
+use iced_x86::Mnemonic;
+
+use super::{Handler, integer, system};
+
+/// What completes an instruction; `None`: nothing does.
+pub(super) fn handler(mnemonic: Mnemonic) -> Option<Handler> {
+    use Mnemonic as M;
+    Some(match mnemonic {
+        // Exceptions and software interrupts.
+        M::Int3 => system::int3,
+        M::Int => system::int,
+        M::Int1 => system::int1,
+        M::Ud0 | M::Ud1 | M::Ud2 => system::ud,
+        // Flags and time.
+        M::Stac => system::stac,
+        M::Clac => system::clac,
+        M::Rdtscp => system::rdtscp,
+        M::Rdpid => system::rdpid,
+        M::Rdrand | M::Rdseed => system::random,
+        // System registers.
+        M::Swapgs => system::swapgs,
+        M::Rdfsbase | M::Rdgsbase => system::read_base,
+        M::Wrfsbase | M::Wrgsbase => system::write_base,
+        M::Xgetbv => system::xgetbv,
+        M::Xsetbv => system::xsetbv,
+        M::Invpcid => system::invpcid,
+        // The emulator and the exit order everything already.
+        M::Lfence | M::Sfence | M::Mfence | M::Serialize => system::nothing,
+        // Waits for x87 exceptions, which kernels keep masked.
+        M::Wait => system::nothing,
+        // Flushes buffers of the host's CPU, which is the host's affair.
+        M::Verw => system::verw,
+        // Hints; and the shadow stack of a guest that has none.
+        M::Pause | M::Nop | M::Tpause | M::Endbr64 | M::Endbr32 | M::Rdsspd | M::Rdsspq => system::nothing,
+        M::Prefetchnta
+        | M::Prefetcht0
+        | M::Prefetcht1
+        | M::Prefetcht2
+        | M::Prefetch
+        | M::Prefetchw
+        | M::Prefetchwt1
+        | M::Prefetchit0
+        | M::Prefetchit1
+        | M::Cldemote => system::nothing,
+        // Guest memory is coherent ordinary memory. The line must be readable.
+        M::Clflush | M::Clflushopt | M::Clwb => system::flush_line,
+        M::Wbnoinvd => system::nothing_in_ring0,
+        // Waiting for a store may end at any time, also at once.
+        M::Monitor | M::Mwait => system::nothing_in_ring0,
+        // Integer arithmetic.
+        M::Popcnt => integer::popcnt,
+        M::Lzcnt => integer::lzcnt,
+        M::Tzcnt => integer::tzcnt,
+        M::Andn => integer::andn,
+        M::Bextr => integer::bextr,
+        M::Blsi => integer::blsi,
+        M::Blsmsk => integer::blsmsk,
+        M::Blsr => integer::blsr,
+        M::Bzhi => integer::bzhi,
+        M::Mulx => integer::mulx,
+        M::Pdep => integer::pdep,
+        M::Pext => integer::pext,
+        M::Rorx => integer::rorx,
+        M::Sarx => integer::sarx,
+        M::Shlx => integer::shlx,
+        M::Shrx => integer::shrx,
+        M::Adcx => integer::adcx,
+        M::Adox => integer::adox,
+        M::Crc32 => integer::crc32,
+        M::Movbe => integer::movbe,
+        M::Cmpxchg16b => integer::cmpxchg16b,
+        _ => return None,
+    })
+}
