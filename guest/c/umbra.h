@@ -167,16 +167,17 @@ bool umbra_region_add(uint64_t start, uint64_t bytes, uint64_t gpa);
 
 /*
  * Gives the runtime a CPU's ring: 64-byte aligned, zeroed memory in a region, `bytes` a multiple of 64 and at least
- * 128; 512 KiB make drains rare. `text_base` is subtracted from return addresses so that they fit 32 bits.
+ * 128; 512 KiB make drains rare. `text_start` is where the kernel's code starts,
+ * the same for all rings: stacks are recorded as distances from it.
  * Only where features has UMBRA_RING.
  */
-bool umbra_ring_setup(uint64_t cpu, struct umbra_ring_header *memory, uint64_t bytes, uint64_t text_base);
+bool umbra_ring_setup(uint64_t cpu, struct umbra_ring_header *memory, uint64_t bytes, uint64_t text_start);
 
 /*
- * Turns checks on. No other CPU may run yet. Return addresses lie in `text_start` to `text_end`; `current` may be
+ * Turns checks on. No other CPU may run yet. The kernel's code ends at `text_end`; `current` may be
  * null.
  */
-void umbra_activate(uint32_t features, uint64_t text_start, uint64_t text_end, umbra_current_fn current);
+void umbra_activate(uint32_t features, uint64_t text_end, umbra_current_fn current);
 
 /*
  * All of the start but the mapping: adds the regions, sets up the first CPU's ring, turns checks on. False when
@@ -194,9 +195,9 @@ static inline bool umbra_start(const struct umbra_offer *offer, const struct umb
 		if (!umbra_region_add(regions[i].start, regions[i].bytes, regions[i].gpa))
 			return false;
 	if (offer->features & UMBRA_RING &&
-	    !umbra_ring_setup(0, (struct umbra_ring_header *)ring, ring_bytes, text_start & ~(uint64_t)0xffffffff))
+	    !umbra_ring_setup(0, (struct umbra_ring_header *)ring, ring_bytes, text_start))
 		return false;
-	umbra_activate(offer->features, text_start, text_end, current);
+	umbra_activate(offer->features, text_end, current);
 	return true;
 }
 

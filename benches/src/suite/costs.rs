@@ -7,6 +7,8 @@ use crate::meter::{Meter, Mode, Word};
 
 /// Rounds that are timed.
 const TIMED: u64 = 2000;
+/// Most instructions that an allocation and its free may cost more than in the same kernel without checks.
+const MORE: f64 = 400.0;
 /// Blocks of 2 MiB whose shadow is touched.
 const CHUNKS: u64 = 60;
 
@@ -25,6 +27,7 @@ fn instructions(meter: &Meter) -> Result<Vec<Figure>> {
         |bytes: u64| (format!("kmalloc({bytes}) and kfree"), Word::new("kmalloc", bytes.to_string()));
     let call = |name: &str, what: &str| (name.to_owned(), Word::new("call", what));
     let mut all = Vec::new();
+    let mut unchecked = None;
     for (mode, mode_name, words) in [
         (Mode::OFF, "off", vec![kmalloc(64), kmalloc(1024), kmalloc(8192)]),
         (
@@ -75,6 +78,14 @@ fn instructions(meter: &Meter) -> Result<Vec<Figure>> {
         let costs = meter.cost(mode, &measured)?;
         for ((name, _), cost) in words.iter().zip(&costs[1..]) {
             all.push(Figure::new(GROUP, format!("{mode_name}: {name}"), cost - costs[0], meter.unit()));
+        }
+        // The first word: `kmalloc(64)`.
+        let cost = costs[1] - costs[0];
+        let more = cost - *unchecked.get_or_insert(cost);
+        if mode == Mode::RING {
+            let name = "ring: kmalloc(64) and kfree, more than off";
+            let figure = Figure::new(GROUP, name, more, meter.unit()).limit(MORE);
+            all.push(if meter.counts() { figure } else { figure.not_applicable() });
         }
     }
     Ok(all)

@@ -5,7 +5,7 @@ use umbra_shadow::abi::{self, access, call, exit, features, record};
 use umbra_shadow::codes;
 
 use crate::ring::{self, frame_pointer, return_address};
-use crate::{checks, host, shadow, state};
+use crate::{checks, host, object, shadow, state};
 
 /// What the VMM offers, for the kernel to map.
 #[repr(C)]
@@ -50,31 +50,27 @@ pub extern "C" fn umbra_region_add(start: u64, bytes: u64, gpa: u64) -> bool {
         && state::add_region(start, bytes)
 }
 
-/// Hands over 64-byte aligned, zeroed memory for a CPU's ring, in an added region. `text_base` is subtracted from
-/// return addresses so that they fit 32 bits. Only needed when `features` has `RING`.
+/// Hands over 64-byte aligned, zeroed memory for a CPU's ring, in an added region. `text_start` is where the kernel's code
+/// starts, the same for all rings: stacks are recorded as distances from it. Only needed when `features` has `RING`.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_ring_setup(
     cpu: u64,
     memory: *mut abi::RingHeader,
     bytes: u64,
-    text_base: u64,
+    text_start: u64,
 ) -> bool {
-    !host::is_error(ring::set_up(cpu, memory, bytes, text_base))
+    !host::is_error(ring::set_up(cpu, memory, bytes, text_start))
 }
 
-/// Turns the checks on. Windows are mapped, regions added and rings set up by now. `text_start..text_end` is where
-/// return addresses lie; `current` tells CPU and task (may be null).
+/// Turns the checks on. Windows are mapped, regions added and rings set up by now. The kernel's code ends at `text_end`;
+/// `current` tells CPU and task (may be null).
 ///
 /// # Safety
 /// Shadow is mapped for all regions, and no other CPU runs yet.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn umbra_activate(
-    offered: u32,
-    text_start: u64,
-    text_end: u64,
-    current: Option<state::CurrentFn>,
-) {
-    state::configure(text_start, text_end, current);
+pub unsafe extern "C" fn umbra_activate(offered: u32, text_end: u64, current: Option<state::CurrentFn>) {
+    ring::set_text_end(text_end);
+    state::set_current(current);
     state::set_mode(offered);
     if offered & (features::PER_PAGE | features::FULL) != 0 {
         // SAFETY: the caller's promise.
@@ -108,21 +104,28 @@ pub extern "C" fn umbra_check(address: u64, bytes: u64, write: bool) -> bool {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn umbra_alloc(address: u64, bytes: u64, slot: u64, redzone: u8, cache: u16) {
-    if state::mode() == 0 {
-        return;
-    }
-    if state::sync() {
+    let mode = state::mode();
+    if mode & features::RING != 0 {
+        if !object::allocated(mode, address, bytes, slot, redzone) {
+            allocated_slowly(address, bytes, slot, redzone);
+        }
+        // SAFETY: this function's own frame.
+        unsafe { ring::tell(record::ALLOCATED, address, bytes, cache, frame_pointer()) }
+    } else if mode & features::SYNC != 0 {
         // A slot without redzone needs no code; it has one all the same, as the ABI wants it.
         let slot = slot.max(bytes);
         let slot = if slot == 0 { 0 } else { abi::slot(slot, redzone.max(codes::POISON_MIN)) };
-        return ring::call(record::ALLOCATED, address, bytes, cache, slot);
+        ring::call(record::ALLOCATED, address, bytes, cache, slot);
     }
+}
+
+#[cold]
+#[inline(never)]
+fn allocated_slowly(address: u64, bytes: u64, slot: u64, redzone: u8) {
     shadow::unpoison(address, bytes);
     if slot > bytes {
-        shadow::poison(address + bytes, slot - bytes, redzone);
+        shadow::poison(address.wrapping_add(bytes), slot - bytes, redzone);
     }
-    // SAFETY: this function's own frame.
-    unsafe { ring::tell(record::ALLOCATED, address, bytes, cache, frame_pointer()) }
 }
 
 /// An allocator takes back what was at `address`: the slot of `slot` bytes becomes inaccessible with `code`. Returns
@@ -131,29 +134,39 @@ pub extern "C" fn umbra_alloc(address: u64, bytes: u64, slot: u64, redzone: u8, 
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn umbra_free(address: u64, start: u64, slot: u64, code: u8) -> bool {
-    if state::mode() & (features::PER_PAGE | features::FULL) == 0 {
+    let mode = state::mode();
+    if mode & (features::PER_PAGE | features::FULL) == 0 {
         return true;
     }
     let fp = frame_pointer();
-    let bad = match shadow::value(start) {
-        _ if address != start => Some(access::INVALID_FREE),
-        codes::FREE_PAGE | codes::SLAB_FREE | codes::SLAB_FREE_TRACK => Some(access::DOUBLE_FREE),
-        codes::POISON_MIN.. => Some(access::INVALID_FREE),
-        _ => None,
-    };
-    if let Some(kind) = bad {
+    if mode & features::RING != 0 && address == start && object::freed(mode, start, slot, code) {
+        // SAFETY: this function's own frame.
+        unsafe { ring::tell(record::FREED, start, 0, 0, fp) };
+        return true;
+    }
+    if let Some(kind) = bad_free(address, start) {
         // SAFETY: this function's own frame.
         checks::report(address, 0, kind, unsafe { return_address(fp) });
         return false;
     }
-    if state::sync() {
+    if mode & features::SYNC != 0 {
         ring::call(record::FREED, start, 0, 0, if slot == 0 { 0 } else { abi::slot(slot, code) });
         return true;
     }
     shadow::poison(start, slot, code);
     // SAFETY: this function's own frame.
-    unsafe { ring::tell(record::FREED, start, 0, 0, fp) }
+    unsafe { ring::tell_slowly(record::FREED, start, 0, 0, fp) };
     true
+}
+
+/// What is wrong with a free of `address`, where the allocator says that the object starts at `start`.
+fn bad_free(address: u64, start: u64) -> Option<u16> {
+    match shadow::value(start) {
+        _ if address != start => Some(access::INVALID_FREE),
+        codes::FREE_PAGE | codes::SLAB_FREE | codes::SLAB_FREE_TRACK => Some(access::DOUBLE_FREE),
+        codes::POISON_MIN.. => Some(access::INVALID_FREE),
+        _ => None,
+    }
 }
 
 /// Reports a free of something that no allocator knows.

@@ -17,6 +17,7 @@ pub mod asan;
 pub mod checks;
 pub mod host;
 pub mod memfn;
+pub mod object;
 pub mod ring;
 pub mod shadow;
 pub mod state;

@@ -15,19 +15,27 @@ struct Ring {
 static RINGS: [Ring; state::CPUS] =
     [const { Ring { header: AtomicPtr::new(core::ptr::null_mut()), records: AtomicU64::new(0) } };
         state::CPUS];
+/// Where the kernel's code starts, which recorded addresses are told from.
 static TEXT_BASE: AtomicU64 = AtomicU64::new(0);
+/// The bytes of it. A return address outside ends a stack.
+static TEXT_BYTES: AtomicU64 = AtomicU64::new(0);
 static SEQUENCE: AtomicU32 = AtomicU32::new(0);
 
 /// Hands a CPU's ring memory to the runtime and the VMM. Returns the hypercall's result.
-pub fn set_up(cpu: u64, memory: *mut RingHeader, bytes: u64, text_base: u64) -> u64 {
+pub fn set_up(cpu: u64, memory: *mut RingHeader, bytes: u64, text_start: u64) -> u64 {
     let Some(ring) = RINGS.get(cpu as usize) else { return umbra_shadow::abi::ERR_ARGUMENT };
-    let result = host::hypercall(call::RING_SETUP, memory as u64, bytes, cpu, text_base);
+    let result = host::hypercall(call::RING_SETUP, memory as u64, bytes, cpu, text_start);
     if !host::is_error(result) {
-        TEXT_BASE.store(text_base, Relaxed);
+        TEXT_BASE.store(text_start, Relaxed);
         ring.records.store(bytes / RECORD_BYTES - 1, Relaxed);
         ring.header.store(memory, Release);
     }
     result
+}
+
+/// Says where the kernel's code ends.
+pub fn set_text_end(end: u64) {
+    TEXT_BYTES.store(end.saturating_sub(TEXT_BASE.load(Relaxed)).min(1 << 32), Relaxed);
 }
 
 /// The caller's frame pointer. The runtime is compiled with frame pointers throughout.
@@ -52,29 +60,81 @@ pub unsafe fn return_address(fp: u64) -> u64 {
 /// Farthest that two neighbouring frames may lie apart; beyond it a chain is taken for broken.
 const MAX_FRAME: u64 = 64 << 10;
 
-/// Fills `frames` with return addresses as distances from `base`, innermost first; returns how many.
+/// One step of [`walk`]: the frame at `$fp` is the `$depth`th, and leads to the one at `$next`.
+macro_rules! frame {
+    ($depth:literal, $fp:literal, $next:literal, $deeper:literal) => {
+        concat!(
+            "mov {address}, [",
+            $fp,
+            " + 8]\n",
+            "mov ",
+            $next,
+            ", [",
+            $fp,
+            "]\n",
+            "sub {address}, {base}\n",
+            "cmp {address}, {text}\n",
+            "jae 2",
+            $depth,
+            "f\n",
+            "mov [{to} + 4 * ",
+            $depth,
+            "], {address:e}\n",
+            "lea {address}, [",
+            $next,
+            " - 1]\n",
+            "sub {address}, ",
+            $fp,
+            "\n",
+            "cmp {address}, {farthest}\n",
+            "jae 2",
+            $deeper,
+            "f\n",
+        )
+    };
+}
+
+/// The end of [`walk`] with so many frames.
+macro_rules! ends_with {
+    ($depth:literal) => {
+        concat!("2", $depth, ": mov {depth:e}, ", $depth, "\njmp 30f")
+    };
+}
+
+/// Fills `frames` with return addresses as distances from the text base, innermost first; returns how many.
+///
+/// It runs for every event and is most of what one costs: ten instructions a frame, the two registers taking turns.
 ///
 /// # Safety
 /// As [`return_address`].
 #[inline(always)]
-unsafe fn walk(mut fp: u64, base: u64, frames: &mut [u32; RECORD_FRAMES]) -> u8 {
-    let (start, end) = state::text();
-    let mut depth = 0;
-    for frame in frames.iter_mut() {
-        // SAFETY: `fp` is the given frame, or was read from one and lies a short way up the same stack.
-        let (next, address) = unsafe { (*(fp as *const u64), return_address(fp)) };
-        if address.wrapping_sub(start) >= end - start {
-            break;
-        }
-        *frame = u32::try_from(address.wrapping_sub(base)).unwrap_or(0);
-        depth += 1;
-        if next.wrapping_sub(fp + 1) >= MAX_FRAME || next & 7 != 0 {
-            break;
-        }
-        fp = next;
+unsafe fn walk(fp: u64, frames: *mut u32) -> u64 {
+    let depth: u64;
+    // SAFETY: reads the given frame, and each that it leads to a short way up the same stack; writes at most
+    // `RECORD_FRAMES` frames.
+    unsafe {
+        asm!(
+            frame!(0, "{a}", "{b}", 1),
+            frame!(1, "{b}", "{a}", 2),
+            frame!(2, "{a}", "{b}", 3),
+            frame!(3, "{b}", "{a}", 4),
+            frame!(4, "{a}", "{b}", 5),
+            frame!(5, "{b}", "{a}", 6),
+            frame!(6, "{a}", "{b}", 7),
+            frame!(7, "{b}", "{a}", 8),
+            frame!(8, "{a}", "{b}", 9),
+            frame!(9, "{b}", "{a}", 10),
+            ends_with!(10), ends_with!(0), ends_with!(1), ends_with!(2), ends_with!(3), ends_with!(4),
+            ends_with!(5), ends_with!(6), ends_with!(7), ends_with!(8), ends_with!(9),
+            "30:",
+            a = inout(reg) fp => _, b = out(reg) _, address = out(reg) _, depth = out(reg) depth,
+            base = in(reg) TEXT_BASE.load(Relaxed), text = in(reg) TEXT_BYTES.load(Relaxed),
+            to = in(reg) frames, farthest = const MAX_FRAME, options(nostack),
+        );
     }
     depth
 }
+const _: () = assert!(RECORD_FRAMES == 10);
 
 /// Tells of an event at `address`, by a call that changes the shadow of `slot` too. For `sync` mode.
 #[inline(always)]
@@ -107,14 +167,34 @@ pub unsafe fn tell(kind: u8, address: u64, size: u64, cache: u16, fp: u64) {
             n = 0;
         }
         let to = header.add(1).cast::<Record>().add(n as usize);
-        (*to).depth = walk(fp, TEXT_BASE.load(Relaxed), &mut (*to).frames);
-        (*to).kind = kind;
-        (*to).cache = cache;
-        (*to).task = (who >> 32) as u32;
-        (*to).address = address;
-        (*to).size = u32::try_from(size).unwrap_or(u32::MAX);
-        (*to).sequence = SEQUENCE.fetch_add(1, Relaxed);
+        let depth = walk(fp, (&raw mut (*to).frames).cast());
+        let words = to.cast::<u64>();
+        let task = who & !0xffff_ffff;
+        words.write(u64::from(kind) | depth << 8 | u64::from(cache) << 16 | task);
+        words.add(1).write(address);
+        let sequence = SEQUENCE.fetch_add(1, Relaxed);
+        words.add(2).write(size.min(u32::MAX.into()) | u64::from(sequence) << 32);
         core::sync::atomic::compiler_fence(Release);
         count.write_volatile(n + 1);
     }
 }
+
+/// [`tell`] where it does not matter what it costs.
+///
+/// # Safety
+/// As [`return_address`].
+#[inline(never)]
+pub unsafe fn tell_slowly(kind: u8, address: u64, size: u64, cache: u16, fp: u64) {
+    // SAFETY: the caller's promise.
+    unsafe { tell(kind, address, size, cache, fp) }
+}
+
+// Where `tell` writes the words of a record.
+const _: () = {
+    use core::mem::offset_of;
+    assert!(
+        offset_of!(Record, kind) == 0 && offset_of!(Record, depth) == 1 && offset_of!(Record, cache) == 2
+    );
+    assert!(offset_of!(Record, task) == 4 && offset_of!(Record, address) == 8);
+    assert!(offset_of!(Record, size) == 16 && offset_of!(Record, sequence) == 20);
+};

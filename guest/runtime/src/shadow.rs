@@ -15,11 +15,13 @@ use crate::{host, state};
 /// The windows, at offset 0 from the arithmetically shifted address (see `ARCHITECTURE.md`).
 pub struct Windows;
 
-fn page_shadow(address: u64) -> *mut u8 {
+#[inline]
+pub(crate) fn page_shadow(address: u64) -> *mut u8 {
     (address.cast_signed() >> codes::PAGE_SHIFT) as *mut u8
 }
 
-fn byte_shadow(address: u64) -> *mut u8 {
+#[inline]
+pub(crate) fn byte_shadow(address: u64) -> *mut u8 {
     (address.cast_signed() >> codes::GRANULE_SHIFT) as *mut u8
 }
 
@@ -28,7 +30,7 @@ fn byte_shadow(address: u64) -> *mut u8 {
 /// # Safety
 /// `at` and the `n` bytes from it on are mapped shadow.
 #[inline]
-unsafe fn fill(mut at: *mut u8, mut n: u64, value: u8) {
+pub(crate) unsafe fn fill(mut at: *mut u8, mut n: u64, value: u8) {
     let word = u64::from(value) * 0x0101_0101_0101_0101;
     // Stores before (a page marked busy) and after (the page marked byte-checked) must not move across.
     compiler_fence(Ordering::SeqCst);

@@ -11,8 +11,6 @@ pub const CPUS: usize = 64;
 
 /// Feature bits in force; 0 as long as checks are off.
 static MODE: AtomicU32 = AtomicU32::new(0);
-static TEXT_START: AtomicU64 = AtomicU64::new(0);
-static TEXT_END: AtomicU64 = AtomicU64::new(0);
 static CURRENT: AtomicPtr<()> = AtomicPtr::new(core::ptr::null_mut());
 static REGION_COUNT: AtomicUsize = AtomicUsize::new(0);
 static REGION: [(AtomicU64, AtomicU64); REGIONS] =
@@ -40,18 +38,11 @@ pub fn sync() -> bool {
     mode() & features::SYNC != 0
 }
 
-/// Where the kernel's code lies: return addresses outside end a stack.
-pub fn text() -> (u64, u64) {
-    (TEXT_START.load(Relaxed), TEXT_END.load(Relaxed))
-}
-
 /// Who runs here: CPU in bits 16..32, task in bits 32..64, as the ABI passes it.
 pub type CurrentFn = extern "C" fn() -> u64;
 
-/// Sets what the kernel told at start.
-pub fn configure(text_start: u64, text_end: u64, current: Option<CurrentFn>) {
-    TEXT_START.store(text_start, Relaxed);
-    TEXT_END.store(text_end, Relaxed);
+/// Sets whom to ask for CPU and task.
+pub fn set_current(current: Option<CurrentFn>) {
     CURRENT.store(current.map_or(core::ptr::null_mut(), |f| f as *mut ()), Relaxed);
 }
 
@@ -62,7 +53,7 @@ pub fn current() -> u64 {
     if f.is_null() {
         return 0;
     }
-    // SAFETY: `configure` stores only null or a `CurrentFn`.
+    // SAFETY: `set_current` stores only null or a `CurrentFn`.
     let f: CurrentFn = unsafe { core::mem::transmute(f) };
     f()
 }
@@ -89,6 +80,14 @@ pub fn add_region(start: u64, bytes: u64) -> bool {
 pub fn in_region(first: u64, last: u64) -> bool {
     let n = REGION_COUNT.load(Relaxed);
     REGION.iter().take(n).any(|(s, e)| s.load(Relaxed) <= first && last <= e.load(Relaxed) && first <= last)
+}
+
+/// [`in_region`] for the first region only, which is where most objects are.
+#[inline(always)]
+pub fn in_first(first: u64, last: u64) -> bool {
+    let (s, e) = &REGION[0];
+    // Without any region both are 0, and the range is not in it.
+    s.load(Relaxed) <= first && last <= e.load(Relaxed) && first <= last
 }
 
 /// Turns reports of this CPU off (`+1`) or on again (`-1`), nesting.

@@ -42,8 +42,8 @@ pub type CurrentFn = extern "C" fn() -> u64;
 unsafe extern "C" {
     pub fn umbra_discover(offer: &mut Offer) -> u32;
     pub fn umbra_region_add(start: u64, bytes: u64, gpa: u64) -> bool;
-    pub fn umbra_ring_setup(cpu: u64, memory: *mut RingHeader, bytes: u64, text_base: u64) -> bool;
-    pub fn umbra_activate(features: u32, text_start: u64, text_end: u64, current: Option<CurrentFn>);
+    pub fn umbra_ring_setup(cpu: u64, memory: *mut RingHeader, bytes: u64, text_start: u64) -> bool;
+    pub fn umbra_activate(features: u32, text_end: u64, current: Option<CurrentFn>);
     pub fn umbra_poison(address: u64, bytes: u64, code: u8);
     pub fn umbra_unpoison(address: u64, bytes: u64);
     pub fn umbra_check(address: u64, bytes: u64, write: bool) -> bool;

@@ -109,14 +109,13 @@ pub unsafe fn start(offer: &Offer, config: Config) -> Result<(), StartError> {
                 return Err(StartError::Region(*region));
             }
         }
-        let base = config.text.start & !0xffff_ffff;
         let ring = config.ring;
         if offer.features & features::RING != 0
-            && !ffi::umbra_ring_setup(0, ring.as_mut_ptr().cast(), ring.len() as u64, base)
+            && !ffi::umbra_ring_setup(0, ring.as_mut_ptr().cast(), ring.len() as u64, config.text.start)
         {
             return Err(StartError::Ring);
         }
-        ffi::umbra_activate(offer.features, config.text.start, config.text.end, config.current);
+        ffi::umbra_activate(offer.features, config.text.end, config.current);
     }
     Ok(())
 }

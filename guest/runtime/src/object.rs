@@ -1,0 +1,70 @@
+//! The short way for what happens most: one object of a slab comes or goes, on pages that are byte-checked already.
+//!
+//! All of it is a few stores to byte shadow. Whatever else there is (other pages, whole pages, odd slots) goes through the
+//! model (`shadow`), with the same result.
+
+use umbra_shadow::abi::features;
+use umbra_shadow::codes::{GRANULE, GRANULE_SHIFT, PAGE_BYTES, PAGE_SIZE, POISON_MIN};
+
+use crate::shadow::{byte_shadow, fill, page_shadow};
+use crate::state;
+
+/// The byte shadow of a slot, if the short way is open for it: whole granules, mapped, on byte-checked pages.
+#[inline(always)]
+fn slot_shadow(mode: u32, address: u64, slot: u64) -> Option<*mut u8> {
+    let last = address.wrapping_add(slot.wrapping_sub(1));
+    if (address | slot) & (GRANULE - 1) != 0
+        || slot.wrapping_sub(1) >= PAGE_SIZE
+        || !state::in_first(address, last)
+    {
+        return None;
+    }
+    if mode & features::PER_PAGE != 0 {
+        // SAFETY: both addresses are in a region, so their shadow is mapped.
+        let pages = unsafe { (page_shadow(address).read_volatile(), page_shadow(last).read_volatile()) };
+        if pages != (PAGE_BYTES, PAGE_BYTES) {
+            return None;
+        }
+    } else if mode & features::FULL == 0 {
+        return None;
+    }
+    Some(byte_shadow(address))
+}
+
+/// Makes `bytes` at the start of a slot accessible, and poisons the rest of it. False if the short way is closed; then
+/// nothing was done.
+#[inline(always)]
+pub fn allocated(mode: u32, address: u64, bytes: u64, slot: u64, redzone: u8) -> bool {
+    if bytes > slot || redzone < POISON_MIN {
+        return false;
+    }
+    let Some(shadow) = slot_shadow(mode, address, slot) else { return false };
+    let (whole, rest) = (bytes >> GRANULE_SHIFT, (bytes & (GRANULE - 1)) as u8);
+    // SAFETY: the shadow of the slot is mapped. What is poisoned first and made accessible then belongs to nobody yet.
+    unsafe {
+        fill(shadow.add(whole as usize), (slot >> GRANULE_SHIFT) - whole, redzone);
+        if rest != 0 {
+            shadow.add(whole as usize).write_volatile(rest);
+        }
+        fill(shadow, whole, 0);
+    }
+    true
+}
+
+/// Poisons a slot whose object is accessible. False if the short way is closed, or the object is not; then nothing was
+/// done.
+#[inline(always)]
+pub fn freed(mode: u32, start: u64, slot: u64, code: u8) -> bool {
+    if code < POISON_MIN {
+        return false;
+    }
+    let Some(shadow) = slot_shadow(mode, start, slot) else { return false };
+    // SAFETY: the shadow of the slot is mapped.
+    unsafe {
+        if shadow.read_volatile() >= POISON_MIN {
+            return false;
+        }
+        fill(shadow, slot >> GRANULE_SHIFT, code);
+    }
+    true
+}
