@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use umbra::machine::Kvm;
-use umbra::machine::stats::{VcpuStats, emulates_ring0};
+use umbra::machine::stats::{Counters, emulates_ring0};
 use umbra::report::{Finding, Findings};
 use umbra::sandbox::{self, Config, Observer, Outcome, ShadowMode};
 use umbra::shadow::Notify;
@@ -89,7 +89,7 @@ struct Marks {
 
 #[derive(Default)]
 struct Seen {
-    counters: Option<Arc<VcpuStats>>,
+    counters: Option<Arc<Counters>>,
     begin: Option<(Instant, u64)>,
     between: Vec<Between>,
     complaints: String,
@@ -101,7 +101,7 @@ struct Starts(Arc<Mutex<Seen>>);
 impl Observer for Starts {
     fn finding(&mut self, _: &Finding) {}
 
-    fn starts(&mut self, counters: Option<Arc<VcpuStats>>) {
+    fn starts(&mut self, counters: Option<Arc<Counters>>) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).counters = counters;
     }
 }
@@ -189,11 +189,9 @@ impl Meter {
             memory: 256 << 20,
             shadow: mode.shadow,
             notify: mode.notify,
-            shadow_limit: None,
             timeout: Some(TIMEOUT),
-            stop_at: None,
             count_instructions: self.counts,
-            picture: false,
+            ..Config::default()
         };
         let report =
             sandbox::run(&config, Box::new(marks), Box::new(Starts(seen.clone())), &AtomicBool::new(false))?;

@@ -46,15 +46,11 @@ impl Kernel {
     fn boot(&self, chosen: &[Scenario], shadow: ShadowMode, notify: Notify) -> (Vec<Verdict>, Report) {
         let config = Config {
             kernel: self.elf.clone(),
-            cmdline: String::new(),
             memory: MEMORY,
             shadow,
             notify,
-            shadow_limit: None,
             timeout: Some(Duration::from_secs(90)),
-            stop_at: None,
-            count_instructions: false,
-            picture: false,
+            ..Config::default()
         };
         let run = demo::verdicts(&config, chosen, false, Box::new(()), &AtomicBool::new(false));
         let (verdicts, report) = run.expect("it boots");

@@ -231,6 +231,9 @@ fn wrong_arguments() {
     run("--stop-at 0").expect_usage(&["--stop-at"]);
     run("--stop-at many").expect_usage(&["many"]);
     run("--stop-at 2 --keep-going").expect_usage(&["--keep-going"]);
+    for cpus in ["0", "65", "256", "-1", "two"] {
+        run(&format!("--cpus={cpus}")).expect_usage(&["--cpus", cpus]);
+    }
     run("--shadow-limit much").expect_usage(&["much"]);
     run("second-kernel").expect_usage(&["second-kernel"]);
     // An enormous limit is no limit.

@@ -68,11 +68,9 @@ fn boot(shadow: ShadowMode, notify: Notify, chosen: &[Scenario], cmdline: &str) 
         memory: MEMORY,
         shadow,
         notify,
-        shadow_limit: None,
         timeout: Some(Duration::from_secs(300)),
-        stop_at: None,
         count_instructions: true,
-        picture: false,
+        ..Config::default()
     };
     let run = demo::verdicts(&config, chosen, false, Box::new(()), &AtomicBool::new(false));
     let (verdicts, report) = run.expect("it boots");

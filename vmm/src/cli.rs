@@ -12,12 +12,15 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::demo;
+use crate::machine::layout;
 use crate::machine::loader::read_image;
 use crate::report::text::{self, TextStyle};
 use crate::report::{Finding, Names, html, json};
 use crate::sandbox::{self, Config, Observer, Report, RunError, ShadowMode};
 use crate::shadow::Notify;
 
+/// Most CPUs, as clap wants it.
+const MAX_CPUS: i64 = layout::MAX_CPUS as i64;
 /// What a bad command line or a host that cannot do it ends with.
 const USAGE: u8 = 2;
 
@@ -98,6 +101,9 @@ struct Guest {
     /// Guest memory.
     #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = parse_size)]
     memory: u64,
+    /// CPUs of the guest. More than one come with interrupt controllers, so that `hlt` no longer ends the run.
+    #[arg(long, default_value = "1", value_name = "N", value_parser = clap::value_parser!(u8).range(1..=MAX_CPUS))]
+    cpus: u8,
     /// Which shadow to keep.
     #[arg(long, value_enum, default_value_t = Shadow::PerPage)]
     shadow: Shadow,
@@ -159,6 +165,7 @@ impl Guest {
             kernel,
             cmdline,
             memory: self.memory,
+            cpus: self.cpus,
             shadow: match self.shadow {
                 Shadow::PerPage => ShadowMode::PerPage,
                 Shadow::Full => ShadowMode::Full,
@@ -169,10 +176,8 @@ impl Guest {
                 HowToNotify::Sync => Notify::Sync,
             },
             shadow_limit: self.shadow_limit,
-            timeout: None,
-            stop_at: None,
             count_instructions: true,
-            picture: false,
+            ..Config::default()
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What the guest sees through `cpuid`: what KVM supports, a few bits changed, and the caller's leaves.
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use thiserror::Error;
 
 /// One CPUID leaf of the caller's own, without sub-leaves.
@@ -33,15 +33,47 @@ const LEAF1_ECX_X2APIC: u32 = 1 << 21;
 const LEAF1_ECX_TSC_DEADLINE: u32 = 1 << 24;
 const LEAF1_ECX_HYPERVISOR: u32 = 1 << 31;
 const LEAF1_EDX_APIC: u32 = 1 << 9;
+const LEAF1_EDX_HTT: u32 = 1 << 28;
 
-/// Builds the table for vCPU `id` from what KVM supports.
-pub fn table(supported: &CpuId, extra: &[CpuidLeaf], irqchip: bool, id: u8) -> Result<CpuId, CpuidError> {
+/// Which of how many CPUs a table is for. They are the cores of one package, one thread each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Its APIC id: 0 to `cpus` - 1.
+    pub id: u8,
+    /// CPUs of the machine, at least 1.
+    pub cpus: u8,
+}
+
+impl Place {
+    /// Bits of the APIC id that tell cores of a package apart.
+    fn core_bits(self) -> u32 {
+        u32::from(self.cpus).next_power_of_two().trailing_zeros()
+    }
+}
+
+/// Builds the table for a vCPU from what KVM supports.
+pub fn table(
+    supported: &CpuId,
+    extra: &[CpuidLeaf],
+    irqchip: bool,
+    place: Place,
+) -> Result<CpuId, CpuidError> {
+    let (id, cpus) = (u32::from(place.id), u32::from(place.cpus));
+    let ids = 1 << place.core_bits();
     let mut entries = supported.as_slice().to_vec();
+    // The topology leaves are those of the host's CPU, or empty; ours are added below.
+    let topology = [0xb, 0x1f].map(|leaf| entries.iter().any(|e| e.function == leaf).then_some(leaf));
+    entries.retain(|e| !matches!(e.function, 0xb | 0x1f));
     for entry in &mut entries {
         match entry.function {
             1 => {
-                // The APIC id tells a kernel's CPUs apart.
-                entry.ebx = entry.ebx & 0x00ff_ffff | u32::from(id) << 24;
+                // The APIC id tells a kernel's CPUs apart; in bits 16..24 stands how many ids the package has.
+                entry.ebx = entry.ebx & 0x0000_ffff | id << 24 | ids << 16;
+                // Those bits count, if there is more than one.
+                entry.edx &= !LEAF1_EDX_HTT;
+                if cpus > 1 {
+                    entry.edx |= LEAF1_EDX_HTT;
+                }
                 // A guest shall look for hypervisor leaves.
                 entry.ecx |= LEAF1_ECX_HYPERVISOR;
                 // KVM's instruction emulator has no cmpxchg16b, and a host that emulates ring 0 stops at it.
@@ -55,9 +87,36 @@ pub fn table(supported: &CpuId, extra: &[CpuidLeaf], irqchip: bool, id: u8) -> R
                     entry.ecx &= !LEAF1_ECX_TSC_DEADLINE;
                 }
             }
-            // The x2APIC id, in both topology leaves.
-            0xb | 0x1f => entry.edx = u32::from(id),
+            // Intel's caches: how many APIC ids share each (the last level: all), and how many cores the package has.
+            4 if entry.eax & 0x1f != 0 => {
+                let shared = if entry.eax >> 5 & 7 >= 3 { ids } else { 1 };
+                entry.eax = entry.eax & 0x3fff | (shared - 1) << 14 | (ids - 1) << 26;
+            }
+            // AMD's number of cores, and the bits of the APIC id for them; reserved on Intel's.
+            0x8000_0008 if entry.ecx != 0 => entry.ecx = (cpus - 1) | place.core_bits() << 12,
+            // AMD's APIC id, core (with one thread), and node (the only one).
+            0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (id, id, 0),
             _ => {}
+        }
+    }
+    // One thread in each core, `cpus` cores (Intel SDM volume 2, CPUID leaf 0BH: level types 1 and 2).
+    for function in topology.into_iter().flatten() {
+        for (index, eax, ebx, ecx) in [
+            (0, 0, 1, 1 << 8),
+            (1, place.core_bits(), cpus, 2 << 8 | 1),
+            (2, 0, 0, 2), // no further level
+        ] {
+            let flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
+            entries.push(kvm_cpuid_entry2 {
+                function,
+                index,
+                flags,
+                eax,
+                ebx,
+                ecx,
+                edx: id,
+                ..Default::default()
+            });
         }
     }
     for leaf in extra {
@@ -109,27 +168,42 @@ mod tests {
         CpuId::from_entries(&[leaf(1, !0, !0), leaf(0xb, 0, 0), leaf(0x4000_0000, 0, 0)]).unwrap()
     }
 
+    const ALONE: Place = Place { id: 0, cpus: 1 };
+
     #[test]
     fn bits_and_leaves() {
         let extra = [CpuidLeaf { function: 0x4000_0100, eax: 1, ebx: 2, ecx: 3, edx: 4 }];
-        let table = super::table(&supported(), &extra, false, 5).unwrap();
+        let table = super::table(&supported(), &extra, false, ALONE).unwrap();
         let find = |f| *table.as_slice().iter().find(|e| e.function == f).unwrap();
-        assert_eq!(find(1).ebx >> 24, 5);
         assert_eq!(find(1).ecx & (LEAF1_ECX_CX16 | LEAF1_ECX_X2APIC), 0);
-        assert_eq!(find(1).edx & LEAF1_EDX_APIC, 0);
-        assert_eq!(find(0xb).edx, 5);
+        assert_eq!(find(1).edx & (LEAF1_EDX_APIC | LEAF1_EDX_HTT), 0);
         assert_eq!((find(0x4000_0100).eax, find(0x4000_0100).edx), (1, 4));
-        let with_chip = super::table(&supported(), &[], true, 0).unwrap();
+        let with_chip = super::table(&supported(), &[], true, ALONE).unwrap();
         assert_ne!(with_chip.as_slice()[0].edx & LEAF1_EDX_APIC, 0);
+    }
+
+    #[test]
+    fn every_cpu_is_a_core_with_an_id() {
+        let table = super::table(&supported(), &[], true, Place { id: 5, cpus: 6 }).unwrap();
+        let find = |f, i| *table.as_slice().iter().find(|e| (e.function, e.index) == (f, i)).unwrap();
+        assert_eq!((find(1, 0).ebx >> 24, find(1, 0).ebx >> 16 & 0xff), (5, 8));
+        assert_ne!(find(1, 0).edx & LEAF1_EDX_HTT, 0);
+        // A core's bits are those above a thread's, a package's those above the cores'.
+        assert_eq!((find(0xb, 0).eax, find(0xb, 0).ebx), (0, 1));
+        assert_eq!((find(0xb, 1).eax, find(0xb, 1).ebx), (3, 6));
+        assert_eq!(find(0xb, 2).ebx, 0);
+        assert!((0..3).all(|level| find(0xb, level).edx == 5));
+        assert!(!table.as_slice().iter().any(|e| e.function == 0x1f), "only where the host has it");
     }
 
     #[test]
     fn a_leaf_of_kvm_is_not_replaced() {
         let extra = [CpuidLeaf { function: 0x4000_0000, ..Default::default() }];
-        assert_eq!(table(&supported(), &extra, false, 0).unwrap_err(), CpuidError::Taken(0x4000_0000));
+        let taken = table(&supported(), &extra, false, ALONE).unwrap_err();
+        assert_eq!(taken, CpuidError::Taken(0x4000_0000));
         let many: Vec<_> =
             (0..300).map(|i| CpuidLeaf { function: 0x4000_0100 + i, ..Default::default() }).collect();
-        assert_eq!(table(&supported(), &many, false, 0).unwrap_err(), CpuidError::TooMany(303));
+        assert_eq!(table(&supported(), &many, false, ALONE).unwrap_err(), CpuidError::TooMany(305));
     }
 
     #[test]

@@ -27,8 +27,14 @@ pub const CMDLINE: u64 = 0x2_0000;
 pub const CMDLINE_BYTES: u64 = 2048;
 /// End of usable low memory in the E820 map; a PC keeps its extended BIOS data area from here on.
 pub const LOW_RAM_END: u64 = 0x9_fc00;
+/// The MP table, where a PC has its BIOS ([`super::mptable`]). Not usable in the E820 map.
+pub const MP_TABLE: u64 = 0xf_0000;
 /// Kernels are loaded here or higher. Everything below belongs to the boot structures and to legacy devices.
 pub const KERNEL_START: u64 = MIB;
+/// The I/O APIC's registers. KVM has them here; they lie in the hole.
+pub const IO_APIC: u32 = 0xfec0_0000;
+/// Each CPU's local APIC's registers, until it moves them.
+pub const LOCAL_APIC: u32 = 0xfee0_0000;
 /// Three pages that KVM wants for a task-state segment on old Intel CPUs; they lie in the hole.
 pub const KVM_TSS: u64 = 0xfffb_d000;
 
@@ -41,6 +47,8 @@ pub const HOLE_END: u64 = 4 * GIB;
 pub const MIN_MEMORY: u64 = 2 * MIB;
 /// Most RAM of a machine.
 pub const MAX_MEMORY: u64 = 64 * GIB;
+/// Most CPUs of a machine. Their APIC ids are their numbers, in 8 bits, of which some mean more than one CPU.
+pub const MAX_CPUS: u8 = 64;
 
 /// The RAM of a machine with `memory_bytes` of it, as (start, bytes), split around the hole.
 ///

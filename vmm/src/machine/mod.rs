@@ -8,6 +8,7 @@ pub mod kick;
 pub mod layout;
 pub mod loader;
 pub mod memory;
+mod mptable;
 pub mod stats;
 #[cfg(test)]
 mod tests;
@@ -57,6 +58,8 @@ pub enum MachineError {
     ApiVersion(i32),
     #[error("the host's KVM lacks the capability {0}: a newer host kernel is needed")]
     Capability(&'static str),
+    #[error("a machine with {cpus} CPUs: 1 to {most} are possible here")]
+    Cpus { cpus: u8, most: usize },
     #[error(transparent)]
     Memory(#[from] MemoryError),
     #[error(transparent)]
@@ -127,14 +130,32 @@ impl Kvm {
 }
 
 /// What a machine shall have.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct MachineConfig {
     /// Bytes of RAM, a multiple of 4096 from [`layout::MIN_MEMORY`] to [`layout::MAX_MEMORY`].
     pub memory_bytes: u64,
+    /// How many vCPUs it will have, 1 to [`layout::MAX_CPUS`]. More than one need the interrupt controllers, which come
+    /// with them.
+    pub cpus: u8,
     /// CPUID leaves beside KVM's own.
     pub extra_cpuid: Vec<CpuidLeaf>,
-    /// KVM's interrupt controllers and timer. Without them `hlt` ends the run with an exit.
+    /// KVM's interrupt controllers, and an MP table that tells of them. Without them `hlt` ends the run with an exit;
+    /// with them it waits for an interrupt in the kernel.
     pub irqchip: bool,
+    /// KVM's programmable interval timer, on line 0 of the interrupt controllers, which come with it.
+    pub pit: bool,
+}
+
+impl Default for MachineConfig {
+    fn default() -> Self {
+        Self { memory_bytes: 0, cpus: 1, extra_cpuid: Vec::new(), irqchip: false, pit: false }
+    }
+}
+
+impl MachineConfig {
+    fn has_irqchip(&self) -> bool {
+        self.irqchip || self.pit || self.cpus > 1
+    }
 }
 
 /// A machine with RAM and, once loaded, a kernel. Its vCPUs keep it alive.
@@ -150,6 +171,10 @@ pub struct Machine {
 impl Machine {
     /// Makes a machine without vCPUs.
     pub fn new(kvm: &Kvm, config: MachineConfig) -> Result<Self, MachineError> {
+        let most = kvm.fd.get_max_vcpus().min(layout::MAX_CPUS.into());
+        if config.cpus == 0 || usize::from(config.cpus) > most {
+            return Err(MachineError::Cpus { cpus: config.cpus, most });
+        }
         let ram = Ram::new(config.memory_bytes)?;
         let supported =
             kvm.fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("tell its CPUID"))?;
@@ -164,8 +189,10 @@ impl Machine {
             };
             fd.enable_cap(&cap).map_err(refused("exit on emulation failures"))?;
         }
-        if config.irqchip {
+        if config.has_irqchip() {
             fd.create_irq_chip().map_err(refused("create an interrupt controller"))?;
+        }
+        if config.pit {
             // Port 0x61 is the timer's, too: kernels calibrate with it.
             let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
             fd.create_pit2(pit).map_err(refused("create a timer"))?;
@@ -184,14 +211,23 @@ impl Machine {
     /// Loads a kernel with its command line. The vCPU 0 created next starts there.
     pub fn load(&mut self, image: &[u8], cmdline: &str) -> Result<LoadedKernel, LoadError> {
         let kernel = loader::load(self.ram(), image, cmdline)?;
+        if self.config.has_irqchip() {
+            mptable::write(self.ram(), self.config.cpus, &self.supported)?;
+        }
         self.kernel = Some(kernel);
         Ok(kernel)
     }
 
-    /// Creates a vCPU. Number 0 starts at the loaded kernel's entry; others wait to be started by it.
+    /// Creates a vCPU. Number 0 starts at the loaded kernel's entry. The others, up to the configured number less one,
+    /// wait in [`Vcpu::run`] until the guest starts them through its local APIC (INIT, then SIPI).
     pub fn create_vcpu(&self, id: u8) -> Result<Vcpu, MachineError> {
+        if id >= self.config.cpus {
+            return Err(MachineError::Cpus { cpus: id.saturating_add(1), most: self.config.cpus.into() });
+        }
         let fd = self.vm.fd().create_vcpu(u64::from(id)).map_err(refused("create a vCPU"))?;
-        let wanted = cpuid::table(&self.supported, &self.config.extra_cpuid, self.config.irqchip, id)?;
+        let place = cpuid::Place { id, cpus: self.config.cpus };
+        let wanted =
+            cpuid::table(&self.supported, &self.config.extra_cpuid, self.config.has_irqchip(), place)?;
         fd.set_cpuid2(&wanted).map_err(refused("set CPUID"))?;
         if log::log_enabled!(log::Level::Debug)
             && let Ok(got) = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES)
@@ -231,7 +267,7 @@ impl Machine {
 
     /// A line of the interrupt controller; `None` when the machine has none.
     pub fn irq_line(&self, irq: u32) -> Option<IrqLine> {
-        self.config.irqchip.then(|| IrqLine { vm: self.vm.clone(), irq })
+        self.config.has_irqchip().then(|| IrqLine { vm: self.vm.clone(), irq })
     }
 }
 

@@ -103,6 +103,27 @@ impl VcpuStats {
     }
 }
 
+/// The counters of all vCPUs of a machine.
+#[derive(Debug)]
+pub struct Counters(Vec<VcpuStats>);
+
+impl Counters {
+    /// Finds out which counters KVM has for `vcpus`.
+    pub fn open(vcpus: &[Vcpu]) -> Result<Self, StatsError> {
+        vcpus.iter().map(VcpuStats::open).collect::<Result<_, _>>().map(Self)
+    }
+
+    /// Instructions that KVM emulated, on all of them.
+    pub fn instructions_emulated(&self) -> Option<u64> {
+        self.0.iter().map(VcpuStats::instructions_emulated).sum()
+    }
+
+    /// How often they left guest mode, to KVM or further.
+    pub fn exits(&self) -> Option<u64> {
+        self.0.iter().map(VcpuStats::exits).sum()
+    }
+}
+
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
     bytes.get(at..at + 4).map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
 }

@@ -1,7 +1,8 @@
 //! Tests of the machine with real guests, and helpers for the other tests.
 
 use std::io::Write;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use vm_memory::GuestAddress;
@@ -177,7 +178,7 @@ fn cpuid_has_the_extra_leaves_beside_kvms_own() {
         "hlt",
     );
     let leaf = CpuidLeaf { function: 0x4000_0100, eax: 0x4000_0103, ebx: 77, ecx: 1, edx: 2 };
-    let config = MachineConfig { memory_bytes: 4 << 20, extra_cpuid: vec![leaf], irqchip: false };
+    let config = MachineConfig { memory_bytes: 4 << 20, extra_cpuid: vec![leaf], ..Default::default() };
     let mut machine = Machine::new(&kvm, config).unwrap();
     machine.load(&elf(1 << 20, &[(1 << 20, 0, code, 4096)]), "").unwrap();
     let mut vcpu = machine.create_vcpu(0).unwrap();
@@ -422,7 +423,7 @@ fn a_missing_device_is_said_clearly() {
 #[test]
 fn with_interrupt_controller() {
     let Some(kvm) = kvm("irqchip") else { return };
-    let config = MachineConfig { memory_bytes: 4 << 20, irqchip: true, ..Default::default() };
+    let config = MachineConfig { memory_bytes: 4 << 20, pit: true, ..Default::default() };
     let mut machine = Machine::new(&kvm, config).unwrap();
     // The timer's port 0x61 is KVM's: no exit.
     let code = guest!("in al, 0x61", "mov ebx, eax", "out 0x80, al");
@@ -431,6 +432,60 @@ fn with_interrupt_controller() {
     machine.irq_line(4).unwrap().pulse().unwrap();
     let exit = next(&machine, &mut vcpu, &mut Completer::default());
     assert!(matches!(exit, VmExit::IoOut { port: 0x80, .. }), "{exit:?}");
+}
+
+/// A guest of several CPUs: the first starts the second through its local APIC, and both say who they are.
+#[test]
+fn a_second_cpu_starts() {
+    let Some(kvm) = kvm("second CPU") else { return };
+    let code = guest!(
+        // Real-mode code of the second CPU: mov ax, 1; out 0x80, al; cli; hlt
+        "mov dword ptr [0x10000], 0xe60001b8",
+        "mov dword ptr [0x10004], 0xf4fa80",
+        "mov ebx, 0xfee00000",
+        "mov dword ptr [rbx + 0xf0], 0x1ff",      // software enable
+        "mov dword ptr [rbx + 0x310], 0x1000000", // to APIC 1:
+        "mov dword ptr [rbx + 0x300], 0x4500",    // INIT
+        "mov dword ptr [rbx + 0x310], 0x1000000",
+        "mov dword ptr [rbx + 0x300], 0x4610", // SIPI, vector 0x10
+        "mov eax, 1",
+        "cpuid",
+        "shr ebx, 24",
+        "mov eax, ebx",
+        "out 0x80, al",
+        "cli",
+        "hlt",
+    );
+    let config = MachineConfig { memory_bytes: 4 << 20, cpus: 2, ..Default::default() };
+    let mut machine = Machine::new(&kvm, config).unwrap();
+    machine.load(&elf(1 << 20, &[(1 << 20, 0, code, 4096)]), "").unwrap();
+    assert!(machine.create_vcpu(2).is_err());
+    let vcpus = [1, 0].map(|id| machine.create_vcpu(id).unwrap());
+    let kickers = vcpus.each_ref().map(Vcpu::kicker);
+    let stop = AtomicBool::new(false);
+    let (tell, told) = mpsc::channel();
+    let mut said = std::thread::scope(|scope| {
+        for mut vcpu in vcpus {
+            let (tell, stop) = (tell.clone(), &stop);
+            scope.spawn(move || {
+                while !stop.load(Ordering::SeqCst) {
+                    match vcpu.run().unwrap() {
+                        VmExit::IoOut { port: 0x80, data } => tell.send((vcpu.id(), data.value())).unwrap(),
+                        VmExit::Interrupted => {}
+                        other => panic!("{other:?}"),
+                    }
+                }
+            });
+        }
+        let said: Vec<_> =
+            std::iter::from_fn(|| told.recv_timeout(Duration::from_secs(10)).ok()).take(2).collect();
+        // Both halt, or wait to be started: in the kernel, either way.
+        stop.store(true, Ordering::SeqCst);
+        assert!(kickers.iter().all(|kicker| kicker.kick_and_wait(Duration::from_secs(5))));
+        said
+    });
+    said.sort_unstable();
+    assert_eq!(said, [(0, 0), (1, 1)]);
 }
 
 /// `raw_guest` in ring 3, with all of the boot mapping open to it.

@@ -129,7 +129,7 @@ pub enum VmExit {
         /// How many of `bytes` are set. 0: KVM gave none.
         len: u8,
     },
-    /// A kick or another signal; nothing happened in the guest.
+    /// A kick, another signal, or the start of a vCPU that waited for it; nothing happened in the guest.
     Interrupted,
     /// The vCPU cannot go on: the guest's state is not valid for the hardware.
     FailEntry {
@@ -249,6 +249,8 @@ impl Vcpu {
                     self.kick.take();
                     Ok(VmExit::Interrupted)
                 }
+                // A vCPU that waited to be started is now: KVM wants to be asked again.
+                libc::EAGAIN => Ok(VmExit::Interrupted),
                 libc::EFAULT => Err(VcpuError::HostMemory { id: self.id }),
                 _ => Err(self.error("KVM_RUN", e)),
             },

@@ -7,7 +7,7 @@ use super::investigate::Place;
 use super::monitor::{Flow, Machine, Monitor};
 use super::rings::Event;
 use super::{Outcome, investigate};
-use crate::hypercall::{Actor, Call, CallError, Exit, Named, Regions};
+use crate::hypercall::{Call, CallError, Exit, Named, Regions};
 use crate::machine::memory::Ram;
 use crate::shadow::{Notify, Objects, ShadowError, release_unused};
 
@@ -59,7 +59,8 @@ impl Monitor {
                 if !self.rings.has(cpu) {
                     return Err(CallError::Argument { what: "CPU", value: cpu.into() }.into());
                 }
-                self.drain(cpu, machine.ram);
+                machine.others.stop()?;
+                self.drain_all(machine.ram);
                 self.give_back()?;
             }
             Call::Poison { va, len, code } => {
@@ -104,6 +105,7 @@ impl Monitor {
                 self.give_back_now_and_then()?;
             }
             Call::Report { address, size, access, actor, ip } => {
+                machine.others.stop()?;
                 self.drain_all(machine.ram);
                 let finding = self.investigate(address, size, access, actor, ip, machine);
                 if let Flow::End(outcome) = self.found(finding) {
@@ -152,13 +154,12 @@ impl Monitor {
         investigate::stack(machine, None, RECORD_FRAMES).ips
     }
 
-    /// Takes the records out of one ring. Its CPU stands still.
-    fn drain(&mut self, cpu: u16, ram: &Ram) {
-        self.events.ring_drains += 1;
+    /// Takes the records out of all rings. Every CPU stands still.
+    pub fn drain_all(&mut self, ram: &Ram) {
         let Self { rings, objects, regions, events, .. } = self;
         let mut refused = 0;
-        rings.drain(cpu, ram, |event| {
-            if !take(event, cpu, regions, objects) {
+        events.ring_drains += rings.drain(ram, |event| {
+            if !take(event, regions, objects) {
                 refused += 1;
             } else if event.record.kind == record::ALLOCATED {
                 events.allocations += 1;
@@ -167,18 +168,12 @@ impl Monitor {
             }
         });
         if refused > 0 {
-            self.refuse(refused, &format_args!("{refused} records in the ring of CPU {cpu} make no sense"));
+            self.refuse(refused, &format_args!("{refused} records in rings make no sense"));
         }
     }
 
-    /// Takes the records out of all rings. Every CPU stands still.
-    pub fn drain_all(&mut self, ram: &Ram) {
-        for cpu in self.rings.cpus() {
-            self.drain(cpu, ram);
-        }
-    }
-
-    /// Gives host memory behind unused shadow back. Every vCPU stands still: there is one, and it has exited.
+    /// Gives host memory behind unused shadow back. In `ring` mode every vCPU stands still. In `sync` mode only the VMM
+    /// changes shadow, so the others cannot make use of what goes.
     fn give_back(&mut self) -> Result<(), Outcome> {
         if let Some(windows) = &mut self.windows {
             release_unused(windows)?;
@@ -238,14 +233,13 @@ fn in_ram(regions: &Regions, ram: &Ram, va: u64, len: u64, what: &'static str) -
 }
 
 /// Takes in one record. False if it makes no sense.
-fn take(event: &Event, cpu: u16, regions: &Regions, objects: &mut Objects) -> bool {
+fn take(event: &Event, regions: &Regions, objects: &mut Objects) -> bool {
     let r = &event.record;
     let Some(gpa) = regions.to_gpa(r.address, u64::from(r.size).max(1)) else { return false };
-    let actor = Actor { cpu, task: r.task };
     let frames = event.frames.get(..event.depth).unwrap_or_default();
     match r.kind {
-        record::ALLOCATED => objects.allocated(gpa, r.size.into(), r.cache, actor.task, frames),
-        record::FREED => objects.freed(gpa, actor.task, frames),
+        record::ALLOCATED => objects.allocated(gpa, r.size.into(), r.cache, r.task, frames),
+        record::FREED => objects.freed(gpa, r.task, frames),
         _ => return false,
     }
     true

@@ -160,7 +160,8 @@ impl Monitor {
             size,
             address,
             ip,
-            cpu: actor.cpu.into(),
+            // Not the number that the guest gave: this one cannot be wrong.
+            cpu: machine.id.into(),
             task: task(actor.task, self.objects.task_name(actor.task)),
             frames,
             object,
@@ -213,6 +214,7 @@ impl Monitor {
 
     /// Makes a finding of a guest's own store into a read-only window, which had no effect.
     pub(super) fn tampering(&mut self, gpa: u64, size: u64, machine: &mut Machine) -> Result<Flow, Outcome> {
+        machine.others.stop()?;
         self.drain_all(machine.ram);
         let ip = machine.cpu.regs()?.rip;
         // Through which address of its own the guest came is not known; it has the shadow of its regions mapped where
@@ -239,7 +241,7 @@ impl Monitor {
             size,
             address: address.unwrap_or(gpa),
             ip,
-            cpu: 0,
+            cpu: machine.id.into(),
             task: Task::default(),
             frames,
             object: None,

@@ -1,8 +1,8 @@
 //! The sandbox: a machine, its shadow and its findings, joined for one run of one kernel. The library's entry point
 //! is [`run`].
 //!
-//! The vCPU runs in a thread of its own. The calling thread waits for it, watches the time limit and the request
-//! to stop, and gets the vCPU out of the guest for either. If the host does not let go of the vCPU, the run
+//! Each vCPU runs in a thread of its own. The calling thread waits for them, watches the time limit and the request
+//! to stop, and gets the vCPUs out of the guest for either. If the host does not let go of one, the run
 //! still ends, with all that was found.
 
 mod calls;
@@ -15,9 +15,10 @@ mod rings;
 pub mod stats;
 #[cfg(test)]
 mod tests;
+mod vcpus;
 
 use std::io::Write;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread;
@@ -26,21 +27,21 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 use vm_memory::GuestAddress;
 
-use crate::machine::devices::Devices;
+use crate::machine::devices::{COM1_IRQ, Devices};
 use crate::machine::loader::LoadError;
 use crate::machine::memory::Ram;
-use crate::machine::stats::{VcpuStats, emulates_ring0};
-use crate::machine::vcpu::Vcpu;
+use crate::machine::stats::{Counters, emulates_ring0};
 use crate::machine::{Kvm, Machine, MachineConfig, MachineError, SlotId, layout};
 use crate::report::symbols::Symbols;
 use crate::report::{Finding, Findings};
 use crate::shadow::accounting::resident_bytes;
 use crate::shadow::{self, Notify, PageMap, ProcessMemory, ShadowError, SlotError, Slots, Windows};
-use monitor::{Flow, Monitor};
+use monitor::Monitor;
 pub use outcome::Outcome;
 use picture::Timeline;
 pub use picture::{Picture, Sample};
 use stats::{GuestStats, HostStats, ShadowStats, Stats};
+use vcpus::Vcpus;
 
 /// Which shadow to keep.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -74,6 +75,13 @@ pub struct Config {
     pub cmdline: String,
     /// Guest memory in bytes.
     pub memory: u64,
+    /// CPUs, 1 to [`layout::MAX_CPUS`].
+    pub cpus: u8,
+    /// Give the guest interrupt controllers even if it has one CPU. With them `hlt` does not end the run: an interrupt
+    /// may follow.
+    pub irqchip: bool,
+    /// Give the guest a timer, and the interrupt controllers that it needs.
+    pub pit: bool,
     /// Which shadow.
     pub shadow: ShadowMode,
     /// Who writes it.
@@ -90,13 +98,34 @@ pub struct Config {
     pub picture: bool,
 }
 
+/// An empty kernel with 256 MiB, one CPU and no limits: to name only what is different.
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            kernel: Arc::from([]),
+            cmdline: String::new(),
+            memory: 256 << 20,
+            cpus: 1,
+            irqchip: false,
+            pit: false,
+            shadow: ShadowMode::default(),
+            notify: Notify::Ring,
+            shadow_limit: None,
+            timeout: None,
+            stop_at: None,
+            count_instructions: false,
+            picture: false,
+        }
+    }
+}
+
 /// Who hears of each new finding while the guest runs, and of its start.
 pub trait Observer: Send {
     /// A finding that is the first of its kind.
     fn finding(&mut self, finding: &Finding);
 
-    /// The guest is about to run; `counters` are its vCPU's, if they were asked for and KVM has them.
-    fn starts(&mut self, counters: Option<Arc<VcpuStats>>) {
+    /// The guest is about to run; `counters` are its vCPUs', if they were asked for and KVM has them.
+    fn starts(&mut self, counters: Option<Arc<Counters>>) {
         let _ = counters;
     }
 }
@@ -116,9 +145,9 @@ pub enum RunError {
     Load(#[from] LoadError),
     #[error(transparent)]
     Shadow(#[from] ShadowError),
-    #[error("cannot start a thread for the vCPU: {0}")]
+    #[error("cannot start a thread for a vCPU: {0}")]
     Thread(std::io::Error),
-    #[error("the vCPU's thread panicked: this is a bug in Umbra")]
+    #[error("a vCPU's thread panicked: this is a bug in Umbra")]
     Panicked,
     #[error("{0}, but the run cannot be ended in good order: is its output being read?")]
     Abandoned(Outcome),
@@ -153,7 +182,7 @@ struct MachineSlots<'a>(&'a Machine);
 
 impl Slots for MachineSlots<'_> {
     fn map(&mut self, gpa: u64, host: *mut u8, len: u64, readonly: bool) -> Result<u32, SlotError> {
-        // SAFETY: `Shared` drops the machine before the windows, and the vCPU's thread holds both; shadow is
+        // SAFETY: `Shared` drops the machine before the windows, and the vCPUs' threads hold both; shadow is
         // memory that is meant for the guest to write. Should the windows fail half made, they go first, but no vCPU
         // runs then or later.
         let slot = unsafe { self.0.map(GuestAddress(gpa), host, len, readonly) };
@@ -165,13 +194,13 @@ impl Slots for MachineSlots<'_> {
     }
 }
 
-/// What both threads hold. The order of the fields is the order in which they are dropped: the machine, whose memory
+/// What all threads hold. The order of the fields is the order in which they are dropped: the machine, whose memory
 /// slots lie in the windows, before them.
 struct Shared {
     machine: Machine,
-    counters: Option<Arc<VcpuStats>>,
+    vcpus: Vcpus,
+    counters: Option<Arc<Counters>>,
     stop: AtomicBool,
-    started: Mutex<Option<Instant>>,
     monitor: Mutex<Monitor>,
 }
 
@@ -181,7 +210,7 @@ impl Shared {
         self.monitor.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The state, unless the vCPU's thread holds on to it: it may be writing to a pipe that nobody reads.
+    /// The state, unless a vCPU's thread holds on to it: it may be writing to a pipe that nobody reads.
     fn monitor_in_time(&self) -> Option<MutexGuard<'_, Monitor>> {
         let give_up = Instant::now() + PATIENCE;
         loop {
@@ -214,13 +243,14 @@ pub fn run(
         &kvm,
         MachineConfig {
             memory_bytes: config.memory,
+            cpus: config.cpus,
             extra_cpuid: monitor::discovery(config.shadow, config.notify, &layout),
-            irqchip: false,
+            irqchip: config.irqchip,
+            pit: config.pit,
         },
     )?;
     machine.load(&config.kernel, &config.cmdline)?;
-    let vcpu = machine.create_vcpu(0)?;
-    let kicker = vcpu.kicker();
+    let vcpus = (0..config.cpus).map(|id| machine.create_vcpu(id)).collect::<Result<Vec<_>, _>>()?;
     // Last of what can fail: if it does, no vCPU has run on the slots that it made.
     let mode = match config.shadow {
         ShadowMode::PerPage => Some(shadow::Mode::PerPage),
@@ -235,7 +265,7 @@ pub fn run(
     });
     let windows = windows.transpose()?;
     let kernel = config.kernel.clone();
-    let counters = config.count_instructions.then(|| VcpuStats::open(&vcpu)).and_then(|counters| {
+    let counters = config.count_instructions.then(|| Counters::open(&vcpus)).and_then(|counters| {
         counters.inspect_err(|e| log::info!("guest instructions are not counted: {e}")).ok()
     });
     let counters = counters.map(Arc::new);
@@ -243,7 +273,7 @@ pub fn run(
     let (console, tail) = picture::Tail::tee(console, config.picture);
     let mut monitor = Monitor::new(
         windows,
-        Devices::new(console, None),
+        Devices::new(console, machine.irq_line(COM1_IRQ)),
         Symbols::lazy(move || Ok(kernel)),
         observer,
         config.stop_at,
@@ -251,58 +281,60 @@ pub fn run(
     monitor.timeline = config.picture.then(Timeline::default);
     let shared = Arc::new(Shared {
         machine,
+        vcpus: Vcpus::new(&vcpus),
         counters,
         stop: AtomicBool::new(false),
-        started: Mutex::new(None),
         monitor: Mutex::new(monitor),
     });
 
-    let (done, wait) = mpsc::sync_channel(1);
-    let worker = {
-        let shared = shared.clone();
-        thread::Builder::new()
-            .name("vcpu0".into())
-            .spawn(move || {
-                let outcome = run_vcpu(vcpu, &shared);
-                // Nobody waits any more if this took too long to stop.
-                let _ = done.send(outcome);
-            })
-            .map_err(RunError::Thread)?
-    };
+    let (tell, wait) = mpsc::sync_channel(2 * vcpus.len());
+    let started = Instant::now();
+    let mut threads = Vec::with_capacity(vcpus.len());
+    for vcpu in vcpus {
+        match vcpus::spawn(vcpu, shared.clone(), tell.clone()) {
+            Ok(thread) => threads.push(thread),
+            Err(error) => {
+                shared.stop.store(true, SeqCst);
+                shared.vcpus.end(&threads);
+                return Err(RunError::Thread(error));
+            }
+        }
+    }
+    drop(tell);
     // A limit beyond what the clock can tell is none.
     let deadline = config.timeout.and_then(|limit| Some((Instant::now().checked_add(limit)?, limit)));
-    let mut left_behind = false;
-    let outcome = loop {
+    let mut outcome = loop {
         let tick = deadline.map_or(TICK, |(at, _)| TICK.min(at.saturating_duration_since(Instant::now())));
         match wait.recv_timeout(tick) {
             Ok(outcome) => break outcome,
             Err(RecvTimeoutError::Disconnected) => break None,
             Err(RecvTimeoutError::Timeout) => {}
         }
-        // A guest that makes no exits is sampled from here. While it handles one, the other thread does it.
+        // A guest that makes no exits is sampled from here. While it handles one, the other threads do it.
         if config.picture
             && let Ok(mut monitor) = shared.monitor.try_lock()
         {
             monitor.sample();
         }
-        let why = if stop.load(Relaxed) {
-            Outcome::Interrupted
-        } else {
-            match deadline {
-                Some((at, limit)) if at <= Instant::now() => Outcome::TimeLimit(limit),
-                _ => continue,
-            }
-        };
-        shared.stop.store(true, Relaxed);
-        if !kicker.kick_and_wait(PATIENCE) {
-            left_behind = true;
-            break Some(why);
+        if stop.load(SeqCst) {
+            break Some(Outcome::Interrupted);
         }
-        // It may have ended by itself just now.
-        break Some(wait.recv_timeout(PATIENCE).ok().flatten().unwrap_or(why));
+        if let Some((at, limit)) = deadline
+            && at <= Instant::now()
+        {
+            break Some(Outcome::TimeLimit(limit));
+        }
     };
-    if worker.is_finished() && worker.join().is_err() {
-        return Err(RunError::Panicked);
+    shared.stop.store(true, SeqCst);
+    let left_behind = !shared.vcpus.end(&threads);
+    // It may have ended by itself just now.
+    if let Some(Some(itself)) = wait.try_iter().find(Option::is_some) {
+        outcome = Some(itself);
+    }
+    for thread in threads {
+        if thread.is_finished() && thread.join().is_err() {
+            return Err(RunError::Panicked);
+        }
     }
     let outcome = outcome.ok_or(RunError::Panicked)?;
     let counted = shared.counters.as_ref().and_then(|counters| counters.instructions_emulated());
@@ -315,7 +347,7 @@ pub fn run(
     });
     let Some(mut monitor) = shared.monitor_in_time() else { return Err(RunError::Abandoned(outcome)) };
     if left_behind {
-        log::warn!("the host does not let go of the vCPU; its thread is left behind");
+        log::warn!("the host does not let go of a vCPU; its thread is left behind");
     }
     monitor.drain_all(shared.machine.ram());
     monitor.flush();
@@ -328,36 +360,14 @@ pub fn run(
             console: tail.take(),
         }
     });
-    let started = *shared.started.lock().unwrap_or_else(PoisonError::into_inner);
-    let seconds = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
-        (Some(from), Some(to)) => to.saturating_duration_since(from).as_secs_f64(),
-        _ => 0.0,
-    };
     let host = HostStats {
-        start_seconds: seconds(Some(begin), started),
-        seconds: seconds(started, Some(Instant::now())),
+        start_seconds: started.saturating_duration_since(begin).as_secs_f64(),
+        seconds: started.elapsed().as_secs_f64(),
         ..HostStats::default()
     };
     let stats = figures(config, &outcome, &mut monitor, shared.machine.ram(), instructions, host);
     let findings = std::mem::take(&mut monitor.findings);
     Ok(Report { outcome, findings, stats, picture })
-}
-
-/// Runs the vCPU until the run ends. `None`: it was told to stop.
-fn run_vcpu(mut vcpu: Vcpu, shared: &Shared) -> Option<Outcome> {
-    *shared.started.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
-    while !shared.stop.load(Relaxed) {
-        let exit = match vcpu.run() {
-            Ok(exit) => exit,
-            Err(error) => return Some(error.into()),
-        };
-        let mut slots = MachineSlots(&shared.machine);
-        let mut machine = monitor::Machine { cpu: &mut vcpu, ram: shared.machine.ram(), slots: &mut slots };
-        if let Flow::End(outcome) = shared.monitor().dispatch(exit, &mut machine) {
-            return Some(outcome);
-        }
-    }
-    None
 }
 
 /// Collects all figures.
@@ -398,7 +408,7 @@ fn figures(
         outcome: outcome.word(),
         findings: monitor.findings.distinct(),
         findings_total: monitor.findings.total(),
-        guest: GuestStats { memory_bytes: config.memory, instructions },
+        guest: GuestStats { memory_bytes: config.memory, cpus: config.cpus, instructions },
         exits,
         events: monitor.events.clone(),
         host: with_memory(host, ram, &shadow),

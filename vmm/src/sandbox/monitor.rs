@@ -34,14 +34,27 @@ impl GuestCpu for Vcpu {
     }
 }
 
+/// The other vCPUs of a machine, as the dispatcher needs them.
+pub trait Others {
+    /// Gets all of them out of the guest, where they stay until this exit has been handled.
+    ///
+    /// # Errors
+    /// The host does not let go of one.
+    fn stop(&mut self) -> Result<(), Outcome>;
+}
+
 /// What goes with an exit: the machine that the guest runs on.
 pub struct Machine<'a> {
+    /// The vCPU's number.
+    pub id: u8,
     /// The vCPU, stopped.
     pub cpu: &'a mut dyn GuestCpu,
     /// Guest memory.
     pub ram: &'a Ram,
     /// Its memory slots.
     pub slots: &'a mut dyn Slots,
+    /// The other vCPUs, which may be running.
+    pub others: &'a mut dyn Others,
 }
 
 /// What to do after an exit.
@@ -55,6 +68,8 @@ pub enum Flow {
 
 /// The state of a run.
 pub struct Monitor {
+    /// Holds on to the machine for its interrupts: dropped before the windows, which the machine's slots lie in.
+    devices: Devices,
     /// The shadow; none with `--shadow off`.
     pub windows: Option<Windows>,
     /// Who allocated and freed what.
@@ -73,7 +88,6 @@ pub struct Monitor {
     pub(super) stop_at: Option<usize>,
     /// The shadow over time, if that was asked for.
     pub(super) timeline: Option<Timeline>,
-    devices: Devices,
     completer: Completer,
 }
 

@@ -63,6 +63,12 @@ pub enum Outcome {
         /// The instruction, with its symbol if it is known.
         place: String,
     },
+    /// The host does not let go of a vCPU that had to stand still.
+    #[error("vCPU {id} does not come out of the guest")]
+    Unstoppable {
+        /// Its number.
+        id: usize,
+    },
     /// The time limit.
     #[error("the time limit of {0:?} is over: --timeout gives it more")]
     TimeLimit(Duration),
@@ -112,7 +118,7 @@ impl Outcome {
             Self::TimeLimit(_) => "time-limit",
             Self::Interrupted => "interrupted",
             Self::ShadowLimit(_) => "shadow-limit",
-            Self::Shadow(_) | Self::Host(_) => "host-error",
+            Self::Shadow(_) | Self::Host(_) | Self::Unstoppable { .. } => "host-error",
         }
     }
 
@@ -121,7 +127,7 @@ impl Outcome {
     pub fn status(&self, findings: bool) -> u8 {
         match self {
             Self::Done | Self::Reset | Self::Halted | Self::FindingLimit(_) => u8::from(findings),
-            Self::ShadowLimit(_) | Self::Shadow(_) | Self::Host(_) => 2,
+            Self::ShadowLimit(_) | Self::Shadow(_) | Self::Host(_) | Self::Unstoppable { .. } => 2,
             Self::Failed
             | Self::Panic
             | Self::Fault { .. }

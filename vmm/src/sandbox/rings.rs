@@ -1,4 +1,9 @@
-//! The rings in which a guest records its allocations and frees.
+//! The rings in which a guest records its allocations and frees: one for each CPU, drained all at once.
+//!
+//! The records carry numbers that count across all CPUs. A record is complete before what it tells of can matter to another
+//! CPU (memory is told to be free before it can be handed out again), so whenever a record is there, all that led to it
+//! is there too, in this drain or an earlier one. Merging a drain's records by their numbers therefore
+//! puts all events of one piece of memory in their true order.
 
 use umbra_shadow::abi::{RECORD_BYTES, RECORD_FRAMES, RING_MAX_RECORDS, Record};
 use vm_memory::GuestAddress;
@@ -38,11 +43,67 @@ impl Event {
     }
 }
 
+/// Records that are read at a time: a page of them.
+const BLOCK: usize = 64;
+
+/// The records of one ring in a drain, in the order in which they were written.
+struct Reader {
+    ring: Ring,
+    /// Records taken or in `block`, and how many there are in all.
+    read: u64,
+    count: u64,
+    block: Vec<Event>,
+    /// The next in `block`.
+    next: usize,
+}
+
+impl Reader {
+    /// Reads how many records there are, and makes it none. Without any, there is no reader.
+    fn new(ring: Ring, ram: &Ram) -> Option<Self> {
+        let header = GuestAddress(ring.gpa);
+        // Copied once, and bounded: the guest may have written anything.
+        let count = ram.read_u64(header).ok()?.min(ring.records);
+        // It was readable, so it is RAM and can be written.
+        let _ = ram.write(header, &0u64.to_le_bytes());
+        let mut reader = Self { ring, read: 0, count, block: Vec::new(), next: 0 };
+        reader.refill(ram).then_some(reader)
+    }
+
+    /// Reads the next records; false if there are none.
+    fn refill(&mut self, ram: &Ram) -> bool {
+        let some = (self.count - self.read).min(BLOCK as u64);
+        let mut bytes = [0; BLOCK * RECORD_BYTES as usize];
+        let bytes = &mut bytes[..some as usize * RECORD_BYTES as usize];
+        let at = self.ring.gpa + (1 + self.read) * RECORD_BYTES;
+        if ram.read(GuestAddress(at), bytes).is_err() {
+            return false;
+        }
+        self.block.clear();
+        let records = bytes.as_chunks::<{ RECORD_BYTES as usize }>().0;
+        self.block
+            .extend(records.iter().map(|bytes| Event::new(Record::from_bytes(bytes), self.ring.text_base)));
+        self.read += some;
+        self.next = 0;
+        some > 0
+    }
+
+    fn event(&self) -> &Event {
+        &self.block[self.next]
+    }
+
+    /// Goes to the next record; false if this was the last.
+    fn advance(&mut self, ram: &Ram) -> bool {
+        self.next += 1;
+        self.next < self.block.len() || self.refill(ram)
+    }
+}
+
 /// All rings of a guest.
 #[derive(Debug, Default)]
 pub struct Rings {
     rings: Vec<Option<Ring>>,
-    buffer: Vec<u8>,
+    /// The number of the record that was taken last.
+    taken: u32,
 }
 
 impl Rings {
@@ -75,33 +136,30 @@ impl Rings {
         Ok(())
     }
 
-    /// The CPUs that have a ring.
-    pub fn cpus(&self) -> impl Iterator<Item = u16> + use<> {
-        let set: Vec<_> = self.rings.iter().map(Option::is_some).collect();
-        (0..).zip(set).filter_map(|(cpu, set)| set.then_some(cpu))
-    }
-
     /// Whether a CPU has a ring.
     pub fn has(&self, cpu: u16) -> bool {
         matches!(self.rings.get(usize::from(cpu)), Some(Some(_)))
     }
 
-    /// Takes all records out of a CPU's ring. That CPU must stand still. A CPU without a ring has none.
-    pub fn drain(&mut self, cpu: u16, ram: &Ram, mut take: impl FnMut(&Event)) {
-        let Some(Some(ring)) = self.rings.get(usize::from(cpu)).copied() else { return };
-        let header = GuestAddress(ring.gpa);
-        // Copied once, and bounded: the guest may write anything at any time.
-        let Ok(count) = ram.read_u64(header) else { return };
-        let count = count.min(ring.records) as usize;
-        self.buffer.resize(count * RECORD_BYTES as usize, 0);
-        if ram.read(GuestAddress(ring.gpa + RECORD_BYTES), &mut self.buffer).is_err() {
-            return;
+    /// Takes all records out of all rings, in the order of their numbers. Every CPU stands still. Returns how many
+    /// rings there are.
+    pub fn drain(&mut self, ram: &Ram, mut take: impl FnMut(&Event)) -> u64 {
+        let rings = self.rings.iter().flatten();
+        let there = rings.clone().count() as u64;
+        let mut readers: Vec<_> = rings.filter_map(|ring| Reader::new(*ring, ram)).collect();
+        // From the record taken last on, since the numbers wrap. Nothing depends on what a guest makes of them but the
+        // order of its own events.
+        let begin = self.taken;
+        let distance = |reader: &Reader| reader.event().record.sequence.wrapping_sub(begin).cast_signed();
+        while let Some(next) = (0..readers.len()).min_by_key(|at| distance(&readers[*at])) {
+            let reader = &mut readers[next];
+            self.taken = reader.event().record.sequence;
+            take(reader.event());
+            if !reader.advance(ram) {
+                readers.remove(next);
+            }
         }
-        // It was readable, so it is RAM and can be written.
-        let _ = ram.write(header, &0u64.to_le_bytes());
-        for bytes in self.buffer.as_chunks::<{ RECORD_BYTES as usize }>().0 {
-            take(&Event::new(Record::from_bytes(bytes), ring.text_base));
-        }
+        there
     }
 }
 
@@ -128,13 +186,12 @@ mod tests {
     fn a_drain_takes_what_the_count_says_and_resets_it() {
         let (ram, mut rings) = ram_with_ring(3);
         let mut kinds = Vec::new();
-        rings.drain(1, &ram, |event| {
+        rings.drain(&ram, |event| {
             assert_eq!((event.depth, event.frames[0], event.frames[1]), (10, 0xffff_ffff_8010_0000, 0));
             kinds.push(event.record.kind);
         });
         assert_eq!(kinds, [1, 2, 3]);
-        rings.drain(1, &ram, |_| panic!("the ring is empty"));
-        rings.drain(0, &ram, |_| panic!("CPU 0 has no ring"));
+        rings.drain(&ram, |_| panic!("the ring is empty"));
     }
 
     #[test]
@@ -142,10 +199,53 @@ mod tests {
         for count in [5, u64::MAX / 64, u64::MAX] {
             let (ram, mut rings) = ram_with_ring(count);
             let mut taken = 0;
-            rings.drain(1, &ram, |_| taken += 1);
+            rings.drain(&ram, |_| taken += 1);
             assert_eq!(taken, 4, "count {count:#x}");
         }
         assert!(Rings::default().set_up(64, 0, 1, 0).is_err());
+    }
+
+    /// Writes records with these numbers; what they tell is (CPU, number).
+    fn fill(ram: &Ram, cpu: u16, gpa: u64, numbers: &[u32]) {
+        for (i, number) in numbers.iter().enumerate() {
+            let mut bytes = [0; 64];
+            bytes[2..4].copy_from_slice(&cpu.to_le_bytes());
+            bytes[20..24].copy_from_slice(&number.to_le_bytes());
+            ram.write(GuestAddress(gpa + 64 * (1 + i as u64)), &bytes).expect("inside RAM");
+        }
+        ram.write(GuestAddress(gpa), &(numbers.len() as u64).to_le_bytes()).expect("inside RAM");
+    }
+
+    #[test]
+    fn events_of_all_cpus_come_in_the_order_of_their_numbers() {
+        let ram = Ram::new(4 << 20).expect("4 MiB of guest memory");
+        let mut rings = Rings::default();
+        for cpu in 0..3u16 {
+            rings.set_up(cpu, 0x10_0000 + u64::from(cpu) * 0x4_0000, 1000, 0).expect("a ring for each");
+        }
+        let mut drain = |numbers: [&[u32]; 3]| {
+            for (cpu, numbers) in (0u16..).zip(numbers) {
+                fill(&ram, cpu, 0x10_0000 + u64::from(cpu) * 0x4_0000, numbers);
+            }
+            let mut taken = Vec::new();
+            assert_eq!(rings.drain(&ram, |event| taken.push((event.record.cache, event.record.sequence))), 3);
+            taken
+        };
+        assert_eq!(drain([&[1, 4], &[], &[2, 3, 5]]), [(0, 1), (2, 2), (2, 3), (0, 4), (2, 5)]);
+        // More than are read at a time; one that was written late comes first.
+        let [even, odd] = [0u32, 1].map(|from| (from + 6..500).step_by(2).collect::<Vec<_>>());
+        let taken = drain([&even, &[4], &odd]);
+        assert_eq!(taken[0], (1, 4));
+        assert_eq!(taken[1..].iter().map(|t| t.1).collect::<Vec<_>>(), (6..500).collect::<Vec<_>>());
+        // They wrap.
+        drain([&[u32::MAX / 2], &[], &[]]);
+        drain([&[u32::MAX - 2], &[], &[]]);
+        assert_eq!(
+            drain([&[u32::MAX, 1], &[u32::MAX - 1, 0], &[]]),
+            [(1, u32::MAX - 1), (0, u32::MAX), (1, 0), (0, 1)]
+        );
+        // Numbers that make no sense cost nobody a record.
+        assert_eq!(drain([&[9, 9, 1 << 31, 0], &[7, u32::MAX, 7], &[0; 70]]).len(), 77);
     }
 
     #[test]

@@ -55,6 +55,8 @@ pub struct ShadowStats {
 pub struct GuestStats {
     /// Its memory.
     pub memory_bytes: u64,
+    /// Its CPUs.
+    pub cpus: u8,
     /// Instructions that it executed, where the host counts them; else null.
     pub instructions: Option<u64>,
 }

@@ -9,7 +9,7 @@ use umbra_shadow::abi::{self, PORT, access, call, exit, features, name};
 use umbra_shadow::codes::{PAGE_BYTES, SLAB_FREE};
 use vm_memory::GuestAddress;
 
-use super::monitor::{Flow, GuestCpu, Machine, Monitor, discovery};
+use super::monitor::{Flow, GuestCpu, Machine, Monitor, Others, discovery};
 use super::{Observer, Outcome, ShadowMode};
 use crate::machine::complete::Cpu;
 use crate::machine::devices::Devices;
@@ -20,6 +20,8 @@ use crate::report::symbols::Symbols;
 use crate::shadow::{self, CHUNK_BYTES, Layout, Mode, Notify, SlotError, Slots, Windows};
 
 const RAM: u64 = 16 << 20;
+/// The vCPU that makes all exits.
+const CPU: u8 = 2;
 
 /// Registers, and what was done to them.
 #[derive(Default)]
@@ -114,6 +116,19 @@ impl Slots for FakeSlots {
     }
 }
 
+/// How often the other vCPUs were stopped, of which there are none.
+#[derive(Default)]
+struct FakeOthers {
+    stops: u32,
+}
+
+impl Others for FakeOthers {
+    fn stop(&mut self) -> Result<(), Outcome> {
+        self.stops += 1;
+        Ok(())
+    }
+}
+
 #[derive(Clone, Default)]
 struct Heard(Arc<Mutex<Vec<Finding>>>);
 
@@ -129,6 +144,7 @@ struct Bench {
     cpu: FakeCpu,
     ram: Ram,
     slots: FakeSlots,
+    others: FakeOthers,
     heard: Heard,
     layout: Layout,
 }
@@ -147,7 +163,15 @@ impl Bench {
         // 64-bit code without paging, which does not exist, but keeps this short.
         (cpu.sregs.efer, cpu.sregs.cs.l) = (1 << 10, 1);
         let layout = Layout::new(RAM).unwrap();
-        Self { monitor, cpu, ram: Ram::new(RAM).unwrap(), slots, heard, layout }
+        Self {
+            monitor,
+            cpu,
+            ram: Ram::new(RAM).unwrap(),
+            slots,
+            others: FakeOthers::default(),
+            heard,
+            layout,
+        }
     }
 
     fn ring() -> Self {
@@ -164,7 +188,13 @@ impl Bench {
     }
 
     fn exit(&mut self, exit: VmExit) -> Flow {
-        let mut machine = Machine { cpu: &mut self.cpu, ram: &self.ram, slots: &mut self.slots };
+        let mut machine = Machine {
+            id: CPU,
+            cpu: &mut self.cpu,
+            ram: &self.ram,
+            slots: &mut self.slots,
+            others: &mut self.others,
+        };
         self.monitor.dispatch(exit, &mut machine)
     }
 
@@ -350,7 +380,8 @@ fn a_report_becomes_a_finding_with_its_object() {
     assert_eq!(bench.call(call::NAME, [name::TASK, 0x105, 4 | 8 << 32, 0]), 0);
     assert_eq!(bench.call(call::ALLOCATED, [0x5000, 50, 3 | 8 << 32, 0]), 0);
     assert_eq!(bench.call(call::POISON, [0x5038, 8, 0xfc, 0]), 0);
-    let who = u64::from(access::WRITE) | 2 << 16 | 8 << 32;
+    // The guest says that it is CPU 1.
+    let who = u64::from(access::WRITE) | 1 << 16 | 8 << 32;
     assert_eq!(bench.call(call::REPORT, [0x5034, 8, who, 0x10_0005]), 0);
     let heard = bench.heard.0.lock().unwrap().clone();
     let [finding] = heard.as_slice() else { panic!("{heard:?}") };
@@ -358,7 +389,7 @@ fn a_report_becomes_a_finding_with_its_object() {
         (finding.kind, finding.address, finding.size, finding.ip),
         ("slab-out-of-bounds", 0x5034, 8, 0x10_0005)
     );
-    assert_eq!((finding.cpu, finding.task.name.as_str()), (2, "task"));
+    assert_eq!((finding.cpu, finding.task.name.as_str()), (CPU.into(), "task"));
     let object = finding.object.as_ref().unwrap();
     assert_eq!((object.start, object.size, object.cache.as_deref()), (0x5000, 50, Some("cache")));
     assert_eq!(object.offset, 0x38, "of the first bad byte");
@@ -389,7 +420,9 @@ fn rings_are_drained_before_a_report() {
     record[0] = 77;
     bench.ram.write(GuestAddress(0x8080), &record).unwrap();
     bench.ram.write(GuestAddress(0x8000), &2u64.to_le_bytes()).unwrap();
+    assert_eq!(bench.others.stops, 0);
     assert_eq!(bench.call(call::REPORT, [0x6008, 1, 0, 0x100]), 0);
+    assert_eq!(bench.others.stops, 1, "the other CPUs write to their rings");
     let object = bench.heard.0.lock().unwrap()[0].object.clone().unwrap();
     assert_eq!((object.start, object.size, object.offset), (0x6000, 40, 8));
     let events = &bench.monitor.events;

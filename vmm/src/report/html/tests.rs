@@ -17,11 +17,10 @@ fn config() -> Config {
         memory: 256 << 20,
         shadow: ShadowMode::PerPage,
         notify: Notify::Ring,
-        shadow_limit: None,
         timeout: Some(Duration::from_secs(60)),
         stop_at: Some(1),
-        count_instructions: false,
         picture: true,
+        ..Config::default()
     }
 }
 
@@ -35,7 +34,7 @@ fn report(outcome: Outcome, findings: Findings) -> Report {
         findings: findings.distinct(),
         findings_total: findings.total(),
         shadow: ShadowStats { mode: "per-page", notify: "ring", page_bytes: 65536, ..ShadowStats::default() },
-        guest: GuestStats { memory_bytes: 256 << 20, instructions: None },
+        guest: GuestStats { memory_bytes: 256 << 20, cpus: 1, instructions: None },
         exits: ExitStats { completed: [("movdqa", 7)].into(), ..ExitStats::default() },
         events: EventStats::default(),
         host: HostStats::default(),
