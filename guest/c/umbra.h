@@ -21,8 +21,8 @@
  * without Umbra keeps the scratch page there: guest/c/kernel/boot.S shows how.
  *
  * Addresses are virtual addresses of the upper half unless they are called gpa (guest-physical). Sizes are bytes.
- * Nothing here may be called from a non-maskable interrupt. A change of the shadow must not be interrupted by checked
- * code that changes the same page: interrupts off, as in an allocator's lock.
+ * Nothing here may be called from a non-maskable interrupt. Several CPUs may call it at once; interrupts are turned off
+ * where a change must not be interrupted.
  */
 #ifndef UMBRA_H
 #define UMBRA_H

@@ -60,7 +60,7 @@ pub mod call {
     /// `rdi`: virtual address of a [`super::RingHeader`] (in an added region, 64-byte aligned), `rsi`: bytes
     /// of header and records, `rcx`: CPU, `r8`: text base (see [`super::Record`]).
     pub const RING_SETUP: u32 = 3;
-    /// `rdi`: CPU. Takes all records out of its ring; an error if it has none.
+    /// `rdi`: CPU, whose ring is full. Takes all records out of all rings; an error if the CPU has no ring.
     pub const RING_DRAIN: u32 = 4;
     /// `rdi`: address, `rsi`: bytes, `rcx`: code. `sync` mode only.
     pub const POISON: u32 = 5;
@@ -192,8 +192,8 @@ pub const RECORD_FRAMES: usize = 10;
 
 /// The first 64 bytes of a ring; [`Record`]s follow.
 ///
-/// The guest writes a record, then raises `count`. The VMM reads `count` records and sets it to 0, while that
-/// CPU stands still.
+/// The guest writes a record, then raises `count`. The VMM reads `count` records and sets it to 0, while every CPU
+/// stands still. All rings are drained together, and their records taken in the order of their sequence numbers.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C, align(64))]
 pub struct RingHeader {
@@ -227,7 +227,8 @@ pub struct Record {
     pub address: u64,
     /// Bytes asked for, saturated; 0 for a free.
     pub size: u32,
-    /// Sequence number across all CPUs, wrapping.
+    /// Sequence number across all CPUs, wrapping. Each is taken once, from a counter that is raised atomically, when the
+    /// event happens: for a free, before the memory can be handed out again.
     pub sequence: u32,
     /// Return addresses, innermost first, as the distance from the ring's text base. 0 is an address that lies
     /// more than 4 GiB from it.

@@ -169,6 +169,26 @@ fn map(mapping: &Mapping, table: &mut impl FnMut() -> u64) {
     }
 }
 
+/// Copies the page table of the highest level to `to`, and has the copy map the first GiB one to one as well.
+///
+/// # Safety
+/// `to` is a page that nobody else uses.
+pub unsafe fn copy_tables(to: *mut u64) {
+    const DIRECT: usize = 256;
+    // SAFETY: the table is in the image; the caller's promise.
+    unsafe {
+        core::ptr::copy_nonoverlapping(&raw const boot_pml4 as *const u64, to, 512);
+        to.write(to.add(DIRECT).read());
+    }
+}
+
+/// Has this CPU use the kernel's page tables.
+pub fn use_tables() {
+    let tables = &raw const boot_pml4 as u64 - IMAGE_MAP;
+    // SAFETY: they map all that the kernel uses.
+    unsafe { asm!("mov cr3, {}", in(reg) tables, options(nostack)) };
+}
+
 /// Completes the page tables: the rest of the direct map, what `extra` lists, and nothing at 0 any more.
 pub fn map_all(memory_end: u64, extra: &[Mapping], mut table: impl FnMut() -> u64) {
     const MAPPED_AT_BOOT: u64 = 1 << 30;

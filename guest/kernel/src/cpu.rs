@@ -5,10 +5,15 @@ use core::ptr::addr_of_mut;
 
 use umbra_guest::Trap;
 
+use crate::smp;
+
 const VECTORS: usize = 32;
 const CODE: u16 = 0x08;
 const TSS: u16 = 0x10;
-const FAULT_STACK: usize = 16 << 10;
+/// Bytes of the stack on which exceptions run.
+pub const FAULT_STACK: usize = 16 << 10;
+/// The interrupt by which one CPU wakes another.
+pub const WAKE: u8 = VECTORS as u8;
 const PAGE_FAULT: u64 = 14;
 
 global_asm!(
@@ -27,6 +32,16 @@ global_asm!(
     ".irp vector, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31",
     "fault_stub \\vector",
     ".endr",
+    // The wake-up does nothing but end the wait. Its end must be told to the local APIC.
+    ".balign 16",
+    "push rax",
+    "movabs rax, {end_of_interrupt}",
+    "jmp wake_rest",
+    ".balign 16",
+    "wake_rest:",
+    "mov dword ptr [rax], 0",
+    "pop rax",
+    "iretq",
     "fault_common:",
     "push rax",
     "push rcx",
@@ -56,7 +71,11 @@ global_asm!(
     "pop rax",
     "add rsp, 16",
     "iretq",
+    "cpu_current:",
+    "mov rax, gs:[0]",
+    "ret",
     fault = sym fault,
+    end_of_interrupt = const smp::LOCAL_APIC + smp::END_OF_INTERRUPT,
 );
 
 /// What lies on the stack in [`fault`].
@@ -98,27 +117,74 @@ struct Pointer {
     base: u64,
 }
 
-static mut GDT: [u64; 4] = [0, 0x00af_9b00_0000_ffff, 0, 0];
-static mut TASK: TaskState = TaskState {
-    reserved0: 0,
-    rsp: [0; 3],
-    reserved1: 0,
-    ist: [0; 7],
-    reserved2: 0,
-    reserved3: 0,
-    io_map: size_of::<TaskState>() as u16,
+/// What each CPU has of its own. The `gs` segment begins here.
+#[repr(C)]
+struct PerCpu {
+    /// CPU and task that run now, as the ABI wants them.
+    current: u64,
+    gdt: [u64; 4],
+    task: TaskState,
+}
+
+/// Most CPUs that this kernel starts.
+pub const CPUS: usize = 16;
+const NEW: PerCpu = PerCpu {
+    current: 0,
+    gdt: [0, 0x00af_9b00_0000_ffff, 0, 0],
+    task: TaskState {
+        reserved0: 0,
+        rsp: [0; 3],
+        reserved1: 0,
+        ist: [0; 7],
+        reserved2: 0,
+        reserved3: 0,
+        io_map: size_of::<TaskState>() as u16,
+    },
 };
-static mut IDT: [[u64; 2]; VECTORS] = [[0; 2]; VECTORS];
+static mut PER_CPU: [PerCpu; CPUS] = [NEW; CPUS];
+static mut IDT: [[u64; 2]; VECTORS + 1] = [[0; 2]; VECTORS + 1];
 #[repr(align(16))]
 struct Stack(#[allow(dead_code, reason = "only its address is used")] [u8; FAULT_STACK]);
 static mut STACK: Stack = Stack([0; FAULT_STACK]);
 
 unsafe extern "C" {
-    static fault_stubs: [u8; 16 * VECTORS];
+    static fault_stubs: [u8; 16 * (VECTORS + 1)];
+    /// CPU and task that run now, as the ABI wants them. It runs for every allocator event: two instructions.
+    pub safe fn cpu_current() -> u64;
 }
 
-/// Sets up segments and the interrupt table. Exceptions run on a stack of their own, so that one that comes from a
-/// broken stack is still told.
+fn per_cpu(cpu: usize) -> *mut PerCpu {
+    assert!(cpu < CPUS);
+    // SAFETY: the index was checked; no reference is made.
+    unsafe { addr_of_mut!(PER_CPU).cast::<PerCpu>().add(cpu) }
+}
+
+/// Makes this CPU number `cpu`, for [`cpu_current`].
+pub fn set_number(cpu: usize) {
+    const IA32_GS_BASE: u32 = 0xc000_0101;
+    let at = per_cpu(cpu);
+    // SAFETY: this CPU's own data; nothing used `gs` before.
+    unsafe {
+        (*at).current = (cpu as u64) << 16;
+        let at = at as u64;
+        asm!("wrmsr", in("ecx") IA32_GS_BASE, in("eax") at as u32, in("edx") (at >> 32) as u32, options(nostack));
+    }
+}
+
+/// This CPU's number.
+pub fn number() -> usize {
+    (cpu_current() >> 16) as u16 as usize
+}
+
+/// Says which task runs on this CPU now.
+pub fn set_task(id: u32) {
+    let current = cpu_current() & 0xffff_ffff | u64::from(id) << 32;
+    // SAFETY: this CPU's own data.
+    unsafe { asm!("mov gs:[0], {}", in(reg) current, options(nostack, preserves_flags)) };
+}
+
+/// Sets up the interrupt table, and this CPU, the first. Exceptions run on a stack of their own, so that one that comes
+/// from a broken stack is still told.
 pub fn init() {
     // SAFETY: runs once, at start, on the only CPU; the tables live as long as the kernel.
     unsafe {
@@ -127,14 +193,6 @@ pub fn init() {
             stack & !0xfff,
             (FAULT_STACK as u64 + (stack & 0xfff)).next_multiple_of(4096),
         );
-        (*addr_of_mut!(TASK)).ist[0] = stack + FAULT_STACK as u64;
-        let task = addr_of_mut!(TASK) as u64;
-        let gdt = &mut *addr_of_mut!(GDT);
-        gdt[2] = (task & 0xff_ffff) << 16
-            | (task >> 24 & 0xff) << 56
-            | 0x89 << 40
-            | (size_of::<TaskState>() as u64 - 1);
-        gdt[3] = task >> 32;
         for (vector, entry) in (*addr_of_mut!(IDT)).iter_mut().enumerate() {
             let stub = (&raw const fault_stubs) as u64 + 16 * vector as u64;
             // An interrupt gate with the first alternate stack.
@@ -142,14 +200,44 @@ pub fn init() {
                 stub & 0xffff | u64::from(CODE) << 16 | 1 << 32 | 0x8e << 40 | (stub >> 16 & 0xffff) << 48;
             *entry = [low, stub >> 32];
         }
-        let gdt = Pointer { limit: size_of_val(gdt) as u16 - 1, base: addr_of_mut!(GDT) as u64 };
-        let idt = Pointer { limit: (16 * VECTORS - 1) as u16, base: addr_of_mut!(IDT) as u64 };
+        load_tables(0, stack + FAULT_STACK as u64);
+    }
+}
+
+/// Loads segments and the interrupt table on CPU `cpu`, which runs this.
+///
+/// # Safety
+/// `fault_stack` is the end of a stack of [`FAULT_STACK`] bytes for this CPU's exceptions, and [`init`] has run.
+pub unsafe fn load_tables(cpu: usize, fault_stack: u64) {
+    let at = per_cpu(cpu);
+    // SAFETY: this CPU's own data, which live as long as the kernel.
+    unsafe {
+        (*at).task.ist[0] = fault_stack;
+        let task = &raw const (*at).task as u64;
+        let gdt = &mut (*at).gdt;
+        gdt[2] = (task & 0xff_ffff) << 16
+            | (task >> 24 & 0xff) << 56
+            | 0x89 << 40
+            | (size_of::<TaskState>() as u64 - 1);
+        gdt[3] = task >> 32;
+        let gdt = Pointer { limit: size_of_val(gdt) as u16 - 1, base: gdt.as_ptr() as u64 };
+        let idt = Pointer { limit: (16 * (VECTORS + 1) - 1) as u16, base: addr_of_mut!(IDT) as u64 };
         asm!(
             "lgdt [{gdt}]", "push {code}", "lea {scratch}, [rip + 3f]", "push {scratch}", "retfq", "3:",
             "mov ds, {zero:e}", "mov es, {zero:e}", "mov ss, {zero:e}", "ltr {tss:x}", "lidt [{idt}]",
             gdt = in(reg) &raw const gdt, idt = in(reg) &raw const idt, code = in(reg) u64::from(CODE),
             scratch = out(reg) _, zero = in(reg) 0u64, tss = in(reg) TSS,
         );
+    }
+}
+
+/// Waits for an interrupt, unless `ready` says that what would be waited for has happened. Interrupts are on only here.
+pub fn idle_unless(ready: impl Fn() -> bool) {
+    // SAFETY: the only interrupt is the one that wakes an idle CPU; `sti` lets it in after the `hlt` has begun.
+    unsafe {
+        if !ready() {
+            asm!("sti", "hlt", "cli", options(nostack));
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 //! names. It is an ordinary small kernel, instrumented as any other would be.
 //!
 //! Command line: `scenarios=a,b` (default: all; `-`: none), `churn=N` (operations of the churn scenarios),
-//! `bench=...` (see [`bench`]).
+//! `bench=...` (see [`bench`]), `smp=N` (see [`stress`]).
 #![no_std]
 #![no_main]
 #![allow(
@@ -19,6 +19,8 @@ mod cpu;
 mod heap;
 mod memory;
 mod scenarios;
+mod smp;
+mod stress;
 mod thread;
 
 use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -57,11 +59,15 @@ extern "C" fn kernel_main(boot_params: u64) -> ! {
     let offer = umbra_guest::discover();
     ON_UMBRA.store(offer.version == umbra_guest::abi::VERSION, Relaxed);
     let mut early = Early { next: boot::image_end(), end: info.memory.1 };
-    start_checks(&offer, &info, &mut early);
+    cpu::set_number(0);
+    let cpus = smp::find();
+    start_checks(&offer, &info, cpus.count(), &mut early);
     cpu::init();
     boot::run_constructors();
     page::init(early.next, info.memory.1);
     thread::init();
+    smp::start(&cpus, &offer);
+    stress::run(info.command_line);
     bench::run(info.command_line);
     scenarios::run(info.command_line);
     if on_umbra() {
@@ -71,7 +77,7 @@ extern "C" fn kernel_main(boot_params: u64) -> ! {
 }
 
 /// Maps the shadow windows and turns checks on, where Umbra is underneath.
-fn start_checks(offer: &Offer, info: &boot::BootInfo, early: &mut Early) {
+fn start_checks(offer: &Offer, info: &boot::BootInfo, cpus: usize, early: &mut Early) {
     if offer.version == 0 {
         println!("no Umbra underneath: checks are off");
     } else if !on_umbra() {
@@ -83,11 +89,14 @@ fn start_checks(offer: &Offer, info: &boot::BootInfo, early: &mut Early) {
         Region { start: boot::DIRECT_MAP, bytes: end & !0xfff, gpa: 0 },
         Region { start: boot::IMAGE_MAP, bytes: boot::image_end(), gpa: 0 },
     ];
-    let mut mappings = [Mapping { start: 0, gpa: 0, bytes: 0 }; 4];
+    let mut mappings = [Mapping { start: 0, gpa: 0, bytes: 0 }; 5];
     if offer.checks() {
         for (i, region) in regions.iter().enumerate() {
             mappings[2 * i..][..2].copy_from_slice(&offer.mappings(region));
         }
+    }
+    if cpus > 1 {
+        mappings[4] = Mapping { start: smp::LOCAL_APIC, gpa: smp::LOCAL_APIC_GPA, bytes: 4096 };
     }
     boot::map_all(end, &mappings, || early.take(4096));
     let ring = (boot::DIRECT_MAP + early.take(RING as u64)) as *mut u8;
@@ -96,7 +105,7 @@ fn start_checks(offer: &Offer, info: &boot::BootInfo, early: &mut Early) {
         text: boot::text(),
         // SAFETY: this memory was taken for the ring, and is zero as all memory is at start.
         ring: unsafe { core::slice::from_raw_parts_mut(ring, RING) },
-        current: Some(thread::thread_current),
+        current: Some(cpu::cpu_current),
     };
     // SAFETY: the shadow of both regions was mapped above.
     if let Err(error) = unsafe { umbra_guest::start(offer, config) } {

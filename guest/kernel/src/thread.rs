@@ -1,12 +1,12 @@
-//! Kernel threads: cooperative, each on a stack of its own, each a task with a name in reports.
+//! Kernel threads of the first CPU: cooperative, each on a stack of its own, each a task with a name in reports.
 
 use core::arch::global_asm;
 use core::ptr::addr_of_mut;
-use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
 
 use umbra_guest::codes::{FREE_PAGE, PAGE_SIZE};
 
-use crate::page;
+use crate::{cpu, page};
 
 /// A stack is `1 << STACK_ORDER` pages.
 const STACK_ORDER: usize = 2;
@@ -33,10 +33,8 @@ enum State {
 
 static mut TABLE: [Thread; THREADS] =
     [Thread { rsp: 0, stack: 0, entry: None, id: 0, state: State::Unused }; THREADS];
-/// CPU and task that run now, as the ABI wants them.
-static CURRENT: AtomicU64 = AtomicU64::new(0);
 static RUNNING: AtomicUsize = AtomicUsize::new(0);
-static mut NEXT_ID: u32 = 1;
+static NEXT_ID: AtomicU32 = AtomicU32::new(1);
 
 global_asm!(
     // Saves what the C ABI has a callee save, changes stacks, restores. rdi: where to keep rsp, rsi: the other rsp.
@@ -61,22 +59,16 @@ global_asm!(
     "start_thread:",
     "call {main}",
     "ud2",
-    "thread_current:",
-    "mov rax, [rip + {current}]",
-    "ret",
     main = sym thread_main,
-    current = sym CURRENT,
 );
 
 unsafe extern "C" {
     fn switch_stacks(keep: *mut u64, to: u64);
     fn start_thread();
-    /// CPU and task that run now, as the ABI wants them. It runs for every allocator event: two instructions.
-    pub safe fn thread_current() -> u64;
 }
 
 fn table() -> &'static mut [Thread; THREADS] {
-    // SAFETY: one CPU, cooperative threads: no two users at a time, and no reference is kept across a switch.
+    // SAFETY: only the first CPU has threads, which are cooperative: no two users at a time, and no reference is kept across a switch.
     unsafe { &mut *addr_of_mut!(TABLE) }
 }
 
@@ -97,17 +89,19 @@ extern "C" fn thread_main() -> ! {
     }
 }
 
+/// A task id, for a thread or for another CPU.
+pub fn new_task(name: &str) -> u32 {
+    let id = NEXT_ID.fetch_add(1, Relaxed);
+    umbra_guest::name_task(id, name);
+    id
+}
+
 /// Starts a thread; it first runs at the next [`yield_now`]. `None` when the table or memory is full.
 pub fn spawn(name: &str, entry: fn()) -> Option<usize> {
     let slot = table().iter().position(|t| t.state == State::Unused)?;
     let start = page::take(STACK_ORDER)?;
     umbra_guest::stack_alloc(start, STACK_BYTES);
-    // SAFETY: as in `table`.
-    let id = unsafe {
-        NEXT_ID += 1;
-        NEXT_ID - 1
-    };
-    umbra_guest::name_task(id, name);
+    let id = new_task(name);
     // From the top: a word that keeps the stack aligned, the address to return to, six saved registers.
     let top = start + STACK_BYTES - 8;
     // SAFETY: the stack is this thread's own.
@@ -122,7 +116,7 @@ pub fn yield_now() {
     let next = (1..=THREADS).map(|i| (me + i) % THREADS).find(|&i| table()[i].state == State::Ready);
     let Some(next) = next.filter(|&next| next != me) else { return };
     RUNNING.store(next, Relaxed);
-    CURRENT.store(u64::from(table()[next].id) << 32, Relaxed);
+    cpu::set_task(table()[next].id);
     let (keep, to) = (&raw mut table()[me].rsp, table()[next].rsp);
     // SAFETY: `to` is the stack of a thread that waits in this function, or has not begun.
     unsafe { switch_stacks(keep, to) };

@@ -139,10 +139,12 @@ pub extern "C" fn umbra_free(address: u64, start: u64, slot: u64, code: u8) -> b
         return true;
     }
     let fp = frame_pointer();
-    if mode & features::RING != 0 && address == start && object::freed(mode, start, slot, code) {
+    if mode & features::RING != 0 && address == start {
         // SAFETY: this function's own frame.
-        unsafe { ring::tell(record::FREED, start, 0, 0, fp) };
-        return true;
+        let tell = || unsafe { ring::tell(record::FREED, start, 0, 0, fp) };
+        if object::freed(mode, start, slot, code, tell) {
+            return true;
+        }
     }
     if let Some(kind) = bad_free(address, start) {
         // SAFETY: this function's own frame.
@@ -153,9 +155,9 @@ pub extern "C" fn umbra_free(address: u64, start: u64, slot: u64, code: u8) -> b
         ring::call(record::FREED, start, 0, 0, if slot == 0 { 0 } else { abi::slot(slot, code) });
         return true;
     }
-    shadow::poison(start, slot, code);
     // SAFETY: this function's own frame.
     unsafe { ring::tell_slowly(record::FREED, start, 0, 0, fp) };
+    shadow::poison(start, slot, code);
     true
 }
 

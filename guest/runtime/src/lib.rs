@@ -15,6 +15,7 @@
 pub mod api;
 pub mod asan;
 pub mod checks;
+pub mod cpu;
 pub mod host;
 pub mod memfn;
 pub mod object;

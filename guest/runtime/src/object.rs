@@ -51,10 +51,10 @@ pub fn allocated(mode: u32, address: u64, bytes: u64, slot: u64, redzone: u8) ->
     true
 }
 
-/// Poisons a slot whose object is accessible. False if the short way is closed, or the object is not; then nothing was
-/// done.
+/// Poisons a slot whose object is accessible, after `tell` has told of it. False if the short way is closed, or the object
+/// is not accessible; then nothing was done.
 #[inline(always)]
-pub fn freed(mode: u32, start: u64, slot: u64, code: u8) -> bool {
+pub fn freed(mode: u32, start: u64, slot: u64, code: u8, tell: impl FnOnce()) -> bool {
     if code < POISON_MIN {
         return false;
     }
@@ -64,6 +64,7 @@ pub fn freed(mode: u32, start: u64, slot: u64, code: u8) -> bool {
         if shadow.read_volatile() >= POISON_MIN {
             return false;
         }
+        tell();
         fill(shadow, slot >> GRANULE_SHIFT, code);
     }
     true

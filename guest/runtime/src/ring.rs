@@ -5,6 +5,7 @@ use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering::Relaxed, Ord
 
 use umbra_shadow::abi::{RECORD_BYTES, RECORD_FRAMES, Record, RingHeader, call, record};
 
+use crate::cpu::without_interrupts;
 use crate::{host, state};
 
 struct Ring {
@@ -146,10 +147,24 @@ pub fn call(kind: u8, address: u64, size: u64, cache: u16, slot: u64) {
 
 /// Tells of an event at `address`; `fp` is the frame whose caller is the first of the stack. For `ring` mode.
 ///
+/// Another CPU may take the record for true as soon as it is in the ring. So an allocation is told of before anyone is
+/// told its address, and a free before the memory is poisoned: whoever finds it poisoned finds out who freed it.
+///
 /// # Safety
 /// As [`return_address`].
 #[inline(always)]
 pub unsafe fn tell(kind: u8, address: u64, size: u64, cache: u16, fp: u64) {
+    // Nothing else may write to this CPU's ring meanwhile, nor may this go on on another CPU.
+    // SAFETY: the caller's promise.
+    without_interrupts(|| unsafe { write(kind, address, size, cache, fp) });
+}
+
+/// [`tell`], with interrupts off.
+///
+/// # Safety
+/// As [`return_address`].
+#[inline(always)]
+unsafe fn write(kind: u8, address: u64, size: u64, cache: u16, fp: u64) {
     let who = state::current();
     let cpu = state::cpu_of(who);
     let ring = &RINGS[cpu];
@@ -158,7 +173,7 @@ pub unsafe fn tell(kind: u8, address: u64, size: u64, cache: u16, fp: u64) {
         return;
     }
     // SAFETY: `set_up` got memory of `records` records behind the header for this CPU alone, and `count` is below
-    // `records`: it is raised by one below, and the VMM sets it to 0 in a drain.
+    // `records`: it is raised by one below, and the VMM sets it to 0 in a drain, while no CPU runs.
     unsafe {
         let count = &raw mut (*header).count;
         let mut n = count.read_volatile();

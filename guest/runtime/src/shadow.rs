@@ -1,7 +1,8 @@
 //! The shadow as the guest sees it: windows at fixed virtual offsets, changed directly or by hypercall.
 
 use core::arch::asm;
-use core::sync::atomic::{Ordering, compiler_fence};
+use core::hint::spin_loop;
+use core::sync::atomic::{AtomicU8, Ordering, compiler_fence};
 
 use umbra_shadow::abi::{call, features, memory};
 use umbra_shadow::codes;
@@ -10,6 +11,7 @@ use umbra_shadow::memory::ShadowMemory;
 use umbra_shadow::model::Shadow;
 use umbra_shadow::two_level::TwoLevel;
 
+use crate::cpu::without_interrupts;
 use crate::{host, state};
 
 /// The windows, at offset 0 from the arithmetically shifted address (see `ARCHITECTURE.md`).
@@ -96,6 +98,24 @@ impl ShadowMemory for Windows {
         // SAFETY: as in `page`.
         unsafe { fill(byte_shadow(address), granules, value) }
     }
+
+    fn claim_page(&mut self, address: u64, from: u8) -> bool {
+        // SAFETY: as in `page`; a byte is aligned, and other CPUs change it by such accesses only.
+        let page = unsafe { AtomicU8::from_ptr(page_shadow(address)) };
+        page.compare_exchange(from, codes::PAGE_BUSY, Ordering::SeqCst, Ordering::Relaxed).is_ok()
+    }
+
+    #[cold]
+    fn wait_page(&self, address: u64) -> u8 {
+        // Another CPU, or in `sync` mode the VMM, is filling it: some 70 instructions.
+        loop {
+            let page = self.page(address);
+            if page != codes::PAGE_BUSY {
+                return page;
+            }
+            spin_loop();
+        }
+    }
 }
 
 fn full() -> bool {
@@ -119,7 +139,8 @@ pub fn poison(address: u64, len: u64, code: u8) {
     } else if full() {
         let _ = Full::new(Windows).poison(address, len, code);
     } else {
-        let _ = TwoLevel::new(Windows).poison(address, len, code);
+        // An interrupt's handler that met a page in the midst of its promotion would wait for what it interrupted.
+        let _ = without_interrupts(|| TwoLevel::new(Windows).poison(address, len, code));
     }
 }
 
@@ -138,7 +159,7 @@ pub fn unpoison_for(address: u64, len: u64, purpose: u64) {
     } else if full() {
         let _ = Full::new(Windows).unpoison(address, len);
     } else {
-        let _ = TwoLevel::new(Windows).unpoison(address, len);
+        let _ = without_interrupts(|| TwoLevel::new(Windows).unpoison(address, len));
     }
 }
 
@@ -146,7 +167,7 @@ pub fn unpoison_for(address: u64, len: u64, purpose: u64) {
 pub fn promote(address: u64, len: u64) {
     // In `sync` mode the first poisoning promotes, on the VMM's side; `full` has nothing to promote.
     if covered(address, len) && state::rings() && !full() {
-        let _ = TwoLevel::new(Windows).promote(address, len);
+        let _ = without_interrupts(|| TwoLevel::new(Windows).promote(address, len));
     }
 }
 

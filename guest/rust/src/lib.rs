@@ -120,6 +120,26 @@ pub unsafe fn start(offer: &Offer, config: Config) -> Result<(), StartError> {
     Ok(())
 }
 
+/// Gives another CPU its ring. To be called before that CPU runs code that allocates; without a ring its allocations and
+/// frees are not told. False when it was refused. Does nothing when `offer` wants no rings.
+///
+/// # Safety
+/// [`start`] was called, with the same `text`. `ring` is 64-byte aligned, zeroed memory in a region, and used for nothing
+/// else.
+pub unsafe fn add_cpu(
+    offer: &Offer,
+    cpu: u16,
+    text: &core::ops::Range<u64>,
+    ring: &'static mut [u8],
+) -> bool {
+    // SAFETY: the caller's promises are those of the C function.
+    !offer.checks()
+        || offer.features & features::RING == 0
+        || unsafe {
+            ffi::umbra_ring_setup(cpu.into(), ring.as_mut_ptr().cast(), ring.len() as u64, text.start)
+        }
+}
+
 macro_rules! safe_face {
     ($($(#[$doc:meta])* $name:ident = $ffi:ident($($arg:ident: $type:ty),*) $(-> $result:ty)?;)*) => {$(
         $(#[$doc])*

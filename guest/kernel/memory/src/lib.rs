@@ -5,6 +5,7 @@
 //! uses what it hands out is checked as ever. `guest/kernel/src/memory.rs` is its face in the kernel.
 #![no_std]
 
+mod lock;
 pub mod page;
 pub mod slab;
 

@@ -7,6 +7,7 @@ use core::ptr::addr_of_mut;
 use umbra_guest::codes::{FREE_PAGE, PAGE_SIZE};
 
 use crate::DIRECT_MAP;
+use crate::lock::locked;
 
 /// Blocks have `1 << order` pages, with orders below this.
 pub const ORDERS: usize = 11;
@@ -57,8 +58,8 @@ struct Buddy {
 static mut BUDDY: Buddy = Buddy { pages: core::ptr::null_mut(), start: 0, end: 0, heads: [NONE; ORDERS] };
 
 fn buddy() -> &'static mut Buddy {
-    // SAFETY: one CPU, cooperative threads, no interrupts: no two callers at a time, and none keeps the reference
-    // across a call of another public function.
+    // SAFETY: at start, or with the lock held: no two callers at a time, and none keeps the reference across a call of
+    // another public function.
     unsafe { &mut *addr_of_mut!(BUDDY) }
 }
 
@@ -125,17 +126,18 @@ pub fn address(number: u32) -> u64 {
 
 /// The page that holds a direct-map address, if it is one that the allocator manages.
 pub fn number(address: u64) -> Option<u32> {
-    let b = buddy();
+    // SAFETY: neither changes after the start. No reference is made: others may hold one.
+    let managed = unsafe { (*addr_of_mut!(BUDDY)).start..(*addr_of_mut!(BUDDY)).end };
     let number = u32::try_from(address.checked_sub(DIRECT_MAP)? / PAGE_SIZE).ok()?;
-    (b.start..b.end).contains(&number).then_some(number)
+    managed.contains(&number).then_some(number)
 }
 
-/// A page's description.
+/// A page's description. The caller holds the lock.
 pub fn page(number: u32) -> &'static mut Page {
     buddy().page(number)
 }
 
-/// Takes a block of `1 << order` pages, still poisoned, and notes its use. `None` when there is none.
+/// With the lock held: takes a block of `1 << order` pages, still poisoned, and notes its use. `None` when there is none.
 pub fn take(order: usize, used: Use) -> Option<u32> {
     let b = buddy();
     let mut from = (order..ORDERS).find(|&o| b.heads[o] != NONE)?;
@@ -150,7 +152,7 @@ pub fn take(order: usize, used: Use) -> Option<u32> {
     Some(number)
 }
 
-/// Gives a block back. The caller has poisoned it.
+/// With the lock held: gives a block back. The caller has poisoned it.
 pub fn give(mut number: u32) {
     let b = buddy();
     let page = b.page(number);
@@ -175,7 +177,7 @@ pub fn give(mut number: u32) {
 /// Allocates `1 << order` pages for anyone: accessible, and told to Umbra. 0 if there are none.
 #[unsafe(no_mangle)]
 pub extern "C" fn kernel_pages_alloc(order: usize) -> u64 {
-    let Some(number) = take(order, Use::Pages) else { return 0 };
+    let Some(number) = locked(|| take(order, Use::Pages)) else { return 0 };
     let (at, bytes) = (address(number), PAGE_SIZE << order);
     umbra_guest::alloc(at, bytes, bytes, 0, 0);
     at
@@ -184,14 +186,14 @@ pub extern "C" fn kernel_pages_alloc(order: usize) -> u64 {
 /// Takes `1 << order` pages for a stack, still poisoned. 0 if there are none.
 #[unsafe(no_mangle)]
 pub extern "C" fn kernel_pages_take(order: usize) -> u64 {
-    take(order, Use::Pages).map_or(0, address)
+    locked(|| take(order, Use::Pages)).map_or(0, address)
 }
 
 /// The counterpart of [`kernel_pages_take`]. The caller has poisoned them.
 #[unsafe(no_mangle)]
 pub extern "C" fn kernel_pages_give(at: u64) {
     if let Some(number) = number(at) {
-        give(number);
+        locked(|| give(number));
     }
 }
 
@@ -199,8 +201,8 @@ pub extern "C" fn kernel_pages_give(at: u64) {
 #[unsafe(no_mangle)]
 pub extern "C" fn kernel_pages_free(at: u64) {
     let Some(number) = number(at) else { return umbra_guest::invalid_free(at) };
-    let bytes = PAGE_SIZE << page(number).order;
+    let bytes = PAGE_SIZE << locked(|| page(number).order);
     if umbra_guest::free(at, at & !(PAGE_SIZE - 1), bytes, FREE_PAGE) {
-        give(number);
+        locked(|| give(number));
     }
 }

@@ -7,6 +7,7 @@ use core::ptr::addr_of_mut;
 
 use umbra_guest::codes::{FREE_PAGE, LARGE_REDZONE, PAGE_SIZE, SLAB_FREE, SLAB_REDZONE};
 
+use crate::lock::locked;
 use crate::page::{self, SLAB_OBJECTS, Use};
 
 /// The sizes of `kmalloc`'s caches; anything larger gets pages of its own.
@@ -47,8 +48,15 @@ static mut CACHE_DATA: [CacheData; CACHES] = [UNUSED; CACHES];
 static mut CACHE_COUNT: usize = 0;
 
 fn data(cache: usize) -> &'static mut CacheData {
-    // SAFETY: one CPU, cooperative threads, no interrupts; no reference is kept across a yield.
+    // SAFETY: when a cache is made or given up, which is one CPU's business at a time, or with the lock held; no reference is
+    // kept across a call that asks for another.
     unsafe { &mut (*addr_of_mut!(CACHE_DATA))[cache] }
+}
+
+/// A cache's bytes of an object and of a slot, for anyone: they never change.
+fn sizes(cache: usize) -> (u64, u64) {
+    // SAFETY: no reference is made: who has the lock may hold one.
+    unsafe { ((*addr_of_mut!(CACHE_DATA))[cache].object, (*addr_of_mut!(CACHE_DATA))[cache].slot) }
 }
 
 /// A cache of equal objects.
@@ -94,6 +102,13 @@ impl Cache {
 
     /// Allocates an object of which `bytes` are asked for; the rest of it is redzone.
     fn alloc_bytes(self, bytes: u64) -> Option<u64> {
+        let at = locked(|| self.take())?;
+        umbra_guest::alloc(at, bytes, sizes(self.0).1, SLAB_REDZONE, self.0 as u16 + 1);
+        Some(at)
+    }
+
+    /// With the lock held: takes a free slot, still poisoned.
+    fn take(self) -> Option<u64> {
         let d = data(self.0);
         let number = match d.partial.iter().find(|&&n| n != NONE) {
             Some(&number) => number,
@@ -119,9 +134,26 @@ impl Cache {
         if p.in_use == d.slots {
             self.forget(number);
         }
-        let at = page::address(number) + (word as u64 * 64 + u64::from(bit)) * d.slot;
-        umbra_guest::alloc(at, bytes, d.slot, SLAB_REDZONE, self.0 as u16 + 1);
-        Some(at)
+        Some(page::address(number) + (word as u64 * 64 + u64::from(bit)) * d.slot)
+    }
+
+    /// With the lock held: gives slot `index` of a slab back, which the caller has poisoned.
+    fn give(self, number: u32, index: u64) {
+        let p = page::page(number);
+        let d = data(self.0);
+        p.free[(index / 64) as usize] |= 1 << (index % 64);
+        p.in_use -= 1;
+        // One empty slab is kept, as most kernels do: its objects stay freed objects for a while.
+        let others = d.partial.iter().any(|&n| n != NONE && n != number);
+        if p.in_use == 0 && others {
+            self.forget(number);
+            umbra_guest::poison(page::address(number), PAGE_SIZE << d.order, FREE_PAGE);
+            page::give(number);
+        } else if !d.partial.contains(&number)
+            && let Some(entry) = d.partial.iter_mut().find(|n| **n == NONE)
+        {
+            *entry = number;
+        }
     }
 
     fn forget(self, number: u32) {
@@ -139,27 +171,12 @@ impl Cache {
     }
 }
 
-fn free_in_slab(at: u64, number: u32) {
-    let p = page::page(number);
-    let cache = Cache(p.cache.into());
-    let d = data(cache.0);
+fn free_in_slab(at: u64, number: u32, cache: Cache) {
+    let (_, slot) = sizes(cache.0);
     let slab = page::address(number);
-    let index = (at - slab) / d.slot;
-    if !umbra_guest::free(at, slab + index * d.slot, d.slot, SLAB_FREE) {
-        return;
-    }
-    p.free[(index / 64) as usize] |= 1 << (index % 64);
-    p.in_use -= 1;
-    // One empty slab is kept, as most kernels do: its objects stay freed objects for a while.
-    let others = d.partial.iter().any(|&n| n != NONE && n != number);
-    if p.in_use == 0 && others {
-        cache.forget(number);
-        umbra_guest::poison(slab, PAGE_SIZE << d.order, FREE_PAGE);
-        page::give(number);
-    } else if !d.partial.contains(&number)
-        && let Some(entry) = d.partial.iter_mut().find(|n| **n == NONE)
-    {
-        *entry = number;
+    let index = (at - slab) / slot;
+    if umbra_guest::free(at, slab + index * slot, slot, SLAB_FREE) {
+        locked(|| cache.give(number, index));
     }
 }
 
@@ -185,7 +202,7 @@ pub unsafe extern "C" fn kmem_cache_create(name: *const u8, len: usize, object: 
 #[unsafe(no_mangle)]
 pub extern "C" fn kmem_cache_alloc(cache: u32) -> u64 {
     let cache = Cache(cache as usize);
-    cache.alloc_bytes(data(cache.0).object).unwrap_or(0)
+    cache.alloc_bytes(sizes(cache.0).0).unwrap_or(0)
 }
 
 /// Gives a cache up. Its number is not used again.
@@ -209,37 +226,47 @@ fn alloc(bytes: u64) -> Option<u64> {
             if order >= page::ORDERS {
                 return None;
             }
-            let at = page::address(page::take(order, Use::Large)?);
+            let at = page::address(locked(|| page::take(order, Use::Large))?);
             umbra_guest::alloc(at, bytes, PAGE_SIZE << order, LARGE_REDZONE, 0);
             Some(at)
         }
     }
 }
 
-/// The page that begins the block with `at` in it.
-fn head(at: u64) -> Option<u32> {
+/// A block of pages: its first page, what it is used for, its order, and its cache if it is a slab. The block of a live
+/// allocation stays what it is.
+struct Block {
+    number: u32,
+    used: Use,
+    order: u8,
+    cache: u8,
+}
+
+/// The block with `at` in it.
+#[inline(always)]
+fn block(at: u64) -> Option<Block> {
     let mut number = page::number(at)?;
-    for order in 0..page::ORDERS {
-        number &= !0 << order;
-        let p = page::page(number);
-        if p.used != Use::Tail && usize::from(p.order) >= order {
-            return Some(number);
+    locked(|| {
+        for order in 0..page::ORDERS {
+            number &= !0 << order;
+            let p = page::page(number);
+            if p.used != Use::Tail && usize::from(p.order) >= order {
+                return Some(Block { number, used: p.used, order: p.order, cache: p.cache });
+            }
         }
-    }
-    None
+        None
+    })
 }
 
 /// Frees what `kmalloc` handed out.
 #[unsafe(no_mangle)]
 pub extern "C" fn kfree(at: u64) {
-    let Some(number) = head(at) else { return umbra_guest::invalid_free(at) };
-    let start = page::address(number);
-    let p = page::page(number);
-    match p.used {
-        Use::Slab => free_in_slab(at, number),
+    let Some(block) = block(at) else { return umbra_guest::invalid_free(at) };
+    match block.used {
+        Use::Slab => free_in_slab(at, block.number, Cache(block.cache.into())),
         Use::Large => {
-            if umbra_guest::free(at, start, PAGE_SIZE << p.order, FREE_PAGE) {
-                page::give(number);
+            if umbra_guest::free(at, page::address(block.number), PAGE_SIZE << block.order, FREE_PAGE) {
+                locked(|| page::give(block.number));
             }
         }
         // Freed memory: Umbra tells which kind of bad free this is. Without it there is nothing to do.
@@ -255,7 +282,7 @@ pub extern "C" fn ksize(at: u64) -> u64 {
     if !umbra_guest::check(at, 1, false) {
         return 0;
     }
-    let room = room(at);
+    let room = block(at).map_or(0, |block| block.room());
     umbra_guest::unpoison(at, room);
     room
 }
@@ -269,13 +296,15 @@ pub extern "C" fn kfree_sensitive(at: u64) {
     kfree(at);
 }
 
-/// How many bytes `at` may grow to in place.
-fn room(at: u64) -> u64 {
-    head(at).map_or(0, |number| match page::page(number).used {
-        Use::Slab => data(page::page(number).cache.into()).object,
-        Use::Large => PAGE_SIZE << page::page(number).order,
-        _ => 0,
-    })
+impl Block {
+    /// How many bytes an allocation in it may grow to in place.
+    fn room(&self) -> u64 {
+        match self.used {
+            Use::Slab => sizes(self.cache.into()).0,
+            Use::Large => PAGE_SIZE << self.order,
+            _ => 0,
+        }
+    }
 }
 
 /// Changes an allocation's size, in place where its slot allows it. 0 if there is no memory, or, after a report, if it was
@@ -285,11 +314,11 @@ pub extern "C" fn krealloc(at: u64, old: u64, new: u64) -> u64 {
     if !umbra_guest::check(at, 1, false) {
         return 0;
     }
-    let room = room(at);
+    let block = block(at);
+    let room = block.as_ref().map_or(0, Block::room);
     if new <= room {
         let redzone = if room > 4096 { LARGE_REDZONE } else { SLAB_REDZONE };
-        let cache =
-            head(at).map_or(0, |n| if page::page(n).used == Use::Slab { page::page(n).cache + 1 } else { 0 });
+        let cache = block.map_or(0, |block| if block.used == Use::Slab { block.cache + 1 } else { 0 });
         // As a new allocation in the same place, with the stack of this call (as KASAN's `kasan_krealloc`).
         umbra_guest::alloc(at, new, room, redzone, cache.into());
         return at;

@@ -16,10 +16,11 @@ pub fn set_operations(n: u64) {
 }
 
 /// A xorshift generator (Marsaglia 2003): the same sequence each run.
-struct Random(u64);
+pub struct Random(pub u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    /// The next of its numbers.
+    pub fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;

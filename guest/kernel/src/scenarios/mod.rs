@@ -6,7 +6,7 @@
 //! `kind access size offset`, where the offset counts from the start of the object, `-` if there is none.
 
 mod access;
-mod churn;
+pub mod churn;
 mod functions;
 mod heap;
 mod large;

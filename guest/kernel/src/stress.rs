@@ -1,0 +1,194 @@
+//! What all CPUs do at once: `smp=OPERATIONS` on the command line.
+//!
+//! First a stress that is all legal: each CPU allocates, uses and frees, and swaps objects with the others through a few
+//! common places, so that most objects are freed by another CPU than allocated them. Then for each two CPUs a planted
+//! bug: what the one frees the other uses.
+
+use core::sync::atomic::{
+    AtomicU64, AtomicUsize, Ordering::AcqRel, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
+};
+
+use crate::scenarios::churn::Random;
+use crate::slab::{kfree, kmalloc, krealloc};
+use crate::{cpu, page, println, smp, thread};
+
+/// Common places.
+const PLACES: usize = 32;
+/// Objects that a CPU keeps for itself.
+const OWN: usize = 32;
+/// Most CPUs that bugs are planted for.
+const PLANTED: usize = 4;
+
+static OPERATIONS: AtomicU64 = AtomicU64::new(0);
+static PLACE: [AtomicU64; PLACES] = [const { AtomicU64::new(0) }; PLACES];
+
+/// Runs what the command line asks for.
+pub fn run(command_line: &str) {
+    for word in command_line.split_ascii_whitespace() {
+        let Some(operations) = word.strip_prefix("smp=") else { continue };
+        let Ok(operations) = operations.parse() else {
+            println!("{word}: not a number");
+            continue;
+        };
+        OPERATIONS.store(operations, Relaxed);
+        println!("smp: {} CPUs", smp::running());
+        cpu::set_task(thread::new_task("cpu0"));
+        smp::on_all(stress);
+        PLACE.iter().for_each(|place| drop_object(place.swap(0, Relaxed)));
+        println!("smp: stress is over");
+        for turn in 0..PLANTED * PLANTED {
+            let [a, b] = [turn / PLANTED, turn % PLANTED];
+            if a != b && a.max(b) < smp::running() {
+                TURN.store(turn, Relaxed);
+                STEP.store(0, Release);
+                smp::on_all(plant);
+            }
+        }
+        println!("smp: done");
+    }
+}
+
+/// Bytes of an object's head: its size, and what its size and address make together.
+const HEAD: u64 = 16;
+const MAGIC: u64 = 0x5bd1_e995_9e37_79b9;
+
+/// An object with a head, and its last byte written. 0 if there is no memory.
+fn new_object(size: u64) -> u64 {
+    let Some(at) = kmalloc(size) else { return 0 };
+    fill(at, size);
+    at
+}
+
+fn fill(at: u64, size: u64) {
+    // SAFETY: an allocation of `size` bytes, more than the head's.
+    unsafe {
+        (at as *mut u64).write_volatile(size);
+        ((at + 8) as *mut u64).write_volatile(at ^ size ^ MAGIC);
+        ((at + size - 1) as *mut u8).write_volatile(size as u8);
+    }
+}
+
+/// Uses an object at its edges, and makes sure that nobody else has written to it. Returns its size.
+fn check_object(at: u64) -> u64 {
+    // SAFETY: `new_object` made it, and who has its address has it alone.
+    unsafe {
+        let size = (at as *const u64).read_volatile();
+        let head = ((at + 8) as *const u64).read_volatile();
+        let last = ((at + size - 1) as *const u8).read_volatile();
+        assert!(
+            head == at ^ size ^ MAGIC && last == size as u8,
+            "object {at:#x} of {size} bytes was overwritten"
+        );
+        size
+    }
+}
+
+fn drop_object(at: u64) {
+    if at != 0 {
+        check_object(at);
+        kfree(at);
+    }
+}
+
+fn stress(number: usize) {
+    let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ (number as u64 + 1) << 32);
+    let mut own = [0u64; OWN];
+    for _ in 0..OPERATIONS.load(Relaxed) {
+        let r = random.next();
+        let mine = &mut own[(r % OWN as u64) as usize];
+        match r >> 8 & 15 {
+            // Pages come and go as wholes, and are slabs in between: their shadow is promoted and demoted.
+            0 => {
+                if let Some(at) = page::alloc((r >> 12 & 1) as usize) {
+                    // SAFETY: the page belongs to this CPU.
+                    unsafe { ((at + 4095) as *mut u8).write_volatile(1) };
+                    page::free(at);
+                }
+            }
+            1 if *mine != 0 => {
+                let old = check_object(*mine);
+                let new = HEAD + 1 + (r >> 32) % 300;
+                if let Some(at) = krealloc(*mine, old, new) {
+                    fill(at, new);
+                    *mine = at;
+                }
+            }
+            2..=8 => {
+                let place = &PLACE[(r >> 16) as usize % PLACES];
+                *mine = place.swap(*mine, AcqRel);
+                if *mine != 0 {
+                    check_object(*mine);
+                }
+            }
+            _ if *mine != 0 => drop_object(core::mem::take(mine)),
+            // Few sizes, so that CPUs share slabs; now and then large ones.
+            r => {
+                let size = match r {
+                    15 => 4097 + (random.0 >> 40) % 4000,
+                    _ => HEAD + 1 + (random.0 >> 40) % 112,
+                };
+                *mine = new_object(size);
+            }
+        }
+    }
+    own.into_iter().for_each(drop_object);
+}
+
+/// Which bug is planted: the CPU that frees, times [`PLANTED`], and the CPU that uses.
+static TURN: AtomicUsize = AtomicUsize::new(0);
+/// How far it has come.
+static STEP: AtomicUsize = AtomicUsize::new(0);
+static OBJECT: AtomicU64 = AtomicU64::new(0);
+
+/// Waits until the others have come to `step`.
+fn wait_for(step: usize) {
+    while STEP.load(Acquire) != step {
+        core::hint::spin_loop();
+    }
+}
+
+/// The last CPU but the two allocates, if there is one; the one frees; the other uses.
+fn plant(number: usize) {
+    let turn = TURN.load(Relaxed);
+    let (a, b) = (turn / PLANTED, turn % PLANTED);
+    let first = (0..smp::running()).rev().find(|cpu| *cpu != a && *cpu != b).unwrap_or(a);
+    if number == first {
+        OBJECT.store(new_object(64), Relaxed);
+        STEP.store(1, Release);
+    }
+    if number == a {
+        wait_for(1);
+        kfree(OBJECT.load(Relaxed));
+        STEP.store(2, Release);
+    }
+    if number == b {
+        wait_for(2);
+        USES[turn](OBJECT.load(Relaxed));
+    }
+}
+
+/// Reads the byte of an object whose number is that of the bug, so that each is one of its own.
+#[inline(never)]
+fn use_after_free<const TURN: u64>(at: u64) {
+    // SAFETY: mapped memory; being caught is what this is for.
+    unsafe { (core::hint::black_box(at + TURN) as *const u8).read_volatile() };
+}
+
+static USES: [fn(u64); PLANTED * PLANTED] = [
+    use_after_free::<0>,
+    use_after_free::<1>,
+    use_after_free::<2>,
+    use_after_free::<3>,
+    use_after_free::<4>,
+    use_after_free::<5>,
+    use_after_free::<6>,
+    use_after_free::<7>,
+    use_after_free::<8>,
+    use_after_free::<9>,
+    use_after_free::<10>,
+    use_after_free::<11>,
+    use_after_free::<12>,
+    use_after_free::<13>,
+    use_after_free::<14>,
+    use_after_free::<15>,
+];
