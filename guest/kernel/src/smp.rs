@@ -34,8 +34,8 @@ const STARTUP: u32 = 0x4600;
 const TRAMPOLINE: u64 = 0x9_0000;
 /// A CPU's stacks, one block of pages: that of its work, then that of its exceptions.
 const STACK_ORDER: usize = 3;
-/// Pages of a CPU's ring. It is small, so that it is drained while all CPUs are busy.
-const RING_ORDER: usize = 2;
+/// Pages of another CPU's ring, as a power of two. It is small, so that it is drained while all CPUs are busy.
+const RING_ORDER: usize = 0;
 /// How long a CPU may take to start, in loops of a few instructions.
 const PATIENCE: u32 = 4 << 20;
 

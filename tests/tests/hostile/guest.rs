@@ -4,7 +4,7 @@
 //! windows, so that a virtual address is the guest-physical one everywhere.
 
 use iced_x86::code_asm::*;
-use umbra::machine::layout::BOOT_PDPT;
+use umbra::machine::layout::{BOOT_PDPT, BOOT_PML4, GDT};
 use umbra_shadow::abi::{PORT, call, exit};
 use umbra_tests::elf::ElfBuilder;
 
@@ -25,6 +25,50 @@ pub const FREE: u64 = 0x80_0000;
 
 const STACK: u64 = 0x1f_f000;
 const DATA: u64 = 0x20_0000;
+
+/// Where other CPUs start, in real mode: a page below 1 MiB that nothing else uses.
+const TRAMPOLINE: u64 = 0x8000;
+/// The end of the first CPU's stack, a page for each, where there are others.
+const OTHER_STACKS: u64 = 0x3_1000;
+
+/// From real mode to long mode, with the boot page tables and the boot GDT, to the address at 0xf8.
+#[rustfmt::skip]
+const TRAMPOLINE_CODE: [u8; 0x100] = {
+    let code = [
+        0xfa,                                           // cli
+        0x8c, 0xc8,                                     // mov ax, cs
+        0x8e, 0xd8,                                     // mov ds, ax
+        0x66, 0xb8, 0x00, 0x90, 0x00, 0x00,             // mov eax, BOOT_PML4
+        0x0f, 0x22, 0xd8,                               // mov cr3, eax
+        0x66, 0xb8, 0x20, 0x00, 0x00, 0x00,             // mov eax, PAE
+        0x0f, 0x22, 0xe0,                               // mov cr4, eax
+        0x66, 0xb9, 0x80, 0x00, 0x00, 0xc0,             // mov ecx, EFER
+        0x66, 0x31, 0xd2,                               // xor edx, edx
+        0x66, 0xb8, 0x00, 0x01, 0x00, 0x00,             // mov eax, LME
+        0x0f, 0x30,                                     // wrmsr
+        0x66, 0x0f, 0x01, 0x16, 0xf0, 0x00,             // lgdt [0xf0]
+        0x66, 0xb8, 0x11, 0x00, 0x00, 0x80,             // mov eax, PG, ET, PE
+        0x0f, 0x22, 0xc0,                               // mov cr0, eax
+        0x66, 0xea, 0x80, 0x80, 0x00, 0x00, 0x10, 0x00, // jmp 0x10:0x8080
+    ];
+    let mut page = [0; 0x100];
+    let mut i = 0;
+    while i < code.len() {
+        page[i] = code[i];
+        i += 1;
+    }
+    // 64-bit: mov rax, [rip + 0x71]; jmp rax
+    let long = [0x48, 0x8b, 0x05, 0x71, 0x00, 0x00, 0x00, 0xff, 0xe0];
+    i = 0;
+    while i < long.len() {
+        page[0x80 + i] = long[i];
+        i += 1;
+    }
+    // The GDT's limit and address.
+    (page[0xf0], page[0xf3]) = (31, (GDT >> 8) as u8);
+    page
+};
+const _: () = assert!(BOOT_PML4 == 0x9000 && GDT == 0x500);
 
 /// One call: its number, `rdi`, `rsi`, `rcx`, `r8`.
 pub type Row = [u64; 5];
@@ -109,6 +153,43 @@ impl Guest {
     /// Reports an access.
     pub fn report(&mut self, address: u64, size: u64, what: u64, ip: u64) -> Result<(), IcedError> {
         self.call(call::REPORT, [address, size, what, ip])
+    }
+
+    /// Starts all other CPUs. They go on behind this in 64-bit mode, as the first does, each on a stack of its own;
+    /// `r15` is the CPU's number.
+    pub fn start_others(&mut self) -> Result<(), IcedError> {
+        let code = self.data(&TRAMPOLINE_CODE);
+        let a = &mut self.asm;
+        let mut here = a.create_label();
+        a.mov(rsi, code)?;
+        a.mov(rdi, TRAMPOLINE)?;
+        a.mov(ecx, TRAMPOLINE_CODE.len() as u32)?;
+        a.rep().movsb()?;
+        a.lea(rax, ptr(here))?;
+        a.mov(rdi, TRAMPOLINE + 0xf8)?;
+        a.mov(qword_ptr(rdi), rax)?;
+        // The local APIC: on; to all but this one, INIT and STARTUP at the trampoline's page.
+        a.mov(ebx, 0xfee0_0000u32)?;
+        a.mov(dword_ptr(rbx + 0xf0), 0x1ff)?;
+        a.mov(dword_ptr(rbx + 0x300), 0xc_4500)?;
+        a.mov(dword_ptr(rbx + 0x300), 0xc_4600 | (TRAMPOLINE >> 12) as u32)?;
+        a.set_label(&mut here)?;
+        a.mov(eax, 1)?;
+        a.cpuid()?;
+        a.shr(ebx, 24)?;
+        a.mov(r15, rbx)?;
+        a.shl(ebx, 12)?;
+        a.lea(rsp, ptr(rbx + OTHER_STACKS))?;
+        a.xor(ebp, ebp)
+    }
+
+    /// Stops this CPU for good.
+    pub fn halt(&mut self) -> Result<(), IcedError> {
+        let mut again = self.asm.create_label();
+        self.asm.cli()?;
+        self.asm.set_label(&mut again)?;
+        self.asm.hlt()?;
+        self.asm.jmp(again)
     }
 
     /// Ends the run: done, and it went well.

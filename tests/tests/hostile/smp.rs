@@ -1,0 +1,399 @@
+//! Guests of several CPUs that misbehave all at once.
+
+use std::time::Duration;
+
+use iced_x86::code_asm::*;
+use umbra_shadow::abi::{PORT, access, call, exit};
+use umbra_shadow::codes::{PAGE_BUSY, PAGE_BYTES, SLAB_FREE};
+
+use super::guest::{BYTE_WINDOW, CODE, FREE, Guest, PAGE_WINDOW, Row};
+use super::{quiet, run};
+
+pub const ALL: &[(&str, fn())] = &[
+    ("all_cpus_hammer_calls_ring", || all_cpus_hammer_calls("--notify ring")),
+    ("all_cpus_hammer_calls_sync", || all_cpus_hammer_calls("--notify sync")),
+    ("all_cpus_hammer_calls_full", || all_cpus_hammer_calls("--shadow full")),
+    ("wild_rings_of_running_cpus", wild_rings_of_running_cpus),
+    ("one_cpu_triple_faults", one_cpu_triple_faults),
+    ("one_cpu_exits", one_cpu_exits),
+    ("one_cpu_resets", one_cpu_resets),
+    ("all_cpus_halt", all_cpus_halt),
+    ("cpus_that_nobody_starts", cpus_that_nobody_starts),
+    ("all_cpus_spin", all_cpus_spin),
+    ("all_cpus_find_at_once", all_cpus_find_at_once),
+    ("a_chunk_that_all_cpus_touch_at_once", a_chunk_that_all_cpus_touch_at_once),
+    ("live_shadow_while_pages_are_given_back", || live_shadow("", 4)),
+    ("live_shadow_at_the_limit", || live_shadow("--shadow-limit 1M", 3)),
+    ("another_cpus_tampering", another_cpus_tampering),
+    ("instructions_of_all_cpus_count", instructions_of_all_cpus_count),
+];
+
+/// What all CPUs of a test share, in memory that is zero at the start.
+const SHARED: u64 = FREE + (1 << 20);
+/// How many have come to a barrier.
+const ARRIVED: u64 = SHARED;
+/// How many are done.
+const DONE: u64 = SHARED + 64;
+/// What went wrong.
+const WRONG: u64 = SHARED + 128;
+
+/// Says that this CPU is at the barrier, and waits until `cpus` of them are.
+fn barrier(g: &mut Guest, cpus: u32) -> Result<(), IcedError> {
+    let a = &mut g.asm;
+    let mut again = a.create_label();
+    a.mov(rax, ARRIVED)?;
+    a.lock().inc(dword_ptr(rax))?;
+    a.set_label(&mut again)?;
+    a.pause()?;
+    a.cmp(dword_ptr(rax), cpus)?;
+    a.jb(again)
+}
+
+/// Says that this CPU is done. The first (`r15` is 0) then waits for all and ends the run, the others halt.
+fn all_done(g: &mut Guest, cpus: u32) -> Result<(), IcedError> {
+    let a = &mut g.asm;
+    let mut again = a.create_label();
+    let mut stop = a.create_label();
+    a.mov(rax, DONE)?;
+    a.lock().inc(dword_ptr(rax))?;
+    a.test(r15, r15)?;
+    a.jnz(stop)?;
+    a.set_label(&mut again)?;
+    a.pause()?;
+    a.cmp(dword_ptr(rax), cpus)?;
+    a.jb(again)?;
+    a.mov(rbx, WRONG)?;
+    a.mov(rbx, qword_ptr(rbx))?;
+    g.done_unless_rbx()?;
+    g.asm.set_label(&mut stop)?;
+    g.halt()
+}
+
+/// Calls of every kind with values good and bad, on every CPU, those that stop all the others among them.
+fn all_cpus_hammer_calls(mode: &str) {
+    let wild = [0, 1, 0x1000, FREE, PAGE_WINDOW, BYTE_WINDOW, 1 << 63, u64::MAX - 7];
+    let mut rows: Vec<Row> = Vec::new();
+    for number in (0..16).filter(|number| *number != call::EXIT) {
+        for (i, value) in wild.into_iter().enumerate() {
+            let next = wild[(i + 3) % wild.len()];
+            rows.push([number.into(), value, next, value & 7, next]);
+        }
+    }
+    for cpu in 0..4 {
+        rows.push([call::RING_SETUP.into(), FREE + cpu * 0x1000, 0x1000, cpu, 0]);
+        rows.push([call::RING_DRAIN.into(), cpu, 0, 0, 0]);
+        rows.push([call::REPORT.into(), FREE + 8 * cpu, 4, access::WRITE.into(), CODE + cpu]);
+    }
+    let guest = Guest::new(|g| {
+        g.region()?;
+        g.start_others()?;
+        barrier(g, 4)?;
+        g.calls(&rows)?;
+        all_done(g, 4)
+    });
+    let run = run(guest, &format!("--cpus 4 --keep-going {mode}"));
+    run.expect(1);
+    assert_eq!(run.outcome(), "done");
+    assert!(run.figure("/exits/hypercall") >= 4 * rows.len() as u64);
+    assert!(run.figure("/events/refused") > 4 * 16);
+}
+
+/// Each CPU's ring is written by all of them, its header too, while all have them drained.
+fn wild_rings_of_running_cpus() {
+    let guest = Guest::new(|g| {
+        g.region()?;
+        for cpu in 0..4 {
+            g.call(call::RING_SETUP, [FREE + cpu * 0x1000, 0x1000, cpu, 0])?;
+        }
+        g.start_others()?;
+        barrier(g, 4)?;
+        let a = &mut g.asm;
+        let mut again = a.create_label();
+        a.mov(r12, 300u64)?;
+        a.set_label(&mut again)?;
+        // A number that looks random, to one word of the rings: one in eight is a header's or a record's first.
+        a.imul_3(rbx, r12, 0x41c6_4e6d)?;
+        a.add(rbx, r15)?;
+        a.mov(rcx, rbx)?;
+        a.shr(rcx, 7)?;
+        a.and(rcx, 0x7ff)?;
+        a.mov(rax, FREE)?;
+        a.mov(qword_ptr(rax + rcx * 8), rbx)?;
+        a.mov(rdi, r15)?;
+        a.mov(edx, u32::from(PORT))?;
+        a.mov(eax, call::RING_DRAIN)?;
+        a.out(dx, eax)?;
+        a.dec(r12)?;
+        a.jnz(again)?;
+        all_done(g, 4)
+    });
+    let run = quiet(guest, "--cpus 4 --keep-going");
+    run.expect(0);
+    assert_eq!((run.outcome(), run.figure("/events/ring_drains")), ("done", 4 * (4 * 300 + 1)));
+}
+
+/// All CPUs but the second make calls for ever; the second does `what`.
+fn others_go_on(what: impl FnOnce(&mut Guest) -> Result<(), IcedError>) -> Guest {
+    Guest::new(|g| {
+        g.region()?;
+        g.start_others()?;
+        barrier(g, 4)?;
+        let mut go_on = g.asm.create_label();
+        g.asm.cmp(r15, 1)?;
+        g.asm.jne(go_on)?;
+        what(g)?;
+        g.asm.set_label(&mut go_on)?;
+        g.call(call::HELLO, [1, 0, 0, 0])?;
+        g.asm.jmp(go_on)
+    })
+}
+
+fn one_cpu_triple_faults() {
+    let guest = others_go_on(|g| {
+        let nothing = g.data(&[0; 16]);
+        g.asm.mov(rax, nothing)?;
+        g.asm.lidt(ptr(rax))?;
+        g.asm.ud2()
+    });
+    let run = quiet(guest, "--cpus 4");
+    run.expect(3);
+    assert_eq!(run.outcome(), "triple-fault");
+}
+
+fn one_cpu_exits() {
+    let run = quiet(others_go_on(|g| g.call(call::EXIT, [exit::PANIC, 0, 0, 0])), "--cpus 4");
+    run.expect(3);
+    assert_eq!(run.outcome(), "panic");
+}
+
+fn one_cpu_resets() {
+    let guest = others_go_on(|g| {
+        g.asm.mov(eax, 0xfe)?;
+        g.asm.out(0x64, al)
+    });
+    let run = quiet(guest, "--cpus 4");
+    run.expect(0);
+    assert_eq!(run.outcome(), "reset");
+}
+
+/// Nothing can wake them, but the host cannot know.
+fn all_cpus_halt() {
+    let guest = Guest::new(|g| {
+        g.start_others()?;
+        g.halt()
+    });
+    let run = quiet(guest, "--cpus 4 --timeout 1s");
+    run.expect(4);
+    assert_eq!(run.outcome(), "time-limit");
+    assert!(run.time < Duration::from_secs(20), "{:?}", run.time);
+}
+
+fn cpus_that_nobody_starts() {
+    let run = quiet(Guest::new(Guest::done), "--cpus 64");
+    run.expect(0);
+    assert_eq!((run.outcome(), run.figure("/guest/cpus")), ("done", 64));
+}
+
+fn all_cpus_spin() {
+    let guest = Guest::new(|g| {
+        g.region()?;
+        g.start_others()?;
+        let mut again = g.asm.create_label();
+        g.asm.set_label(&mut again)?;
+        g.asm.pause()?;
+        g.asm.jmp(again)
+    });
+    let run = quiet(guest, "--cpus 4 --timeout 1s");
+    run.expect(4);
+    assert!(run.time < Duration::from_secs(20), "{:?}", run.time);
+    assert!(!run.stderr.contains("left behind"), "{}", run.stderr);
+}
+
+/// The first finding ends the run: no other is told, though all CPUs are about to tell one.
+fn all_cpus_find_at_once() {
+    let guest = || {
+        Guest::new(|g| {
+            g.region()?;
+            g.start_others()?;
+            barrier(g, 4)?;
+            // Each in a place of its own, since its number is in the address.
+            let a = &mut g.asm;
+            a.mov(r8, r15)?;
+            a.mov(rax, CODE)?;
+            a.add(r8, rax)?;
+            a.mov(rdi, FREE)?;
+            a.mov(esi, 1)?;
+            a.xor(ecx, ecx)?;
+            a.mov(edx, u32::from(PORT))?;
+            a.mov(eax, call::REPORT)?;
+            a.out(dx, eax)?;
+            all_done(g, 4)
+        })
+    };
+    let first = quiet(guest(), "--cpus 4");
+    first.expect(1);
+    assert_eq!((first.outcome(), first.findings.len()), ("finding-limit", 1));
+    let run = quiet(guest(), "--cpus 4 --keep-going");
+    run.expect(1);
+    let mut cpus: Vec<_> = run.findings.iter().map(|finding| finding["cpu"].as_u64()).collect();
+    cpus.sort_unstable();
+    assert_eq!(cpus, [Some(0), Some(1), Some(2), Some(3)], "each names the CPU");
+}
+
+fn a_chunk_that_all_cpus_touch_at_once() {
+    const CHUNKS: u64 = 8;
+    let guest = Guest::new(|g| {
+        g.region()?;
+        g.start_others()?;
+        for chunk in 0..CHUNKS {
+            barrier(g, 4 * (chunk as u32 + 1))?;
+            let a = &mut g.asm;
+            // Each CPU's own eight bytes; they all must be there afterwards.
+            a.mov(rbx, BYTE_WINDOW + chunk * (256 << 10))?;
+            a.mov(rax, u64::from_ne_bytes([SLAB_FREE; 8]))?;
+            a.mov(qword_ptr(rbx + r15 * 8), rax)?;
+        }
+        barrier(g, 4 * (CHUNKS as u32 + 1))?;
+        for chunk in 0..CHUNKS {
+            for cpu in 0..4 {
+                let a = &mut g.asm;
+                let mut good = a.create_label();
+                a.mov(rbx, BYTE_WINDOW + chunk * (256 << 10) + 8 * cpu)?;
+                a.mov(rax, u64::from_ne_bytes([SLAB_FREE; 8]))?;
+                a.cmp(qword_ptr(rbx), rax)?;
+                a.je(good)?;
+                a.mov(rcx, WRONG)?;
+                a.lock().inc(qword_ptr(rcx))?;
+                a.set_label(&mut good)?;
+            }
+        }
+        all_done(g, 4)
+    });
+    let run = quiet(guest, "--cpus 4");
+    run.expect(0);
+    assert_eq!((run.outcome(), run.figure("/exits/shadow_fault")), ("done", CHUNKS));
+}
+
+/// CPUs promote pages, fill their byte shadow, read it back and demote them, each its own, next to each other or far apart,
+/// while the first has the VMM give back whatever is not in use, or takes so many chunks that the limit does.
+fn live_shadow(arguments: &str, cpus: u32) {
+    const ROUNDS: u64 = 60;
+    let guest = Guest::new(|g| {
+        g.region()?;
+        g.call(call::RING_SETUP, [FREE, 0x1000, 0, 0])?;
+        g.start_others()?;
+        barrier(g, cpus)?;
+        let a = &mut g.asm;
+        let mut promoter = a.create_label();
+        let mut first = a.create_label();
+        a.test(r15, r15)?;
+        a.jnz(promoter)?;
+        // The first: drain after drain, until the others are done.
+        a.set_label(&mut first)?;
+        a.xor(edi, edi)?;
+        a.mov(edx, u32::from(PORT))?;
+        a.mov(eax, call::RING_DRAIN)?;
+        a.out(dx, eax)?;
+        a.mov(rax, DONE)?;
+        a.cmp(dword_ptr(rax), cpus - 1)?;
+        a.jb(first)?;
+        let mut end = a.create_label();
+        a.jmp(end)?;
+
+        // The others: page `r15` of another 2 MiB in each round; all that share a page of byte shadow.
+        a.set_label(&mut promoter)?;
+        let mut round = a.create_label();
+        a.mov(r12, ROUNDS)?;
+        a.set_label(&mut round)?;
+        a.mov(rbx, r12)?;
+        a.and(ebx, 7)?;
+        a.shl(rbx, 9)?;
+        a.add(rbx, r15)?;
+        // rbx: page, rbp: its page shadow, rdi: its byte shadow.
+        a.mov(rbp, PAGE_WINDOW)?;
+        a.add(rbp, rbx)?;
+        a.mov(rdi, BYTE_WINDOW)?;
+        a.shl(rbx, 9)?;
+        a.add(rdi, rbx)?;
+        a.mov(byte_ptr(rbp), u32::from(PAGE_BUSY))?;
+        a.mov(rax, u64::from_ne_bytes([SLAB_FREE; 8]))?;
+        a.xor(ecx, ecx)?;
+        let mut fill = a.create_label();
+        a.set_label(&mut fill)?;
+        a.mov(qword_ptr(rdi + rcx * 8), rax)?;
+        a.inc(ecx)?;
+        a.cmp(ecx, 64)?;
+        a.jb(fill)?;
+        a.mov(byte_ptr(rbp), u32::from(PAGE_BYTES))?;
+        // Give the VMM time to take it.
+        let mut wait = a.create_label();
+        a.mov(ecx, 200)?;
+        a.set_label(&mut wait)?;
+        a.pause()?;
+        a.dec(ecx)?;
+        a.jnz(wait)?;
+        let mut look = a.create_label();
+        let mut good = a.create_label();
+        a.set_label(&mut look)?;
+        a.cmp(qword_ptr(rdi + rcx * 8), rax)?;
+        a.je(good)?;
+        a.mov(rsi, WRONG)?;
+        a.lock().inc(qword_ptr(rsi))?;
+        a.set_label(&mut good)?;
+        a.inc(ecx)?;
+        a.cmp(ecx, 64)?;
+        a.jb(look)?;
+        a.mov(byte_ptr(rbp), 0)?;
+        a.dec(r12)?;
+        a.jnz(round)?;
+        a.set_label(&mut end)?;
+        all_done(g, cpus)
+    });
+    let run = quiet(guest, &format!("--cpus {cpus} {arguments}"));
+    run.expect(0);
+    assert_eq!(run.outcome(), "done");
+    assert!(run.figure("/shadow/released_bytes") > 0, "nothing was given back, so nothing was tried");
+}
+
+/// In `sync` mode, by a CPU that is not the first.
+fn another_cpus_tampering() {
+    let guest = Guest::new(|g| {
+        g.region()?;
+        g.start_others()?;
+        barrier(g, 2)?;
+        let mut innocent = g.asm.create_label();
+        g.asm.test(r15, r15)?;
+        g.asm.jz(innocent)?;
+        g.asm.mov(rbx, PAGE_WINDOW)?;
+        g.asm.mov(byte_ptr(rbx), 1)?;
+        g.asm.set_label(&mut innocent)?;
+        all_done(g, 2)
+    });
+    let run = quiet(guest, "--cpus 2 --notify sync --keep-going");
+    run.expect(1);
+    assert_eq!(run.findings.len(), 1);
+    assert_eq!((&run.findings[0]["kind"], &run.findings[0]["cpu"]), (&"shadow-tampering".into(), &1.into()));
+}
+
+fn instructions_of_all_cpus_count() {
+    const EACH: u64 = 100_000;
+    let guest = Guest::new(|g| {
+        g.start_others()?;
+        let mut end = g.asm.create_label();
+        let mut again = g.asm.create_label();
+        g.asm.test(r15, r15)?;
+        g.asm.jz(end)?;
+        g.asm.mov(ecx, EACH as u32)?;
+        g.asm.set_label(&mut again)?;
+        g.asm.dec(ecx)?;
+        g.asm.jnz(again)?;
+        g.asm.set_label(&mut end)?;
+        all_done(g, 3)
+    });
+    let run = quiet(guest, "--cpus 3");
+    run.expect(0);
+    // Null where the host runs ring 0 itself.
+    if let Some(instructions) = run.stats["guest"]["instructions"].as_u64() {
+        assert!(instructions > 2 * 2 * EACH, "{instructions}");
+    }
+}

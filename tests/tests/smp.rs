@@ -1,0 +1,92 @@
+//! The test kernel on several CPUs: a stress in which objects go from CPU to CPU, with no false finding, and one
+//! planted bug for each two CPUs, found with the right CPU, allocation and free.
+
+use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use umbra::kernel::test_kernel;
+use umbra::report::Finding;
+use umbra::sandbox::{self, Config, Outcome, Report, ShadowMode};
+use umbra::shadow::Notify;
+use umbra_tests::suite::{Need, Suite};
+
+/// Allocator operations of each CPU.
+const OPERATIONS: u32 = 500;
+/// A bug is told by its number: the CPU that frees, times this, and the CPU that uses. As in `guest/kernel/src/stress.rs`.
+const PLANTED: u64 = 4;
+
+fn run(cpus: u8, shadow: ShadowMode, notify: Notify) -> Report {
+    let config = Config {
+        kernel: test_kernel().expect("checked before").into(),
+        cmdline: format!("scenarios=- smp={OPERATIONS}"),
+        cpus,
+        shadow,
+        notify,
+        timeout: Some(Duration::from_secs(120)),
+        ..Config::default()
+    };
+    let report = sandbox::run(&config, Box::new(std::io::sink()), Box::new(()), &AtomicBool::new(false))
+        .expect("it boots");
+    assert!(matches!(report.outcome, Outcome::Done), "{}", report.outcome);
+    assert_eq!(report.stats.events.refused, 0);
+    report
+}
+
+/// What was planted, as it must be told: CPU that uses, offset, who used, allocated and freed.
+type Bug = (u32, i64, [String; 3]);
+
+fn planted(cpus: u64) -> Vec<Bug> {
+    let pairs = (0..cpus * cpus).map(|pair| (pair / cpus, pair % cpus)).filter(|(a, b)| a != b);
+    let bug = |(frees, uses): (u64, u64)| {
+        let allocates = (0..cpus).rev().find(|cpu| *cpu != frees && *cpu != uses).unwrap_or(frees);
+        let names = [uses, allocates, frees].map(|cpu| format!("cpu{cpu}"));
+        (uses as u32, (frees * PLANTED + uses) as i64, names)
+    };
+    pairs.map(bug).collect()
+}
+
+fn told(finding: &Finding) -> Bug {
+    assert_eq!((finding.kind, finding.size), ("slab-use-after-free", 1), "{}", finding.task.name);
+    let object = finding.object.as_ref().expect("an object");
+    assert_eq!((object.size, object.cache.as_deref()), (64, Some("kmalloc-64")));
+    let by = |event: &Option<umbra::report::Event>| {
+        let event = event.as_ref().expect("who did it");
+        assert!(!event.frames.is_empty());
+        event.task.name.clone()
+    };
+    let names = [finding.task.name.clone(), by(&finding.allocated), by(&finding.freed)];
+    (finding.cpu, object.offset, names)
+}
+
+fn stress(cpus: u8, shadow: ShadowMode, notify: Notify) {
+    let report = run(cpus, shadow, notify);
+    let mut found: Vec<_> = report.findings.iter().map(|(finding, _)| told(finding)).collect();
+    let mut expected = planted(cpus.into());
+    found.sort();
+    expected.sort();
+    assert_eq!(found, expected);
+    let events = &report.stats.events;
+    assert_eq!(report.stats.guest.cpus, cpus);
+    assert!(events.allocations > u64::from(cpus) * 100 && events.frees > u64::from(cpus) * 100, "{events:?}");
+    if notify == Notify::Ring {
+        // Not only for the findings: rings were full in between.
+        assert!(events.ring_drains > u64::from(cpus) * (expected.len() as u64 + 1), "{events:?}");
+    }
+}
+
+fn main() -> ExitCode {
+    let mut suite = Suite::default();
+    let kernel = Need::test_kernel();
+    for cpus in [2, 4] {
+        for (name, shadow, notify) in [
+            ("per-page/ring", ShadowMode::PerPage, Notify::Ring),
+            ("per-page/sync", ShadowMode::PerPage, Notify::Sync),
+            ("full/ring", ShadowMode::Full, Notify::Ring),
+            ("full/sync", ShadowMode::Full, Notify::Sync),
+        ] {
+            suite.add(format!("{cpus} CPUs, {name}"), &kernel, move || stress(cpus, shadow, notify));
+        }
+    }
+    suite.run()
+}
