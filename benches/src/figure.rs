@@ -22,6 +22,9 @@ pub struct Figure {
     /// What else is to say.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub note: String,
+    /// Why it stays over its limit for now; none where that would be news.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub known: Option<&'static str>,
 }
 
 /// What a figure came to.
@@ -53,7 +56,7 @@ impl Figure {
     /// A figure without a limit.
     pub fn new(group: &'static str, name: impl Into<String>, measured: f64, unit: &'static str) -> Self {
         let (limit, verdict, note) = (None, Verdict::Told, String::new());
-        Self { group, name: name.into(), measured, unit, limit, verdict, note }
+        Self { group, name: name.into(), measured, unit, limit, verdict, note, known: None }
     }
 
     /// Says the most that it may be.
@@ -70,6 +73,17 @@ impl Figure {
             Some(_) => Self { verdict: Verdict::NotApplicable, ..self },
             None => self,
         }
+    }
+
+    /// Says why it is over its limit. It is shown as such, but is no news.
+    #[must_use]
+    pub fn known(self, why: &'static str) -> Self {
+        Self { known: Some(why), ..self }
+    }
+
+    /// Whether it is over its limit and nothing says why.
+    pub fn is_news(&self) -> bool {
+        self.verdict == Verdict::Over && self.known.is_none()
     }
 
     /// Adds a remark.
@@ -117,7 +131,7 @@ pub fn table(figures: &[Figure]) -> String {
             number(f.measured),
             f.unit,
             f.verdict.as_str(),
-            f.note,
+            f.known.filter(|_| f.verdict == Verdict::Over).unwrap_or(&f.note),
             inner = width.saturating_sub(2),
         );
         let _ = writeln!(text, "{}", line.trim_end());
@@ -136,6 +150,8 @@ mod tests {
         assert_eq!(figure(8.5).verdict, Verdict::Over);
         assert_eq!(figure(9.0).not_applicable().verdict, Verdict::NotApplicable);
         assert_eq!(Figure::new("g", "n", 9.0, "x").not_applicable().verdict, Verdict::Told);
+        assert!(figure(8.5).is_news() && !figure(8.0).is_news());
+        assert!(!figure(8.5).known("for a reason").is_news());
     }
 
     #[test]

@@ -229,6 +229,9 @@ bool umbra_check(uint64_t address, uint64_t bytes, bool write);
 void umbra_suppress_begin(void);
 void umbra_suppress_end(void);
 
+/* Bad accesses and frees seen so far on all CPUs, reported or not: for a kernel's tests of its own. */
+uint64_t umbra_violations(void);
+
 /* ---- Stacks and names ----------------------------------------------------------------------------------------- */
 
 /* A thread's stack comes into being, or is given back. Page-aligned, in a region. */

@@ -42,7 +42,7 @@ unsafe extern "C" {
 }
 
 /// A C function, whatever its arguments: at most five integers.
-type Function = unsafe extern "C" fn();
+pub type Function = unsafe extern "C" fn();
 
 /// Most 2 MiB blocks that `chunks` touches.
 const CHUNKS: usize = 64;
@@ -80,7 +80,8 @@ fn repeat_at(depth: u64, rounds: u64, f: Function, arguments: [u64; 5]) {
     }
 }
 
-fn entry(name: &str) -> Option<Function> {
+/// The check called `__asan_NAME_noabort`; `none` is a bare `ret`.
+pub fn entry(name: &str) -> Option<Function> {
     let f: Function = match name {
         "none" => bench_none,
         "load1" => __asan_load1_noabort,

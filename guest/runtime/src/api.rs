@@ -226,6 +226,13 @@ pub extern "C" fn umbra_suppress_end() {
     state::suppress(false);
 }
 
+/// Bad accesses and frees seen so far on all CPUs, those included that were not reported because reports were off. For a kernel's
+/// tests of its own: what must be caught moves it.
+#[unsafe(no_mangle)]
+pub extern "C" fn umbra_violations() -> u64 {
+    state::violations()
+}
+
 /// The registers that [`umbra_page_fault`] reads and changes.
 #[repr(C)]
 pub struct Trap {

@@ -9,11 +9,12 @@
 //!
 //! | access | untyped page | byte-checked, whole granule | byte-checked, partial granule |
 //! | --- | --- | --- | --- |
-//! | 1 byte | 5 | 10 | 14 |
-//! | 2, 4 bytes, aligned | 7 | 12 | 16 |
-//! | 8, 16 bytes, aligned | 7 | 12 | |
-//! | 2 to 8 bytes, unaligned | 7 (14 beside another kind of page) | 16 | model |
-//! | 16 bytes, unaligned | 7 (14) | model | model |
+//! | 1 byte | 5 | 10 | 13 |
+//! | 2, 4 bytes, aligned | 7 | 12 | 15 |
+//! | 8, 16 bytes, aligned | 7 | 11 | |
+//! | 2 to 8 bytes, unaligned | 7 (13 beside another kind of page) | 16 | 20 to 25 |
+//! | 16 bytes, unaligned | 7 (13) | model | model |
+//! | up to 8 bytes, by `__asan_loadN` | 11 | 23 to 25 | 28 |
 //!
 //! Two-level: `rax` is the page shadow's address, one unsigned comparison with `PAGE_BYTES` tells the three cases
 //! apart. An aligned access lies in one page and one granule (two granules for 16 bytes).
@@ -30,7 +31,7 @@ use crate::ring::frame_pointer;
 use crate::{host, shadow, state};
 
 /// Bytes of one check's slot.
-pub const SLOT: usize = 256;
+pub const SLOT: usize = 384;
 /// Bytes of its patchable part.
 pub const PATCH: usize = 64;
 
@@ -51,9 +52,16 @@ const SLOTS: [(u64, u16); 12] = [
 ];
 
 // Displacements in the templates are written out by hand, since they run in another place than where they stand:
-// a jump's target is the offset in the slot less the offset behind the jump. In a slot, `bytes` is at 64,
-// `unaligned` at 96, `partial` at 176, `slow` at 208.
+// a jump's target is the offset in the slot less the offset behind the jump.
 global_asm!(
+    // Offsets in a slot.
+    ".set UMBRA_PATCH, 64",
+    ".set UMBRA_BYTES, 64",      // the page is not untyped
+    ".set UMBRA_UNALIGNED, 128", // an unaligned access, two-level
+    ".set UMBRA_GRANULES, 208", // an unaligned access whose granules are not both whole; rax: the first one's shadow
+    ".set UMBRA_PARTIAL, 288",  // an aligned access whose granule is not whole, full shadow
+    ".set UMBRA_SLOW, 320",     // to the model
+    ".set UMBRA_SLOT, 384",
     ".macro umbra_slow size, access",
     "push rbp",
     "mov rbp, rsp",
@@ -68,30 +76,43 @@ global_asm!(
     ".endm",
     // One check of a fixed size.
     ".macro umbra_slot name, size, access",
-    ".balign 256, 0xcc",
+    ".balign 64, 0xcc",
     ".globl \\name",
     ".type \\name, @function",
     "\\name:",
     "ret",
-    ".org \\name + 64, 0xcc",
-    // Page shadow was not below PAGE_BYTES; the flags are still those of that comparison.
+    ".org \\name + UMBRA_BYTES, 0xcc",
+    // Page shadow was not below PAGE_BYTES; the flags are still those of that comparison. The address is shifted in
+    // place, which saves a copy: no look-up in the byte shadow of a byte-checked page faults.
     "jne 9f",
-    "mov rax, rdi",
-    "sar rax, 3",
-    ".if \\size == 16",
-    "cmp word ptr [rax], 0",
-    "jne 9f",
-    ".elseif \\size == 8",
-    "cmp byte ptr [rax], 0",
-    "jne 9f",
-    ".else",
-    "cmp byte ptr [rax], 0",
-    "jne 1f",
+    ".if \\size < 8",
+    "lea ecx, [rdi + \\size - 1]",
     ".endif",
+    "sar rdi, 3",
+    ".if \\size == 16",
+    "cmp word ptr [rdi], 0",
+    ".else",
+    "cmp byte ptr [rdi], 0",
+    ".endif",
+    "jne 1f",
     "ret",
-    ".org \\name + 96, 0xcc",
+    "1:",
+    ".if \\size < 8",
+    // A granule that is not wholly valid. Poison is negative.
+    "and ecx, 7",
+    "cmp cl, [rdi]",
+    "jge 2f",
+    "ret",
+    "2:",
+    "sub ecx, \\size - 1",
+    "lea rdi, [rdi * 8 + rcx]",
+    ".else",
+    "shl rdi, 3",
+    ".endif",
+    "jmp 9f",
+    ".org \\name + UMBRA_UNALIGNED, 0xcc",
     ".if \\size > 1",
-    // Unaligned. This page and the next at once, which are neighbours in the page shadow; behind the last page of a region
+    // This page and the next at once, which are neighbours in the page shadow; behind the last page of a region
     // that may fault, and then `umbra_page_fault` has the model decide.
     "cmp word ptr [rax], 0",
     "jne 2f",
@@ -99,31 +120,59 @@ global_asm!(
     "2:",
     "cmp byte ptr [rax], 1",
     "jne 3f",
-    ".if \\size < 16",
-    // Two granules at once likewise. Not for an access that may go on in the next page, which has a class of its own:
-    // its last byte then lies in the first granule of a page.
+    // Likewise two granules at once.
     "mov rax, rdi",
     "sar rax, 3",
     "cmp word ptr [rax], 0",
-    "jne 9f",
+    ".if \\size < 16",
+    "jne 4f",
+    // Not for an access that goes on in the next page, which has a class of its own: its last byte is then one of the
+    // first of a page.
     "lea ecx, [rdi + \\size - 1]",
-    "test ecx, 0xff8",
+    "test ecx, 0x1000 - \\size",
     "je 9f",
     "ret",
     ".else",
     "jmp 9f",
     ".endif",
     "3:",
-    "lea rcx, [rdi + \\size - 1]",
-    "sar rcx, 12",
-    "mov al, [rax]",
-    "or al, [rcx]",
+    "ja 9f",
+    // An untyped page beside one of another kind.
+    "lea ecx, [rdi + \\size - 1]",
+    "test ecx, 0x1000 - \\size",
+    "je 5f",
+    "ret",
+    "5:",
+    "cmp byte ptr [rax + 1], 0",
     "jne 9f",
     "ret",
     ".endif",
-    ".org \\name + 176, 0xcc",
-    // A granule that is not wholly valid; rax is its shadow's address. Poison is negative.
-    "1:",
+    ".org \\name + UMBRA_GRANULES, 0xcc",
+    ".if (\\size > 1) && (\\size < 16)",
+    // The access's last byte, counted from the first granule:
+    "4:",
+    "mov ecx, edi",
+    "and ecx, 7",
+    "add ecx, \\size - 1",
+    "cmp byte ptr [rax], 0",
+    "jne 6f",
+    // The first granule is whole, the second is not.
+    "sub ecx, 8",
+    "js 5f",
+    // That is another page's, perhaps.
+    "lea edx, [rax + 1]",
+    "test edx, 0x1ff",
+    "je 9f",
+    "cmp cl, [rax + 1]",
+    "jge 9f",
+    "5:",
+    "ret",
+    "6:",
+    "cmp cl, [rax]",
+    "jge 9f",
+    "ret",
+    ".endif",
+    ".org \\name + UMBRA_PARTIAL, 0xcc",
     ".if \\size < 8",
     "lea ecx, [rdi + \\size - 1]",
     "and ecx, 7",
@@ -131,24 +180,48 @@ global_asm!(
     "jge 9f",
     "ret",
     ".endif",
-    ".org \\name + 208, 0xcc",
+    ".org \\name + UMBRA_SLOW, 0xcc",
     "9:",
     "umbra_slow \\size, \\access",
-    ".org \\name + 256, 0xcc",
-    ".size \\name, 256",
+    ".org \\name + UMBRA_SLOT, 0xcc",
+    ".size \\name, UMBRA_SLOT",
     ".endm",
     // One check of any size (rsi).
     ".macro umbra_slot_any name, access",
-    ".balign 256, 0xcc",
+    ".balign 64, 0xcc",
     ".globl \\name",
     ".type \\name, @function",
     "\\name:",
     "ret",
-    ".org \\name + 64, 0xcc",
+    ".org \\name + UMBRA_BYTES, 0xcc",
+    // Two-level, all in one page that is not untyped; the flags are those of the comparison with PAGE_BYTES. Up to 8
+    // bytes lie in the first or in the last granule.
+    "jne 9f",
+    "cmp rsi, 8",
+    "ja 9f",
+    "lea rcx, [rdi + rsi - 1]",
+    "mov rax, rdi",
+    "mov rdx, rcx",
+    "sar rax, 3",
+    "sar rdx, 3",
+    "cmp rax, rdx",
+    "je 1f",
+    "cmp byte ptr [rax], 0",
+    "jne 9f",
+    "1:",
+    "cmp byte ptr [rdx], 0",
+    "jne 2f",
+    "ret",
+    "2:",
+    "and ecx, 7",
+    "cmp cl, [rdx]",
+    "jge 9f",
+    "ret",
+    ".org \\name + UMBRA_SLOW, 0xcc",
     "9:",
     "umbra_slow 0, \\access",
-    ".org \\name + 256, 0xcc",
-    ".size \\name, 256",
+    ".org \\name + UMBRA_SLOT, 0xcc",
+    ".size \\name, UMBRA_SLOT",
     ".endm",
     // Templates. `code` + 4 displacement bytes, to offset `to` of the slot from offset `behind`.
     ".macro umbra_jump code, to, behind",
@@ -161,12 +234,12 @@ global_asm!(
     "sar rax, 12",  // 3..7
     ".if \\size > 1",
     "test dil, \\size - 1", // 7..11
-    "umbra_jump 0x85, 96, 17",
+    "umbra_jump 0x85, UMBRA_UNALIGNED, 17",
     "cmp byte ptr [rax], 1", // 17..20
-    "umbra_jump 0x83, 64, 26",
+    "umbra_jump 0x83, UMBRA_BYTES, 26",
     ".else",
     "cmp byte ptr [rax], 1", // 7..10
-    "umbra_jump 0x83, 64, 16",
+    "umbra_jump 0x83, UMBRA_BYTES, 16",
     ".endif",
     "ret",
     ".balign 64, 0xcc",
@@ -180,34 +253,36 @@ global_asm!(
     "umbra_jump 0x85, 32, 17",
     ".if \\size == 16",
     "cmp word ptr [rax], 0", // 17..21
-    "umbra_jump 0x85, 208, 27",
+    "umbra_jump 0x85, UMBRA_SLOW, 27",
     ".elseif \\size == 8",
     "cmp byte ptr [rax], 0", // 17..20
-    "umbra_jump 0x85, 208, 26",
+    "umbra_jump 0x85, UMBRA_SLOW, 26",
     ".else",
     "cmp byte ptr [rax], 0",
-    "umbra_jump 0x85, 176, 26",
+    "umbra_jump 0x85, UMBRA_PARTIAL, 26",
     ".endif",
     ".else",
     "cmp byte ptr [rax], 0", // 7..10
-    "umbra_jump 0x85, 176, 16",
+    "umbra_jump 0x85, UMBRA_PARTIAL, 16",
     ".endif",
     "ret",
     // Unaligned: all granules that it may touch.
     ".if \\size > 1",
     ".balign 32, 0xcc",
     "cmp word ptr [rax], 0", // 32..36
-    "umbra_jump 0x85, 208, 42",
     ".if \\size == 16",
+    "umbra_jump 0x85, UMBRA_SLOW, 42",
     "cmp byte ptr [rax + 2], 0", // 42..46
-    "umbra_jump 0x85, 208, 52",
+    "umbra_jump 0x85, UMBRA_SLOW, 52",
+    ".else",
+    "umbra_jump 0x85, UMBRA_GRANULES, 42",
     ".endif",
     "ret",
     ".endif",
     ".balign 64, 0xcc",
     ".endm",
     ".section .text.umbra_checks, \"ax\", @progbits",
-    ".balign 256, 0xcc",
+    ".balign 64, 0xcc",
     // Global, since the code that uses them may land in another object of the archive.
     ".globl umbra_slots, umbra_templates_two_level, umbra_templates_full",
     ".hidden umbra_slots, umbra_templates_two_level, umbra_templates_full",
@@ -238,16 +313,16 @@ global_asm!(
     "umbra_two_level 8",
     "umbra_two_level 16",
     // Any size: within one page, and that page untyped.
-    "lea rcx, [rdi + rsi - 1]", // 0..5
-    "cmp rcx, rdi",             // 5..8
-    "umbra_jump 0x82, 64, 14",  // wraps, or nothing to check
-    "mov rax, rdi",             // 14..17
-    "sar rax, 12",              // 17..21
-    "sar rcx, 12",              // 21..25
-    "cmp rax, rcx",             // 25..28
-    "umbra_jump 0x85, 64, 34",
+    "lea rcx, [rdi + rsi - 1]",        // 0..5
+    "cmp rcx, rdi",                    // 5..8
+    "umbra_jump 0x82, UMBRA_SLOW, 14", // wraps, or nothing to check
+    "mov rax, rdi",                    // 14..17
+    "sar rax, 12",                     // 17..21
+    "sar rcx, 12",                     // 21..25
+    "cmp rax, rcx",                    // 25..28
+    "umbra_jump 0x85, UMBRA_SLOW, 34",
     "cmp byte ptr [rax], 1", // 34..37
-    "umbra_jump 0x83, 64, 43",
+    "umbra_jump 0x83, UMBRA_BYTES, 43",
     "ret",
     ".balign 64, 0xcc",
     "umbra_templates_full:",
@@ -258,7 +333,7 @@ global_asm!(
     "umbra_full 16",
     // Any size: straight to the model.
     ".byte 0xe9",
-    ".long 64 - 5",
+    ".long UMBRA_SLOW - 5",
     ".balign 64, 0xcc",
     ".text",
 );

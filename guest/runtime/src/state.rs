@@ -18,6 +18,8 @@ static REGION: [(AtomicU64, AtomicU64); REGIONS] =
 static SUPPRESSED: [AtomicU32; CPUS] = [const { AtomicU32::new(0) }; CPUS];
 static REPORTING: [AtomicBool; CPUS] = [const { AtomicBool::new(false) }; CPUS];
 
+static VIOLATIONS: AtomicU64 = AtomicU64::new(0);
+
 /// The features in force.
 pub fn mode() -> u32 {
     MODE.load(Relaxed)
@@ -100,8 +102,14 @@ pub fn suppress(on: bool) {
     }
 }
 
-/// Runs `report` unless reports are off on this CPU or one is being made already.
+/// Bad accesses that the checks have seen, reported or not.
+pub fn violations() -> u64 {
+    VIOLATIONS.load(Relaxed)
+}
+
+/// Counts a bad access, and runs `report` unless reports are off on this CPU or one is being made already.
 pub fn reporting(who: u64, report: impl FnOnce()) {
+    VIOLATIONS.fetch_add(1, Relaxed);
     let cpu = cpu_of(who);
     if SUPPRESSED[cpu].load(Relaxed) != 0 || REPORTING[cpu].swap(true, Relaxed) {
         return;

@@ -56,6 +56,7 @@ unsafe extern "C" {
     pub fn umbra_name_task(id: u32, name: *const u8, len: u64);
     pub fn umbra_suppress_begin();
     pub fn umbra_suppress_end();
+    pub fn umbra_violations() -> u64;
     pub fn umbra_page_fault(trap: &mut Trap) -> bool;
     pub fn umbra_exit(code: u64) -> !;
     pub fn umbra_exit_panic() -> !;

@@ -6,6 +6,7 @@
 //! `kind access size offset`, where the offset counts from the start of the object, `-` if there is none.
 
 mod access;
+mod checks;
 pub mod churn;
 mod functions;
 mod heap;
@@ -82,6 +83,7 @@ pub fn run(command_line: &'static str) {
             large::ALL,
             functions::ALL,
             access::ALL,
+            checks::ALL,
             pages::ALL,
             stack::ALL,
             heap::ALL,
