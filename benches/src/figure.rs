@@ -75,12 +75,6 @@ impl Figure {
         }
     }
 
-    /// Says why it is over its limit. It is shown as such, but is no news.
-    #[must_use]
-    pub fn known(self, why: &'static str) -> Self {
-        Self { known: Some(why), ..self }
-    }
-
     /// Whether it is over its limit and nothing says why.
     pub fn is_news(&self) -> bool {
         self.verdict == Verdict::Over && self.known.is_none()
@@ -151,7 +145,7 @@ mod tests {
         assert_eq!(figure(9.0).not_applicable().verdict, Verdict::NotApplicable);
         assert_eq!(Figure::new("g", "n", 9.0, "x").not_applicable().verdict, Verdict::Told);
         assert!(figure(8.5).is_news() && !figure(8.0).is_news());
-        assert!(!figure(8.5).known("for a reason").is_news());
+        assert!(!Figure { known: Some("for a reason"), ..figure(8.5) }.is_news());
     }
 
     #[test]

@@ -137,9 +137,7 @@ pub fn figures(meter: &Meter) -> Result<Vec<Figure>> {
             {
                 figure = figure.limit(limit);
             }
-            if let Some(why) = case.known {
-                figure = figure.known(why);
-            }
+            figure.known = case.known;
             all.push(if meter.counts() { figure } else { figure.not_applicable() });
         }
     }
