@@ -60,7 +60,8 @@ pub mod call {
     /// `rdi`: virtual address of a [`super::RingHeader`] (in an added region, 64-byte aligned), `rsi`: bytes
     /// of header and records, `rcx`: CPU, `r8`: text base (see [`super::Record`]).
     pub const RING_SETUP: u32 = 3;
-    /// `rdi`: CPU, whose ring is full. Takes all records out of all rings; an error if the CPU has no ring.
+    /// `rdi`: the calling CPU, whose ring is full. Takes all records out of all rings and empties its own; an error if it
+    /// has none.
     pub const RING_DRAIN: u32 = 4;
     /// `rdi`: address, `rsi`: bytes, `rcx`: code. `sync` mode only.
     pub const POISON: u32 = 5;
@@ -192,12 +193,13 @@ pub const RECORD_FRAMES: usize = 10;
 
 /// The first 64 bytes of a ring; [`Record`]s follow.
 ///
-/// The guest writes a record, then raises `count`. The VMM reads `count` records and sets it to 0, while every CPU
-/// stands still. All rings are drained together, and their records taken in the order of their sequence numbers.
+/// The guest writes a record, then raises `count`. The VMM takes the records that it has not taken yet while every CPU
+/// stands still, from all rings together, in the order of their sequence numbers. It sets `count` to 0 only when the
+/// ring's CPU calls for a drain: at any other time that CPU may be about to raise it.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C, align(64))]
 pub struct RingHeader {
-    /// Records written since the last drain.
+    /// Records written since this CPU's last [`call::RING_DRAIN`].
     pub count: u64,
     /// Not used; zero.
     pub reserved: [u64; 7],

@@ -70,9 +70,8 @@ global_asm!(
     "mov ss, eax",
     "mov rsp, [rip + ap_stack]",
     "xor ebp, ebp",
-    "movabs rax, offset {main}",
-    "call rax",
-    "ud2",
+    "movabs rax, offset ap_high",
+    "jmp rax",
     // The code above uses these by their numbers: the assembler allows no difference of symbols there.
     ".globl ap_start, ap_tables, ap_stack, ap_end",
     ".org ap_start + 192",
@@ -85,6 +84,9 @@ global_asm!(
     "ap_gdt: .quad 0, 0x00af9b000000ffff",
     "ap_end:",
     ".text",
+    "ap_high:",
+    "call {main}",
+    "ud2",
     at = const TRAMPOLINE,
     main = sym ap_main,
 );

@@ -1,12 +1,15 @@
 //! What all CPUs do at once: `smp=OPERATIONS` on the command line.
 //!
 //! First a stress that is all legal: each CPU allocates, uses and frees, and swaps objects with the others through a few
-//! common places, so that most objects are freed by another CPU than allocated them. Then for each two CPUs a planted
-//! bug: what the one frees the other uses.
+//! common places, so that most objects are freed by another CPU than allocated them. How many there were is printed: as
+//! many must have been told. Then a race, legal too: all make their parts of one page accessible at once. Then for each two
+//! CPUs a planted bug: what the one frees the other uses.
 
 use core::sync::atomic::{
     AtomicU64, AtomicUsize, Ordering::AcqRel, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
 };
+
+use umbra_guest::codes::{PAGE_SIZE, SLAB_REDZONE};
 
 use crate::scenarios::churn::Random;
 use crate::slab::{kfree, kmalloc, krealloc};
@@ -35,7 +38,12 @@ pub fn run(command_line: &str) {
         cpu::set_task(thread::new_task("cpu0"));
         smp::on_all(stress);
         PLACE.iter().for_each(|place| drop_object(place.swap(0, Relaxed)));
-        println!("smp: stress is over");
+        println!("smp: {} allocations, {} frees", ALLOCATIONS.load(Relaxed), FREES.load(Relaxed));
+        if let Some(page) = page::alloc(0) {
+            OBJECT.store(page, Relaxed);
+            smp::on_all(race);
+            page::free(page);
+        }
         for turn in 0..PLANTED * PLANTED {
             let [a, b] = [turn / PLANTED, turn % PLANTED];
             if a != b && a.max(b) < smp::running() {
@@ -48,6 +56,10 @@ pub fn run(command_line: &str) {
     }
 }
 
+/// What the stress should have told.
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+static FREES: AtomicU64 = AtomicU64::new(0);
+
 /// Bytes of an object's head: its size, and what its size and address make together.
 const HEAD: u64 = 16;
 const MAGIC: u64 = 0x5bd1_e995_9e37_79b9;
@@ -55,6 +67,7 @@ const MAGIC: u64 = 0x5bd1_e995_9e37_79b9;
 /// An object with a head, and its last byte written. 0 if there is no memory.
 fn new_object(size: u64) -> u64 {
     let Some(at) = kmalloc(size) else { return 0 };
+    ALLOCATIONS.fetch_add(1, Relaxed);
     fill(at, size);
     at
 }
@@ -86,6 +99,7 @@ fn check_object(at: u64) -> u64 {
 fn drop_object(at: u64) {
     if at != 0 {
         check_object(at);
+        FREES.fetch_add(1, Relaxed);
         kfree(at);
     }
 }
@@ -100,6 +114,8 @@ fn stress(number: usize) {
             // Pages come and go as wholes, and are slabs in between: their shadow is promoted and demoted.
             0 => {
                 if let Some(at) = page::alloc((r >> 12 & 1) as usize) {
+                    ALLOCATIONS.fetch_add(1, Relaxed);
+                    FREES.fetch_add(1, Relaxed);
                     // SAFETY: the page belongs to this CPU.
                     unsafe { ((at + 4095) as *mut u8).write_volatile(1) };
                     page::free(at);
@@ -109,6 +125,9 @@ fn stress(number: usize) {
                 let old = check_object(*mine);
                 let new = HEAD + 1 + (r >> 32) % 300;
                 if let Some(at) = krealloc(*mine, old, new) {
+                    // In place it is one event: the object is a new one from there on.
+                    ALLOCATIONS.fetch_add(1, Relaxed);
+                    FREES.fetch_add(u64::from(at != *mine), Relaxed);
                     fill(at, new);
                     *mine = at;
                 }
@@ -134,6 +153,42 @@ fn stress(number: usize) {
     own.into_iter().for_each(drop_object);
 }
 
+/// How often all CPUs came to [`barrier`], summed up.
+static ARRIVED: AtomicUsize = AtomicUsize::new(0);
+
+/// Waits until all CPUs have come here for the `time`th time.
+fn barrier(time: usize) {
+    ARRIVED.fetch_add(1, AcqRel);
+    while ARRIVED.load(Acquire) < time * smp::running() {
+        core::hint::spin_loop();
+    }
+}
+
+/// All CPUs use parts of the same page, which is poisoned as a whole until then. Whose part is lost to another's promotion
+/// of the page makes a false finding.
+fn race(number: usize) {
+    const ROUNDS: usize = 32;
+    const SLOT: u64 = 128;
+    let page = OBJECT.load(Relaxed);
+    let mine = page + number as u64 * SLOT;
+    for round in 0..ROUNDS {
+        if number == 0 {
+            umbra_guest::poison(page, PAGE_SIZE, SLAB_REDZONE);
+        }
+        barrier(2 * round + 1);
+        umbra_guest::unpoison(mine, 44);
+        // SAFETY: that part of the page is this CPU's.
+        unsafe {
+            (mine as *mut u64).write_volatile(1);
+            ((mine + 40) as *mut u32).write_volatile(1);
+        }
+        barrier(2 * round + 2);
+    }
+    if number == 0 {
+        umbra_guest::unpoison(page, PAGE_SIZE);
+    }
+}
+
 /// Which bug is planted: the CPU that frees, times [`PLANTED`], and the CPU that uses.
 static TURN: AtomicUsize = AtomicUsize::new(0);
 /// How far it has come.
@@ -142,12 +197,13 @@ static OBJECT: AtomicU64 = AtomicU64::new(0);
 
 /// Waits until the others have come to `step`.
 fn wait_for(step: usize) {
-    while STEP.load(Acquire) != step {
+    while STEP.load(Acquire) < step {
         core::hint::spin_loop();
     }
 }
 
-/// The last CPU but the two allocates, if there is one; the one frees; the other uses.
+/// The last CPU but the two allocates, if there is one; the one frees; the other uses, all the time from before the free
+/// until after it, so that the first bad use comes at once.
 fn plant(number: usize) {
     let turn = TURN.load(Relaxed);
     let (a, b) = (turn / PLANTED, turn % PLANTED);
@@ -162,8 +218,14 @@ fn plant(number: usize) {
         STEP.store(2, Release);
     }
     if number == b {
-        wait_for(2);
-        USES[turn](OBJECT.load(Relaxed));
+        wait_for(1);
+        loop {
+            let freed = STEP.load(Acquire) > 1;
+            USES[turn](OBJECT.load(Relaxed));
+            if freed {
+                break;
+            }
+        }
     }
 }
 

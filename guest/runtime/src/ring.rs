@@ -173,7 +173,7 @@ unsafe fn write(kind: u8, address: u64, size: u64, cache: u16, fp: u64) {
         return;
     }
     // SAFETY: `set_up` got memory of `records` records behind the header for this CPU alone, and `count` is below
-    // `records`: it is raised by one below, and the VMM sets it to 0 in a drain, while no CPU runs.
+    // `records`: it is raised by one below, and the VMM sets it to 0 in the call below only.
     unsafe {
         let count = &raw mut (*header).count;
         let mut n = count.read_volatile();

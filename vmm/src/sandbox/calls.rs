@@ -60,7 +60,7 @@ impl Monitor {
                     return Err(CallError::Argument { what: "CPU", value: cpu.into() }.into());
                 }
                 machine.others.stop()?;
-                self.drain_all(machine.ram);
+                self.drain(Some(cpu), machine.ram);
                 self.give_back()?;
             }
             Call::Poison { va, len, code } => {
@@ -156,9 +156,14 @@ impl Monitor {
 
     /// Takes the records out of all rings. Every CPU stands still.
     pub fn drain_all(&mut self, ram: &Ram) {
+        self.drain(None, ram);
+    }
+
+    /// [`Self::drain_all`], for the CPU that asked for it if one did.
+    fn drain(&mut self, asked: Option<u16>, ram: &Ram) {
         let Self { rings, objects, regions, events, .. } = self;
         let mut refused = 0;
-        events.ring_drains += rings.drain(ram, |event| {
+        events.ring_drains += rings.drain(asked, ram, |event| {
             if !take(event, regions, objects) {
                 refused += 1;
             } else if event.record.kind == record::ALLOCATED {

@@ -4,6 +4,10 @@
 //! CPU (memory is told to be free before it can be handed out again), so whenever a record is there, all that led to it
 //! is there too, in this drain or an earlier one. Merging a drain's records by their numbers therefore
 //! puts all events of one piece of memory in their true order.
+//!
+//! A CPU may be stopped anywhere, also between its look at its ring's count and the store of the count that is one more.
+//! So nobody changes that count but the CPU itself, and the drain that it asks for; what other drains have taken is
+//! remembered here.
 
 use umbra_shadow::abi::{RECORD_BYTES, RECORD_FRAMES, RING_MAX_RECORDS, Record};
 use vm_memory::GuestAddress;
@@ -22,6 +26,8 @@ struct Ring {
     gpa: u64,
     records: u64,
     text_base: u64,
+    /// How many of the records that its count tells of were taken already.
+    taken: u64,
 }
 
 /// A record, and the return addresses in it.
@@ -49,7 +55,7 @@ const BLOCK: usize = 64;
 /// The records of one ring in a drain, in the order in which they were written.
 struct Reader {
     ring: Ring,
-    /// Records taken or in `block`, and how many there are in all.
+    /// Records taken or in `block`, those of earlier drains too, and how many there are in all.
     read: u64,
     count: u64,
     block: Vec<Event>,
@@ -58,14 +64,21 @@ struct Reader {
 }
 
 impl Reader {
-    /// Reads how many records there are, and makes it none. Without any, there is no reader.
-    fn new(ring: Ring, ram: &Ram) -> Option<Self> {
+    /// Looks how many records there are, all of which will be taken. If the ring's CPU is `asked`, the ring will be empty then.
+    /// Without any records there is no reader.
+    fn new(ring: &mut Ring, asked: bool, ram: &Ram) -> Option<Self> {
         let header = GuestAddress(ring.gpa);
         // Copied once, and bounded: the guest may have written anything.
         let count = ram.read_u64(header).ok()?.min(ring.records);
-        // It was readable, so it is RAM and can be written.
-        let _ = ram.write(header, &0u64.to_le_bytes());
-        let mut reader = Self { ring, read: 0, count, block: Vec::new(), next: 0 };
+        // A count that is less than it was is the guest's own doing.
+        let read = ring.taken.min(count);
+        ring.taken = count;
+        if asked {
+            ring.taken = 0;
+            // It was readable, so it is RAM and can be written.
+            let _ = ram.write(header, &0u64.to_le_bytes());
+        }
+        let mut reader = Self { ring: *ring, read, count, block: Vec::new(), next: 0 };
         reader.refill(ram).then_some(reader)
     }
 
@@ -132,7 +145,7 @@ impl Rings {
         if self.rings.len() <= at {
             self.rings.resize(at + 1, None);
         }
-        self.rings[at] = Some(Ring { gpa, records, text_base });
+        self.rings[at] = Some(Ring { gpa, records, text_base, taken: 0 });
         Ok(())
     }
 
@@ -141,12 +154,13 @@ impl Rings {
         matches!(self.rings.get(usize::from(cpu)), Some(Some(_)))
     }
 
-    /// Takes all records out of all rings, in the order of their numbers. Every CPU stands still. Returns how many
-    /// rings there are.
-    pub fn drain(&mut self, ram: &Ram, mut take: impl FnMut(&Event)) -> u64 {
-        let rings = self.rings.iter().flatten();
-        let there = rings.clone().count() as u64;
-        let mut readers: Vec<_> = rings.filter_map(|ring| Reader::new(*ring, ram)).collect();
+    /// Takes all new records out of all rings, in the order of their numbers. Every CPU stands still. The ring of the CPU that
+    /// asked for it, if one did, is empty afterwards. Returns how many rings there are.
+    pub fn drain(&mut self, asked: Option<u16>, ram: &Ram, mut take: impl FnMut(&Event)) -> u64 {
+        let there = self.rings.iter().flatten().count() as u64;
+        let rings = (0..).zip(&mut self.rings).filter_map(|(cpu, ring)| Some((cpu, ring.as_mut()?)));
+        let mut readers: Vec<_> =
+            rings.filter_map(|(cpu, ring)| Reader::new(ring, asked == Some(cpu), ram)).collect();
         // From the record taken last on, since the numbers wrap. Nothing depends on what a guest makes of them but the
         // order of its own events.
         let begin = self.taken;
@@ -183,15 +197,32 @@ mod tests {
     }
 
     #[test]
-    fn a_drain_takes_what_the_count_says_and_resets_it() {
-        let (ram, mut rings) = ram_with_ring(3);
-        let mut kinds = Vec::new();
-        rings.drain(&ram, |event| {
-            assert_eq!((event.depth, event.frames[0], event.frames[1]), (10, 0xffff_ffff_8010_0000, 0));
-            kinds.push(event.record.kind);
-        });
-        assert_eq!(kinds, [1, 2, 3]);
-        rings.drain(&ram, |_| panic!("the ring is empty"));
+    fn a_drain_takes_what_the_count_says_once() {
+        let (ram, mut rings) = ram_with_ring(2);
+        let header = GuestAddress(0x10_0000);
+        let mut kinds = |asked, count: Option<u64>| {
+            if let Some(count) = count {
+                ram.write(header, &count.to_le_bytes()).expect("inside RAM");
+            }
+            let mut kinds = Vec::new();
+            rings.drain(asked, &ram, |event| {
+                assert_eq!((event.depth, event.frames[0], event.frames[1]), (10, 0xffff_ffff_8010_0000, 0));
+                kinds.push(event.record.kind);
+            });
+            (kinds, ram.read_u64(header).expect("inside RAM"))
+        };
+        // Its CPU may be about to write the third: the count is left alone, and goes on from there.
+        assert_eq!(kinds(None, None), (vec![1, 2], 2));
+        assert_eq!(kinds(Some(0), None), (vec![], 2), "another CPU asks");
+        assert_eq!(kinds(None, Some(3)), (vec![3], 3));
+        // Its own CPU starts anew.
+        assert_eq!(kinds(Some(1), Some(4)), (vec![4], 0));
+        assert_eq!(kinds(None, Some(1)), (vec![1], 1));
+        assert_eq!(kinds(Some(1), None), (vec![], 0));
+        // Nonsense.
+        assert_eq!(kinds(None, Some(3)).0, [1, 2, 3]);
+        assert!(kinds(None, Some(1)).0.is_empty());
+        assert_eq!(kinds(None, Some(2)).0, [2]);
     }
 
     #[test]
@@ -199,7 +230,7 @@ mod tests {
         for count in [5, u64::MAX / 64, u64::MAX] {
             let (ram, mut rings) = ram_with_ring(count);
             let mut taken = 0;
-            rings.drain(&ram, |_| taken += 1);
+            rings.drain(None, &ram, |_| taken += 1);
             assert_eq!(taken, 4, "count {count:#x}");
         }
         assert!(Rings::default().set_up(64, 0, 1, 0).is_err());
@@ -228,7 +259,11 @@ mod tests {
                 fill(&ram, cpu, 0x10_0000 + u64::from(cpu) * 0x4_0000, numbers);
             }
             let mut taken = Vec::new();
-            assert_eq!(rings.drain(&ram, |event| taken.push((event.record.cache, event.record.sequence))), 3);
+            for asked in [None, Some(0), Some(1), Some(2)] {
+                let rings =
+                    rings.drain(asked, &ram, |event| taken.push((event.record.cache, event.record.sequence)));
+                assert_eq!(rings, 3);
+            }
             taken
         };
         assert_eq!(drain([&[1, 4], &[], &[2, 3, 5]]), [(0, 1), (2, 2), (2, 3), (0, 4), (2, 5)]);

@@ -13,15 +13,18 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::monitor::{self, Flow, Others};
-use super::{MachineSlots, Outcome, PATIENCE, Shared};
+use super::{MachineSlots, Outcome, Shared};
 use crate::machine::kick::Kicker;
 use crate::machine::vcpu::{Vcpu, VmExit};
 
 /// How long a kick is given before the next.
 const RETRY: Duration = Duration::from_millis(5);
-/// Looks at a vCPU that shall come out between two pauses.
+/// How many kicks a vCPU is given to come out: some seconds. Not a time, since a host that stands still for so long should
+/// not end a run.
+const KICKS: u32 = 400;
+/// Looks at what is waited for, before it is slept for.
 const LOOKS: u32 = 16;
-/// Such a pause.
+/// How long at a time.
 const PAUSE: Duration = Duration::from_micros(50);
 
 /// What is known of each vCPU outside of its thread.
@@ -64,23 +67,14 @@ impl Vcpus {
     fn hold(&self, me: usize) -> Result<(), usize> {
         self.hold.store(true, SeqCst);
         for (id, inside) in self.inside.iter().enumerate().filter(|(id, _)| *id != me) {
-            let begin = Instant::now();
-            let mut kicked = None;
+            let mut kicks = 0;
             while inside.load(SeqCst) {
-                if kicked.is_none_or(|at: Instant| at.elapsed() >= RETRY) {
-                    if begin.elapsed() >= PATIENCE {
-                        return Err(id);
-                    }
-                    self.kickers[id].kick();
-                    kicked = Some(Instant::now());
+                if kicks == KICKS {
+                    return Err(id);
                 }
-                // The other one may need this CPU to come out.
-                for _ in 0..LOOKS {
-                    thread::yield_now();
-                }
-                if inside.load(SeqCst) {
-                    thread::sleep(PAUSE);
-                }
+                kicks += 1;
+                self.kickers[id].kick();
+                wait_for(|| !inside.load(SeqCst));
             }
         }
         Ok(())
@@ -90,27 +84,33 @@ impl Vcpus {
         self.hold.store(false, SeqCst);
     }
 
-    /// Waits at most [`PATIENCE`] until all threads have ended, which were told to, and gets their vCPUs out of
-    /// the guest. Returns whether they have.
+    /// Gets all vCPUs out of the guest, whose threads were told to end, and waits until they have. False if some do not.
     pub(super) fn end(&self, threads: &[JoinHandle<()>]) -> bool {
-        let begin = Instant::now();
-        loop {
-            let running: Vec<_> =
-                threads.iter().zip(&self.kickers).filter(|(thread, _)| !thread.is_finished()).collect();
-            if running.is_empty() {
+        let over = || threads.iter().all(JoinHandle::is_finished);
+        for _ in 0..KICKS {
+            if over() {
                 return true;
             }
-            if begin.elapsed() >= PATIENCE {
-                return false;
-            }
-            for (_, kicker) in running {
-                kicker.kick();
-            }
-            let kicked = Instant::now();
-            while kicked.elapsed() < RETRY && !threads.iter().all(JoinHandle::is_finished) {
-                thread::sleep(PAUSE);
-            }
+            let running = threads.iter().zip(&self.kickers).filter(|(thread, _)| !thread.is_finished());
+            running.for_each(|(_, kicker)| kicker.kick());
+            wait_for(over);
         }
+        over()
+    }
+}
+
+/// Waits until `done`, but not longer than a kick is given.
+fn wait_for(done: impl Fn() -> bool) {
+    let begin = Instant::now();
+    // Who is waited for may need this CPU.
+    for _ in 0..LOOKS {
+        if done() {
+            return;
+        }
+        thread::yield_now();
+    }
+    while !done() && begin.elapsed() < RETRY {
+        thread::sleep(PAUSE);
     }
 }
 
