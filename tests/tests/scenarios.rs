@@ -13,6 +13,7 @@ use umbra::demo::{self, Verdict};
 use umbra::kernel::{Expected, Scenario, scenarios, test_kernel};
 use umbra::machine::complete::Completer;
 use umbra::machine::devices::{DeviceEvent, Devices};
+use umbra::machine::loader::Boot;
 use umbra::machine::vcpu::VmExit;
 use umbra::machine::{Kvm, Machine, MachineConfig};
 use umbra::sandbox::{Config, Report, ShadowMode};
@@ -305,7 +306,7 @@ fn runs_without_umbra() {
     let chosen = survivable();
     let names: Vec<_> = chosen.iter().map(|s| s.name.as_str()).collect();
     let cmdline = format!("{LITTLE_CHURN} scenarios={}", names.join(","));
-    machine.load(test_kernel().expect("checked before"), &cmdline).expect("it loads");
+    machine.load(&Boot::new(test_kernel().expect("checked before"), &cmdline)).expect("it loads");
     let mut vcpu = machine.create_vcpu(0).expect("a vCPU");
     let console = Console::default();
     let mut devices = Devices::new(Box::new(console.clone()), None);

@@ -13,7 +13,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::demo;
 use crate::machine::layout;
-use crate::machine::loader::read_image;
+use crate::machine::loader::read_file;
 use crate::report::text::{self, TextStyle};
 use crate::report::{Finding, Names, html, json};
 use crate::sandbox::{self, Config, Observer, Report, RunError, ShadowMode};
@@ -238,7 +238,7 @@ fn page(path: Option<&Path>) -> Result<Option<html::Target>> {
 }
 
 fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
-    let kernel = read_image(&args.kernel)?;
+    let kernel = read_file("kernel", &args.kernel)?;
     let page = page(args.html.as_deref())?;
     let is_dash = |path: &Option<PathBuf>| path.as_ref().is_some_and(|path| path.as_os_str() == "-");
     let json = args.findings.as_deref().map(output).transpose()?;

@@ -30,7 +30,7 @@ use thiserror::Error;
 use vm_memory::GuestAddress;
 
 use cpuid::{CpuidError, CpuidLeaf};
-use loader::{LoadError, LoadedKernel};
+use loader::{Boot, LoadError, LoadedKernel, StartState};
 use memory::{MemoryError, Ram};
 use vcpu::{Vcpu, VcpuError};
 use vm::Vm;
@@ -208,9 +208,9 @@ impl Machine {
         self.vm.ram()
     }
 
-    /// Loads a kernel with its command line. The vCPU 0 created next starts there.
-    pub fn load(&mut self, image: &[u8], cmdline: &str) -> Result<LoadedKernel, LoadError> {
-        let kernel = loader::load(self.ram(), image, cmdline)?;
+    /// Loads a kernel with what belongs to it. The vCPU 0 created next starts there.
+    pub fn load(&mut self, boot: &Boot) -> Result<LoadedKernel, LoadError> {
+        let kernel = loader::load(self.ram(), boot)?;
         if self.config.has_irqchip() {
             mptable::write(self.ram(), self.config.cpus, &self.supported)?;
         }
@@ -238,7 +238,10 @@ impl Machine {
         }
         let mut vcpu = Vcpu::new(fd, id, self.sync_regs, self.vm.clone());
         if let (0, Some(kernel)) = (id, self.kernel) {
-            vcpu.set_boot_state(kernel.entry)?;
+            match kernel.state {
+                StartState::Linux64 => vcpu.set_boot_state(kernel.entry)?,
+                StartState::Pvh => vcpu.set_pvh_state(kernel.entry)?,
+            }
         }
         Ok(vcpu)
     }

@@ -9,6 +9,7 @@ use vm_memory::GuestAddress;
 
 use super::complete::Completer;
 use super::devices::{DeviceEvent, Devices};
+use super::loader::Boot;
 use super::stats::{self, VcpuStats, raw_guest};
 use super::vcpu::{Data, Vcpu, VmExit};
 use super::*;
@@ -117,7 +118,7 @@ fn a_kernel_boots_prints_its_command_line_and_switches_off() {
     let image = elf(0x20_0000, &[(0x20_0000, 0xffff_ffff_8020_0000, code, 4096)]);
     let config = MachineConfig { memory_bytes: 4 << 20, ..Default::default() };
     let mut machine = Machine::new(&kvm, config).unwrap();
-    machine.load(&image, "hello from the guest\n").unwrap();
+    machine.load(&Boot::new(&image, "hello from the guest\n")).unwrap();
     let mut vcpu = machine.create_vcpu(0).unwrap();
     let console = Console::default();
     let mut devices = Devices::new(Box::new(console.clone()), machine.irq_line(4));
@@ -180,7 +181,7 @@ fn cpuid_has_the_extra_leaves_beside_kvms_own() {
     let leaf = CpuidLeaf { function: 0x4000_0100, eax: 0x4000_0103, ebx: 77, ecx: 1, edx: 2 };
     let config = MachineConfig { memory_bytes: 4 << 20, extra_cpuid: vec![leaf], ..Default::default() };
     let mut machine = Machine::new(&kvm, config).unwrap();
-    machine.load(&elf(1 << 20, &[(1 << 20, 0, code, 4096)]), "").unwrap();
+    machine.load(&Boot::new(&elf(1 << 20, &[(1 << 20, 0, code, 4096)]), "")).unwrap();
     let mut vcpu = machine.create_vcpu(0).unwrap();
     assert_eq!(next(&machine, &mut vcpu, &mut Completer::default()), VmExit::Hlt);
     let regs = vcpu.regs().unwrap();
@@ -427,7 +428,7 @@ fn with_interrupt_controller() {
     let mut machine = Machine::new(&kvm, config).unwrap();
     // The timer's port 0x61 is KVM's: no exit.
     let code = guest!("in al, 0x61", "mov ebx, eax", "out 0x80, al");
-    machine.load(&elf(1 << 20, &[(1 << 20, 0, code, 4096)]), "").unwrap();
+    machine.load(&Boot::new(&elf(1 << 20, &[(1 << 20, 0, code, 4096)]), "")).unwrap();
     let mut vcpu = machine.create_vcpu(0).unwrap();
     machine.irq_line(4).unwrap().pulse().unwrap();
     let exit = next(&machine, &mut vcpu, &mut Completer::default());

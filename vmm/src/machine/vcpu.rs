@@ -19,7 +19,7 @@ pub use extended::XsaveArea;
 
 use super::kick::{KickState, Kicker, Running};
 use super::layout;
-use super::loader::GDT;
+use super::loader::{GDT, GDT_PVH};
 use super::vm::Vm;
 
 /// Longest x86 instruction, in bytes.
@@ -413,8 +413,6 @@ impl Vcpu {
     /// to one, flat segments, interrupts off, `rsi` at `boot_params`. The tables must be in RAM
     /// ([`super::loader::load`] writes them).
     pub fn set_boot_state(&mut self, entry: GuestAddress) -> Result<(), VcpuError> {
-        const IA32_MISC_ENABLE: u32 = 0x1a0;
-        const FAST_STRINGS: u64 = 1;
         let mut sregs = self.sregs()?;
         let flat = kvm_segment { limit: 0xffff_ffff, present: 1, s: 1, g: 1, ..Default::default() };
         sregs.cs = kvm_segment { selector: 0x10, type_: 0xb, l: 1, ..flat };
@@ -438,6 +436,36 @@ impl Vcpu {
             rflags: 2,
             ..Default::default()
         })?;
+        self.set_fpu_state()
+    }
+
+    /// Puts the vCPU where PVH starts a kernel (Xen, docs/misc/pvh.pandoc): 32-bit protected mode without paging, flat
+    /// segments, interrupts off, `ebx` at `hvm_start_info`, which is in RAM like the GDT.
+    pub fn set_pvh_state(&mut self, entry: GuestAddress) -> Result<(), VcpuError> {
+        let mut sregs = self.sregs()?;
+        let flat = kvm_segment { limit: 0xffff_ffff, present: 1, s: 1, g: 1, db: 1, ..Default::default() };
+        sregs.cs = kvm_segment { selector: 0x10, type_: 0xb, ..flat };
+        let data = kvm_segment { selector: 0x18, type_: 3, ..flat };
+        (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+        sregs.tr = kvm_segment { limit: 0x67, type_: 0xb, present: 1, ..Default::default() };
+        sregs.ldt = kvm_segment { unusable: 1, ..Default::default() };
+        sregs.gdt.base = layout::GDT;
+        sregs.gdt.limit = (8 * GDT_PVH.len() - 1) as u16;
+        sregs.idt.base = 0;
+        sregs.idt.limit = 0;
+        sregs.cr0 = 1 << 4 | 1; // ET, PE
+        sregs.cr3 = 0;
+        sregs.cr4 = 0;
+        sregs.efer = 0;
+        self.set_sregs(&sregs)?;
+        self.set_regs(&kvm_regs { rip: entry.0, rbx: layout::BOOT_PARAMS, rflags: 2, ..Default::default() })?;
+        self.set_fpu_state()
+    }
+
+    /// The state of the floating-point unit, and of string instructions, as firmware leaves it.
+    fn set_fpu_state(&mut self) -> Result<(), VcpuError> {
+        const IA32_MISC_ENABLE: u32 = 0x1a0;
+        const FAST_STRINGS: u64 = 1;
         let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
         self.fd.set_fpu(&fpu).map_err(|e| self.error("KVM_SET_FPU", e))?;
         // Linux takes `rep stos` and `rep movs` for slow without it. Not every host has the register.

@@ -28,7 +28,7 @@ use thiserror::Error;
 use vm_memory::GuestAddress;
 
 use crate::machine::devices::{COM1_IRQ, Devices};
-use crate::machine::loader::LoadError;
+use crate::machine::loader::{Boot, LoadError};
 use crate::machine::memory::Ram;
 use crate::machine::stats::{Counters, emulates_ring0};
 use crate::machine::{Kvm, Machine, MachineConfig, MachineError, SlotId, layout};
@@ -249,7 +249,7 @@ pub fn run(
             pit: config.pit,
         },
     )?;
-    machine.load(&config.kernel, &config.cmdline)?;
+    machine.load(&Boot::new(&config.kernel, &config.cmdline))?;
     let vcpus = (0..config.cpus).map(|id| machine.create_vcpu(id)).collect::<Result<Vec<_>, _>>()?;
     // Last of what can fail: if it does, no vCPU has run on the slots that it made.
     let mode = match config.shadow {

@@ -1,0 +1,309 @@
+//! Tests of the loader: every broken file is refused, and what a good one leaves in memory.
+
+use super::super::tests::elf;
+use super::*;
+
+const BASE: u64 = layout::KERNEL_START;
+
+fn ram() -> Ram {
+    Ram::new(4 << 20).unwrap()
+}
+
+/// A small valid kernel with `change` applied to its bytes.
+fn broken(change: impl FnOnce(&mut Vec<u8>)) -> LoadError {
+    let mut image = elf(BASE + 4, &[(BASE, BASE, &[0x90; 64], 128), (BASE + 0x1000, 0, &[1; 16], 16)]);
+    super::elf::check(&ram(), &image).expect("valid before the change");
+    change(&mut image);
+    super::elf::check(&ram(), &image).expect_err("not valid after it")
+}
+
+fn put(at: usize, bytes: impl AsRef<[u8]>) -> impl FnOnce(&mut Vec<u8>) {
+    move |image| image[at..at + bytes.as_ref().len()].copy_from_slice(bytes.as_ref())
+}
+
+fn put64(at: usize, value: u64) -> impl FnOnce(&mut Vec<u8>) {
+    put(at, value.to_le_bytes())
+}
+
+#[test]
+fn every_broken_image_is_refused() {
+    use LoadError as E;
+    assert!(matches!(broken(Vec::clear), E::NotElf(_)));
+    assert!(matches!(load(&ram(), &Boot::new(&[], "")), Err(E::Empty)));
+    assert!(matches!(broken(put(0, b"#!/b")), E::NotElf(_)));
+    assert!(matches!(broken(|i| i.truncate(63)), E::HeaderCutOff(63)));
+    assert!(matches!(broken(put(4, [1])), E::Not64Bit));
+    assert!(matches!(broken(put(5, [2])), E::BigEndian));
+    assert!(matches!(broken(put(18, [183, 0])), E::ForeignMachine(183)));
+    assert!(matches!(broken(put(16, [1, 0])), E::NotExecutable(1)));
+    assert!(matches!(broken(put(54, [55])), E::BadProgramHeaders { .. }));
+    assert!(matches!(broken(put64(32, 0)), E::BadProgramHeaders { .. }));
+    assert!(matches!(broken(put64(32, u64::MAX)), E::CutOff { .. }));
+    assert!(matches!(broken(put(56, [255, 255])), E::CutOff { .. }));
+    assert!(matches!(broken(put(56, [0, 0])), E::NoSegment));
+    assert!(matches!(broken(|i| (put(64, [6])(i), put(120, [6])(i)).0), E::NoSegment));
+    assert!(matches!(broken(put64(64 + 8, u64::MAX)), E::CutOff { .. }), "p_offset");
+    assert!(matches!(broken(|i| i.truncate(i.len() - 1)), E::CutOff { .. }));
+    assert!(matches!(broken(put64(64 + 40, 63)), E::FileLargerThanMemory { file: 64, memory: 63, .. }));
+    assert!(matches!(broken(put64(64 + 24, u64::MAX - 8)), E::Wraps { .. }));
+    assert!(matches!(broken(put64(64 + 40, u64::MAX)), E::Wraps { .. }));
+    assert!(matches!(broken(put64(64 + 24, BASE - 1)), E::BootArea { index: 0, .. }));
+    assert!(matches!(broken(put64(64 + 24, 0)), E::BootArea { .. }));
+    assert!(matches!(broken(put64(64 + 24, (4 << 20) - 127)), E::MemoryTooSmall { need, .. }
+        if need == (4 << 20) + 1));
+    assert!(matches!(broken(put64(64 + 40, 1 << 40)), E::OutsideMemory { index: 0, .. }));
+    assert!(matches!(broken(put64(120 + 24, BASE + 127)), E::Overlap { first: 0, second: 1 }));
+    assert!(matches!(broken(put64(24, BASE + 128)), E::EntryOutside(_)));
+    // A note that lies outside of the file, or is garbage.
+    assert!(matches!(broken(|i| (put(120, [4])(i), put64(120 + 8, 1 << 40)(i)).0), E::CutOff { .. }));
+}
+
+#[test]
+fn no_bytes_make_it_panic() {
+    let image = elf(BASE, &[(BASE, BASE, &[0x90; 64], 128)]);
+    let ram = ram();
+    for at in 0..image.len() {
+        for value in [0, 1, 4, 0x7f, 0x80, 0xff] {
+            let mut image = image.clone();
+            image[at] = value;
+            let _ = load(&ram, &Boot::new(&image, ""));
+        }
+        let _ = load(&ram, &Boot::new(&image[..at], ""));
+    }
+}
+
+#[test]
+fn a_virtual_entry_point_is_translated() {
+    let high = 0xffff_ffff_8010_0000;
+    let image = elf(high + 8, &[(BASE, high, &[0x90; 64], 64)]);
+    let kernel = super::elf::check(&ram(), &image).unwrap();
+    assert_eq!(kernel.entry, GuestAddress(BASE + 8));
+    assert_eq!((kernel.start.0, kernel.end.0), (BASE, BASE + 64));
+}
+
+#[test]
+fn boot_structures() {
+    let ram = Ram::new(layout::HOLE_START + (8 << 20)).unwrap();
+    let image = elf(BASE, &[(BASE, BASE, b"code", 4)]);
+    load(&ram, &Boot::new(&image, "a=b")).unwrap();
+    let mut text = [0; 4];
+    ram.read(GuestAddress(BASE), &mut text).unwrap();
+    assert_eq!(&text, b"code");
+    ram.read(GuestAddress(layout::CMDLINE), &mut text).unwrap();
+    assert_eq!(&text, b"a=b\0");
+    let mut page = [0; 4096];
+    ram.read(GuestAddress(layout::BOOT_PARAMS), &mut page).unwrap();
+    assert_eq!(page[0x1e8], 4, "E820 entries");
+    assert_eq!(&page[0x202..0x206], b"HdrS");
+    assert_eq!(u32_at(&page, 0x228), layout::CMDLINE as u32);
+    let entry =
+        |i: usize| (u64_at(&page, 0x2d0 + 20 * i), u64_at(&page, 0x2d8 + 20 * i), page[0x2e0 + 20 * i]);
+    assert_eq!(entry(0), (0, 0x9_fc00, 1));
+    assert_eq!(entry(1), (0x9_fc00, 0x6_0400, 2));
+    assert_eq!(entry(2), (BASE, layout::HOLE_START - BASE, 1));
+    assert_eq!(entry(3), (layout::HOLE_END, 8 << 20, 1));
+}
+
+#[test]
+fn command_lines() {
+    let image = elf(BASE, &[(BASE, BASE, &[0], 1)]);
+    let fits = "x".repeat(2047);
+    load(&ram(), &Boot::new(&image, &fits)).unwrap();
+    let error = load(&ram(), &Boot::new(&image, &(fits + "x"))).unwrap_err();
+    assert!(matches!(error, LoadError::CmdlineTooLong { have: 2048, max: 2047 }));
+    assert!(matches!(load(&ram(), &Boot::new(&image, "a\0b")), Err(LoadError::CmdlineNul)));
+}
+
+#[test]
+fn files() {
+    let dir = tempfile::tempdir().unwrap();
+    let missing = read_file("kernel", &dir.path().join("none")).unwrap_err();
+    assert!(missing.to_string().starts_with("cannot read kernel"), "{missing}");
+    assert!(matches!(read_file("kernel", dir.path()), Err(LoadError::NotAFile { .. })));
+    let path = dir.path().join("kernel");
+    std::fs::write(&path, b"abc").unwrap();
+    assert_eq!(read_file("kernel", &path).unwrap(), b"abc");
+}
+
+/// A bzImage of one setup sector and 64 paragraphs of code, for 2 MiB at 1 MiB, with its checksum.
+fn bzimage(change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+    let mut image = vec![0; 1024 + 1024];
+    put(0x1f1, [1])(&mut image);
+    put(0x1f4, 64u32.to_le_bytes())(&mut image);
+    put(0x201, [0x6a])(&mut image);
+    put(0x202, b"HdrS")(&mut image);
+    put(0x206, 0x20fu16.to_le_bytes())(&mut image);
+    put(0x211, [1])(&mut image);
+    put(0x22c, 0x7fff_ffffu32.to_le_bytes())(&mut image);
+    put(0x230, 0x20_0000u32.to_le_bytes())(&mut image);
+    put(0x236, [1, 0])(&mut image);
+    put64(0x258, BASE)(&mut image);
+    put(0x260, (2u32 << 20).to_le_bytes())(&mut image);
+    put(1024 + 0x200, b"entry")(&mut image);
+    change(&mut image);
+    if let Some(end) = image.len().checked_sub(4) {
+        let checksum = !crc32fast::hash(&image[..end]);
+        put(end, checksum.to_le_bytes())(&mut image);
+    }
+    image
+}
+
+#[test]
+fn a_bzimage_is_loaded_as_it_asks() {
+    let ram = ram();
+    let image = bzimage(|_| {});
+    let kernel = load(&ram, &Boot { initrd: Some(b"initrd"), ..Boot::new(&image, "a=b") }).unwrap();
+    assert_eq!(kernel.entry, GuestAddress(BASE + 0x200));
+    assert_eq!((kernel.start.0, kernel.end.0), (BASE, BASE + (2 << 20)));
+    assert_eq!(kernel.state, StartState::Linux64);
+    let mut text = [0; 5];
+    ram.read(kernel.entry, &mut text).unwrap();
+    assert_eq!(&text, b"entry");
+    let mut page = [0; 4096];
+    ram.read(GuestAddress(layout::BOOT_PARAMS), &mut page).unwrap();
+    assert_eq!((u16_at(&page, 0x206), page[0x210], page[0x211]), (0x20f, 0xff, 1));
+    assert_eq!(u64_at(&page, 0x258), BASE, "the file's own header");
+    let (at, bytes) = (u32_at(&page, 0x218), u32_at(&page, 0x21c));
+    assert_eq!((at, bytes), ((4 << 20) - 4096, 6), "an initrd at the end of memory");
+    ram.read(GuestAddress(at.into()), &mut text).unwrap();
+    assert_eq!(&text, b"initr");
+    assert!(is_linux(&image));
+}
+
+#[test]
+fn every_broken_bzimage_is_refused() {
+    use LoadError as E;
+    let broken = |change: fn(&mut Vec<u8>)| {
+        let image = bzimage(change);
+        load(&ram(), &Boot { protocol: Protocol::BzImage, ..Boot::new(&image, "") }).expect_err("not valid")
+    };
+    assert!(matches!(broken(|i| put(0x202, b"hdrs")(i)), E::NotBzImage(_)));
+    assert!(matches!(broken(|i| i.truncate(0x210)), E::CutOff { .. }));
+    assert!(matches!(broken(|i| i.truncate(2047)), E::CutOff { need: 2048, have: 2047, .. }));
+    assert!(matches!(broken(|i| put(0x206, [0x0b, 2])(i)), E::OldProtocol(0x20b)));
+    assert!(matches!(broken(|i| put(0x201, [0x40])(i)), E::BadHeader(_)));
+    assert!(matches!(broken(|i| put(0x211, [0])(i)), E::BadHeader(_)));
+    assert!(matches!(broken(|i| put(0x236, [0])(i)), E::Not64Bit));
+    assert!(matches!(broken(|i| put(0x1f4, [0xff; 4])(i)), E::CutOff { .. }));
+    assert!(matches!(broken(|i| put(0x1f4, [0; 4])(i)), E::BadHeader(_)));
+    assert!(matches!(broken(|i| put(0x260, [0; 4])(i)), E::BadHeader(_)));
+    assert!(matches!(broken(|i| put64(0x258, 0)(i)), E::BadHeader(_)));
+    assert!(matches!(broken(|i| put64(0x258, BASE + 1)(i)), E::BadHeader(_)));
+    assert!(matches!(broken(|i| put64(0x258, u64::MAX - 4095)(i)), E::BadHeader(_)));
+    assert!(matches!(broken(|i| put(0x260, [0xff; 4])(i)), E::BadHeader(_)));
+    assert!(matches!(broken(|i| put(0x260, (4u32 << 20).to_le_bytes())(i)), E::MemoryTooSmall { need, .. }
+        if need == 5 << 20));
+    // Any other byte that is wrong shows in the checksum, unless there is a signature behind it.
+    let mut image = bzimage(|_| {});
+    image[1500] ^= 1;
+    assert!(matches!(load(&ram(), &Boot::new(&image, "")), Err(E::Checksum)));
+    image.extend(b"signature");
+    load(&ram(), &Boot::new(&image, "")).unwrap();
+}
+
+#[test]
+fn no_bytes_of_a_bzimage_make_it_panic() {
+    let (image, ram) = (bzimage(|_| {}), ram());
+    for at in (0x1f1..0x26c).chain([0, 511, 512, 1023]) {
+        for value in [0, 1, 0x7f, 0x80, 0xff] {
+            let mut image = image.clone();
+            image[at] = value;
+            let _ = bzimage::check(&ram, &image);
+        }
+        let _ = load(&ram, &Boot::new(&image[..at], ""));
+    }
+}
+
+/// An ELF kernel with a PVH note.
+fn pvh(entry: u64, change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+    let mut notes = Vec::new();
+    for (owner, kind, bytes) in
+        [(&b"GNU\0"[..], 18, &[0u8; 5][..]), (b"Xen\0", 6, b"linux"), (b"Xen\0", 18, &entry.to_le_bytes())]
+    {
+        for word in [owner.len() as u32, bytes.len() as u32, kind] {
+            notes.extend(word.to_le_bytes());
+        }
+        notes.extend(owner);
+        notes.extend(bytes);
+        notes.resize(notes.len().next_multiple_of(4), 0);
+    }
+    let mut image = elf(BASE, &[(BASE, BASE, &[0x90; 64], 128), (0, 0, &notes, notes.len() as u64)]);
+    put(120, [4])(&mut image);
+    change(&mut image);
+    image
+}
+
+#[test]
+fn a_pvh_note_is_taken_if_it_is_not_linux_or_if_told() {
+    let (image, ram) = (pvh(BASE + 8, |_| {}), ram());
+    let kernel = load(&ram, &Boot { initrd: Some(b"x"), ..Boot::new(&image, "a=b") }).unwrap();
+    assert_eq!((kernel.entry.0, kernel.state), (BASE + 8, StartState::Pvh));
+    let mut page = [0; 4096];
+    ram.read(GuestAddress(layout::BOOT_PARAMS), &mut page).unwrap();
+    assert_eq!([0, 4, 8, 12].map(|at| u32_at(&page, at)), [0x336e_c578, 1, 0, 1]);
+    let at = |address: u64| (address - layout::BOOT_PARAMS) as usize;
+    let (modules, map) = (at(u64_at(&page, 16)), at(u64_at(&page, 40)));
+    assert_eq!((u64_at(&page, 24), u32_at(&page, 48)), (layout::CMDLINE, 3));
+    assert_eq!((u64_at(&page, modules), u64_at(&page, modules + 8)), ((4 << 20) - 4096, 1));
+    assert_eq!((u64_at(&page, map + 48), u32_at(&page, map + 64)), (BASE, 1));
+    let elf_entry = load(&ram, &Boot { protocol: Protocol::Elf, ..Boot::new(&image, "") }).unwrap();
+    assert_eq!((elf_entry.entry.0, elf_entry.state), (BASE, StartState::Linux64));
+
+    let linux = pvh(BASE + 8, |image| {
+        let code = image.len() - 64;
+        let at = image.windows(64).position(|bytes| bytes == [0x90; 64]).unwrap_or(code);
+        put(at + 20, b"Linux version 6")(image);
+    });
+    assert!(is_linux(&linux) && !is_linux(&image));
+    assert_eq!(load(&ram, &Boot::new(&linux, "")).unwrap().state, StartState::Linux64);
+    let forced = load(&ram, &Boot { protocol: Protocol::Pvh, ..Boot::new(&linux, "") }).unwrap();
+    assert_eq!(forced.state, StartState::Pvh);
+}
+
+#[test]
+fn bad_pvh_notes() {
+    let load = |image: &[u8]| load(&ram(), &Boot { protocol: Protocol::Pvh, ..Boot::new(image, "") });
+    assert!(matches!(load(&pvh(BASE + 128, |_| {})), Err(LoadError::EntryOutside(_))));
+    assert!(matches!(load(&pvh(1 << 33, |_| {})), Err(LoadError::EntryOutside(_))));
+    let plain = elf(BASE, &[(BASE, BASE, &[0x90; 64], 128)]);
+    assert!(matches!(load(&plain), Err(LoadError::NoPvhNote)));
+    let image = pvh(BASE, |_| {});
+    for at in 64..image.len() {
+        for value in [0, 1, 3, 0x7f, 0xff] {
+            let mut image = image.clone();
+            image[at] = value;
+            let _ = load(&image);
+        }
+    }
+}
+
+#[test]
+fn initrds_lie_above_the_kernel_and_below_the_hole() {
+    let image = elf(BASE, &[(BASE, BASE, b"code", 5000)]);
+    let load = |ram: &Ram, initrd: &[u8]| load(ram, &Boot { initrd: Some(initrd), ..Boot::new(&image, "") });
+    assert!(matches!(load(&ram(), b""), Err(LoadError::EmptyInitrd)));
+    let free = (3 << 20) - 8192;
+    load(&ram(), &vec![1; free]).unwrap();
+    let error = load(&ram(), &vec![1; free + 1]).unwrap_err();
+    assert!(matches!(error, LoadError::InitrdTooLarge { bytes, free: have } if bytes == have + 1), "{error}");
+    let large = Ram::new(layout::HOLE_START + (8 << 20)).unwrap();
+    load(&large, b"x").unwrap();
+    let mut place = [0; 8];
+    large.read(GuestAddress(layout::BOOT_PARAMS + 0x218), &mut place).unwrap();
+    assert_eq!(u64::from(u32_at(&place, 0)), layout::HOLE_START - 4096);
+}
+
+#[test]
+fn other_formats_are_named() {
+    let refused = |image: &[u8], protocol| {
+        let refused = load(&ram(), &Boot { protocol, ..Boot::new(image, "") }).unwrap_err();
+        refused.to_string()
+    };
+    let mut arm64 = vec![0; 64];
+    put(0x38, b"ARM\x64")(&mut arm64);
+    assert!(refused(&arm64, Protocol::Auto).contains("arm64"));
+    assert!(refused(&[0x1f, 0x8b, 8], Protocol::Auto).contains("gzip"));
+    assert!(refused(b"#!/bin/sh", Protocol::Auto).contains("23 21 2f 62"));
+    assert!(refused(&bzimage(|_| {}), Protocol::Elf).contains("bzImage"));
+    assert!(refused(&elf(BASE, &[]), Protocol::BzImage).contains("ELF"));
+}
