@@ -184,7 +184,7 @@ impl Meter {
         let seen = Arc::new(Mutex::new(Seen::default()));
         let marks = Marks { line: Vec::new(), seen: seen.clone() };
         let config = Config {
-            kernel: self.kernel.clone(),
+            kernel: self.kernel.clone().into(),
             cmdline: cmdline.to_owned(),
             memory: 256 << 20,
             shadow: mode.shadow,

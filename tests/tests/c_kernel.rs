@@ -45,7 +45,7 @@ impl Kernel {
 
     fn boot(&self, chosen: &[Scenario], shadow: ShadowMode, notify: Notify) -> (Vec<Verdict>, Report) {
         let config = Config {
-            kernel: self.elf.clone(),
+            kernel: self.elf.clone().into(),
             memory: MEMORY,
             shadow,
             notify,

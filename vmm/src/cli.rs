@@ -13,11 +13,12 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::demo;
 use crate::machine::layout;
-use crate::machine::loader::read_file;
+use crate::machine::loader::Protocol;
 use crate::report::text::{self, TextStyle};
 use crate::report::{Finding, Names, html, json};
-use crate::sandbox::{self, Config, Observer, Report, RunError, ShadowMode};
+use crate::sandbox::{self, Config, Console, GuestFile, Observer, Report, RunError, ShadowMode};
 use crate::shadow::Notify;
+use crate::terminal;
 
 /// Most CPUs, as clap wants it.
 const MAX_CPUS: i64 = layout::MAX_CPUS as i64;
@@ -38,7 +39,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run a kernel. Its console goes to standard output, findings to standard error.
+    /// Run a kernel. Its console goes to standard output, findings to standard error. A Linux kernel's console reads
+    /// standard input; Ctrl-A x ends the run, Ctrl-A b sends a break, Ctrl-A Ctrl-A sends Ctrl-A.
     Run(Run),
     /// Run the built-in test kernel, whose scenarios misbehave on purpose, and compare what is found with what is
     /// expected. Exit status 0 when every scenario got its verdict.
@@ -47,9 +49,15 @@ enum Command {
 
 #[derive(Args)]
 struct Run {
-    /// The kernel: an x86_64 ELF file with symbols, and instrumented if it is to be checked.
+    /// The kernel: an x86_64 ELF file, with symbols, and instrumented if it is to be checked; or a Linux bzImage.
     kernel: PathBuf,
-    /// The kernel's command line.
+    /// How to boot it.
+    #[arg(long, value_enum, default_value_t = Boot::Auto)]
+    boot: Boot,
+    /// A file for the kernel to find in memory.
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// The kernel's command line. Linux gets console=ttyS0, reboot=k and panic=-1 in front of it, unless it has them.
     #[arg(long, default_value = "", value_name = "STRING", allow_hyphen_values = true)]
     cmdline: String,
     #[command(flatten)]
@@ -117,6 +125,18 @@ struct Guest {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
+enum Boot {
+    /// As the file wants.
+    Auto,
+    /// ELF, by the Linux 64-bit boot protocol.
+    Elf,
+    /// ELF, by its PVH note.
+    Pvh,
+    /// Linux bzImage, which unpacks itself in the guest.
+    Bzimage,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
 enum Shadow {
     /// One byte for each page, byte shadow on demand.
     PerPage,
@@ -160,7 +180,7 @@ fn parse_size(text: &str) -> Result<u64, String> {
 }
 
 impl Guest {
-    fn config(&self, kernel: Arc<[u8]>, cmdline: String) -> Config {
+    fn config(&self, kernel: GuestFile, cmdline: String) -> Config {
         Config {
             kernel,
             cmdline,
@@ -238,13 +258,14 @@ fn page(path: Option<&Path>) -> Result<Option<html::Target>> {
 }
 
 fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
-    let kernel = read_file("kernel", &args.kernel)?;
+    let kernel = GuestFile::open("kernel", &args.kernel)?;
+    let initrd = args.initrd.as_deref().map(|path| GuestFile::open("initrd", path)).transpose()?;
     let page = page(args.html.as_deref())?;
     let is_dash = |path: &Option<PathBuf>| path.as_ref().is_some_and(|path| path.as_os_str() == "-");
     let json = args.findings.as_deref().map(output).transpose()?;
     let stats = args.stats.as_deref().map(output).transpose()?;
     // Standard output is either the guest's or the JSON's.
-    let console: Box<dyn Write + Send> = if is_dash(&args.findings) || is_dash(&args.stats) {
+    let output: Box<dyn Write + Send> = if is_dash(&args.findings) || is_dash(&args.stats) {
         Box::new(io::stderr())
     } else {
         Box::new(io::stdout())
@@ -259,10 +280,21 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
         stop_at: (!args.keep_going).then_some(args.stop_at as usize),
         count_instructions: stats.is_some() || page.is_some(),
         picture: page.is_some(),
-        ..args.guest.config(kernel.into(), args.cmdline.clone())
+        initrd,
+        boot: match args.boot {
+            Boot::Auto => Protocol::Auto,
+            Boot::Elf => Protocol::Elf,
+            Boot::Pvh => Protocol::Pvh,
+            Boot::Bzimage => Protocol::BzImage,
+        },
+        ..args.guest.config(kernel, args.cmdline.clone())
     };
     let printer = Printer { style, quiet: false, json };
-    let report = sandbox::run(&config, console, Box::new(printer), stop)?;
+    let restore = terminal::Restore;
+    let console = Console { output, input: terminal::input() };
+    let report = sandbox::run(&config, console, Box::new(printer), stop);
+    drop(restore);
+    let report = report?;
     // As above: what cannot be printed to standard error is lost.
     let _ = text::write_repeats(&mut io::stderr().lock(), &report.findings, style);
     say(format_args!("{}", summary(&report)));
@@ -322,6 +354,24 @@ fn demo(args: &Demo, stop: &AtomicBool) -> Result<u8> {
     demo::run(&config, &chosen, args.quiet, page, stop)
 }
 
+/// Puts the terminal back when a signal ends the process. For those that end the run first it comes before.
+fn restore_terminal_at_signals() {
+    use signal_hook::consts::{SIGABRT, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+    for signal in [SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGABRT] {
+        let handler = move || {
+            terminal::restore();
+            if ![SIGINT, SIGTERM].contains(&signal) {
+                // Its error could not be told from here.
+                let _ = signal_hook::low_level::emulate_default_handler(signal);
+            }
+        };
+        // SAFETY: the handler only makes system calls and reads statics that were set before.
+        if let Err(error) = unsafe { signal_hook::low_level::register(signal, handler) } {
+            log::warn!("signals are not handled: {error}");
+        }
+    }
+}
+
 /// Parses the command line and does what it says.
 pub fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
@@ -332,6 +382,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let stop = Arc::new(AtomicBool::new(false));
     // The first Ctrl-C ends the run in good order; a second one ends the process.
+    restore_terminal_at_signals();
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         let registered = signal_hook::flag::register_conditional_shutdown(signal, 130, stop.clone())
             .and_then(|_| signal_hook::flag::register(signal, stop.clone()));

@@ -9,3 +9,4 @@ pub mod machine;
 pub mod report;
 pub mod sandbox;
 pub mod shadow;
+pub mod terminal;

@@ -3,6 +3,7 @@
 mod c_kernel;
 mod demo;
 mod guest;
+mod linux;
 mod process;
 mod progress;
 mod setup;
@@ -53,6 +54,11 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
         arguments: Vec<String>,
     },
+    /// Build the small Linux that the tests boot and fetch Debian's kernel, into target/linux
+    ///
+    /// The small one is Debian's linux-source-6.1 with a configuration from guest/linux/config. What a build needs is
+    /// installed; the two kernels are not.
+    Linux,
     /// Build the guest runtime and the test kernel from source, into target/guest
     Guest {
         /// Only the runtime: libumbra_rt.a, to link into a kernel of your own, with umbra.h and umbra.mk for one in C
@@ -99,6 +105,7 @@ fn main() -> ExitCode {
                 Task::Demo { arguments } => demo::run(&context, &arguments),
                 Task::Test { name } => Ok(tests::run(&context, name.as_deref())),
                 Task::Bench { arguments } => bench(&context, &arguments),
+                Task::Linux => linux::run(&context),
                 Task::Guest { lib: true, .. } => guest::library(&context).map(|()| ExitCode::SUCCESS),
                 Task::Guest { c: true, .. } => c_kernel::run(&context).map(|()| ExitCode::SUCCESS),
                 Task::Guest { .. } => guest::run(&context).map(|()| ExitCode::SUCCESS),

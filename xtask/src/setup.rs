@@ -1,8 +1,9 @@
 //! Installs what a machine lacks, and says in one sentence what to do where it cannot.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 
 use crate::Context;
 use crate::process::{Command, which};
@@ -125,6 +126,67 @@ pub fn programs(context: &Context, names: &[&str]) -> Result<bool> {
         apt_install(context, &wanted)?;
     }
     Ok(missing().is_empty())
+}
+
+/// Whether files are there; tries to install Debian's packages of those that are not, for a reason.
+pub fn packages(context: &Context, wanted: &[(&str, &'static str)], why: &str) -> Result<Vec<&'static str>> {
+    let there =
+        |what: &str| if what.starts_with('/') { Path::new(what).exists() } else { which(what).is_some() };
+    let missing =
+        || wanted.iter().filter(|(what, _)| !there(what)).map(|(_, package)| *package).collect::<Vec<_>>();
+    let packages = missing();
+    if !packages.is_empty() {
+        context.progress.step(&format!("installing {}: {why}", packages.join(", ")));
+        apt_install(context, &packages)?;
+    }
+    Ok(missing())
+}
+
+/// The version of a package that apt would install; `None` where there is no apt, or no such package.
+pub fn candidate(context: &Context, package: &str) -> Result<Option<String>> {
+    if which("apt-cache").is_none() {
+        return Ok(None);
+    }
+    let ask = || -> Result<Option<String>> {
+        let mut policy = Command::new("apt-cache", &context.root);
+        let policy = policy.args(["policy", package]).env("LC_ALL", "C").stream(|_| {})?.output;
+        let version = policy.lines().find_map(|line| line.trim().strip_prefix("Candidate: "));
+        Ok(version.filter(|version| *version != "(none)").map(str::to_owned))
+    };
+    let known = ask()?;
+    if known.is_some() {
+        return Ok(known);
+    }
+    // A clean machine has no list of packages.
+    let Some(apt) = Apt::find(context) else { return Ok(None) };
+    context.progress.step("updating the list of packages");
+    apt.command("apt-get", &context.root).args(["update", "-qq"]).run(&context.progress)?;
+    ask()
+}
+
+/// Downloads a package of a version into an empty folder, and unpacks it there. Nothing is installed.
+pub fn unpack(context: &Context, package: &str, version: &str, folder: &Path) -> Result<()> {
+    std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    let wanted = format!("{package}={version}");
+    let download =
+        || Command::new("apt-get", folder).args(["download", "-qq", &wanted]).run(&context.progress);
+    if !download()?.success {
+        // The list of packages may be old.
+        if let Some(apt) = Apt::find(context) {
+            apt.command("apt-get", &context.root).args(["update", "-qq"]).run(&context.progress)?;
+        }
+        if !download()?.success {
+            bail!("apt-get could not download {wanted}");
+        }
+    }
+    let archive = std::fs::read_dir(folder)?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
+        .with_context(|| format!("apt-get downloaded no {package}"))?;
+    Command::new("dpkg-deb", folder)
+        .args([OsStr::new("-x"), archive.as_os_str(), OsStr::new(".")])
+        .run_or_fail(&context.progress)?;
+    std::fs::remove_file(&archive).with_context(|| format!("cannot remove {}", archive.display()))
 }
 
 /// A browser for the tests of the page that `--html` writes. Without one they are skipped, and say so.

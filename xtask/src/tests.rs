@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::process::Command;
 use crate::summary::Summary;
-use crate::{Context, c_kernel, demo, guest, setup};
+use crate::{Context, c_kernel, demo, guest, linux, setup};
 
 /// Runs the tests, with the other checks unless only some tests are asked for, and prints the counts last.
 pub fn run(context: &Context, name: Option<&str>) -> ExitCode {
@@ -24,6 +24,7 @@ pub fn run(context: &Context, name: Option<&str>) -> ExitCode {
 fn run_all(context: &Context, name: Option<&str>, summary: &mut Summary) -> Result<()> {
     guest::build(context)?;
     c_kernel::build(context)?;
+    linux::build(context)?;
     if name.is_none() {
         format(context, summary)?;
         lints(context, summary)?;

@@ -1,7 +1,7 @@
 //! The devices of a PC that a kernel cannot do without: a serial port for its console, and ways to reset.
 //! Everything else reads as all ones and swallows writes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Write};
 
 use vm_memory::GuestAddress;
@@ -14,6 +14,8 @@ pub const COM1: u16 = 0x3f8;
 /// COM1's interrupt.
 pub const COM1_IRQ: u32 = 4;
 const COM1_LAST: u16 = COM1 + 7;
+/// Its line status register.
+const COM1_STATUS: u16 = COM1 + 5;
 /// Keyboard controller: data, and command/status.
 const I8042_DATA: u16 = 0x60;
 const I8042_COMMAND: u16 = 0x64;
@@ -32,6 +34,8 @@ const RESET_CPU: u64 = 1 << 2;
 const LOGGED: u64 = 16;
 /// How many different unknown ports are told apart.
 const PORTS_COUNTED: usize = 64;
+/// Typed bytes that wait for the guest.
+const TYPED_BYTES: usize = 4096;
 /// A console line longer than this is written in pieces.
 const LINE_BYTES: usize = 1024;
 
@@ -40,21 +44,31 @@ const LINE_BYTES: usize = 1024;
 pub enum DeviceEvent {
     /// Nothing.
     None,
-    /// The guest reset itself, or switched itself off.
+    /// The guest reset the machine.
     Reset,
+    /// The guest switched the machine off.
+    PowerOff,
 }
 
 /// Collects a line before it is written, so that a console costs one write per line and not one per byte.
 struct LineWriter {
     out: Box<dyn Write + Send>,
     line: Vec<u8>,
+    /// How much of `line` was written before its end came.
+    written: usize,
+    /// The last line that has ended, until it is taken.
+    ended: Option<Vec<u8>>,
     failed: bool,
 }
 
 impl LineWriter {
     fn write_out(&mut self) {
-        let result = self.out.write_all(&self.line).and_then(|()| self.out.flush());
-        self.line.clear();
+        let rest = self.line.get(self.written..).unwrap_or_default();
+        if rest.is_empty() {
+            return;
+        }
+        let result = self.out.write_all(rest).and_then(|()| self.out.flush());
+        self.written = self.line.len();
         if let Err(e) = result
             && !self.failed
         {
@@ -70,6 +84,8 @@ impl Write for LineWriter {
             self.line.push(byte);
             if byte == b'\n' || self.line.len() >= LINE_BYTES {
                 self.write_out();
+                self.written = 0;
+                self.ended = Some(std::mem::take(&mut self.line));
             }
         }
         Ok(bytes.len())
@@ -94,6 +110,10 @@ impl Trigger for SerialInterrupt {
 /// All devices of a machine.
 pub struct Devices {
     serial: Serial<SerialInterrupt, vm_superio::serial::NoEvents, LineWriter>,
+    /// Bytes typed that the port has no room for, and a break among them.
+    typed: VecDeque<u8>,
+    /// The next byte that the guest reads is a break, which vm-superio does not know: a zero with this bit in the status.
+    break_next: bool,
     ignored: u64,
     ports: BTreeMap<u16, u64>,
 }
@@ -108,8 +128,14 @@ impl Devices {
     /// `console` gets what the guest writes to COM1, line by line. `irq` is COM1's interrupt line, if there is an
     /// interrupt controller.
     pub fn new(console: Box<dyn Write + Send>, irq: Option<IrqLine>) -> Self {
-        let writer = LineWriter { out: console, line: Vec::new(), failed: false };
-        Self { serial: Serial::new(SerialInterrupt(irq), writer), ignored: 0, ports: BTreeMap::new() }
+        let writer = LineWriter { out: console, line: Vec::new(), written: 0, ended: None, failed: false };
+        Self {
+            serial: Serial::new(SerialInterrupt(irq), writer),
+            typed: VecDeque::new(),
+            break_next: false,
+            ignored: 0,
+            ports: BTreeMap::new(),
+        }
     }
 
     /// The guest wrote `data` (1 to 4 bytes) to `port`.
@@ -124,7 +150,7 @@ impl Devices {
                 }
             }
             I8042_COMMAND if value as u8 == I8042_RESET => return DeviceEvent::Reset,
-            ACPI_PM1_CONTROL if value & ACPI_SLEEP_ENABLE != 0 => return DeviceEvent::Reset,
+            ACPI_PM1_CONTROL if value & ACPI_SLEEP_ENABLE != 0 => return DeviceEvent::PowerOff,
             RESET_CONTROL if value & RESET_CPU != 0 => return DeviceEvent::Reset,
             I8042_COMMAND | I8042_DATA | POST | ACPI_PM1_CONTROL | RESET_CONTROL => {}
             _ => self.unknown_port("write to", port),
@@ -136,7 +162,7 @@ impl Devices {
     pub fn io_in(&mut self, port: u16, data: &mut [u8]) {
         data.fill(0xff);
         match port {
-            COM1..=COM1_LAST => data.fill_with(|| self.serial.read((port - COM1) as u8)),
+            COM1..=COM1_LAST => data.fill_with(|| self.serial_in(port)),
             // Nothing to read, ready for a command: kernels wait for this before they reset.
             I8042_COMMAND | I8042_DATA => data.fill(0),
             POST => {}
@@ -157,6 +183,61 @@ impl Devices {
         if self.count() {
             log::warn!("a guest read of {} bytes from {:#x} gave all ones", data.len(), gpa.0);
         }
+    }
+
+    fn serial_in(&mut self, port: u16) -> u8 {
+        const BREAK: u8 = 1 << 4;
+        let value = self.serial.read((port - COM1) as u8);
+        match port {
+            // Taken by looking, as the real one is.
+            COM1_STATUS if std::mem::take(&mut self.break_next) => value | BREAK,
+            COM1 => {
+                self.pass_on();
+                value
+            }
+            _ => value,
+        }
+    }
+
+    /// Gives typed bytes to the port as far as it has room, which interrupts the guest.
+    fn pass_on(&mut self) {
+        while self.serial.fifo_capacity() > 0
+            && let Some(byte) = self.typed.front()
+        {
+            match self.serial.enqueue_raw_bytes(&[*byte]) {
+                // In loopback mode the port takes nothing; later it may.
+                Ok(0) => return,
+                Ok(_) => drop(self.typed.pop_front()),
+                Err(e) => {
+                    log::debug!("serial port: {e}");
+                    self.typed.pop_front();
+                }
+            }
+        }
+    }
+
+    /// Something typed for the guest. False if too much of it waits to be read already.
+    pub fn input(&mut self, byte: u8) -> bool {
+        if self.typed.len() >= TYPED_BYTES || self.break_next {
+            return false;
+        }
+        self.typed.push_back(byte);
+        self.pass_on();
+        true
+    }
+
+    /// A break for the guest. False if there is still something else that it has not read.
+    pub fn input_break(&mut self) -> bool {
+        const DATA_READY: u8 = 1;
+        let idle = self.typed.is_empty() && self.serial.read((COM1_STATUS - COM1) as u8) & DATA_READY == 0;
+        let sent = idle && self.input(0);
+        self.break_next |= sent;
+        sent
+    }
+
+    /// The last line that the guest has ended on its console, once, with its end.
+    pub fn take_line(&mut self) -> Option<Vec<u8>> {
+        self.serial.writer_mut().ended.take()
     }
 
     /// Writes out a console line that has no end yet. Call it before other output, and at the end.
@@ -219,8 +300,18 @@ mod tests {
             assert_eq!(devices.io_out(COM1, &[*byte]), DeviceEvent::None);
         }
         assert_eq!(*out.0.lock().unwrap(), b"one\n");
+        assert_eq!(devices.take_line().as_deref(), Some(&b"one\n"[..]));
         devices.flush();
         assert_eq!(*out.0.lock().unwrap(), b"one\ntw");
+        devices.flush();
+        devices.io_out(COM1, b"o\n");
+        assert_eq!(*out.0.lock().unwrap(), b"one\ntwo\n");
+        assert_eq!(
+            devices.take_line().as_deref(),
+            Some(&b"two\n"[..]),
+            "whole, though written in two pieces"
+        );
+        assert_eq!(devices.take_line(), None);
         let mut status = [0];
         devices.io_in(COM1 + 5, &mut status);
         assert_eq!(status[0] & 0x60, 0x60, "transmitter ready");
@@ -229,11 +320,35 @@ mod tests {
     }
 
     #[test]
+    fn input_waits_for_the_guest_and_is_bounded() {
+        let mut devices = Devices::new(Box::new(io::sink()), None);
+        let read = |devices: &mut Devices, port| {
+            let mut byte = [0];
+            devices.io_in(port, &mut byte);
+            byte[0]
+        };
+        assert_eq!(read(&mut devices, COM1_STATUS) & 1, 0);
+        let taken = (0..10_000u32).take_while(|i| devices.input(*i as u8)).count();
+        assert!((TYPED_BYTES..TYPED_BYTES + 100).contains(&taken), "{taken}");
+        assert!(!devices.input_break(), "not before the rest is read");
+        for i in 0..taken {
+            assert_eq!(read(&mut devices, COM1_STATUS) & 1, 1);
+            assert_eq!(read(&mut devices, COM1), i as u8);
+        }
+        assert!(devices.input_break());
+        assert!(!devices.input(b'c'), "the break is first");
+        assert_eq!(read(&mut devices, COM1_STATUS) & 0x11, 0x11);
+        assert!(devices.input(b'c'));
+        assert_eq!((read(&mut devices, COM1), read(&mut devices, COM1_STATUS) & 0x11), (0, 1));
+        assert_eq!((read(&mut devices, COM1), read(&mut devices, COM1_STATUS) & 1), (b'c', 0));
+    }
+
+    #[test]
     fn resets() {
         let mut devices = Devices::new(Box::new(io::sink()), None);
         assert_eq!(devices.io_out(0x64, &[0xfe]), DeviceEvent::Reset);
         assert_eq!(devices.io_out(0x64, &[0xd1]), DeviceEvent::None);
-        assert_eq!(devices.io_out(0x604, &[0x00, 0x20]), DeviceEvent::Reset);
+        assert_eq!(devices.io_out(0x604, &[0x00, 0x20]), DeviceEvent::PowerOff);
         assert_eq!(devices.io_out(0x604, &[0x00, 0x00]), DeviceEvent::None);
         assert_eq!(devices.io_out(0xcf9, &[0x06]), DeviceEvent::Reset);
         assert_eq!(devices.io_out(0xcf9, &[0x02]), DeviceEvent::None);

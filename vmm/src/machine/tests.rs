@@ -459,7 +459,7 @@ fn a_second_cpu_starts() {
     );
     let config = MachineConfig { memory_bytes: 4 << 20, cpus: 2, ..Default::default() };
     let mut machine = Machine::new(&kvm, config).unwrap();
-    machine.load(&elf(1 << 20, &[(1 << 20, 0, code, 4096)]), "").unwrap();
+    machine.load(&Boot::new(&elf(1 << 20, &[(1 << 20, 0, code, 4096)]), "")).unwrap();
     assert!(machine.create_vcpu(2).is_err());
     let vcpus = [1, 0].map(|id| machine.create_vcpu(id).unwrap());
     let kickers = vcpus.each_ref().map(Vcpu::kicker);

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_INTERNAL_ERROR_EMULATION,
-    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment,
-    kvm_sregs,
+    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED,
+    KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
 };
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use thiserror::Error;
@@ -388,6 +388,17 @@ impl Vcpu {
             self.fd.sync_regs_mut().sregs = *sregs;
         }
         Ok(())
+    }
+
+    /// Where the vCPU is, if nothing but another vCPU can make it go on: it waits to be started, or has halted with
+    /// interrupts off. Only interrupt controllers let a vCPU stay in such a state.
+    pub fn halted_for_good(&self) -> Option<u64> {
+        const INTERRUPTS_ON: u64 = 1 << 9;
+        let state = self.fd.get_mp_state().ok()?.mp_state;
+        let regs = self.regs().ok()?;
+        let waits = matches!(state, KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED);
+        let halted = state == KVM_MP_STATE_HALTED && regs.rflags & INTERRUPTS_ON == 0;
+        (waits || halted).then_some(regs.rip)
     }
 
     /// A model-specific register.

@@ -6,7 +6,10 @@
 //! still ends, with all that was found.
 
 mod calls;
+mod console;
+mod file;
 mod globals;
+pub mod input;
 mod investigate;
 pub mod monitor;
 mod outcome;
@@ -17,7 +20,7 @@ pub mod stats;
 mod tests;
 mod vcpus;
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -28,7 +31,7 @@ use thiserror::Error;
 use vm_memory::GuestAddress;
 
 use crate::machine::devices::{COM1_IRQ, Devices};
-use crate::machine::loader::{Boot, LoadError};
+use crate::machine::loader::{Boot, LoadError, Protocol, is_linux, with_defaults};
 use crate::machine::memory::Ram;
 use crate::machine::stats::{Counters, emulates_ring0};
 use crate::machine::{Kvm, Machine, MachineConfig, MachineError, SlotId, layout};
@@ -36,6 +39,8 @@ use crate::report::symbols::Symbols;
 use crate::report::{Finding, Findings};
 use crate::shadow::accounting::resident_bytes;
 use crate::shadow::{self, Notify, PageMap, ProcessMemory, ShadowError, SlotError, Slots, Windows};
+use console::ConsoleWatch;
+pub use file::GuestFile;
 use monitor::Monitor;
 pub use outcome::Outcome;
 use picture::Timeline;
@@ -69,18 +74,22 @@ impl ShadowMode {
 /// What to run, and how.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The kernel's ELF file.
-    pub kernel: Arc<[u8]>,
-    /// Its command line.
+    /// The kernel's file.
+    pub kernel: GuestFile,
+    /// How to boot it.
+    pub boot: Protocol,
+    /// A file for the kernel to find in memory.
+    pub initrd: Option<GuestFile>,
+    /// Its command line. A Linux kernel's gets some defaults, see [`with_defaults`].
     pub cmdline: String,
     /// Guest memory in bytes.
     pub memory: u64,
     /// CPUs, 1 to [`layout::MAX_CPUS`].
     pub cpus: u8,
-    /// Give the guest interrupt controllers even if it has one CPU. With them `hlt` does not end the run: an interrupt
+    /// Give the guest interrupt controllers even if it has one CPU; a Linux guest gets them anyway. With them `hlt` does not end the run: an interrupt
     /// may follow.
     pub irqchip: bool,
-    /// Give the guest a timer, and the interrupt controllers that it needs.
+    /// Give the guest a timer, and the interrupt controllers that it needs. A Linux guest gets it anyway.
     pub pit: bool,
     /// Which shadow.
     pub shadow: ShadowMode,
@@ -102,7 +111,9 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            kernel: Arc::from([]),
+            kernel: GuestFile::default(),
+            boot: Protocol::Auto,
+            initrd: None,
             cmdline: String::new(),
             memory: 256 << 20,
             cpus: 1,
@@ -116,6 +127,20 @@ impl Default for Config {
             count_instructions: false,
             picture: false,
         }
+    }
+}
+
+/// The guest's console.
+pub struct Console {
+    /// Gets what the guest writes.
+    pub output: Box<dyn Write + Send>,
+    /// What is typed, if the guest is Linux. Ctrl-A begins a command, see [`input`].
+    pub input: Option<Box<dyn Read + Send>>,
+}
+
+impl<W: Write + Send + 'static> From<Box<W>> for Console {
+    fn from(output: Box<W>) -> Self {
+        Self { output, input: None }
     }
 }
 
@@ -174,6 +199,8 @@ impl Report {
 
 /// How often the waiting thread looks whether it shall stop.
 const TICK: Duration = Duration::from_millis(20);
+/// How often it looks whether all vCPUs have halted for good.
+const LOOK: Duration = Duration::from_millis(500);
 /// How long a vCPU may take to come out of the guest.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -201,6 +228,8 @@ struct Shared {
     vcpus: Vcpus,
     counters: Option<Arc<Counters>>,
     stop: AtomicBool,
+    /// The user typed that the run shall end.
+    quit: AtomicBool,
     monitor: Mutex<Monitor>,
 }
 
@@ -224,13 +253,13 @@ impl Shared {
     }
 }
 
-/// Runs a kernel to its end. `console` gets its serial output, `observer` its findings; `stop` ends it from outside.
+/// Runs a kernel to its end. `console` is its serial port, `observer` gets its findings; `stop` ends it from outside.
 ///
 /// # Errors
 /// The run could not begin: no KVM, a bad kernel, no memory. Once it has begun, everything is an [`Outcome`].
 pub fn run(
     config: &Config,
-    console: Box<dyn Write + Send>,
+    console: impl Into<Console>,
     mut observer: Box<dyn Observer>,
     stop: &AtomicBool,
 ) -> Result<Report, RunError> {
@@ -239,17 +268,29 @@ pub fn run(
     // Before anything is computed from it.
     Ram::check(config.memory).map_err(MachineError::from)?;
     let layout = shadow::Layout::new(layout::ram_end(config.memory)).map_err(ShadowError::from)?;
+    let kernel = config.kernel.read()?;
+    let linux = is_linux(&kernel);
     let mut machine = Machine::new(
         &kvm,
         MachineConfig {
             memory_bytes: config.memory,
             cpus: config.cpus,
             extra_cpuid: monitor::discovery(config.shadow, config.notify, &layout),
-            irqchip: config.irqchip,
-            pit: config.pit,
+            irqchip: config.irqchip || linux,
+            pit: config.pit || linux,
         },
     )?;
-    machine.load(&Boot::new(&config.kernel, &config.cmdline))?;
+    let has_irqchip = machine.irq_line(COM1_IRQ).is_some();
+    let cmdline = if linux { with_defaults(&config.cmdline) } else { config.cmdline.clone() };
+    let initrd = config.initrd.as_ref().map(GuestFile::read).transpose()?;
+    machine.load(&Boot {
+        image: &kernel,
+        cmdline: &cmdline,
+        initrd: initrd.as_deref(),
+        protocol: config.boot,
+    })?;
+    // They are in guest memory now.
+    drop((kernel, initrd));
     let vcpus = (0..config.cpus).map(|id| machine.create_vcpu(id)).collect::<Result<Vec<_>, _>>()?;
     // Last of what can fail: if it does, no vCPU has run on the slots that it made.
     let mode = match config.shadow {
@@ -270,20 +311,23 @@ pub fn run(
     });
     let counters = counters.map(Arc::new);
     observer.starts(counters.clone());
-    let (console, tail) = picture::Tail::tee(console, config.picture);
+    let Console { output, input } = console.into();
+    let (output, tail) = picture::Tail::tee(output, config.picture);
     let mut monitor = Monitor::new(
         windows,
-        Devices::new(console, machine.irq_line(COM1_IRQ)),
-        Symbols::lazy(move || Ok(kernel)),
+        Devices::new(output, machine.irq_line(COM1_IRQ)),
+        Symbols::lazy(move || kernel.read().map_err(std::io::Error::other)),
         observer,
         config.stop_at,
     );
+    monitor.console = ConsoleWatch::new(linux);
     monitor.timeline = config.picture.then(Timeline::default);
     let shared = Arc::new(Shared {
         machine,
         vcpus: Vcpus::new(&vcpus),
         counters,
         stop: AtomicBool::new(false),
+        quit: AtomicBool::new(false),
         monitor: Mutex::new(monitor),
     });
 
@@ -301,8 +345,12 @@ pub fn run(
         }
     }
     drop(tell);
+    if let Some(input) = input.filter(|_| linux) {
+        input::spawn(input, Arc::downgrade(&shared)).map_err(RunError::Thread)?;
+    }
     // A limit beyond what the clock can tell is none.
     let deadline = config.timeout.and_then(|limit| Some((Instant::now().checked_add(limit)?, limit)));
+    let (mut looked, mut halted) = (Instant::now(), false);
     let mut outcome = loop {
         let tick = deadline.map_or(TICK, |(at, _)| TICK.min(at.saturating_duration_since(Instant::now())));
         match wait.recv_timeout(tick) {
@@ -310,13 +358,22 @@ pub fn run(
             Err(RecvTimeoutError::Disconnected) => break None,
             Err(RecvTimeoutError::Timeout) => {}
         }
-        // A guest that makes no exits is sampled from here. While it handles one, the other threads do it.
+        // A guest that makes no exits is looked after from here. While it handles one, the other threads do it.
         if config.picture
             && let Ok(mut monitor) = shared.monitor.try_lock()
         {
             monitor.sample();
         }
-        if stop.load(SeqCst) {
+        if has_irqchip && looked.elapsed() >= LOOK {
+            // Twice, for one of them may just have been woken by another.
+            let place = shared.vcpus.halted_for_good();
+            if let (true, Some(rip)) = (std::mem::replace(&mut halted, place.is_some()), place) {
+                break Some(Outcome::HaltedForGood { place: shared.monitor().place_of(rip) });
+            }
+            shared.vcpus.look();
+            looked = Instant::now();
+        }
+        if stop.load(SeqCst) || shared.quit.load(SeqCst) {
             break Some(Outcome::Interrupted);
         }
         if let Some((at, limit)) = deadline
@@ -336,7 +393,7 @@ pub fn run(
             return Err(RunError::Panicked);
         }
     }
-    let outcome = outcome.ok_or(RunError::Panicked)?;
+    let mut outcome = outcome.ok_or(RunError::Panicked)?;
     let counted = shared.counters.as_ref().and_then(|counters| counters.instructions_emulated());
     let instructions = counted.filter(|_| match emulates_ring0(&kvm) {
         Ok(all) => all,
@@ -351,6 +408,7 @@ pub fn run(
     }
     monitor.drain_all(shared.machine.ram());
     monitor.flush();
+    outcome = monitor.console_knows(outcome);
     let picture = monitor.timeline.take().map(|timeline| {
         let ram: Vec<_> =
             layout::ram_ranges(config.memory).into_iter().map(|(gpa, len)| gpa.0..gpa.0 + len).collect();
@@ -363,6 +421,7 @@ pub fn run(
     let host = HostStats {
         start_seconds: started.saturating_duration_since(begin).as_secs_f64(),
         seconds: started.elapsed().as_secs_f64(),
+        outside_seconds: shared.vcpus.outside().as_secs_f64(),
         ..HostStats::default()
     };
     let stats = figures(config, &outcome, &mut monitor, shared.machine.ram(), instructions, host);
@@ -406,6 +465,11 @@ fn figures(
     exits.completed = monitor.completed().clone();
     Stats {
         outcome: outcome.word(),
+        console_tail: if outcome.is_regular() {
+            Vec::new()
+        } else {
+            monitor.console.lines().map(str::to_owned).collect()
+        },
         findings: monitor.findings.distinct(),
         findings_total: monitor.findings.total(),
         guest: GuestStats { memory_bytes: config.memory, cpus: config.cpus, instructions },

@@ -6,6 +6,7 @@
 use umbra_shadow::abi::{self, CPUID_FIRST, CPUID_STEP, PORT, features};
 use vm_memory::GuestAddress;
 
+use super::console::{ConsoleWatch, Sign};
 use super::globals::Globals;
 use super::investigate::Place;
 use super::picture::Timeline;
@@ -86,6 +87,8 @@ pub struct Monitor {
     pub(super) symbols: Symbols,
     pub(super) observer: Box<dyn Observer>,
     pub(super) stop_at: Option<usize>,
+    /// What the console says.
+    pub(super) console: ConsoleWatch,
     /// The shadow over time, if that was asked for.
     pub(super) timeline: Option<Timeline>,
     completer: Completer,
@@ -115,6 +118,7 @@ impl Monitor {
             symbols,
             observer,
             stop_at,
+            console: ConsoleWatch::default(),
             timeline: None,
             devices,
             completer: Completer::default(),
@@ -133,9 +137,13 @@ impl Monitor {
             }
             VmExit::IoOut { port, data } => {
                 self.exits.io += 1;
-                match self.devices.io_out(port, data.as_slice()) {
-                    DeviceEvent::None => Ok(Flow::Continue),
-                    DeviceEvent::Reset => Ok(Flow::End(Outcome::Reset)),
+                let event = self.devices.io_out(port, data.as_slice());
+                let sign = self.devices.take_line().map_or(Sign::None, |line| self.console.line(&line));
+                match (event, sign) {
+                    (DeviceEvent::Reset, _) => Ok(Flow::End(Outcome::Reset)),
+                    (DeviceEvent::PowerOff, _) | (_, Sign::Stopped) => Ok(Flow::End(Outcome::PowerOff)),
+                    (_, Sign::PanicEnd) => Ok(Flow::End(Outcome::Panic)),
+                    (DeviceEvent::None, Sign::None) => Ok(Flow::Continue),
                 }
             }
             VmExit::IoIn { port, len } => {
@@ -184,6 +192,35 @@ impl Monitor {
         self.completer.counts()
     }
 
+    /// What the end of a guest really was, by what it said before: Linux resets or halts the machine when it has panicked.
+    pub fn console_knows(&self, outcome: Outcome) -> Outcome {
+        match (outcome, self.console.panic()) {
+            (
+                Outcome::Reset
+                | Outcome::PowerOff
+                | Outcome::Halted
+                | Outcome::HaltedForGood { .. }
+                | Outcome::Panic
+                | Outcome::TripleFault { .. }
+                | Outcome::TimeLimit(_),
+                Some(message),
+            ) => Outcome::LinuxPanic(message.to_owned()),
+            // Others halt like this on purpose.
+            (Outcome::HaltedForGood { .. }, None) if !self.console.is_linux() => Outcome::Halted,
+            (outcome, _) => outcome,
+        }
+    }
+
+    /// Gives a typed byte to the console. False if there is no room for it at the moment.
+    pub fn input(&mut self, byte: u8) -> bool {
+        self.devices.input(byte)
+    }
+
+    /// Sends a break to the console. False if there is no room for it at the moment.
+    pub fn input_break(&mut self) -> bool {
+        self.devices.input_break()
+    }
+
     /// Writes out what the console still holds.
     pub fn flush(&mut self) {
         self.devices.flush();
@@ -201,6 +238,11 @@ impl Monitor {
 
     fn stuck(&self, what: String, machine: &Machine) -> Result<Flow, Outcome> {
         Ok(Flow::End(Outcome::Stuck { what, place: self.place(machine).to_string() }))
+    }
+
+    /// An address in the guest's code, for a message.
+    pub fn place_of(&self, rip: u64) -> String {
+        Place::new(rip, &self.symbols).to_string()
     }
 
     /// Where the guest is, for a message.

@@ -23,12 +23,24 @@ pub enum Outcome {
     /// The guest reset the machine or switched it off.
     #[error("the guest reset the machine or switched it off")]
     Reset,
+    /// The guest switched the machine off, or said that it has halted.
+    #[error("the guest switched itself off")]
+    PowerOff,
     /// The guest halted for good: there is no interrupt that could wake it.
     #[error("the guest halted")]
     Halted,
     /// The guest panicked.
     #[error("the guest panicked")]
     Panic,
+    /// Linux panicked.
+    #[error("the guest panicked: {0}")]
+    LinuxPanic(String),
+    /// All CPUs halted with interrupts off, and Linux did not say that it means to.
+    #[error("all CPUs of the guest halted with interrupts off, the first at {place}")]
+    HaltedForGood {
+        /// Where, with its symbol if it is known.
+        place: String,
+    },
     /// A CPU exception the guest had no answer to.
     #[error("the guest died of exception {vector} ({name}) at {place}, error code {error:#x}, address {address:#x}", name = exception(*vector))]
     Fault {
@@ -109,8 +121,10 @@ impl Outcome {
             Self::Failed => "failed",
             Self::FindingLimit(_) => "finding-limit",
             Self::Reset => "reset",
+            Self::PowerOff => "power-off",
             Self::Halted => "halted",
-            Self::Panic => "panic",
+            Self::HaltedForGood { .. } => "halted-for-good",
+            Self::Panic | Self::LinuxPanic(_) => "panic",
             Self::Fault { .. } => "fault",
             Self::TripleFault { .. } => "triple-fault",
             Self::Instruction { .. } => "unknown-instruction",
@@ -126,10 +140,14 @@ impl Outcome {
     /// limit; 130 after Ctrl-C, as shells have it.
     pub fn status(&self, findings: bool) -> u8 {
         match self {
-            Self::Done | Self::Reset | Self::Halted | Self::FindingLimit(_) => u8::from(findings),
+            Self::Done | Self::Reset | Self::PowerOff | Self::Halted | Self::FindingLimit(_) => {
+                u8::from(findings)
+            }
             Self::ShadowLimit(_) | Self::Shadow(_) | Self::Host(_) | Self::Unstoppable { .. } => 2,
             Self::Failed
             | Self::Panic
+            | Self::LinuxPanic(_)
+            | Self::HaltedForGood { .. }
             | Self::Fault { .. }
             | Self::TripleFault { .. }
             | Self::Instruction { .. }
@@ -141,7 +159,7 @@ impl Outcome {
 
     /// Whether the guest came to an end of its own.
     pub fn is_regular(&self) -> bool {
-        matches!(self, Self::Done | Self::Reset | Self::Halted)
+        matches!(self, Self::Done | Self::Reset | Self::PowerOff | Self::Halted)
     }
 }
 

@@ -9,6 +9,9 @@ use serde::Serialize;
 pub struct Stats {
     /// How it ended, in a word ([`super::Outcome::word`]).
     pub outcome: &'static str,
+    /// The last lines of the console, if the guest did not come to an end of its own.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub console_tail: Vec<String>,
     /// Different findings.
     pub findings: usize,
     /// Findings with those that were only counted: repeats, and different ones past the bound.
@@ -102,4 +105,6 @@ pub struct HostStats {
     pub start_seconds: f64,
     /// From there to the end.
     pub seconds: f64,
+    /// Of that, what each vCPU's thread spent outside of the guest, for all of them together.
+    pub outside_seconds: f64,
 }

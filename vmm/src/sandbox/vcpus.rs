@@ -6,9 +6,9 @@
 //! it looks whether it may, so either it sees that it may not, or it is seen and kicked. Those that are out wait for
 //! the lock, which is free when that exit has been handled.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -34,6 +34,12 @@ pub(super) struct Vcpus {
     inside: Vec<AtomicBool>,
     /// They shall stay out. Set and cleared under the state's lock.
     hold: AtomicBool,
+    /// Number of looks at whether they halted for good.
+    looks: AtomicU64,
+    /// Of each vCPU the last look at which it had, and where it had.
+    halted: Vec<Mutex<(u64, u64)>>,
+    /// Nanoseconds that the threads spent outside of the guest.
+    outside: AtomicU64,
     /// One of them has ended the run. Set and read under the state's lock.
     ended: AtomicBool,
 }
@@ -44,8 +50,39 @@ impl Vcpus {
             kickers: vcpus.iter().map(Vcpu::kicker).collect(),
             inside: vcpus.iter().map(|_| AtomicBool::new(false)).collect(),
             hold: AtomicBool::new(false),
+            looks: AtomicU64::new(0),
+            halted: vcpus.iter().map(|_| Mutex::default()).collect(),
+            outside: AtomicU64::new(0),
             ended: AtomicBool::new(false),
         }
+    }
+
+    /// Has each vCPU come out and look whether it has halted for good.
+    pub(super) fn look(&self) {
+        self.looks.fetch_add(1, SeqCst);
+        self.kickers.iter().for_each(Kicker::kick);
+    }
+
+    /// The first vCPU's instruction pointer, if at the last look all of them had halted for good.
+    pub(super) fn halted_for_good(&self) -> Option<u64> {
+        let look = self.looks.load(SeqCst);
+        let mut all = self.halted.iter().map(|state| *state.lock().unwrap_or_else(PoisonError::into_inner));
+        let (first, rip) = all.next()?;
+        (look > 0 && first == look && all.all(|(at, _)| at == look)).then_some(rip)
+    }
+
+    /// What vCPU `vcpu` finds at a look.
+    fn looked(&self, vcpu: &Vcpu) {
+        if let Some(rip) = vcpu.halted_for_good()
+            && let Some(state) = self.halted.get(usize::from(vcpu.id()))
+        {
+            *state.lock().unwrap_or_else(PoisonError::into_inner) = (self.looks.load(SeqCst), rip);
+        }
+    }
+
+    /// The time that all threads together spent outside of the guest.
+    pub(super) fn outside(&self) -> Duration {
+        Duration::from_nanos(self.outside.load(SeqCst))
     }
 
     /// Whether vCPU `id` may enter the guest now. If so it counts as inside until [`Self::leave`].
@@ -164,15 +201,22 @@ pub(super) fn spawn(
 fn run(vcpu: &mut Vcpu, shared: &Shared, tell: &Farewell) {
     let id = usize::from(vcpu.id());
     let Shared { vcpus, machine, .. } = shared;
+    // When it last came out of the guest.
+    let mut out = None;
     while !shared.stop.load(SeqCst) {
         if !vcpus.enter(id) {
             // Until the vCPU that has it is done.
             drop(shared.monitor());
             continue;
         }
+        if let Some(out) = out.take() {
+            vcpus.outside.fetch_add(nanoseconds(out), SeqCst);
+        }
         let exit = vcpu.run();
+        out = Some(Instant::now());
         vcpus.leave(id);
         if let Ok(VmExit::Interrupted) = exit {
+            vcpus.looked(vcpu);
             continue;
         }
         let mut monitor = shared.monitor();
@@ -201,4 +245,8 @@ fn run(vcpu: &mut Vcpu, shared: &Shared, tell: &Farewell) {
             return;
         }
     }
+}
+
+fn nanoseconds(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
 }

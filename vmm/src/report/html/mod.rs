@@ -203,7 +203,7 @@ impl Page<'_> {
             format!(
                 "<code>{}</code> <span class=dim>({})</span>",
                 Esc(self.kernel),
-                size(config.kernel.len() as u64)
+                size(config.kernel.bytes())
             ),
         );
         let cmdline = match config.cmdline.trim() {

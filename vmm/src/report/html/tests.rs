@@ -12,7 +12,7 @@ use crate::shadow::{Notify, PageCounts, PageMap};
 
 fn config() -> Config {
     Config {
-        kernel: Arc::from([0u8; 100].as_slice()),
+        kernel: [0u8; 100].as_slice().into(),
         cmdline: "a=1".into(),
         memory: 256 << 20,
         shadow: ShadowMode::PerPage,

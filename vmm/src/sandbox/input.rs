@@ -1,0 +1,136 @@
+//! Input for the guest's console: a thread reads it and gives it to the serial port. Ctrl-A is the key that commands
+//! to Umbra itself begin with.
+
+use std::io::Read;
+use std::sync::Weak;
+use std::sync::atomic::Ordering::SeqCst;
+use std::thread;
+use std::time::Duration;
+
+use super::Shared;
+
+/// Ctrl-A.
+const ESCAPE: u8 = 1;
+/// Bytes that are read at once.
+const CHUNK: usize = 256;
+/// How long to wait when the guest has not read what it has.
+const FULL: Duration = Duration::from_millis(10);
+
+/// What the keys after Ctrl-A do.
+pub const KEYS: &str = "Ctrl-A x ends the run, Ctrl-A b sends a break, Ctrl-A Ctrl-A sends Ctrl-A";
+
+/// What the keys say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Key {
+    /// For the guest.
+    Byte(u8),
+    /// A break on the line.
+    Break,
+    /// End the run.
+    Quit,
+    /// Tell the keys.
+    Help,
+}
+
+/// Finds commands in what is typed.
+#[derive(Debug, Default)]
+struct Keys {
+    escaped: bool,
+}
+
+impl Keys {
+    fn key(&mut self, byte: u8) -> Option<Key> {
+        if !std::mem::take(&mut self.escaped) {
+            self.escaped = byte == ESCAPE;
+            return (!self.escaped).then_some(Key::Byte(byte));
+        }
+        match byte {
+            ESCAPE | b'a' => Some(Key::Byte(ESCAPE)),
+            b'b' => Some(Key::Break),
+            b'x' => Some(Key::Quit),
+            b'h' | b'?' => Some(Key::Help),
+            _ => None,
+        }
+    }
+}
+
+/// Starts the threads. The one that reads ends with the input, or with the run once something is typed after that.
+pub(super) fn spawn(mut input: Box<dyn Read + Send>, shared: Weak<Shared>) -> std::io::Result<()> {
+    let flushed = shared.clone();
+    let run = move || {
+        let (mut keys, mut chunk) = (Keys::default(), [0; CHUNK]);
+        loop {
+            let count = match input.read(&mut chunk) {
+                Ok(0) => return,
+                Ok(count) => count,
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
+                Err(e) => {
+                    log::info!("console input ends: {e}");
+                    return;
+                }
+            };
+            for key in chunk[..count].iter().filter_map(|byte| keys.key(*byte)) {
+                if !give(key, &shared) {
+                    return;
+                }
+            }
+        }
+    };
+    thread::Builder::new().name("input".into()).spawn(run)?;
+    thread::Builder::new().name("console".into()).spawn(move || keep_flushing(&flushed)).map(drop)
+}
+
+/// Shows what the guest has written without a line end, such as a prompt. In a thread of its own, since output may block.
+fn keep_flushing(shared: &Weak<Shared>) {
+    while let Some(shared) = shared.upgrade().filter(|shared| !shared.stop.load(SeqCst)) {
+        if let Ok(mut monitor) = shared.monitor.try_lock() {
+            monitor.flush();
+        }
+        drop(shared);
+        thread::sleep(FULL);
+    }
+}
+
+/// Does what a key says. False: the run has ended.
+fn give(key: Key, shared: &Weak<Shared>) -> bool {
+    loop {
+        let Some(shared) = shared.upgrade() else { return false };
+        if shared.stop.load(SeqCst) {
+            return false;
+        }
+        let taken = match key {
+            Key::Byte(byte) => shared.monitor().input(byte),
+            Key::Break => shared.monitor().input_break(),
+            Key::Quit => {
+                shared.quit.store(true, SeqCst);
+                true
+            }
+            Key::Help => {
+                log::warn!("{KEYS}");
+                true
+            }
+        };
+        if taken {
+            return true;
+        }
+        drop(shared);
+        thread::sleep(FULL);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ctrl_a_begins_a_command() {
+        let mut keys = Keys::default();
+        let typed: Vec<_> =
+            b"a\x01xb\x01\x01\x01b\x01?\x01zc\x01a".iter().filter_map(|b| keys.key(*b)).collect();
+        let byte = Key::Byte;
+        assert_eq!(
+            typed,
+            [byte(b'a'), Key::Quit, byte(b'b'), byte(1), Key::Break, Key::Help, byte(b'c'), byte(1)]
+        );
+    }
+}

@@ -1,0 +1,206 @@
+//! `cargo xtask linux`: the Linux kernels that the tests boot.
+//!
+//! The small one is built from Debian's `linux-source-6.1` with our own configuration, the other is Debian's stock cloud
+//! kernel as its package has it. Both packages are unpacked below `target/linux` and not installed. Beside each result lies
+//! a file that says what it was made from; as long as that is the same, it is not made again.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::process::Command;
+use crate::{Context, setup};
+
+/// Debian's package with the sources, which is also the name of the archive in it and of the folder in that.
+const SOURCE: &str = "linux-source-6.1";
+/// The package that names Debian's newest cloud kernel.
+const STOCK: &str = "linux-image-cloud-amd64";
+/// What a kernel is built with: programs, a header, and their packages.
+const NEEDED: [(&str, &str); 7] = [
+    ("make", "make"),
+    ("gcc", "gcc"),
+    ("flex", "flex"),
+    ("bison", "bison"),
+    ("bc", "bc"),
+    ("xz", "xz-utils"),
+    ("/usr/include/libelf.h", "libelf-dev"),
+];
+/// Configurations of the kernels that are built, in guest/linux/config, each on top of `make tinyconfig`.
+const BUILT: [&str; 1] = ["small"];
+
+/// `cargo xtask linux`.
+pub fn run(context: &Context) -> Result<ExitCode> {
+    let kernels = build(context)?;
+    context.progress.finish();
+    for kernel in &kernels {
+        println!("{}", kernel.display());
+    }
+    Ok(if kernels.len() == 2 * BUILT.len() + 1 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Makes what is missing or old. Returns the kernels that there are; of the others it says why not.
+pub fn build(context: &Context) -> Result<Vec<PathBuf>> {
+    let root = context.root.join("target/linux");
+    let mut kernels = Vec::new();
+    for name in BUILT {
+        let folder = root.join(name);
+        match small(context, name, &folder) {
+            Ok(()) => kernels.extend(["vmlinux", "bzImage"].map(|file| folder.join(file))),
+            Err(error) => skipped(context, name, &error),
+        }
+    }
+    let folder = root.join("debian");
+    match stock(context, &folder) {
+        Ok(()) => kernels.push(folder.join("bzImage")),
+        Err(error) => skipped(context, "debian", &error),
+    }
+    Ok(kernels)
+}
+
+fn skipped(context: &Context, name: &str, error: &anyhow::Error) {
+    context.progress.say(&format!("SKIPPED: the Linux kernel {name}: {error:#}"));
+}
+
+/// The file that says what the kernel beside it was made from.
+fn stamp(folder: &Path) -> PathBuf {
+    folder.join("made-from")
+}
+
+/// Whether the kernel in `folder` was made from `wanted`.
+fn is_made_from(folder: &Path, wanted: &str) -> bool {
+    fs::read_to_string(stamp(folder)).is_ok_and(|made| made == wanted)
+}
+
+fn version(context: &Context, package: &str) -> Result<String> {
+    let version = setup::candidate(context, package)?;
+    version.with_context(|| format!("apt does not offer {package}, a package of Debian 12"))
+}
+
+/// An empty folder in place of whatever there is.
+fn empty(folder: &Path) -> Result<()> {
+    if folder.exists() {
+        fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))?;
+    }
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))
+}
+
+/// The sources of a version, unpacked.
+fn source(context: &Context, version: &str) -> Result<PathBuf> {
+    let folder = context.root.join("target/linux/source");
+    let tree = folder.join(SOURCE);
+    if !is_made_from(&folder, version) {
+        context.progress.step(&format!("fetching {SOURCE} {version}: the small Linux is built from it"));
+        empty(&folder)?;
+        setup::unpack(context, SOURCE, version, &folder)?;
+        context.progress.step("unpacking the sources of Linux");
+        let archive = folder.join(format!("usr/src/{SOURCE}.tar.xz"));
+        let mut tar = Command::new("tar", &folder);
+        tar.args(["-xf".as_ref(), archive.as_os_str()]).run_or_fail(&context.progress)?;
+        fs::remove_dir_all(folder.join("usr")).context("cannot remove the sources' archive")?;
+        fs::write(stamp(&folder), version).context("cannot write target/linux/source")?;
+    }
+    Ok(tree)
+}
+
+fn small(context: &Context, name: &str, folder: &Path) -> Result<()> {
+    let fragment_file = context.root.join(format!("guest/linux/config/{name}.config"));
+    let fragment = fs::read_to_string(&fragment_file)
+        .with_context(|| format!("cannot read {}", fragment_file.display()))?;
+    let version = version(context, SOURCE)?;
+    let wanted = format!("{SOURCE} {version}\n{fragment}");
+    if is_made_from(folder, &wanted) {
+        return Ok(());
+    }
+    let missing = setup::packages(context, &NEEDED, "Linux is built with them")?;
+    if !missing.is_empty() {
+        bail!("install {0} (`apt-get install {0}`)", missing.join(" "));
+    }
+    let tree = source(context, &version)?;
+    empty(folder)?;
+    let build = folder.join("build");
+    let make = || {
+        let mut make = Command::new("make", &tree);
+        // So that a build says nothing of who made it when and where.
+        for (name, value) in [("USER", "umbra"), ("HOST", "umbra"), ("TIMESTAMP", "1970-01-01")] {
+            make.env(&format!("KBUILD_BUILD_{name}"), value);
+        }
+        make.args([format!("O={}", build.display())]);
+        make
+    };
+    context.progress.step(&format!("configuring Linux {version}, {name}"));
+    make().args(["tinyconfig"]).run_or_fail(&context.progress)?;
+    let config_file = build.join(".config");
+    let read = || fs::read_to_string(&config_file).context("make left no .config");
+    fs::write(&config_file, read()? + &fragment).context("cannot write .config")?;
+    make().args(["olddefconfig"]).run_or_fail(&context.progress)?;
+    let config = read()?;
+    let lost = lost(&fragment, &config);
+    if !lost.is_empty() {
+        bail!("{} asks for what Linux does not keep: {}", fragment_file.display(), lost.join(", "));
+    }
+    context.progress.step(&format!("building Linux {version}, {name}: a few minutes"));
+    let jobs = std::thread::available_parallelism().map_or(1, usize::from);
+    make().args([format!("-j{jobs}").as_str(), "vmlinux", "bzImage"]).run_or_fail(&context.progress)?;
+    for (from, to) in [("vmlinux", "vmlinux"), ("arch/x86/boot/bzImage", "bzImage"), (".config", "config")] {
+        let (from, to) = (build.join(from), folder.join(to));
+        fs::rename(&from, &to).with_context(|| format!("make left no {}", from.display()))?;
+    }
+    fs::remove_dir_all(&build).context("cannot remove the build's folder")?;
+    fs::write(stamp(folder), wanted).with_context(|| format!("cannot write {}", folder.display()))
+}
+
+/// The lines of a fragment that a configuration does not have.
+fn lost<'a>(fragment: &'a str, config: &str) -> Vec<&'a str> {
+    let kept: Vec<_> = config.lines().collect();
+    let is_kept = |line: &&str| match line.strip_prefix("# CONFIG_") {
+        // What has no name any more is not set either.
+        Some(rest) => {
+            let name = rest.split_ascii_whitespace().next().unwrap_or_default();
+            !kept.iter().any(|line| line.starts_with(&format!("CONFIG_{name}=")))
+        }
+        None => kept.contains(line),
+    };
+    let says = |line: &&str| {
+        line.starts_with("CONFIG_") || line.starts_with("# CONFIG_") && line.ends_with(" is not set")
+    };
+    fragment.lines().filter(says).filter(|line| !is_kept(line)).collect()
+}
+
+fn stock(context: &Context, folder: &Path) -> Result<()> {
+    let version = version(context, STOCK)?;
+    let wanted = format!("{STOCK} {version}");
+    if is_made_from(folder, &wanted) {
+        return Ok(());
+    }
+    let mut depends = Command::new("apt-cache", &context.root);
+    let depends = depends.args(["depends", STOCK]).env("LC_ALL", "C").stream(|_| {})?.output;
+    let package = depends.lines().find_map(|line| line.trim().strip_prefix("Depends: "));
+    let package = package.with_context(|| format!("{STOCK} names no kernel"))?;
+    context.progress.step(&format!("fetching {package} {version}: the tests boot it"));
+    empty(folder)?;
+    let unpacked = folder.join("unpacked");
+    setup::unpack(context, package, &version, &unpacked)?;
+    let image = fs::read_dir(unpacked.join("boot"))?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-")))
+        .with_context(|| format!("{package} holds no kernel"))?;
+    fs::rename(image, folder.join("bzImage")).context("cannot move Debian's kernel")?;
+    fs::remove_dir_all(&unpacked).context("cannot remove what Debian's package holds besides")?;
+    fs::write(stamp(folder), wanted).with_context(|| format!("cannot write {}", folder.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_configuration_loses_is_told() {
+        let fragment = "# A comment about CONFIG_A is not set\nCONFIG_A=y\nCONFIG_B=4\n# CONFIG_C is not set\n\
+                        # CONFIG_D is not set\n";
+        assert!(lost(fragment, "CONFIG_A=y\nCONFIG_B=4\n# CONFIG_C is not set\n").is_empty());
+        let kept = "CONFIG_A=y\n# CONFIG_B is not set\nCONFIG_C=y\nCONFIG_DD=y\n";
+        assert_eq!(lost(fragment, kept), ["CONFIG_B=4", "# CONFIG_C is not set"]);
+    }
+}
