@@ -34,6 +34,12 @@ const LEAF1_ECX_TSC_DEADLINE: u32 = 1 << 24;
 const LEAF1_ECX_HYPERVISOR: u32 = 1 << 31;
 const LEAF1_EDX_APIC: u32 = 1 << 9;
 const LEAF1_EDX_HTT: u32 = 1 << 28;
+/// KVM's own features (Linux, Documentation/virt/kvm/x86/cpuid.rst).
+const KVM_FEATURES: u32 = 0x4000_0001;
+/// Those that a guest is told of: its clock, which needs no calibration; that ports need no delay; and that the end of
+/// an interrupt needs no exit. The others are hypercalls, which never return on a host that emulates ring 0 (between them
+/// `KVM_FEATURE_PV_SEND_IPI` and `PV_UNHALT`, without which Linux uses its local APIC), or go with a host that swaps guests out.
+const KVM_FEATURES_KEPT: u32 = 1 | 1 << 1 | 1 << 3 | 1 << 6 | 1 << 24;
 
 /// Which of how many CPUs a table is for. They are the cores of one package, one thread each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,6 +98,7 @@ pub fn table(
                 let shared = if entry.eax >> 5 & 7 >= 3 { ids } else { 1 };
                 entry.eax = entry.eax & 0x3fff | (shared - 1) << 14 | (ids - 1) << 26;
             }
+            KVM_FEATURES => entry.eax &= KVM_FEATURES_KEPT,
             // AMD's number of cores, and the bits of the APIC id for them; reserved on Intel's.
             0x8000_0008 if entry.ecx != 0 => entry.ecx = (cpus - 1) | place.core_bits() << 12,
             // AMD's APIC id, core (with one thread), and node (the only one).
@@ -165,7 +172,8 @@ mod tests {
 
     fn supported() -> CpuId {
         let leaf = |function, ecx, edx| kvm_cpuid_entry2 { function, ecx, edx, ..Default::default() };
-        CpuId::from_entries(&[leaf(1, !0, !0), leaf(0xb, 0, 0), leaf(0x4000_0000, 0, 0)]).unwrap()
+        let kvm = kvm_cpuid_entry2 { function: KVM_FEATURES, eax: !0, ..Default::default() };
+        CpuId::from_entries(&[leaf(1, !0, !0), leaf(0xb, 0, 0), leaf(0x4000_0000, 0, 0), kvm]).unwrap()
     }
 
     const ALONE: Place = Place { id: 0, cpus: 1 };
@@ -178,6 +186,7 @@ mod tests {
         assert_eq!(find(1).ecx & (LEAF1_ECX_CX16 | LEAF1_ECX_X2APIC), 0);
         assert_eq!(find(1).edx & (LEAF1_EDX_APIC | LEAF1_EDX_HTT), 0);
         assert_eq!((find(0x4000_0100).eax, find(0x4000_0100).edx), (1, 4));
+        assert_eq!(find(KVM_FEATURES).eax, KVM_FEATURES_KEPT);
         let with_chip = super::table(&supported(), &[], true, ALONE).unwrap();
         assert_ne!(with_chip.as_slice()[0].edx & LEAF1_EDX_APIC, 0);
     }
@@ -203,7 +212,7 @@ mod tests {
         assert_eq!(taken, CpuidError::Taken(0x4000_0000));
         let many: Vec<_> =
             (0..300).map(|i| CpuidLeaf { function: 0x4000_0100 + i, ..Default::default() }).collect();
-        assert_eq!(table(&supported(), &many, false, ALONE).unwrap_err(), CpuidError::TooMany(305));
+        assert_eq!(table(&supported(), &many, false, ALONE).unwrap_err(), CpuidError::TooMany(306));
     }
 
     #[test]
