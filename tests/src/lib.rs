@@ -2,5 +2,6 @@
 //! program run as a user runs it.
 
 pub mod elf;
+pub mod linux;
 pub mod program;
 pub mod suite;

@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
+use std::io::Write as _;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// No run of the program in a test takes as long as this.
+/// No run of the program in a test takes as long as this, unless the test says so.
 const HUNG: Duration = Duration::from_secs(100);
 
 /// What a run of the program came to.
@@ -106,6 +107,7 @@ pub struct Umbra {
     dir: TempDir,
     files: u32,
     collect: bool,
+    patience: Duration,
 }
 
 impl Umbra {
@@ -115,7 +117,7 @@ impl Umbra {
         process.arg(command).env_remove("RUST_LOG").env_remove("RUST_BACKTRACE").env_remove("NO_COLOR");
         process.stdin(Stdio::null());
         let dir = TempDir::new().expect("a temporary directory");
-        Self { command: process, dir, files: 0, collect: false }
+        Self { command: process, dir, files: 0, collect: false, patience: HUNG }
     }
 
     /// Adds an argument.
@@ -147,6 +149,13 @@ impl Umbra {
         self.collect = true;
         let (stats, findings) = (self.path("stats"), self.path("findings"));
         self.arg("--stats").arg(stats).arg("--findings").arg(findings)
+    }
+
+    /// Says how long it may take.
+    #[must_use]
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
     }
 
     /// A path in the run's own directory.
@@ -188,6 +197,13 @@ impl Started {
         self.child.id().cast_signed()
     }
 
+    /// Types something, if its standard input is a pipe.
+    #[track_caller]
+    pub fn types(&mut self, bytes: &[u8]) {
+        let stdin = self.child.stdin.as_mut().expect("a pipe");
+        stdin.write_all(bytes).and_then(|()| stdin.flush()).expect("it reads");
+    }
+
     /// Sends it a signal.
     pub fn signal(&self, signal: i32) {
         // SAFETY: our child, which has not been waited for: nobody else can have its id.
@@ -201,10 +217,18 @@ impl Started {
 
     /// Waits until standard output or standard error holds `text`.
     #[track_caller]
-    pub fn wait_for(&self, which: &str, text: &str) {
+    pub fn wait_for(&mut self, which: &str, text: &str) {
         let begin = Instant::now();
         while !String::from_utf8_lossy(&self.so_far(which)).contains(text) {
-            assert!(begin.elapsed() < HUNG, "no {text:?} on {which}");
+            if let Ok(Some(status)) = self.child.try_wait() {
+                let [out, err] = ["stdout", "stderr"].map(|name| tail(&self.so_far(name)));
+                panic!("{status}, and no {text:?} on {which}:\n{out}\n{err}");
+            }
+            assert!(
+                begin.elapsed() < self.umbra.patience,
+                "no {text:?} on {which}: {}",
+                tail(&self.so_far(which))
+            );
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -230,7 +254,7 @@ impl Started {
             if let Some(status) = self.child.try_wait().expect("our child") {
                 return status;
             }
-            if self.begin.elapsed() > HUNG {
+            if self.begin.elapsed() > self.umbra.patience {
                 // It may end just now.
                 let _ = self.child.kill();
                 let _ = self.child.wait();
@@ -239,4 +263,9 @@ impl Started {
             std::thread::sleep(Duration::from_millis(2));
         }
     }
+}
+
+/// The end of some output, for a message.
+fn tail(output: &[u8]) -> String {
+    String::from_utf8_lossy(&output[output.len().saturating_sub(3000)..]).into_owned()
 }

@@ -530,7 +530,7 @@ fn one_finding_and_no_end() -> Vec<u8> {
 
 fn ctrl_c_ends_it_in_order() {
     for signal in [libc::SIGINT, libc::SIGTERM] {
-        let started = umbra().file(&one_finding_and_no_end()).args("--keep-going").collect().start();
+        let mut started = umbra().file(&one_finding_and_no_end()).args("--keep-going").collect().start();
         started.wait_for("stderr", "BUG: KASAN");
         let begin = Instant::now();
         started.signal(signal);
@@ -546,7 +546,7 @@ fn ctrl_c_ends_it_in_order() {
 fn a_kill_leaves_nothing_behind() {
     let mut umbra = umbra().file(&one_finding_and_no_end()).args("--keep-going");
     umbra.command().process_group(0);
-    let started = umbra.start();
+    let mut started = umbra.start();
     started.wait_for("stderr", "BUG: KASAN");
     let group = started.pid();
     let guests = || {

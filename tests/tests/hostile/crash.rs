@@ -171,7 +171,7 @@ fn a_halt() {
 }
 
 fn resets() {
-    for (port, value) in [(0x64u32, 0xfe), (0xcf9, 6), (0x604, 0x2000)] {
+    for (port, value, word) in [(0x64u32, 0xfe, "reset"), (0xcf9, 6, "reset"), (0x604, 0x2000, "power-off")] {
         let guest = Guest::new(|g| {
             g.asm.mov(edx, port)?;
             g.asm.mov(eax, value)?;
@@ -179,7 +179,7 @@ fn resets() {
         });
         let run = quiet(guest, "");
         run.expect(0);
-        assert_eq!(run.outcome(), "reset", "port {port:#x}");
+        assert_eq!(run.outcome(), word, "port {port:#x}");
     }
 }
 

@@ -9,6 +9,7 @@ pub mod layout;
 pub mod loader;
 pub mod memory;
 mod mptable;
+pub mod probe;
 pub mod stats;
 #[cfg(test)]
 mod tests;

@@ -127,7 +127,7 @@ fn a_kernel_boots_prints_its_command_line_and_switches_off() {
         match vcpu.run().unwrap() {
             VmExit::IoOut { port, data } => {
                 first.get_or_insert_with(|| start.elapsed());
-                if devices.io_out(port, data.as_slice()) == DeviceEvent::Reset {
+                if devices.io_out(port, data.as_slice()) == DeviceEvent::PowerOff {
                     break;
                 }
             }

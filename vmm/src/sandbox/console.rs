@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 
 /// Lines that are kept.
-const LINES: usize = 24;
+const LINES: usize = 64;
 /// Bytes of each that are kept.
 const LINE_BYTES: usize = 400;
 /// What Linux says (kernel/panic.c, kernel/reboot.c). Without a way to switch the machine off it halts instead.

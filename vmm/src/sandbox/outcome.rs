@@ -20,8 +20,8 @@ pub enum Outcome {
     /// As many findings as were asked for.
     #[error("stopped after {0} finding(s)")]
     FindingLimit(usize),
-    /// The guest reset the machine or switched it off.
-    #[error("the guest reset the machine or switched it off")]
+    /// The guest reset the machine.
+    #[error("the guest reset the machine")]
     Reset,
     /// The guest switched the machine off, or said that it has halted.
     #[error("the guest switched itself off")]

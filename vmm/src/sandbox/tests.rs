@@ -1,6 +1,7 @@
 //! The dispatcher, fed with exits that no guest made, over a vCPU and memory slots that do not exist.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use proptest::prelude::*;
@@ -9,10 +10,11 @@ use umbra_shadow::abi::{self, PORT, access, call, exit, features, name};
 use umbra_shadow::codes::{PAGE_BYTES, SLAB_FREE};
 use vm_memory::GuestAddress;
 
+use super::console::ConsoleWatch;
 use super::monitor::{Flow, GuestCpu, Machine, Monitor, Others, discovery};
 use super::{Observer, Outcome, ShadowMode};
 use crate::machine::complete::Cpu;
-use crate::machine::devices::Devices;
+use crate::machine::devices::{COM1, Devices};
 use crate::machine::memory::Ram;
 use crate::machine::vcpu::{Data, VcpuError, VmExit, XsaveArea};
 use crate::report::Finding;
@@ -536,13 +538,52 @@ fn memory_faults_map_shadow_and_nothing_else() {
 
 #[test]
 fn reset_ports_end_the_run() {
-    for (port, data) in [(0x64, &[0xfe][..]), (0xcf9, &[6]), (0x604, &[0, 0x20])] {
+    for (port, data, word) in
+        [(0x64, &[0xfe][..], "reset"), (0xcf9, &[6], "reset"), (0x604, &[0, 0x20], "power-off")]
+    {
         let outcome = ended(Bench::ring().exit(VmExit::IoOut { port, data: Data::new(data) }));
-        assert!(matches!(outcome, Outcome::Reset), "{outcome:?}");
+        assert_eq!((outcome.word(), outcome.status(false)), (word, 0), "{outcome:?}");
     }
     for (port, data) in [(0x64, &[0xf0][..]), (0xcf9, &[2]), (0x604, &[0, 0x10])] {
         goes_on(Bench::ring().exit(VmExit::IoOut { port, data: Data::new(data) }));
     }
+}
+
+/// Prints a line on the console. Returns what the last exit of it came to.
+fn prints(bench: &mut Bench, line: &str) -> Flow {
+    let byte = |byte: u8| VmExit::IoOut { port: COM1, data: Data::new(&[byte]) };
+    for b in line.bytes() {
+        goes_on(bench.exit(byte(b)));
+    }
+    bench.exit(byte(b'\n'))
+}
+
+#[test]
+fn a_linux_console_tells_how_the_run_ends() {
+    let linux = || {
+        let mut bench = Bench::ring();
+        bench.monitor.console = ConsoleWatch::new(true);
+        bench
+    };
+    assert_eq!(ended(prints(&mut linux(), "[    1.0] reboot: Power down\r")).word(), "power-off");
+    assert_eq!(ended(prints(&mut linux(), "reboot: System halted")).status(false), 0);
+    goes_on(prints(&mut linux(), "reboot: Restarting system"));
+
+    let mut bench = linux();
+    goes_on(prints(&mut bench, "[    1.0] Kernel panic - not syncing: why"));
+    for end in [Outcome::Reset, Outcome::TimeLimit(Duration::from_secs(1)), Outcome::Halted] {
+        let outcome = bench.monitor.console_knows(end);
+        assert_eq!((outcome.word(), outcome.status(false)), ("panic", 3));
+        assert_eq!(outcome.to_string(), "the guest panicked: why");
+    }
+    assert_eq!(bench.monitor.console_knows(Outcome::Interrupted).word(), "interrupted");
+    let end = ended(prints(&mut bench, "[    1.0] ---[ end Kernel panic - not syncing: why ]---"));
+    assert_eq!(bench.monitor.console_knows(end).to_string(), "the guest panicked: why");
+
+    let halted = || Outcome::HaltedForGood { place: "rip 0x0".into() };
+    assert_eq!(linux().monitor.console_knows(halted()).status(false), 3);
+    assert_eq!(Bench::ring().monitor.console_knows(halted()).word(), "halted");
+    goes_on(prints(&mut Bench::ring(), "reboot: Power down"));
 }
 
 #[test]

@@ -1,6 +1,5 @@
 //! Pages of made-up runs: hostile, empty, large.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use super::super::finding::tests::finding;
@@ -31,6 +30,7 @@ fn report(outcome: Outcome, findings: Findings) -> Report {
     let total = PageCounts { valid: 32768, free: 32768, ..PageCounts::default() };
     let stats = Stats {
         outcome: outcome.word(),
+        console_tail: Vec::new(),
         findings: findings.distinct(),
         findings_total: findings.total(),
         shadow: ShadowStats { mode: "per-page", notify: "ring", page_bytes: 65536, ..ShadowStats::default() },

@@ -1,0 +1,184 @@
+//! Real Linux, booted as a user boots it: the small kernel of `cargo xtask linux` by each protocol, and Debian's own.
+
+use std::process::{ExitCode, Stdio};
+use std::time::Duration;
+
+use iced_x86::code_asm::*;
+use umbra::machine::Kvm;
+use umbra::machine::probe::runs_programs;
+use umbra_tests::linux::{initrd, kernel, need};
+use umbra_tests::program::{Run, Started, Umbra};
+use umbra_tests::suite::{Need, Suite};
+
+/// The program.
+const PROGRAM: &str = env!("CARGO_BIN_EXE_umbra-under-test");
+/// No guest here needs as long as this; where ring 0 is emulated and the machine is shared, some need a good part of it.
+const LIMIT: Duration = Duration::from_secs(900);
+/// `1: jmp 1b`.
+const SPIN: [u8; 2] = [0xeb, 0xfe];
+/// For hosts whose KVM emulates ring 0 without these instructions.
+const CMDLINE: &str = "--cmdline=noxsave";
+/// What Linux says before its first program.
+const INIT: &str = "Run /init as init process";
+
+/// Linux, whose first program is `code`.
+fn linux(file: &str, code: &[u8]) -> Umbra {
+    let umbra = Umbra::new(PROGRAM, "run").patience(LIMIT);
+    let limit = format!("{}s", LIMIT.as_secs());
+    umbra
+        .arg(kernel(file))
+        .arg(CMDLINE)
+        .args("--shadow off --timeout")
+        .arg(limit)
+        .arg("--initrd")
+        .file(&initrd(code))
+        .collect()
+}
+
+/// Starts it with a keyboard.
+fn with_keyboard(mut umbra: Umbra) -> Started {
+    umbra.command().stdin(Stdio::piped());
+    umbra.start()
+}
+
+/// Boots to the first program, which spins, and sends a SysRq command.
+fn sysrq(umbra: Umbra, command: u8) -> Run {
+    let mut started = with_keyboard(umbra);
+    started.wait_for("stdout", INIT);
+    started.types(&[1, b'b', command]);
+    started.wait()
+}
+
+fn console(run: &Run) -> String {
+    String::from_utf8_lossy(&run.stdout).into_owned()
+}
+
+/// Panics unless the kernel's own report names this memory and these CPUs.
+#[track_caller]
+fn has(run: &Run, memory_mib: u64, cpus: u64) {
+    let console = console(run);
+    // All but its first page, and the PC's hole below 1 MiB.
+    let kib = memory_mib * 1024 - 4 - 388;
+    assert!(console.contains(&format!("/{kib}K available")), "not {kib} KiB:\n{console}");
+    let cpus = format!("Brought up 1 node, {cpus} CPU{}", if cpus == 1 { "" } else { "s" });
+    assert!(console.contains(&cpus), "not: {cpus}\n{console}");
+    assert!(run.figure("/host/vmm_overhead_bytes") > 0);
+}
+
+fn elf_64m_panics() {
+    let run = sysrq(linux("small/vmlinux", &SPIN).args("--memory 64M"), b'c');
+    run.expect(3);
+    assert_eq!(run.outcome(), "panic");
+    assert!(run.stderr.contains("umbra: the guest panicked: sysrq triggered crash"), "{}", run.tail());
+    let tail = run.stats["console_tail"].as_array().expect("the last lines");
+    assert!(
+        tail.iter().any(|line| line.as_str().is_some_and(|line| line.contains("Kernel panic"))),
+        "{tail:?}"
+    );
+    has(&run, 64, 1);
+}
+
+fn elf_two_cpus_256m_reboots() {
+    let run = sysrq(linux("small/vmlinux", &SPIN).args("--memory 256M --cpus 2"), b'b');
+    run.expect(0);
+    assert_eq!(run.outcome(), "reset");
+    assert!(run.stats.get("console_tail").is_none());
+    has(&run, 256, 2);
+}
+
+fn pvh_5g_switches_itself_off() {
+    let run = sysrq(linux("small/vmlinux", &SPIN).args("--memory 5G --boot pvh"), b'o');
+    run.expect(0);
+    assert_eq!(run.outcome(), "power-off");
+    has(&run, 5 * 1024, 1);
+}
+
+fn bzimage_hangs() {
+    let umbra = Umbra::new(PROGRAM, "run").arg(kernel("small/bzImage")).arg(CMDLINE);
+    let run =
+        umbra.args("--shadow off --memory 128M --timeout 45s --initrd").file(&initrd(&SPIN)).collect().run();
+    run.expect(4);
+    assert_eq!(run.outcome(), "time-limit");
+    let tail = run.stats["console_tail"].as_array().expect("the last lines");
+    assert!(!tail.is_empty(), "the kernel unpacked itself and began:\n{}", console(&run));
+}
+
+fn the_users_words_come_last_and_init_may_be_missing() {
+    let umbra = Umbra::new(PROGRAM, "run").patience(LIMIT).arg(kernel("small/vmlinux"));
+    let run = umbra
+        .args("--shadow off --memory 64M --timeout 900s")
+        .arg("--cmdline=noxsave panic=-1 loglevel=5")
+        .collect()
+        .run();
+    run.expect(3);
+    assert!(run.stderr.contains("the guest panicked: No working init found"), "{}", run.tail());
+    let console = console(&run);
+    assert!(!console.contains("Linux version"), "loglevel=5 hides it: {console}");
+}
+
+/// Writes a line, then asks Linux to reboot.
+fn a_program_runs_to_its_end() {
+    let line = b"hello from the first program\n";
+    let program = || -> Result<Vec<u8>, IcedError> {
+        let mut a = CodeAssembler::new(64)?;
+        let mut text = a.create_label();
+        a.mov(eax, 1)?; // write
+        a.mov(edi, 1)?;
+        a.lea(rsi, ptr(text))?;
+        a.mov(edx, line.len() as u32)?;
+        a.syscall()?;
+        a.mov(eax, 169)?; // reboot: its two magic numbers, and RB_AUTOBOOT
+        a.mov(edi, 0xfee1_dead_u32)?;
+        a.mov(esi, 672_274_793_u32)?;
+        a.mov(edx, 0x0123_4567)?;
+        a.syscall()?;
+        a.ud2()?;
+        a.set_label(&mut text)?;
+        a.db(line)?;
+        a.assemble(0)
+    };
+    let run =
+        linux("small/vmlinux", &program().expect("code that can be encoded")).args("--memory 64M").run();
+    run.expect(0);
+    assert_eq!(run.outcome(), "reset");
+    assert!(console(&run).contains("hello from the first program"), "{}", console(&run));
+}
+
+fn debians_kernel_reaches_its_first_program() {
+    let mut started = with_keyboard(linux("debian/bzImage", &SPIN).args("--memory 256M"));
+    started.wait_for("stdout", INIT);
+    started.types(&[1, b'x']);
+    let run = started.wait();
+    run.expect(130);
+    assert!(console(&run).contains("Debian"), "{}", console(&run));
+}
+
+fn main() -> ExitCode {
+    let mut suite = Suite::default();
+    let small = need("small/vmlinux");
+    suite.add("elf_64m_panics", &small, elf_64m_panics);
+    suite.add("elf_two_cpus_256m_reboots", &small, elf_two_cpus_256m_reboots);
+    suite.add("pvh_5g_switches_itself_off", &small, pvh_5g_switches_itself_off);
+    suite.add("bzimage_hangs", &need("small/bzImage"), bzimage_hangs);
+    suite.add(
+        "the_users_words_come_last_and_init_may_be_missing",
+        &small,
+        the_users_words_come_last_and_init_may_be_missing,
+    );
+    let programs =
+        Need::unless(match Kvm::open().map_err(|e| e.to_string()).map(|kvm| runs_programs(&kvm)) {
+            Ok(Ok(true)) => None,
+            Ok(Ok(false)) => {
+                Some("a probe guest found that system calls from ring 3 do not reach ring 0 here".into())
+            }
+            Ok(Err(error)) => Some(format!("a probe guest failed: {error}")),
+            Err(error) => Some(error),
+        });
+    suite.add("a_program_runs_to_its_end", &small.and(&programs), a_program_runs_to_its_end);
+    suite.add(
+        "debians_kernel_reaches_its_first_program",
+        &need("debian/bzImage"),
+        debians_kernel_reaches_its_first_program,
+    );
+    suite.run()
+}
