@@ -122,8 +122,8 @@ fn files_that_are_no_kernels() {
 
 fn images_that_are_no_kernels() {
     refused(b"", &["empty"]);
-    refused(b"#!/bin/sh\n", &["not an ELF file"]);
-    refused(&[0; 4096], &["not an ELF file"]);
+    refused(b"#!/bin/sh\n", &["neither an ELF file nor a bzImage"]);
+    refused(&[0; 4096], &["neither an ELF file nor a bzImage"]);
     refused(&[0x1f, 0x8b, 8, 0], &["gzip"]);
     refused(b"\x7fELF", &["cut off"]);
     let elf = || kernel(&HALT);
@@ -387,7 +387,10 @@ fn stats_have_the_documented_fields() {
     has_exactly(&s["guest"], "memory_bytes:n cpus:n instructions:n?");
     has_exactly(&s["exits"], "total:n hypercall:n shadow_fault:n io:n mmio:n completed:o");
     has_exactly(&s["events"], "allocations:n frees:n ring_drains:n refused:n");
-    has_exactly(&s["host"], "rss_peak_bytes:n vmm_overhead_bytes:n start_seconds:f seconds:f");
+    has_exactly(
+        &s["host"],
+        "rss_peak_bytes:n vmm_overhead_bytes:n start_seconds:f seconds:f outside_seconds:f",
+    );
     assert_eq!((run.outcome(), run.figure("/findings"), run.figure("/findings_total")), ("done", 1, 2));
     assert_eq!(s["shadow"]["mode"], "per-page");
     assert_eq!(run.figure("/guest/memory_bytes"), 256 << 20);

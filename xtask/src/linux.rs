@@ -18,13 +18,14 @@ const SOURCE: &str = "linux-source-6.1";
 /// The package that names Debian's newest cloud kernel.
 const STOCK: &str = "linux-image-cloud-amd64";
 /// What a kernel is built with: programs, a header, and their packages.
-const NEEDED: [(&str, &str); 7] = [
+const NEEDED: [(&str, &str); 8] = [
     ("make", "make"),
     ("gcc", "gcc"),
     ("flex", "flex"),
     ("bison", "bison"),
     ("bc", "bc"),
     ("xz", "xz-utils"),
+    ("lz4", "lz4"),
     ("/usr/include/libelf.h", "libelf-dev"),
 ];
 /// Configurations of the kernels that are built, in guest/linux/config, each on top of `make tinyconfig`.
