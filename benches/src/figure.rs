@@ -89,6 +89,9 @@ impl Figure {
 
 /// A number for people: whole ones without a fraction, large ones in groups of three digits.
 fn number(value: f64) -> String {
+    if !value.is_finite() {
+        return "-".into();
+    }
     if value.fract().abs() >= 0.005 && value.abs() < 1000.0 {
         return format!("{value:.2}");
     }

@@ -2,9 +2,10 @@
 //!
 //! A [`figure::Figure`] is one measured value with its limit. [`meter::Meter`] boots the test kernel with the library and counts
 //! what its `bench=` words do, exactly where KVM counts guest instructions; [`program::Program`] runs the program
-//! `umbra` as a process of its own, for what a process costs. [`suite`] holds the figures themselves.
+//! `umbra` as a process of its own, for what a process costs. [`suite`] holds the figures of the core, [`linux`] those of booting Linux.
 
 pub mod figure;
+pub mod linux;
 pub mod meter;
 pub mod program;
 pub mod suite;

@@ -37,6 +37,11 @@ impl Program {
         Ok(Self { program, folder: folder.to_owned() })
     }
 
+    /// Where the program is.
+    pub fn path(&self) -> &Path {
+        &self.program
+    }
+
     /// Runs a kernel in 256 MiB; the figures of `--stats`.
     ///
     /// # Errors

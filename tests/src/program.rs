@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -202,6 +202,12 @@ impl Started {
     pub fn types(&mut self, bytes: &[u8]) {
         let stdin = self.child.stdin.as_mut().expect("a pipe");
         stdin.write_all(bytes).and_then(|()| stdin.flush()).expect("it reads");
+    }
+
+    /// Its standard input, if that is a pipe.
+    #[track_caller]
+    pub fn stdin(&mut self) -> ChildStdin {
+        self.child.stdin.take().expect("a pipe")
     }
 
     /// Sends it a signal.

@@ -50,7 +50,7 @@ enum Task {
     },
     /// Run the benchmarks
     Bench {
-        /// Arguments for the benchmarks
+        /// `linux` for what booting Linux costs; otherwise arguments for the benchmarks of the core
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
         arguments: Vec<String>,
     },
@@ -121,7 +121,20 @@ fn main() -> ExitCode {
 
 fn bench(context: &Context, arguments: &[String]) -> Result<ExitCode> {
     guest::build(context)?;
+    let (suite, arguments) = match arguments.split_first() {
+        Some((first, rest)) if first == "linux" => {
+            linux::build(context)?;
+            let qemu = [("qemu-system-x86_64", "qemu-system-x86")];
+            setup::packages(context, &qemu, "its figures stand beside")?;
+            ("linux", rest)
+        }
+        _ => ("core", arguments),
+    };
     context.progress.step("running the benchmarks");
     context.progress.finish();
-    context.cargo().args(["bench", "--package", "umbra-benches", "--"]).args(arguments).replace()
+    context
+        .cargo()
+        .args(["bench", "--package", "umbra-benches", "--bench", suite, "--"])
+        .args(arguments)
+        .replace()
 }

@@ -23,7 +23,7 @@ use crate::meter::Meter;
 use crate::program::Program;
 
 /// Where the figures go, and what the programs that are run read and write.
-const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bench");
+pub(crate) const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bench");
 
 /// Measures what Umbra promises and prints it beside the promise. Exit status: 0, 1 when a figure is over its limit and that is
 /// not known already, 2 when something cannot be measured.
@@ -56,7 +56,7 @@ enum Part {
 
 /// What the figures were measured on.
 #[derive(Serialize)]
-struct Host {
+pub(crate) struct Host {
     instructions_counted: bool,
     kind: &'static str,
     cpus: usize,
@@ -64,7 +64,7 @@ struct Host {
 }
 
 impl Host {
-    fn new(counted: bool) -> Self {
+    pub(crate) fn new(counted: bool) -> Self {
         let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let cpu = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
         Self {
@@ -77,6 +77,12 @@ impl Host {
             cpus: available_parallelism().map_or(1, usize::from),
             cpu: cpu.map_or_else(|| "unknown".to_owned(), |(_, name)| name.trim().to_owned()),
         }
+    }
+}
+
+impl std::fmt::Display for Host {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}; {} CPUs ({})", self.kind, self.cpus, self.cpu)
     }
 }
 
@@ -121,7 +127,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     };
     let meter = Meter::new(kernel.clone(), arguments.clock, Box::new(tick))?;
     let host = Host::new(meter.counts());
-    println!("{}; {} CPUs ({})", host.kind, host.cpus, host.cpu);
+    println!("{host}");
     let mut figures = Vec::new();
     let wanted = |part| arguments.parts.is_empty() || arguments.parts.contains(&part);
     if wanted(Part::Process) {

@@ -3,6 +3,7 @@
 mod calls;
 mod crash;
 mod guest;
+mod linux;
 mod smp;
 mod windows;
 
@@ -56,7 +57,9 @@ fn quiet(guest: Guest, args: &str) -> Run {
 fn main() -> ExitCode {
     let mut suite = Suite::default();
     let kvm = Need::kvm();
-    for (name, test) in calls::ALL.iter().chain(crash::ALL).chain(windows::ALL).chain(smp::ALL) {
+    for (name, test) in
+        calls::ALL.iter().chain(crash::ALL).chain(linux::ALL).chain(windows::ALL).chain(smp::ALL)
+    {
         suite.add(*name, &kvm, test);
     }
     suite.run()

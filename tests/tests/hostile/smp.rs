@@ -182,10 +182,10 @@ fn all_cpus_halt() {
         g.start_others()?;
         g.halt()
     });
-    let run = quiet(guest, "--cpus 4 --timeout 1s");
-    run.expect(4);
-    assert_eq!(run.outcome(), "time-limit");
-    assert!(run.time < Duration::from_secs(20), "{:?}", run.time);
+    // Nothing can wake them: their interrupts are off.
+    let run = quiet(guest, "--cpus 4");
+    run.expect(0);
+    assert_eq!(run.outcome(), "halted");
 }
 
 fn cpus_that_nobody_starts() {

@@ -1,0 +1,167 @@
+//! What booting the small Linux costs, to the start of its first program: by Umbra, and by QEMU beside it.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::Value;
+use umbra_tests::linux::{initrd, kernel};
+
+use crate::figure::{Figure, Verdict, table};
+use crate::program::Program;
+use crate::suite::{FOLDER, Host};
+
+/// What Linux says before its first program.
+const INIT: &[u8] = b"Run /init as init process";
+/// That program: `1: jmp 1b`.
+const SPIN: [u8; 2] = [0xeb, 0xfe];
+/// No boot takes as long.
+const LIMIT: Duration = Duration::from_secs(900);
+/// How often the console is looked at.
+const LOOK: Duration = Duration::from_millis(5);
+const MIB: f64 = 1_048_576.0;
+const BOOT: &str = "the small Linux in 128 MiB, one CPU, unchecked, to the start of /init";
+
+/// Measures what it costs to boot Linux. Exit status: 0, 1 when a figure is over its limit, 2 when something cannot be
+/// measured.
+#[derive(Parser)]
+#[command(name = "linux")]
+struct Arguments {
+    /// Only Umbra.
+    #[arg(long)]
+    no_qemu: bool,
+    /// Given by cargo.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// The program.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    if !arguments.bench {
+        // `cargo test --all-targets` starts it too.
+        println!("nothing is measured without --bench: use `cargo xtask bench linux`");
+        return ExitCode::SUCCESS;
+    }
+    run(&arguments).unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::from(2)
+    })
+}
+
+fn run(arguments: &Arguments) -> Result<ExitCode> {
+    let folder = Path::new(FOLDER);
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    let (image, initrd_file) = (kernel("small/vmlinux"), folder.join("initrd"));
+    ensure!(image.exists(), "there is no {}: `cargo xtask linux` builds it", image.display());
+    fs::write(&initrd_file, initrd(&SPIN)).context("cannot write the initrd")?;
+    let bar = ProgressBar::new_spinner();
+    bar.set_style(ProgressStyle::with_template("{spinner} [{elapsed}] {wide_msg}")?);
+    bar.enable_steady_tick(Duration::from_millis(100));
+    bar.set_message("building umbra");
+    let program = Program::build(folder)?;
+    bar.set_message("booting Linux by umbra");
+    let (mut figures, counted) = umbra(&program, &image, &initrd_file, folder)?;
+    if !arguments.no_qemu {
+        for accel in ["kvm", "tcg"] {
+            bar.set_message(format!("booting Linux by QEMU, {accel}"));
+            figures.push(qemu(accel, &image, &initrd_file, folder));
+        }
+    }
+    bar.finish_and_clear();
+    println!("{}", Host::new(counted));
+    print!("{}", table(&figures));
+    let file = folder.join("linux.json");
+    fs::write(&file, serde_json::to_string_pretty(&figures)? + "\n")
+        .with_context(|| format!("cannot write {}", file.display()))?;
+    Ok(ExitCode::from(u8::from(figures.iter().any(|figure| figure.verdict == Verdict::Over))))
+}
+
+/// Boots by Umbra. Returns whether the host counts guest instructions, too.
+fn umbra(program: &Program, image: &Path, initrd: &Path, folder: &Path) -> Result<(Vec<Figure>, bool)> {
+    let stats_file = folder.join("linux-stats.json");
+    let mut command = Command::new(program.path());
+    command.arg("run").arg(image).args(["--memory=128M", "--shadow=off", "--timeout=none"]);
+    command.arg("--cmdline=panic=-1").arg("--initrd").arg(initrd).arg("--stats").arg(&stats_file);
+    let (mut child, seconds) = boot(&mut command, &folder.join("linux-umbra"))?;
+    let typed = child.stdin.as_mut().context("no standard input")?;
+    std::io::Write::write_all(typed, b"\x01x").context("umbra does not read")?;
+    let status = child.wait().context("cannot wait for umbra")?;
+    ensure!(status.code() == Some(130), "umbra ended with {status}");
+    let stats: Value = serde_json::from_slice(&fs::read(&stats_file).context("no --stats")?)?;
+    let number = |path: &str| {
+        stats.pointer(path).and_then(Value::as_f64).with_context(|| format!("--stats has no {path}"))
+    };
+    let outside = number("/host/outside_seconds")? / number("/host/seconds")? * 100.0;
+    let instructions = number("/guest/instructions").ok();
+    let mut figures = Vec::new();
+    if let Some(count) = instructions {
+        let figure = Figure::new(BOOT, "guest instructions", count / 1e6, "million").limit(40.0);
+        figures.push(figure.note("a timer's ticks among them, which are more on a slower run"));
+    }
+    figures.push(Figure::new(BOOT, "umbra's time outside of KVM_RUN", outside, "percent").limit(2.0));
+    let overhead = number("/host/vmm_overhead_bytes")? / MIB;
+    figures.push(Figure::new(BOOT, "umbra's memory beside the guest's", overhead, "MiB").limit(8.0));
+    figures.push(Figure::new(BOOT, "umbra (KVM)", seconds, "s"));
+    Ok((figures, instructions.is_some()))
+}
+
+/// Boots by QEMU, which may not be able to.
+fn qemu(accel: &str, image: &Path, initrd: &Path, folder: &Path) -> Figure {
+    let mut command = Command::new("qemu-system-x86_64");
+    let cpu = if accel == "kvm" { "host" } else { "max" };
+    command.args(["-accel", accel, "-cpu", cpu, "-m", "128", "-nodefaults", "-display", "none"]);
+    command.args(["-serial", "stdio", "-no-reboot", "-append", "console=ttyS0 panic=-1"]);
+    command.arg("-kernel").arg(image).arg("-initrd").arg(initrd);
+    let name = format!("QEMU ({})", accel.to_uppercase());
+    match boot(&mut command, &folder.join(format!("linux-qemu-{accel}"))) {
+        Ok((mut child, seconds)) => {
+            // It may have ended by itself.
+            let _ = child.kill();
+            let _ = child.wait();
+            Figure::new(BOOT, name, seconds, "s")
+        }
+        Err(error) => Figure::new(BOOT, name, f64::NAN, "s").note(format!("{error:#}")),
+    }
+}
+
+/// Starts a command, and waits until Linux starts its first program on its standard output. Returns the process, still
+/// running, and the seconds that it took.
+fn boot(command: &mut Command, log: &Path) -> Result<(Child, f64)> {
+    let path = |suffix: &str| -> PathBuf {
+        let mut name = OsString::from(log);
+        name.push(suffix);
+        name.into()
+    };
+    let (out, err) = (path(".out"), path(".err"));
+    let create = |path: &Path| File::create(path).with_context(|| format!("cannot write {}", path.display()));
+    let begin = Instant::now();
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(create(&out)?)
+        .stderr(create(&err)?)
+        .spawn()
+        .with_context(|| format!("cannot start {}", command.get_program().display()))?;
+    loop {
+        let said = fs::read(&out).unwrap_or_default();
+        if said.windows(INIT.len()).any(|part| part == INIT) {
+            return Ok((child, begin.elapsed().as_secs_f64()));
+        }
+        let ended = child.try_wait().context("cannot wait for it")?;
+        let failed = fs::read_to_string(&err).unwrap_or_default();
+        // QEMU does not end when KVM gives up on its guest.
+        let stuck = failed.contains("KVM internal error") || failed.contains("emulation failure");
+        if ended.is_some() || stuck || begin.elapsed() > LIMIT {
+            let _ = child.kill();
+            let _ = child.wait();
+            let reason = failed.lines().next().unwrap_or("it does not get there").to_owned();
+            bail!("{reason}");
+        }
+        std::thread::sleep(LOOK);
+    }
+}
