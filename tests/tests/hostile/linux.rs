@@ -115,7 +115,7 @@ fn wild_serial_registers() {
     let run = quiet(
         linux(|g| {
             for port in [0x3f9, 0x3fa, 0x3fb, 0x3fc, 0x3fd, 0x3fe, 0x3ff] {
-                let values: Vec<_> = (0..256).step_by(5).map(|value| value * 7 & 0xff).collect();
+                let values: Vec<_> = (0..256).step_by(5).map(|value| (value * 7) & 0xff).collect();
                 out(g, port, &values)?;
                 g.asm.in_(al, dx)?;
             }
