@@ -2,7 +2,7 @@
 //!
 //! First a stress that is all legal: each CPU allocates, uses and frees, and swaps objects with the others through a few
 //! common places, so that most objects are freed by another CPU than allocated them. How many there were is printed: as
-//! many must have been told. Then a race, legal too: all make their parts of one page accessible at once. Then for each two
+//! many must have been told. Then a race, legal too: all make their parts of the same pages accessible at once. Then for each two
 //! CPUs a planted bug: what the one frees the other uses.
 
 use core::sync::atomic::{
@@ -39,10 +39,10 @@ pub fn run(command_line: &str) {
         smp::on_all(stress);
         PLACE.iter().for_each(|place| drop_object(place.swap(0, Relaxed)));
         println!("smp: {} allocations, {} frees", ALLOCATIONS.load(Relaxed), FREES.load(Relaxed));
-        if let Some(page) = page::alloc(0) {
-            OBJECT.store(page, Relaxed);
+        if let Some(block) = page::alloc(RACE_ORDER) {
+            OBJECT.store(block, Relaxed);
             smp::on_all(race);
-            page::free(page);
+            page::free(block);
         }
         for turn in 0..PLANTED * PLANTED {
             let [a, b] = [turn / PLANTED, turn % PLANTED];
@@ -164,28 +164,33 @@ fn barrier(time: usize) {
     }
 }
 
-/// All CPUs use parts of the same page, which is poisoned as a whole until then. Whose part is lost to another's promotion
-/// of the page makes a false finding.
+/// Pages that the race is about, as a power of two.
+const RACE_ORDER: usize = 5;
+
+/// All CPUs go through the same pages, which are poisoned as wholes until then, and make their parts of each accessible: who
+/// comes first promotes the page, and the others catch up meanwhile. A part that is lost makes a false finding.
 fn race(number: usize) {
-    const ROUNDS: usize = 32;
+    const ROUNDS: usize = 4;
     const SLOT: u64 = 128;
-    let page = OBJECT.load(Relaxed);
-    let mine = page + number as u64 * SLOT;
+    let block = OBJECT.load(Relaxed);
+    let mine = || (0..1 << RACE_ORDER).map(|page| block + page * PAGE_SIZE + number as u64 * SLOT);
     for round in 0..ROUNDS {
         if number == 0 {
-            umbra_guest::poison(page, PAGE_SIZE, SLAB_REDZONE);
+            umbra_guest::poison(block, PAGE_SIZE << RACE_ORDER, SLAB_REDZONE);
         }
         barrier(2 * round + 1);
-        umbra_guest::unpoison(mine, 44);
-        // SAFETY: that part of the page is this CPU's.
-        unsafe {
-            (mine as *mut u64).write_volatile(1);
-            ((mine + 40) as *mut u32).write_volatile(1);
+        mine().for_each(|at| umbra_guest::unpoison(at, 44));
+        for at in mine() {
+            // SAFETY: that part of the page is this CPU's.
+            unsafe {
+                (at as *mut u64).write_volatile(1);
+                ((at + 40) as *mut u32).write_volatile(1);
+            }
         }
         barrier(2 * round + 2);
     }
     if number == 0 {
-        umbra_guest::unpoison(page, PAGE_SIZE);
+        umbra_guest::unpoison(block, PAGE_SIZE << RACE_ORDER);
     }
 }
 

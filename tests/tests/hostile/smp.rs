@@ -22,8 +22,8 @@ pub const ALL: &[(&str, fn())] = &[
     ("all_cpus_spin", all_cpus_spin),
     ("all_cpus_find_at_once", all_cpus_find_at_once),
     ("a_chunk_that_all_cpus_touch_at_once", a_chunk_that_all_cpus_touch_at_once),
-    ("live_shadow_while_pages_are_given_back", || live_shadow("", 4)),
-    ("live_shadow_at_the_limit", || live_shadow("--shadow-limit 1M", 3)),
+    ("live_shadow_while_pages_are_given_back", || live_shadow("", 1)),
+    ("live_shadow_at_the_limit", || live_shadow("--shadow-limit 1M", 2)),
     ("another_cpus_tampering", another_cpus_tampering),
     ("instructions_of_all_cpus_count", instructions_of_all_cpus_count),
 ];
@@ -274,10 +274,12 @@ fn a_chunk_that_all_cpus_touch_at_once() {
     assert_eq!((run.outcome(), run.figure("/exits/shadow_fault")), ("done", CHUNKS));
 }
 
-/// CPUs promote pages, fill their byte shadow, read it back and demote them, each its own, next to each other or far apart,
-/// while the first has the VMM give back whatever is not in use, or takes so many chunks that the limit does.
-fn live_shadow(arguments: &str, cpus: u32) {
-    const ROUNDS: u64 = 60;
+/// Three CPUs promote pages, fill their byte shadow, read it back, demote them, and begin anew, each with `chunks` pages in as
+/// many chunks of its own. The first meanwhile has the VMM give back whatever is not in use; at the limit the VMM takes
+/// whole chunks as well.
+fn live_shadow(arguments: &str, chunks: u32) {
+    const ROUNDS: u64 = 200;
+    let cpus = 4;
     let guest = Guest::new(|g| {
         g.region()?;
         g.call(call::RING_SETUP, [FREE, 0x1000, 0, 0])?;
@@ -288,8 +290,14 @@ fn live_shadow(arguments: &str, cpus: u32) {
         let mut first = a.create_label();
         a.test(r15, r15)?;
         a.jnz(promoter)?;
-        // The first: drain after drain, until the others are done.
+        // The first: drain after drain, until the others are done. They need some time in between to get anywhere.
+        let mut breath = a.create_label();
         a.set_label(&mut first)?;
+        a.mov(ecx, 100)?;
+        a.set_label(&mut breath)?;
+        a.pause()?;
+        a.dec(ecx)?;
+        a.jnz(breath)?;
         a.xor(edi, edi)?;
         a.mov(edx, u32::from(PORT))?;
         a.mov(eax, call::RING_DRAIN)?;
@@ -300,15 +308,16 @@ fn live_shadow(arguments: &str, cpus: u32) {
         let mut end = a.create_label();
         a.jmp(end)?;
 
-        // The others: page `r15` of another 2 MiB in each round; all that share a page of byte shadow.
+        // The others, in chunk `chunks * r15 + r12 % chunks`, where `chunks` is 1 or 2.
         a.set_label(&mut promoter)?;
         let mut round = a.create_label();
         a.mov(r12, ROUNDS)?;
         a.set_label(&mut round)?;
+        a.imul_3(rcx, r15, chunks as i32)?;
         a.mov(rbx, r12)?;
-        a.and(ebx, 7)?;
+        a.and(ebx, chunks - 1)?;
+        a.add(rbx, rcx)?;
         a.shl(rbx, 9)?;
-        a.add(rbx, r15)?;
         // rbx: page, rbp: its page shadow, rdi: its byte shadow.
         a.mov(rbp, PAGE_WINDOW)?;
         a.add(rbp, rbx)?;
@@ -327,7 +336,7 @@ fn live_shadow(arguments: &str, cpus: u32) {
         a.mov(byte_ptr(rbp), u32::from(PAGE_BYTES))?;
         // Give the VMM time to take it.
         let mut wait = a.create_label();
-        a.mov(ecx, 200)?;
+        a.mov(ecx, 50)?;
         a.set_label(&mut wait)?;
         a.pause()?;
         a.dec(ecx)?;
@@ -343,7 +352,16 @@ fn live_shadow(arguments: &str, cpus: u32) {
         a.inc(ecx)?;
         a.cmp(ecx, 64)?;
         a.jb(look)?;
+        // Unused for a while that varies, so that the next promotion meets the VMM at any step.
         a.mov(byte_ptr(rbp), 0)?;
+        let mut unused = a.create_label();
+        a.mov(ecx, r12d)?;
+        a.and(ecx, 63)?;
+        a.inc(ecx)?;
+        a.set_label(&mut unused)?;
+        a.pause()?;
+        a.dec(ecx)?;
+        a.jnz(unused)?;
         a.dec(r12)?;
         a.jnz(round)?;
         a.set_label(&mut end)?;

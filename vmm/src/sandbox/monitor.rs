@@ -254,7 +254,7 @@ impl Monitor {
         let mut data = [0; 8];
         let data = &mut data[..len];
         match self.windows.as_mut().filter(|windows| windows.contains(gpa.0)) {
-            Some(windows) => match windows.fault(gpa.0, len as u64, false, machine.slots) {
+            Some(windows) => match shadow_fault(windows, gpa.0, len as u64, false, machine)? {
                 Ok(outcome) => {
                     self.exits.shadow_fault += u64::from(outcome == FaultOutcome::Mapped);
                     windows.read(gpa.0, data)?;
@@ -281,7 +281,7 @@ impl Monitor {
             self.devices.mmio_write(gpa, data);
             return Ok(Flow::Continue);
         };
-        match windows.fault(gpa.0, data.len() as u64, true, machine.slots) {
+        match shadow_fault(windows, gpa.0, data.len() as u64, true, machine)? {
             Ok(FaultOutcome::Tampering) if windows.stack_store(gpa.0, data, machine.slots)? => {}
             Ok(FaultOutcome::Tampering) => return self.tampering(gpa.0, data.len() as u64, machine),
             Ok(outcome) => {
@@ -301,7 +301,7 @@ impl Monitor {
             return self.stuck(format!("no memory behind guest-physical {:#x}", gpa.0), machine);
         };
         // At most the page that the host names; a chunk is larger.
-        match windows.fault(gpa.0, size.clamp(1, 4096), false, machine.slots)? {
+        match shadow_fault(windows, gpa.0, size.clamp(1, 4096), false, machine)?? {
             FaultOutcome::Mapped => {
                 self.exits.shadow_fault += 1;
                 Ok(Flow::Continue)
@@ -320,6 +320,24 @@ impl Monitor {
                 log::warn!("more of these are only counted");
             }
         }
+    }
+}
+
+/// [`Windows::fault`]. At the limit, unused chunks make room; but while other vCPUs go from chunk to chunk, each may look
+/// used when it is looked at. So the limit counts when they stand still.
+fn shadow_fault(
+    windows: &mut Windows,
+    gpa: u64,
+    len: u64,
+    write: bool,
+    machine: &mut Machine,
+) -> Result<Result<FaultOutcome, ShadowError>, Outcome> {
+    match windows.fault(gpa, len, write, machine.slots) {
+        Err(ShadowError::Limit { .. }) => {
+            machine.others.stop()?;
+            Ok(windows.fault(gpa, len, write, machine.slots))
+        }
+        outcome => Ok(outcome),
     }
 }
 

@@ -508,6 +508,7 @@ fn the_shadow_limit_ends_the_run() {
     }
     let memory_fault = VmExit::MemoryFault { gpa: GuestAddress(byte + CHUNK_BYTES), size: 4096, flags: 0 };
     assert!(matches!(ended(bench.exit(memory_fault)), Outcome::ShadowLimit(_)));
+    assert_eq!(bench.others.stops, 3, "the last look was taken while nothing changed");
     let mut sync = Bench::new(Some(Mode::PerPage), Notify::Sync, Some(0), None).with_region();
     let flow = sync.hypercall(call::POISON, [8, 8, SLAB_FREE.into(), 0]);
     assert!(matches!(ended(flow), Outcome::ShadowLimit(_)));
