@@ -76,8 +76,8 @@ pub mod call {
     pub const FREED: u32 = 8;
     /// A violation. `rdi`: address of the access, `rsi`: bytes, `rcx`: [`super::access`] in bits 0..16, CPU
     /// in bits 16..32, task in bits 32..64; `r8`: address of the instruction after the access. The VMM walks
-    /// the stack from `rbp` and starts at the frame that returns to `r8`. Returns 0 when the guest shall
-    /// go on.
+    /// the stack from `rbp` and starts at the frame that returns to `r8`. The finding names the vCPU that made the
+    /// call. Returns 0 when the guest shall go on.
     pub const REPORT: u32 = 9;
     /// `rdi`: [`super::name`] kind, `rsi`: virtual address of the name, `rcx`: its bytes (at most
     /// [`super::NAME_MAX`]) in bits 0..32, the id in bits 32..64, `r8`: for a cache, bytes of one object.

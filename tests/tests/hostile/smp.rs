@@ -5,9 +5,10 @@ use std::time::Duration;
 use iced_x86::code_asm::*;
 use umbra_shadow::abi::{PORT, access, call, exit};
 use umbra_shadow::codes::{PAGE_BUSY, PAGE_BYTES, SLAB_FREE};
+use umbra_tests::program::Umbra;
 
 use super::guest::{BYTE_WINDOW, CODE, FREE, Guest, PAGE_WINDOW, Row};
-use super::{quiet, run};
+use super::{PROGRAM, quiet, run};
 
 pub const ALL: &[(&str, fn())] = &[
     ("all_cpus_hammer_calls_ring", || all_cpus_hammer_calls("--notify ring")),
@@ -20,6 +21,7 @@ pub const ALL: &[(&str, fn())] = &[
     ("all_cpus_halt", all_cpus_halt),
     ("cpus_that_nobody_starts", cpus_that_nobody_starts),
     ("all_cpus_spin", all_cpus_spin),
+    ("ctrl_c_while_all_cpus_spin", ctrl_c_while_all_cpus_spin),
     ("all_cpus_find_at_once", all_cpus_find_at_once),
     ("a_chunk_that_all_cpus_touch_at_once", a_chunk_that_all_cpus_touch_at_once),
     ("live_shadow_while_pages_are_given_back", || live_shadow("", 1)),
@@ -194,16 +196,48 @@ fn cpus_that_nobody_starts() {
     assert_eq!((run.outcome(), run.figure("/guest/cpus")), ("done", 64));
 }
 
-fn all_cpus_spin() {
-    let guest = Guest::new(|g| {
+/// Each CPU reports once, in a place of its own, and never ends.
+fn spinning() -> Guest {
+    Guest::new(|g| {
         g.region()?;
         g.start_others()?;
+        report_as_oneself(g)?;
         let mut again = g.asm.create_label();
         g.asm.set_label(&mut again)?;
         g.asm.pause()?;
         g.asm.jmp(again)
-    });
-    let run = quiet(guest, "--cpus 4 --timeout 1s");
+    })
+}
+
+/// A report of an access from a place that has the CPU's number in it.
+fn report_as_oneself(g: &mut Guest) -> Result<(), IcedError> {
+    let a = &mut g.asm;
+    a.mov(r8, r15)?;
+    a.mov(rax, CODE)?;
+    a.add(r8, rax)?;
+    a.mov(rdi, FREE)?;
+    a.mov(esi, 1)?;
+    a.xor(ecx, ecx)?;
+    a.mov(edx, u32::from(PORT))?;
+    a.mov(eax, call::REPORT)?;
+    a.out(dx, eax)
+}
+
+fn ctrl_c_while_all_cpus_spin() {
+    let umbra = Umbra::new(PROGRAM, "run").file(&spinning().elf()).args("--memory 16M --cpus 4 --keep-going");
+    let mut started = umbra.args("--timeout 60s").collect().start();
+    for cpu in 0..4 {
+        started.wait_for("stderr", &format!("CPU: {cpu} "));
+    }
+    started.signal(libc::SIGINT);
+    let run = started.wait();
+    run.expect(130);
+    assert_eq!((run.outcome(), run.findings.len()), ("interrupted", 4));
+    assert!(!run.stderr.contains("left behind"), "{}", run.stderr);
+}
+
+fn all_cpus_spin() {
+    let run = quiet(spinning(), "--cpus 4 --keep-going --timeout 1s");
     run.expect(4);
     assert!(run.time < Duration::from_secs(20), "{:?}", run.time);
     assert!(!run.stderr.contains("left behind"), "{}", run.stderr);
@@ -216,17 +250,7 @@ fn all_cpus_find_at_once() {
             g.region()?;
             g.start_others()?;
             barrier(g, 4)?;
-            // Each in a place of its own, since its number is in the address.
-            let a = &mut g.asm;
-            a.mov(r8, r15)?;
-            a.mov(rax, CODE)?;
-            a.add(r8, rax)?;
-            a.mov(rdi, FREE)?;
-            a.mov(esi, 1)?;
-            a.xor(ecx, ecx)?;
-            a.mov(edx, u32::from(PORT))?;
-            a.mov(eax, call::REPORT)?;
-            a.out(dx, eax)?;
+            report_as_oneself(g)?;
             all_done(g, 4)
         })
     };

@@ -27,7 +27,7 @@ pub const CMDLINE: u64 = 0x2_0000;
 pub const CMDLINE_BYTES: u64 = 2048;
 /// End of usable low memory in the E820 map; a PC keeps its extended BIOS data area from here on.
 pub const LOW_RAM_END: u64 = 0x9_fc00;
-/// The MP table, where a PC has its BIOS ([`super::mptable`]). Not usable in the E820 map.
+/// The MP table, where a PC has its BIOS (`mptable.rs`). Not usable in the E820 map.
 pub const MP_TABLE: u64 = 0xf_0000;
 /// Kernels are loaded here or higher. Everything below belongs to the boot structures and to legacy devices.
 pub const KERNEL_START: u64 = MIB;
