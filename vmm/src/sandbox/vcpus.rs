@@ -103,18 +103,17 @@ impl Vcpus {
     /// the error.
     fn hold(&self, me: usize) -> Result<(), usize> {
         self.hold.store(true, SeqCst);
-        for (id, inside) in self.inside.iter().enumerate().filter(|(id, _)| *id != me) {
-            let mut kicks = 0;
-            while inside.load(SeqCst) {
-                if kicks == KICKS {
-                    return Err(id);
-                }
-                kicks += 1;
-                self.kickers[id].kick();
-                wait_for(|| !inside.load(SeqCst));
+        let others = || self.inside.iter().enumerate().filter(|(id, _)| *id != me);
+        let inside = || others().filter(|(_, inside)| inside.load(SeqCst)).map(|(id, _)| id);
+        // All at once: each may have to wait for a CPU of the host before it comes out.
+        for _ in 0..KICKS {
+            if inside().next().is_none() {
+                return Ok(());
             }
+            inside().for_each(|id| self.kickers[id].kick());
+            wait_for(|| inside().next().is_none());
         }
-        Ok(())
+        inside().next().map_or(Ok(()), Err)
     }
 
     fn let_go(&self) {
