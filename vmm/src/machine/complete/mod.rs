@@ -2,24 +2,29 @@
 //!
 //! A host without hardware virtualisation for the guest's ring 0 emulates every kernel instruction, and its
 //! emulator lacks some that kernels use. Those are done here, on the vCPU's registers and the guest's memory.
-//! [`table`] says which. An instruction either takes its whole effect, or raises the exception that the hardware
+//! `table.rs` says which; SSE and AVX instructions the host's CPU executes (`native/`). An instruction either takes its whole effect, or raises the exception that the hardware
 //! would raise, or ends the run with an error; then nothing has changed.
 //!
 //! Semantics are those of Intel's and AMD's manuals (Intel SDM volumes 1 and 2).
 
 mod integer;
+mod native;
 mod operand;
+mod state;
 mod system;
 mod table;
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::LazyLock;
 
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic};
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use thiserror::Error;
+
+use native::Native;
 
 use super::memory::Ram;
 use super::vcpu::{MAX_INSTRUCTION, Vcpu, VcpuError, XsaveArea};
@@ -31,12 +36,16 @@ const DEBUG: u8 = 1;
 const BREAKPOINT: u8 = 3;
 /// #UD, an invalid opcode.
 const INVALID_OPCODE: u8 = 6;
+/// #NM, the extended state is not there yet.
+const DEVICE_NOT_AVAILABLE: u8 = 7;
 /// #SS, a stack fault.
 const STACK_FAULT: u8 = 12;
 /// #GP, a general protection fault.
 const GENERAL_PROTECTION: u8 = 13;
 /// #PF, a page fault.
 const PAGE_FAULT: u8 = 14;
+/// #XM, a floating-point exception of SSE or AVX.
+const SIMD_EXCEPTION: u8 = 19;
 
 const RFLAGS_CF: u64 = 1 << 0;
 const RFLAGS_ZF: u64 = 1 << 6;
@@ -47,12 +56,17 @@ const RFLAGS_RF: u64 = 1 << 16;
 const RFLAGS_AC: u64 = 1 << 18;
 /// CF, PF, AF, ZF, SF and OF.
 const RFLAGS_STATUS: u64 = 0x8d5;
+const CR0_EM: u64 = 1 << 2;
+const CR0_TS: u64 = 1 << 3;
 const CR0_WP: u64 = 1 << 16;
 const CR4_TSD: u64 = 1 << 2;
 const CR4_PGE: u64 = 1 << 7;
+const CR4_OSFXSR: u64 = 1 << 9;
+const CR4_OSXMMEXCPT: u64 = 1 << 10;
 const CR4_FSGSBASE: u64 = 1 << 16;
 const CR4_OSXSAVE: u64 = 1 << 18;
 const CR4_SMAP: u64 = 1 << 21;
+const CR4_PKE: u64 = 1 << 22;
 const EFER_LMA: u64 = 1 << 10;
 
 /// Why an instruction was not completed.
@@ -65,6 +79,8 @@ pub enum CompleteError {
     Fetch { rip: u64, source: WalkError },
     #[error("{mnemonic} ({bytes}) at rip {rip:#x} uses memory that cannot be used: {source}")]
     Operand { mnemonic: &'static str, bytes: String, rip: u64, source: WalkError },
+    #[error("the host has no memory to execute {mnemonic} in: {source}")]
+    Host { mnemonic: &'static str, source: io::Error },
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
 }
@@ -168,6 +184,8 @@ enum Stop {
     Unknown,
     /// A memory operand is where completion cannot reach.
     Memory(WalkError),
+    /// The host cannot make code of it.
+    Host(io::Error),
     /// The vCPU's registers cannot be had.
     Vcpu(VcpuError),
 }
@@ -189,19 +207,101 @@ impl Stop {
 struct Context<'a> {
     cpu: &'a mut dyn Cpu,
     ram: &'a Ram,
+    native: &'a mut Native,
     space: AddressSpace,
     regs: kvm_regs,
     sregs: kvm_sregs,
     instruction: Instruction,
+    /// The extended state, once something wanted it.
+    extended: Option<Box<XsaveArea>>,
+    /// It differs from the vCPU's.
+    extended_changed: bool,
+    /// XCR0, once something wanted it.
+    xcr0: Option<u64>,
+}
+
+impl Context<'_> {
+    fn xcr0(&mut self) -> Result<u64, Stop> {
+        Ok(match self.xcr0 {
+            Some(value) => value,
+            None => *self.xcr0.insert(self.cpu.xcr0()?),
+        })
+    }
+
+    /// The extended state.
+    fn extended(&mut self) -> Result<&XsaveArea, Stop> {
+        Ok(match &mut self.extended {
+            Some(area) => area,
+            none => none.insert(self.cpu.xsave()?),
+        })
+    }
+
+    /// The extended state, to be changed: it counts at once, so this comes after all that can fail.
+    fn extended_mut(&mut self) -> Result<&mut XsaveArea, Stop> {
+        self.extended_changed = true;
+        Ok(match &mut self.extended {
+            Some(area) => area,
+            none => none.insert(self.cpu.xsave()?),
+        })
+    }
+
+    /// Does the instruction at `rip`. The registers are after it if it took effect, else as before.
+    fn step(&mut self, fetched: &Fetched) -> Result<Effect, Stop> {
+        self.instruction = fetched.instruction;
+        let before = self.regs;
+        let result = match table::handler(self.instruction.mnemonic()) {
+            Some(handler) => handler(self),
+            None => native::execute(self),
+        };
+        if result.is_ok() {
+            self.regs.rip = before.rip.wrapping_add(self.instruction.len() as u64);
+            self.regs.rflags &= !RFLAGS_RF;
+        } else {
+            self.regs = before;
+        }
+        result
+    }
+
+    /// Puts what instructions did to the extended state into the vCPU.
+    fn commit(&mut self) -> Result<(), VcpuError> {
+        if let (Some(area), true) = (&self.extended, self.extended_changed) {
+            self.cpu.set_xsave(area)?;
+        }
+        Ok(())
+    }
+
+    /// Puts the vCPU after the instructions that took effect, the last of them with `effect`.
+    fn retire(&mut self, effect: Effect) -> Result<(), VcpuError> {
+        self.commit()?;
+        self.cpu.set_regs(&self.regs)?;
+        self.cpu.end_interrupt_shadow()?;
+        match effect {
+            Effect::Next if self.regs.rflags & RFLAGS_TF != 0 => self.cpu.inject_single_step(),
+            Effect::Next => Ok(()),
+            Effect::Trap(vector) => self.cpu.inject_exception(vector, None),
+            Effect::Interrupt(vector) => self.cpu.inject_interrupt(vector),
+        }
+    }
+
+    /// The instruction that comes next, if the host's CPU can do it too.
+    fn next_native(&self) -> Option<Fetched> {
+        let next = fetch(self.ram, &self.space, &self.sregs, self.regs.rip, &[]).ok()?;
+        let instruction = &next.instruction;
+        (table::handler(instruction.mnemonic()).is_none() && native::knows(instruction)).then_some(next)
+    }
 }
 
 /// Does what an instruction does.
 type Handler = fn(&mut Context) -> Result<Effect, Stop>;
 
+/// Most instructions that are completed at once.
+const MAX_AT_ONCE: u32 = 256;
+
 /// Completes instructions, and counts them by mnemonic.
 #[derive(Debug, Default)]
 pub struct Completer {
     counts: BTreeMap<&'static str, u64>,
+    native: Native,
 }
 
 impl Completer {
@@ -213,6 +313,9 @@ impl Completer {
     /// Completes the instruction at `rip`, of which KVM gave `bytes` (none: they are read from memory). The next
     /// run goes on after it, or in the handler of the exception that it raised. Returns its mnemonic.
     ///
+    /// After an SSE or AVX instruction those that follow directly are done, too: they seldom come alone, and the
+    /// exit and the exchange of the extended state cost many times the instruction.
+    ///
     /// # Errors
     /// The instruction is not known, it or its operand cannot be read, or KVM refuses the registers.
     pub fn complete(
@@ -223,49 +326,63 @@ impl Completer {
     ) -> Result<&'static str, CompleteError> {
         let regs = cpu.regs()?;
         let sregs = cpu.sregs()?;
-        let rip = regs.rip;
         let space = AddressSpace::new(&sregs);
-        let fetched = fetch(ram, &space, &sregs, rip, bytes)?;
-        let instruction = fetched.instruction;
-        let name = name(instruction.mnemonic());
-        let mut context = Context { cpu, ram, space, regs, sregs, instruction };
-        let result = match table::handler(instruction.mnemonic()) {
-            Some(handler) => handler(&mut context),
-            None => Err(Stop::Unknown),
+        let fetched = fetch(ram, &space, &sregs, regs.rip, bytes)?;
+        let mnemonic = name(fetched.instruction.mnemonic());
+        let mut context = Context {
+            cpu,
+            ram,
+            native: &mut self.native,
+            space,
+            regs,
+            sregs,
+            instruction: fetched.instruction,
+            extended: None,
+            extended_changed: false,
+            xcr0: None,
         };
-        let Context { cpu, regs, .. } = context;
-        match result {
-            Ok(effect) => retire(cpu, &regs, rip.wrapping_add(instruction.len() as u64), effect)?,
-            Err(Stop::Fault { vector, error }) => cpu.inject_exception(vector, error)?,
+        match context.step(&fetched) {
+            Ok(effect) => {
+                *self.counts.entry(mnemonic).or_default() += 1;
+                if effect == Effect::Next && context.extended.is_some() && regs.rflags & RFLAGS_TF == 0 {
+                    for _ in 1..MAX_AT_ONCE {
+                        let Some(next) = context.next_native() else { break };
+                        // What stops an instruction here, it meets again as the first.
+                        if !matches!(context.step(&next), Ok(Effect::Next)) {
+                            break;
+                        }
+                        *self.counts.entry(name(next.instruction.mnemonic())).or_default() += 1;
+                    }
+                }
+                context.retire(effect)?;
+                return Ok(mnemonic);
+            }
+            Err(Stop::Fault { vector, error }) => {
+                // Flags of MXCSR, which a floating-point exception leaves behind.
+                context.commit()?;
+                context.cpu.inject_exception(vector, error)?;
+            }
             Err(Stop::PageFault { address, error }) => {
                 cpu.set_sregs(&kvm_sregs { cr2: address, ..sregs })?;
                 cpu.inject_exception(PAGE_FAULT, Some(error))?;
             }
             Err(Stop::Unknown) => {
-                let mnemonic =
-                    if instruction.is_invalid() { "an invalid instruction".into() } else { name.to_string() };
-                return Err(CompleteError::Unknown { mnemonic, bytes: fetched.hex(), rip });
+                let invalid = fetched.instruction.is_invalid();
+                return Err(CompleteError::Unknown {
+                    mnemonic: if invalid { "an invalid instruction" } else { mnemonic }.into(),
+                    bytes: fetched.hex(),
+                    rip: regs.rip,
+                });
             }
             Err(Stop::Memory(source)) => {
-                return Err(CompleteError::Operand { mnemonic: name, bytes: fetched.hex(), rip, source });
+                let bytes = fetched.hex();
+                return Err(CompleteError::Operand { mnemonic, bytes, rip: regs.rip, source });
             }
+            Err(Stop::Host(source)) => return Err(CompleteError::Host { mnemonic, source }),
             Err(Stop::Vcpu(error)) => return Err(error.into()),
         }
-        *self.counts.entry(name).or_default() += 1;
-        Ok(name)
-    }
-}
-
-/// Puts the vCPU after an instruction that took effect.
-fn retire(cpu: &mut dyn Cpu, regs: &kvm_regs, next: u64, effect: Effect) -> Result<(), VcpuError> {
-    let step = effect == Effect::Next && regs.rflags & RFLAGS_TF != 0;
-    cpu.set_regs(&kvm_regs { rip: next, rflags: regs.rflags & !RFLAGS_RF, ..*regs })?;
-    cpu.end_interrupt_shadow()?;
-    match effect {
-        Effect::Next if step => cpu.inject_single_step(),
-        Effect::Next => Ok(()),
-        Effect::Trap(vector) => cpu.inject_exception(vector, None),
-        Effect::Interrupt(vector) => cpu.inject_interrupt(vector),
+        *self.counts.entry(mnemonic).or_default() += 1;
+        Ok(mnemonic)
     }
 }
 

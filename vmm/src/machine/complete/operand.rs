@@ -39,10 +39,15 @@ pub(super) struct Place {
 impl Place {
     /// Copies it out, as much as `to` takes.
     pub fn read(&self, ram: &Ram, to: &mut [u8]) -> Result<(), Stop> {
+        self.read_at(ram, 0, to)
+    }
+
+    /// Copies it out from `offset` on.
+    pub fn read_at(&self, ram: &Ram, offset: usize, to: &mut [u8]) -> Result<(), Stop> {
         let mut rest = to;
-        for (gpa, len) in &self.parts {
-            let (now, later) = rest.split_at_mut((*len).min(rest.len()));
-            ram.read(*gpa, now).map_err(|e| self.outside(e))?;
+        for (gpa, len) in self.from(offset) {
+            let (now, later) = rest.split_at_mut(len.min(rest.len()));
+            ram.read(gpa, now).map_err(|e| self.outside(e))?;
             rest = later;
         }
         Ok(())
@@ -50,13 +55,27 @@ impl Place {
 
     /// Copies `from` to its beginning.
     pub fn write(&self, ram: &Ram, from: &[u8]) -> Result<(), Stop> {
+        self.write_at(ram, 0, from)
+    }
+
+    /// Copies `from` to `offset`.
+    pub fn write_at(&self, ram: &Ram, offset: usize, from: &[u8]) -> Result<(), Stop> {
         let mut rest = from;
-        for (gpa, len) in &self.parts {
-            let (now, later) = rest.split_at((*len).min(rest.len()));
-            ram.write(*gpa, now).map_err(|e| self.outside(e))?;
+        for (gpa, len) in self.from(offset) {
+            let (now, later) = rest.split_at(len.min(rest.len()));
+            ram.write(gpa, now).map_err(|e| self.outside(e))?;
             rest = later;
         }
         Ok(())
+    }
+
+    /// The parts without the first `skip` bytes.
+    fn from(&self, mut skip: usize) -> impl Iterator<Item = (GuestAddress, usize)> {
+        self.parts.iter().filter_map(move |(gpa, len)| {
+            let skipped = skip.min(*len);
+            skip -= skipped;
+            (skipped < *len).then(|| (GuestAddress(gpa.0 + skipped as u64), len - skipped))
+        })
     }
 
     /// Replaces its 16 bytes, which are aligned, with `new` if they are `expected`; at once, as other vCPUs see

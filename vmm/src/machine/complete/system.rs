@@ -145,7 +145,7 @@ pub(super) fn xgetbv(c: &mut Context) -> Result<Effect, Stop> {
     if c.regs.rcx as u32 != 0 {
         return Err(Stop::PROTECTION);
     }
-    let value = c.cpu.xcr0()?;
+    let value = c.xcr0()?;
     (c.regs.rax, c.regs.rdx) = (value & 0xffff_ffff, value >> 32);
     Ok(Effect::Next)
 }

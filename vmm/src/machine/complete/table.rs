@@ -2,9 +2,9 @@
 
 use iced_x86::Mnemonic;
 
-use super::{Handler, integer, system};
+use super::{Handler, integer, state, system};
 
-/// What completes an instruction; `None`: nothing does.
+/// What completes an instruction; `None`: nothing does, unless [`super::native`] knows it.
 pub(super) fn handler(mnemonic: Mnemonic) -> Option<Handler> {
     use Mnemonic as M;
     Some(match mnemonic {
@@ -49,6 +49,16 @@ pub(super) fn handler(mnemonic: Mnemonic) -> Option<Handler> {
         M::Wbnoinvd => system::nothing_in_ring0,
         // Waiting for a store may end at any time, also at once.
         M::Monitor | M::Mwait => system::nothing_in_ring0,
+        // Extended state.
+        M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 => state::xsave,
+        M::Xsavec | M::Xsavec64 | M::Xsaves | M::Xsaves64 => state::xsavec,
+        M::Xrstor | M::Xrstor64 | M::Xrstors | M::Xrstors64 => state::xrstor,
+        M::Fxsave | M::Fxsave64 => state::fxsave,
+        M::Fxrstor | M::Fxrstor64 => state::fxrstor,
+        M::Ldmxcsr | M::Vldmxcsr => state::ldmxcsr,
+        M::Stmxcsr | M::Vstmxcsr => state::stmxcsr,
+        M::Rdpkru => state::rdpkru,
+        M::Wrpkru => state::wrpkru,
         // Integer arithmetic.
         M::Popcnt => integer::popcnt,
         M::Lzcnt => integer::lzcnt,

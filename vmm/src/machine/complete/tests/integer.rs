@@ -215,7 +215,7 @@ fn cmpxchg16b_does_what_the_cpu_does() {
         unsafe {
             asm!(
                 "xchg rbx, {low}", "lock cmpxchg16b [rdi]", "mov rbx, {low}", "pushfq", "pop {flags}",
-                low = in(reg) new[0], flags = out(reg) flags,
+                low = inout(reg) new[0] => _, flags = out(reg) flags,
                 in("rdi") native.0.as_mut_ptr(), inout("rax") rax, inout("rdx") rdx, in("rcx") new[1],
             );
         }

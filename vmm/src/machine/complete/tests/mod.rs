@@ -1,6 +1,7 @@
 //! Completion on registers and memory of no vCPU.
 
 mod integer;
+mod state;
 mod system;
 
 use std::cell::RefCell;
@@ -12,18 +13,18 @@ use super::*;
 use crate::machine::layout;
 
 /// Where instructions are.
-const RIP: u64 = 0x10_0000;
+pub(super) const RIP: u64 = 0x10_0000;
 
 #[derive(Default)]
-struct FakeCpu {
-    regs: kvm_regs,
-    sregs: kvm_sregs,
+pub(super) struct FakeCpu {
+    pub regs: kvm_regs,
+    pub sregs: kvm_sregs,
     msrs: RefCell<BTreeMap<u32, u64>>,
-    xcr0: u64,
-    area: XsaveArea,
-    injected: Option<(u8, Option<u32>)>,
+    pub xcr0: u64,
+    pub area: XsaveArea,
+    pub injected: Option<(u8, Option<u32>)>,
     interrupt: Option<u8>,
-    stepped: bool,
+    pub stepped: bool,
     shadowed: bool,
     /// How often control registers were set.
     sregs_set: u32,
@@ -88,7 +89,7 @@ impl Cpu for FakeCpu {
 }
 
 /// A CPU in 64-bit mode without paging (which does not exist, but keeps the tests short).
-fn cpu() -> FakeCpu {
+pub(super) fn cpu() -> FakeCpu {
     let mut cpu = FakeCpu { xcr0: 7, ..Default::default() };
     cpu.sregs.efer = EFER_LMA;
     cpu.sregs.cs.l = 1;
@@ -99,7 +100,7 @@ fn cpu() -> FakeCpu {
     cpu
 }
 
-fn ram() -> Ram {
+pub(super) fn ram() -> Ram {
     Ram::new(layout::MIN_MEMORY).unwrap()
 }
 
@@ -108,7 +109,7 @@ fn run(cpu: &mut FakeCpu, bytes: &[u8]) -> Result<&'static str, CompleteError> {
 }
 
 /// Completes `bytes` at [`RIP`].
-fn run_in(cpu: &mut FakeCpu, ram: &Ram, bytes: &[u8]) -> Result<&'static str, CompleteError> {
+pub(super) fn run_in(cpu: &mut FakeCpu, ram: &Ram, bytes: &[u8]) -> Result<&'static str, CompleteError> {
     cpu.regs.rip = RIP;
     cpu.injected = None;
     Completer::default().complete(cpu, ram, bytes)

@@ -1,0 +1,225 @@
+//! Which instructions the host's CPU may execute for the guest.
+
+use iced_x86::{
+    Code, CpuidFeature, Decoder, DecoderOptions, Encoder, EncodingKind, FlowControl, Instruction,
+    InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register,
+};
+
+use super::stub::MAX_CODE;
+
+/// How an instruction is executed.
+#[derive(Debug)]
+pub(super) struct Plan {
+    /// The instruction, its memory operand at [`Plan::pointer`].
+    pub bytes: Vec<u8>,
+    /// A register that the instruction itself does not use.
+    pub pointer: Register,
+    /// It has a VEX prefix.
+    pub vex: bool,
+    /// It may touch more of a vector register than SSE has.
+    pub avx: bool,
+    /// The host's CPU has it.
+    pub supported: bool,
+    /// Bytes of the memory operand; 0: there is none.
+    pub len: usize,
+    /// What its address must be a multiple of.
+    pub align: u64,
+    /// It is read.
+    pub reads: bool,
+    /// It is written.
+    pub writes: bool,
+}
+
+/// Longest memory operand, in bytes.
+pub(super) const MAX_OPERAND: usize = 32;
+
+/// How to execute an instruction; `None`: it is not one of those that may be.
+pub(super) fn plan(instruction: &Instruction) -> Option<Plan> {
+    let vex = match instruction.encoding() {
+        EncodingKind::Legacy => false,
+        EncodingKind::VEX => true,
+        _ => return None,
+    };
+    if !is_plain(instruction) {
+        return None;
+    }
+    let features = instruction.cpuid_features();
+    let supported = features.iter().map(|f| support(*f)).collect::<Option<Vec<_>>>()?;
+    let mut moved = *instruction;
+    let memory = moved.op_kinds().filter(|kind| *kind == OpKind::Memory).count();
+    if moved.op_kinds().any(|kind| !matches!(kind, OpKind::Register | OpKind::Memory | OpKind::Immediate8))
+        || memory > 1
+    {
+        return None;
+    }
+    let len = if memory == 1 { moved.memory_size().size() } else { 0 };
+    if memory == 1 && !(1..=MAX_OPERAND).contains(&len) {
+        return None;
+    }
+    let pointer = move_operand(&mut moved)?;
+    if moved.op_kinds().zip(0..).any(|(kind, i)| kind == OpKind::Register && moved.op_register(i).is_zmm()) {
+        return None;
+    }
+    let access = check(&moved, pointer, memory)?;
+    let bytes = encode(&moved)?;
+    let avx = vex
+        || moved
+            .op_kinds()
+            .zip(0..)
+            .any(|(kind, i)| kind == OpKind::Register && moved.op_register(i).is_ymm());
+    Some(Plan {
+        bytes,
+        pointer,
+        vex,
+        avx,
+        supported: supported.into_iter().all(|s| s),
+        len,
+        align: if must_be_aligned(instruction, vex) { len as u64 } else { 1 },
+        reads: matches!(access, OpAccess::Read | OpAccess::ReadWrite),
+        writes: matches!(access, OpAccess::Write | OpAccess::ReadWrite),
+    })
+}
+
+/// No jumps, no privilege, no stack, and not among the exceptions of the classes below.
+fn is_plain(instruction: &Instruction) -> bool {
+    !instruction.is_invalid()
+        && instruction.flow_control() == FlowControl::Next
+        && !instruction.is_privileged()
+        && !instruction.is_stack_instruction()
+        && !instruction.is_save_restore_instruction()
+        && !instruction.is_vsib()
+        && !instruction.has_lock_prefix()
+        && !matches!(
+            instruction.mnemonic(),
+            // The control register is not the host's to lend.
+            Mnemonic::Ldmxcsr | Mnemonic::Stmxcsr | Mnemonic::Vldmxcsr | Mnemonic::Vstmxcsr
+            // Half MMX, whatever the operand.
+            | Mnemonic::Cvtpi2ps | Mnemonic::Cvtpi2pd
+            // Access only parts of the operand, and do not fault for the others.
+            | Mnemonic::Vmaskmovps | Mnemonic::Vmaskmovpd | Mnemonic::Vpmaskmovd | Mnemonic::Vpmaskmovq
+            | Mnemonic::Maskmovq | Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu
+        )
+}
+
+/// Whether the host's CPU has a feature; `None`: not one of those whose instructions are let through.
+fn support(feature: CpuidFeature) -> Option<bool> {
+    macro_rules! has {
+        ($name:tt) => {
+            std::is_x86_feature_detected!($name)
+        };
+    }
+    Some(match feature {
+        CpuidFeature::SSE => has!("sse"),
+        CpuidFeature::SSE2 => has!("sse2"),
+        CpuidFeature::SSE3 => has!("sse3"),
+        CpuidFeature::SSSE3 => has!("ssse3"),
+        CpuidFeature::SSE4_1 => has!("sse4.1"),
+        CpuidFeature::SSE4_2 => has!("sse4.2"),
+        CpuidFeature::SSE4A => has!("sse4a"),
+        CpuidFeature::AES => has!("aes"),
+        CpuidFeature::PCLMULQDQ => has!("pclmulqdq"),
+        CpuidFeature::SHA => has!("sha"),
+        CpuidFeature::GFNI => has!("gfni"),
+        CpuidFeature::AVX => has!("avx"),
+        CpuidFeature::AVX2 => has!("avx2"),
+        CpuidFeature::FMA => has!("fma"),
+        CpuidFeature::F16C => has!("f16c"),
+        CpuidFeature::VAES => has!("vaes"),
+        CpuidFeature::VPCLMULQDQ => has!("vpclmulqdq"),
+        _ => return None,
+    })
+}
+
+/// Puts the memory operand, if there is one, where a register points that nothing else uses.
+fn move_operand(instruction: &mut Instruction) -> Option<Register> {
+    // The guest's address is not the host's.
+    instruction.set_segment_prefix(Register::None);
+    instruction.set_memory_base(Register::None);
+    instruction.set_memory_index(Register::None);
+    instruction.set_memory_index_scale(1);
+    instruction.set_memory_displacement64(0);
+    instruction.set_memory_displ_size(0);
+    let mut factory = InstructionInfoFactory::new();
+    let info = factory.info_options(instruction, InstructionInfoOptions::NO_MEMORY_USAGE);
+    let used = |r: &Register| info.used_registers().iter().any(|u| u.register().full_register() == *r);
+    let pointer = [Register::RDI, Register::RSI, Register::R8, Register::R9, Register::R10, Register::R11]
+        .into_iter()
+        .find(|r| !used(r))?;
+    instruction.set_memory_base(pointer);
+    Some(pointer)
+}
+
+/// Checks what the moved instruction touches, explicitly or not, and tells how it accesses memory.
+fn check(instruction: &Instruction, pointer: Register, memory: usize) -> Option<OpAccess> {
+    let mut factory = InstructionInfoFactory::new();
+    let info = factory.info(instruction);
+    let allowed = |r: Register| r.is_gpr() && r.full_register() != Register::RSP || is_low_vector(r);
+    if !info.used_registers().iter().all(|used| allowed(used.register())) {
+        return None;
+    }
+    match (info.used_memory(), memory) {
+        ([], 0) => Some(OpAccess::None),
+        ([used], 1)
+            if used.base() == pointer && used.index() == Register::None && used.displacement() == 0 =>
+        {
+            match used.access() {
+                access @ (OpAccess::Read | OpAccess::Write | OpAccess::ReadWrite) => Some(access),
+                _ => None,
+            }
+        }
+        _ => None,
+    }
+}
+
+/// xmm0 to xmm15, ymm0 to ymm15, and zmm0 to zmm15 whose upper parts instructions with a VEX prefix clear.
+fn is_low_vector(register: Register) -> bool {
+    register.is_vector_register() && register.number() < 16
+}
+
+/// The instruction's bytes, which decode to itself.
+fn encode(instruction: &Instruction) -> Option<Vec<u8>> {
+    let mut encoder = Encoder::try_new(64).ok()?;
+    encoder.encode(instruction, 0).ok()?;
+    let bytes = encoder.take_buffer();
+    let again = Decoder::with_ip(64, &bytes, 0, DecoderOptions::NONE).decode();
+    let same = again.len() == bytes.len()
+        && bytes.len() < MAX_CODE
+        && again.code() == instruction.code()
+        && again.code() != Code::INVALID
+        && again.segment_prefix() == Register::None
+        && again.op_kinds().eq(instruction.op_kinds())
+        && (0..again.op_count()).all(|i| match again.op_kind(i) {
+            OpKind::Register => again.op_register(i) == instruction.op_register(i),
+            OpKind::Memory => {
+                again.memory_base() == instruction.memory_base()
+                    && again.memory_index() == Register::None
+                    && again.memory_displacement64() == 0
+            }
+            _ => again.immediate8() == instruction.immediate8() || again.op_count() > 3,
+        });
+    same.then_some(bytes)
+}
+
+/// Whether an unaligned memory operand is a #GP (Intel SDM volume 1, 14.9, and volume 2, 2.4).
+fn must_be_aligned(instruction: &Instruction, vex: bool) -> bool {
+    use Mnemonic as M;
+    let mnemonic = instruction.mnemonic();
+    if vex {
+        return matches!(
+            mnemonic,
+            M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovntps | M::Vmovntpd | M::Vmovntdq | M::Vmovntdqa
+        );
+    }
+    instruction.memory_size().size() == 16
+        && !matches!(
+            mnemonic,
+            M::Movups
+                | M::Movupd
+                | M::Movdqu
+                | M::Lddqu
+                | M::Pcmpestri
+                | M::Pcmpestrm
+                | M::Pcmpistri
+                | M::Pcmpistrm
+        )
+}

@@ -1,0 +1,134 @@
+//! SSE and AVX instructions, which the host's CPU executes itself.
+//!
+//! Those that touch nothing but general and vector registers and at most one memory operand ([`class`]) need no
+//! emulator: the memory operand is copied to a scratch area, the instruction is encoded anew for it, and runs with
+//! the guest's registers ([`stub`]). What comes out is put back. Whatever could raise an exception on the host's
+//! CPU is looked for beforehand and becomes the guest's: a missing feature, an unaligned operand, an unmasked
+//! floating-point exception.
+//!
+//! One difference remains: a floating-point underflow that the guest has unmasked is raised only where the result
+//! is also inexact, as if it were masked.
+
+mod class;
+mod stub;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+
+use iced_x86::Instruction;
+
+use super::operand::{Access, Place};
+use super::{
+    CR0_EM, CR0_TS, CR4_OSFXSR, CR4_OSXMMEXCPT, CR4_OSXSAVE, Context, DEVICE_NOT_AVAILABLE, Effect,
+    INVALID_OPCODE, RFLAGS_STATUS, SIMD_EXCEPTION, Stop, is_long, state,
+};
+use class::Plan;
+use stub::{Code, Frame};
+
+/// XCR0's bits for SSE and AVX.
+const XCR0_SSE_AVX: u64 = 6;
+/// MXCSR: the six exception flags; their masks are [`MXCSR_MASKS`].
+const MXCSR_FLAGS: u32 = 0x3f;
+const MXCSR_MASKS: u32 = 0x1f80;
+const MXCSR_MASK_SHIFT: u32 = 7;
+/// Invalid operation, denormal, divide by zero: found before anything is computed.
+const MXCSR_EARLY: u32 = 0x7;
+
+/// What is needed to execute instructions here: the host's code for them, made as they come.
+#[derive(Debug, Default)]
+pub(super) struct Native {
+    code: Option<Code>,
+}
+
+impl Native {
+    fn execute(&mut self, bytes: &[u8], frame: &mut Frame) -> io::Result<()> {
+        let code = match &mut self.code {
+            Some(code) => code,
+            none => none.insert(Code::new()?),
+        };
+        code.execute(bytes, frame)
+    }
+}
+
+/// Whether [`execute`] knows an instruction.
+pub(super) fn knows(instruction: &Instruction) -> bool {
+    class::plan(instruction).is_some()
+}
+
+/// Lets the host's CPU do it.
+pub(super) fn execute(c: &mut Context) -> Result<Effect, Stop> {
+    // The encoding for the host is of 64-bit code.
+    if !is_long(&c.sregs) || !stub::is_possible() {
+        return Err(Stop::Unknown);
+    }
+    let plan = class::plan(&c.instruction).ok_or(Stop::Unknown)?;
+    enabled(c, plan.vex)?;
+    if !plan.supported || plan.avx && !stub::has_avx() {
+        return Err(Stop::UNDEFINED);
+    }
+    let place = operand(c, &plan)?;
+    let mut frame = Frame::new(c.regs, plan.avx);
+    if let (Some(place), true) = (&place, plan.reads) {
+        place.read(c.ram, &mut frame.memory[..plan.len])?;
+    }
+    frame.set_pointer(plan.pointer);
+    let area = c.extended()?;
+    let before = state::mxcsr(area);
+    frame.load(area);
+    // No exception on the host; those that the guest wants are found by their flags.
+    frame.set_mxcsr(before & !MXCSR_FLAGS & 0xffff | MXCSR_MASKS);
+    c.native.execute(&plan.bytes, &mut frame).map_err(Stop::Host)?;
+    let mut raised = frame.mxcsr() & MXCSR_FLAGS;
+    let unmasked = raised & !(before >> MXCSR_MASK_SHIFT);
+    if unmasked & MXCSR_EARLY != 0 {
+        // Nothing was computed, so nothing else was found.
+        raised &= MXCSR_EARLY;
+    }
+    if unmasked != 0 {
+        if raised & !before != 0 {
+            state::set_mxcsr(c.extended_mut()?, before | raised);
+        }
+        let vector = if c.sregs.cr4 & CR4_OSXMMEXCPT != 0 { SIMD_EXCEPTION } else { INVALID_OPCODE };
+        return Err(Stop::Fault { vector, error: None });
+    }
+    if let (Some(place), true) = (&place, plan.writes) {
+        place.write(c.ram, &frame.memory[..plan.len])?;
+    }
+    frame.set_mxcsr(before | raised);
+    if frame.changed(c.extended()?) {
+        frame.store(c.extended_mut()?);
+    }
+    frame.take_registers(&mut c.regs, plan.pointer);
+    c.regs.rflags = c.regs.rflags & !RFLAGS_STATUS | frame.flags & RFLAGS_STATUS;
+    Ok(Effect::Next)
+}
+
+/// Raises what the CPU raises where the guest's kernel did not enable SSE (or AVX), or wants to know of its use.
+pub(super) fn enabled(c: &mut Context, vex: bool) -> Result<(), Stop> {
+    let on = if vex {
+        c.sregs.cr4 & CR4_OSXSAVE != 0 && c.xcr0()? & XCR0_SSE_AVX == XCR0_SSE_AVX
+    } else {
+        c.sregs.cr0 & CR0_EM == 0 && c.sregs.cr4 & CR4_OSFXSR != 0
+    };
+    if !on {
+        return Err(Stop::UNDEFINED);
+    }
+    if c.sregs.cr0 & CR0_TS != 0 {
+        return Err(Stop::Fault { vector: DEVICE_NOT_AVAILABLE, error: None });
+    }
+    Ok(())
+}
+
+/// The memory operand, which the instruction may access.
+fn operand(c: &Context, plan: &Plan) -> Result<Option<Place>, Stop> {
+    if plan.len == 0 {
+        return Ok(None);
+    }
+    let address = c.address()?;
+    if !address.is_multiple_of(plan.align) {
+        return Err(Stop::PROTECTION);
+    }
+    let access = if plan.writes { Access::Write } else { Access::Read };
+    c.place_at(address, plan.len, access).map(Some)
+}
