@@ -16,8 +16,6 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_umbra-under-test");
 const LIMIT: Duration = Duration::from_secs(1500);
 /// `1: jmp 1b`.
 const SPIN: [u8; 2] = [0xeb, 0xfe];
-/// For hosts whose KVM emulates ring 0 without these instructions.
-const CMDLINE: &str = "--cmdline=noxsave";
 /// What Linux says before its first program.
 const INIT: &str = "Run /init as init process";
 
@@ -27,7 +25,6 @@ fn linux(file: &str, code: &[u8]) -> Umbra {
     let limit = format!("{}s", LIMIT.as_secs());
     umbra
         .arg(kernel(file))
-        .arg(CMDLINE)
         .args("--shadow off --timeout")
         .arg(limit)
         .arg("--initrd")
@@ -109,7 +106,7 @@ fn bzimage_128m_unpacks_itself() {
 }
 
 fn a_guest_that_never_ends_meets_the_time_limit() {
-    let umbra = Umbra::new(PROGRAM, "run").arg(kernel("small/vmlinux")).arg(CMDLINE);
+    let umbra = Umbra::new(PROGRAM, "run").arg(kernel("small/vmlinux"));
     let run =
         umbra.args("--shadow off --memory 64M --timeout 40s --initrd").file(&initrd(&SPIN)).collect().run();
     run.expect(4);
@@ -122,7 +119,7 @@ fn the_users_words_come_last_and_init_may_be_missing() {
     let umbra = Umbra::new(PROGRAM, "run").patience(LIMIT).arg(kernel("small/vmlinux"));
     let run = umbra
         .args("--shadow off --memory 64M --timeout 1500s")
-        .arg("--cmdline=noxsave panic=-1 loglevel=5")
+        .arg("--cmdline=panic=-1 loglevel=5")
         .collect()
         .run();
     run.expect(3);
