@@ -471,9 +471,11 @@ fn a_second_cpu_starts() {
         for mut vcpu in vcpus {
             let (tell, stop) = (tell.clone(), &stop);
             scope.spawn(move || {
-                while !stop.load(Ordering::SeqCst) {
+                loop {
                     match vcpu.run().unwrap() {
                         VmExit::IoOut { port: 0x80, data } => tell.send((vcpu.id(), data.value())).unwrap(),
+                        // Only so: whoever kicks waits until a run has seen it.
+                        VmExit::Interrupted if stop.load(Ordering::SeqCst) => break,
                         VmExit::Interrupted => {}
                         other => panic!("{other:?}"),
                     }
