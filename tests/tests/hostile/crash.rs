@@ -184,16 +184,16 @@ fn resets() {
 }
 
 fn an_unknown_instruction() {
-    let run = quiet(Guest::new(|g| g.asm.addps(xmm0, xmm1)), "--timeout 3s");
+    let run = quiet(Guest::new(|g| g.asm.getsec()), "--timeout 3s");
     run.expect(3);
     let emulated = Kvm::open().is_ok_and(|kvm| emulates_ring0(&kvm).is_ok_and(|all| all));
     if emulated {
         assert_eq!(run.outcome(), "unknown-instruction");
-        for part in ["addps", "0f 58 c1", "rip 0x1000"] {
+        for part in ["getsec", "0f 37", "rip 0x1000"] {
             assert!(run.stderr.contains(part), "no {part:?}: {}", run.stderr);
         }
     } else {
-        // SSE is off at the start, so hardware raises an exception, for which there is no handler.
+        // Safer mode is off at the start, so hardware raises an exception, for which there is no handler.
         assert_eq!(run.outcome(), "triple-fault");
     }
 }
