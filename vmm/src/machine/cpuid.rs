@@ -82,7 +82,7 @@ pub fn table(
                 }
                 // A guest shall look for hypervisor leaves.
                 entry.ecx |= LEAF1_ECX_HYPERVISOR;
-                // KVM's instruction emulator has no cmpxchg16b, and a host that emulates ring 0 stops at it.
+                // KVM's instruction emulator has no cmpxchg16b: on a host that emulates ring 0 each is an exit.
                 entry.ecx &= !LEAF1_ECX_CX16;
                 if !irqchip {
                     // Without the in-kernel interrupt controller there is no local APIC,

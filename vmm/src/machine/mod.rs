@@ -230,11 +230,14 @@ impl Machine {
         let wanted =
             cpuid::table(&self.supported, &self.config.extra_cpuid, self.config.has_irqchip(), place)?;
         fd.set_cpuid2(&wanted).map_err(refused("set CPUID"))?;
-        if log::log_enabled!(log::Level::Debug)
+        // Once: the other vCPUs differ from it in their own number only.
+        if id == 0
+            && log::log_enabled!(log::Level::Info)
             && let Ok(got) = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES)
         {
-            for difference in cpuid::differences(&wanted, &got) {
-                log::debug!("the host's CPUID differs from the one wanted: {difference}");
+            let differences = cpuid::differences(&wanted, &got);
+            if !differences.is_empty() {
+                log::info!("the host's KVM did not take all CPUID bits as set: {}", differences.join(", "));
             }
         }
         let mut vcpu = Vcpu::new(fd, id, self.sync_regs, self.vm.clone());
