@@ -1,13 +1,14 @@
 //! Kernels and initrds. They are needed once, when they are copied into guest memory, and a kernel again for its symbols if
 //! there is something to report: those that are files on disk are not kept in memory meanwhile.
 
-use std::fs::Metadata;
+use std::fs::{File, Metadata};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::machine::loader::{LoadError, read_file};
+use crate::report::symbols::Contents;
 
 /// The contents of a file.
 #[derive(Clone, Debug)]
@@ -64,6 +65,22 @@ impl GuestFile {
         }
     }
 
+    /// Its contents, not read yet if it is on disk.
+    ///
+    /// # Errors
+    /// It cannot be opened, or is not the same file any more.
+    pub fn contents(&self) -> Result<Contents, LoadError> {
+        match self {
+            Self::Memory(bytes) => Ok(bytes.clone().into()),
+            Self::Disk(file) => {
+                let fail = |source| LoadError::Read { what: file.what, path: file.path.clone(), source };
+                let opened = File::open(&file.path).map_err(fail)?;
+                file.is_the_same(&opened.metadata().map_err(fail)?)?;
+                Contents::disk(opened).map_err(fail)
+            }
+        }
+    }
+
     /// Its contents.
     ///
     /// # Errors
@@ -73,14 +90,21 @@ impl GuestFile {
             Self::Memory(bytes) => Ok(bytes.clone()),
             Self::Disk(file) => {
                 let contents = read_file(file.what, &file.path)?;
-                let now = file.path.metadata().map(|meta| state(&meta));
-                if now.is_ok_and(|now| now == (file.bytes, file.modified)) {
-                    return Ok(contents.into());
-                }
-                let source = io::Error::other("the file has changed meanwhile");
-                Err(LoadError::Read { what: file.what, path: file.path.clone(), source })
+                let fail = |source| LoadError::Read { what: file.what, path: file.path.clone(), source };
+                file.is_the_same(&file.path.metadata().map_err(fail)?)?;
+                Ok(contents.into())
             }
         }
+    }
+}
+
+impl DiskFile {
+    fn is_the_same(&self, now: &Metadata) -> Result<(), LoadError> {
+        if state(now) == (self.bytes, self.modified) {
+            return Ok(());
+        }
+        let source = io::Error::other("the file has changed meanwhile");
+        Err(LoadError::Read { what: self.what, path: self.path.clone(), source })
     }
 }
 
@@ -102,8 +126,10 @@ mod tests {
         let file = GuestFile::open("kernel", &path).unwrap();
         assert_eq!((file.bytes(), &*file.read().unwrap()), (3, &b"abc"[..]));
         std::fs::write(&path, b"abcd").unwrap();
-        let error = std::error::Error::source(&file.read().unwrap_err()).unwrap().to_string();
-        assert!(error.contains("changed"), "{error}");
+        for error in [file.read().unwrap_err(), file.contents().unwrap_err()] {
+            let error = std::error::Error::source(&error).unwrap().to_string();
+            assert!(error.contains("changed"), "{error}");
+        }
         let folder = GuestFile::open("kernel", dir.path()).unwrap();
         assert!(matches!(folder.read(), Err(LoadError::NotAFile { .. })));
     }

@@ -316,7 +316,7 @@ pub fn run(
     let mut monitor = Monitor::new(
         windows,
         Devices::new(output, machine.irq_line(COM1_IRQ)),
-        Symbols::lazy(move || kernel.read().map_err(std::io::Error::other)),
+        Symbols::lazy(move || kernel.contents().map_err(std::io::Error::other)),
         observer,
         config.stop_at,
     );

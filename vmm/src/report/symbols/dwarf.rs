@@ -7,6 +7,7 @@ use std::time::Duration;
 use addr2line::{Context, LookupContinuation, LookupResult};
 use object::{CompressionFormat, Object, ObjectSection};
 
+use super::contents::Blocks;
 use super::reader::{Limits, Reader};
 use super::table::Elf;
 
@@ -48,13 +49,13 @@ impl Dwarf {
     ///
     /// # Errors
     /// A sentence that says why there are no lines.
-    pub(super) fn open(bytes: &Arc<[u8]>, elf: &Elf) -> Result<Self, String> {
-        section(elf, ".debug_info")?
+    pub(super) fn open(file: &Arc<Blocks>, elf: &Elf) -> Result<Self, String> {
+        section(elf, file.len(), ".debug_info")?
             .ok_or("the kernel has no debug information (.debug_info): frames have no source lines")?;
-        let limits = Arc::new(Limits::new(bytes.clone()));
+        let limits = Arc::new(Limits::new(file.clone()));
         limits.start(TIME);
         let sections = gimli::Dwarf::load(|id| {
-            Ok::<_, String>(Reader::new(&limits, section(elf, id.name())?.unwrap_or_default()))
+            Ok::<_, String>(Reader::new(&limits, section(elf, file.len(), id.name())?.unwrap_or_default()))
         })?;
         let context = Context::from_dwarf(sections)
             .map_err(|e| format!("the debug information cannot be read: {e}"))?;
@@ -86,7 +87,10 @@ impl Dwarf {
         });
         if let Err(error) = complete {
             let why = match error {
-                // The reader's own refusal; a spent budget is told apart by `exhausted`.
+                // The reader's own refusals; a spent budget is told apart by `exhausted`.
+                gimli::Error::Io if self.limits.unreadable() => {
+                    "the kernel's file is not whole any more".to_owned()
+                }
                 gimli::Error::Io => "it is nested too deep".to_owned(),
                 other => other.to_string(),
             };
@@ -135,7 +139,7 @@ fn resolve<L: LookupContinuation<Buf = Reader>>(mut result: LookupResult<L>) -> 
 ///
 /// # Errors
 /// A sentence, if they are not all there or compressed.
-fn section(elf: &Elf, name: &str) -> Result<Option<Range<usize>>, String> {
+fn section(elf: &Elf, len: usize, name: &str) -> Result<Option<Range<usize>>, String> {
     let Some(section) = elf.section_by_name(name) else { return Ok(None) };
     let truncated =
         || format!("the kernel's file ends inside its section {name}: frames have no source lines");
@@ -144,7 +148,7 @@ fn section(elf: &Elf, name: &str) -> Result<Option<Range<usize>>, String> {
         return Err(format!("the kernel's section {name} is compressed: frames have no source lines"));
     }
     let (start, size) = (range.offset, range.compressed_size);
-    let end = start.checked_add(size).filter(|end| *end <= elf.data().len() as u64).ok_or_else(truncated)?;
+    let end = start.checked_add(size).filter(|end| *end <= len as u64).ok_or_else(truncated)?;
     match (usize::try_from(start), usize::try_from(end)) {
         (Ok(start), Ok(end)) => Ok(Some(start..end)),
         _ => Err(truncated()),

@@ -6,6 +6,7 @@
 //!
 //! Addresses are those that the kernel was linked at.
 
+mod contents;
 mod dwarf;
 mod reader;
 mod table;
@@ -16,16 +17,20 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use object::{Object, ObjectSymbol};
+use object::ReadCache;
 
+pub use self::contents::Contents;
+use self::contents::{Blocks, Cursor};
 use self::dwarf::{Dwarf, Found, Source};
-use self::table::{Elf, Entry, Table};
+use self::table::{Elf, Entry, Tables};
 use super::{Frame, Variable};
 
 /// Addresses whose frames are remembered: stacks of one run are much alike.
 const CACHED_MAX: usize = 4096;
 /// Longest name that is printed, in bytes.
 const NAME_MAX: usize = 1024;
+/// Longest name in the symbol table that is read, in bytes; demangled it may be longer or shorter.
+const SYMBOL_MAX: usize = 64 << 10;
 /// Most notes that are kept.
 const NOTES_MAX: usize = 8;
 
@@ -55,7 +60,7 @@ pub struct Symbol {
     pub size: u64,
 }
 
-type Load = Box<dyn FnOnce() -> io::Result<Arc<[u8]>> + Send>;
+type Load = Box<dyn FnOnce() -> io::Result<Contents> + Send>;
 
 /// The symbols and the debug information of one kernel.
 pub struct Symbols {
@@ -67,22 +72,22 @@ pub struct Symbols {
 
 /// The kernel's file, once it was needed.
 struct File {
-    bytes: Arc<[u8]>,
-    functions: Table,
-    variables: Table,
+    contents: Arc<Contents>,
+    blocks: Arc<Blocks>,
+    symbols: Tables,
     dwarf: OnceCell<Option<Dwarf>>,
 }
 
 impl Symbols {
     /// The symbols of an ELF file in memory.
     pub fn from_elf(bytes: impl Into<Arc<[u8]>>) -> Self {
-        let bytes = bytes.into();
+        let bytes: Arc<[u8]> = bytes.into();
         Self::lazy(move || Ok(bytes))
     }
 
-    /// The symbols of an ELF file that `load` reads when the first of them is needed. If it fails, there are no
+    /// The symbols of an ELF file that `load` opens or reads when the first of them is needed. If it fails, there are no
     /// symbols and a note says why.
-    pub fn lazy<B: Into<Arc<[u8]>>>(load: impl FnOnce() -> io::Result<B> + Send + 'static) -> Self {
+    pub fn lazy<C: Into<Contents>>(load: impl FnOnce() -> io::Result<C> + Send + 'static) -> Self {
         Self {
             load: Cell::new(Some(Box::new(move || load().map(Into::into)))),
             file: OnceCell::new(),
@@ -94,7 +99,7 @@ impl Symbols {
     /// The function that holds `address`.
     pub fn lookup(&self, address: u64) -> Option<Symbol> {
         let file = self.file()?;
-        let entry = file.functions.holding(address)?;
+        let entry = file.symbols.functions.holding(address)?;
         let raw = file.name(entry)?;
         let (name, linkage) = names(raw);
         Some(Symbol { name, linkage, start: entry.start, size: entry.size })
@@ -104,7 +109,7 @@ impl Symbols {
     /// overrun lands behind the variable.
     pub fn lookup_data(&self, address: u64) -> Option<Variable> {
         let file = self.file()?;
-        let entry = file.variables.nearest(address)?;
+        let entry = file.symbols.variables.nearest(address)?;
         Some(Variable {
             name: names(file.name(entry)?).0,
             start: entry.start,
@@ -145,6 +150,11 @@ impl Symbols {
     }
 
     fn find_frames(&self, ip: u64, position: Position) -> Vec<Frame> {
+        if self.file().is_some_and(|file| file.contents.changed()) {
+            self.note(
+                "the kernel's file was written to since the run began: names and lines may be wrong".into(),
+            );
+        }
         let probe = match position {
             Position::Instruction => ip,
             Position::Return => ip.saturating_sub(1),
@@ -195,7 +205,7 @@ impl Symbols {
 
     fn file(&self) -> Option<&File> {
         let open = || match self.load.take()?() {
-            Ok(bytes) => Some(self.open(bytes)),
+            Ok(contents) => Some(self.open(contents)),
             Err(error) => {
                 self.note(format!("the kernel's file cannot be read: {error}"));
                 None
@@ -204,43 +214,46 @@ impl Symbols {
         self.file.get_or_init(open).as_ref()
     }
 
-    fn open(&self, bytes: Arc<[u8]>) -> File {
-        let (functions, variables) = match Elf::parse(&*bytes) {
-            Ok(elf) => Table::read(&elf),
+    fn open(&self, contents: Contents) -> File {
+        let contents = Arc::new(contents);
+        let blocks = Arc::new(Blocks::new(contents.clone()));
+        let (symbols, dwarf) = match parse(&contents, |elf| Tables::read(elf)) {
+            Ok(symbols) => (symbols, OnceCell::new()),
             Err(error) => {
                 self.note(format!("the kernel's file is no complete 64-bit ELF: {error}"));
-                return File {
-                    bytes,
-                    functions: Table::default(),
-                    variables: Table::default(),
-                    dwarf: None.into(),
-                };
+                return File { contents, blocks, symbols: Tables::default(), dwarf: None.into() };
             }
         };
-        if functions.is_empty() {
+        if symbols.functions.is_empty() {
             self.note("the kernel has no symbol table (it is stripped): frames have addresses only".into());
         }
-        File { bytes, functions, variables, dwarf: OnceCell::new() }
+        File { contents, blocks, symbols, dwarf }
     }
 
     fn dwarf(&self) -> Option<&Dwarf> {
         let file = self.file()?;
         let open = || {
-            let elf = Elf::parse(&*file.bytes).ok()?;
-            let opened = catch_unwind(AssertUnwindSafe(|| Dwarf::open(&file.bytes, &elf)));
-            let opened = opened.unwrap_or_else(|_| Err(CORRUPT.into()));
+            let open = || parse(&file.contents, |elf| Dwarf::open(&file.blocks, elf)).ok();
+            let opened =
+                catch_unwind(AssertUnwindSafe(open)).unwrap_or_else(|_| Some(Err(CORRUPT.into())))?;
             opened.map_err(|why| self.note(why)).ok()
         };
         file.dwarf.get_or_init(open).as_ref()
     }
 }
 
+/// Parses an ELF file as far as `read` looks at it; nothing of it is kept.
+fn parse<T>(contents: &Contents, read: impl FnOnce(&Elf) -> T) -> Result<T, object::Error> {
+    let cache = ReadCache::new(Cursor { contents, at: 0 });
+    Ok(read(&Elf::parse(&cache)?))
+}
+
 impl File {
     /// The name of a symbol as the file has it.
     fn name(&self, entry: Entry) -> Option<String> {
-        let elf = Elf::parse(&*self.bytes).ok()?;
-        let symbol = elf.symbol_by_index(entry.index).ok()?;
-        Some(String::from_utf8_lossy(symbol.name_bytes().ok()?).into_owned())
+        let at = self.symbols.names.checked_add(entry.name.into())?;
+        let name = self.blocks.string(usize::try_from(at).ok()?, SYMBOL_MAX)?;
+        Some(String::from_utf8_lossy(&name).into_owned())
     }
 }
 

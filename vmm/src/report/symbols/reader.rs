@@ -9,10 +9,12 @@ use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use gimli::{Error, LittleEndian, ReaderOffsetId};
+
+use super::contents::Blocks;
 
 /// Charged reads that any file may cost, beside [`READS_PER_BYTE`].
 const READS_BASE: u64 = 1 << 20;
@@ -31,24 +33,27 @@ const READS_PER_TICK: u64 = 256;
 
 /// What all readers of one file share.
 pub(super) struct Limits {
-    data: Arc<[u8]>,
+    file: Arc<Blocks>,
     reads_left: AtomicU64,
     /// An address on the stack of the function that began the lookup.
     stack: AtomicUsize,
     epoch: Instant,
     /// Nanoseconds after `epoch` at which the lookup must be done.
     deadline: AtomicU64,
+    /// A part of the file could not be read.
+    unreadable: AtomicBool,
 }
 
 impl Limits {
-    pub(super) fn new(data: Arc<[u8]>) -> Self {
-        let reads = (data.len() as u64).saturating_mul(READS_PER_BYTE).saturating_add(READS_BASE);
+    pub(super) fn new(file: Arc<Blocks>) -> Self {
+        let reads = (file.len() as u64).saturating_mul(READS_PER_BYTE).saturating_add(READS_BASE);
         Self {
-            data,
+            file,
             reads_left: AtomicU64::new(reads.min(READS_MAX)),
             stack: AtomicUsize::new(0),
             epoch: Instant::now(),
             deadline: AtomicU64::new(0),
+            unreadable: AtomicBool::new(false),
         }
     }
 
@@ -62,6 +67,19 @@ impl Limits {
     /// The budget of the file is used up, or a lookup took too long: no read will work from now on.
     pub(super) fn exhausted(&self) -> bool {
         self.reads_left.load(Relaxed) == 0
+    }
+
+    /// The file, or a part of it, could not be read.
+    pub(super) fn unreadable(&self) -> bool {
+        self.unreadable.load(Relaxed)
+    }
+
+    /// Reads a range that is in the file.
+    fn read(&self, range: Range<usize>, part: impl FnMut(&[u8]) -> bool) -> Result<(), Error> {
+        self.file.read(range, part).map_err(|_| {
+            self.unreadable.store(true, Relaxed);
+            Error::Io
+        })
     }
 
     fn charge(&self, reads: usize) -> Result<(), Error> {
@@ -96,13 +114,20 @@ pub(super) struct Reader {
 impl Reader {
     /// The bytes of the file at `range`; none where that reaches out of it.
     pub(super) fn new(limits: &Arc<Limits>, range: Range<usize>) -> Self {
-        let inside = limits.data.get(range.clone()).is_some();
+        let inside = range.start <= range.end && range.end <= limits.file.len();
         let Range { start, end } = if inside { range } else { 0..0 };
         Self { limits: limits.clone(), start, end }
     }
 
-    fn bytes(&self) -> &[u8] {
-        self.limits.data.get(self.start..self.end).unwrap_or_default()
+    /// All its bytes.
+    fn bytes(&self) -> Result<Vec<u8>, Error> {
+        let mut bytes = Vec::with_capacity(self.end - self.start);
+        let take = |piece: &[u8]| {
+            bytes.extend_from_slice(piece);
+            true
+        };
+        self.limits.read(self.start..self.end, take)?;
+        Ok(bytes)
     }
 
     /// The position `len` bytes further on.
@@ -153,10 +178,18 @@ impl gimli::Reader for Reader {
     }
 
     fn find(&self, byte: u8) -> Result<usize, Error> {
-        let bytes = self.bytes();
-        let found = bytes.iter().position(|b| *b == byte);
-        self.limits.charge(1 + found.unwrap_or(bytes.len()) / SEARCH_BYTES_PER_READ)?;
-        found.ok_or_else(|| Error::UnexpectedEof(self.offset_id()))
+        let (mut searched, mut found) = (0, false);
+        let mut charged = Ok(());
+        self.limits.read(self.start..self.end, |piece| {
+            let at = piece.iter().position(|b| *b == byte);
+            let len = at.unwrap_or(piece.len());
+            charged = self.limits.charge(1 + len / SEARCH_BYTES_PER_READ);
+            searched += len;
+            found = at.is_some();
+            !found && charged.is_ok()
+        })?;
+        charged?;
+        if found { Ok(searched) } else { Err(Error::UnexpectedEof(self.offset_id())) }
     }
 
     fn skip(&mut self, len: usize) -> Result<(), Error> {
@@ -175,24 +208,28 @@ impl gimli::Reader for Reader {
 
     fn to_slice(&self) -> Result<Cow<'_, [u8]>, Error> {
         self.limits.charge(1 + self.len() / STRING_BYTES_PER_READ)?;
-        Ok(self.bytes().into())
+        Ok(self.bytes()?.into())
     }
 
     fn to_string(&self) -> Result<Cow<'_, str>, Error> {
         self.limits.charge(1 + self.len() / STRING_BYTES_PER_READ)?;
-        std::str::from_utf8(self.bytes()).map(Cow::from).map_err(|_| Error::BadUtf8)
+        String::from_utf8(self.bytes()?).map(Cow::from).map_err(|_| Error::BadUtf8)
     }
 
     fn to_string_lossy(&self) -> Result<Cow<'_, str>, Error> {
         self.limits.charge(1 + self.len() / STRING_BYTES_PER_READ)?;
-        Ok(String::from_utf8_lossy(self.bytes()))
+        Ok(String::from_utf8_lossy(&self.bytes()?).into_owned().into())
     }
 
     fn read_slice(&mut self, buffer: &mut [u8]) -> Result<(), Error> {
         self.limits.charge(1)?;
         let next = self.ahead(buffer.len())?;
-        let bytes = self.bytes().get(..buffer.len());
-        buffer.copy_from_slice(bytes.ok_or_else(|| Error::UnexpectedEof(self.offset_id()))?);
+        let mut at = 0;
+        self.limits.read(self.start..next, |piece| {
+            let part = buffer.get_mut(at..at + piece.len());
+            at += piece.len();
+            part.map(|part| part.copy_from_slice(piece)).is_some()
+        })?;
         self.start = next;
         Ok(())
     }
@@ -205,7 +242,8 @@ mod tests {
     use super::*;
 
     fn reader(bytes: usize, time: Duration) -> Reader {
-        let limits = Arc::new(Limits::new(vec![7; bytes].into()));
+        let file = Blocks::new(Arc::new(vec![7; bytes].into()));
+        let limits = Arc::new(Limits::new(Arc::new(file)));
         limits.start(time);
         Reader::new(&limits, 0..bytes)
     }

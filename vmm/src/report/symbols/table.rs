@@ -1,15 +1,18 @@
 //! The symbol table: which function or variable holds an address.
 
-use object::read::elf::ElfFile64;
-use object::{LittleEndian, Object, ObjectSection, ObjectSymbol, SectionKind, SymbolIndex, SymbolKind};
+use object::elf::Sym64;
+use object::read::elf::{ElfFile64, Sym as _};
+use object::{LittleEndian, Object, ObjectSection, ObjectSymbol, ReadCache, SectionKind, SymbolKind};
+
+use super::contents::Cursor;
 
 /// The kernel's ELF file.
-pub(super) type Elf<'a> = ElfFile64<'a, LittleEndian>;
+pub(super) type Elf<'a> = ElfFile64<'a, LittleEndian, &'a ReadCache<Cursor<'a>>>;
 
 /// Symbols looked at before an address: overlapping ones are aliases, and few.
 const BACK: usize = 32;
 
-/// A symbol; its name stays in the file, where [`Entry::index`] finds it.
+/// A symbol; its name stays in the file.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Entry {
     pub start: u64,
@@ -17,18 +20,27 @@ pub(super) struct Entry {
     pub size: u64,
     /// Where its section ends.
     limit: u64,
-    pub index: SymbolIndex,
+    /// Where its name is, in bytes from the start of [`Tables::names`].
+    pub name: u32,
     /// Of several symbols at one address, the one with the highest rank gives its name.
     rank: u8,
 }
 
-/// The symbols of a kind, by address.
+/// All symbols.
 #[derive(Default)]
-pub(super) struct Table(Vec<Entry>);
+pub(super) struct Tables {
+    pub functions: Table,
+    pub variables: Table,
+    /// Where in the file their names begin.
+    pub names: u64,
+}
 
-impl Table {
+impl Tables {
     /// The functions and the variables of `elf`.
-    pub(super) fn read(elf: &Elf) -> (Self, Self) {
+    pub(super) fn read(elf: &Elf) -> Self {
+        let strings = elf.section_by_index(elf.elf_symbol_table().string_section()).ok();
+        let names = strings.as_ref().and_then(|section| Some(section.file_range()?.0)).unwrap_or_default();
+        let strings = strings.and_then(|section| section.data().ok()).unwrap_or_default();
         let (mut functions, mut variables) = (Vec::new(), Vec::new());
         for symbol in elf.symbols() {
             let Some(section) = symbol.section_index().and_then(|at| elf.section_by_index(at).ok()) else {
@@ -42,7 +54,10 @@ impl Table {
                 SymbolKind::Data => &mut variables,
                 _ => continue,
             };
-            if !symbol.name_bytes().is_ok_and(|name| !name.is_empty() && !name.starts_with(b".L")) {
+            let raw: &Sym64<LittleEndian> = symbol.elf_symbol();
+            let name = raw.st_name(LittleEndian);
+            let start = strings.get(name as usize..).unwrap_or_default();
+            if matches!(start, [] | [0, ..] | [b'.', b'L', ..]) {
                 continue;
             }
             let typed = matches!(symbol.kind(), SymbolKind::Text | SymbolKind::Data);
@@ -50,16 +65,23 @@ impl Table {
                 start: symbol.address(),
                 size: symbol.size(),
                 limit: section.address().saturating_add(section.size()),
-                index: symbol.index(),
+                name,
                 rank: u8::from(symbol.size() > 0) << 2 | u8::from(typed) << 1 | u8::from(symbol.is_global()),
             });
         }
-        (Self::sorted(functions), Self::sorted(variables))
+        Self { functions: Table::sorted(functions), variables: Table::sorted(variables), names }
     }
+}
 
+/// The symbols of a kind, by address.
+#[derive(Default)]
+pub(super) struct Table(Vec<Entry>);
+
+impl Table {
     fn sorted(mut entries: Vec<Entry>) -> Self {
-        // Among equals the first of the file wins, so that a name does not depend on the sort.
-        entries.sort_by_key(|entry| (entry.start, entry.rank, std::cmp::Reverse(entry.index.0)));
+        // Among equals the first of the file wins: it comes last, and the sort is stable.
+        entries.reverse();
+        entries.sort_by_key(|entry| (entry.start, entry.rank));
         let mut next = u64::MAX;
         let mut above = u64::MAX;
         for entry in entries.iter_mut().rev() {
@@ -70,6 +92,7 @@ impl Table {
                 entry.size = above.min(entry.limit).saturating_sub(entry.start);
             }
         }
+        entries.shrink_to_fit();
         Self(entries)
     }
 
