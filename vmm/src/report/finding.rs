@@ -1,6 +1,7 @@
 //! The model of one finding, and its identity.
 
 use std::fmt::Write as _;
+use std::sync::Arc;
 
 use serde::{Serialize, Serializer};
 
@@ -91,30 +92,30 @@ pub struct Task {
     pub name: String,
 }
 
-/// One line of a stack.
+/// One line of a stack. Its texts are shared, since the stacks of a run are much alike.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Frame {
     /// The return address. Inlined frames have that of the function they were inlined into.
     #[serde(serialize_with = "hex")]
     pub ip: u64,
     /// The function, demangled and without the compiler's hash.
-    pub symbol: Option<String>,
+    pub symbol: Option<Arc<str>>,
     /// The function's name as the ELF has it, where that differs from `symbol`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub linkage: Option<String>,
+    pub linkage: Option<Arc<str>>,
     /// Bytes from the function's start to `ip`; 0 for an inlined frame.
     pub offset: u64,
     /// Bytes of the function; 0 for an inlined frame.
     pub size: u64,
     /// The source file, shortened to what tells it from others.
-    pub file: Option<String>,
+    pub file: Option<Arc<str>>,
     /// The line in it, from 1.
     pub line: Option<u32>,
     /// The compiler put this function's code into its caller, the next frame that is not inlined.
     pub inlined: bool,
     /// The source file where it lay when the kernel was compiled; not printed.
     #[serde(skip)]
-    pub path: Option<String>,
+    pub path: Option<Arc<str>>,
 }
 
 /// Which of a function's two names is printed.

@@ -12,7 +12,7 @@ mod reader;
 mod table;
 
 use std::cell::{Cell, OnceCell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -27,6 +27,8 @@ use super::{Frame, Variable};
 
 /// Addresses whose frames are remembered: stacks of one run are much alike.
 const CACHED_MAX: usize = 4096;
+/// Names and paths that frames share.
+const SHARED_MAX: usize = 4 * CACHED_MAX;
 /// Longest name that is printed, in bytes.
 const NAME_MAX: usize = 1024;
 /// Longest name in the symbol table that is read, in bytes; demangled it may be longer or shorter.
@@ -51,9 +53,9 @@ pub enum Position {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Symbol {
     /// Its name, demangled and without the compiler's hash.
-    pub name: String,
+    pub name: Arc<str>,
     /// Its name as the ELF has it, where that differs.
-    pub linkage: Option<String>,
+    pub linkage: Option<Arc<str>>,
     /// Its address.
     pub start: u64,
     /// Its bytes.
@@ -67,6 +69,7 @@ pub struct Symbols {
     load: Cell<Option<Load>>,
     file: OnceCell<Option<File>>,
     cached: RefCell<HashMap<(u64, Position), Vec<Frame>>>,
+    shared: RefCell<HashSet<Arc<str>>>,
     notes: RefCell<Vec<String>>,
 }
 
@@ -92,6 +95,7 @@ impl Symbols {
             load: Cell::new(Some(Box::new(move || load().map(Into::into)))),
             file: OnceCell::new(),
             cached: RefCell::default(),
+            shared: RefCell::default(),
             notes: RefCell::default(),
         }
     }
@@ -100,8 +104,7 @@ impl Symbols {
     pub fn lookup(&self, address: u64) -> Option<Symbol> {
         let file = self.file()?;
         let entry = file.symbols.functions.holding(address)?;
-        let raw = file.name(entry)?;
-        let (name, linkage) = names(raw);
+        let (name, linkage) = self.names(file.name(entry)?);
         Some(Symbol { name, linkage, start: entry.start, size: entry.size })
     }
 
@@ -169,22 +172,47 @@ impl Symbols {
         let mut found = self.find_sources(probe);
         let directory = found.directory.as_deref();
         if let Some(source) = found.sources.pop() {
-            locate(&mut last, &source, directory);
+            self.locate(&mut last, &source, directory);
             // A kernel may have debug information and no symbol table.
             if let (None, Some(name), Some((start, size))) = (&last.symbol, &source.function, found.function)
             {
-                let (name, linkage) = names(name.clone());
+                let (name, linkage) = self.names(name.clone());
                 last = Frame { symbol: Some(name), linkage, offset: ip.saturating_sub(start), size, ..last };
             }
         }
         let inlined = found.sources.iter().map(|source| {
-            let named = source.function.clone().map(names);
+            let named = source.function.clone().map(|name| self.names(name));
             let (symbol, linkage) = named.map_or((None, None), |(name, linkage)| (Some(name), linkage));
             let mut frame = Frame { symbol, linkage, inlined: true, ..Frame::unknown(ip) };
-            locate(&mut frame, source, directory);
+            self.locate(&mut frame, source, directory);
             frame
         });
         inlined.chain([last.clone()]).collect()
+    }
+
+    /// [`names`], shared with the frames that have the same.
+    fn names(&self, raw: String) -> (Arc<str>, Option<Arc<str>>) {
+        let (name, linkage) = names(raw);
+        (self.share(&name), linkage.map(|linkage| self.share(&linkage)))
+    }
+
+    fn locate(&self, frame: &mut Frame, source: &Source, directory: Option<&str>) {
+        frame.file = source.file.as_deref().map(|file| self.share(shorten(file, directory)));
+        frame.path = source.file.as_deref().map(|file| self.share(file));
+        // DWARF says 0 for code that no line stands for.
+        frame.line = source.line.filter(|line| *line > 0);
+    }
+
+    fn share(&self, text: &str) -> Arc<str> {
+        let mut shared = self.shared.borrow_mut();
+        if let Some(text) = shared.get(text) {
+            return text.clone();
+        }
+        let text: Arc<str> = text.into();
+        if shared.len() < SHARED_MAX {
+            shared.insert(text.clone());
+        }
+        text
     }
 
     fn find_sources(&self, probe: u64) -> Found {
@@ -280,13 +308,6 @@ fn shorten_name(name: &mut String) {
         name.truncate(name.floor_char_boundary(NAME_MAX));
         name.push_str("...");
     }
-}
-
-fn locate(frame: &mut Frame, source: &Source, directory: Option<&str>) {
-    frame.file = source.file.as_deref().map(|file| shorten(file, directory).to_owned());
-    frame.path.clone_from(&source.file);
-    // DWARF says 0 for code that no line stands for.
-    frame.line = source.line.filter(|line| *line > 0);
 }
 
 /// The part of a path that tells the file: without the place of the standard library, of Cargo's downloads, or

@@ -6,9 +6,12 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use object::ObjectSection;
+use object::read::elf::ElfFile64;
+use object::{LittleEndian, Object, ObjectSection, ObjectSymbol};
 
 use super::*;
+
+type Elf<'a> = ElfFile64<'a, LittleEndian>;
 
 const C_SOURCE: &str = "\
 volatile char table[40] = {1};
@@ -51,6 +54,13 @@ fn kernel() -> Vec<u8> {
     KERNEL.get_or_init(|| build("kernel.c", C_SOURCE, &["-g", "-O1", "-fno-toplevel-reorder"])).clone()
 }
 
+/// The symbols of a file on disk, as kernels are.
+fn from_disk(bytes: Vec<u8>) -> Symbols {
+    let mut file = tempfile::tempfile().unwrap();
+    std::io::Write::write_all(&mut file, &bytes).unwrap();
+    Symbols::lazy(move || Contents::disk(file))
+}
+
 /// Start and size of a symbol whose name contains `part`.
 fn symbol(bytes: &[u8], part: &str) -> (u64, u64) {
     let elf = Elf::parse(bytes).unwrap();
@@ -86,7 +96,7 @@ fn a_c_kernel_has_names_lines_and_inlined_functions() {
     assert!(Path::new(frames[2].path.as_deref().unwrap()).is_absolute());
     assert_eq!(symbols.notes(), [""; 0]);
     let entry = symbols.lookup(store.0 + store.1 - 1).unwrap();
-    assert_eq!((entry.name.as_str(), entry.start, entry.size), ("store", store.0, store.1));
+    assert_eq!((&*entry.name, entry.start, entry.size), ("store", store.0, store.1));
     assert_eq!(symbols.lookup(0xffff_8000_0000_0000), None);
     assert_eq!(symbols.frames(7, Position::Return), [Frame::unknown(7)]);
     assert_eq!(symbols.frames(0, Position::Return), [Frame::unknown(0)]);
@@ -97,7 +107,7 @@ fn a_return_address_belongs_to_the_caller() {
     let bytes = kernel();
     let (start, size) = symbol(&bytes, "leave");
     let after = start + size;
-    let symbols = Symbols::from_elf(bytes);
+    let symbols = from_disk(bytes);
     // `leave` ends with a call that does not return, so its return address is past its end.
     let frames = symbols.stack(&[after]);
     assert_eq!(brief(&frames[0]), ("leave", Some("kernel.c"), Some(10), false));
@@ -110,7 +120,7 @@ fn a_return_address_belongs_to_the_caller() {
 fn a_variable_is_found_from_behind_too() {
     let bytes = kernel();
     let (start, size) = symbol(&bytes, "table");
-    let symbols = Symbols::from_elf(bytes);
+    let symbols = from_disk(bytes);
     let table = Variable { name: "table".into(), start, size: 40, module: None };
     assert_eq!(size, 40);
     assert_eq!(symbols.lookup_data(start), Some(table.clone()));
@@ -135,7 +145,7 @@ fn a_rust_program_has_names_lines_and_inlined_functions() {
     let bytes = std::fs::read(std::env::current_exe().unwrap()).unwrap();
     let outer = symbol(&bytes, "marker_outer");
     let begun = Instant::now();
-    let symbols = Symbols::from_elf(bytes);
+    let symbols = from_disk(bytes);
     let frames = inlined(&symbols, outer);
     let names: Vec<_> = frames.iter().map(|frame| frame.symbol.as_deref().unwrap()).collect();
     assert!(names[names.len() - 2].ends_with("marker_inlined"), "{names:?}");
@@ -154,7 +164,7 @@ fn a_rust_program_has_names_lines_and_inlined_functions() {
 #[test]
 fn what_a_file_lacks_is_said() {
     let notes = |bytes: Vec<u8>| {
-        let symbols = Symbols::from_elf(bytes);
+        let symbols = from_disk(bytes);
         assert_eq!(symbols.frames(0x1234, Position::Return), [Frame::unknown(0x1234)]);
         symbols.notes().join("\n")
     };
@@ -181,7 +191,7 @@ fn debug_information_names_functions_without_a_symbol_table() {
     let symtab =
         Elf::parse(&*bytes).unwrap().sections().find(|s| s.name() == Ok(".symtab")).unwrap().index().0;
     bytes[headers + 64 * symtab + 4] = 0; // sh_type = SHT_NULL
-    let symbols = Symbols::from_elf(bytes);
+    let symbols = from_disk(bytes);
     assert_eq!(symbols.lookup(start), None);
     let frames = symbols.frames(start + 4, Position::Instruction);
     assert_eq!(brief(&frames[0]), ("leave", Some("kernel.c"), Some(9), false));
@@ -194,7 +204,7 @@ fn debug_information_names_functions_without_a_symbol_table() {
 
 /// It comes back, with its one frame at least, and nothing panicked underneath.
 fn survives(bytes: Vec<u8>, addresses: &[u64]) {
-    let symbols = Symbols::from_elf(bytes);
+    let symbols = from_disk(bytes);
     for address in addresses {
         for position in [Position::Instruction, Position::Return] {
             let frames = symbols.frames(*address, position);
@@ -283,7 +293,7 @@ fn deep_nesting_does_not_overflow_the_stack() {
         "",
     );
     let start = symbol_any(&bytes, "_start");
-    let symbols = Symbols::from_elf(bytes);
+    let symbols = from_disk(bytes);
     let frames = symbols.frames(start + 1, Position::Return);
     assert_eq!(frames.last().unwrap().symbol.as_deref(), Some("_start"));
     let note = format!("the debug information of {start:#x} cannot be read: it is nested too deep");
@@ -325,7 +335,7 @@ fn shared_line_tables_do_not_take_unbounded_work() {
         ",
     );
     let start = symbol_any(&bytes, "_start");
-    let symbols = Symbols::from_elf(bytes);
+    let symbols = from_disk(bytes);
     let begun = Instant::now();
     assert_eq!(symbols.frames(start, Position::Instruction).len(), 1);
     assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
