@@ -245,7 +245,7 @@ impl Symbols {
     fn open(&self, contents: Contents) -> File {
         let contents = Arc::new(contents);
         let blocks = Arc::new(Blocks::new(contents.clone()));
-        let (symbols, dwarf) = match parse(&contents, |elf| Tables::read(elf)) {
+        let (symbols, dwarf) = match parse(&contents, Tables::read) {
             Ok(symbols) => (symbols, OnceCell::new()),
             Err(error) => {
                 self.note(format!("the kernel's file is no complete 64-bit ELF: {error}"));
