@@ -88,7 +88,7 @@ impl Figure {
 }
 
 /// A number for people: whole ones without a fraction, large ones in groups of three digits.
-fn number(value: f64) -> String {
+pub(crate) fn number(value: f64) -> String {
     if !value.is_finite() {
         return "-".into();
     }
@@ -132,6 +132,34 @@ pub fn table(figures: &[Figure]) -> String {
             inner = width.saturating_sub(2),
         );
         let _ = writeln!(text, "{}", line.trim_end());
+    }
+    text
+}
+
+/// All figures as tables in Markdown, one for each group.
+pub fn markdown(figures: &[Figure]) -> String {
+    let mut text = String::new();
+    let mut group = "";
+    for f in figures {
+        if f.group != group {
+            group = f.group;
+            // Writing to a string does not fail.
+            let _ = write!(
+                text,
+                "\n### {group}\n\n| figure | measured | limit | unit | |\n| --- | ---: | ---: | --- | --- |\n"
+            );
+        }
+        let verdict = f.verdict.as_str();
+        let note = f.known.filter(|_| f.verdict == Verdict::Over).unwrap_or(&f.note);
+        let between = if verdict.is_empty() || note.is_empty() { "" } else { ": " };
+        let _ = writeln!(
+            text,
+            "| {} | {} | {} | {} | {verdict}{between}{note} |",
+            f.name,
+            number(f.measured),
+            f.limit.map(number).unwrap_or_default(),
+            f.unit,
+        );
     }
     text
 }

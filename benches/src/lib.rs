@@ -3,9 +3,14 @@
 //! A [`figure::Figure`] is one measured value with its limit. [`meter::Meter`] boots the test kernel with the library and counts
 //! what its `bench=` words do, exactly where KVM counts guest instructions; [`program::Program`] runs the program
 //! `umbra` as a process of its own, for what a process costs. [`suite`] holds the figures of the core, [`linux`] those of booting Linux.
+//! [`replay`] replays a recorded [`trace`]. [`results`] keeps what was measured in the repository, with [`plot`]s.
 
 pub mod figure;
 pub mod linux;
 pub mod meter;
+pub mod plot;
 pub mod program;
+pub mod replay;
+pub mod results;
 pub mod suite;
+pub mod trace;

@@ -74,7 +74,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         }
     }
     bar.finish_and_clear();
-    println!("{}", Host::new(counted));
+    println!("{}", Host::new(Some(counted)));
     print!("{}", table(&figures));
     let file = folder.join("linux.json");
     fs::write(&file, serde_json::to_string_pretty(&figures)? + "\n")

@@ -48,9 +48,12 @@ enum Task {
         /// Only the tests whose names contain this, and none of the other checks
         name: Option<String>,
     },
-    /// Run the benchmarks
+    /// Measure what Umbra costs, and write BENCHMARKS.md
+    ///
+    /// `cargo xtask bench -- --help` lists the parts and their options. Without arguments it measures all parts but
+    /// `linux`, which takes some minutes.
     Bench {
-        /// `linux` for what booting Linux costs; otherwise arguments for the benchmarks of the core
+        /// `linux` for what booting Linux costs; otherwise parts and options
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
         arguments: Vec<String>,
     },
@@ -119,8 +122,13 @@ fn main() -> ExitCode {
     })
 }
 
+/// The parts of the benchmarks that need no guest.
+const NATIVE: [&str; 1] = ["replay"];
+
 fn bench(context: &Context, arguments: &[String]) -> Result<ExitCode> {
-    guest::build(context)?;
+    if !arguments.first().is_some_and(|first| NATIVE.contains(&first.as_str()) || first.starts_with('-')) {
+        guest::build(context)?;
+    }
     let (suite, arguments) = match arguments.split_first() {
         Some((first, rest)) if first == "linux" => {
             linux::build(context)?;
@@ -136,5 +144,6 @@ fn bench(context: &Context, arguments: &[String]) -> Result<ExitCode> {
         .cargo()
         .args(["bench", "--package", "umbra-benches", "--bench", suite, "--"])
         .args(arguments)
+        .env("UMBRA_BENCH_FROM", std::env::current_dir().context("the current folder is gone")?)
         .replace()
 }

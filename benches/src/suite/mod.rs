@@ -7,7 +7,7 @@ mod workload;
 
 use std::fs;
 use std::io::IsTerminal;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread::available_parallelism;
@@ -18,21 +18,39 @@ use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
-use crate::figure::{Figure, Verdict, table};
+use crate::figure::{Figure, Verdict, markdown, table};
 use crate::meter::Meter;
 use crate::program::Program;
+use crate::replay;
+use crate::results::Section;
+use crate::trace::Trace;
 
 /// Where the figures go, and what the programs that are run read and write.
 pub(crate) const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bench");
 
-/// Measures what Umbra promises and prints it beside the promise. Exit status: 0, 1 when a figure is over its limit and that is
-/// not known already, 2 when something cannot be measured.
+/// Measures what Umbra promises and prints it beside the promise; BENCHMARKS.md gets it too. Exit status: 0, 1 when a figure is over
+/// its limit and that is not known already, 2 when something cannot be measured.
 #[derive(Parser)]
-#[command(name = "core")]
+#[command(name = "cargo xtask bench")]
 struct Arguments {
     /// Only these parts; all if none is named.
     #[arg(value_enum)]
     parts: Vec<Part>,
+    /// The trace to replay natively: an allocator trace (.kmt.zst). Without it, a slice of one that is in the repository.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// The memory of the machine that the trace was recorded on.
+    #[arg(long, value_name = "SIZE", default_value = "24G", value_parser = size)]
+    memory: u64,
+    /// Write the first events of --trace into a file, and measure nothing.
+    #[arg(long, value_name = "FILE", requires = "trace")]
+    slice: Option<PathBuf>,
+    /// How many events --slice takes.
+    #[arg(long, value_name = "N", default_value_t = 40_000)]
+    events: u64,
+    /// Leave BENCHMARKS.md, and the files that it is made of, as they are.
+    #[arg(long)]
+    keep: bool,
     /// Measure by the clock, as on a host that does not count guest instructions, in so many rounds.
     #[arg(long, value_name = "ROUNDS", num_args = 0..=1, default_missing_value = "2000000",
           value_parser = clap::value_parser!(u64).range(1..))]
@@ -42,11 +60,27 @@ struct Arguments {
     bench: bool,
 }
 
+/// The slice that is in the repository.
+const SLICE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/traces/kernel-build-slice.kmt.zst");
+/// Host memory that is left alone when a size is tried.
+const SPARE: u64 = 1 << 30;
+
+fn size(text: &str) -> Result<u64, String> {
+    let bytes =
+        parse_size::Config::new().with_binary().parse_size(text).map_err(|error| error.to_string())?;
+    if bytes == 0 || !bytes.is_multiple_of(4096) || bytes > 4 << 40 {
+        return Err("not a multiple of 4 KiB, up to 4 TiB".into());
+    }
+    Ok(bytes)
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Part {
-    /// What each check costs.
+    /// A recorded trace of allocator events, natively: the memory of each kind of shadow.
+    Replay,
+    /// What each check costs, in a guest.
     Checks,
-    /// What allocations, events and calls cost.
+    /// What allocations, events and calls cost, in a guest.
     Costs,
     /// Boot, churn, and the shadow of both beside a full one.
     Workload,
@@ -54,35 +88,73 @@ enum Part {
     Process,
 }
 
+impl Part {
+    /// Those that need a guest.
+    const GUESTS: [Self; 4] = [Self::Process, Self::Workload, Self::Checks, Self::Costs];
+
+    /// Its name on the command line.
+    fn word(self) -> String {
+        self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+    }
+
+    /// The name of its file, and its heading.
+    fn section(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Replay => ("10-replay", "Memory: a recorded trace, natively"),
+            Self::Checks => ("30-checks", "Checks in a guest"),
+            Self::Costs => ("32-costs", "Allocations, events and calls in a guest"),
+            Self::Workload => ("34-workload", "Boot and churn in a guest"),
+            Self::Process => ("36-process", "The program: memory and start"),
+        }
+    }
+}
+
 /// What the figures were measured on.
 #[derive(Serialize)]
 pub(crate) struct Host {
-    instructions_counted: bool,
-    kind: &'static str,
+    /// None where no guest was asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kind: Option<&'static str>,
     cpus: usize,
     cpu: String,
+    memory_mib: u64,
+    kernel: String,
+    /// Processes that want to run, over the last minute: what else the host had to do.
+    load: String,
 }
 
 impl Host {
-    pub(crate) fn new(counted: bool) -> Self {
-        let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    /// This host. `counted` tells whether its KVM counts guest instructions, if that matters.
+    pub(crate) fn new(counted: Option<bool>) -> Self {
+        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+        let info = read("/proc/cpuinfo");
         let cpu = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+        let memory = read("/proc/meminfo");
+        let total =
+            memory.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB"));
+        let release = read("/proc/sys/kernel/osrelease");
         Self {
-            instructions_counted: counted,
-            kind: if counted {
-                "PVM or another host that emulates ring 0: guest instructions are counted exactly"
-            } else {
-                "guest instructions are not counted: times instead, and limits in instructions do not apply"
-            },
+            kind: counted.map(|counted| match counted {
+                true => "PVM or another host that emulates ring 0: guest instructions are counted exactly",
+                false => "a host that does not count guest instructions: times, limits in instructions do not apply",
+            }),
             cpus: available_parallelism().map_or(1, usize::from),
             cpu: cpu.map_or_else(|| "unknown".to_owned(), |(_, name)| name.trim().to_owned()),
+            memory_mib: total.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) >> 10,
+            // The version without what its builder added to it.
+            kernel: release.split('.').take(2).collect::<Vec<_>>().join("."),
+            load: read("/proc/loadavg").split_whitespace().next().unwrap_or("unknown").to_owned(),
         }
     }
 }
 
 impl std::fmt::Display for Host {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}; {} CPUs ({})", self.kind, self.cpus, self.cpu)
+        let Self { kind, cpus, cpu, memory_mib, kernel, load } = self;
+        if let Some(kind) = kind {
+            write!(f, "{kind}; ")?;
+        }
+        write!(f, "{cpus} CPUs ({cpu}), {memory_mib} MiB, Linux {kernel}, load {load}")
     }
 }
 
@@ -110,45 +182,35 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// What all parts came to.
+#[derive(Default)]
+struct Measured {
+    figures: Vec<Figure>,
+    skipped: bool,
+}
+
 fn run(arguments: &Arguments) -> Result<ExitCode> {
-    let kernel: Arc<[u8]> = umbra::kernel::test_kernel()
-        .context("there is no test kernel in this build: `cargo xtask bench` builds both")?
-        .into();
+    if let (Some(to), Some(trace)) = (&arguments.slice, &arguments.trace) {
+        let events = Trace::open(&from(trace))?.write_slice(arguments.events, &from(to))?;
+        println!("{} has {events} events", to.display());
+        return Ok(ExitCode::SUCCESS);
+    }
     let folder = Path::new(FOLDER);
     fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
     let bar =
         if std::io::stderr().is_terminal() { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
-    bar.set_style(ProgressStyle::with_template("{spinner} [{elapsed}] guest {pos}: {wide_msg}")?);
+    bar.set_style(ProgressStyle::with_template("{spinner} [{elapsed}] {wide_msg}")?);
     bar.enable_steady_tick(Duration::from_millis(100));
-    let ticking = bar.clone();
-    let tick = move |what: &str| {
-        ticking.inc(1);
-        ticking.set_message(what.to_owned());
-    };
-    let meter = Meter::new(kernel.clone(), arguments.clock, Box::new(tick))?;
-    let host = Host::new(meter.counts());
-    println!("{host}");
-    let mut figures = Vec::new();
-    let wanted = |part| arguments.parts.is_empty() || arguments.parts.contains(&part);
-    if wanted(Part::Process) {
-        bar.set_message("building umbra, and starting it");
-        figures.extend(process::figures(&Program::build(folder)?, &kernel)?);
-    }
-    if wanted(Part::Workload) {
-        figures.extend(workload::figures(&meter)?);
-    }
-    if wanted(Part::Checks) {
-        figures.extend(checks::figures(&meter)?);
-    }
-    if wanted(Part::Costs) {
-        figures.extend(costs::figures(&meter)?);
-    }
+    let mut measured = Measured::default();
+    let outcome = natively(arguments, &bar, &mut measured)
+        .and_then(|()| guests(arguments, folder, &bar, &mut measured));
     bar.finish_and_clear();
-    print!("{}", table(&figures));
+    outcome?;
     let file = folder.join("core.json");
-    let json = serde_json::to_string_pretty(&Results { host: &host, figures: &figures })?;
+    let host = Host::new(None);
+    let json = serde_json::to_string_pretty(&Results { host: &host, figures: &measured.figures })?;
     fs::write(&file, json + "\n").with_context(|| format!("cannot write {}", file.display()))?;
-    let over: Vec<_> = figures.iter().filter(|f| f.verdict == Verdict::Over).collect();
+    let over: Vec<_> = measured.figures.iter().filter(|f| f.verdict == Verdict::Over).collect();
     if !over.is_empty() {
         eprintln!("\nover the limit:");
     }
@@ -157,6 +219,108 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         eprintln!("  {}: {}{known}", f.group, f.name);
     }
     Ok(if over.iter().any(|f| f.is_news()) { ExitCode::from(1) } else { ExitCode::SUCCESS })
+}
+
+impl Arguments {
+    fn wants(&self, part: Part) -> bool {
+        self.parts.is_empty() || self.parts.contains(&part)
+    }
+
+    /// Prints what a part came to, and writes it down.
+    fn tell(
+        &self,
+        part: Part,
+        host: &Host,
+        body: Option<String>,
+        figures: Vec<Figure>,
+        bar: &ProgressBar,
+        to: &mut Measured,
+    ) -> Result<()> {
+        bar.suspend(|| println!("{part:?}: {host}\n{}", table(&figures)));
+        if !self.keep {
+            let mut command = format!("cargo xtask bench {}", part.word());
+            if part == Part::Replay && self.trace.is_some() {
+                command.push_str(" --trace FILE");
+            }
+            let body = body.unwrap_or_default() + "\n" + &markdown(&figures);
+            let (name, title) = part.section();
+            Section { name, title, command: &command, host: host.to_string(), body }.write()?;
+        }
+        to.figures.extend(figures);
+        Ok(())
+    }
+}
+
+/// A path as the user meant it: cargo starts this program in another folder.
+fn from(path: &Path) -> PathBuf {
+    match std::env::var_os("UMBRA_BENCH_FROM") {
+        Some(folder) => Path::new(&folder).join(path),
+        None => path.to_owned(),
+    }
+}
+
+/// The parts that need no guest.
+fn natively(arguments: &Arguments, bar: &ProgressBar, measured: &mut Measured) -> Result<()> {
+    if arguments.wants(Part::Replay) {
+        let trace = arguments.trace.as_deref().map_or_else(|| SLICE.into(), from);
+        let (needed, available) = (arguments.memory / 8 + SPARE, available_memory());
+        let no_full = (needed > available).then(|| {
+            format!("it needs {} MiB of host memory, and {} MiB are available", needed >> 20, available >> 20)
+        });
+        let host = Host::new(None);
+        let told = replay::report::measure(&trace, arguments.memory, no_full, |shadow, at, of| {
+            bar.set_message(format!("replaying the trace, {shadow}: {} %", at * 100 / of.max(1)));
+        })?;
+        arguments.tell(Part::Replay, &host, Some(told.text), told.figures, bar, measured)?;
+    }
+    Ok(())
+}
+
+/// The parts that need one.
+fn guests(arguments: &Arguments, folder: &Path, bar: &ProgressBar, measured: &mut Measured) -> Result<()> {
+    let wanted: Vec<_> = Part::GUESTS.into_iter().filter(|part| arguments.wants(*part)).collect();
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    let ticking = bar.clone();
+    let tick = move |what: &str| ticking.set_message(what.to_owned());
+    let kernel: Option<Arc<[u8]>> = umbra::kernel::test_kernel().map(Into::into);
+    let meter = kernel
+        .context("there is no test kernel in this build: `cargo xtask bench` builds both")
+        .and_then(|kernel| Ok((Meter::new(kernel.clone(), arguments.clock, Box::new(tick))?, kernel)));
+    let (meter, kernel) = match meter {
+        Ok(both) => both,
+        Err(error) => {
+            for part in wanted {
+                bar.suspend(|| println!("SKIPPED: {}: {error:#}", part.word()));
+            }
+            measured.skipped = true;
+            return Ok(());
+        }
+    };
+    for part in wanted {
+        let host = Host::new(Some(meter.counts()));
+        let figures = match part {
+            Part::Process => {
+                bar.set_message("building umbra, and starting it");
+                process::figures(&Program::build(folder)?, &kernel)?
+            }
+            Part::Workload => workload::figures(&meter)?,
+            Part::Checks => checks::figures(&meter)?,
+            Part::Costs => costs::figures(&meter)?,
+            Part::Replay => continue,
+        };
+        arguments.tell(part, &host, None, figures, bar, measured)?;
+    }
+    Ok(())
+}
+
+/// Host memory that is free or can be made so, in bytes; 0 if the kernel does not say.
+fn available_memory() -> u64 {
+    let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    kib.unwrap_or(0) << 10
 }
 
 #[cfg(test)]

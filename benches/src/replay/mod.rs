@@ -1,0 +1,191 @@
+//! Replays a recorded trace through the VMM's own shadow windows, without a guest.
+//!
+//! The windows are in `sync` mode: the VMM writes the shadow, as it does on a guest's hypercalls. They give host memory back as
+//! often as with a guest, which is when a ring of [`RING_RECORDS`] events is full. What is resident is what the kernel says.
+
+pub mod kasan;
+pub mod report;
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use serde::Serialize;
+use umbra::shadow::{
+    Config, Figures, Mode, Notify, PageMap, ShadowError, SlotError, Slots, Windows, release_unused,
+};
+use umbra_shadow::codes::PAGE_SIZE;
+
+use self::kasan::Kasan;
+use crate::trace::{Trace, TraceError};
+
+/// Records in the ring of the test kernels: the VMM looks for shadow to give back when one is full.
+pub const RING_RECORDS: u64 = 8191;
+/// How often the shadow is looked at closely.
+const SAMPLES: u64 = 200;
+/// How often the clock is told, in events.
+const TICK: u64 = 1 << 16;
+/// Pages of memory whose shadow is one page of shadow, if a byte of it tells of 32 bytes.
+const PAGES_AT_32: u64 = 32;
+
+/// What the shadow was at one moment, in bytes.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Sample {
+    /// Events until then.
+    pub event: u64,
+    /// Page shadow.
+    pub page: u64,
+    /// Byte shadow that may become resident: whole chunks.
+    pub mapped: u64,
+    /// Byte shadow that is resident.
+    pub resident: u64,
+    /// Byte shadow of byte-checked pages.
+    pub used: u64,
+    /// The 4 KiB pages of byte shadow that would be resident if a byte of it told of 32 bytes instead of 8.
+    pub resident_at_32: u64,
+    /// Slots of live objects.
+    pub slots: u64,
+    /// KASAN's redzones behind them, which the recorded kernel did not have.
+    pub redzones: u64,
+    /// What they would grow by if each began at a multiple of 32 bytes.
+    pub aligned_to_32: u64,
+}
+
+/// What a replay came to.
+pub struct Replay {
+    /// Its moments, in order.
+    pub samples: Vec<Sample>,
+    /// Its figures at the end, with the exact peaks.
+    pub figures: Figures,
+    /// Events.
+    pub events: u64,
+    /// What it took to read the trace, change the shadow, and give it back; without [`Self::samples`].
+    pub time: Spent,
+    /// What it took to make the windows.
+    pub start: Spent,
+}
+
+/// Time by the clock, and of a CPU, which other work on the host does not lengthen.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Spent {
+    /// By the clock.
+    pub clock: Duration,
+    /// Of this thread's CPU. By the clock, too, where the kernel does not count it.
+    pub cpu: Duration,
+}
+
+impl Spent {
+    /// Since some moment.
+    fn now(begin: Instant) -> Self {
+        let clock = begin.elapsed();
+        let counted = fs::read_to_string("/proc/thread-self/schedstat").ok();
+        let nanoseconds = counted.and_then(|text| text.split_whitespace().next()?.parse().ok());
+        Self { clock, cpu: nanoseconds.map_or(clock, Duration::from_nanos) }
+    }
+
+    fn since(self, earlier: Self) -> Self {
+        Self { clock: self.clock.saturating_sub(earlier.clock), cpu: self.cpu.saturating_sub(earlier.cpu) }
+    }
+}
+
+/// No machine: nobody sees the windows.
+struct NoGuest;
+
+impl Slots for NoGuest {
+    fn map(&mut self, _: u64, _: *mut u8, _: u64, _: bool) -> Result<u32, SlotError> {
+        Ok(0)
+    }
+
+    fn unmap(&mut self, _: u32) -> Result<(), SlotError> {
+        Ok(())
+    }
+}
+
+/// An event that cannot be replayed.
+#[derive(Debug, thiserror::Error)]
+enum Problem {
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+    #[error("the shadow cannot be changed")]
+    Shadow(#[from] ShadowError),
+}
+
+/// Replays the trace at `path` in a machine with `memory` bytes. `tick` hears how many of how many events are done.
+///
+/// # Errors
+/// The trace is bad, or has addresses beyond the memory, or the host does not give the shadow.
+pub fn replay(path: &Path, memory: u64, mode: Mode, mut tick: impl FnMut(u64, u64)) -> Result<Replay> {
+    ensure!(memory > 0 && memory.is_multiple_of(PAGE_SIZE), "{memory} bytes of memory are no whole pages");
+    let mut trace = Trace::open(path)?;
+    let events = trace.events();
+    let begin = Instant::now();
+    let zero = Spent::now(begin);
+    let ram = 0..memory;
+    let config = Config { ram: vec![ram], mode, notify: Notify::Sync, limit: None };
+    let mut windows = Windows::new(&config, &mut NoGuest).context("no shadow for so much memory")?;
+    let start = Spent::now(begin).since(zero);
+    let mut rules = Kasan::new(memory);
+    let mut samples = Vec::new();
+    let (mut sampling, mut highest) = (Spent::default(), PAGE_SIZE);
+    let step = (events / SAMPLES).max(1);
+    let first = Spent::now(begin);
+    let mut done = 0;
+    while let Some(event) = trace.next().transpose()? {
+        highest = highest.max(event.end());
+        if event.end() > memory {
+            Err(trace.wrong(format!(
+                "is at {:#x}, beyond the {} MiB of memory of the replay",
+                event.end(),
+                memory >> 20
+            )))?;
+        }
+        rules
+            .event(event, |(addr, len, code)| match code {
+                Some(code) => windows.poison(addr, len, code, &mut NoGuest),
+                None => windows.unpoison(addr, len, &mut NoGuest),
+            })
+            .map_err(Problem::from)?;
+        done += 1;
+        if done % RING_RECORDS == 0 && mode == Mode::PerPage {
+            release_unused(&mut windows)?;
+        }
+        if done % TICK == 0 {
+            tick(done, events);
+        }
+        if done % step == 0 {
+            let before = Spent::now(begin);
+            samples.push(sample(done, &mut windows, &rules, highest)?);
+            let took = Spent::now(begin).since(before);
+            (sampling.clock, sampling.cpu) = (sampling.clock + took.clock, sampling.cpu + took.cpu);
+        }
+    }
+    let time = Spent::now(begin).since(first).since(sampling);
+    Ok(Replay { samples, figures: windows.figures()?, events: done, time, start })
+}
+
+fn sample(event: u64, windows: &mut Windows, rules: &Kasan, highest: u64) -> Result<Sample> {
+    let [page, mapped, resident, used] = windows.sample_all()?;
+    let live = rules.live();
+    let resident_at_32 = match windows.mode() {
+        Mode::Full => 0,
+        Mode::PerPage => {
+            let cells = highest.div_ceil(PAGES_AT_32 * PAGE_SIZE);
+            let ram = 0..cells * PAGES_AT_32 * PAGE_SIZE;
+            let map = PageMap::of(windows, &[ram], cells as usize);
+            debug_assert_eq!(map.pages_per_cell, PAGES_AT_32);
+            map.cells.iter().filter(|cell| cell.bytes > 0).count() as u64 * PAGE_SIZE
+        }
+    };
+    Ok(Sample {
+        event,
+        page,
+        mapped,
+        resident,
+        used,
+        resident_at_32,
+        slots: live.slots,
+        redzones: live.redzones,
+        aligned_to_32: live.aligned_to_32,
+    })
+}

@@ -1,0 +1,105 @@
+//! Where the measured figures are kept: one file for each part, and `BENCHMARKS.md`, which is all of them in order.
+//!
+//! A part writes `results/NN-name.md`, and its plots beside it. Whoever adds a part picks a number; nothing else has to know.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+
+/// The folder of the parts' files.
+const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/results");
+/// All parts together.
+const WHOLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../BENCHMARKS.md");
+
+const INTRODUCTION: &str = "\
+# Benchmarks
+
+What Umbra costs beside a full shadow, KASAN's layout, and beside what else one could take. `cargo xtask bench` measures and writes all
+of this page but the part on Linux, which `cargo xtask bench linux` does; each part can be measured alone, by the command that stands
+with it. Nothing here is written by hand.
+
+How to read it:
+
+- *Two-level* (`per-page`) is Umbra's shadow: one byte for each page, and KASAN's byte shadow only for pages that need it. *Full* is
+  KASAN's own layout, 1/8 of memory, from the start.
+- Instructions, exits and bytes repeat exactly. Seconds and nanoseconds do not: compare them only within one table, where all was
+  measured in turns.
+- On a host whose KVM emulates ring 0 (PVM) an instruction of the guest costs about 0.2 µs, and an exit as much as 50 of them.
+  On hardware an instruction costs about 0.3 ns, and an exit as much as thousands.
+- Resident memory is what the kernel says (`/proc/self/smaps`, `/proc/self/pagemap`). What is only counted is called so.
+- A limit is what the project holds itself to. A figure over its limit is printed as such.
+";
+
+/// A part of the page.
+pub struct Section<'a> {
+    /// The name of its file: two digits that say where it comes, and a word.
+    pub name: &'a str,
+    /// Its heading.
+    pub title: &'a str,
+    /// The command that makes it.
+    pub command: &'a str,
+    /// What it was measured on.
+    pub host: String,
+    /// Its text, in Markdown. Paths in it are relative to the workspace.
+    pub body: String,
+}
+
+impl Section<'_> {
+    /// Writes it, and the whole page anew.
+    ///
+    /// # Errors
+    /// A file cannot be written or read.
+    pub fn write(&self) -> Result<()> {
+        let Self { name, title, command, host, body } = self;
+        let text = format!("## {title}\n\nMade by `{command}`, on {host}.\n\n{}\n", body.trim_matches('\n'));
+        let path = Path::new(FOLDER).join(format!("{name}.md"));
+        fs::create_dir_all(FOLDER).with_context(|| format!("cannot create {FOLDER}"))?;
+        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        let whole = whole(Path::new(FOLDER))?;
+        fs::write(WHOLE, whole).with_context(|| format!("cannot write {WHOLE}"))
+    }
+}
+
+/// The path of a plot, and how the page names it.
+pub fn plot(name: &str) -> (PathBuf, String) {
+    (Path::new(FOLDER).join(name), format!("benches/results/{name}"))
+}
+
+/// The page: all sections by name.
+fn whole(folder: &Path) -> Result<String> {
+    let mut files: Vec<_> = fs::read_dir(folder)
+        .with_context(|| format!("cannot read {}", folder.display()))?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|extension| extension == "md"))
+        .collect();
+    files.sort();
+    let mut text = INTRODUCTION.to_owned();
+    for file in files {
+        let section = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        text.push('\n');
+        text.push_str(section.trim_end());
+        text.push('\n');
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_is_what_its_parts_are() {
+        let page = fs::read_to_string(WHOLE).expect("BENCHMARKS.md is in the repository");
+        assert_eq!(page, whole(Path::new(FOLDER)).unwrap(), "BENCHMARKS.md was edited by hand");
+    }
+
+    #[test]
+    fn sections_come_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, text) in [("20-b.md", "## b\n"), ("10-a.md", "## a\n\n"), ("a.svg", "<svg/>")] {
+            fs::write(folder.path().join(name), text).unwrap();
+        }
+        assert_eq!(whole(folder.path()).unwrap(), format!("{INTRODUCTION}\n## a\n\n## b\n"));
+    }
+}
