@@ -54,6 +54,7 @@ extern "C" {
 #define UMBRA_LARGE_REDZONE 0xfe /* behind an allocation that has pages of its own */
 #define UMBRA_SLAB_REDZONE 0xfc  /* inside or behind a slab object */
 #define UMBRA_SLAB_FREE 0xfb     /* a freed slab object */
+#define UMBRA_VMALLOC_INVALID 0xf8 /* virtual memory that is not allocated, or behind what was asked for */
 
 #define UMBRA_PAGE_SHIFT 12
 #define UMBRA_GRANULE_SHIFT 3
@@ -69,6 +70,7 @@ struct umbra_offer {
 	uint64_t page_window_bytes; /* 0 if there is none */
 	uint64_t byte_window;       /* guest-physical start of the byte-shadow window */
 	uint64_t byte_window_bytes; /* 0 if there is none */
+	uint64_t virtual_bytes;     /* virtual memory that umbra_virtual_add() has shadow for */
 };
 
 /* Memory that the kernel maps one to one: `bytes` from `gpa` on, at `start`. All multiples of 4096. */
@@ -101,12 +103,13 @@ struct umbra_trap {
 };
 
 /* The runtime's side asserts the same (guest/runtime/src/api.rs). */
-UMBRA_ASSERT(sizeof(struct umbra_offer) == 40, "umbra_offer");
+UMBRA_ASSERT(sizeof(struct umbra_offer) == 48, "umbra_offer");
 UMBRA_ASSERT(offsetof(struct umbra_offer, version) == 4, "umbra_offer.version");
 UMBRA_ASSERT(offsetof(struct umbra_offer, page_window) == 8, "umbra_offer.page_window");
 UMBRA_ASSERT(offsetof(struct umbra_offer, page_window_bytes) == 16, "umbra_offer.page_window_bytes");
 UMBRA_ASSERT(offsetof(struct umbra_offer, byte_window) == 24, "umbra_offer.byte_window");
 UMBRA_ASSERT(offsetof(struct umbra_offer, byte_window_bytes) == 32, "umbra_offer.byte_window_bytes");
+UMBRA_ASSERT(offsetof(struct umbra_offer, virtual_bytes) == 40, "umbra_offer.virtual_bytes");
 UMBRA_ASSERT(sizeof(struct umbra_ring_header) == 64, "umbra_ring_header");
 UMBRA_ASSERT(sizeof(struct umbra_trap) == 40, "umbra_trap");
 UMBRA_ASSERT(offsetof(struct umbra_trap, rsi) == 8, "umbra_trap.rsi");
@@ -164,6 +167,20 @@ static inline void umbra_mappings(const struct umbra_offer *offer, const struct 
 
 /* Adds a region whose shadow is mapped. False when a table is full (16 regions) or a value is refused. */
 bool umbra_region_add(uint64_t start, uint64_t bytes, uint64_t gpa);
+
+/*
+ * Virtual memory that maps single pages, which come and go (vmalloc, modules, mapped stacks), has shadow of its own. This
+ * asks for it, for `bytes` from `start` on (multiples of 4096; in all at most umbra_offer.virtual_bytes). The result is a
+ * guest-physical address that stands for `start`, or 0 when it is refused. Map umbra_mappings() of the region
+ * {start, bytes, result}, once and before the memory is used; umbra_region_add() is not called for it. It may be done
+ * at any time after umbra_discover() found something.
+ *
+ * All of it is inaccessible (UMBRA_VMALLOC_INVALID) until it is handed out. An allocator of `n` pages for an object of `bytes`
+ * calls umbra_alloc(address, bytes, n * 4096, UMBRA_VMALLOC_INVALID, 0) when they are mapped, and
+ * umbra_free(address, start, n * 4096, UMBRA_VMALLOC_INVALID) before they are not; a guard page behind them needs no call.
+ * The shadow of the pages' other addresses (in the direct map) is not touched.
+ */
+uint64_t umbra_virtual_add(uint64_t start, uint64_t bytes);
 
 /*
  * Gives the runtime a CPU's ring: 64-byte aligned, zeroed memory in a region, `bytes` a multiple of 64 and at least

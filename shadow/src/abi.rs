@@ -9,6 +9,7 @@
 //! | base + 1 | [`VERSION`] | [`PORT`] | [`features`] bits | 0 |
 //! | base + 2 | page window, gpa low | gpa high | bytes, low | bytes, high |
 //! | base + 3 | byte window, gpa low | gpa high | bytes, low | bytes, high |
+//! | base + 4 | bytes that [`call::VIRTUAL_ADD`] has for virtual memory, low | high | 0 | 0 |
 //!
 //! **A call** is `out dx, eax` with the number in `eax`, [`PORT`] in `dx`, arguments in `rdi`, `rsi`, `rcx`,
 //! `r8` (not `rdx`, which the port occupies). The result comes back in `rax`; values from [`ERR_MIN`] on are
@@ -34,6 +35,9 @@ pub const CPUID_LEAF_FEATURES: u32 = 1;
 pub const CPUID_LEAF_PAGE_WINDOW: u32 = 2;
 /// Offset of the leaf with the byte-shadow window.
 pub const CPUID_LEAF_BYTE_WINDOW: u32 = 3;
+
+/// Offset of the leaf with the room for virtual memory.
+pub const CPUID_LEAF_VIRTUAL: u32 = 4;
 
 /// The I/O port of the hypercall.
 pub const PORT: u16 = 0x0b5e;
@@ -88,7 +92,17 @@ pub mod call {
     /// The compiler's descriptions of global variables with redzones. `rdi`: virtual address of an array of
     /// [`super::Global`] (in an added region), `rsi`: how many. It is read when a finding needs it.
     pub const GLOBALS: u32 = 12;
+    /// `rdi`: virtual start, `rsi`: bytes, both multiples of 4096. Says that a virtual range maps single pages, which come
+    /// and go (vmalloc), and shall have shadow of its own. Result: the range's *key*, a guest-physical address above all
+    /// memory that stands for the range's start: from here on it counts as a region that maps memory from there on one
+    /// to one, and its shadow is in the same windows as all other. The key is equal to the start modulo
+    /// [`super::VIRTUAL_UNIT`]. The whole range is poisoned with [`crate::codes::VMALLOC_INVALID`]. Keys are
+    /// handed out once, in units of [`super::VIRTUAL_UNIT`]; CPUID tells for how many bytes there are any.
+    pub const VIRTUAL_ADD: u32 = 13;
 }
+
+/// What the keys of virtual ranges are handed out in: as much memory as one page of page shadow is for.
+pub const VIRTUAL_UNIT: u64 = crate::codes::PAGE_SIZE << crate::codes::PAGE_SHIFT;
 
 /// The least value of `rax` that is an error.
 pub const ERR_MIN: u64 = -4095i64 as u64;

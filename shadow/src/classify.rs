@@ -29,6 +29,8 @@ pub enum BugKind {
     StackOutOfBounds,
     /// Beside an `alloca` region.
     AllocaOutOfBounds,
+    /// In virtual memory that is not allocated, or behind what was asked for.
+    VmallocOutOfBounds,
     /// In a stack variable whose scope has ended.
     UseAfterScope,
     /// A size that wraps or is negative, or a bad byte with valid ones around it.
@@ -59,6 +61,7 @@ impl BugKind {
             Self::GlobalOutOfBounds => "global-out-of-bounds",
             Self::StackOutOfBounds => "stack-out-of-bounds",
             Self::AllocaOutOfBounds => "alloca-out-of-bounds",
+            Self::VmallocOutOfBounds => "vmalloc-out-of-bounds",
             Self::UseAfterScope => "use-after-scope",
             Self::OutOfBounds => "out-of-bounds",
             Self::NullPtrDeref => "null-ptr-deref",
@@ -91,6 +94,7 @@ impl BugKind {
             GLOBAL_REDZONE => Self::GlobalOutOfBounds,
             STACK_LEFT | STACK_MID | STACK_RIGHT | STACK_PARTIAL => Self::StackOutOfBounds,
             ALLOCA_LEFT | ALLOCA_RIGHT => Self::AllocaOutOfBounds,
+            // Or `VMALLOC_INVALID`, which is the same value: the shadow does not know where stacks are.
             USE_AFTER_SCOPE => Self::UseAfterScope,
             _ => Self::Unknown,
         }

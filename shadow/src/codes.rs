@@ -44,6 +44,9 @@ pub const SLAB_FREE_TRACK: u8 = 0xFA;
 pub const GLOBAL_REDZONE: u8 = 0xF9;
 /// A stack variable whose scope has ended.
 pub const USE_AFTER_SCOPE: u8 = 0xF8;
+/// Virtual memory that belongs to no allocation, or lies behind what was asked for (Linux's `KASAN_VMALLOC_INVALID`). The
+/// same value as [`USE_AFTER_SCOPE`], which Linux gave up before it had this: where the address lies tells them apart.
+pub const VMALLOC_INVALID: u8 = 0xF8;
 /// Redzone left of the first variable of a stack frame.
 pub const STACK_LEFT: u8 = 0xF1;
 /// Redzone between two variables of a stack frame.

@@ -93,6 +93,13 @@ pub enum Call {
         /// Bytes; may be 0.
         len: u64,
     },
+    /// `len` bytes (not 0) of virtual memory at `va`, both multiples of 4096, shall have shadow of their own.
+    VirtualAdd {
+        /// Virtual address.
+        va: u64,
+        /// Bytes.
+        len: u64,
+    },
     /// The guest is done.
     Exit(Exit),
     /// `count` (1 to [`abi::GLOBALS_MAX`]) descriptions of globals at `va`.
@@ -334,6 +341,11 @@ impl Call {
                 range("address of globals", rdi, rsi * abi::GLOBAL_BYTES)?;
                 Self::Globals { va: rdi, count: rsi }
             }
+            call::VIRTUAL_ADD => {
+                // Its key takes the place of guest-physical memory later.
+                let Region { va, len, .. } = Region::new(rdi, rsi, 0)?;
+                Self::VirtualAdd { va, len }
+            }
             _ => return Err(CallError::Unknown(number)),
         })
     }
@@ -352,7 +364,8 @@ fn cpu(value: u64) -> Result<u16, CallError> {
     u16::try_from(value).map_err(|_| wrong("CPU", value))
 }
 
-/// Virtual memory that maps guest-physical memory one to one. At least a page; neither end wraps.
+/// Virtual memory that maps guest-physical memory one to one, or for whose addresses keys stand that do not exist as memory.
+/// At least a page; neither end wraps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Region {
     va: u64,
@@ -414,21 +427,49 @@ impl Regions {
         if region.len > ram_end || region.gpa > ram_end - region.len {
             return Err(wrong("region memory", region.gpa));
         }
+        self.check(&region)?;
+        self.regions.push(region);
+        Ok(())
+    }
+
+    /// Adds `len` bytes of virtual memory at `va`, as [`Call::VirtualAdd`] has them, if `key` has a key for them.
+    ///
+    /// # Errors
+    /// It has none; or the memory overlaps a region, or there are too many.
+    pub fn add_virtual(
+        &mut self,
+        va: u64,
+        len: u64,
+        key: impl FnOnce() -> Result<u64, CallError>,
+    ) -> Result<u64, CallError> {
+        let mut region = Region { va, len, gpa: 0 };
+        self.check(&region)?;
+        region.gpa = key()?;
+        self.regions.push(region);
+        Ok(region.gpa)
+    }
+
+    /// Refuses a region whose virtual memory overlaps another's, and any if there are too many.
+    fn check(&self, region: &Region) -> Result<(), CallError> {
         if self.regions.iter().any(|other| region.va <= other.last() && other.va <= region.last()) {
             return Err(wrong("region address", region.va));
         }
         if self.regions.len() >= Self::MOST {
             return Err(CallError::Limit { what: "regions", most: Self::MOST as u64 });
         }
-        self.regions.push(region);
         Ok(())
     }
 
-    /// The guest-physical address of `len` bytes at `va`, if one region holds them all.
+    /// The guest-physical address of `len` bytes at `va`, or the key that stands for it, if one region holds them all.
     pub fn to_gpa(&self, va: u64, len: u64) -> Option<u64> {
+        self.find(va).filter(|(_, left)| len <= *left).map(|(gpa, _)| gpa)
+    }
+
+    /// The guest-physical address of `va`, or the key that stands for it, and how many bytes of its region begin there.
+    pub fn find(&self, va: u64) -> Option<(u64, u64)> {
         self.regions.iter().find_map(|region| {
             let offset = va.checked_sub(region.va)?;
-            (offset < region.len && len <= region.len - offset).then(|| region.gpa + offset)
+            (offset < region.len).then(|| (region.gpa + offset, region.len - offset))
         })
     }
 

@@ -137,11 +137,13 @@ pub fn boot_info(at: u64) -> BootInfo {
 
 const PRESENT_WRITABLE: u64 = 3;
 const LARGE: u64 = 0x80;
+/// The address in a page table's entry.
+const FRAME: u64 = 0x000f_ffff_ffff_f000;
 const LARGE_PAGE: u64 = 2 << 20;
 
 /// Maps `mapping`, in large pages where both addresses allow it. `table` hands out zeroed page frames. What a large page
 /// maps beyond the window is not memory, and reads as such.
-fn map(mapping: &Mapping, table: &mut impl FnMut() -> u64) {
+pub fn map(mapping: &Mapping, table: &mut impl FnMut() -> u64) {
     let mut done = 0;
     while done < mapping.bytes {
         let (at, gpa) = (mapping.start + done, mapping.gpa + done);
@@ -162,11 +164,45 @@ fn map(mapping: &Mapping, table: &mut impl FnMut() -> u64) {
                 if *entry & 1 == 0 {
                     write_volatile(entry, table() | PRESENT_WRITABLE);
                 }
-                entries = (DIRECT_MAP + (*entry & 0x000f_ffff_ffff_f000)) as *mut u64;
+                entries = (DIRECT_MAP + (*entry & FRAME)) as *mut u64;
             }
         }
         done += if large { LARGE_PAGE } else { 4096 };
     }
+}
+
+/// The page-table entry of a small page, if it is mapped.
+fn entry_of(at: u64) -> Option<*mut u64> {
+    let mut entries = &raw mut boot_pml4 as *mut u64;
+    for shift in [39, 30, 21] {
+        // SAFETY: a page table, in the image or in the direct map.
+        let entry = unsafe { *entries.add((at >> shift & 511) as usize) };
+        if entry & 1 == 0 || entry & LARGE != 0 {
+            return None;
+        }
+        entries = (DIRECT_MAP + (entry & FRAME)) as *mut u64;
+    }
+    // SAFETY: as above.
+    let entry = unsafe { entries.add((at >> 12 & 511) as usize) };
+    // SAFETY: as above.
+    (unsafe { *entry } & 1 != 0).then_some(entry)
+}
+
+/// The guest-physical address of the small page that is mapped at `at`.
+pub fn translate(at: u64) -> Option<u64> {
+    // SAFETY: a page table's entry.
+    entry_of(at).map(|entry| unsafe { *entry } & FRAME)
+}
+
+/// Takes the small page at `at` out of the page tables, on this CPU. Returns its guest-physical address.
+pub fn unmap(at: u64) -> Option<u64> {
+    let gpa = translate(at)?;
+    // SAFETY: whoever mapped it does not use it any more.
+    unsafe {
+        write_volatile(entry_of(at)?, 0);
+        asm!("invlpg [{}]", in(reg) at, options(nostack));
+    }
+    Some(gpa)
 }
 
 /// Copies the page table of the highest level to `to`, and has the copy map the first GiB one to one as well.

@@ -22,6 +22,7 @@ mod scenarios;
 mod smp;
 mod stress;
 mod thread;
+mod vmalloc;
 
 use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
 

@@ -23,6 +23,8 @@ pub struct Offer {
     pub byte_window: u64,
     /// Its bytes; 0 if there is none.
     pub byte_window_bytes: u64,
+    /// Bytes of virtual memory that [`umbra_virtual_add`] has shadow for.
+    pub virtual_bytes: u64,
 }
 
 /// Looks for Umbra and says hello. Returns the features in `offer`, and 0 where there is no Umbra, or one of
@@ -38,6 +40,7 @@ pub extern "C" fn umbra_discover(offer: &mut Offer) -> u32 {
     offer.features = found.features;
     (offer.page_window, offer.page_window_bytes) = found.page_window;
     (offer.byte_window, offer.byte_window_bytes) = found.byte_window;
+    offer.virtual_bytes = found.virtual_bytes;
     offer.features
 }
 
@@ -48,6 +51,22 @@ pub extern "C" fn umbra_region_add(start: u64, bytes: u64, gpa: u64) -> bool {
     bytes != 0
         && !host::is_error(host::hypercall(call::REGION_ADD, start, bytes, gpa, 0))
         && state::add_region(start, bytes)
+}
+
+/// Asks for shadow of its own for virtual memory that maps single pages, which come and go: `bytes` from `start` on, both
+/// multiples of 4096. All of it is poisoned with `VMALLOC_INVALID` until an allocator hands it out. Returns a guest-physical
+/// address that stands for `start`, and 0 when it is refused: the windows are mapped for it before the memory is used, as for a
+/// region that begins there. Also after [`umbra_activate`].
+#[unsafe(no_mangle)]
+pub extern "C" fn umbra_virtual_add(start: u64, bytes: u64) -> u64 {
+    if !state::has_room() {
+        return 0;
+    }
+    let key = host::hypercall(call::VIRTUAL_ADD, start, bytes, 0, 0);
+    if host::is_error(key) || !state::add_region(start, bytes) {
+        return 0;
+    }
+    key
 }
 
 /// Hands over 64-byte aligned, zeroed memory for a CPU's ring, in an added region. `text_start` is where the kernel's code
@@ -282,9 +301,10 @@ pub unsafe extern "C" fn umbra_page_fault(trap: &mut Trap) -> bool {
 // `guest/c/umbra.h` asserts the same of its structures.
 const _: () = {
     use core::mem::offset_of;
-    assert!(size_of::<Offer>() == 40 && offset_of!(Offer, version) == 4);
+    assert!(size_of::<Offer>() == 48 && offset_of!(Offer, version) == 4);
     assert!(offset_of!(Offer, page_window) == 8 && offset_of!(Offer, page_window_bytes) == 16);
     assert!(offset_of!(Offer, byte_window) == 24 && offset_of!(Offer, byte_window_bytes) == 32);
+    assert!(offset_of!(Offer, virtual_bytes) == 40);
     assert!(size_of::<Trap>() == 40 && offset_of!(Trap, rsi) == 8 && offset_of!(Trap, rbp) == 16);
     assert!(offset_of!(Trap, rip) == 24 && offset_of!(Trap, rsp) == 32);
     assert!(size_of::<abi::RingHeader>() == 64 && abi::VERSION == 1 && abi::NAME_MAX == 64);

@@ -16,6 +16,8 @@ pub struct Offer {
     pub page_window: (u64, u64),
     /// Guest-physical start and bytes of the byte-shadow window; 0 bytes if there is none.
     pub byte_window: (u64, u64),
+    /// Bytes of virtual memory that may have shadow of its own.
+    pub virtual_bytes: u64,
 }
 
 fn pair(leaf: CpuidResult) -> (u64, u64) {
@@ -39,6 +41,7 @@ pub fn discover() -> Option<Offer> {
         features: about.ecx,
         page_window: pair(__cpuid(base + abi::CPUID_LEAF_PAGE_WINDOW)),
         byte_window: pair(__cpuid(base + abi::CPUID_LEAF_BYTE_WINDOW)),
+        virtual_bytes: pair(__cpuid(base + abi::CPUID_LEAF_VIRTUAL)).0,
     })
 }
 

@@ -1,10 +1,10 @@
-//! What the runtime knows: the mode, the linear regions, and whom to ask for the current task.
+//! What the runtime knows: the mode, the regions, and whom to ask for the current task.
 
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 use umbra_shadow::abi::features;
 
-/// Most linear regions a kernel may have.
+/// Most regions a kernel may have.
 pub const REGIONS: usize = 16;
 /// Most CPUs whose rings and suppression counts are kept.
 pub const CPUS: usize = 64;
@@ -66,7 +66,12 @@ pub fn cpu_of(who: u64) -> usize {
     (who >> 16) as u16 as usize % CPUS
 }
 
-/// Remembers a linear region; false when the table is full.
+/// Whether another region can be remembered.
+pub fn has_room() -> bool {
+    REGION_COUNT.load(Relaxed) < REGIONS
+}
+
+/// Remembers a region, of memory that is mapped one to one or of virtual memory; false when the table is full.
 pub fn add_region(start: u64, bytes: u64) -> bool {
     let n = REGION_COUNT.load(Relaxed);
     let Some((s, e)) = REGION.get(n) else { return false };

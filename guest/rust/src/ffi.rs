@@ -18,6 +18,8 @@ pub struct Offer {
     pub byte_window: u64,
     /// Its bytes; 0 if there is none.
     pub byte_window_bytes: u64,
+    /// Bytes of virtual memory that [`crate::add_virtual`] has shadow for.
+    pub virtual_bytes: u64,
 }
 
 /// The registers that [`crate::page_fault`] reads and changes.
@@ -42,6 +44,7 @@ pub type CurrentFn = extern "C" fn() -> u64;
 unsafe extern "C" {
     pub fn umbra_discover(offer: &mut Offer) -> u32;
     pub fn umbra_region_add(start: u64, bytes: u64, gpa: u64) -> bool;
+    pub fn umbra_virtual_add(start: u64, bytes: u64) -> u64;
     pub fn umbra_ring_setup(cpu: u64, memory: *mut RingHeader, bytes: u64, text_start: u64) -> bool;
     pub fn umbra_activate(features: u32, text_end: u64, current: Option<CurrentFn>);
     pub fn umbra_poison(address: u64, bytes: u64, code: u8);

@@ -15,14 +15,15 @@ pub use umbra_shadow::{abi, codes};
 use umbra_shadow::abi::features;
 use umbra_shadow::codes::{GRANULE_SHIFT, PAGE_SHIFT, PAGE_SIZE};
 
-/// Memory that a kernel maps one to one: `bytes` of guest-physical memory from `gpa` on, at `start`.
+/// Memory that a kernel maps one to one: `bytes` of guest-physical memory from `gpa` on, at `start`. Or virtual memory with
+/// shadow of its own, by [`add_virtual`].
 #[derive(Clone, Copy, Debug)]
 pub struct Region {
     /// Virtual start, a multiple of 4096 in the upper half.
     pub start: u64,
     /// Bytes, a multiple of 4096.
     pub bytes: u64,
-    /// Guest-physical start, a multiple of 4096.
+    /// Guest-physical start, a multiple of 4096. Of virtual memory, an address that stands for its start.
     pub gpa: u64,
 }
 
@@ -118,6 +119,16 @@ pub unsafe fn start(offer: &Offer, config: Config) -> Result<(), StartError> {
         ffi::umbra_activate(offer.features, config.text.end, config.current);
     }
     Ok(())
+}
+
+/// Asks for shadow of its own for virtual memory that maps single pages, which come and go (vmalloc): `bytes` from `start` on,
+/// both multiples of 4096; at most [`Offer::virtual_bytes`] in all. All of it is poisoned with [`codes::VMALLOC_INVALID`]
+/// until an allocator hands it out by [`alloc`]. Returns it as a region, whose [`Offer::mappings`] are to be mapped before
+/// the memory is used: once, for all that ever comes and goes there. `None` when it is refused, or `offer` has no checks.
+pub fn add_virtual(offer: &Offer, start: u64, bytes: u64) -> Option<Region> {
+    // SAFETY: takes any values.
+    let gpa = if offer.checks() { unsafe { ffi::umbra_virtual_add(start, bytes) } } else { 0 };
+    (gpa != 0).then_some(Region { start, bytes, gpa })
 }
 
 /// Gives another CPU its ring. To be called before that CPU runs code that allocates; without a ring its allocations and

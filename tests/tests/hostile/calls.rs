@@ -1,9 +1,9 @@
 //! Hypercalls with wild values, rings with garbage, floods of reports, names that want to steer a terminal.
 
 use umbra_shadow::abi::{RECORD_BYTES, access, call, exit, name};
-use umbra_shadow::codes::SLAB_FREE;
+use umbra_shadow::codes::{PAGE_BYTES, SLAB_FREE};
 
-use super::guest::{CODE, FREE, Guest, PAGE_WINDOW, RAM, Row};
+use super::guest::{BYTE_WINDOW, CODE, FREE, Guest, PAGE_WINDOW, RAM, Row, VIRTUAL_BYTES};
 use super::{OUTPUT, quiet, run};
 
 pub const ALL: &[(&str, fn())] = &[
@@ -24,6 +24,8 @@ pub const ALL: &[(&str, fn())] = &[
     ("wild_frame_pointers", wild_frame_pointers),
     ("a_region_that_lies", a_region_that_lies),
     ("sync_calls_at_every_edge", sync_calls_at_every_edge),
+    ("virtual_memory_in_bad_places", virtual_memory_in_bad_places),
+    ("virtual_memory_without_end", virtual_memory_without_end),
 ];
 
 /// A xorshift generator (Marsaglia 2003).
@@ -115,7 +117,7 @@ fn wild_calls(mode: &str) {
 
 fn unknown_calls() {
     let rows: Vec<Row> =
-        (12..20).chain([0, 255, 0x8000_0000, 0xffff_ffff]).map(|number| [number, 1, 2, 3, 4]).collect();
+        (14..20).chain([0, 255, 0x8000_0000, 0xffff_ffff]).map(|number| [number, 1, 2, 3, 4]).collect();
     let made = rows.len() as u64;
     let guest = Guest::new(|g| {
         g.calls(&rows)?;
@@ -462,5 +464,82 @@ fn sync_calls_at_every_edge() {
     let [finding] = run.findings.as_slice() else { panic!("{:?}", run.findings) };
     for row in finding["shadow"]["rows"].as_array().expect("rows") {
         assert_eq!(row["bytes"], ["00"; 16].join(" "));
+    }
+}
+
+/// Ranges that are misaligned, empty, wrapping, there already or too large; then more than there may be.
+fn virtual_memory_in_bad_places() {
+    const VA: u64 = 0xffff_c900_0000_0000;
+    let add = |va, bytes| [call::VIRTUAL_ADD.into(), va, bytes, 0, 0];
+    let all = VIRTUAL_BYTES;
+    let wrong: Vec<Row> = vec![
+        add(VA + 8, 0x1000),
+        add(VA, 0x1001),
+        add(VA, 0),
+        add(u64::MAX - 0xfff, 0x2000),
+        add(VA, u64::MAX - 0xfff),
+        add(0, 0x1000),
+        add(RAM - 0x1000, 0x2000),
+        add(VA, all + 0x1000),
+        add(VA + 0x1000, all),
+        add(VA, 1 << 46),
+    ];
+    // With the region of all memory, 64 are all that there may be; one page takes the keys of a unit.
+    let good = (0..64).map(|i| add(VA + (i << 32), 0x1000));
+    let rows: Vec<Row> = wrong.iter().copied().chain(good).collect();
+    for mode in ["--notify ring", "--notify sync", "--shadow full"] {
+        let guest = Guest::new(|g| {
+            g.region()?;
+            g.calls(&rows)?;
+            g.done()
+        });
+        let run = quiet(guest, mode);
+        run.expect(0);
+        assert_eq!(run.figure("/events/refused"), wrong.len() as u64 + 1, "{mode}");
+        let page_bytes = if mode == "--shadow full" { 0 } else { (1 + 63) * 4096 };
+        assert_eq!(run.figure("/shadow/page_bytes"), page_bytes, "{mode}");
+    }
+}
+
+/// All the virtual memory that there is, and its byte shadow until the limit, which is there without being asked for.
+fn virtual_memory_without_end() {
+    use iced_x86::code_asm::*;
+    const VA: u64 = 0xffff_c900_0000_0000;
+    const CHUNK: u64 = 256 << 10;
+    for (args, limit) in [("", (2 << 20) + (32 << 20)), ("--shadow full --shadow-limit 4M", 4 << 20)] {
+        let guest = Guest::new(|g| {
+            g.region()?;
+            // Before it has any, its shadow is nowhere.
+            for gpa in [PAGE_WINDOW + RAM / 4096, BYTE_WINDOW + RAM / 8] {
+                g.asm.mov(rbx, gpa)?;
+                g.asm.mov(byte_ptr(rbx), u32::from(PAGE_BYTES))?;
+            }
+            g.call(call::VIRTUAL_ADD, [VA, VIRTUAL_BYTES, 0, 0])?;
+            let a = &mut g.asm;
+            let mut next = a.create_label();
+            // A byte-checked page for each chunk, so that none may be taken away.
+            a.mov(rbx, PAGE_WINDOW + RAM / 4096)?;
+            a.mov(rdi, BYTE_WINDOW + RAM / 8)?;
+            a.mov(ecx, (VIRTUAL_BYTES / 8 / CHUNK) as u32)?;
+            a.set_label(&mut next)?;
+            if args.is_empty() {
+                a.mov(byte_ptr(rbx), u32::from(PAGE_BYTES))?;
+            }
+            a.mov(byte_ptr(rdi), 1)?;
+            a.add(rbx, 512)?;
+            a.add(rdi, CHUNK as i32)?;
+            a.dec(ecx)?;
+            a.jnz(next)?;
+            g.done()
+        });
+        let run = quiet(guest, args);
+        run.expect(2);
+        assert_eq!(run.outcome(), "shadow-limit", "{args}: {}", run.tail());
+        assert_eq!(run.figure("/shadow/byte_mapped_bytes"), limit, "{args}");
+        assert_eq!(
+            run.figure("/shadow/page_bytes"),
+            if args.is_empty() { 4096 + VIRTUAL_BYTES / 4096 } else { 0 }
+        );
+        assert!(run.stderr.contains("--shadow-limit"), "{}", run.stderr);
     }
 }

@@ -12,12 +12,14 @@ use umbra_tests::elf::ElfBuilder;
 pub const RAM: u64 = 16 << 20;
 /// Where the page-shadow window lies with this memory.
 pub const PAGE_WINDOW: u64 = 4 << 30;
-/// Its bytes.
+/// Its bytes, for this memory; behind them it goes on for virtual memory.
 pub const PAGE_WINDOW_BYTES: u64 = RAM / 4096;
 /// Where the byte-shadow window lies.
 pub const BYTE_WINDOW: u64 = 5 << 30;
-/// Its bytes.
+/// Its bytes, likewise.
 pub const BYTE_WINDOW_BYTES: u64 = RAM / 8;
+/// Virtual memory that there is shadow for, in bytes.
+pub const VIRTUAL_BYTES: u64 = 4 << 30;
 /// The code.
 pub const CODE: u64 = 0x10_0000;
 /// Where nothing else is: for rings and other tables of a test's own.

@@ -1,5 +1,6 @@
 //! What each hypercall does.
 
+use umbra_shadow::Shadow;
 use umbra_shadow::abi::{self, RECORD_BYTES, RECORD_FRAMES, record};
 use vm_memory::GuestAddress;
 
@@ -9,6 +10,7 @@ use super::rings::Event;
 use super::{Outcome, investigate};
 use crate::hypercall::{Call, CallError, Exit, Named, Regions};
 use crate::machine::memory::Ram;
+use crate::machine::walk::AddressSpace;
 use crate::shadow::{Notify, Objects, ShadowError, release_unused};
 
 /// In `sync` mode, how many events pass between two looks for shadow to give back.
@@ -112,15 +114,35 @@ impl Monitor {
                     return Ok(Answer::End(outcome));
                 }
             }
+            Call::VirtualAdd { va, len } => {
+                let Self { regions, windows, .. } = self;
+                let Some(windows) = windows else { return Err(CallError::Mode(number).into()) };
+                let none = CallError::Limit {
+                    what: "bytes of virtual memory",
+                    most: windows.model().memory().layout().virtual_bytes(),
+                };
+                let key = regions.add_virtual(va, len, || windows.next_key(va, len).ok_or(none))?;
+                windows.add_virtual(key, len, machine.slots).map_err(Outcome::from)?;
+                return Ok(Answer::Value(key));
+            }
             Call::Name { what, va, len } => {
                 let mut name = [0; abi::NAME_MAX as usize];
                 let name = &mut name[..len as usize];
                 if len > 0 {
-                    let gpa = in_ram(&self.regions, machine.ram, va, len, "name address")?;
-                    machine
-                        .ram
-                        .read(GuestAddress(gpa), name)
-                        .map_err(|_| CallError::Argument { what: "name address", value: va })?;
+                    let wrong = CallError::Argument { what: "name address", value: va };
+                    let read = match in_ram(&self.regions, machine.ram, va, len, "name address") {
+                        Ok(gpa) => machine.ram.read(GuestAddress(gpa), name).is_ok(),
+                        // On a stack in virtual memory, for example.
+                        Err(_) => {
+                            self.regions.to_gpa(va, len).is_some()
+                                && AddressSpace::new(&machine.cpu.sregs().map_err(Outcome::from)?)
+                                    .read(machine.ram, va, name)
+                                    .is_ok()
+                        }
+                    };
+                    if !read {
+                        return Err(wrong.into());
+                    }
                 }
                 match what {
                     Named::Cache { id, object_size } => self.objects.name_cache(id, name, object_size),
@@ -128,7 +150,8 @@ impl Monitor {
                 }
             }
             Call::Globals { va, count } => {
-                in_ram(&self.regions, machine.ram, va, count * abi::GLOBAL_BYTES, "address of globals")?;
+                // Read through the guest's page tables, when it is: virtual memory (a module's) will do.
+                to_gpa(&self.regions, va, count * abi::GLOBAL_BYTES)?;
                 self.globals.add(va, count)?;
             }
             Call::Exit(exit) => {

@@ -4,7 +4,8 @@
 use std::fmt;
 
 use umbra_shadow::codes::{
-    GRANULE, GRANULE_SHIFT, LARGE_REDZONE, PAGE_SHIFT, SLAB_REDZONE, STACK_LEFT, UNKNOWN,
+    GRANULE, GRANULE_SHIFT, LARGE_REDZONE, PAGE_SHIFT, PAGE_SIZE, SLAB_REDZONE, STACK_LEFT, UNKNOWN,
+    VMALLOC_INVALID,
 };
 use umbra_shadow::{BugKind, Cause, Shadow, Violation, abi, classify};
 
@@ -16,7 +17,7 @@ use crate::report::frame::{self, DESCRIPTION_MAX, FRAME_MAGIC, StackFrame};
 use crate::report::stack::{Stack, walk};
 use crate::report::symbols::{Position, Symbols};
 use crate::report::{self, Added, Event, Finding, Frame, Object, ROW_SHADOW, ShadowDump, Task};
-use crate::shadow::{At, objects};
+use crate::shadow::{At, Model, objects};
 
 /// [`GRANULE`], as shadow bytes count.
 const GRANULE_BYTES: u8 = GRANULE as u8;
@@ -72,10 +73,11 @@ impl Monitor {
             Access::DoubleFree => abi::access::DOUBLE_FREE,
             Access::InvalidFree => abi::access::INVALID_FREE,
         };
-        let gpa = self.regions.to_gpa(address, 1);
-        let violation = match (&self.windows, gpa) {
+        let region = self.regions.find(address);
+        let gpa = region.map(|(gpa, _)| gpa);
+        let violation = match (&self.windows, region) {
             // A free has no size; its address is what is wrong.
-            (Some(windows), Some(gpa)) => windows.model().check(gpa, size.max(1)).err(),
+            (Some(windows), Some((gpa, left))) => access_violation(windows.model(), gpa, size.max(1), left),
             _ => Some(Violation { address: gpa.unwrap_or(address), code: UNKNOWN, cause: Cause::Outside }),
         };
         let kind = BugKind::of_free(number).unwrap_or_else(|| match (&violation, &self.windows) {
@@ -91,6 +93,20 @@ impl Monitor {
             _ => address,
         };
         let bad_gpa = if BugKind::of_free(number).is_some() { gpa } else { bad_gpa };
+
+        let stack_frame = match kind {
+            BugKind::StackOutOfBounds | BugKind::UseAfterScope => self.stack_frame(first_bad, machine),
+            _ => None,
+        };
+        // One code says both, of virtual memory. Of a stack there, the frame is known.
+        let kind = match kind {
+            BugKind::UseAfterScope
+                if stack_frame.is_none() && bad_gpa.is_some_and(|gpa| self.is_virtual(gpa)) =>
+            {
+                BugKind::VmallocOutOfBounds
+            }
+            kind => kind,
+        };
 
         let stack = stack(machine, Some(ip), FRAMES);
         let frames = self.symbols.stack(&stack.ips);
@@ -142,10 +158,6 @@ impl Monitor {
             }
             _ => None,
         };
-        let stack_frame = match kind {
-            BugKind::StackOutOfBounds | BugKind::UseAfterScope => self.stack_frame(first_bad, machine),
-            _ => None,
-        };
         notes.extend(self.symbols.notes());
         if self.objects.counts().dropped + self.objects.counts().evicted > 0 && object.is_none() {
             notes.push("the table of objects was full, so this one may be missing in it".into());
@@ -174,6 +186,19 @@ impl Monitor {
         }
     }
 
+    /// Whether a key stands for virtual memory.
+    fn is_virtual(&self, key: u64) -> bool {
+        self.windows.as_ref().is_some_and(|windows| key >= windows.model().memory().layout().virtual_start)
+    }
+
+    /// Whether all of the page of `gpa` belongs to no allocation of virtual memory: a guard page.
+    fn is_guard(&self, gpa: u64) -> bool {
+        let Some(windows) = &self.windows else { return false };
+        let page = gpa & !(PAGE_SIZE - 1);
+        let mut granules = (page..page + PAGE_SIZE).step_by(GRANULE as usize);
+        self.is_virtual(gpa) && granules.all(|at| windows.model().state(at) == VMALLOC_INVALID)
+    }
+
     /// The frame that `first_bad` lies in. Its start is that of the nearest left redzone below, if what the compiler
     /// puts there is there (as `kasan_get_stack_frame_info` finds it, `mm/kasan/report_generic.c`).
     fn stack_frame(&self, first_bad: u64, machine: &Machine) -> Option<StackFrame> {
@@ -181,7 +206,14 @@ impl Monitor {
         let state = |at| Some(model.state(self.regions.to_gpa(at, GRANULE)?));
         let mut base = first_bad & !(GRANULE - 1);
         let lowest = base.checked_sub(STACK_SEARCH)?;
+        let mut page = None;
         while state(base)? != STACK_LEFT {
+            // A stack does not go on below its guard page.
+            if page.replace(base / PAGE_SIZE) != Some(base / PAGE_SIZE)
+                && self.is_guard(self.regions.to_gpa(base, GRANULE)?)
+            {
+                return None;
+            }
             base = base.checked_sub(GRANULE).filter(|at| *at >= lowest)?;
         }
         while state(base.wrapping_sub(GRANULE)).is_some_and(|state| state == STACK_LEFT) {
@@ -268,6 +300,17 @@ impl Monitor {
         }
         Flow::Continue
     }
+}
+
+/// What is wrong with an access to `size` bytes at `gpa`, whose region ends `left` bytes behind it. What follows there is other
+/// memory to the guest.
+fn access_violation(model: &Model, gpa: u64, size: u64, left: u64) -> Option<Violation> {
+    // A negative size is wrong wherever it is.
+    if size <= left || size > i64::MAX as u64 {
+        return model.check(gpa, size).err();
+    }
+    let behind = Violation { address: gpa.saturating_add(left), code: UNKNOWN, cause: Cause::Outside };
+    model.check(gpa, left).err().or(Some(behind))
 }
 
 fn task(id: u32, name: Option<&str>) -> Task {

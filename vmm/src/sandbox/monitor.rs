@@ -362,11 +362,13 @@ pub fn discovery(mode: ShadowMode, notify: Notify, layout: &Layout) -> Vec<Cpuid
     let window = |gpa: u64, bytes: u64| [gpa as u32, (gpa >> 32) as u32, bytes as u32, (bytes >> 32) as u32];
     let page = if mode == ShadowMode::PerPage { window(layout.page.gpa, layout.page.bytes) } else { [0; 4] };
     let byte = if mode == ShadowMode::Off { [0; 4] } else { window(layout.byte.gpa, layout.byte.bytes) };
+    let keys = if mode == ShadowMode::Off { 0 } else { layout.virtual_bytes() };
     let [s0, s1, s2] = abi::CPUID_SIGNATURE;
     vec![
-        leaf(base, [base + abi::CPUID_LEAF_BYTE_WINDOW, s0, s1, s2]),
+        leaf(base, [base + abi::CPUID_LEAF_VIRTUAL, s0, s1, s2]),
         leaf(base + abi::CPUID_LEAF_FEATURES, [abi::VERSION, u32::from(PORT), offered, 0]),
         leaf(base + abi::CPUID_LEAF_PAGE_WINDOW, page),
         leaf(base + abi::CPUID_LEAF_BYTE_WINDOW, byte),
+        leaf(base + abi::CPUID_LEAF_VIRTUAL, [keys as u32, (keys >> 32) as u32, 0, 0]),
     ]
 }

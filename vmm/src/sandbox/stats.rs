@@ -35,7 +35,7 @@ pub struct ShadowStats {
     pub mode: &'static str,
     /// `ring` or `sync`.
     pub notify: &'static str,
-    /// Page shadow, there from the start.
+    /// Page shadow, there from the start; that of virtual memory from when the guest asked for it.
     pub page_bytes: u64,
     /// Byte shadow that is mapped, at the end.
     pub byte_mapped_bytes: u64,

@@ -21,6 +21,8 @@ use crate::report::Finding;
 use crate::report::symbols::Symbols;
 use crate::shadow::{self, CHUNK_BYTES, Layout, Mode, Notify, SlotError, Slots, Windows};
 
+mod keys;
+
 const RAM: u64 = 16 << 20;
 /// The vCPU that makes all exits.
 const CPU: u8 = 2;

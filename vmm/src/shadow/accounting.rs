@@ -138,7 +138,8 @@ pub(super) struct Accounting {
 /// What the shadow costs. All sizes in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Figures {
-    /// Page shadow, resident from the start.
+    /// Page shadow, in whole pages: that of RAM, resident from the start, and that of the virtual memory which the guest
+    /// asked for, resident from then on.
     pub page_bytes: u64,
     /// Byte shadow mapped now, whole chunks: what could become resident without a further exit.
     pub byte_mapped_bytes: u64,
@@ -181,6 +182,11 @@ impl Accounting {
     /// Bytes of page shadow.
     pub(super) fn page_bytes(&self) -> u64 {
         self.page_bytes
+    }
+
+    /// Counts page shadow that is resident from now on.
+    pub(super) fn count_page_bytes(&mut self, bytes: u64) {
+        self.page_bytes = self.page_bytes.saturating_add(bytes);
     }
 
     pub(super) fn count_fault(&mut self) {

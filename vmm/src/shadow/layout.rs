@@ -1,6 +1,10 @@
-//! Where the shadow windows lie in guest-physical memory: above RAM, the page window first.
+//! Where the shadow windows lie in guest-physical memory: above RAM, the page window first. And the *keys* that shadow is
+//! looked up by: the addresses of RAM, then those that stand for virtual memory with shadow of its own.
 
-use umbra_shadow::codes::{GRANULE_SHIFT, PAGE_SHIFT, PAGE_SIZE};
+use umbra_shadow::{
+    abi::VIRTUAL_UNIT,
+    codes::{GRANULE_SHIFT, PAGE_SHIFT, PAGE_SIZE},
+};
 
 /// Bytes of byte shadow that are mapped at once: 64 shadow pages, for 2 MiB of guest memory. One exit then
 /// serves a large page of the guest, and a 4 GiB guest needs at most 2,048 memory slots.
@@ -15,6 +19,11 @@ const LOWEST_WINDOW: u64 = 4 << 30;
 /// The end of the largest guest memory that is accepted. It keeps the tables of this module small whatever a
 /// command line asks for.
 const MAX_RAM_END: u64 = 4 << 40;
+/// Virtual memory that there are keys for, in bytes: as much as guest memory, but at least this. A key costs nothing until
+/// the guest asks for it.
+const LEAST_VIRTUAL: u64 = 4 << 30;
+/// By how much byte shadow may grow for virtual memory if nobody says: as much as RAM has, but at least this.
+const LEAST_VIRTUAL_SHADOW: u64 = 32 << 20;
 
 /// A guest-physical range that shows shadow memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,9 +60,13 @@ pub struct LayoutError {
 pub struct Layout {
     /// The first address behind guest memory; everything below it has shadow.
     pub ram_end: u64,
-    /// One byte for each page, at index `gpa >> 12`. Whole 4 KiB pages.
+    /// The first key of virtual memory, a multiple of [`VIRTUAL_UNIT`].
+    pub virtual_start: u64,
+    /// The first address behind all keys, a multiple of [`VIRTUAL_UNIT`].
+    pub keys_end: u64,
+    /// One byte for each page, at index `key >> 12`. Whole 4 KiB pages.
     pub page: Window,
-    /// One byte for each 8 bytes, at index `gpa >> 3`. Whole chunks.
+    /// One byte for each 8 bytes, at index `key >> 3`. Whole chunks.
     pub byte: Window,
 }
 
@@ -63,15 +76,42 @@ impl Layout {
         if ram_end == 0 || !ram_end.is_multiple_of(PAGE_SIZE) || ram_end > MAX_RAM_END {
             return Err(LayoutError { ram_end });
         }
+        let virtual_start = ram_end.next_multiple_of(VIRTUAL_UNIT);
+        let keys_end = virtual_start + virtual_start.max(LEAST_VIRTUAL);
         let page = Window {
             gpa: ram_end.max(LOWEST_WINDOW).next_multiple_of(WINDOW_ALIGN),
-            bytes: (ram_end >> PAGE_SHIFT).next_multiple_of(PAGE_SIZE),
+            bytes: keys_end >> PAGE_SHIFT,
         };
-        let byte = Window {
-            gpa: page.end().next_multiple_of(WINDOW_ALIGN),
-            bytes: (ram_end >> GRANULE_SHIFT).next_multiple_of(CHUNK_BYTES),
-        };
-        Ok(Self { ram_end, page, byte })
+        let byte =
+            Window { gpa: page.end().next_multiple_of(WINDOW_ALIGN), bytes: keys_end >> GRANULE_SHIFT };
+        Ok(Self { ram_end, virtual_start, keys_end, page, byte })
+    }
+
+    /// Bytes of virtual memory that there are keys for.
+    pub fn virtual_bytes(&self) -> u64 {
+        self.keys_end - self.virtual_start
+    }
+
+    /// Bytes of the page window that are for RAM, whole pages.
+    pub fn ram_page_bytes(&self) -> u64 {
+        (self.ram_end >> PAGE_SHIFT).next_multiple_of(PAGE_SIZE)
+    }
+
+    /// Chunks of the byte window that are for RAM.
+    pub fn ram_chunks(&self) -> usize {
+        self.ram_end.div_ceil(CHUNK_COVERS) as usize
+    }
+
+    /// The first chunk of the byte window that is for virtual memory.
+    pub fn first_virtual_chunk(&self) -> usize {
+        (self.virtual_start / CHUNK_COVERS) as usize
+    }
+
+    /// The most byte shadow that may be mapped if nobody says otherwise, in bytes. RAM bounds its own shadow; without this,
+    /// virtual memory would let a small guest take any amount.
+    pub fn default_limit(&self) -> u64 {
+        let ram = self.ram_chunks() as u64 * CHUNK_BYTES;
+        ram + ram.max(LEAST_VIRTUAL_SHADOW)
     }
 
     /// The first guest-physical address above everything: the guest's physical addresses must reach it.
@@ -81,7 +121,7 @@ impl Layout {
 
     /// Chunks of the byte window.
     pub fn chunks(&self) -> usize {
-        // At most 2^21, by MAX_RAM_END.
+        // At most 2^22, by MAX_RAM_END.
         (self.byte.bytes / CHUNK_BYTES) as usize
     }
 }
@@ -97,20 +137,30 @@ mod tests {
         {
             let layout = Layout::new(ram_end).unwrap();
             assert!(layout.page.gpa >= ram_end && layout.page.gpa >= LOWEST_WINDOW, "{layout:x?}");
-            assert_eq!(layout.byte.gpa, layout.page.gpa + WINDOW_ALIGN, "{layout:x?}");
-            assert!(layout.page.bytes >= ram_end / 4096 && layout.page.bytes < ram_end / 4096 + 4096);
-            assert!(layout.byte.bytes >= ram_end / 8 && layout.byte.bytes < ram_end / 8 + CHUNK_BYTES);
+            assert_eq!(layout.byte.gpa, layout.page.end().next_multiple_of(WINDOW_ALIGN), "{layout:x?}");
+            assert!(layout.ram_page_bytes() >= ram_end / 4096);
+            assert!(layout.ram_page_bytes() < ram_end / 4096 + 4096);
+            assert!(layout.ram_chunks() as u64 * CHUNK_COVERS >= ram_end);
+            assert!(layout.virtual_start >= ram_end && layout.virtual_start < ram_end + VIRTUAL_UNIT);
+            assert!(layout.virtual_bytes() >= LEAST_VIRTUAL && layout.virtual_bytes() >= ram_end);
+            assert!(layout.keys_end.is_multiple_of(VIRTUAL_UNIT));
+            assert_eq!(layout.page.bytes, layout.keys_end / 4096);
+            assert_eq!(layout.byte.bytes, layout.keys_end / 8);
             // The page shadow of every chunk, the last one included, lies in the page window.
             assert!(layout.chunks() as u64 * (CHUNK_COVERS >> PAGE_SHIFT) <= layout.page.bytes);
         }
+        let layout = Layout::new(256 << 20).unwrap();
         assert_eq!(
-            Layout::new(256 << 20).unwrap(),
+            layout,
             Layout {
                 ram_end: 256 << 20,
-                page: Window { gpa: 4 << 30, bytes: 64 << 10 },
-                byte: Window { gpa: 5 << 30, bytes: 32 << 20 }
+                virtual_start: 256 << 20,
+                keys_end: (256 << 20) + (4 << 30),
+                page: Window { gpa: 4 << 30, bytes: (64 << 10) + (1 << 20) },
+                byte: Window { gpa: 5 << 30, bytes: (32 << 20) + (512 << 20) }
             }
         );
+        assert_eq!(layout.default_limit(), 64 << 20);
     }
 
     #[test]

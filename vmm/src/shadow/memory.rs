@@ -1,7 +1,7 @@
 //! The shadow bytes themselves, as the model of `umbra-shadow` wants them: by guest-physical address.
 
 use umbra_shadow::{
-    codes::{GRANULE_SHIFT, PAGE_BUSY, PAGE_BYTES, PAGE_SHIFT, SHADOW_PER_PAGE},
+    codes::{GRANULE_SHIFT, PAGE_BUSY, PAGE_BYTES, PAGE_SHIFT, SHADOW_PER_PAGE, VMALLOC_INVALID},
     memory::ShadowMemory,
 };
 
@@ -13,7 +13,8 @@ use super::{
 /// Pages of guest memory behind one chunk of byte shadow.
 const CHUNK_PAGES: u64 = CHUNK_COVERS >> PAGE_SHIFT;
 
-/// Page shadow and byte shadow of a whole guest in host memory.
+/// Page shadow and byte shadow of a whole guest in host memory. It is keyed by guest-physical address; the keys of
+/// virtual memory ([`Layout`]) are addresses to it like any other.
 ///
 /// Reads are safe while guest vCPUs run; each value is read once. Byte shadow of a chunk that was never
 /// mapped reads as zero and costs nothing. A write to such a chunk maps it as far as accounting goes;
@@ -21,6 +22,8 @@ const CHUNK_PAGES: u64 = CHUNK_COVERS >> PAGE_SHIFT;
 #[derive(Debug)]
 pub struct HostShadow {
     layout: Layout,
+    /// The first address without shadow: the end of RAM, or of the virtual memory that the guest has keys for.
+    end: u64,
     /// `None` for a full shadow, where every page is byte-checked.
     pub(super) page: Option<Mapping>,
     pub(super) byte: Mapping,
@@ -37,6 +40,7 @@ impl HostShadow {
     pub(super) fn new(layout: Layout, page: Option<Mapping>, byte: Mapping) -> Self {
         Self {
             layout,
+            end: layout.ram_end,
             page,
             byte,
             mapped: vec![false; layout.chunks()],
@@ -52,16 +56,25 @@ impl HostShadow {
         &self.layout
     }
 
+    /// There are keys up to `end` from now on.
+    pub(super) fn extend(&mut self, end: u64) {
+        self.end = self.end.max(end);
+    }
+
     /// Whether `chunk` may hold host memory.
     pub(super) fn is_mapped(&self, chunk: usize) -> bool {
         self.mapped.get(chunk).copied().unwrap_or(false)
     }
 
-    /// Counts `chunk` as mapped, or no longer.
+    /// Counts `chunk` as mapped, or no longer. In a full shadow, one for virtual memory is filled when it comes into being;
+    /// no vCPU can reach it yet.
     pub(super) fn set_mapped(&mut self, chunk: usize, mapped: bool) {
         match self.mapped.get_mut(chunk) {
             Some(was) if *was != mapped => {
                 *was = mapped;
+                if mapped && self.page.is_none() && chunk >= self.layout.first_virtual_chunk() {
+                    self.byte.fill(chunk as u64 * CHUNK_BYTES, CHUNK_BYTES, VMALLOC_INVALID);
+                }
                 if mapped {
                     self.mapped_chunks += 1;
                     self.mapped_peak_chunks = self.mapped_peak_chunks.max(self.mapped_chunks);
@@ -107,7 +120,8 @@ impl HostShadow {
     /// Bytes of byte shadow that byte-checked pages in mapped chunks use now.
     pub fn used_bytes(&self) -> u64 {
         let Some(mapping) = &self.page else {
-            return self.layout.ram_end >> GRANULE_SHIFT;
+            let more = self.mapped_bytes().saturating_sub(self.layout.ram_chunks() as u64 * CHUNK_BYTES);
+            return (self.layout.ram_end >> GRANULE_SHIFT) + more;
         };
         let pages: u64 = self
             .mapped_chunks()
@@ -141,7 +155,7 @@ impl ShadowMemory for HostShadow {
     }
 
     fn limit(&self) -> u64 {
-        self.layout.ram_end
+        self.end
     }
 
     fn page(&self, addr: u64) -> u8 {
@@ -166,20 +180,23 @@ impl ShadowMemory for HostShadow {
 
     fn byte(&self, addr: u64) -> u8 {
         // A read would make no host memory resident, but a page table for the shared zero page.
-        if !self.is_mapped((addr / CHUNK_COVERS) as usize) {
-            return 0;
+        let chunk = (addr / CHUNK_COVERS) as usize;
+        if !self.is_mapped(chunk) {
+            let full = self.page.is_none() && chunk >= self.layout.first_virtual_chunk();
+            return if full { VMALLOC_INVALID } else { 0 };
         }
         self.byte.load(addr >> GRANULE_SHIFT).unwrap_or(0)
     }
 
     fn set_bytes(&mut self, addr: u64, granules: u64, value: u8) {
         let first = addr >> GRANULE_SHIFT;
-        if granules == 0 || self.byte.fill(first, granules, value).is_none() {
+        if granules == 0 || self.byte.pointer(first, granules).is_none() {
             return;
         }
         for chunk in first / CHUNK_BYTES..=(first + granules - 1) / CHUNK_BYTES {
             self.set_mapped(chunk as usize, true);
         }
+        self.byte.fill(first, granules, value);
     }
 }
 
@@ -234,8 +251,9 @@ mod tests {
     fn the_model_cannot_reach_outside() {
         let mut shadow = shadow(4096);
         shadow.set_bytes(u64::MAX, u64::MAX, 1);
-        shadow.set_bytes(0, CHUNK_BYTES + 1, 1);
+        shadow.set_bytes(0, shadow.layout.byte.bytes + 1, 1);
         shadow.set_pages(u64::MAX, 1, 1);
+        shadow.set_pages(0, shadow.layout.page.bytes + 1, 1);
         shadow.set_pages(0, u64::MAX, 1);
         assert_eq!((shadow.page(0), shadow.byte(0), shadow.mapped_bytes()), (0, 0, 0));
         assert_eq!((shadow.page(u64::MAX), shadow.byte(u64::MAX)), (0, 0));

@@ -11,7 +11,7 @@ use umbra_shadow::{
 
 use super::{
     layout::CHUNK_COVERS,
-    windows::{Mode, Place, ShadowError, Slots, Windows},
+    windows::{Place, ShadowError, Slots, Windows},
 };
 
 /// A set of pages, one bit each; it grows to the highest page that was ever in it.
@@ -64,13 +64,11 @@ impl Windows {
         if !data.iter().all(|value| codes::on_stack(*value)) || !self.stack_pages.hold(start, covered) {
             return Ok(false);
         }
-        if self.mode() == Mode::PerPage {
-            let chunk = |address: u64| (address / CHUNK_COVERS) as usize;
-            let chunks = chunk(start)..chunk(start + covered - 1) + 1;
-            for chunk in chunks.clone() {
-                self.make_room(chunk, &chunks, slots)?;
-                self.model.memory_mut().set_mapped(chunk, true);
-            }
+        let chunk = |address: u64| (address / CHUNK_COVERS) as usize;
+        let chunks = chunk(start)..chunk(start + covered - 1) + 1;
+        for chunk in chunks.clone() {
+            self.make_room(chunk, &chunks, slots)?;
+            self.model.memory_mut().set_mapped(chunk, true);
         }
         self.model.promote(start, covered)?;
         for (granule, value) in (0..).zip(data) {

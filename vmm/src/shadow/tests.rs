@@ -11,6 +11,8 @@ use umbra_shadow::{
 
 use super::{layout::CHUNK_COVERS, *};
 
+mod keys;
+
 const MIB: u64 = 1 << 20;
 
 struct Slot {
@@ -301,7 +303,7 @@ fn full_shadow_is_resident_from_the_start() {
     let mut windows = Windows::new(&config, &mut slots).unwrap();
     assert_eq!((windows.mode(), windows.page_window(), slots.live()), (Mode::Full, None, 1));
     let byte = windows.byte_window();
-    assert!(slots.pointer(byte.gpa, true).is_some() && slots.pointer(byte.end() - 1, true).is_some());
+    assert!(slots.pointer(byte.gpa, true).is_some() && slots.pointer(byte.gpa + 2 * MIB - 1, true).is_some());
     let figures = windows.figures().unwrap();
     assert_eq!((figures.byte_resident_bytes, figures.page_bytes), (MIB, 0));
     assert_eq!(windows.fault(byte.gpa, 8, true, &mut slots).unwrap(), FaultOutcome::AlreadyMapped);

@@ -4,7 +4,7 @@ use std::{any::Any, io, ops::Range, sync::Arc};
 
 use umbra_shadow::{
     RangeError, Shadow, ShadowMemory,
-    codes::{self, PAGE_SIZE, PAGE_VALID, POISON_MIN},
+    codes::{self, GRANULE_SHIFT, PAGE_SHIFT, PAGE_SIZE, PAGE_VALID, POISON_MIN},
 };
 
 use super::{
@@ -43,7 +43,8 @@ pub struct Config {
     pub mode: Mode,
     /// Who writes it.
     pub notify: Notify,
-    /// The most byte shadow that may be mapped at a time, in bytes. Less than a chunk allows none.
+    /// The most byte shadow that may be mapped at a time, in bytes. Less than a chunk allows none. Without a limit it is
+    /// [`Layout::default_limit`], which only virtual memory can come to.
     pub limit: Option<u64>,
 }
 
@@ -177,6 +178,8 @@ pub struct Windows {
     pub(super) accounting: Accounting,
     pub(super) stack_pages: StackPages,
     pub(super) notify: Notify,
+    /// The first key that no virtual memory has yet.
+    pub(super) next_key: u64,
     limit: u64,
     /// The memory slot of each chunk that the guest can see.
     slots: Vec<Option<u32>>,
@@ -195,7 +198,7 @@ impl Windows {
         }
         let layout = Layout::new(ram_end)?;
         let reserve = |bytes| Mapping::new(bytes).map_err(|source| ShadowError::Reserve { bytes, source });
-        let limit = config.limit.unwrap_or(u64::MAX);
+        let limit = config.limit.unwrap_or(layout.default_limit());
         let readonly = config.notify == Notify::Sync;
         let mut byte = reserve(layout.byte.bytes)?;
         let slot_error = |gpa| move |source| ShadowError::Slot { gpa, source };
@@ -203,38 +206,37 @@ impl Windows {
         let page = match config.mode {
             Mode::PerPage => {
                 let mut page = reserve(layout.page.bytes)?;
-                page.touch(0, layout.page.bytes);
+                let bytes = layout.ram_page_bytes();
+                page.touch(0, bytes);
                 let host = page.range().start as *mut u8;
-                slots
-                    .map(layout.page.gpa, host, layout.page.bytes, readonly)
-                    .map_err(slot_error(layout.page.gpa))?;
+                slots.map(layout.page.gpa, host, bytes, readonly).map_err(slot_error(layout.page.gpa))?;
                 Some(page)
             }
             Mode::Full => {
-                if layout.byte.bytes > limit {
-                    return Err(ShadowError::Limit { limit, needed: layout.byte.bytes });
+                let bytes = layout.ram_chunks() as u64 * CHUNK_BYTES;
+                if bytes > limit {
+                    return Err(ShadowError::Limit { limit, needed: bytes });
                 }
                 for Range { start, end } in &config.ram {
                     byte.touch(start / 8, (end - start) / 8);
                 }
                 let host = byte.range().start as *mut u8;
-                slots
-                    .map(layout.byte.gpa, host, layout.byte.bytes, readonly)
-                    .map_err(slot_error(layout.byte.gpa))?;
+                slots.map(layout.byte.gpa, host, bytes, readonly).map_err(slot_error(layout.byte.gpa))?;
                 None
             }
         };
 
-        let page_bytes = if page.is_some() { layout.page.bytes } else { 0 };
+        let page_bytes = if page.is_some() { layout.ram_page_bytes() } else { 0 };
         let accounting = Accounting::new(byte.range(), page_bytes)
             .map_err(ShadowError::host("open /proc/self/pagemap"))?;
         let mut shadow = HostShadow::new(layout, page, byte);
         if config.mode == Mode::Full {
-            for chunk in 0..layout.chunks() {
+            for chunk in 0..layout.ram_chunks() {
                 shadow.set_mapped(chunk, true);
             }
         }
         Ok(Self {
+            next_key: layout.virtual_start,
             model: Model::new(shadow),
             accounting,
             stack_pages: StackPages::default(),
@@ -329,13 +331,10 @@ impl Windows {
             return Ok(FaultOutcome::Tampering);
         }
         let Place::Byte(at) = place else { return Ok(FaultOutcome::AlreadyMapped) };
-        if self.mode() == Mode::Full {
-            return Ok(FaultOutcome::AlreadyMapped);
-        }
         let chunks = chunks_of(at, len);
         let mut outcome = FaultOutcome::AlreadyMapped;
         for chunk in chunks.clone() {
-            if self.slots.get(chunk).is_some_and(|slot| slot.is_none()) {
+            if self.on_demand(chunk) && self.slots.get(chunk).is_some_and(|slot| slot.is_none()) {
                 self.make_room(chunk, &chunks, slots)?;
                 self.map_chunk(chunk, slots)?;
                 self.accounting.count_fault();
@@ -396,11 +395,25 @@ impl Windows {
         self.accounting.figures(self.model.memory()).map_err(ShadowError::host("read /proc/self/smaps"))
     }
 
+    /// Where an access to `len` bytes at `gpa` goes, if all of it is shadow of RAM, or of virtual memory that the guest has.
     pub(super) fn place(&self, gpa: u64, len: u64) -> Result<Place, ShadowError> {
-        let page = self.page_window().and_then(|window| window.offset(gpa, len)).map(Place::Page);
-        page.or_else(|| self.byte_window().offset(gpa, len).map(Place::Byte))
-            .filter(|_| len > 0)
-            .ok_or(ShadowError::OutsideWindow { gpa, len })
+        let layout = self.model.memory().layout();
+        let shadow = |at: &u64, ram: u64, shift: u32| {
+            at + len <= ram || *at >= layout.virtual_start >> shift && at + len <= self.next_key >> shift
+        };
+        let page = self.page_window().and_then(|window| window.offset(gpa, len));
+        let page = page.filter(|at| shadow(at, layout.ram_page_bytes(), PAGE_SHIFT)).map(Place::Page);
+        let byte = || {
+            let ram = layout.ram_chunks() as u64 * CHUNK_BYTES;
+            let at = self.byte_window().offset(gpa, len)?;
+            shadow(&at, ram, GRANULE_SHIFT).then_some(Place::Byte(at))
+        };
+        page.or_else(byte).filter(|_| len > 0).ok_or(ShadowError::OutsideWindow { gpa, len })
+    }
+
+    /// Whether `chunk` is mapped when it is touched. Not so those of a full shadow that are for RAM.
+    fn on_demand(&self, chunk: usize) -> bool {
+        self.mode() == Mode::PerPage || chunk >= self.model.memory().layout().first_virtual_chunk()
     }
 
     fn mapped_place(&self, gpa: u64, len: u64) -> Result<Place, ShadowError> {
@@ -419,18 +432,25 @@ impl Windows {
         let gpa = self.byte_window().gpa + at;
         let outside = ShadowError::OutsideWindow { gpa, len: CHUNK_BYTES };
         let host = self.model.memory().byte.pointer(at, CHUNK_BYTES).ok_or(outside)?;
-        let slot = slots
-            .map(gpa, host, CHUNK_BYTES, self.notify == Notify::Sync)
-            .map_err(|source| ShadowError::Slot { gpa, source })?;
-        if let Some(entry) = self.slots.get_mut(chunk) {
-            *entry = Some(slot);
-        }
+        // First, for a new one may have to be filled before the guest sees it.
+        let before = self.model.memory().is_mapped(chunk);
         self.model.memory_mut().set_mapped(chunk, true);
-        Ok(())
+        match slots.map(gpa, host, CHUNK_BYTES, self.notify == Notify::Sync) {
+            Ok(slot) => {
+                if let Some(entry) = self.slots.get_mut(chunk) {
+                    *entry = Some(slot);
+                }
+                Ok(())
+            }
+            Err(source) => {
+                self.model.memory_mut().set_mapped(chunk, before);
+                Err(ShadowError::Slot { gpa, source })
+            }
+        }
     }
 
     /// Counts those chunks as mapped that setting `len` bytes at `gpa` to `value` will write. Only pages that the
-    /// range covers in part get byte shadow, so there are at most two.
+    /// range covers in part get byte shadow, so there are at most two; in a full shadow all pages do.
     fn make_room_for_change(
         &mut self,
         gpa: u64,
@@ -442,16 +462,19 @@ impl Windows {
         if value != PAGE_VALID && value < POISON_MIN {
             return Ok(());
         }
-        let (Some(last), Mode::PerPage) =
-            (len.checked_sub(1).and_then(|more| gpa.checked_add(more)), self.mode())
-        else {
-            return Ok(());
-        };
+        let Some(last) = len.checked_sub(1).and_then(|more| gpa.checked_add(more)) else { return Ok(()) };
         if last >= self.model.memory().limit() {
             return Ok(());
         }
         let chunk = |addr| (addr / CHUNK_COVERS) as usize;
         let keep = chunk(gpa)..chunk(last) + 1;
+        if self.mode() == Mode::Full {
+            for chunk in keep.clone() {
+                self.make_room(chunk, &keep, slots)?;
+                self.model.memory_mut().set_mapped(chunk, true);
+            }
+            return Ok(());
+        }
         let first_partial = !gpa.is_multiple_of(PAGE_SIZE);
         let last_partial = last % PAGE_SIZE != PAGE_SIZE - 1;
         for (addr, partial) in [(gpa, first_partial), (last, last_partial)] {

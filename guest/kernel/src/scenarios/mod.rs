@@ -15,6 +15,7 @@ mod pages;
 mod silent;
 mod slab;
 mod stack;
+mod vmalloc;
 
 use crate::{println, thread};
 
@@ -85,6 +86,7 @@ pub fn run(command_line: &'static str) {
             access::ALL,
             checks::ALL,
             pages::ALL,
+            vmalloc::ALL,
             stack::ALL,
             heap::ALL,
             silent::ALL,

@@ -17,7 +17,8 @@ fn meaning(code: u8) -> (&'static str, &'static str) {
         GLOBAL_REDZONE => ("zone", "redzone of a global variable"),
         SLAB_FREE => ("freed", "freed object"),
         SLAB_FREE_TRACK => ("freed", "freed object, its free recorded"),
-        USE_AFTER_SCOPE => ("stack", "variable out of scope"),
+        // The same value as `VMALLOC_INVALID`.
+        USE_AFTER_SCOPE => ("stack", "variable out of scope, or virtual memory that is not allocated"),
         STACK_LEFT => ("stack", "stack, left redzone"),
         STACK_MID => ("stack", "stack, middle redzone"),
         STACK_RIGHT => ("stack", "stack, right redzone"),

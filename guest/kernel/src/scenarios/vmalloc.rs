@@ -1,0 +1,94 @@
+//! Bugs on memory that is contiguous in virtual addresses only. Names as in Linux's KASAN test suite where it has them.
+//!
+//! What is not mapped is only checked: the access itself would fault, as it does in Linux.
+
+use super::{opaque, read, scenarios, write};
+use crate::vmalloc::{direct, vfree, vmalloc};
+
+unsafe extern "C" {
+    fn __asan_load1_noabort(at: u64);
+    fn __asan_load8_noabort(at: u64);
+    fn __asan_store8_noabort(at: u64);
+    fn __asan_storeN_noabort(at: u64, n: u64);
+}
+
+scenarios! {
+    vmalloc_oob, "vmalloc-out-of-bounds Read 1 2035;vmalloc-out-of-bounds Read 1 2040",
+    "reads behind what was asked for, in the same page", {
+        let size = 4096 / 2 - 8 - 5;
+        let Some(p) = vmalloc(size) else { return };
+        write(p, 0);
+        write(p + size - 1, 0);
+        read(p + size);
+        read(p + size + 5);
+        // The page itself has no such end.
+        if let Some(page) = direct(p) {
+            write(page, 0);
+            read(page + size);
+            read(page + 4095);
+        }
+        vfree(p);
+    }
+
+    vmalloc_oob_guard,
+    "vmalloc-out-of-bounds Read 8 8192;vmalloc-out-of-bounds Read 8 8192;vmalloc-out-of-bounds Write 8 12280;\
+     vmalloc-out-of-bounds Write 8200 8192",
+    "checks accesses to the page behind an area, and across its start", {
+        let Some(p) = vmalloc(8192) else { return };
+        let p = opaque(p);
+        // SAFETY: these look at shadow only.
+        unsafe {
+            __asan_load8_noabort(p + 8184);
+            __asan_load8_noabort(p + 8192);
+            __asan_load8_noabort(p + 8185);
+            __asan_store8_noabort(p + 12280);
+            __asan_storeN_noabort(p, 8192);
+            __asan_storeN_noabort(p, 8200);
+        }
+        vfree(p);
+    }
+
+    vmalloc_uaf, "vmalloc-out-of-bounds Read 1 0;vmalloc-out-of-bounds Write 8 4088", "checks accesses to a freed area", {
+        let Some(p) = vmalloc(4096) else { return };
+        vfree(p);
+        let p = opaque(p);
+        // SAFETY: as above.
+        unsafe {
+            __asan_load1_noabort(p);
+            __asan_store8_noabort(p + 4088);
+        }
+    }
+
+    vmalloc_invalid_free, "invalid-free Free 0 16;invalid-free Free 0 0", "frees an address inside an area, and an area twice", {
+        let Some(p) = vmalloc(100) else { return };
+        vfree(opaque(p + 16));
+        vfree(p);
+        vfree(opaque(p));
+    }
+
+    vmalloc_exact, "silent", "areas of many sizes: their ends, accesses across pages, and their pages by another address", {
+        for size in [1, 8, 13, 2048, 4088, 4095, 4096, 4097, 8191, 8192, 12289, 40000] {
+            let Some(p) = vmalloc(size) else { return };
+            let Some(q) = vmalloc(size) else { return };
+            for p in [p, q] {
+                write(p, 1);
+                write(p + size - 1, 2);
+                for page in 1..size.div_ceil(4096) {
+                    // SAFETY: inside the area, if only just.
+                    unsafe { (opaque(p + page * 4096 - 1) as *mut u16).write_unaligned(3) };
+                    if page * 4096 + 4 <= size {
+                        // SAFETY: as above.
+                        opaque(unsafe { (opaque(p + page * 4096 - 4) as *const u64).read_unaligned() });
+                    }
+                }
+                if let Some(page) = direct(p) {
+                    read(page);
+                    read(page + 4095);
+                }
+            }
+            vfree(p);
+            write(q, 1);
+            vfree(q);
+        }
+    }
+}
