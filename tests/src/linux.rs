@@ -8,7 +8,7 @@ use crate::suite::Need;
 /// Where the program of an initrd is loaded.
 const PROGRAM: u64 = 0x40_0000;
 
-/// One of the kernels: `small/vmlinux`, `small/bzImage`, `debian/bzImage`.
+/// One of the kernels: `small/vmlinux`, `small/bzImage`, `acpi/vmlinux`, `debian/bzImage`.
 pub fn kernel(name: &str) -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/linux")).join(name)
 }

@@ -92,6 +92,27 @@ fn pvh_5g_switches_itself_off() {
     has(&run, 5 * 1024, 1);
 }
 
+/// A kernel that looks at ACPI's tables only. By the time that it is off it has no console any more, so that what is seen of that is
+/// what it wrote to the power management registers.
+fn acpi_names_the_cpus_and_switches_off() {
+    for (boot, cpus) in [("elf", 2), ("pvh", 1)] {
+        let umbra = linux("acpi/vmlinux", &SPIN).args(&format!("--memory 64M --cpus {cpus} --boot {boot}"));
+        let mut started = with_keyboard(umbra);
+        started.wait_for("stdout", INIT);
+        started.types(&[1, b'b', b'0']);
+        started.wait_for("stdout", "Loglevel set to 0");
+        started.types(&[1, b'b', b'o']);
+        let run = started.wait();
+        run.expect(0);
+        assert_eq!(run.outcome(), "power-off");
+        let console = console(&run);
+        assert!(console.contains("ACPI: Using ACPI (MADT) for SMP configuration information"), "{console}");
+        assert!(!console.contains("Power down"), "{console}");
+        assert!(!console.contains("ACPI Error") && !console.contains("ACPI BIOS"), "{console}");
+        has(&run, 64, cpus);
+    }
+}
+
 /// Boots to the first program and ends the run from the keyboard.
 fn boots(umbra: Umbra) -> Run {
     let mut started = with_keyboard(umbra);
@@ -177,6 +198,11 @@ fn main() -> ExitCode {
     suite.add("elf_64m_panics", &small, elf_64m_panics);
     suite.add("elf_two_cpus_256m_reboots", &small, elf_two_cpus_256m_reboots);
     suite.add("pvh_5g_switches_itself_off", &small, pvh_5g_switches_itself_off);
+    suite.add(
+        "acpi_names_the_cpus_and_switches_off",
+        &need("acpi/vmlinux"),
+        acpi_names_the_cpus_and_switches_off,
+    );
     suite.add("bzimage_128m_unpacks_itself", &need("small/bzImage"), bzimage_128m_unpacks_itself);
     suite.add(
         "a_guest_that_never_ends_meets_the_time_limit",

@@ -4,6 +4,7 @@
 //! kernel as its package has it. Both packages are unpacked below `target/linux` and not installed. Beside each result lies
 //! a file that says what it was made from; as long as that is the same, it is not made again.
 
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -28,8 +29,9 @@ const NEEDED: [(&str, &str); 8] = [
     ("lz4", "lz4"),
     ("/usr/include/libelf.h", "libelf-dev"),
 ];
-/// Configurations of the kernels that are built, in guest/linux/config, each on top of `make tinyconfig`.
-const BUILT: [&str; 1] = ["small"];
+/// The kernels that are built, with their configurations: files in guest/linux/config, each on top of the one before it, the
+/// first on top of `make tinyconfig`.
+const BUILT: [(&str, &[&str]); 2] = [("small", &["small"]), ("acpi", &["small", "acpi"])];
 
 /// `cargo xtask linux`.
 pub fn run(context: &Context) -> Result<ExitCode> {
@@ -45,9 +47,9 @@ pub fn run(context: &Context) -> Result<ExitCode> {
 pub fn build(context: &Context) -> Result<Vec<PathBuf>> {
     let root = context.root.join("target/linux");
     let mut kernels = Vec::new();
-    for name in BUILT {
+    for (name, fragments) in BUILT {
         let folder = root.join(name);
-        match small(context, name, &folder) {
+        match small(context, name, fragments, &folder) {
             Ok(()) => kernels.extend(["vmlinux", "bzImage"].map(|file| folder.join(file))),
             Err(error) => skipped(context, name, &error),
         }
@@ -105,10 +107,12 @@ fn source(context: &Context, version: &str) -> Result<PathBuf> {
     Ok(tree)
 }
 
-fn small(context: &Context, name: &str, folder: &Path) -> Result<()> {
-    let fragment_file = context.root.join(format!("guest/linux/config/{name}.config"));
-    let fragment = fs::read_to_string(&fragment_file)
-        .with_context(|| format!("cannot read {}", fragment_file.display()))?;
+fn small(context: &Context, name: &str, fragments: &[&str], folder: &Path) -> Result<()> {
+    let mut fragment = String::new();
+    for name in fragments {
+        let file = context.root.join(format!("guest/linux/config/{name}.config"));
+        fragment += &fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+    }
     let version = version(context, SOURCE)?;
     let wanted = format!("{SOURCE} {version}\n{fragment}");
     if is_made_from(folder, &wanted) {
@@ -139,7 +143,7 @@ fn small(context: &Context, name: &str, folder: &Path) -> Result<()> {
     let config = read()?;
     let lost = lost(&fragment, &config);
     if !lost.is_empty() {
-        bail!("{} asks for what Linux does not keep: {}", fragment_file.display(), lost.join(", "));
+        bail!("its configuration asks for what Linux does not keep: {}", lost.join(", "));
     }
     context.progress.step(&format!("building Linux {version}, {name}: a few minutes"));
     let jobs = std::thread::available_parallelism().map_or(1, usize::from);
@@ -152,21 +156,23 @@ fn small(context: &Context, name: &str, folder: &Path) -> Result<()> {
     fs::write(stamp(folder), wanted).with_context(|| format!("cannot write {}", folder.display()))
 }
 
-/// The lines of a fragment that a configuration does not have.
+/// The lines of a fragment that a configuration does not have. What one line says of an option, a later one may change.
 fn lost<'a>(fragment: &'a str, config: &str) -> Vec<&'a str> {
-    let kept: Vec<_> = config.lines().collect();
-    let is_kept = |line: &&str| match line.strip_prefix("# CONFIG_") {
-        // What has no name any more is not set either.
-        Some(rest) => {
-            let name = rest.split_ascii_whitespace().next().unwrap_or_default();
-            !kept.iter().any(|line| line.starts_with(&format!("CONFIG_{name}=")))
+    let kept: HashSet<_> = config.lines().collect();
+    let set: HashSet<_> = config.lines().filter_map(|line| Some(line.split_once('=')?.0)).collect();
+    let mut said = HashMap::new();
+    for line in fragment.lines() {
+        let not_set = line.strip_prefix("# ").and_then(|line| line.strip_suffix(" is not set"));
+        let name = not_set.or_else(|| Some(line.split_once('=')?.0));
+        if let Some(name) = name.filter(|name| name.starts_with("CONFIG_")) {
+            // What has no name any more is not set either.
+            let is_kept = if not_set.is_some() { !set.contains(name) } else { kept.contains(line) };
+            said.insert(name, (line, is_kept));
         }
-        None => kept.contains(line),
-    };
-    let says = |line: &&str| {
-        line.starts_with("CONFIG_") || line.starts_with("# CONFIG_") && line.ends_with(" is not set")
-    };
-    fragment.lines().filter(says).filter(|line| !is_kept(line)).collect()
+    }
+    let mut lost: Vec<_> = said.into_values().filter(|(_, is_kept)| !is_kept).map(|(line, _)| line).collect();
+    lost.sort_unstable();
+    lost
 }
 
 fn stock(context: &Context, folder: &Path) -> Result<()> {
@@ -202,6 +208,8 @@ mod tests {
                         # CONFIG_D is not set\n";
         assert!(lost(fragment, "CONFIG_A=y\nCONFIG_B=4\n# CONFIG_C is not set\n").is_empty());
         let kept = "CONFIG_A=y\n# CONFIG_B is not set\nCONFIG_C=y\nCONFIG_DD=y\n";
-        assert_eq!(lost(fragment, kept), ["CONFIG_B=4", "# CONFIG_C is not set"]);
+        assert_eq!(lost(fragment, kept), ["# CONFIG_C is not set", "CONFIG_B=4"]);
+        assert!(lost("CONFIG_A=y\n# CONFIG_A is not set\n", "").is_empty(), "the last word counts");
+        assert_eq!(lost("# CONFIG_A is not set\nCONFIG_A=y\n", ""), ["CONFIG_A=y"]);
     }
 }

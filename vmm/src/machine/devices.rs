@@ -23,12 +23,19 @@ const I8042_COMMAND: u16 = 0x64;
 const I8042_RESET: u8 = 0xfe;
 /// Progress codes of firmware; kernels write here to wait about a microsecond.
 const POST: u16 = 0x80;
-/// ACPI power management control as on QEMU's PC; bit 13 means "go to sleep now".
-const ACPI_PM1_CONTROL: u16 = 0x604;
-const ACPI_SLEEP_ENABLE: u64 = 1 << 13;
-/// Reset control; bit 2 resets the CPU.
-const RESET_CONTROL: u16 = 0xcf9;
-const RESET_CPU: u64 = 1 << 2;
+/// ACPI power management events: two bytes of status, two that enable them. There are none, so nothing is done with either.
+pub const ACPI_PM1_EVENT: u16 = 0x600;
+/// ACPI power management control, two bytes, as on QEMU's PC.
+pub const ACPI_PM1_CONTROL: u16 = 0x604;
+const ACPI_PM1_CONTROL_LAST: u16 = ACPI_PM1_CONTROL + 1;
+/// A bit of its first byte: the kernel, and not firmware, manages power. Always set.
+const ACPI_SCI_ENABLE: u8 = 1;
+/// A bit of its second byte: go to sleep now. There is one sleep, which is off.
+const ACPI_SLEEP_ENABLE: u8 = 1 << 5;
+/// Reset control.
+pub const RESET_CONTROL: u16 = 0xcf9;
+/// Its bit that resets the CPU.
+pub const RESET_CPU: u8 = 1 << 2;
 
 /// How many unknown accesses are logged; the rest are only counted.
 const LOGGED: u64 = 16;
@@ -114,6 +121,8 @@ pub struct Devices {
     typed: VecDeque<u8>,
     /// The next byte that the guest reads is a break, which vm-superio does not know: a zero with this bit in the status.
     break_next: bool,
+    /// What was written to the ACPI registers: events to enable, and control.
+    power: [u8; 4],
     ignored: u64,
     ports: BTreeMap<u16, u64>,
 }
@@ -133,6 +142,7 @@ impl Devices {
             serial: Serial::new(SerialInterrupt(irq), writer),
             typed: VecDeque::new(),
             break_next: false,
+            power: [0; 4],
             ignored: 0,
             ports: BTreeMap::new(),
         }
@@ -150,9 +160,9 @@ impl Devices {
                 }
             }
             I8042_COMMAND if value as u8 == I8042_RESET => return DeviceEvent::Reset,
-            ACPI_PM1_CONTROL if value & ACPI_SLEEP_ENABLE != 0 => return DeviceEvent::PowerOff,
-            RESET_CONTROL if value & RESET_CPU != 0 => return DeviceEvent::Reset,
-            I8042_COMMAND | I8042_DATA | POST | ACPI_PM1_CONTROL | RESET_CONTROL => {}
+            ACPI_PM1_EVENT..=ACPI_PM1_CONTROL_LAST => return self.power_out(port, data),
+            RESET_CONTROL if value as u8 & RESET_CPU != 0 => return DeviceEvent::Reset,
+            I8042_COMMAND | I8042_DATA | POST | RESET_CONTROL => {}
             _ => self.unknown_port("write to", port),
         }
         DeviceEvent::None
@@ -165,8 +175,43 @@ impl Devices {
             COM1..=COM1_LAST => data.fill_with(|| self.serial_in(port)),
             // Nothing to read, ready for a command: kernels wait for this before they reset.
             I8042_COMMAND | I8042_DATA => data.fill(0),
+            ACPI_PM1_EVENT..=ACPI_PM1_CONTROL_LAST => {
+                for (port, byte) in (port..).zip(data) {
+                    *byte = self.power_in(port);
+                }
+            }
             POST => {}
             _ => self.unknown_port("read from", port),
+        }
+    }
+
+    /// A write to the power management registers.
+    fn power_out(&mut self, port: u16, data: &[u8]) -> DeviceEvent {
+        for (port, byte) in (port..).zip(data) {
+            match port {
+                ACPI_PM1_CONTROL_LAST if byte & ACPI_SLEEP_ENABLE != 0 => return DeviceEvent::PowerOff,
+                // The status takes ones to clear bits, of which none is set.
+                _ => {
+                    if let Some(at) = port.checked_sub(ACPI_PM1_EVENT + 2)
+                        && let Some(kept) = self.power.get_mut(usize::from(at))
+                    {
+                        *kept = *byte;
+                    }
+                }
+            }
+        }
+        DeviceEvent::None
+    }
+
+    /// One byte of the power management registers.
+    fn power_in(&self, port: u16) -> u8 {
+        let [enable0, enable1, control0, control1] = self.power;
+        match port.wrapping_sub(ACPI_PM1_EVENT) {
+            2 => enable0,
+            3 => enable1,
+            4 => control0 | ACPI_SCI_ENABLE,
+            5 => control1,
+            _ => 0,
         }
     }
 
@@ -356,6 +401,13 @@ mod tests {
         assert_eq!(devices.io_out(0x64, &[0xfe]), DeviceEvent::Reset);
         assert_eq!(devices.io_out(0x64, &[0xd1]), DeviceEvent::None);
         assert_eq!(devices.io_out(0x604, &[0x00, 0x20]), DeviceEvent::PowerOff);
+        assert_eq!(devices.io_out(0x605, &[0x34]), DeviceEvent::PowerOff);
+        assert_eq!(devices.io_out(0x602, &[0x20, 0x01, 0x01, 0x14]), DeviceEvent::None);
+        let mut registers = [0; 4];
+        devices.io_in(0x602, &mut registers);
+        assert_eq!(registers, [0x20, 0x01, 0x01, 0x14], "events that are enabled, and control");
+        devices.io_in(0x600, &mut registers[..2]);
+        assert_eq!(registers[..2], [0, 0], "none has come");
         assert_eq!(devices.io_out(0x604, &[0x00, 0x00]), DeviceEvent::None);
         assert_eq!(devices.io_out(0xcf9, &[0x06]), DeviceEvent::Reset);
         assert_eq!(devices.io_out(0xcf9, &[0x02]), DeviceEvent::None);

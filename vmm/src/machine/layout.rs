@@ -27,6 +27,8 @@ pub const CMDLINE: u64 = 0x2_0000;
 pub const CMDLINE_BYTES: u64 = 2048;
 /// End of usable low memory in the E820 map; a PC keeps its extended BIOS data area from here on.
 pub const LOW_RAM_END: u64 = 0x9_fc00;
+/// The ACPI tables, their root pointer first, where a PC has its BIOS (`acpi.rs`). Not usable in the E820 map.
+pub const ACPI: u64 = 0xe_0000;
 /// The MP table, where a PC has its BIOS (`mptable.rs`). Not usable in the E820 map.
 pub const MP_TABLE: u64 = 0xf_0000;
 /// Kernels are loaded here or higher. Everything below belongs to the boot structures and to legacy devices.

@@ -1,6 +1,7 @@
 //! A plain KVM machine: RAM, vCPUs, a kernel loader, and the few devices that a kernel cannot do without. It
 //! knows nothing of shadow memory.
 
+mod acpi;
 pub mod complete;
 pub mod cpuid;
 pub mod devices;
@@ -140,7 +141,7 @@ pub struct MachineConfig {
     pub cpus: u8,
     /// CPUID leaves beside KVM's own.
     pub extra_cpuid: Vec<CpuidLeaf>,
-    /// KVM's interrupt controllers, and an MP table that tells of them. Without them `hlt` ends the run with an exit;
+    /// KVM's interrupt controllers, and an MP table and ACPI tables that tell of them. Without them `hlt` ends the run with an exit;
     /// with them it waits for an interrupt in the kernel.
     pub irqchip: bool,
     /// KVM's programmable interval timer, on line 0 of the interrupt controllers, which come with it.
@@ -214,6 +215,8 @@ impl Machine {
         let kernel = loader::load(self.ram(), boot)?;
         if self.config.has_irqchip() {
             mptable::write(self.ram(), self.config.cpus, &self.supported)?;
+            let root = acpi::write(self.ram(), self.config.cpus)?;
+            loader::tell_acpi_root(self.ram(), kernel.state, root)?;
         }
         self.kernel = Some(kernel);
         Ok(kernel)

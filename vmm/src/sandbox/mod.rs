@@ -281,7 +281,8 @@ pub fn run(
         },
     )?;
     let has_irqchip = machine.irq_line(COM1_IRQ).is_some();
-    let cmdline = if linux { with_defaults(&config.cmdline) } else { config.cmdline.clone() };
+    let emulated = (linux || config.count_instructions) && is_emulated(&kvm);
+    let cmdline = if linux { with_defaults(&config.cmdline, emulated) } else { config.cmdline.clone() };
     let initrd = config.initrd.as_ref().map(GuestFile::read).transpose()?;
     machine.load(&Boot {
         image: &kernel,
@@ -395,13 +396,7 @@ pub fn run(
     }
     let mut outcome = outcome.ok_or(RunError::Panicked)?;
     let counted = shared.counters.as_ref().and_then(|counters| counters.instructions_emulated());
-    let instructions = counted.filter(|_| match emulates_ring0(&kvm) {
-        Ok(all) => all,
-        Err(error) => {
-            log::info!("guest instructions are not counted: {error}");
-            false
-        }
-    });
+    let instructions = counted.filter(|_| emulated);
     let Some(mut monitor) = shared.monitor_in_time() else { return Err(RunError::Abandoned(outcome)) };
     if left_behind {
         log::warn!("the host does not let go of a vCPU; its thread is left behind");
@@ -427,6 +422,14 @@ pub fn run(
     let stats = figures(config, &outcome, &mut monitor, shared.machine.ram(), instructions, host);
     let findings = std::mem::take(&mut monitor.findings);
     Ok(Report { outcome, findings, stats, picture })
+}
+
+/// Whether the host emulates ring 0, and so counts the guest's instructions.
+fn is_emulated(kvm: &Kvm) -> bool {
+    emulates_ring0(kvm).unwrap_or_else(|error| {
+        log::info!("it is not known whether the host emulates ring 0: {error}");
+        false
+    })
 }
 
 /// Collects all figures.

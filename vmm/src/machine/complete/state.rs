@@ -385,7 +385,7 @@ pub(super) fn fxrstor(c: &mut Context) -> Result<Effect, Stop> {
 }
 
 pub(super) fn ldmxcsr(c: &mut Context) -> Result<Effect, Stop> {
-    native::enabled(c, c.instruction.encoding() == EncodingKind::VEX)?;
+    native::enabled(c, encoding(c))?;
     let value = c.value(0)? as u32;
     if value & !mxcsr_mask(c.extended()?) != 0 {
         return Err(Stop::PROTECTION);
@@ -397,7 +397,7 @@ pub(super) fn ldmxcsr(c: &mut Context) -> Result<Effect, Stop> {
 }
 
 pub(super) fn stmxcsr(c: &mut Context) -> Result<Effect, Stop> {
-    native::enabled(c, c.instruction.encoding() == EncodingKind::VEX)?;
+    native::enabled(c, encoding(c))?;
     let value = mxcsr(c.extended()?);
     c.set_value(0, value.into())?;
     Ok(Effect::Next)
@@ -434,4 +434,11 @@ pub(super) fn wrpkru(c: &mut Context) -> Result<Effect, Stop> {
     let there = xstate_bv(area) | 1 << PKRU;
     set_xstate_bv(area, there);
     Ok(Effect::Next)
+}
+
+fn encoding(c: &Context) -> native::Enabled {
+    match c.instruction.encoding() {
+        EncodingKind::VEX => native::Enabled::Avx,
+        _ => native::Enabled::Sse,
+    }
 }

@@ -227,6 +227,15 @@ pub fn load(ram: &Ram, boot: &Boot) -> Result<LoadedKernel, LoadError> {
     Ok(kernel)
 }
 
+/// Tells a loaded kernel that starts in `state` where the root pointer of the ACPI tables is.
+pub(super) fn tell_acpi_root(ram: &Ram, state: StartState, root: GuestAddress) -> Result<(), NotRam> {
+    let field = match state {
+        StartState::Linux64 => params::ACPI_ROOT,
+        StartState::Pvh => pvh::ACPI_ROOT,
+    };
+    ram.write(GuestAddress(field), &root.0.to_le_bytes())
+}
+
 /// An initrd in guest memory.
 struct Initrd {
     gpa: u64,

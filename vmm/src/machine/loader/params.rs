@@ -1,10 +1,15 @@
 //! What a kernel finds in low memory by the Linux boot protocol: `boot_params`, page tables, GDT.
 
+use std::mem::offset_of;
+
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{Initrd, layout};
 use crate::machine::memory::{NotRam, Ram};
+
+/// The field of `boot_params` for the ACPI root pointer's address, 8 bytes.
+pub(super) const ACPI_ROOT: u64 = layout::BOOT_PARAMS + offset_of!(boot_params, acpi_rsdp_addr) as u64;
 
 /// The E820 memory map of `ram`: (start, bytes, is usable).
 pub(super) fn e820(ram: &Ram) -> Vec<(u64, u64, bool)> {

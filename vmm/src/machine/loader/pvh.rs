@@ -9,6 +9,8 @@ use super::params::e820;
 use super::{Initrd, layout};
 use crate::machine::memory::{NotRam, Ram};
 
+/// The field of `hvm_start_info` for the ACPI root pointer's address, 8 bytes.
+pub(super) const ACPI_ROOT: u64 = layout::BOOT_PARAMS + 32;
 const MODULES: u64 = layout::BOOT_PARAMS + 0x40;
 const MEMORY_MAP: u64 = layout::BOOT_PARAMS + 0x80;
 
@@ -19,7 +21,7 @@ pub(super) fn write_start_info(ram: &Ram, initrd: Option<&Initrd>) -> Result<(),
     for word in [XEN_HVM_START_MAGIC_VALUE, 1, 0, u32::from(initrd.is_some())] {
         info.extend(word.to_le_bytes());
     }
-    // Modules, command line, the ACPI tables that there are none of, the memory map.
+    // Modules, command line, the ACPI tables that there may be none of, the memory map.
     for address in [if initrd.is_some() { MODULES } else { 0 }, layout::CMDLINE, 0, MEMORY_MAP] {
         info.extend(address.to_le_bytes());
     }

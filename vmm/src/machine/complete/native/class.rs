@@ -14,10 +14,10 @@ pub(super) struct Plan {
     pub bytes: Vec<u8>,
     /// A register that the instruction itself does not use.
     pub pointer: Register,
-    /// It has a VEX prefix.
-    pub vex: bool,
-    /// It may touch more of a vector register than SSE has.
-    pub avx: bool,
+    /// What must be enabled for it.
+    pub enabled: Enabled,
+    /// What it may touch.
+    pub registers: Registers,
     /// The host's CPU has it.
     pub supported: bool,
     /// Bytes of the memory operand; 0: there is none.
@@ -30,20 +30,44 @@ pub(super) struct Plan {
     pub writes: bool,
 }
 
+/// What a kernel must have enabled before an instruction can be used: by the encoding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in super::super) enum Enabled {
+    /// SSE.
+    Sse,
+    /// AVX.
+    Avx,
+    /// AVX-512.
+    Avx512,
+}
+
+/// The vector registers that an instruction may touch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Registers {
+    /// xmm0 to xmm15.
+    Xmm,
+    /// ymm0 to ymm15; what is above them in zmm0 to zmm15 is cleared.
+    Ymm,
+    /// zmm0 to zmm31, and the opmask registers.
+    Zmm,
+}
+
 /// Longest memory operand, in bytes.
-pub(super) const MAX_OPERAND: usize = 32;
+pub(super) const MAX_OPERAND: usize = 64;
 
 /// How to execute an instruction; `None`: it is not one of those that may be.
 pub(super) fn plan(instruction: &Instruction) -> Option<Plan> {
-    let vex = match instruction.encoding() {
-        EncodingKind::Legacy => false,
-        EncodingKind::VEX => true,
-        _ => return None,
-    };
     if !is_plain(instruction) {
         return None;
     }
     let features = instruction.cpuid_features();
+    let avx512 = instruction.encoding() == EncodingKind::EVEX || features.iter().any(|f| is_avx512(*f));
+    let enabled = match instruction.encoding() {
+        EncodingKind::Legacy => Enabled::Sse,
+        EncodingKind::VEX | EncodingKind::EVEX if avx512 => Enabled::Avx512,
+        EncodingKind::VEX => Enabled::Avx,
+        _ => return None,
+    };
     let supported = features.iter().map(|f| support(*f)).collect::<Option<Vec<_>>>()?;
     let mut moved = *instruction;
     let memory = moved.op_kinds().filter(|kind| *kind == OpKind::Memory).count();
@@ -56,25 +80,25 @@ pub(super) fn plan(instruction: &Instruction) -> Option<Plan> {
     if memory == 1 && !(1..=MAX_OPERAND).contains(&len) {
         return None;
     }
-    let pointer = move_operand(&mut moved)?;
-    if moved.op_kinds().zip(0..).any(|(kind, i)| kind == OpKind::Register && moved.op_register(i).is_zmm()) {
+    // A mask makes it access only parts of the operand, and not fault for the others.
+    if memory == 1 && instruction.has_op_mask() {
         return None;
     }
-    let access = check(&moved, pointer, memory)?;
+    let pointer = move_operand(&mut moved)?;
+    let access = check(&moved, pointer, memory, avx512)?;
     let bytes = encode(&moved)?;
-    let avx = vex
-        || moved
-            .op_kinds()
-            .zip(0..)
-            .any(|(kind, i)| kind == OpKind::Register && moved.op_register(i).is_ymm());
     Some(Plan {
         bytes,
         pointer,
-        vex,
-        avx,
+        enabled,
+        registers: match enabled {
+            Enabled::Sse => Registers::Xmm,
+            Enabled::Avx => Registers::Ymm,
+            Enabled::Avx512 => Registers::Zmm,
+        },
         supported: supported.into_iter().all(|s| s),
         len,
-        align: if must_be_aligned(instruction, vex) { len as u64 } else { 1 },
+        align: if must_be_aligned(instruction, enabled) { len as u64 } else { 1 },
         reads: matches!(access, OpAccess::Read | OpAccess::ReadWrite),
         writes: matches!(access, OpAccess::Write | OpAccess::ReadWrite),
     })
@@ -126,8 +150,32 @@ fn support(feature: CpuidFeature) -> Option<bool> {
         CpuidFeature::F16C => has!("f16c"),
         CpuidFeature::VAES => has!("vaes"),
         CpuidFeature::VPCLMULQDQ => has!("vpclmulqdq"),
+        CpuidFeature::AVX512F => has!("avx512f"),
+        CpuidFeature::AVX512VL => has!("avx512vl"),
+        CpuidFeature::AVX512BW => has!("avx512bw"),
+        CpuidFeature::AVX512DQ => has!("avx512dq"),
+        CpuidFeature::AVX512CD => has!("avx512cd"),
+        CpuidFeature::AVX512_IFMA => has!("avx512ifma"),
+        CpuidFeature::AVX512_VBMI => has!("avx512vbmi"),
+        CpuidFeature::AVX512_VBMI2 => has!("avx512vbmi2"),
+        CpuidFeature::AVX512_VNNI => has!("avx512vnni"),
+        CpuidFeature::AVX512_BITALG => has!("avx512bitalg"),
+        CpuidFeature::AVX512_VPOPCNTDQ => has!("avx512vpopcntdq"),
+        CpuidFeature::AVX512_BF16 => has!("avx512bf16"),
         _ => return None,
     })
+}
+
+/// Whether a feature belongs to AVX-512.
+fn is_avx512(feature: CpuidFeature) -> bool {
+    matches!(
+        feature,
+        CpuidFeature::AVX512F
+            | CpuidFeature::AVX512VL
+            | CpuidFeature::AVX512BW
+            | CpuidFeature::AVX512DQ
+            | CpuidFeature::AVX512CD
+    )
 }
 
 /// Puts the memory operand, if there is one, where a register points that nothing else uses.
@@ -150,10 +198,14 @@ fn move_operand(instruction: &mut Instruction) -> Option<Register> {
 }
 
 /// Checks what the moved instruction touches, explicitly or not, and tells how it accesses memory.
-fn check(instruction: &Instruction, pointer: Register, memory: usize) -> Option<OpAccess> {
+fn check(instruction: &Instruction, pointer: Register, memory: usize, avx512: bool) -> Option<OpAccess> {
     let mut factory = InstructionInfoFactory::new();
     let info = factory.info(instruction);
-    let allowed = |r: Register| r.is_gpr() && r.full_register() != Register::RSP || is_low_vector(r);
+    let allowed = |r: Register| {
+        r.is_gpr() && r.full_register() != Register::RSP
+            || r.is_vector_register() && (avx512 || is_low(r))
+            || r.is_k() && avx512
+    };
     if !info.used_registers().iter().all(|used| allowed(used.register())) {
         return None;
     }
@@ -172,8 +224,8 @@ fn check(instruction: &Instruction, pointer: Register, memory: usize) -> Option<
 }
 
 /// xmm0 to xmm15, ymm0 to ymm15, and zmm0 to zmm15 whose upper parts instructions with a VEX prefix clear.
-fn is_low_vector(register: Register) -> bool {
-    register.is_vector_register() && register.number() < 16
+fn is_low(register: Register) -> bool {
+    register.number() < 16
 }
 
 /// The instruction's bytes, which decode to itself.
@@ -187,6 +239,11 @@ fn encode(instruction: &Instruction) -> Option<Vec<u8>> {
         && again.code() == instruction.code()
         && again.code() != Code::INVALID
         && again.segment_prefix() == Register::None
+        && again.op_mask() == instruction.op_mask()
+        && again.zeroing_masking() == instruction.zeroing_masking()
+        && again.is_broadcast() == instruction.is_broadcast()
+        && again.rounding_control() == instruction.rounding_control()
+        && again.suppress_all_exceptions() == instruction.suppress_all_exceptions()
         && again.op_kinds().eq(instruction.op_kinds())
         && (0..again.op_count()).all(|i| match again.op_kind(i) {
             OpKind::Register => again.op_register(i) == instruction.op_register(i),
@@ -201,13 +258,21 @@ fn encode(instruction: &Instruction) -> Option<Vec<u8>> {
 }
 
 /// Whether an unaligned memory operand is a #GP (Intel SDM volume 1, 14.9, and volume 2, 2.4).
-fn must_be_aligned(instruction: &Instruction, vex: bool) -> bool {
+fn must_be_aligned(instruction: &Instruction, enabled: Enabled) -> bool {
     use Mnemonic as M;
     let mnemonic = instruction.mnemonic();
-    if vex {
+    if enabled != Enabled::Sse {
         return matches!(
             mnemonic,
-            M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovntps | M::Vmovntpd | M::Vmovntdq | M::Vmovntdqa
+            M::Vmovaps
+                | M::Vmovapd
+                | M::Vmovdqa
+                | M::Vmovdqa32
+                | M::Vmovdqa64
+                | M::Vmovntps
+                | M::Vmovntpd
+                | M::Vmovntdq
+                | M::Vmovntdqa
         );
     }
     instruction.memory_size().size() == 16

@@ -1,4 +1,4 @@
-//! SSE and AVX instructions, which the host's CPU executes itself.
+//! SSE, AVX and AVX-512 instructions, which the host's CPU executes itself.
 //!
 //! Those that touch nothing but general and vector registers and at most one memory operand ([`class`]) need no
 //! emulator: the memory operand is copied to a scratch area, the instruction is encoded anew for it, and runs with
@@ -23,11 +23,13 @@ use super::{
     CR0_EM, CR0_TS, CR4_OSFXSR, CR4_OSXMMEXCPT, CR4_OSXSAVE, Context, DEVICE_NOT_AVAILABLE, Effect,
     INVALID_OPCODE, RFLAGS_STATUS, SIMD_EXCEPTION, Stop, is_long, state,
 };
+pub(super) use class::Enabled;
 use class::Plan;
 use stub::{Code, Frame};
 
-/// XCR0's bits for SSE and AVX.
-const XCR0_SSE_AVX: u64 = 6;
+/// XCR0's bits for SSE and AVX, and with AVX-512's three.
+const XCR0_AVX: u64 = 0x06;
+const XCR0_AVX512: u64 = 0xe6;
 /// MXCSR: the six exception flags; their masks are [`MXCSR_MASKS`].
 const MXCSR_FLAGS: u32 = 0x3f;
 const MXCSR_MASKS: u32 = 0x1f80;
@@ -63,12 +65,12 @@ pub(super) fn execute(c: &mut Context) -> Result<Effect, Stop> {
         return Err(Stop::Unknown);
     }
     let plan = class::plan(&c.instruction).ok_or(Stop::Unknown)?;
-    enabled(c, plan.vex)?;
-    if !plan.supported || plan.avx && !stub::has_avx() {
+    enabled(c, plan.enabled)?;
+    if !plan.supported || !stub::has(plan.registers) {
         return Err(Stop::UNDEFINED);
     }
     let place = operand(c, &plan)?;
-    let mut frame = Frame::new(c.regs, plan.avx);
+    let mut frame = Frame::new(c.regs, plan.registers);
     if let (Some(place), true) = (&place, plan.reads) {
         place.read(c.ram, &mut frame.memory[..plan.len])?;
     }
@@ -104,12 +106,13 @@ pub(super) fn execute(c: &mut Context) -> Result<Effect, Stop> {
     Ok(Effect::Next)
 }
 
-/// Raises what the CPU raises where the guest's kernel did not enable SSE (or AVX), or wants to know of its use.
-pub(super) fn enabled(c: &mut Context, vex: bool) -> Result<(), Stop> {
-    let on = if vex {
-        c.sregs.cr4 & CR4_OSXSAVE != 0 && c.xcr0()? & XCR0_SSE_AVX == XCR0_SSE_AVX
-    } else {
-        c.sregs.cr0 & CR0_EM == 0 && c.sregs.cr4 & CR4_OSFXSR != 0
+/// Raises what the CPU raises where the guest's kernel did not enable what is needed, or wants to know of its use.
+pub(super) fn enabled(c: &mut Context, needed: Enabled) -> Result<(), Stop> {
+    let mut has = |bits| Ok::<_, Stop>(c.sregs.cr4 & CR4_OSXSAVE != 0 && c.xcr0()? & bits == bits);
+    let on = match needed {
+        Enabled::Sse => c.sregs.cr0 & CR0_EM == 0 && c.sregs.cr4 & CR4_OSFXSR != 0,
+        Enabled::Avx => has(XCR0_AVX)?,
+        Enabled::Avx512 => has(XCR0_AVX512)?,
     };
     if !on {
         return Err(Stop::UNDEFINED);

@@ -13,6 +13,7 @@ use kvm_bindings::kvm_regs;
 
 use super::super::operand::{register_value, slot};
 use super::super::state;
+use super::class::Registers;
 use crate::machine::vcpu::XsaveArea;
 
 /// Bytes of one instruction with its `ret`, and of the code area.
@@ -21,18 +22,27 @@ const AREA: usize = 16 << 10;
 /// State components of `xsave`.
 const SSE: u32 = 1 << 1;
 const AVX: u32 = 1 << 2;
-/// Bits 256 and up of zmm0 to zmm15, which instructions with a VEX prefix clear.
-const ZMM: u32 = 1 << 6;
-/// Bytes of an `xsave` area with SSE, AVX and ZMM, wherever CPUs have put the last.
+/// The opmask registers; bits 256 and up of zmm0 to zmm15, which instructions with a VEX prefix clear; and zmm16 to zmm31.
+const OPMASK: u32 = 1 << 5;
+const ZMM_HIGH: u32 = 1 << 6;
+const HIGH_ZMM: u32 = 1 << 7;
+const AVX512: u32 = OPMASK | ZMM_HIGH | HIGH_ZMM;
+/// Bytes of an `xsave` area with all of these, wherever CPUs have put AVX-512's.
 const XSAVE: usize = 2816;
 /// The status flags as an instruction starts with them, and the bit that is always one.
 const START_FLAGS: u64 = super::RFLAGS_STATUS;
 const FLAGS_FIXED: u64 = 2;
 
-/// The components among SSE, AVX and ZMM that this process can save and restore, and where ZMM lies.
-static COMPONENTS: LazyLock<(u32, Range<usize>)> = LazyLock::new(|| {
+/// The components that this process can save and restore: bit and place of each, and all bits.
+struct Components {
+    all: u32,
+    places: Vec<(u32, Range<usize>)>,
+}
+
+static COMPONENTS: LazyLock<Components> = LazyLock::new(|| {
+    let mut found = Components { all: 0, places: Vec::new() };
     if !std::is_x86_feature_detected!("xsave") {
-        return (0, 0..0);
+        return found;
     }
     // SAFETY: std found `xsave` enabled by the operating system.
     let enabled = unsafe { xcr0() } as u32;
@@ -40,14 +50,29 @@ static COMPONENTS: LazyLock<(u32, Range<usize>)> = LazyLock::new(|| {
         let leaf = __cpuid_count(0xd, component);
         leaf.ebx as usize..(leaf.ebx + leaf.eax) as usize
     };
-    if enabled & (SSE | AVX) != SSE | AVX || at(2) != state::AVX {
-        return (enabled & SSE, 0..0);
+    let mut add = |bit: u32, place: Range<usize>| {
+        found.all |= bit;
+        found.places.push((bit, place));
+    };
+    if enabled & SSE != 0 {
+        add(SSE, state::XMM);
     }
-    match at(6) {
-        _ if enabled & ZMM == 0 => (SSE | AVX, 0..0),
-        zmm if zmm.len() == 512 && zmm.start >= state::AVX.end && zmm.end <= XSAVE => (SSE | AVX | ZMM, zmm),
-        _ => (SSE, 0..0),
+    // Where the CPU has AVX-512, VEX instructions clear a part of it.
+    let avx512 = [(OPMASK, 5, 64), (ZMM_HIGH, 6, 512), (HIGH_ZMM, 7, 1024)];
+    let fits = |component, bytes| {
+        let place: Range<usize> = at(component);
+        place.len() == bytes && place.start >= state::AVX.end && place.end <= XSAVE
+    };
+    let none = enabled & AVX512 == 0;
+    let all =
+        enabled & AVX512 == AVX512 && avx512.iter().all(|(_, component, bytes)| fits(*component, *bytes));
+    if enabled & (SSE | AVX) == SSE | AVX && at(2) == state::AVX && (none || all) {
+        add(AVX, state::AVX);
+        if all {
+            avx512.into_iter().for_each(|(bit, component, _)| add(bit, at(component)));
+        }
     }
+    found
 });
 
 /// # Safety
@@ -60,12 +85,17 @@ unsafe fn xcr0() -> u64 {
 
 /// Whether instructions can be run at all.
 pub(super) fn is_possible() -> bool {
-    COMPONENTS.0 & SSE != 0
+    COMPONENTS.all & SSE != 0
 }
 
-/// Whether the upper halves of the vector registers can be handled.
-pub(super) fn has_avx() -> bool {
-    COMPONENTS.0 & AVX != 0
+/// Whether these registers can be handled.
+pub(super) fn has(registers: Registers) -> bool {
+    let needed = match registers {
+        Registers::Xmm => SSE,
+        Registers::Ymm => SSE | AVX,
+        Registers::Zmm => SSE | AVX | AVX512,
+    };
+    COMPONENTS.all & needed == needed
 }
 
 /// All that an instruction starts from and leaves behind.
@@ -105,7 +135,12 @@ const REGISTERS: [Register; 16] = [
 
 impl Frame {
     /// The guest's general registers and flags, and an initial extended state.
-    pub fn new(regs: kvm_regs, avx: bool) -> Box<Self> {
+    pub fn new(regs: kvm_regs, touched: Registers) -> Box<Self> {
+        let components = match touched {
+            Registers::Xmm => SSE,
+            Registers::Ymm => SSE | AVX | ZMM_HIGH,
+            Registers::Zmm => SSE | AVX | AVX512,
+        };
         Box::new(Self {
             guest: [0; XSAVE],
             host: [0; XSAVE],
@@ -113,7 +148,7 @@ impl Frame {
             registers: REGISTERS.map(|r| register_value(&regs, r)),
             flags: regs.rflags & START_FLAGS | FLAGS_FIXED,
             entry: std::ptr::null(),
-            components: if avx { COMPONENTS.0 } else { SSE },
+            components: components & COMPONENTS.all,
         })
     }
 
@@ -140,8 +175,7 @@ impl Frame {
     /// Where the components of this instruction lie: bit and range.
     fn parts(&self) -> impl Iterator<Item = (u32, Range<usize>)> + use<> {
         let components = self.components;
-        let all = [(SSE, state::XMM), (AVX, state::AVX), (ZMM, COMPONENTS.1.clone())];
-        all.into_iter().filter(move |(bit, _)| components & bit != 0)
+        COMPONENTS.places.iter().filter(move |(bit, _)| components & bit != 0).cloned()
     }
 
     /// Takes the guest's vector registers. Only what `xrstor` accepts is taken over, whatever `area` holds.
