@@ -83,7 +83,7 @@ pub(super) fn spawn(mut input: Box<dyn Read + Send>, shared: Weak<Shared>) -> st
 /// Shows what the guest has written without a line end, such as a prompt. In a thread of its own, since output may block.
 fn keep_flushing(shared: &Weak<Shared>) {
     while let Some(shared) = shared.upgrade().filter(|shared| !shared.stop.load(SeqCst)) {
-        if let Ok(mut monitor) = shared.monitor.try_lock() {
+        if let Some(mut monitor) = shared.monitor.try_lock() {
             monitor.flush();
         }
         drop(shared);

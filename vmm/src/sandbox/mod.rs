@@ -21,12 +21,12 @@ mod tests;
 mod vcpus;
 
 use std::io::{Read, Write};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
-use std::thread;
 use std::time::{Duration, Instant};
 
+use parking_lot::{Mutex, MutexGuard};
 use thiserror::Error;
 use vm_memory::GuestAddress;
 
@@ -230,26 +230,19 @@ struct Shared {
     stop: AtomicBool,
     /// The user typed that the run shall end.
     quit: AtomicBool,
+    /// The state. The lock is passed on to who waits for it: a vCPU that makes one exit after the other keeps no other waiting.
+    /// It is not lost by a panic, which is told when that thread is joined; the findings are still good.
     monitor: Mutex<Monitor>,
 }
 
 impl Shared {
     fn monitor(&self) -> MutexGuard<'_, Monitor> {
-        // A panic elsewhere is told when that thread is joined; the findings are still good.
-        self.monitor.lock().unwrap_or_else(PoisonError::into_inner)
+        self.monitor.lock()
     }
 
     /// The state, unless a vCPU's thread holds on to it: it may be writing to a pipe that nobody reads.
     fn monitor_in_time(&self) -> Option<MutexGuard<'_, Monitor>> {
-        let give_up = Instant::now() + PATIENCE;
-        loop {
-            match self.monitor.try_lock() {
-                Ok(monitor) => return Some(monitor),
-                Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
-                Err(TryLockError::WouldBlock) if Instant::now() < give_up => thread::sleep(TICK),
-                Err(TryLockError::WouldBlock) => return None,
-            }
-        }
+        self.monitor.try_lock_for(PATIENCE)
     }
 }
 
@@ -361,7 +354,7 @@ pub fn run(
         }
         // A guest that makes no exits is looked after from here. While it handles one, the other threads do it.
         if config.picture
-            && let Ok(mut monitor) = shared.monitor.try_lock()
+            && let Some(mut monitor) = shared.monitor.try_lock()
         {
             monitor.sample();
         }

@@ -19,9 +19,11 @@ use crate::machine::vcpu::{Vcpu, VmExit};
 
 /// How long a kick is given before the next.
 const RETRY: Duration = Duration::from_millis(5);
-/// How many kicks a vCPU is given to come out: some seconds. Not a time, since a host that stands still for so long should
-/// not end a run.
+/// How many kicks a vCPU is given to come out: for the end of a run some seconds, after which it is left behind; and while
+/// the run goes on as long as a host may take that has far more to do than CPUs, for without it the run ends. Not times, since
+/// a host that stands still for so long should not count.
 const KICKS: u32 = 400;
+const HOLD_KICKS: u32 = 10 * KICKS;
 /// Looks at what is waited for, before it is slept for.
 const LOOKS: u32 = 16;
 /// How long at a time.
@@ -100,15 +102,18 @@ impl Vcpus {
     }
 
     /// Keeps all vCPUs but `me` out of the guest until [`Self::let_go`]. The number of one that does not come out is
-    /// the error.
-    fn hold(&self, me: usize) -> Result<(), usize> {
+    /// the error. When the run shall `stop`, patience ends sooner.
+    fn hold(&self, me: usize, stop: &AtomicBool) -> Result<(), usize> {
         self.hold.store(true, SeqCst);
         let others = || self.inside.iter().enumerate().filter(|(id, _)| *id != me);
         let inside = || others().filter(|(_, inside)| inside.load(SeqCst)).map(|(id, _)| id);
         // All at once: each may have to wait for a CPU of the host before it comes out.
-        for _ in 0..KICKS {
+        for kick in 0..HOLD_KICKS {
             if inside().next().is_none() {
                 return Ok(());
+            }
+            if kick >= KICKS && stop.load(SeqCst) {
+                break;
             }
             inside().for_each(|id| self.kickers[id].kick());
             wait_for(|| inside().next().is_none());
@@ -154,13 +159,14 @@ fn wait_for(done: impl Fn() -> bool) {
 struct OtherVcpus<'a> {
     vcpus: &'a Vcpus,
     me: usize,
+    stop: &'a AtomicBool,
     stopped: bool,
 }
 
 impl Others for OtherVcpus<'_> {
     fn stop(&mut self) -> Result<(), Outcome> {
         if !self.stopped {
-            self.vcpus.hold(self.me).map_err(|id| Outcome::Unstoppable { id })?;
+            self.vcpus.hold(self.me, self.stop).map_err(|id| Outcome::Unstoppable { id })?;
             self.stopped = true;
         }
         Ok(())
@@ -226,7 +232,7 @@ fn run(vcpu: &mut Vcpu, shared: &Shared, tell: &Farewell) {
             Ok(exit) => {
                 let mut slots = MachineSlots(machine);
                 // Dropped before the lock.
-                let mut others = OtherVcpus { vcpus, me: id, stopped: false };
+                let mut others = OtherVcpus { vcpus, me: id, stop: &shared.stop, stopped: false };
                 let mut machine = monitor::Machine {
                     id: vcpu.id(),
                     cpu: vcpu,
