@@ -2,6 +2,7 @@
 //! program run as a user runs it.
 
 pub mod elf;
+pub mod ktap;
 pub mod linux;
 pub mod program;
 pub mod suite;

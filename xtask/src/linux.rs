@@ -1,8 +1,8 @@
 //! `cargo xtask linux`: the Linux kernels that the tests boot.
 //!
-//! The small one is built from Debian's `linux-source-6.1` with our own configuration, the other is Debian's stock cloud
-//! kernel as its package has it. Both packages are unpacked below `target/linux` and not installed. Beside each result lies
-//! a file that says what it was made from; as long as that is the same, it is not made again.
+//! Some are built from Debian's `linux-source-6.1` with our own configurations, one of them with our patches; the other is
+//! Debian's stock cloud kernel as its package has it. Both packages are unpacked below `target/linux` and not installed.
+//! Beside each result lies a file that says what it was made from; as long as that is the same, it is not made again.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -19,19 +19,44 @@ const SOURCE: &str = "linux-source-6.1";
 /// The package that names Debian's newest cloud kernel.
 const STOCK: &str = "linux-image-cloud-amd64";
 /// What a kernel is built with: programs, a header, and their packages.
-const NEEDED: [(&str, &str); 8] = [
+const NEEDED: [(&str, &str); 9] = [
     ("make", "make"),
     ("gcc", "gcc"),
     ("flex", "flex"),
     ("bison", "bison"),
     ("bc", "bc"),
+    ("patch", "patch"),
     ("xz", "xz-utils"),
     ("lz4", "lz4"),
     ("/usr/include/libelf.h", "libelf-dev"),
 ];
-/// The kernels that are built, with their configurations: files in guest/linux/config, each on top of the one before it, the
-/// first on top of `make tinyconfig`.
-const BUILT: [(&str, &[&str]); 2] = [("small", &["small"]), ("acpi", &["small", "acpi"])];
+
+/// A kernel that is built.
+pub struct Kernel {
+    /// The folder below target/linux that it ends up in.
+    pub name: &'static str,
+    /// Fragments of configuration, in guest/linux/config, one after the other on top of `make tinyconfig`.
+    config: &'static [&'static str],
+    /// Whether guest/linux/patches are applied.
+    patched: bool,
+}
+
+/// Those that the tests boot.
+const BUILT: [Kernel; 2] = [SMALL, ACPI];
+/// One that nobody changed.
+const SMALL: Kernel = Kernel { name: "small", config: &["small"], patched: false };
+/// The same with ACPI.
+const ACPI: Kernel = Kernel { name: "acpi", config: &["small", "acpi"], patched: false };
+/// The one that Umbra checks, with Linux's own tests of KASAN in it.
+pub const UMBRA: Kernel =
+    Kernel { name: "umbra", config: &["small", "kasan", "umbra", "replay"], patched: true };
+/// What [`UMBRA`] is compared with: no KASAN, and Linux's own.
+pub const COMPARED: [Kernel; 2] = [
+    Kernel { name: "compare-none", config: &["small", "replay"], patched: true },
+    Kernel { name: "compare-kasan", config: &["small", "kasan", "replay"], patched: true },
+];
+/// The same with Linux's own KASAN, and nothing of ours.
+pub const STOCK_KASAN: Kernel = Kernel { name: "kasan", config: &["small", "kasan"], patched: false };
 
 /// `cargo xtask linux`.
 pub fn run(context: &Context) -> Result<ExitCode> {
@@ -47,11 +72,10 @@ pub fn run(context: &Context) -> Result<ExitCode> {
 pub fn build(context: &Context) -> Result<Vec<PathBuf>> {
     let root = context.root.join("target/linux");
     let mut kernels = Vec::new();
-    for (name, fragments) in BUILT {
-        let folder = root.join(name);
-        match small(context, name, fragments, &folder) {
-            Ok(()) => kernels.extend(["vmlinux", "bzImage"].map(|file| folder.join(file))),
-            Err(error) => skipped(context, name, &error),
+    for kernel in BUILT {
+        match build_one(context, &kernel) {
+            Ok(folder) => kernels.extend(["vmlinux", "bzImage"].map(|file| folder.join(file))),
+            Err(error) => skipped(context, kernel.name, &error),
         }
     }
     let folder = root.join("debian");
@@ -107,23 +131,74 @@ fn source(context: &Context, version: &str) -> Result<PathBuf> {
     Ok(tree)
 }
 
-fn small(context: &Context, name: &str, fragments: &[&str], folder: &Path) -> Result<()> {
+/// The patches, in order.
+fn patches(context: &Context) -> Result<Vec<PathBuf>> {
+    let folder = context.root.join("guest/linux/patches");
+    let read = fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))?;
+    let mut patches = read
+        .map(|entry| Ok(entry?.path()))
+        .collect::<Result<Vec<_>>>()
+        .with_context(|| format!("cannot read {}", folder.display()))?;
+    patches.retain(|path| path.extension().is_some_and(|ext| ext == "patch"));
+    patches.sort();
+    Ok(patches)
+}
+
+fn read(file: &Path) -> Result<String> {
+    fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))
+}
+
+/// The sources of a version with our patches. What the patches leave alone are links to the files of the unpatched tree,
+/// which nothing writes to.
+fn patched_source(context: &Context, version: &str, wanted: &str) -> Result<PathBuf> {
+    let original = source(context, version)?;
+    let folder = context.root.join("target/linux/source-umbra");
+    let tree = folder.join(SOURCE);
+    if !is_made_from(&folder, wanted) {
+        context.progress.step("patching the sources of Linux");
+        empty(&folder)?;
+        let mut copy = Command::new("cp", &folder);
+        copy.args(["-al".as_ref(), original.as_os_str(), folder.as_os_str()])
+            .run_or_fail(&context.progress)?;
+        for file in patches(context)? {
+            let mut patch = Command::new("patch", &tree);
+            patch.args(["-p1", "--quiet", "--no-backup-if-mismatch", "--fuzz=0", "-i"]);
+            patch.args([file]).run_or_fail(&context.progress)?;
+        }
+        fs::write(stamp(&folder), wanted).context("cannot write target/linux/source-umbra")?;
+    }
+    Ok(tree)
+}
+
+/// Builds a kernel, unless it is there. Returns the folder with `vmlinux`, `bzImage` and `config`.
+pub fn build_one(context: &Context, kernel: &Kernel) -> Result<PathBuf> {
+    let folder = context.root.join("target/linux").join(kernel.name);
     let mut fragment = String::new();
-    for name in fragments {
-        let file = context.root.join(format!("guest/linux/config/{name}.config"));
-        fragment += &fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+    for name in kernel.config {
+        fragment += &read(&context.root.join(format!("guest/linux/config/{name}.config")))?;
     }
     let version = version(context, SOURCE)?;
-    let wanted = format!("{SOURCE} {version}\n{fragment}");
-    if is_made_from(folder, &wanted) {
-        return Ok(());
+    let mut source_of = format!("{SOURCE} {version}\n");
+    if kernel.patched {
+        for file in patches(context)? {
+            source_of += &read(&file)?;
+        }
     }
+    let wanted = format!("{source_of}{fragment}");
+    if is_made_from(&folder, &wanted) {
+        return Ok(folder);
+    }
+    let name = kernel.name;
     let missing = setup::packages(context, &NEEDED, "Linux is built with them")?;
     if !missing.is_empty() {
         bail!("install {0} (`apt-get install {0}`)", missing.join(" "));
     }
-    let tree = source(context, &version)?;
-    empty(folder)?;
+    let tree = if kernel.patched {
+        patched_source(context, &version, &source_of)?
+    } else {
+        source(context, &version)?
+    };
+    empty(&folder)?;
     let build = folder.join("build");
     let make = || {
         let mut make = Command::new("make", &tree);
@@ -143,7 +218,7 @@ fn small(context: &Context, name: &str, fragments: &[&str], folder: &Path) -> Re
     let config = read()?;
     let lost = lost(&fragment, &config);
     if !lost.is_empty() {
-        bail!("its configuration asks for what Linux does not keep: {}", lost.join(", "));
+        bail!("guest/linux/config asks for what Linux does not keep in {name}: {}", lost.join(", "));
     }
     context.progress.step(&format!("building Linux {version}, {name}: a few minutes"));
     let jobs = std::thread::available_parallelism().map_or(1, usize::from);
@@ -153,7 +228,8 @@ fn small(context: &Context, name: &str, fragments: &[&str], folder: &Path) -> Re
         fs::rename(&from, &to).with_context(|| format!("make left no {}", from.display()))?;
     }
     fs::remove_dir_all(&build).context("cannot remove the build's folder")?;
-    fs::write(stamp(folder), wanted).with_context(|| format!("cannot write {}", folder.display()))
+    fs::write(stamp(&folder), wanted).with_context(|| format!("cannot write {}", folder.display()))?;
+    Ok(folder)
 }
 
 /// The lines of a fragment that a configuration does not have. What one line says of an option, a later one may change.
