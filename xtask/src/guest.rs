@@ -90,13 +90,13 @@ pub fn library(context: &Context) -> Result<()> {
     let folder = build_library(context)?;
     context.progress.finish();
     println!(
-        "{}: libumbra_rt.a, umbra.h, and umbra.mk with the compiler flags (guest/c/kernel/Makefile uses all three)",
+        "{}: libumbra_rt.a; umbra.h and umbra.mk for kernels in C; umbra.toml for kernels in Rust (docs/your-kernel.md)",
         folder.display()
     );
     Ok(())
 }
 
-/// Builds what kernels in other languages than Rust need, all in one folder, which is returned.
+/// Builds what other kernels need, all in one folder, which is returned.
 pub fn build_library(context: &Context) -> Result<PathBuf> {
     let guest = Guest::new(context)?;
     context.progress.step("building the guest runtime");
@@ -105,6 +105,7 @@ pub fn build_library(context: &Context) -> Result<PathBuf> {
     for name in ["umbra.h", "umbra.mk"] {
         install(&context.root.join("guest/c").join(name), &guest.folder.join(name))?;
     }
+    write_if_new(guest.configuration().as_bytes(), &guest.folder.join("umbra.toml"))?;
     Ok(guest.folder)
 }
 
@@ -222,6 +223,25 @@ impl<'a> Guest<'a> {
         Ok(object)
     }
 
+    /// The configuration of cargo for kernels in Rust: this machine's compiler, and the flags.
+    fn configuration(&self) -> String {
+        let text = |path: &Path| format!("{:?}", path.display().to_string());
+        let linked = |what: &str, path: &Path| format!("{:?}", format!("{what}{}", path.display()));
+        let mut flags: Vec<String> =
+            COMMON.iter().chain(&SANITIZER).map(|flag| format!("{flag:?}")).collect();
+        flags.push(linked("-Clinker=", &self.tools.linker));
+        flags.push(linked("-Clink-arg=", &self.folder.join("libumbra_rt.a")));
+        format!(
+            "# For kernels that Umbra checks: `RUSTC_BOOTSTRAP=1 cargo build --release --config umbra.toml`.\n\
+             # Made by `cargo xtask guest --lib` for this machine.\n\n\
+             [build]\nrustc = {}\ntarget = {TARGET:?}\n\n\
+             [unstable]\nbuild-std = [\"core\", \"alloc\", \"compiler_builtins\"]\n\n\
+             [target.{TARGET}]\nrustflags = [\n    {},\n]\n",
+            text(&self.tools.compiler.rustc),
+            flags.join(",\n    ")
+        )
+    }
+
     /// The runtime as an archive, for kernels in any language. Its memory functions are weak there: a kernel may have
     /// its own, which are then not checked but where the kernel itself is instrumented.
     fn archive(&self, object: &Path) -> Result<()> {
@@ -313,6 +333,11 @@ fn fingerprint(files: &[&Path], names: &[&Path]) -> Result<String> {
 /// Copies a file, at once and only if it differs: what depends on it is rebuilt when its time changes.
 fn install(from: &Path, to: &Path) -> Result<()> {
     let content = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
+    write_if_new(&content, to)
+}
+
+/// Writes a file, at once and only if it is another than before.
+fn write_if_new(content: &[u8], to: &Path) -> Result<()> {
     if fs::read(to).is_ok_and(|old| old == content) {
         return Ok(());
     }

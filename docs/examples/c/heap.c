@@ -1,0 +1,33 @@
+/* The heap: blocks of 64 bytes. A free block points to the next one. */
+#include "kernel.h"
+
+#define BLOCK 64ul
+
+struct block {
+	struct block *next;
+};
+
+static char blocks[1024][BLOCK] __attribute__((aligned(64)));
+static unsigned used;
+static struct block *first_free;
+
+void *kmalloc(size_t bytes)
+{
+	void *object = first_free;
+
+	if (bytes > BLOCK)
+		return NULL;
+	if (object)
+		first_free = first_free->next;
+	else if (used < sizeof(blocks) / BLOCK)
+		object = blocks[used++];
+	return object;
+}
+
+void kfree(void *object)
+{
+	struct block *block = object;
+
+	block->next = first_free;
+	first_free = block;
+}
