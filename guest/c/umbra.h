@@ -242,6 +242,9 @@ void umbra_invalid_free(uint64_t address);
 /* Checks a range by hand; false when it was reported. */
 bool umbra_check(uint64_t address, uint64_t bytes, bool write);
 
+/* Whether the byte at `address` is known to be inaccessible. Nothing is reported. False where there is no shadow. */
+bool umbra_is_poisoned(uint64_t address);
+
 /* Reports off and on again on this CPU, nesting: around code that uses poisoned memory on purpose. */
 void umbra_suppress_begin(void);
 void umbra_suppress_end(void);

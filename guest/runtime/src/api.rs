@@ -118,6 +118,12 @@ pub extern "C" fn umbra_check(address: u64, bytes: u64, write: bool) -> bool {
     checks::check_range(address, bytes, if write { access::WRITE } else { access::READ }, ip)
 }
 
+/// Whether the byte at `address` is known to be inaccessible. Nothing is reported. False where there is no shadow.
+#[unsafe(no_mangle)]
+pub extern "C" fn umbra_is_poisoned(address: u64) -> bool {
+    shadow::value(address) >= codes::POISON_MIN
+}
+
 /// An allocator hands out `bytes` at `address`, at the start of a slot of `slot` bytes: the object becomes accessible,
 /// the rest of the slot gets `redzone` as code. `cache` is an id named by [`umbra_name_cache`], or 0.
 #[unsafe(no_mangle)]

@@ -50,6 +50,7 @@ unsafe extern "C" {
     pub fn umbra_poison(address: u64, bytes: u64, code: u8);
     pub fn umbra_unpoison(address: u64, bytes: u64);
     pub fn umbra_check(address: u64, bytes: u64, write: bool) -> bool;
+    pub fn umbra_is_poisoned(address: u64) -> bool;
     pub fn umbra_alloc(address: u64, bytes: u64, slot: u64, redzone: u8, cache: u16);
     pub fn umbra_free(address: u64, start: u64, slot: u64, code: u8) -> bool;
     pub fn umbra_invalid_free(address: u64);

@@ -169,6 +169,8 @@ safe_face! {
     unpoison = umbra_unpoison(address: u64, bytes: u64);
     /// Checks a range by hand; false when it was reported.
     check = umbra_check(address: u64, bytes: u64, write: bool) -> bool;
+    /// Whether the byte at `address` is known to be inaccessible. Nothing is reported. False where there is no shadow.
+    is_poisoned = umbra_is_poisoned(address: u64) -> bool;
     /// An allocator hands out `bytes` at `address`, the start of a slot of `slot` bytes.
     alloc = umbra_alloc(address: u64, bytes: u64, slot: u64, redzone: u8, cache: u16);
     /// An allocator takes back `address`, whose object starts at `start` in a slot of `slot` bytes. False, after a

@@ -6,6 +6,7 @@
 //! `kind access size offset`, where the offset counts from the start of the object, `-` if there is none.
 
 mod access;
+mod allocators;
 mod checks;
 pub mod churn;
 mod functions;
@@ -89,6 +90,7 @@ pub fn run(command_line: &'static str) {
             vmalloc::ALL,
             stack::ALL,
             heap::ALL,
+            allocators::ALL,
             silent::ALL,
             churn::ALL,
         ]
