@@ -55,6 +55,7 @@ extern "C" {
 #define UMBRA_SLAB_REDZONE 0xfc  /* inside or behind a slab object */
 #define UMBRA_SLAB_FREE 0xfb     /* a freed slab object */
 #define UMBRA_VMALLOC_INVALID 0xf8 /* virtual memory that is not allocated, or behind what was asked for */
+#define UMBRA_STACK_GUARD 0xf1   /* a page that no stack may grow into */
 
 #define UMBRA_PAGE_SHIFT 12
 #define UMBRA_GRANULE_SHIFT 3
@@ -270,6 +271,13 @@ void umbra_name_task(uint32_t id, const char *name, uint64_t len);
  * from it and return from the interrupt. The access itself then faults again, and false comes back.
  */
 bool umbra_page_fault(struct umbra_trap *trap);
+
+/*
+ * Reports a bad access that the kernel found itself, by a fault: a stack that has grown into its guard page, say. The
+ * shadow at `address` tells what kind of bug it is; a guard page is best poisoned with UMBRA_STACK_GUARD. `trap` holds
+ * the registers at the fault, where the stack of the report begins.
+ */
+void umbra_report(uint64_t address, uint64_t bytes, bool write, const struct umbra_trap *trap);
 
 /* End the guest: done (0 is success), panicked, stopped by a CPU exception. Only where umbra_present(). */
 UMBRA_NORETURN void umbra_exit(uint64_t code);

@@ -6,3 +6,4 @@ pub mod ktap;
 pub mod linux;
 pub mod program;
 pub mod suite;
+pub mod table;

@@ -40,6 +40,17 @@ impl Need {
         Self::kvm().and(&Self::unless(missing))
     }
 
+    /// The user's wish for tests that take very long; `missing` says how to wish for this one.
+    pub fn long(missing: &str) -> Self {
+        Self::unless(std::env::var_os("UMBRA_LONG_TESTS").is_none().then(|| missing.to_owned()))
+    }
+
+    /// Whether a program is in the path.
+    pub fn has(program: &str) -> bool {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
+    }
+
     /// Root.
     pub fn root() -> Self {
         // SAFETY: only asks.

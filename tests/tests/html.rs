@@ -56,6 +56,8 @@ fn umbra(args: &[&str], html: &Path) -> Output {
         .arg("--html")
         .arg(html)
         .stdin(Stdio::null())
+        // Where the sources are whose lines the page shows.
+        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
         .output()
         .expect("the program starts")
 }
@@ -133,6 +135,7 @@ fn a_run_with_findings() -> Tested {
             ],
         )?;
         check(answer("title").contains("5 findings"), || answer("title"))?;
+        check(answer("sources").parse::<u32>().is_ok_and(|shown| shown >= 5), || "no source lines".into())?;
         check(answer("map").parse::<u32>().is_ok_and(|paths| paths >= 3), || "the page map is empty".into())?;
     }
     screenshot(folder.path(), &["--window-size=1200,1600"])?;

@@ -14,8 +14,6 @@ use umbra_tests::suite::{Need, Suite};
 const PROGRAM: &str = env!("CARGO_BIN_EXE_umbra-under-test");
 /// No guest here needs as long as this; where ring 0 is emulated and the machine is shared, some need a good part of it.
 const LIMIT: Duration = Duration::from_secs(1500);
-/// Set in the environment, it has the tests run that take very long.
-const LONG: &str = "UMBRA_LONG_TESTS";
 /// `1: jmp 1b`.
 const SPIN: [u8; 2] = [0xeb, 0xfe];
 /// What Linux says before its first program.
@@ -225,11 +223,7 @@ fn main() -> ExitCode {
         });
     suite.add("a_program_runs_to_its_end", &small.and(&programs), a_program_runs_to_its_end);
     // Where ring 0 is emulated it takes from ten minutes to over half an hour.
-    let long = Need::unless(
-        std::env::var_os(LONG)
-            .is_none()
-            .then(|| format!("it may take half an hour: `{LONG}=1 cargo xtask test debians` runs it")),
-    );
+    let long = Need::long("it may take half an hour: `UMBRA_LONG_TESTS=1 cargo xtask test debians` runs it");
     suite.add(
         "debians_kernel_reaches_its_first_program",
         &need("debian/bzImage").and(&long),

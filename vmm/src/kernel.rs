@@ -15,7 +15,7 @@ pub struct Expected {
     pub access: String,
     /// Bytes of the access.
     pub size: u64,
-    /// Where the access begins, in bytes from the start of the object; none if there is no object, or if any will do.
+    /// Where the first bad byte lies, from the start of the object or variable; none if there is neither.
     pub offset: Option<i64>,
 }
 

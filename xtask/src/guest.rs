@@ -280,6 +280,8 @@ impl<'a> Guest<'a> {
             .args(["--package", "umbra-kernel", "--bin", "umbra-kernel", "--features", "guest"])
             .args(["-Zbuild-std=core,alloc,compiler_builtins", "--"])
             .args(["--cfg".to_owned(), format!("umbra_linked_with=\"{linked_with}\"")])
+            // Findings tell where a global variable is declared; line tables alone do not have that.
+            .args(["-Cdebuginfo=full"])
             .args(objects.iter().map(|object| link_argument("", object)))
             .args([link_argument("-T", &script)])
             .args(

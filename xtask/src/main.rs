@@ -58,6 +58,10 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
         arguments: Vec<String>,
     },
+    /// Run every scenario of the test kernels and write what was found to docs/scenarios.md
+    ///
+    /// `cargo xtask test` fails where the file says something else than what was found.
+    Scenarios,
     /// Build the Linux kernels that the tests boot and fetch Debian's, into target/linux
     ///
     /// They are Debian's linux-source-6.1 with configurations from guest/linux/config: a small one, and one with the patches in
@@ -128,6 +132,7 @@ fn main() -> ExitCode {
                 Task::Demo { arguments } => demo::run(&context, &arguments),
                 Task::Test { name } => Ok(tests::run(&context, name.as_deref())),
                 Task::Bench { arguments } => bench(&context, &arguments),
+                Task::Scenarios => tests::write_tables(&context),
                 Task::Linux { task: None } => linux::run(&context),
                 Task::Linux { task: Some(LinuxTask::Test) } => linux_suite::test(&context),
                 Task::Linux { task: Some(LinuxTask::Expected) } => linux_suite::expected(&context),

@@ -21,6 +21,20 @@ pub fn run(context: &Context, name: Option<&str>) -> ExitCode {
     if summary.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
+/// `cargo xtask scenarios`: the tests that make the tables of docs/scenarios.md, told to write them.
+pub fn write_tables(context: &Context) -> Result<ExitCode> {
+    guest::build(context)?;
+    c_kernel::build(context)?;
+    context.progress.step("running every scenario in every configuration");
+    context.progress.finish();
+    context
+        .cargo()
+        .args(["test", "--release", "--package", "umbra-tests", "--test", "scenarios", "--test", "c_kernel"])
+        .args(["--", "the table is true"])
+        .env("UMBRA_WRITE_TABLES", "1")
+        .replace()
+}
+
 fn run_all(context: &Context, name: Option<&str>, summary: &mut Summary) -> Result<()> {
     guest::build(context)?;
     c_kernel::build(context)?;

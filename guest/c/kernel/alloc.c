@@ -215,15 +215,42 @@ void kfree(void *at)
 	}
 }
 
-/* In place where the slot allows it. Never called with a null pointer. */
+/* How far an allocation may grow in place. */
+static size_t room_of(uint32_t number)
+{
+	return pages[number].use == SLAB ? caches[pages[number].cache].object : PAGE_SIZE << pages[number].order;
+}
+
+/* All the bytes that an allocation may use, which it may from now on. 0, after a report, if it was freed. */
+size_t ksize(void *at)
+{
+	size_t room;
+
+	if (!umbra_check((uint64_t)at, 1, false))
+		return 0;
+	room = room_of(head_of(at));
+	umbra_unpoison((uint64_t)at, room);
+	return room;
+}
+
+/* Leaves nothing of what was in it. */
+void kfree_sensitive(void *at)
+{
+	memset(at, 0, ksize(at));
+	kfree(at);
+}
+
+/* In place where the slot allows it. Never called with a null pointer; with a freed one it reports that. */
 void *krealloc(void *at, size_t bytes)
 {
 	uint32_t number = head_of(at);
 	struct cache *cache = &caches[pages[number].cache];
 	bool slab = pages[number].use == SLAB;
-	size_t room = slab ? cache->object : PAGE_SIZE << pages[number].order;
+	size_t room = room_of(number);
 	void *to;
 
+	if (!umbra_check((uint64_t)at, 1, false))
+		return NULL;
 	if (bytes <= room) {
 		umbra_alloc((uint64_t)at, bytes, slab ? cache->slot : room,
 			    slab ? UMBRA_SLAB_REDZONE : UMBRA_LARGE_REDZONE, slab ? pages[number].cache + 1 : 0);

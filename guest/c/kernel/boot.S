@@ -50,6 +50,48 @@ probe_done:
 	ret
 	.size probe_read, . - probe_read
 
+/* kernel.h: jump_catch and its kin. What the C ABI has a callee save is on the stack meanwhile. */
+	.globl jump_catch, jump_throw, jump_with_buffer
+	.type jump_catch, @function
+jump_catch:
+	push %rbp
+	mov %rsp, %rbp
+	push %rbx
+	push %r12
+	push %r13
+	push %r14
+	push %r15
+	sub $8, %rsp
+	mov %rbp, jump_frame(%rip)
+	call *%rdi
+jump_return:
+	lea -40(%rbp), %rsp
+	pop %r15
+	pop %r14
+	pop %r13
+	pop %r12
+	pop %rbx
+	pop %rbp
+	ret
+	.size jump_catch, . - jump_catch
+	.type jump_throw, @function
+jump_throw:
+	mov jump_frame(%rip), %rbp
+	jmp jump_return
+	.size jump_throw, . - jump_throw
+	.type jump_with_buffer, @function
+jump_with_buffer:
+	push %rbp
+	mov %rsp, %rbp
+	mov %rdi, %rax
+	sub $2048, %rsp
+	mov %rsp, %rdi
+	mov $2048, %esi
+	call *%rax
+	leave
+	ret
+	.size jump_with_buffer, . - jump_with_buffer
+
 /* One stub for each CPU exception; those without an error code push 0. */
 	.macro fault_stub vector
 	.balign 16
@@ -137,6 +179,9 @@ boot_pt_scratch:
 	.endr
 
 	.section .bss.boot, "aw", @nobits
+	.balign 8
+jump_frame:
+	.skip 8
 	.balign 4096
 boot_scratch:
 	.skip 4096

@@ -17,6 +17,7 @@
 void *memcpy(void *to, const void *from, size_t n);
 void *memmove(void *to, const void *from, size_t n);
 void *memset(void *to, int value, size_t n);
+size_t strlen(const char *text);
 int memcmp(const void *a, const void *b, size_t n);
 
 /* console.c */
@@ -27,12 +28,18 @@ void out8(uint16_t port, uint8_t value);
 /* start.c */
 extern bool on_umbra;
 _Noreturn void reset(void);
+/* The address in the direct map behind the end of memory. */
+char *memory_end(void);
 
 /* fault.c */
 void fault_init(void);
 
 /* boot.S: reads a byte at an address that may not be mapped; rdi is its whole argument. */
 uint8_t probe_read(uint64_t address);
+/* boot.S: runs `body`, which may end by jump_throw(); runs `body` with a buffer on the stack that no compiler knows. */
+void jump_catch(void (*body)(void));
+_Noreturn void jump_throw(void);
+void jump_with_buffer(void (*body)(char *buffer, size_t bytes));
 
 /* alloc.c: page blocks of 1 << order pages, and objects */
 #define ORDERS 6
@@ -42,6 +49,8 @@ void page_free(void *at);
 void *kmalloc(size_t bytes);
 void *krealloc(void *at, size_t bytes);
 void kfree(void *at);
+void kfree_sensitive(void *at);
+size_t ksize(void *at);
 struct cache;
 struct cache *cache_create(const char *name, size_t object);
 void *cache_alloc(struct cache *cache);

@@ -83,6 +83,78 @@ SCENARIO(deep_stack, "silent", "recursion over frames with redzones, and the sam
 		opaque(recurse(20));
 }
 
+static noinline uint64_t recurse_and_leave(uint64_t depth)
+{
+	uint64_t frame[5];
+	volatile uint64_t *p = opaque(&frame[0]);
+
+	p[4] = depth;
+	if (!depth && opaque(true))
+		jump_throw();
+	return !depth ? 0 : recurse_and_leave(depth - 1) + p[4];
+}
+
+static void leave_deep_frames(void)
+{
+	opaque(recurse_and_leave(12));
+}
+
+static void fill_buffer(char *buffer, size_t bytes)
+{
+	for (size_t i = 0; i < bytes; i++)
+		write8(buffer + i, 0xaa);
+}
+
+SCENARIO(no_return_path, "silent", "leaves deep frames without returning, and lets code without redzones use their memory")
+{
+	for (int i = 0; i < 2; i++) {
+		jump_catch(leave_deep_frames);
+		jump_with_buffer(fill_buffer);
+	}
+}
+
+SCENARIO(kfree_via_page, "silent", "frees an object by an address computed from its page")
+{
+	char *p = kmalloc(8);
+	uint64_t number = opaque(((uint64_t)p - DIRECT_MAP) / PAGE_SIZE);
+
+	kfree((void *)(DIRECT_MAP + number * PAGE_SIZE + ((uint64_t)p & (PAGE_SIZE - 1))));
+}
+
+SCENARIO(kfree_via_phys, "silent", "frees an object by an address computed from its physical one")
+{
+	uint64_t physical = (uint64_t)kmalloc(8) - DIRECT_MAP;
+
+	kfree((void *)(opaque(physical) + DIRECT_MAP));
+}
+
+SCENARIO(kmem_cache_accounted, "silent", "objects of a cache, one after the other")
+{
+	struct cache *cache = cache_create("accounted_cache", 200);
+
+	for (int i = 0; i < 5; i++) {
+		char *p = cache_alloc(cache);
+
+		write8(p, 'x');
+		write8(p + 199, 'x');
+		kfree(p);
+	}
+}
+
+SCENARIO(kmem_cache_bulk, "silent", "objects of a cache, many at once")
+{
+	struct cache *cache = cache_create("bulk_cache", 200);
+	char *objects[10];
+
+	for (size_t i = 0; i < array_size(objects); i++)
+		objects[i] = cache_alloc(cache);
+	for (size_t i = 0; i < array_size(objects); i++) {
+		write8(objects[i], 42);
+		write8(objects[i] + 199, 42);
+		kfree(objects[i]);
+	}
+}
+
 SCENARIO(variable_length_arrays, "silent", "arrays of many lengths, all of their bytes, in a loop and in a frame")
 {
 	for (size_t n = 1; n < 70; n += 9) {

@@ -2,7 +2,7 @@
 /* Bugs on stack and global variables. */
 #include "kernel.h"
 
-SCENARIO(kasan_stack_oob, "stack-out-of-bounds Read 1 -", "reads behind an array on the stack")
+SCENARIO(kasan_stack_oob, "stack-out-of-bounds Read 1 10", "reads behind an array on the stack")
 {
 	char stack_array[10];
 	char *p = opaque(stack_array);
@@ -11,7 +11,7 @@ SCENARIO(kasan_stack_oob, "stack-out-of-bounds Read 1 -", "reads behind an array
 	read8(p + 10);
 }
 
-SCENARIO(kasan_stack_oob_left, "stack-out-of-bounds Write 1 -", "writes before an array on the stack")
+SCENARIO(kasan_stack_oob_left, "stack-out-of-bounds Write 1 -1", "writes before an array on the stack")
 {
 	char stack_array[24];
 	char *p = opaque(stack_array);
@@ -20,17 +20,17 @@ SCENARIO(kasan_stack_oob_left, "stack-out-of-bounds Write 1 -", "writes before a
 	write8(p - 1, 1);
 }
 
-SCENARIO(stack_oob_between, "stack-out-of-bounds Read 4 -", "reads behind a variable, where another is not far")
+SCENARIO(stack_oob_between, "stack-out-of-bounds Read 4 12", "reads behind a variable, where another is not far")
 {
-	int first[3], second[5];
+	int first[3], second[3];
 	int *p = opaque(first), *q = opaque(second);
 
 	p[2] = 1;
-	q[4] = 1;
-	opaque(*(volatile int *)opaque(p < q ? p + 3 : q + 5));
+	q[2] = 1;
+	opaque(*(volatile int *)opaque(p < q ? p + 3 : q + 3));
 }
 
-SCENARIO(use_after_scope, "use-after-scope Write 1 -", "writes to a variable whose block has ended")
+SCENARIO(use_after_scope, "use-after-scope Write 1 3", "writes to a variable whose block has ended")
 {
 	char *p;
 
@@ -43,7 +43,48 @@ SCENARIO(use_after_scope, "use-after-scope Write 1 -", "writes to a variable who
 	write8(p + 3, 1);
 }
 
-SCENARIO(use_after_scope_in_loop, "use-after-scope Read 1 -", "reads, in a second round, a variable of the first")
+struct range {
+	char *start;
+	size_t bytes;
+};
+
+static noinline struct range dangling(void)
+{
+	char array[512];
+	struct range range = {opaque(&array[0]), sizeof(array)};
+
+	write8(range.start, 1);
+	return range;
+}
+
+static noinline void use_again(struct range stale)
+{
+	char again[24];
+	char *p = opaque(&again[0]);
+
+	write8(p, 1);
+	if (p + 24 >= stale.start && p + 24 < stale.start + stale.bytes)
+		write8(p + 24, 1);
+	else
+		print("use_after_return: the stack was not used again\n");
+}
+
+static noinline void further_down(struct range stale)
+{
+	char array[64];
+
+	write8(opaque(&array[0]), 1);
+	use_again(stale);
+	write8(opaque(&array[0]), 1);
+}
+
+SCENARIO(use_after_return, "stack-out-of-bounds Write 1 24",
+	 "writes through a pointer to a variable of a function that has returned, when another uses that part of the stack")
+{
+	further_down(dangling());
+}
+
+SCENARIO(use_after_scope_in_loop, "use-after-scope Read 1 0", "reads, in a second round, a variable of the first")
 {
 	char *p = NULL;
 
@@ -108,7 +149,7 @@ static noinline void deep_frame(void)
 	read8(p + 16);
 }
 
-SCENARIO(stack_oob_after_alloca, "stack-out-of-bounds Read 1 -",
+SCENARIO(stack_oob_after_alloca, "stack-out-of-bounds Read 1 16",
 	 "overruns an array where an alloca of pages was before")
 {
 	allocas_come_and_go();
@@ -119,18 +160,28 @@ static char global_array[10] = "global";
 static char global_first[13] = "first";
 static char global_second[13] = "second";
 
-SCENARIO(kasan_global_oob_right, "global-out-of-bounds Read 1 -", "reads behind a global variable")
+SCENARIO(kasan_global_oob_right, "global-out-of-bounds Read 1 13", "reads behind a global variable")
 {
 	char *p = opaque(&global_array[0]);
 
 	read8(p + 9);
-	read8(p + 10);
+	read8(p + 13);
 }
 
-/* Neither compiler puts a redzone before a variable: the one behind its neighbour is found. */
-SCENARIO(kasan_global_oob_left, "global-out-of-bounds Read 1 -", "reads before a global variable that has a neighbour")
+/*
+ * Neither compiler puts a redzone before a variable: the one behind its neighbour is found. A variable of 13 bytes and its
+ * redzone are 32 bytes together for clang, and 64 for gcc.
+ */
+#ifdef __clang__
+#define BEFORE_NEIGHBOUR "29"
+#else
+#define BEFORE_NEIGHBOUR "61"
+#endif
+
+SCENARIO(kasan_global_oob_left, "global-out-of-bounds Read 1 " BEFORE_NEIGHBOUR,
+	 "reads before a global variable that has a neighbour")
 {
 	char *a = opaque(&global_first[0]), *b = opaque(&global_second[0]);
 
-	read8((a > b ? a : b) - 1);
+	read8((a > b ? a : b) - 3);
 }

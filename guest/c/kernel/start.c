@@ -54,6 +54,11 @@ static void map(const struct umbra_mapping *mapping)
 	}
 }
 
+char *memory_end(void)
+{
+	return (char *)(DIRECT_MAP + end);
+}
+
 /* Writing cr3 drops what was cached of the old tables. */
 static void flush(void)
 {

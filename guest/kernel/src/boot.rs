@@ -205,6 +205,32 @@ pub fn unmap(at: u64) -> Option<u64> {
     Some(gpa)
 }
 
+/// Maps a page of the direct map again, or no longer. No other CPU may be using the page; what they know of it may be out of
+/// date.
+pub fn set_mapped(at: u64, mapped: bool) {
+    let mut entries = &raw mut boot_pml4 as *mut u64;
+    for shift in [39, 30, 21, 12] {
+        // SAFETY: a page table that the direct map reaches: the first ones, or one that `map` or this function made. What is
+        // changed is the entry of one page.
+        unsafe {
+            let entry = entries.add((at >> shift & 511) as usize);
+            if shift == 12 {
+                write_volatile(entry, if mapped { at - DIRECT_MAP | PRESENT_WRITABLE } else { 0 });
+            } else if *entry & LARGE != 0 {
+                let Some(table) = crate::page::alloc(0) else { return };
+                let first = *entry & !(LARGE_PAGE - 1);
+                for i in 0..512 {
+                    write_volatile((table as *mut u64).add(i), first + i as u64 * 4096 | PRESENT_WRITABLE);
+                }
+                write_volatile(entry, table - DIRECT_MAP | PRESENT_WRITABLE);
+            }
+            entries = (DIRECT_MAP + (*entry & FRAME)) as *mut u64;
+        }
+    }
+    // SAFETY: drops what was cached of the old tables.
+    unsafe { asm!("mov {0}, cr3", "mov cr3, {0}", out(reg) _, options(nostack)) };
+}
+
 /// Copies the page table of the highest level to `to`, and has the copy map the first GiB one to one as well.
 ///
 /// # Safety

@@ -5,7 +5,7 @@ use core::ptr::addr_of_mut;
 
 use umbra_guest::Trap;
 
-use crate::smp;
+use crate::{boot, smp, thread};
 
 const VECTORS: usize = 32;
 const CODE: u16 = 0x08;
@@ -188,7 +188,9 @@ pub fn set_task(id: u32) {
 pub fn init() {
     // SAFETY: runs once, at start, on the only CPU; the tables live as long as the kernel.
     unsafe {
-        let stack = addr_of_mut!(STACK) as u64;
+        // By its address in the direct map, which is below those of all threads' stacks: so the chain of frames rises from
+        // here to what was interrupted.
+        let stack = addr_of_mut!(STACK) as u64 - boot::IMAGE_MAP + boot::DIRECT_MAP;
         umbra_guest::stack_alloc(
             stack & !0xfff,
             (FAULT_STACK as u64 + (stack & 0xfff)).next_multiple_of(4096),
@@ -251,6 +253,14 @@ extern "C" fn fault(frame: &mut Frame) {
         // SAFETY: the registers are those at the fault.
         if unsafe { umbra_guest::page_fault(&mut trap) } {
             (frame.rip, frame.rsp) = (trap.rip, trap.rsp);
+            return;
+        }
+        if let Some(exit) = thread::overflowed(address) {
+            const WRITE: u64 = 2;
+            // How much the instruction was about to write is not known; pushes are most of what there is.
+            umbra_guest::report(address, 8, frame.error & WRITE != 0, &trap);
+            (frame.rip, frame.rsp) = exit;
+            frame.rbp = 0;
             return;
         }
     }

@@ -2,7 +2,7 @@
 //! names. It is an ordinary small kernel, instrumented as any other would be.
 //!
 //! Command line: `scenarios=a,b` (default: all; `-`: none), `churn=N` (operations of the churn scenarios),
-//! `bench=...` (see [`bench`]), `smp=N` (see [`stress`]).
+//! `bench=...` (see [`bench`]), `smp=N` (see [`stress`]), `random=...` (see [`random`]).
 #![no_std]
 #![no_main]
 #![allow(
@@ -18,6 +18,7 @@ mod console;
 mod cpu;
 mod heap;
 mod memory;
+mod random;
 mod scenarios;
 mod smp;
 mod stress;
@@ -70,6 +71,7 @@ extern "C" fn kernel_main(boot_params: u64) -> ! {
     smp::start(&cpus, &offer);
     stress::run(info.command_line);
     bench::run(info.command_line);
+    random::run(info.command_line);
     scenarios::run(info.command_line);
     if on_umbra() {
         umbra_guest::exit(0);

@@ -4,13 +4,15 @@ use core::arch::global_asm;
 use core::ptr::addr_of_mut;
 use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
 
-use umbra_guest::codes::{FREE_PAGE, PAGE_SIZE};
+use umbra_guest::codes::{FREE_PAGE, PAGE_SIZE, STACK_LEFT};
 
-use crate::{cpu, page};
+use crate::{boot, cpu, page};
 
 /// A stack is `1 << STACK_ORDER` pages.
 const STACK_ORDER: usize = 2;
 const STACK_BYTES: u64 = PAGE_SIZE << STACK_ORDER;
+/// The first of them, in a thread that has a guard page.
+const GUARD_BYTES: u64 = PAGE_SIZE;
 /// Most threads at a time, with the one that boots.
 const THREADS: usize = 16;
 
@@ -18,6 +20,8 @@ const THREADS: usize = 16;
 struct Thread {
     rsp: u64,
     stack: u64,
+    /// Bytes of `stack` that are not mapped, so that an overflow faults.
+    guard: u64,
     entry: Option<fn()>,
     /// Task id; names in reports.
     id: u32,
@@ -32,7 +36,7 @@ enum State {
 }
 
 static mut TABLE: [Thread; THREADS] =
-    [Thread { rsp: 0, stack: 0, entry: None, id: 0, state: State::Unused }; THREADS];
+    [Thread { rsp: 0, stack: 0, guard: 0, entry: None, id: 0, state: State::Unused }; THREADS];
 static RUNNING: AtomicUsize = AtomicUsize::new(0);
 static NEXT_ID: AtomicU32 = AtomicU32::new(1);
 
@@ -59,12 +63,18 @@ global_asm!(
     "start_thread:",
     "call {main}",
     "ud2",
+    // Where a thread goes on whose stack has overflowed: at the top of it.
+    "end_thread:",
+    "call {exit}",
+    "ud2",
     main = sym thread_main,
+    exit = sym thread_exit,
 );
 
 unsafe extern "C" {
     fn switch_stacks(keep: *mut u64, to: u64);
     fn start_thread();
+    fn end_thread();
 }
 
 fn table() -> &'static mut [Thread; THREADS] {
@@ -83,7 +93,16 @@ extern "C" fn thread_main() -> ! {
     if let Some(entry) = table()[me].entry {
         entry();
     }
-    table()[me].state = State::Done;
+    exit()
+}
+
+extern "C" fn thread_exit() -> ! {
+    exit()
+}
+
+/// Ends the thread that runs. Its stack is freed by who joins it.
+pub fn exit() -> ! {
+    table()[RUNNING.load(Relaxed)].state = State::Done;
     loop {
         yield_now();
     }
@@ -98,15 +117,24 @@ pub fn new_task(name: &str) -> u32 {
 
 /// Starts a thread; it first runs at the next [`yield_now`]. `None` when the table or memory is full.
 pub fn spawn(name: &str, entry: fn()) -> Option<usize> {
+    spawn_with(name, entry, 0)
+}
+
+fn spawn_with(name: &str, entry: fn(), guard: u64) -> Option<usize> {
     let slot = table().iter().position(|t| t.state == State::Unused)?;
     let start = page::take(STACK_ORDER)?;
-    umbra_guest::stack_alloc(start, STACK_BYTES);
+    umbra_guest::stack_alloc(start + guard, STACK_BYTES - guard);
+    if guard != 0 {
+        umbra_guest::poison(start, guard, STACK_LEFT);
+        boot::set_mapped(start, false);
+    }
     let id = new_task(name);
     // From the top: a word that keeps the stack aligned, the address to return to, six saved registers.
     let top = start + STACK_BYTES - 8;
     // SAFETY: the stack is this thread's own.
     unsafe { ((top - 8) as *mut u64).write(start_thread as *const () as u64) };
-    table()[slot] = Thread { rsp: top - 56, stack: start, entry: Some(entry), id, state: State::Ready };
+    table()[slot] =
+        Thread { rsp: top - 56, stack: start, guard, entry: Some(entry), id, state: State::Ready };
     Some(slot)
 }
 
@@ -129,15 +157,42 @@ pub fn join(slot: usize) {
     }
     let thread = &mut table()[slot];
     thread.state = State::Unused;
-    let start = thread.stack;
-    umbra_guest::stack_free(start, STACK_BYTES);
+    let (start, guard) = (thread.stack, thread.guard);
+    umbra_guest::stack_free(start + guard, STACK_BYTES - guard);
+    if guard != 0 {
+        boot::set_mapped(start, true);
+    }
     umbra_guest::poison(start, STACK_BYTES, FREE_PAGE);
     page::give(start);
 }
 
+/// Where the thread that runs goes on, as instruction and stack pointer, if a fault at `address` says that its stack has
+/// overflowed into its guard page.
+pub fn overflowed(address: u64) -> Option<(u64, u64)> {
+    let thread = &table()[RUNNING.load(Relaxed)];
+    let in_guard = address.checked_sub(thread.stack).is_some_and(|offset| offset < thread.guard);
+    in_guard.then_some((end_thread as *const () as u64, thread.stack + STACK_BYTES))
+}
+
 /// Runs `entry` in a thread of its own, to its end.
 pub fn run(name: &str, entry: fn()) {
-    match spawn(name, entry) {
+    run_with(name, entry, 0);
+}
+
+/// Runs `work` on the stack of who calls, as a task of its own name.
+pub fn run_named_task(name: &str, work: impl FnOnce()) {
+    cpu::set_task(new_task(name));
+    work();
+    cpu::set_task(table()[RUNNING.load(Relaxed)].id);
+}
+
+/// [`run`], where the page below the thread's stack is not mapped. It ends the thread to touch that.
+pub fn run_guarded(name: &str, entry: fn()) {
+    run_with(name, entry, GUARD_BYTES);
+}
+
+fn run_with(name: &str, entry: fn(), guard: u64) {
+    match spawn_with(name, entry, guard) {
         Some(slot) => join(slot),
         None => crate::println!("cannot start {name}: no thread or no memory left"),
     }

@@ -258,6 +258,21 @@ pub extern "C" fn umbra_violations() -> u64 {
     state::violations()
 }
 
+/// Reports a bad access that the kernel found itself, by a fault: a stack that has grown into its guard page, say. What kind
+/// of bug it is, the shadow at `address` tells: that of a guard page is poisoned as a stack. `trap` holds the registers at the
+/// fault, from which the stack of the report begins.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn umbra_report(address: u64, bytes: u64, write: bool, trap: &Trap) {
+    if state::mode() & (features::PER_PAGE | features::FULL) == 0 {
+        return;
+    }
+    // As if the code at the fault had called the handler.
+    let frame = [trap.rbp, trap.rip];
+    let access = if write { access::WRITE } else { access::READ };
+    checks::report_from(frame.as_ptr() as u64, address, bytes, access, trap.rip);
+}
+
 /// The registers that [`umbra_page_fault`] reads and changes.
 #[repr(C)]
 pub struct Trap {

@@ -7,6 +7,7 @@ use umbra_shadow::abi::{Global, call};
 use umbra_shadow::codes;
 use umbra_shadow::memory::ShadowMemory;
 
+use crate::ring::frame_pointer;
 use crate::{host, shadow, state};
 
 /// Poisons the redzones behind globals.
@@ -39,10 +40,33 @@ pub unsafe extern "C" fn __asan_unregister_globals(globals: *const Global, n: u6
     }
 }
 
-/// A function that will not return is about to be called. Frames above it are unpoisoned when their thread's
-/// stack is given back (`umbra_stack_free`).
+/// Most frames that are left at once, and most bytes of stack.
+const LEFT_FRAMES: usize = 256;
+const LEFT_BYTES: u64 = 1 << 20;
+
+/// A function that will not return is about to be called: the frames that are on the stack may never be returned from, and
+/// their memory used again by code that does not know of their redzones. So these go, from here to the outermost frame that
+/// the chain of frame pointers leads to. (Linux leaves it to who frees the stack.)
 #[unsafe(no_mangle)]
-pub extern "C" fn __asan_handle_no_return() {}
+#[inline(never)]
+pub extern "C" fn __asan_handle_no_return() {
+    if state::mode() == 0 {
+        return;
+    }
+    let start = frame_pointer();
+    let mut top = start;
+    for _ in 0..LEFT_FRAMES {
+        // SAFETY: the first is this function's own frame, all others lie in regions, which are mapped; what is read may be
+        // anything.
+        let next = unsafe { (top as *const u64).read_volatile() };
+        let rises = next > top && next - start < LEFT_BYTES && next.is_multiple_of(8);
+        if !rises || !state::in_region(next, next.wrapping_add(15)) {
+            break;
+        }
+        top = next;
+    }
+    shadow::set_on_stack(start, (top - start) / codes::GRANULE, 0);
+}
 
 /// The constructors of a C++ file's globals begin. Their order is not checked.
 #[unsafe(no_mangle)]

@@ -61,6 +61,7 @@ unsafe extern "C" {
     pub fn umbra_suppress_begin();
     pub fn umbra_suppress_end();
     pub fn umbra_violations() -> u64;
+    pub fn umbra_report(address: u64, bytes: u64, write: bool, trap: &Trap);
     pub fn umbra_page_fault(trap: &mut Trap) -> bool;
     pub fn umbra_exit(code: u64) -> !;
     pub fn umbra_exit_panic() -> !;

@@ -178,6 +178,8 @@ safe_face! {
     free = umbra_free(address: u64, start: u64, slot: u64, code: u8) -> bool;
     /// Reports a free of something that no allocator knows.
     invalid_free = umbra_invalid_free(address: u64);
+    /// Reports a bad access that the kernel found itself, by a fault; `trap` holds the registers at the fault.
+    report = umbra_report(address: u64, bytes: u64, write: bool, trap: &Trap);
     /// Bad accesses and frees seen so far on all CPUs, reported or not: for a kernel's tests of its own.
     violations = umbra_violations() -> u64;
     /// A thread's stack comes into being.

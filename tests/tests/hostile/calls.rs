@@ -409,6 +409,8 @@ fn wild_frame_pointers() {
         run.findings.iter().map(depth)
     );
     assert!(depth(&run.findings[0]) < 4, "a circle is left at once: {}", run.findings[0]["frames"]);
+    let notes = run.findings[0]["notes"].to_string();
+    assert!(notes.contains("the stack breaks off"), "{notes}");
     assert_eq!(depth(&run.findings[starts.len()]), 32);
     assert!(run.stderr.len() < OUTPUT + 4096 * starts.len());
 }

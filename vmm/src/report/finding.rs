@@ -161,7 +161,7 @@ pub struct Object {
 }
 
 /// A global variable.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Variable {
     /// Its name, demangled.
     pub name: String,
@@ -173,6 +173,12 @@ pub struct Variable {
     /// The source file or compilation unit that defines it, as the compiler names it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub module: Option<String>,
+    /// The source file in which it is declared, shortened as that of a frame.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<Arc<str>>,
+    /// The line in it, from 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub line: Option<u32>,
 }
 
 /// An allocation or a free.

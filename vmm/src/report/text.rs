@@ -107,9 +107,13 @@ impl Printer<'_> {
             let sign = if offset < 0 { '-' } else { '+' };
             let (name, offset) = (printable(&variable.name), offset.unsigned_abs());
             writeln!(self.out, "The buggy address belongs to the variable:")?;
-            let of = variable.module.as_deref().map(|m| format!(", of {}", printable(m))).unwrap_or_default();
-            let size = variable.size;
-            writeln!(self.out, " {name}{sign}{offset:#x}/{size:#x} ({size} bytes{of})\n")?;
+            writeln!(self.out, " {name}{sign}{offset:#x}/{:#x}", variable.size)?;
+            // On a line of its own: parsers take the last word of the one above.
+            let place = source(variable.file.as_deref(), variable.line).map(|place| format!(" at {place}"));
+            let module = || Some(format!(" of {}", printable(variable.module.as_deref()?)));
+            let place = place.or_else(module).unwrap_or_default();
+            let aside = self.paint(ASIDE);
+            writeln!(self.out, "{aside}    {} bytes{place}{aside:#}\n", variable.size)?;
         }
         if let Some(frame) = &finding.stack_frame {
             self.stack_frame(task, frame)?;
@@ -148,7 +152,7 @@ impl Printer<'_> {
                 }
             }
             for frame in group {
-                let source = source(frame);
+                let source = source(frame.file.as_deref(), frame.line);
                 if frame.inlined {
                     let symbol = frame.symbol.as_deref().unwrap_or("a function");
                     let source = source.map(|s| format!(" at {s}")).unwrap_or_default();
@@ -233,9 +237,9 @@ fn name(task: &Task) -> String {
     if task.name.is_empty() { UNKNOWN_TASK.into() } else { printable(&task.name) }
 }
 
-fn source(frame: &Frame) -> Option<String> {
-    let file = printable(frame.file.as_deref()?);
-    Some(match frame.line {
+fn source(file: Option<&str>, line: Option<u32>) -> Option<String> {
+    let file = printable(file?);
+    Some(match line {
         Some(line) => format!("{file}:{line}"),
         None => file,
     })

@@ -56,7 +56,19 @@ impl Globals {
             if address.checked_sub(start).is_some_and(|offset| offset < whole) {
                 let name = word(at + 24).and_then(text)?;
                 let module = word(at + 32).and_then(text);
-                return Some(Variable { name: demangle(&name), start, size: word(at + 8)?, module });
+                // gcc, and clang before version 15, say where it is declared: the file's name, line and column.
+                let place = word(at + 48).filter(|place| *place != 0);
+                let file = place.and_then(word).and_then(text).map(Into::into);
+                let line = place.and_then(|place| word(place.checked_add(8)?));
+                let line = line.map(|line| line as u32).filter(|line| *line != 0 && file.is_some());
+                return Some(Variable {
+                    name: demangle(&name),
+                    start,
+                    size: word(at + 8)?,
+                    module,
+                    file,
+                    line,
+                });
             }
         }
         None

@@ -152,9 +152,14 @@ impl Monitor {
             // The compiler's description knows the size without the redzone; the symbol table does not.
             BugKind::GlobalOutOfBounds => {
                 let sregs = machine.cpu.sregs().unwrap_or_default();
-                self.globals
+                let mut variable = self
+                    .globals
                     .find(first_bad, &AddressSpace::new(&sregs), machine.ram)
-                    .or_else(|| self.symbols.lookup_data(first_bad))
+                    .or_else(|| self.symbols.lookup_data(first_bad));
+                if let Some(variable) = &mut variable {
+                    self.symbols.declare(variable);
+                }
+                variable
             }
             _ => None,
         };

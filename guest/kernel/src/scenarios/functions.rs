@@ -2,7 +2,7 @@
 //! the same case.
 
 use core::ffi::CStr;
-use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
 use super::{opaque, scenarios};
 use crate::slab::{kfree, kmalloc};
@@ -97,26 +97,151 @@ scenarios! {
         kfree(p);
     }
 
-    kasan_strings, "slab-use-after-free Read 1 0", "asks for the length of a freed string", {
-        let Some(p) = kmalloc(23) else { return };
+    kasan_strings,
+    "slab-use-after-free Read 1 16;slab-use-after-free Read 1 16;slab-use-after-free Read 1 16;\
+     slab-use-after-free Read 1 16;slab-use-after-free Read 1 16;slab-use-after-free Read 1 16",
+    "searches, compares and measures a freed string, by six functions", {
+        let Some(p) = kmalloc(24) else { return };
         // SAFETY: mapped memory; being caught is what this is for.
-        unsafe { core::ptr::write_bytes(p as *mut u8, 0, 23) };
+        unsafe { core::ptr::write_bytes(p as *mut u8, 0, 24) };
         kfree(p);
+        // What an allocator may keep in a freed object is not touched: each function stops at its first byte.
+        let text = opaque(p + 16);
+        opaque(strings::chr(text, b'1'));
+        opaque(strings::rchr(text, b'1'));
+        opaque(strings::cmp(text, c"2"));
+        opaque(strings::ncmp(text, c"2", 1));
         // SAFETY: as above.
-        opaque(unsafe { CStr::from_ptr(opaque(p) as *const _) }.count_bytes());
+        opaque(unsafe { CStr::from_ptr(text as *const _) }.count_bytes());
+        opaque(strings::nlen(text, 1));
     }
 
     kasan_bitops_generic,
-    "slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;slab-out-of-bounds Read 8 9",
-    "sets, clears, flips and reads bits behind the 9 bytes of a bitmap", {
+    "slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;\
+     slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;\
+     slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;\
+     slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;slab-out-of-bounds Read 8 9;\
+     slab-out-of-bounds Write 8 9",
+    "sets, clears, flips and tests bits behind the 9 bytes of a bitmap, atomically and not", {
         let Some(p) = kmalloc(9) else { return };
-        // SAFETY: mapped memory, 8-byte aligned; being caught is what this is for. The compiler checks an address that it
-        // knows once.
-        let word = || unsafe { AtomicU64::from_ptr(opaque(p + 8) as *mut u64) };
-        word().fetch_or(1, Relaxed);
-        word().fetch_and(!1, Relaxed);
-        word().fetch_xor(1, Relaxed);
-        opaque(word().load(Relaxed));
+        // The first bit of the second word is allocated, but the word is not; the ninth is not either.
+        let (inside, behind) = (opaque(p + 8), 8);
+        bits::atomic(inside).fetch_or(1, Relaxed);
+        bits::plain::<{ bits::SET }>(inside, 0);
+        bits::atomic(inside).fetch_and(!1, Relaxed);
+        bits::plain::<{ bits::CLEAR }>(inside, 0);
+        bits::atomic(inside).fetch_and(!1, Release);
+        bits::plain::<{ bits::CLEAR }>(inside, 0);
+        bits::atomic(inside).fetch_xor(1, Relaxed);
+        bits::plain::<{ bits::CHANGE }>(inside, 0);
+
+        opaque(bits::atomic(inside).fetch_or(1 << behind, AcqRel));
+        opaque(bits::plain::<{ bits::SET }>(inside, behind));
+        opaque(bits::atomic(inside).fetch_or(1 << behind, Acquire));
+        opaque(bits::atomic(inside).fetch_and(!(1 << behind), AcqRel));
+        opaque(bits::plain::<{ bits::CLEAR }>(inside, behind));
+        opaque(bits::atomic(inside).fetch_xor(1 << behind, AcqRel));
+        opaque(bits::plain::<{ bits::CHANGE }>(inside, behind));
+        opaque(bits::atomic(inside).load(Relaxed) >> behind & 1);
+        opaque(bits::atomic(inside).fetch_and(!(1 << behind), Release) & 0x80);
         kfree(p);
+    }
+}
+
+/// String functions as kernels write them: a loop over bytes.
+mod strings {
+    use core::ffi::CStr;
+
+    use super::super::read;
+
+    #[inline(never)]
+    pub fn chr(mut text: u64, wanted: u8) -> Option<u64> {
+        loop {
+            match read(text) {
+                byte if byte == wanted => return Some(text),
+                0 => return None,
+                _ => text += 1,
+            }
+        }
+    }
+
+    #[inline(never)]
+    pub fn rchr(mut text: u64, wanted: u8) -> Option<u64> {
+        let mut last = None;
+        loop {
+            match read(text) {
+                byte if byte == wanted => last = Some(text),
+                0 => return last,
+                _ => {}
+            }
+            text += 1;
+        }
+    }
+
+    #[inline(never)]
+    pub fn cmp(text: u64, other: &CStr) -> i32 {
+        for (i, &byte) in other.to_bytes_with_nul().iter().enumerate() {
+            let difference = i32::from(read(text + i as u64)) - i32::from(byte);
+            if difference != 0 {
+                return difference;
+            }
+        }
+        0
+    }
+
+    #[inline(never)]
+    pub fn ncmp(text: u64, other: &CStr, most: usize) -> i32 {
+        for (i, &byte) in other.to_bytes_with_nul().iter().enumerate().take(most) {
+            let difference = i32::from(read(text + i as u64)) - i32::from(byte);
+            if difference != 0 {
+                return difference;
+            }
+        }
+        0
+    }
+
+    #[inline(never)]
+    pub fn nlen(text: u64, most: u64) -> u64 {
+        (0..most).take_while(|i| read(text + i) != 0).count() as u64
+    }
+}
+
+/// Operations on one bit of a word, as Linux has them: the atomic ones are checked by the compiler, the others are
+/// assembly and check for themselves (`include/asm-generic/bitops/instrumented-non-atomic.h`).
+mod bits {
+    use core::arch::asm;
+    use core::sync::atomic::AtomicU64;
+
+    use super::super::opaque;
+
+    pub const SET: u8 = 0;
+    pub const CLEAR: u8 = 1;
+    pub const CHANGE: u8 = 2;
+
+    /// A word as an atomic one. The compiler checks an address that it knows once, so each time it is hidden anew.
+    #[inline(always)]
+    pub fn atomic(at: u64) -> &'static AtomicU64 {
+        // SAFETY: mapped memory, 8-byte aligned; being caught is what this is for.
+        unsafe { AtomicU64::from_ptr(opaque(at) as *mut u64) }
+    }
+
+    /// Does it, and returns what the bit was before.
+    #[inline(always)]
+    pub fn plain<const WHAT: u8>(at: u64, bit: u64) -> bool {
+        umbra_guest::check(at, 8, true);
+        let before: u8;
+        // SAFETY: as above; the bit is one of the word's.
+        unsafe {
+            match WHAT {
+                SET => {
+                    asm!("bts qword ptr [{}], {}", "setc {}", in(reg) at, in(reg) bit, out(reg_byte) before)
+                }
+                CLEAR => {
+                    asm!("btr qword ptr [{}], {}", "setc {}", in(reg) at, in(reg) bit, out(reg_byte) before)
+                }
+                _ => asm!("btc qword ptr [{}], {}", "setc {}", in(reg) at, in(reg) bit, out(reg_byte) before),
+            }
+        }
+        before != 0
     }
 }

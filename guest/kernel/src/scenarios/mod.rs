@@ -3,7 +3,8 @@
 //!
 //! What each is expected to lead to stands beside it, in a section of the kernel's ELF that the host reads:
 //! one line each, `name|verdict|description`. A verdict is `silent`, or findings separated by `;`, each
-//! `kind access size offset`, where the offset counts from the start of the object, `-` if there is none.
+//! `kind access size offset`, where the offset is that of the first bad byte from the start of the object or variable, `-` if
+//! there is none.
 
 mod access;
 mod allocators;

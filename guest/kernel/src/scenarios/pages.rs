@@ -20,10 +20,16 @@ pub fn neighbours() -> Option<(u64, Vec<u64>)> {
 }
 
 scenarios! {
-    pagealloc_uaf, "use-after-free Write 1 0", "writes to a freed page", {
-        let Some(p) = page::alloc(2) else { return };
+    pagealloc_uaf, "use-after-free Read 1 0", "reads freed pages", {
+        let Some(p) = page::alloc(4) else { return };
         page::free(p);
-        write(p, 0);
+        read(p);
+    }
+
+    pagealloc_uaf_write, "use-after-free Write 1 4096", "writes to the second of two freed pages", {
+        let Some(p) = page::alloc(1) else { return };
+        page::free(p);
+        write(p + 4096, 0);
     }
 
     pagealloc_double_free, "double-free Free 0 0", "frees pages twice", {

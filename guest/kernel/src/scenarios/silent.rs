@@ -28,6 +28,84 @@ fn in_a_thread() {
     }
 }
 
+/// Recurses, then does `last`, which does not return.
+fn recurse_and(last: fn() -> !, depth: u64) -> u64 {
+    let frame = opaque([depth; 5]);
+    if depth == 0 { last() } else { recurse_and(last, depth - 1) + frame[4] }
+}
+
+extern "C" fn leave_deep_frames() {
+    opaque(recurse_and(|| jump::throw(), 12));
+}
+
+fn end_in_depth() {
+    opaque(recurse_and(thread::exit, 12));
+}
+
+extern "C" fn fill(buffer: u64, bytes: u64) {
+    (buffer..buffer + bytes).for_each(|at| write(at, 0xaa));
+}
+
+/// Leaving frames without returning from them, as `longjmp` does, and memory on the stack that no compiler knows.
+mod jump {
+    use core::arch::global_asm;
+
+    global_asm!(
+        // rdi: a function, which may end by `throw`. What the C ABI has a callee save is on the stack meanwhile.
+        ".globl jump_catch",
+        "jump_catch:",
+        "push rbp",
+        "mov rbp, rsp",
+        "push rbx",
+        "push r12",
+        "push r13",
+        "push r14",
+        "push r15",
+        "sub rsp, 8",
+        "mov [rip + jump_frame], rbp",
+        "call rdi",
+        "jump_return:",
+        "lea rsp, [rbp - 40]",
+        "pop r15",
+        "pop r14",
+        "pop r13",
+        "pop r12",
+        "pop rbx",
+        "pop rbp",
+        "ret",
+        ".globl jump_throw",
+        "jump_throw:",
+        "mov rbp, [rip + jump_frame]",
+        "jmp jump_return",
+        // rdi: a function of the address and the bytes of a buffer.
+        ".globl jump_with_buffer",
+        "jump_with_buffer:",
+        "push rbp",
+        "mov rbp, rsp",
+        "mov rax, rdi",
+        "sub rsp, 2048",
+        "mov rdi, rsp",
+        "mov esi, 2048",
+        "call rax",
+        "leave",
+        "ret",
+        ".section .bss.jump_frame, \"aw\", @nobits",
+        ".balign 8",
+        "jump_frame:",
+        ".skip 8",
+        ".text",
+    );
+
+    unsafe extern "C" {
+        #[link_name = "jump_catch"]
+        pub safe fn catch(body: extern "C" fn());
+        #[link_name = "jump_throw"]
+        pub safe fn throw() -> !;
+        #[link_name = "jump_with_buffer"]
+        pub safe fn with_buffer(body: extern "C" fn(u64, u64));
+    }
+}
+
 scenarios! {
     exact_fit, "silent", "first and last byte of objects of every size class", {
         for size in [1, 7, 8, 9, 16, 31, 32, 64, 96, 115, 128, 200, 256, 500, 1024, 2048, 4096, 4097, 9000] {
@@ -145,6 +223,25 @@ scenarios! {
         for _ in 0..2 {
             let workers: [_; 3] = core::array::from_fn(|_| thread::spawn("worker", in_a_thread));
             workers.into_iter().flatten().for_each(thread::join);
+        }
+    }
+
+    no_return_path, "silent", "leaves deep frames without returning, and lets code without redzones use their memory", {
+        for _ in 0..2 {
+            jump::catch(leave_deep_frames);
+            jump::with_buffer(fill);
+        }
+    }
+
+    thread_exits_in_depth, "silent", "threads that end in deep frames; their stacks are used again, as stacks and as pages", {
+        for _ in 0..2 {
+            let worker = thread::spawn("worker", end_in_depth);
+            worker.into_iter().for_each(thread::join);
+            let Some(p) = page::alloc(2) else { return };
+            for at in (0..4 * 4096).step_by(64) {
+                write(p + at, 1);
+            }
+            page::free(p);
         }
     }
 

@@ -18,8 +18,8 @@ scenarios! {
     }
 
     kmalloc_oob_left, "slab-out-of-bounds Read 1 -1", "reads the byte before an object", {
-        let Some(first) = kmalloc(24) else { return };
-        let Some(p) = kmalloc(24) else { return };
+        let Some(first) = kmalloc(15) else { return };
+        let Some(p) = kmalloc(15) else { return };
         let p = p.max(first);
         read(p - 1);
         kfree(first);
@@ -32,7 +32,26 @@ scenarios! {
         kfree(p);
     }
 
-    kmalloc_uaf, "slab-use-after-free Write 1 8", "writes to a freed object", {
+    kmalloc_uaf, "slab-use-after-free Read 1 8", "reads a freed object", {
+        let Some(p) = kmalloc(10) else { return };
+        kfree(p);
+        read(p + 8);
+    }
+
+    kmalloc_uaf2, "slab-use-after-free Read 1 40", "reads a freed object after another of its size was allocated", {
+        // The lowest free slot is handed out first; this makes sure that it is not the one that is read.
+        let (Some(low), Some(p)) = (kmalloc(43), kmalloc(43)) else { return };
+        kfree(p);
+        kfree(low);
+        let Some(q) = kmalloc(43) else { return };
+        if p == q {
+            crate::println!("kmalloc_uaf2: the memory was handed out again");
+        }
+        read(p + 40);
+        kfree(q);
+    }
+
+    kmalloc_uaf_write, "slab-use-after-free Write 1 8", "writes to a freed object", {
         let Some(p) = kmalloc(10) else { return };
         kfree(p);
         write(p + 8, b'x');
@@ -50,20 +69,23 @@ scenarios! {
         let Some(p) = cache.alloc() else { return };
         read(p + 200);
         cache.free(p);
+        cache.destroy();
     }
 
-    kmem_cache_double_free, "double-free Free 0 0", "frees an object twice", {
-        let Some(keep) = kmalloc(200) else { return };
-        let Some(p) = kmalloc(200) else { return };
-        kfree(p);
-        kfree(opaque(p));
-        kfree(keep);
+    kmem_cache_double_free, "double-free Free 0 0", "frees an object of a cache of its own twice", {
+        let Some(cache) = Cache::new("double_free_cache", 200) else { return };
+        let Some(p) = cache.alloc() else { return };
+        cache.free(p);
+        cache.free(opaque(p));
+        cache.destroy();
     }
 
-    kmem_cache_invalid_free, "invalid-free Free 0 1", "frees an address inside an object", {
-        let Some(p) = kmalloc(200) else { return };
-        kfree(opaque(p + 1));
-        kfree(p);
+    kmem_cache_invalid_free, "invalid-free Free 0 1", "frees an address inside an object of a cache of its own", {
+        let Some(cache) = Cache::new("invalid_free_cache", 200) else { return };
+        let Some(p) = cache.alloc() else { return };
+        cache.free(opaque(p + 1));
+        cache.free(p);
+        cache.destroy();
     }
 
     kmalloc_unaligned_oob, "slab-out-of-bounds Read 8 64", "reads eight bytes across the end of an object, unaligned", {
@@ -117,9 +139,9 @@ scenarios! {
     }
 
     ksize_unpoisons_memory, "slab-out-of-bounds Read 1 128", "asks for an object's whole size, and reads behind that", {
-        let Some(p) = kmalloc(115) else { return };
+        let Some(p) = kmalloc(123) else { return };
         let all = ksize(p);
-        write(p + 115, b'x');
+        write(p + 123, b'x');
         write(p + all - 1, b'x');
         read(p + all);
         kfree(p);
@@ -171,13 +193,13 @@ scenarios! {
     }
 
     kfree_via_page, "silent", "frees an object by an address computed from its page", {
-        let Some(p) = kmalloc(128) else { return };
+        let Some(p) = kmalloc(8) else { return };
         let number = opaque((p - DIRECT_MAP) >> PAGE_SHIFT);
         kfree(DIRECT_MAP + (number << PAGE_SHIFT) + (p & (PAGE_SIZE - 1)));
     }
 
     kfree_via_phys, "silent", "frees an object by an address computed from its physical one", {
-        let Some(p) = kmalloc(128) else { return };
+        let Some(p) = kmalloc(8) else { return };
         kfree(opaque(p - DIRECT_MAP) + DIRECT_MAP);
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::super::text::{self, TextStyle};
-use super::super::{Access, Event, Finding, Frame, Names};
+use super::super::{Access, Event, Finding, Frame, Names, Variable};
 use super::escape::{Block, Esc, grouped};
 use super::shadow;
 use super::source::Sources;
@@ -85,6 +85,13 @@ fn relation(offset: i128, size: u64) -> String {
     }
 }
 
+/// Where a variable is declared, if that is known.
+fn declared(variable: &Variable) -> String {
+    let Some(file) = &variable.file else { return String::new() };
+    let line = variable.line.map(|line| format!(":{line}")).unwrap_or_default();
+    format!(", declared at <code>{}{line}</code>", Esc(file))
+}
+
 fn facts(out: &mut String, finding: &Finding) {
     out.push_str("<dl class=facts>");
     let mut fact = |name: &str, value: std::fmt::Arguments| {
@@ -118,10 +125,11 @@ fn facts(out: &mut String, finding: &Finding) {
         fact(
             "Variable",
             format_args!(
-                "{place} <code>{}</code>, {} bytes at <code>{:#x}</code>",
+                "{place} <code>{}</code>, {} bytes at <code>{:#x}</code>{}",
                 Esc(&variable.name),
                 grouped(variable.size),
-                variable.start
+                variable.start,
+                declared(variable)
             ),
         );
     }

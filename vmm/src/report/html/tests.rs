@@ -155,8 +155,14 @@ fn a_hostile_guest_writes_no_markup() {
     if let Some(object) = &mut bad.object {
         object.cache = Some(EVIL.into());
     }
-    bad.variable =
-        Some(super::super::Variable { name: EVIL.into(), start: 0, size: 1, module: Some(EVIL.into()) });
+    bad.variable = Some(super::super::Variable {
+        name: EVIL.into(),
+        start: 0,
+        size: 1,
+        module: Some(EVIL.into()),
+        file: Some(EVIL.into()),
+        line: Some(1),
+    });
     bad.allocated.iter_mut().for_each(|event| event.task.name = EVIL.into());
     let mut findings = Findings::default();
     findings.add(bad.clone());

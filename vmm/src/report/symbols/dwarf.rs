@@ -121,7 +121,7 @@ impl Dwarf {
     }
 }
 
-fn lossy(reader: &Reader) -> Option<std::borrow::Cow<'_, str>> {
+pub(super) fn lossy(reader: &Reader) -> Option<std::borrow::Cow<'_, str>> {
     gimli::Reader::to_string_lossy(reader).ok()
 }
 
@@ -139,7 +139,7 @@ fn resolve<L: LookupContinuation<Buf = Reader>>(mut result: LookupResult<L>) -> 
 ///
 /// # Errors
 /// A sentence, if they are not all there or compressed.
-fn section(elf: &Elf, len: usize, name: &str) -> Result<Option<Range<usize>>, String> {
+pub(super) fn section(elf: &Elf, len: usize, name: &str) -> Result<Option<Range<usize>>, String> {
     let Some(section) = elf.section_by_name(name) else { return Ok(None) };
     let truncated =
         || format!("the kernel's file ends inside its section {name}: frames have no source lines");

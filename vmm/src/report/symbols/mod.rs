@@ -10,6 +10,7 @@ mod contents;
 mod dwarf;
 mod reader;
 mod table;
+mod variables;
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{HashMap, HashSet};
@@ -23,6 +24,7 @@ pub use self::contents::Contents;
 use self::contents::{Blocks, Cursor};
 use self::dwarf::{Dwarf, Found, Source};
 use self::table::{Elf, Entry, Tables};
+use self::variables::Variables;
 use super::{Frame, Variable};
 
 /// Addresses whose frames are remembered: stacks of one run are much alike.
@@ -79,6 +81,7 @@ struct File {
     blocks: Arc<Blocks>,
     symbols: Tables,
     dwarf: OnceCell<Option<Dwarf>>,
+    variables: OnceCell<Option<Variables>>,
 }
 
 impl Symbols {
@@ -117,8 +120,22 @@ impl Symbols {
             name: names(file.name(entry)?).0,
             start: entry.start,
             size: entry.size,
-            module: None,
+            ..Variable::default()
         })
+    }
+
+    /// Tells of `variable` where it is declared, if the debug information says it. A compiler that describes its globals may
+    /// have said it already, but calls the file what it was called on the command line.
+    pub fn declare(&self, variable: &mut Variable) {
+        let find = || self.variables()?.find(variable.start);
+        // As for frames: a panic must not cost the finding.
+        let found = catch_unwind(AssertUnwindSafe(find)).unwrap_or_else(|_| {
+            self.note(CORRUPT.into());
+            None
+        });
+        let Some(found) = found else { return };
+        variable.file = Some(self.share(shorten(&found.file, found.directory.as_deref())));
+        variable.line = found.line.filter(|line| *line > 0);
     }
 
     /// The frames of one address: the functions inlined there, innermost first, and last the function of the
@@ -249,13 +266,22 @@ impl Symbols {
             Ok(symbols) => (symbols, OnceCell::new()),
             Err(error) => {
                 self.note(format!("the kernel's file is no complete 64-bit ELF: {error}"));
-                return File { contents, blocks, symbols: Tables::default(), dwarf: None.into() };
+                let symbols = Tables::default();
+                return File { contents, blocks, symbols, dwarf: None.into(), variables: None.into() };
             }
         };
         if symbols.functions.is_empty() {
             self.note("the kernel has no symbol table (it is stripped): frames have addresses only".into());
         }
-        File { contents, blocks, symbols, dwarf }
+        File { contents, blocks, symbols, dwarf, variables: OnceCell::new() }
+    }
+
+    /// A damaged file has its note by the frames, which each finding has.
+    fn variables(&self) -> Option<&Variables> {
+        let file = self.file()?;
+        let open = || parse(&file.contents, |elf| Variables::open(&file.blocks, elf)).ok()?.ok();
+        let open = || catch_unwind(AssertUnwindSafe(open)).ok().flatten();
+        file.variables.get_or_init(open).as_ref()
     }
 
     fn dwarf(&self) -> Option<&Dwarf> {

@@ -121,11 +121,39 @@ fn a_variable_is_found_from_behind_too() {
     let bytes = kernel();
     let (start, size) = symbol(&bytes, "table");
     let symbols = from_disk(bytes);
-    let table = Variable { name: "table".into(), start, size: 40, module: None };
+    let table = Variable { name: "table".into(), start, size: 40, ..Variable::default() };
     assert_eq!(size, 40);
     assert_eq!(symbols.lookup_data(start), Some(table.clone()));
     assert_eq!(symbols.lookup_data(start + 39), Some(table));
     assert_eq!(symbols.lookup_data(0x1000), None);
+}
+
+#[test]
+fn a_variable_is_found_where_it_is_declared() {
+    let source =
+        C_SOURCE.replace("(void) { store(3);", "(void) { static volatile long inner = 3; inner++; store(3);");
+    for dwarf in ["-gdwarf-4", "-gdwarf-5"] {
+        let bytes = build("kernel.c", &source, &[dwarf, "-O1", "-fno-toplevel-reorder"]);
+        let symbols = |bytes: &[u8]| Symbols::from_elf(bytes.to_vec());
+        for (name, line) in [("table", 1), ("inner", 13)] {
+            let start = symbol(&bytes, name).0;
+            let declared = |start| {
+                let mut variable = Variable { start, ..Variable::default() };
+                symbols(&bytes).declare(&mut variable);
+                (variable.file.as_deref().map(str::to_owned), variable.line)
+            };
+            assert_eq!(declared(start), (Some("kernel.c".into()), Some(line)), "{dwarf} {name}");
+            assert_eq!(declared(start + 1), (None, None));
+        }
+        // What the compiler itself said stays where there is nothing else.
+        let mut known = Variable { file: Some("a.c".into()), line: Some(5), ..Variable::default() };
+        symbols(&bytes).declare(&mut known);
+        assert_eq!((known.file.as_deref(), known.line), (Some("a.c"), Some(5)));
+    }
+    let stripped = Symbols::from_elf(build("kernel.c", C_SOURCE, &["-s", "-O1"]));
+    let mut variable = Variable { start: 0xffff_ffff_8000_0000, ..Variable::default() };
+    stripped.declare(&mut variable);
+    assert_eq!(variable.file, None);
 }
 
 #[inline(always)]
@@ -210,7 +238,9 @@ fn survives(bytes: Vec<u8>, addresses: &[u64]) {
             let frames = symbols.frames(*address, position);
             assert!(frames.last().is_some_and(|frame| !frame.inlined && frame.ip == *address));
         }
-        symbols.lookup_data(*address);
+        if let Some(mut variable) = symbols.lookup_data(*address) {
+            symbols.declare(&mut variable);
+        }
     }
     let notes = symbols.notes();
     assert!(notes.len() <= NOTES_MAX && !notes.iter().any(|note| note == CORRUPT), "{notes:?}");

@@ -110,6 +110,8 @@ fn what_is_missing_is_left_out_and_said() {
         start: one.address - 0x14,
         size: 0x40,
         module: Some("a.c".into()),
+        file: Some("src/a.c".into()),
+        line: Some(7),
     });
     assert_eq!(
         to_string(&one, PLAIN),
@@ -126,13 +128,23 @@ Call Trace:
  </TASK>
 
 The buggy address belongs to the variable:
- TABLE+0x14/0x40 (64 bytes, of a.c)
+ TABLE+0x14/0x40
+    64 bytes at src/a.c:7
 
 Memory state around the buggy address: it has no shadow
 Note: the kernel has no symbols
 ==================================================================
 "
     );
+}
+
+#[test]
+fn a_variable_without_a_place_has_its_module() {
+    let mut one = finding();
+    let module = Some("a.c".into());
+    one.variable =
+        Some(Variable { name: "T".into(), start: one.address, size: 4, module, ..Variable::default() });
+    assert!(to_string(&one, PLAIN).contains("variable:\n T+0x0/0x4\n    4 bytes of a.c\n\nMemory state"));
 }
 
 #[test]

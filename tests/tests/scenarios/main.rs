@@ -3,6 +3,9 @@
 //!
 //! A configuration's guest runs when the first test asks for it, and once for all of them.
 
+mod random;
+mod reports;
+
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
@@ -16,16 +19,17 @@ use umbra::machine::devices::{DeviceEvent, Devices};
 use umbra::machine::loader::Boot;
 use umbra::machine::vcpu::VmExit;
 use umbra::machine::{Kvm, Machine, MachineConfig};
-use umbra::sandbox::{Config, Report, ShadowMode};
+use umbra::sandbox::{Config, GuestFile, Report, ShadowMode};
 use umbra::shadow::{CHUNK_BYTES, Notify};
 use umbra_tests::suite::{Need, Suite};
+use umbra_tests::table::{SUITE, hold, table};
 
 /// Guest memory of these tests, in bytes.
 const MEMORY: u64 = 128 << 20;
 /// Virtual memory that the scenarios with it ask shadow for, in bytes.
 const VIRTUAL: u64 = 16 << 20;
 
-/// Scenarios that a slow configuration is tried with: one for each kind of finding, and some that are silent.
+/// One scenario for each kind of finding, and some that are silent.
 const FEW: &str = "kmalloc_oob_right,kmalloc_uaf,kmem_cache_double_free,kmem_cache_invalid_free,pagealloc_uaf,\
                    kasan_stack_oob,kasan_global_oob_right,exact_fit,reuse_after_free,threads";
 
@@ -65,8 +69,19 @@ fn named(names: &str) -> Vec<Scenario> {
 
 /// Boots the test kernel.
 fn boot(shadow: ShadowMode, notify: Notify, chosen: &[Scenario], cmdline: &str) -> Outcome {
+    boot_file(test_kernel().expect("checked before").into(), shadow, notify, chosen, cmdline)
+}
+
+/// Boots a kernel that has the test kernel's scenarios.
+fn boot_file(
+    kernel: GuestFile,
+    shadow: ShadowMode,
+    notify: Notify,
+    chosen: &[Scenario],
+    cmdline: &str,
+) -> Outcome {
     let config = Config {
-        kernel: test_kernel().expect("checked before").into(),
+        kernel,
         cmdline: cmdline.into(),
         memory: MEMORY,
         shadow,
@@ -87,44 +102,34 @@ const FULL: ShadowMode = ShadowMode::Full;
 /// The configurations in which all scenarios are tried.
 struct Configuration {
     name: &'static str,
+    /// As docs/scenarios.md calls it.
+    title: &'static str,
     shadow: ShadowMode,
     notify: Notify,
-    /// All, if empty.
-    chosen: &'static str,
     run: OnceLock<Outcome>,
 }
 
 impl Configuration {
-    const fn new(name: &'static str, shadow: ShadowMode, notify: Notify, chosen: &'static str) -> Self {
-        Self { name, shadow, notify, chosen, run: OnceLock::new() }
-    }
-
-    fn chosen(&self) -> Vec<Scenario> {
-        if self.chosen.is_empty() { all() } else { named(self.chosen) }
+    const fn new(name: &'static str, title: &'static str, shadow: ShadowMode, notify: Notify) -> Self {
+        Self { name, title, shadow, notify, run: OnceLock::new() }
     }
 
     fn get(&self) -> &Outcome {
-        self.run.get_or_init(|| boot(self.shadow, self.notify, &self.chosen(), LITTLE_CHURN))
+        self.run.get_or_init(|| boot(self.shadow, self.notify, &all(), LITTLE_CHURN))
     }
 }
 
-static RING: Configuration = Configuration::new("per-page/ring", PER_PAGE, Notify::Ring, "");
-static SYNC: Configuration = Configuration::new("per-page/sync", PER_PAGE, Notify::Sync, "");
-static FULL_RING: Configuration = Configuration::new("full/ring", FULL, Notify::Ring, "");
-static FULL_SYNC: Configuration = Configuration::new("full/sync", FULL, Notify::Sync, FEW);
+static RING: Configuration = Configuration::new("per-page/ring", "`ring`", PER_PAGE, Notify::Ring);
+static SYNC: Configuration = Configuration::new("per-page/sync", "`sync`", PER_PAGE, Notify::Sync);
+static FULL_RING: Configuration = Configuration::new("full/ring", "`full`", FULL, Notify::Ring);
+static FULL_SYNC: Configuration = Configuration::new("full/sync", "`full`, `sync`", FULL, Notify::Sync);
 static CONFIGURATIONS: [&Configuration; 4] = [&RING, &SYNC, &FULL_RING, &FULL_SYNC];
 
 /// Fails unless a scenario ran and led to exactly what it says.
 #[track_caller]
 fn exactly(expected: &[Expected], verdict: &Verdict) {
     assert!(verdict.ran, "it did not run to its end");
-    let found: Vec<_> = verdict
-        .found
-        .iter()
-        .zip(expected)
-        .map(|(f, e)| Expected { offset: e.offset.and(f.offset), ..f.clone() })
-        .collect();
-    assert_eq!((verdict.found.len(), found.as_slice()), (expected.len(), expected));
+    assert_eq!((verdict.found.len(), verdict.found.as_slice()), (expected.len(), expected));
 }
 
 fn no_stray_findings(configuration: &Configuration) {
@@ -143,35 +148,13 @@ fn no_stray_findings(configuration: &Configuration) {
 
 /// The findings of `other` are those that `ring` has of the same scenarios.
 fn the_same_findings(other: &Configuration) {
-    let (other_run, ring) = (other.get(), RING.get());
-    let chosen = other.chosen();
-    let sorted = |run: &Outcome| {
-        let mut findings = run.findings();
-        findings.retain(|(task, ..)| chosen.iter().any(|s| s.name == *task));
+    let [other, ring] = [other, &RING].map(|configuration| {
+        let mut findings = configuration.get().findings();
         findings.sort();
         findings
-    };
-    assert_eq!(sorted(other_run), sorted(ring));
-    assert!(!sorted(ring).is_empty());
-}
-
-/// Every finding names the function that did it, its line, and where an object came from.
-fn findings_are_symbolized() {
-    for (finding, _) in RING.get().report.findings.iter() {
-        let text = umbra::report::text::to_string(finding, Default::default());
-        let named =
-            finding.frames.iter().any(|f| f.symbol.as_ref().is_some_and(|s| s.contains(&finding.task.name)));
-        assert!(named, "no frame of the scenario:\n{text}");
-        let culprit = finding.culprit().unwrap_or_else(|| panic!("nobody did it:\n{text}"));
-        assert!(culprit.symbol.is_some() && culprit.size > 0, "{text}");
-        assert!(finding.frames.iter().any(|f| f.file.is_some() && f.line.is_some()), "no lines:\n{text}");
-        assert!(finding.notes.is_empty(), "{text}");
-        if finding.kind == "slab-use-after-free" || finding.kind == "double-free" {
-            let freed = finding.freed.as_ref().unwrap_or_else(|| panic!("who freed it?\n{text}"));
-            assert_eq!(freed.task.name, finding.task.name, "{text}");
-            assert!(!freed.frames.is_empty(), "{text}");
-        }
-    }
+    });
+    assert_eq!(other, ring);
+    assert!(!ring.is_empty());
 }
 
 /// The guest has no timer: two equal runs execute the same, to the instruction.
@@ -378,12 +361,29 @@ fn there_are_enough_scenarios() {
     assert_eq!(names.len(), all.len());
 }
 
+/// Each case of Linux's suite has a scenario of its name.
+fn the_suite_is_complete() {
+    let all = all();
+    let missing: Vec<_> = SUITE.iter().filter(|name| !all.iter().any(|s| s.name == **name)).collect();
+    assert!(missing.is_empty(), "{missing:?}");
+}
+
+/// The table of what was found is what docs/scenarios.md shows.
+fn the_table_is_true() {
+    let columns = CONFIGURATIONS.map(|c| (c.title, c.get().verdicts.as_slice()));
+    let text = format!(
+        "Of Linux 6.1's KASAN suite:\n\n{}\nBeyond it:\n\n{}",
+        table(&columns, |name| SUITE.contains(&name)),
+        table(&columns, |name| !SUITE.contains(&name))
+    );
+    hold("the test kernel", &text);
+}
+
 fn main() -> ExitCode {
     let mut suite = Suite::default();
     let need = Need::test_kernel();
     for configuration in CONFIGURATIONS {
-        let chosen = if test_kernel().is_some() { configuration.chosen() } else { Vec::new() };
-        for scenario in chosen {
+        for scenario in all() {
             suite.add(format!("{}/{}", configuration.name, scenario.name), &need, move || {
                 exactly(&scenario.expected, configuration.get().verdict(&scenario.name));
             });
@@ -395,8 +395,11 @@ fn main() -> ExitCode {
             the_same_findings(configuration)
         });
     }
-    let others: [(&str, fn()); 10] = [
-        ("findings_are_symbolized", findings_are_symbolized),
+    let others: [(&str, fn()); 16] = [
+        ("findings_are_symbolized", reports::findings_are_symbolized),
+        ("a_stripped_kernel_has_addresses", reports::a_stripped_kernel_has_addresses),
+        ("damaged_debug_information_is_told", reports::damaged_debug_information_is_told),
+        ("a_truncated_file_is_told", reports::a_truncated_file_is_told),
         ("runs_repeat_exactly", runs_repeat_exactly),
         ("ring_exits", ring_exits),
         ("sync_exits", sync_exits),
@@ -405,10 +408,25 @@ fn main() -> ExitCode {
         ("off_finds_nothing", off_finds_nothing),
         ("runs_without_umbra", runs_without_umbra),
         ("unknown_names_are_told", unknown_names_are_told),
+        ("random_operations", random::random_operations),
         ("there_are_enough_scenarios", there_are_enough_scenarios),
+        ("the_suite_is_complete", the_suite_is_complete),
+        ("the table is true", the_table_is_true),
     ];
     for (name, test) in others {
         suite.add(name, &need, test);
     }
+    let script = Need::unless((!reports::decode_stacktrace().is_file()).then(|| {
+        "there is no target/linux/source with Linux's scripts: `cargo xtask linux` fetches it".into()
+    }));
+    let tools = ["bash", "nm", "addr2line", "awk"].into_iter().find(|tool| !Need::has(tool));
+    let tools = Need::unless(tools.map(|tool| format!("{tool} is not installed")));
+    suite.add(
+        "decode_stacktrace_knows_the_frames",
+        &need.and(&script).and(&tools),
+        reports::decode_stacktrace_knows_the_frames,
+    );
+    let long = Need::long("it takes minutes: `UMBRA_LONG_TESTS=1 cargo xtask test a_million` runs it");
+    suite.add("a_million_random_operations", &need.and(&long), random::a_million_random_operations);
     suite.run()
 }

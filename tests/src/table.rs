@@ -1,0 +1,171 @@
+//! `docs/scenarios.md`: what each scenario of the test kernels is expected to lead to, and what was found in each configuration.
+//!
+//! Tests make the tables out of what they found, and fail where the file says something else. With [`WRITE`] set in the
+//! environment, as `cargo xtask scenarios` does, they write it.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+
+use umbra::demo::Verdict;
+use umbra::kernel::Expected;
+
+/// Set in the environment, it has the tests write the file.
+pub const WRITE: &str = "UMBRA_WRITE_TABLES";
+
+/// The cases of Linux 6.1's KASAN suite (`mm/kasan/kasan_test.c`) that apply to its generic mode.
+pub const SUITE: [&str; 46] = [
+    "kmalloc_oob_right",
+    "kmalloc_oob_left",
+    "kmalloc_node_oob_right",
+    "kmalloc_pagealloc_oob_right",
+    "kmalloc_pagealloc_uaf",
+    "kmalloc_pagealloc_invalid_free",
+    "pagealloc_uaf",
+    "kmalloc_large_oob_right",
+    "krealloc_more_oob",
+    "krealloc_less_oob",
+    "krealloc_pagealloc_more_oob",
+    "krealloc_pagealloc_less_oob",
+    "krealloc_uaf",
+    "kmalloc_oob_16",
+    "kmalloc_uaf_16",
+    "kmalloc_oob_in_memset",
+    "kmalloc_oob_memset_2",
+    "kmalloc_oob_memset_4",
+    "kmalloc_oob_memset_8",
+    "kmalloc_oob_memset_16",
+    "kmalloc_memmove_negative_size",
+    "kmalloc_memmove_invalid_size",
+    "kmalloc_uaf",
+    "kmalloc_uaf_memset",
+    "kmalloc_uaf2",
+    "kfree_via_page",
+    "kfree_via_phys",
+    "kmem_cache_oob",
+    "kmem_cache_accounted",
+    "kmem_cache_bulk",
+    "kasan_global_oob_right",
+    "kasan_global_oob_left",
+    "kasan_stack_oob",
+    "kasan_alloca_oob_left",
+    "kasan_alloca_oob_right",
+    "ksize_unpoisons_memory",
+    "ksize_uaf",
+    "kmem_cache_double_free",
+    "kmem_cache_invalid_free",
+    "kmem_cache_double_destroy",
+    "kasan_memchr",
+    "kasan_memcmp",
+    "kasan_strings",
+    "kasan_bitops_generic",
+    "kmalloc_double_kzfree",
+    "vmalloc_oob",
+];
+
+/// What was found, in a few words: equal findings that follow each other are counted.
+fn in_words(found: &[Expected]) -> String {
+    if found.is_empty() {
+        return "silent".into();
+    }
+    let mut words: Vec<(String, usize)> = Vec::new();
+    for one in found {
+        let offset = one.offset.map(|offset| format!(" at {offset}")).unwrap_or_default();
+        let size = if one.access == "Free" { String::new() } else { format!(" {}", one.size) };
+        let text = format!("{}: {}{size}{offset}", one.kind, one.access);
+        match words.last_mut() {
+            Some((last, times)) if *last == text => *times += 1,
+            _ => words.push((text, 1)),
+        }
+    }
+    let words: Vec<_> = words
+        .into_iter()
+        .map(|(text, times)| if times > 1 { format!("{text} ({times} times)") } else { text })
+        .collect();
+    words.join("; ")
+}
+
+/// A cell: whether what was found is what was expected, and else what it was.
+fn cell(verdict: &Verdict) -> String {
+    match (verdict.good(), verdict.found.len()) {
+        (true, 0) => "silent".into(),
+        (true, 1) => "found".into(),
+        (true, n) => format!("all {n} found"),
+        (false, _) if !verdict.ran => "did not run to its end".into(),
+        (false, _) => format!("**{}**", in_words(&verdict.found)),
+    }
+}
+
+/// A table of the scenarios that `wanted` names, with a column for each configuration. All have the same scenarios in the same
+/// order.
+///
+/// # Panics
+/// They have not.
+pub fn table(configurations: &[(&str, &[Verdict])], wanted: impl Fn(&str) -> bool) -> String {
+    let mut text = String::from("| scenario | expected |");
+    for (name, _) in configurations {
+        let _ = write!(text, " {name} |");
+    }
+    let _ = writeln!(text, "\n| --- | --- |{}", " --- |".repeat(configurations.len()));
+    let (_, first) = configurations.first().expect("there is one");
+    for (row, verdict) in first.iter().enumerate().filter(|(_, verdict)| wanted(&verdict.name)) {
+        let _ = write!(text, "| {} | {} |", verdict.name, in_words(&verdict.expected));
+        for (_, verdicts) in configurations {
+            assert_eq!(verdicts[row].name, verdict.name);
+            let _ = write!(text, " {} |", cell(&verdicts[row]));
+        }
+        text.push('\n');
+    }
+    text
+}
+
+/// Holds `content` against a section of the file, which is between two comments that name it; or writes it there.
+///
+/// # Panics
+/// The file says something else, or cannot be read or written.
+pub fn hold(section: &str, content: &str) {
+    static FILE: Mutex<()> = Mutex::new(());
+    let _alone = FILE.lock().unwrap_or_else(PoisonError::into_inner);
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../docs/scenarios.md");
+    let file = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let (begin, end) = (format!("<!-- {section} -->\n"), format!("<!-- end of {section} -->"));
+    let parts = file.split_once(&begin).and_then(|(before, rest)| {
+        let (old, after) = rest.split_once(&end)?;
+        Some((before, old, after))
+    });
+    let (before, old, after) = parts.unwrap_or_else(|| panic!("docs/scenarios.md has no section {section}"));
+    let content = format!("\n{}\n\n", content.trim());
+    if std::env::var_os(WRITE).is_some() {
+        std::fs::write(&path, format!("{before}{begin}{content}{end}{after}")).expect("it can be written");
+        return;
+    }
+    let differs = old.lines().zip(content.lines()).find(|(old, new)| old != new);
+    assert!(
+        old == content,
+        "docs/scenarios.md says something else than what was found: `cargo xtask scenarios` writes it. First of it: {differs:?}"
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one(kind: &str, access: &str, size: u64, offset: Option<i64>) -> Expected {
+        Expected { kind: kind.into(), access: access.into(), size, offset }
+    }
+
+    #[test]
+    fn tables_say_what_was_not_as_expected() {
+        let expected = vec![one("oob", "Write", 8, Some(9)), one("oob", "Write", 8, Some(9))];
+        let verdict = |ran, found| Verdict { name: "a".into(), ran, expected: expected.clone(), found };
+        let good = [verdict(true, expected.clone())];
+        let bad = [verdict(true, vec![one("double-free", "Free", 0, None)])];
+        let dead = [verdict(false, expected.clone())];
+        assert_eq!(
+            table(&[("ring", &good), ("sync", &bad), ("full", &dead)], |_| true),
+            "| scenario | expected | ring | sync | full |\n| --- | --- | --- | --- | --- |\n\
+             | a | oob: Write 8 at 9 (2 times) | all 2 found | **double-free: Free** | did not run to its end |\n"
+        );
+        assert_eq!(table(&[("ring", &good)], |_| false).lines().count(), 2);
+    }
+}
