@@ -106,8 +106,7 @@ fn section(elf: &[u8], name: &str) -> (usize, std::ops::Range<usize>) {
     let header = |i: usize| u64_at(40) + 64 * i;
     let names = u64_at(header(u16_at(62)) + 24);
     let wanted = format!("{name}\0");
-    let is_it =
-        |at: &usize| elf[names + (u64_at(*at) & 0xffff_ffff) as usize..].starts_with(wanted.as_bytes());
+    let is_it = |at: &usize| elf[names + (u64_at(*at) & 0xffff_ffff)..].starts_with(wanted.as_bytes());
     let at = (0..u16_at(60)).map(header).find(is_it).unwrap_or_else(|| panic!("no section {name}"));
     (at, u64_at(at + 24)..u64_at(at + 24) + u64_at(at + 32))
 }
