@@ -10,7 +10,7 @@ use umbra::machine::Kvm;
 use umbra::machine::stats::{Counters, emulates_ring0};
 use umbra::report::{Finding, Findings};
 use umbra::sandbox::{self, Config, Observer, Outcome, ShadowMode};
-use umbra::shadow::Notify;
+use umbra::shadow::{Notify, QuarantineSize};
 
 /// How long one guest may run.
 const TIMEOUT: Duration = Duration::from_secs(600);
@@ -30,17 +30,23 @@ pub struct Mode {
     pub shadow: ShadowMode,
     /// Who writes it.
     pub notify: Notify,
+    /// How much freed memory waits.
+    pub quarantine: QuarantineSize,
 }
 
 impl Mode {
     /// Two-level shadow, written by the guest.
-    pub const RING: Self = Self { shadow: ShadowMode::PerPage, notify: Notify::Ring };
+    pub const RING: Self = Self::new(ShadowMode::PerPage, Notify::Ring);
     /// Two-level shadow, written by the VMM.
-    pub const SYNC: Self = Self { shadow: ShadowMode::PerPage, notify: Notify::Sync };
+    pub const SYNC: Self = Self::new(ShadowMode::PerPage, Notify::Sync);
     /// Full shadow.
-    pub const FULL: Self = Self { shadow: ShadowMode::Full, notify: Notify::Ring };
+    pub const FULL: Self = Self::new(ShadowMode::Full, Notify::Ring);
     /// No shadow.
-    pub const OFF: Self = Self { shadow: ShadowMode::Off, notify: Notify::Ring };
+    pub const OFF: Self = Self::new(ShadowMode::Off, Notify::Ring);
+
+    const fn new(shadow: ShadowMode, notify: Notify) -> Self {
+        Self { shadow, notify, quarantine: QuarantineSize::Auto }
+    }
 }
 
 /// A word: what stands before and after its number of rounds.
@@ -189,6 +195,7 @@ impl Meter {
             memory: 256 << 20,
             shadow: mode.shadow,
             notify: mode.notify,
+            quarantine: mode.quarantine,
             timeout: Some(TIMEOUT),
             count_instructions: self.counts,
             ..Config::default()
@@ -218,13 +225,21 @@ impl Meter {
     /// # Errors
     /// As [`Meter::run`].
     pub fn cost(&self, mode: Mode, words: &[Word]) -> Result<Vec<f64>> {
+        self.cost_between(mode, words, ROUNDS)
+    }
+
+    /// [`Meter::cost`] by the difference of two numbers of rounds.
+    ///
+    /// # Errors
+    /// As [`Meter::run`].
+    pub fn cost_between(&self, mode: Mode, words: &[Word], rounds: [u64; 2]) -> Result<Vec<f64>> {
         if !self.counts {
             return words.iter().map(|word| self.clock(mode, word, self.clock_rounds)).collect();
         }
-        let [low, high] = ROUNDS;
+        let [low, high] = rounds;
         let mut costs = Vec::with_capacity(words.len());
         for batch in words.chunks(BATCH) {
-            let line: Vec<_> = batch.iter().flat_map(|word| ROUNDS.map(|rounds| word.with(rounds))).collect();
+            let line: Vec<_> = batch.iter().flat_map(|word| rounds.map(|rounds| word.with(rounds))).collect();
             let between = self.bench(mode, &line)?.between;
             ensure!(between.len() == line.len(), "some of these did not run: {}", line.join(" "));
             costs.extend(between.chunks(2).map(|pair| {

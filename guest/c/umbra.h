@@ -237,6 +237,45 @@ void umbra_alloc(uint64_t address, uint64_t bytes, uint64_t slot, uint8_t redzon
  */
 bool umbra_free(uint64_t address, uint64_t start, uint64_t slot, uint8_t code);
 
+/*
+ * Quarantine: freed memory waits before its allocator gets it back, so that uses of it are found for longer. An
+ * allocator that shall have one hands over a release function, and frees with umbra_free_later() from then on.
+ *
+ * The release function gets the object's start, the bytes of its slot and the note that umbra_free_later() got, and
+ * `context`. It runs on any CPU, in whatever calls umbra_free_later() or umbra_quarantine_drain().
+ */
+typedef void (*umbra_release_fn)(uint64_t start, uint64_t slot, uint8_t note, void *context);
+
+/*
+ * Numbers an allocator, after umbra_activate(). 0, which is no allocator's number, where there is no quarantine: then
+ * umbra_free_later() is as umbra_free().
+ */
+uint8_t umbra_quarantine_add(umbra_release_fn release, void *context);
+
+/*
+ * As umbra_free(). False also when the memory waits; true: the allocator takes it back now. Release functions are called
+ * from here, for other memory, so the caller holds no lock that they take.
+ */
+bool umbra_free_later(uint64_t address, uint64_t start, uint64_t slot, uint8_t code, uint8_t allocator, uint8_t note);
+
+/*
+ * Gives all that waits back to its allocators: for an allocator that has no memory left, which tries again then.
+ * Returns how many objects came back. The caller holds no lock that a release function takes.
+ */
+uint64_t umbra_quarantine_drain(void);
+
+/*
+ * Bytes of redzone that an allocator shall put behind objects of `object` bytes: the same during a whole run. 0 without
+ * Umbra, or where redzones are switched off; then memory is laid out as without checks.
+ */
+uint64_t umbra_redzone(uint64_t object);
+
+/*
+ * Work is made that has to do with the object that holds `address`, and will run later: it may free it, for instance. A
+ * finding on the object tells the stack of the caller. The last two are kept.
+ */
+void umbra_aux_stack(uint64_t address);
+
 /* Reports a free of something that no allocator knows. */
 void umbra_invalid_free(uint64_t address);
 

@@ -10,6 +10,7 @@
 //! | base + 2 | page window, gpa low | gpa high | bytes, low | bytes, high |
 //! | base + 3 | byte window, gpa low | gpa high | bytes, low | bytes, high |
 //! | base + 4 | bytes that [`call::VIRTUAL_ADD`] has for virtual memory, low | high | 0 | 0 |
+//! | base + 5 | quarantine batch in bytes | [`redzone`] | 0 | 0 |
 //!
 //! **A call** is `out dx, eax` with the number in `eax`, [`PORT`] in `dx`, arguments in `rdi`, `rsi`, `rcx`,
 //! `r8` (not `rdx`, which the port occupies). The result comes back in `rax`; values from [`ERR_MIN`] on are
@@ -38,6 +39,19 @@ pub const CPUID_LEAF_BYTE_WINDOW: u32 = 3;
 
 /// Offset of the leaf with the room for virtual memory.
 pub const CPUID_LEAF_VIRTUAL: u32 = 4;
+/// Offset of the leaf with the settings that are the guest's to follow. A VMM whose block ends before it has no quarantine, and
+/// redzones are [`redzone::ADAPTIVE`].
+pub const CPUID_LEAF_SETTINGS: u32 = 5;
+
+/// How much a guest's allocators put behind each object.
+pub mod redzone {
+    /// Nothing: objects lie as in a kernel that is not checked.
+    pub const OFF: u32 = 0;
+    /// More behind larger objects, as KASAN does.
+    pub const ADAPTIVE: u32 = 1;
+    /// Most bytes; other values are bytes, multiples of 8.
+    pub const MAX: u32 = 4096;
+}
 
 /// The I/O port of the hypercall.
 pub const PORT: u16 = 0x0b5e;
@@ -65,7 +79,8 @@ pub mod call {
     /// of header and records, `rcx`: CPU, `r8`: text base (see [`super::Record`]).
     pub const RING_SETUP: u32 = 3;
     /// `rdi`: the calling CPU, whose ring is full. Takes all records out of all rings and empties its own; an error if it
-    /// has none.
+    /// has none. If memory is due to leave the quarantine, it goes to the array that `rsi` and `rcx` tell as those of
+    /// [`QUARANTINE`] do. Result: how many were written.
     pub const RING_DRAIN: u32 = 4;
     /// `rdi`: address, `rsi`: bytes, `rcx`: code. `sync` mode only.
     pub const POISON: u32 = 5;
@@ -75,8 +90,8 @@ pub mod call {
     /// [`super::slot`]. The memory is unpoisoned and the rest of the slot poisoned; without a slot the shadow stays as it
     /// is. The VMM walks the caller's stack from `rbp`. `sync` mode only.
     pub const ALLOCATED: u32 = 7;
-    /// `rdi`: address, `rcx`: CPU in bits 16..32, task in bits 32..64, `r8`: a [`super::slot`], which is poisoned.
-    /// `sync` mode only.
+    /// `rdi`: address, `rcx`: a [`super::wait`] in bits 0..16, CPU in bits 16..32, task in bits 32..64, `r8`: a
+    /// [`super::slot`], which is poisoned. Result: not 0 if memory is due to leave the quarantine. `sync` mode only.
     pub const FREED: u32 = 8;
     /// A violation. `rdi`: address of the access, `rsi`: bytes, `rcx`: [`super::access`] in bits 0..16, CPU
     /// in bits 16..32, task in bits 32..64; `r8`: address of the instruction after the access. The VMM walks
@@ -99,6 +114,13 @@ pub mod call {
     /// [`super::VIRTUAL_UNIT`]. The whole range is poisoned with [`crate::codes::VMALLOC_INVALID`]. Keys are
     /// handed out once, in units of [`super::VIRTUAL_UNIT`]; CPUID tells for how many bytes there are any.
     pub const VIRTUAL_ADD: u32 = 13;
+    /// Takes memory out of the quarantine. `rdi`: 0 for what is due, 1 for all that can be had, `rsi`: virtual address of an array
+    /// of [`super::Released`] (in an added region), `rcx`: how many fit, at most [`super::RELEASED_MAX`]; 0 only asks whether the
+    /// array will do. Result: how many were written. The guest gives them to its allocators.
+    pub const QUARANTINE: u32 = 14;
+    /// Work was made that has to do with an object, such as work that will free it. `rdi`: an address in it, `rcx`: CPU in bits
+    /// 16..32, task in bits 32..64. The VMM walks the caller's stack from `rbp`. `sync` mode only.
+    pub const RELATED: u32 = 15;
 }
 
 /// What the keys of virtual ranges are handed out in: as much memory as one page of page shadow is for.
@@ -136,6 +158,41 @@ pub const fn slot(bytes: u64, code: u8) -> u64 {
 }
 /// Most bytes of a [`slot`].
 pub const SLOT_BYTES_MAX: u64 = (1 << 56) - 1;
+
+/// What becomes of freed memory: 0, it goes back to its allocator at once; else it waits in the quarantine. `allocator` is
+/// the guest's number of an allocator, not 0; `note` is for that allocator.
+pub const fn wait(allocator: u8, note: u8) -> u16 {
+    allocator as u16 | (note as u16) << 8
+}
+
+/// Memory that leaves the quarantine, 16 bytes, little endian.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C, align(16))]
+pub struct Released {
+    /// Virtual address, as it was told when the memory was freed.
+    pub address: u64,
+    /// Bytes of its slot.
+    pub slot: u32,
+    /// Its [`wait`].
+    pub wait: u16,
+    /// Not used; zero.
+    pub reserved: u16,
+}
+/// Bytes of a [`Released`].
+pub const RELEASED_BYTES: u64 = 16;
+/// Most of them in one call.
+pub const RELEASED_MAX: u64 = 1 << 16;
+
+impl Released {
+    /// As it lies in guest memory.
+    pub fn to_bytes(self) -> [u8; RELEASED_BYTES as usize] {
+        let mut bytes = [0; RELEASED_BYTES as usize];
+        bytes[..8].copy_from_slice(&self.address.to_le_bytes());
+        bytes[8..12].copy_from_slice(&self.slot.to_le_bytes());
+        bytes[12..14].copy_from_slice(&self.wait.to_le_bytes());
+        bytes
+    }
+}
 
 /// What a name is of.
 pub mod name {
@@ -225,6 +282,10 @@ pub mod record {
     pub const ALLOCATED: u8 = 1;
     /// Memory was freed.
     pub const FREED: u8 = 2;
+    /// Memory was allocated, and the rest of its slot is told.
+    pub const ALLOCATED_IN_SLOT: u8 = 3;
+    /// Work was made that has to do with the object that holds the address.
+    pub const RELATED: u8 = 4;
 }
 
 /// One allocator event in a ring, 64 bytes, little endian.
@@ -235,13 +296,14 @@ pub struct Record {
     pub kind: u8,
     /// How many of `frames` are set.
     pub depth: u8,
-    /// The cache it belongs to, 0 for none.
+    /// The cache it belongs to, 0 for none; for a free a [`wait`].
     pub cache: u16,
     /// The task that did it.
     pub task: u32,
     /// Virtual address of the memory.
     pub address: u64,
-    /// Bytes asked for, saturated; 0 for a free.
+    /// For [`record::ALLOCATED`] bytes asked for, saturated. For [`record::ALLOCATED_IN_SLOT`] these in bits 0..16, and in bits
+    /// 16..32 the bytes that the slot has beyond them. For [`record::FREED`] with a [`wait`] the bytes of the slot, else 0.
     pub size: u32,
     /// Sequence number across all CPUs, wrapping. Each is taken once, from a counter that is raised atomically, when the
     /// event happens: for a free, before the memory can be handed out again.
@@ -273,5 +335,6 @@ impl Record {
 }
 
 const _: () = assert!(size_of::<Record>() as u64 == RECORD_BYTES);
+const _: () = assert!(size_of::<Released>() as u64 == RELEASED_BYTES);
 const _: () = assert!(size_of::<Global>() as u64 == GLOBAL_BYTES);
 const _: () = assert!(size_of::<RingHeader>() as u64 == RECORD_BYTES);

@@ -378,7 +378,20 @@ fn stats_have_the_documented_fields() {
     let run = scenarios("kmalloc_uaf,kmalloc_uaf").arg("--keep-going").collect().run();
     run.expect(1);
     let s = &run.stats;
-    has_exactly(s, "outcome:s findings:n findings_total:n shadow:o guest:o exits:o events:o host:o");
+    has_exactly(
+        s,
+        "outcome:s findings:n findings_total:n shadow:o quarantine:o redzones:o provenance:o guest:o exits:o events:o \
+         host:o",
+    );
+    has_exactly(&s["quarantine"], "limit_bytes:n bytes:n peak_bytes:n objects:n held:n released:n");
+    has_exactly(&s["redzones"], "bytes:n peak_bytes:n");
+    has_exactly(
+        &s["provenance"],
+        "budget_bytes:n bytes:n live:n freed:n stacks:n allocations:n frees:n unknown_frees:n repeated_frees:n \
+         evicted:n dropped:n lost_stacks:n unknown_related:n",
+    );
+    assert_eq!(run.figure("/quarantine/limit_bytes"), 8 << 20);
+    assert!(run.figure("/quarantine/bytes") > 0 && run.figure("/provenance/live") > 0);
     has_exactly(
         &s["shadow"],
         "mode:s notify:s page_bytes:n byte_mapped_bytes:n byte_resident_bytes:n byte_peak_resident_bytes:n \

@@ -16,8 +16,8 @@ use crate::machine::layout;
 use crate::machine::loader::Protocol;
 use crate::report::text::{self, TextStyle};
 use crate::report::{Finding, Names, html, json};
-use crate::sandbox::{self, Config, Console, GuestFile, Observer, Report, RunError, ShadowMode};
-use crate::shadow::Notify;
+use crate::sandbox::{self, Config, Console, GuestFile, Observer, Redzone, Report, RunError, ShadowMode};
+use crate::shadow::{Notify, QuarantineSize};
 use crate::terminal;
 
 /// Most CPUs, as clap wants it.
@@ -122,6 +122,17 @@ struct Guest {
     /// Stop the guest rather than map more byte shadow than this.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     shadow_limit: Option<u64>,
+    /// How much freed memory waits before it is handed out again, so that uses of it are found: a SIZE, `off`, or `auto`
+    /// (1/32 of guest memory).
+    #[arg(long, default_value = "auto", value_name = "SIZE", value_parser = parse_quarantine)]
+    quarantine: QuarantineSize,
+    /// Bytes between objects, where an overrun is found: a SIZE (a multiple of 8), `off` (objects lie as in a kernel that is
+    /// not checked), or `auto` (more behind larger objects).
+    #[arg(long, default_value = "auto", value_name = "SIZE", value_parser = parse_redzone)]
+    redzone: Redzone,
+    /// Host memory for who allocated and freed what. When it is used up, the oldest freed objects are forgotten first.
+    #[arg(long, default_value = "64M", value_name = "SIZE", value_parser = parse_size)]
+    provenance: u64,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -179,6 +190,29 @@ fn parse_size(text: &str) -> Result<u64, String> {
     parse_size::Config::new().with_binary().parse_size(text).map_err(|e| format!("{e}; try 256M or 2G"))
 }
 
+fn parse_quarantine(text: &str) -> Result<QuarantineSize, String> {
+    match text {
+        "auto" => Ok(QuarantineSize::Auto),
+        "off" => Ok(QuarantineSize::Bytes(0)),
+        _ => match parse_size(text).map_err(|e| format!("{e}, off or auto"))? {
+            bytes if bytes < QuarantineSize::LEAST => Err("less than 64K; try 8M, off or auto".into()),
+            bytes => Ok(QuarantineSize::Bytes(bytes)),
+        },
+    }
+}
+
+fn parse_redzone(text: &str) -> Result<Redzone, String> {
+    const MAX: u64 = umbra_shadow::abi::redzone::MAX as u64;
+    match text {
+        "auto" => Ok(Redzone::Adaptive),
+        "off" => Ok(Redzone::Off),
+        _ => match parse_size(text).map_err(|_| "not a number of bytes; try 32, off or auto")? {
+            bytes @ 8..=MAX if bytes.is_multiple_of(8) => Ok(Redzone::Bytes(bytes as u32)),
+            _ => Err(format!("not a multiple of 8 from 8 to {MAX}; try 32, off or auto")),
+        },
+    }
+}
+
 impl Guest {
     fn config(&self, kernel: GuestFile, cmdline: String) -> Config {
         Config {
@@ -196,6 +230,9 @@ impl Guest {
                 HowToNotify::Sync => Notify::Sync,
             },
             shadow_limit: self.shadow_limit,
+            quarantine: self.quarantine,
+            redzone: self.redzone,
+            provenance: self.provenance,
             count_instructions: true,
             ..Config::default()
         }
@@ -430,6 +467,19 @@ mod tests {
         assert_eq!(parse_size("2GiB"), Ok(2 << 30));
         assert!(parse_size("lots").is_err_and(|e| e.contains("256M")));
         assert!(parse_size("-1").is_err());
+    }
+
+    #[test]
+    fn quarantine_and_redzone_are_sizes_or_words() {
+        assert_eq!(parse_quarantine("off"), Ok(QuarantineSize::Bytes(0)));
+        assert_eq!(parse_quarantine("64K"), Ok(QuarantineSize::Bytes(64 << 10)));
+        assert!(parse_quarantine("63K").is_err_and(|e| e.contains("64K")));
+        assert!(parse_quarantine("none").is_err_and(|e| e.contains("off")));
+        assert_eq!((parse_redzone("auto"), parse_redzone("off")), (Ok(Redzone::Adaptive), Ok(Redzone::Off)));
+        assert_eq!(parse_redzone("4K"), Ok(Redzone::Bytes(4096)));
+        for bad in ["0", "1", "12", "4104", "much"] {
+            assert!(parse_redzone(bad).is_err_and(|e| e.contains("try 32")), "{bad}");
+        }
     }
 
     #[test]

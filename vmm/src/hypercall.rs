@@ -30,6 +30,8 @@ pub enum Call {
     RingDrain {
         /// The CPU.
         cpu: u16,
+        /// Where to put what is due to leave the quarantine, if it fetches that too.
+        released: Option<Array>,
     },
     /// Make memory inaccessible.
     Poison {
@@ -70,6 +72,8 @@ pub enum Call {
         actor: Actor,
         /// The slot that becomes inaccessible, if the shadow shall change.
         slot: Option<Slot>,
+        /// Not 0 if it goes into the quarantine ([`abi::wait`]).
+        wait: u16,
     },
     /// A violation.
     Report {
@@ -109,6 +113,39 @@ pub enum Call {
         /// How many.
         count: u64,
     },
+    /// Take memory out of the quarantine.
+    Quarantine {
+        /// Where to put it.
+        to: Array,
+        /// All of it, not only what is due.
+        all: bool,
+    },
+    /// Work was made that has to do with the object at an address.
+    Related {
+        /// Virtual address.
+        va: u64,
+        /// Who made it.
+        actor: Actor,
+    },
+}
+
+/// Room for what leaves the quarantine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Array {
+    /// Virtual address.
+    pub va: u64,
+    /// How many fit, at most [`abi::RELEASED_MAX`]; may be 0.
+    pub count: u64,
+}
+
+impl Array {
+    fn new(va: u64, count: u64) -> Result<Self, CallError> {
+        if count > abi::RELEASED_MAX {
+            return Err(wrong("number of released objects", count));
+        }
+        range("address of released objects", va, count * abi::RELEASED_BYTES)?;
+        Ok(Self { va, count })
+    }
 }
 
 /// An allocator's slot.
@@ -269,7 +306,10 @@ impl Call {
                 range("ring address", rdi, rsi)?;
                 Self::RingSetup { va: rdi, records, cpu: cpu(rcx)?, text_base: r8 }
             }
-            call::RING_DRAIN => Self::RingDrain { cpu: cpu(rdi)? },
+            call::RING_DRAIN => {
+                let released = if rcx == 0 { None } else { Some(Array::new(rsi, rcx)?) };
+                Self::RingDrain { cpu: cpu(rdi)?, released }
+            }
             call::POISON => {
                 range("address", rdi, rsi)?;
                 let code = u8::try_from(rcx).ok().filter(|code| *code >= POISON_MIN);
@@ -298,7 +338,7 @@ impl Call {
             }
             call::FREED => {
                 let slot = Slot::from_register(rdi, r8)?;
-                Self::Freed { va: rdi, actor: Actor::from_register(rcx), slot }
+                Self::Freed { va: rdi, actor: Actor::from_register(rcx), slot, wait: rcx as u16 }
             }
             call::REPORT => {
                 let access = match rcx as u16 {
@@ -346,6 +386,8 @@ impl Call {
                 let Region { va, len, .. } = Region::new(rdi, rsi, 0)?;
                 Self::VirtualAdd { va, len }
             }
+            call::QUARANTINE => Self::Quarantine { to: Array::new(rsi, rcx)?, all: rdi != 0 },
+            call::RELATED => Self::Related { va: rdi, actor: Actor::from_register(rcx) },
             _ => return Err(CallError::Unknown(number)),
         })
     }
@@ -515,7 +557,7 @@ mod tests {
             ok(call::RING_SETUP, IMAGE, 64 * 65, 3, IMAGE),
             Call::RingSetup { va: IMAGE, records: 64, cpu: 3, text_base: IMAGE }
         );
-        assert_eq!(ok(call::RING_DRAIN, 0xffff, 0, 0, 0), Call::RingDrain { cpu: 0xffff });
+        assert_eq!(ok(call::RING_DRAIN, 0xffff, 0, 0, 0), Call::RingDrain { cpu: 0xffff, released: None });
         assert_eq!(ok(call::POISON, u64::MAX, 1, 0xfc, 0), Call::Poison { va: u64::MAX, len: 1, code: 0xfc });
         assert_eq!(ok(call::UNPOISON, 5, 0, 0, 0), Call::Unpoison { va: 5, len: 0, stack: None });
         assert_eq!(
@@ -531,10 +573,13 @@ mod tests {
             ok(call::ALLOCATED, DIRECT, 50, who, abi::slot(64, 0xfc)),
             Call::Allocated { va: DIRECT, size: 50, cache: 0, actor, slot }
         );
-        assert_eq!(ok(call::FREED, DIRECT, 0, who, 0), Call::Freed { va: DIRECT, actor, slot: None });
         assert_eq!(
-            ok(call::FREED, DIRECT, 0, who, abi::slot(64, 0xfc)),
-            Call::Freed { va: DIRECT, actor, slot }
+            ok(call::FREED, DIRECT, 0, who, 0),
+            Call::Freed { va: DIRECT, actor, slot: None, wait: 0 }
+        );
+        assert_eq!(
+            ok(call::FREED, DIRECT, 0, who | u64::from(abi::wait(2, 7)), abi::slot(64, 0xfc)),
+            Call::Freed { va: DIRECT, actor, slot, wait: 0x702 }
         );
         for (va, bad) in [(DIRECT, 64), (DIRECT, abi::slot(64, 0x7f)), (DIRECT, abi::slot(0, 0xfc))] {
             assert_eq!(error(call::ALLOCATED, va, 1, who, bad), abi::ERR_ARGUMENT);
@@ -552,6 +597,17 @@ mod tests {
             ok(call::NAME, name::TASK, DIRECT, 0xffff_ffff << 32, 0),
             Call::Name { what: Named::Task { id: u32::MAX }, va: DIRECT, len: 0 }
         );
+        let to = Array { va: DIRECT, count: 1 << 16 };
+        assert_eq!(ok(call::QUARANTINE, 1, DIRECT, abi::RELEASED_MAX, 0), Call::Quarantine { to, all: true });
+        assert_eq!(
+            ok(call::RING_DRAIN, 3, DIRECT, abi::RELEASED_MAX, 0),
+            Call::RingDrain { cpu: 3, released: Some(to) }
+        );
+        for number in [call::QUARANTINE, call::RING_DRAIN] {
+            assert_eq!(error(number, 0, DIRECT, abi::RELEASED_MAX + 1, 0), abi::ERR_ARGUMENT);
+            assert_eq!(error(number, 0, u64::MAX - 30, 2, 0), abi::ERR_ARGUMENT);
+        }
+        assert_eq!(ok(call::RELATED, DIRECT, 0, who, 0), Call::Related { va: DIRECT, actor });
         assert_eq!(ok(call::EXIT, exit::DONE, 0, 0, 0), Call::Exit(Exit::Done { failed: false }));
         assert_eq!(ok(call::EXIT, exit::DONE, 1 << 40, 0, 0), Call::Exit(Exit::Done { failed: true }));
         assert_eq!(ok(call::EXIT, exit::PANIC, 0, 0, 0), Call::Exit(Exit::Panic));
@@ -563,7 +619,7 @@ mod tests {
 
     #[test]
     fn wrong_arguments_are_refused() {
-        for number in [0, 13, 255, u32::MAX] {
+        for number in [0, 16, 255, u32::MAX] {
             assert_eq!(error(number, 0, 0, 0, 0), abi::ERR_CALL);
         }
         for version in [0, 2, u64::MAX, 1 << 32 | 1] {
@@ -673,13 +729,13 @@ mod tests {
 
         /// Every call with wild values is an error of the ABI, or a call that keeps its promises.
         #[test]
-        fn wild_values_never_get_through(number in 0..14u32, rdi in wild(), rsi in wild(), rdx in wild(), rcx in wild()) {
+        fn wild_values_never_get_through(number in 0..17u32, rdi in wild(), rsi in wild(), rdx in wild(), rcx in wild()) {
             let holds = |va: u64, len: u64| len == 0 || va.checked_add(len - 1).is_some();
             match Call::decode(number, rdi, rsi, rdx, rcx) {
                 Err(error) => {
                     prop_assert!(error.result() >= abi::ERR_MIN);
                     prop_assert!(!error.to_string().contains('\n'));
-                    prop_assert_eq!(error.result() == abi::ERR_CALL, !(1..=12).contains(&number));
+                    prop_assert_eq!(error.result() == abi::ERR_CALL, !(1..=15).contains(&number));
                     prop_assert_eq!(error.result() == abi::ERR_VERSION, number == call::HELLO);
                 }
                 Ok(Call::RegionAdd(region)) => {
@@ -703,6 +759,9 @@ mod tests {
                 }
                 Ok(Call::Globals { va, count }) => {
                     prop_assert!((1..=abi::GLOBALS_MAX).contains(&count) && holds(va, count * 64));
+                }
+                Ok(Call::Quarantine { to: Array { va, count }, .. }) => {
+                    prop_assert!(count <= abi::RELEASED_MAX && holds(va, count * abi::RELEASED_BYTES));
                 }
                 Ok(Call::Name { va, len, .. }) => prop_assert!(len <= abi::NAME_MAX && holds(va, len)),
                 Ok(_) => {}

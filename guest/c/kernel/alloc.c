@@ -32,6 +32,7 @@ static uint32_t next_page, end_page, first_page;
 static uint32_t free_blocks[ORDERS];
 static struct cache caches[CACHES];
 static unsigned cache_count;
+static uint8_t quarantine; /* Umbra's number for the caches */
 
 static const struct {
 	uint16_t object;
@@ -104,12 +105,6 @@ void page_free(void *at)
 		block_give(number);
 }
 
-/* KASAN's redzone for an object of this size. */
-static size_t redzone(size_t object)
-{
-	return object <= 48 ? 16 : object <= 96 ? 32 : object <= 448 ? 64 : object <= 3968 ? 128 : 256;
-}
-
 static size_t length(const char *text)
 {
 	size_t n = 0;
@@ -125,7 +120,7 @@ struct cache *cache_create(const char *name, size_t object)
 
 	if (cache_count == CACHES || !object || object > PAGE_SIZE)
 		return NULL;
-	*cache = (struct cache){object, (object + redzone(object) + 15) & ~15ul, object > 512 ? 3 : 0, NULL};
+	*cache = (struct cache){object, (object + umbra_redzone(object) + 15) & ~15ul, object > 512 ? 3 : 0, NULL};
 	cache_count++;
 	/* Cache 0 is "none" for Umbra. */
 	umbra_name_cache((uint16_t)cache_count, name, length(name), object);
@@ -138,6 +133,14 @@ static void push_free(struct cache *cache, uint64_t object)
 	*(void **)object = cache->free;
 	umbra_suppress_end();
 	cache->free = (void *)object;
+}
+
+/* An object comes out of the quarantine. */
+static void release(uint64_t object, uint64_t slot, uint8_t note, void *context)
+{
+	(void)slot;
+	(void)context;
+	push_free(&caches[note], object);
 }
 
 static void *pop_free(struct cache *cache)
@@ -168,7 +171,7 @@ static void *object_alloc(struct cache *cache, size_t bytes)
 {
 	void *object;
 
-	if (!cache->free && !grow(cache))
+	if (!cache->free && !grow(cache) && !(umbra_quarantine_drain() && (cache->free || grow(cache))))
 		return NULL;
 	object = pop_free(cache);
 	umbra_alloc((uint64_t)object, bytes, cache->slot, UMBRA_SLAB_REDZONE, (uint16_t)(cache - caches + 1));
@@ -208,7 +211,8 @@ void kfree(void *at)
 		struct cache *cache = &caches[pages[number].cache];
 		uint64_t object = start + ((uint64_t)at - start) / cache->slot * cache->slot;
 
-		if (umbra_free((uint64_t)at, object, cache->slot, UMBRA_SLAB_FREE))
+		if (umbra_free_later((uint64_t)at, object, cache->slot, UMBRA_SLAB_FREE, quarantine,
+				     (uint8_t)(cache - caches)))
 			push_free(cache, object);
 	} else {
 		page_free(at);
@@ -274,6 +278,7 @@ void alloc_init(uint64_t start, uint64_t end)
 	end_page = (uint32_t)(end / PAGE_SIZE);
 	first_page = next_page = (uint32_t)((start + described + PAGE_SIZE - 1) / PAGE_SIZE);
 	umbra_poison(address_of(first_page), (end_page - first_page) * PAGE_SIZE, UMBRA_FREE_PAGE);
+	quarantine = umbra_quarantine_add(release, NULL);
 	for (size_t i = 0; i < array_size(kmalloc_sizes); i++)
 		cache_create(kmalloc_sizes[i].name, kmalloc_sizes[i].object);
 }

@@ -2,7 +2,8 @@
 //! names. It is an ordinary small kernel, instrumented as any other would be.
 //!
 //! Command line: `scenarios=a,b` (default: all; `-`: none), `churn=N` (operations of the churn scenarios),
-//! `bench=...` (see [`bench`]), `smp=N` (see [`stress`]), `random=...` (see [`random`]).
+//! `bench=...` (see [`bench`]), `smp=N` (see [`stress`]), `random=...` (see [`random`]), `slots` (prints how far apart objects
+//! of each cache lie).
 #![no_std]
 #![no_main]
 #![allow(
@@ -69,6 +70,9 @@ extern "C" fn kernel_main(boot_params: u64) -> ! {
     page::init(early.next, info.memory.1);
     thread::init();
     smp::start(&cpus, &offer);
+    if info.command_line.split_ascii_whitespace().any(|word| word == "slots") {
+        slab::slots().for_each(|bytes| println!("slot of {bytes} bytes"));
+    }
     stress::run(info.command_line);
     bench::run(info.command_line);
     random::run(info.command_line);

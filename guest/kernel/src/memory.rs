@@ -65,6 +65,7 @@ pub mod slab {
             pub fn kfree_sensitive(at: u64);
             pub fn krealloc(at: u64, old: u64, new: u64) -> u64;
             pub fn ksize(at: u64) -> u64;
+            pub fn kernel_slab_slot(cache: usize) -> u64;
             pub fn kmem_cache_create(name: *const u8, len: usize, object: u64) -> u32;
             pub fn kmem_cache_alloc(cache: u32) -> u64;
             pub fn kmem_cache_destroy(cache: u32);
@@ -104,6 +105,12 @@ pub mod slab {
     pub fn ksize(at: u64) -> u64 {
         // SAFETY: as told.
         unsafe { ffi::ksize(at) }
+    }
+
+    /// Bytes from one object to the next, cache by cache.
+    pub fn slots() -> impl Iterator<Item = u64> {
+        // SAFETY: any number will do.
+        (0..).map(|cache| unsafe { ffi::kernel_slab_slot(cache) }).take_while(|slot| *slot != 0)
     }
 
     /// A cache of equal objects.

@@ -1,11 +1,14 @@
 //! The calls a kernel makes: start-up, allocators, stacks, names, the end. All of them are C functions named
 //! `umbra_*`; without Umbra underneath each is a quick no-op.
 
+use core::ffi::c_void;
+
 use umbra_shadow::abi::{self, access, call, exit, features, record};
 use umbra_shadow::codes;
 
+use crate::cpu::without_interrupts;
 use crate::ring::{self, frame_pointer, return_address};
-use crate::{checks, host, object, shadow, state};
+use crate::{checks, host, object, quarantine, shadow, state};
 
 /// What the VMM offers, for the kernel to map.
 #[repr(C)]
@@ -38,6 +41,7 @@ pub extern "C" fn umbra_discover(offer: &mut Offer) -> u32 {
         return 0;
     }
     offer.features = found.features;
+    quarantine::set(Some(&found));
     (offer.page_window, offer.page_window_bytes) = found.page_window;
     (offer.byte_window, offer.byte_window_bytes) = found.byte_window;
     offer.virtual_bytes = found.virtual_bytes;
@@ -131,25 +135,38 @@ pub extern "C" fn umbra_is_poisoned(address: u64) -> bool {
 pub extern "C" fn umbra_alloc(address: u64, bytes: u64, slot: u64, redzone: u8, cache: u16) {
     let mode = state::mode();
     if mode & features::RING != 0 {
-        if !object::allocated(mode, address, bytes, slot, redzone) {
-            allocated_slowly(address, bytes, slot, redzone);
-        }
+        let (kind, size) = if object::allocated(mode, address, bytes, slot, redzone) {
+            in_slot(bytes, slot)
+        } else {
+            allocated_slowly(address, bytes, slot, redzone)
+        };
         // SAFETY: this function's own frame.
-        unsafe { ring::tell(record::ALLOCATED, address, bytes, cache, frame_pointer()) }
+        unsafe { ring::tell(ring::head(kind, cache), address, size, frame_pointer()) }
     } else if mode & features::SYNC != 0 {
         // A slot without redzone needs no code; it has one all the same, as the ABI wants it.
         let slot = slot.max(bytes);
         let slot = if slot == 0 { 0 } else { abi::slot(slot, redzone.max(codes::POISON_MIN)) };
-        ring::call(record::ALLOCATED, address, bytes, cache, slot);
+        ring::call(call::ALLOCATED, address, bytes, cache, slot);
     }
+}
+
+/// Kind and size of an allocation's record, in a slot below 64 KiB.
+#[inline(always)]
+fn in_slot(bytes: u64, slot: u64) -> (u8, u32) {
+    (record::ALLOCATED_IN_SLOT, (bytes | (slot - bytes) << 16) as u32)
 }
 
 #[cold]
 #[inline(never)]
-fn allocated_slowly(address: u64, bytes: u64, slot: u64, redzone: u8) {
+fn allocated_slowly(address: u64, bytes: u64, slot: u64, redzone: u8) -> (u8, u32) {
     shadow::unpoison(address, bytes);
     if slot > bytes {
         shadow::poison(address.wrapping_add(bytes), slot - bytes, redzone);
+    }
+    if slot < 1 << 16 && bytes <= slot {
+        in_slot(bytes, slot)
+    } else {
+        (record::ALLOCATED, bytes.min(u32::MAX.into()) as u32)
     }
 }
 
@@ -159,31 +176,142 @@ fn allocated_slowly(address: u64, bytes: u64, slot: u64, redzone: u8) {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn umbra_free(address: u64, start: u64, slot: u64, code: u8) -> bool {
+    free(address, start, slot, code, 0, 0, frame_pointer())
+}
+
+/// As [`umbra_free`], but the memory waits in the quarantine, if there is one for `allocator`
+/// ([`umbra_quarantine_add`]): then the result is false too, and the allocator's release function gets `start`, `slot` and `note`
+/// later. True: the allocator takes it back now.
+///
+/// Release functions are called from here, for other memory: the caller holds no lock that they take.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn umbra_free_later(
+    address: u64,
+    start: u64,
+    slot: u64,
+    code: u8,
+    allocator: u8,
+    note: u8,
+) -> bool {
+    free(address, start, slot, code, allocator, note, frame_pointer())
+}
+
+/// Both of these; `fp` is their frame.
+#[inline(always)]
+fn free(address: u64, start: u64, slot: u64, code: u8, allocator: u8, note: u8, fp: u64) -> bool {
     let mode = state::mode();
     if mode & (features::PER_PAGE | features::FULL) == 0 {
         return true;
     }
-    let fp = frame_pointer();
+    let waits = quarantine::takes(allocator, slot);
+    let (wait, size) = if waits { (abi::wait(allocator, note), slot as u32) } else { (0, 0) };
+    let head = ring::head(record::FREED, wait);
     if mode & features::RING != 0 && address == start {
-        // SAFETY: this function's own frame.
-        let tell = || unsafe { ring::tell(record::FREED, start, 0, 0, fp) };
-        if object::freed(mode, start, slot, code, tell) {
-            return true;
+        if waits {
+            // Both together: the VMM may hand the memory out again as soon as something else follows on this CPU.
+            let due = without_interrupts(|| {
+                let who = state::current();
+                let ring = ring::of(who);
+                // SAFETY: the frame is the caller's; interrupts are off, and it is this CPU's ring.
+                let tell = || unsafe { ring.write(who, head, start, size, fp) };
+                (ring.exists() && object::freed(mode, start, slot, code, tell)).then(|| ring.waits(who, slot))
+            });
+            if let Some(due) = due {
+                if due {
+                    quarantine::release(false);
+                }
+                return false;
+            }
+        } else {
+            // SAFETY: the frame is the caller's.
+            let tell = || unsafe { ring::tell(head, start, size, fp) };
+            if object::freed(mode, start, slot, code, tell) {
+                return true;
+            }
         }
     }
     if let Some(kind) = bad_free(address, start) {
-        // SAFETY: this function's own frame.
+        // SAFETY: the frame is the caller's.
         checks::report(address, 0, kind, unsafe { return_address(fp) });
         return false;
     }
     if mode & features::SYNC != 0 {
-        ring::call(record::FREED, start, 0, 0, if slot == 0 { 0 } else { abi::slot(slot, code) });
-        return true;
+        let due = ring::call(call::FREED, start, 0, wait, if slot == 0 { 0 } else { abi::slot(slot, code) });
+        // Not an error, in which case the VMM has not taken it.
+        let waits = waits && !host::is_error(due);
+        if waits && due != 0 {
+            quarantine::release(false);
+        }
+        return !waits;
     }
-    // SAFETY: this function's own frame.
-    unsafe { ring::tell_slowly(record::FREED, start, 0, 0, fp) };
-    shadow::poison(start, slot, code);
-    true
+    if waits {
+        freed_slowly(start, slot, code, wait, fp)
+    } else {
+        // SAFETY: the frame is the caller's.
+        unsafe { ring::tell_slowly(head, start, size, fp) };
+        shadow::poison(start, slot, code);
+        true
+    }
+}
+
+/// A free of what the short way is closed for, and that waits. Its result is that of [`umbra_free_later`].
+#[cold]
+#[inline(never)]
+fn freed_slowly(start: u64, slot: u64, code: u8, wait: u16, fp: u64) -> bool {
+    let due = without_interrupts(|| {
+        let who = state::current();
+        let ring = ring::of(who);
+        let exists = ring.exists();
+        if exists {
+            // SAFETY: the frame is that of a caller; interrupts are off, and it is this CPU's ring.
+            unsafe { ring.write(who, ring::head(record::FREED, wait), start, slot as u32, fp) }
+        }
+        shadow::poison(start, slot, code);
+        exists.then(|| ring.waits(who, slot))
+    });
+    if due == Some(true) {
+        quarantine::release(false);
+    }
+    // What nobody was told of does not wait.
+    due.is_none()
+}
+
+/// Numbers an allocator whose memory shall wait before it is handed out again. `release` gets what has waited long enough: the
+/// start of the object, the bytes of its slot and the note that [`umbra_free_later`] got, and `context`. It runs on any CPU, in
+/// whatever calls [`umbra_free_later`] or [`umbra_quarantine_drain`]. 0, which is no allocator's number, where there is no
+/// quarantine. To be called after [`umbra_activate`].
+#[unsafe(no_mangle)]
+pub extern "C" fn umbra_quarantine_add(release: quarantine::ReleaseFn, context: *mut c_void) -> u8 {
+    quarantine::add(release, context)
+}
+
+/// Gives all that waits back to its allocators, for one that has no memory left: it tries again then. Returns how many objects
+/// came back. The caller holds no lock that a release function takes.
+#[unsafe(no_mangle)]
+pub extern "C" fn umbra_quarantine_drain() -> u64 {
+    if quarantine::batch() == 0 { 0 } else { quarantine::release(true) }
+}
+
+/// Work is made that has to do with the object that holds `address`, and will run later: it may free it, for instance. A finding
+/// on the object tells the stack of the caller. The last two are kept.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn umbra_aux_stack(address: u64) {
+    let mode = state::mode();
+    if mode & features::RING != 0 {
+        // SAFETY: this function's own frame.
+        unsafe { ring::tell_slowly(ring::head(record::RELATED, 0), address, 0, frame_pointer()) }
+    } else if mode & features::SYNC != 0 {
+        ring::call(call::RELATED, address, 0, 0, 0);
+    }
+}
+
+/// Bytes of redzone that an allocator shall put behind objects of `object` bytes. 0 where there is no Umbra, or where redzones
+/// are switched off: then memory is laid out as without checks.
+#[unsafe(no_mangle)]
+pub extern "C" fn umbra_redzone(object: u64) -> u64 {
+    quarantine::redzone_of(object)
 }
 
 /// What is wrong with a free of `address`, where the allocator says that the object starts at `start`.

@@ -18,6 +18,10 @@ pub struct Offer {
     pub byte_window: (u64, u64),
     /// Bytes of virtual memory that may have shadow of its own.
     pub virtual_bytes: u64,
+    /// Bytes that a CPU may put into the quarantine between two drains; 0 if there is none.
+    pub quarantine_batch: u64,
+    /// [`abi::redzone`] setting.
+    pub redzone: u32,
 }
 
 fn pair(leaf: CpuidResult) -> (u64, u64) {
@@ -36,12 +40,19 @@ pub fn discover() -> Option<Offer> {
         [leaf.ebx, leaf.ecx, leaf.edx] == abi::CPUID_SIGNATURE
     })?;
     let about = __cpuid(base + abi::CPUID_LEAF_FEATURES);
+    let settings = if __cpuid(base).eax >= base + abi::CPUID_LEAF_SETTINGS {
+        __cpuid(base + abi::CPUID_LEAF_SETTINGS)
+    } else {
+        CpuidResult { eax: 0, ebx: abi::redzone::ADAPTIVE, ecx: 0, edx: 0 }
+    };
     Some(Offer {
         version: about.eax,
         features: about.ecx,
         page_window: pair(__cpuid(base + abi::CPUID_LEAF_PAGE_WINDOW)),
         byte_window: pair(__cpuid(base + abi::CPUID_LEAF_BYTE_WINDOW)),
         virtual_bytes: pair(__cpuid(base + abi::CPUID_LEAF_VIRTUAL)).0,
+        quarantine_batch: settings.eax.into(),
+        redzone: settings.ebx,
     })
 }
 

@@ -19,6 +19,7 @@ pub mod cpu;
 pub mod host;
 pub mod memfn;
 pub mod object;
+pub mod quarantine;
 pub mod ring;
 pub mod shadow;
 pub mod state;

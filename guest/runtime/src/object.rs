@@ -31,8 +31,8 @@ fn slot_shadow(mode: u32, address: u64, slot: u64) -> Option<*mut u8> {
     Some(byte_shadow(address))
 }
 
-/// Makes `bytes` at the start of a slot accessible, and poisons the rest of it. False if the short way is closed; then
-/// nothing was done.
+/// Makes `bytes` at the start of a slot of at most a page accessible, and poisons the rest of it. False if the short way is
+/// closed; then nothing was done.
 #[inline(always)]
 pub fn allocated(mode: u32, address: u64, bytes: u64, slot: u64, redzone: u8) -> bool {
     if bytes > slot || redzone < POISON_MIN {

@@ -1,37 +1,74 @@
 //! Telling the VMM about allocations and frees: records in a ring (`ring`), or a call each (`sync`).
 
 use core::arch::asm;
-use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::Release};
+use core::ptr::null_mut;
+use core::sync::atomic::{
+    AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
+};
 
-use umbra_shadow::abi::{RECORD_BYTES, RECORD_FRAMES, Record, RingHeader, call, record};
+use umbra_shadow::abi::{
+    RECORD_BYTES, RECORD_FRAMES, RELEASED_BYTES, RELEASED_MAX, Record, Released, RingHeader, call,
+};
 
 use crate::cpu::without_interrupts;
-use crate::{host, state};
+use crate::{host, quarantine, state};
 
-struct Ring {
+/// What a CPU tells its events by.
+pub struct Ring {
     header: AtomicPtr<RingHeader>,
     records: AtomicU64,
+    /// Bytes that went into the quarantine since the last drain.
+    waiting: AtomicU64,
+    /// Where the VMM puts what leaves the quarantine: behind the records.
+    pub(crate) released: AtomicPtr<Released>,
+    pub(crate) released_fit: AtomicU64,
+    /// How many are there to be given back.
+    pub(crate) due: AtomicU64,
+    /// Somebody works on them.
+    pub(crate) releasing: AtomicBool,
 }
 
-static RINGS: [Ring; state::CPUS] =
-    [const { Ring { header: AtomicPtr::new(core::ptr::null_mut()), records: AtomicU64::new(0) } };
-        state::CPUS];
+static RINGS: [Ring; state::CPUS] = [const {
+    Ring {
+        header: AtomicPtr::new(null_mut()),
+        records: AtomicU64::new(0),
+        waiting: AtomicU64::new(0),
+        released: AtomicPtr::new(null_mut()),
+        released_fit: AtomicU64::new(0),
+        due: AtomicU64::new(0),
+        releasing: AtomicBool::new(false),
+    }
+}; state::CPUS];
 /// Where the kernel's code starts, which recorded addresses are told from.
 static TEXT_BASE: AtomicU64 = AtomicU64::new(0);
 /// The bytes of it. A return address outside ends a stack.
 static TEXT_BYTES: AtomicU64 = AtomicU64::new(0);
 static SEQUENCE: AtomicU32 = AtomicU32::new(0);
 
-/// Hands a CPU's ring memory to the runtime and the VMM. Returns the hypercall's result.
+/// Hands a CPU's ring memory to the runtime and the VMM. Returns the hypercall's result. With a quarantine, the last quarter
+/// of it is where the VMM puts what leaves that.
 pub fn set_up(cpu: u64, memory: *mut RingHeader, bytes: u64, text_start: u64) -> u64 {
     let Some(ring) = RINGS.get(cpu as usize) else { return umbra_shadow::abi::ERR_ARGUMENT };
-    let result = host::hypercall(call::RING_SETUP, memory as u64, bytes, cpu, text_start);
+    let all = (bytes / RECORD_BYTES).saturating_sub(1);
+    let kept = if quarantine::batch() != 0 { all / 4 } else { 0 };
+    let result =
+        host::hypercall(call::RING_SETUP, memory as u64, bytes - kept * RECORD_BYTES, cpu, text_start);
     if !host::is_error(result) {
         TEXT_BASE.store(text_start, Relaxed);
-        ring.records.store(bytes / RECORD_BYTES - 1, Relaxed);
+        ring.records.store(all - kept, Relaxed);
+        if kept != 0 {
+            ring.released.store(memory.wrapping_add((1 + all - kept) as usize).cast(), Relaxed);
+            ring.released_fit.store((kept * RECORD_BYTES / RELEASED_BYTES).min(RELEASED_MAX), Relaxed);
+        }
         ring.header.store(memory, Release);
     }
     result
+}
+
+/// The ring of the CPU in [`state::current`]'s word, whether it was set up or not.
+#[inline(always)]
+pub fn of(who: u64) -> &'static Ring {
+    &RINGS[state::cpu_of(who)]
 }
 
 /// Says where the kernel's code ends.
@@ -137,15 +174,21 @@ unsafe fn walk(fp: u64, frames: *mut u32) -> u64 {
 }
 const _: () = assert!(RECORD_FRAMES == 10);
 
-/// Tells of an event at `address`, by a call that changes the shadow of `slot` too. For `sync` mode.
+/// Tells of an event at `address`, by a call that changes the shadow of `slot` too. `low` is what the ABI has in the lowest 16
+/// bits of who did it. Returns the call's result. For `sync` mode.
 #[inline(always)]
-pub fn call(kind: u8, address: u64, size: u64, cache: u16, slot: u64) {
-    let word = state::current() & !0xffff | u64::from(cache);
-    let number = if kind == record::ALLOCATED { call::ALLOCATED } else { call::FREED };
-    host::hypercall(number, address, size, word, slot);
+pub fn call(number: u32, address: u64, size: u64, low: u16, slot: u64) -> u64 {
+    let word = state::current() & !0xffff | u64::from(low);
+    host::hypercall(number, address, size, word, slot)
 }
 
-/// Tells of an event at `address`; `fp` is the frame whose caller is the first of the stack. For `ring` mode.
+/// The first bytes of a record, without its depth.
+pub const fn head(kind: u8, low: u16) -> u64 {
+    kind as u64 | (low as u64) << 16
+}
+
+/// Tells of an event at `address`, with a record's [`head`] and size; `fp` is the frame whose caller is the first of the stack.
+/// For `ring` mode.
 ///
 /// Another CPU may take the record for true as soon as it is in the ring. So an allocation is told of before anyone is
 /// told its address, and a free before the memory is poisoned: whoever finds it poisoned finds out who freed it.
@@ -153,44 +196,83 @@ pub fn call(kind: u8, address: u64, size: u64, cache: u16, slot: u64) {
 /// # Safety
 /// As [`return_address`].
 #[inline(always)]
-pub unsafe fn tell(kind: u8, address: u64, size: u64, cache: u16, fp: u64) {
+pub unsafe fn tell(head: u64, address: u64, size: u32, fp: u64) {
     // Nothing else may write to this CPU's ring meanwhile, nor may this go on on another CPU.
-    // SAFETY: the caller's promise.
-    without_interrupts(|| unsafe { write(kind, address, size, cache, fp) });
+    without_interrupts(|| {
+        let who = state::current();
+        // SAFETY: the caller's promise; interrupts are off, and it is this CPU's ring.
+        unsafe { of(who).write(who, head, address, size, fp) }
+    });
 }
 
-/// [`tell`], with interrupts off.
-///
-/// # Safety
-/// As [`return_address`].
-#[inline(always)]
-unsafe fn write(kind: u8, address: u64, size: u64, cache: u16, fp: u64) {
-    let who = state::current();
-    let cpu = state::cpu_of(who);
-    let ring = &RINGS[cpu];
-    let header = ring.header.load(Relaxed);
-    if header.is_null() {
-        return;
+impl Ring {
+    /// Whether it was set up. If not, nothing is told.
+    #[inline(always)]
+    pub fn exists(&self) -> bool {
+        !self.header.load(Relaxed).is_null()
     }
-    // SAFETY: `set_up` got memory of `records` records behind the header for this CPU alone, and `count` is below
-    // `records`: it is raised by one below, and the VMM sets it to 0 in the call below only.
-    unsafe {
-        let count = &raw mut (*header).count;
-        let mut n = count.read_volatile();
-        if n >= ring.records.load(Relaxed) {
-            host::hypercall(call::RING_DRAIN, cpu as u64, 0, 0, 0);
-            n = 0;
+
+    /// [`tell`], with interrupts off, for the ring of the CPU that runs.
+    ///
+    /// # Safety
+    /// As [`return_address`]; and what is said above.
+    #[inline(always)]
+    pub unsafe fn write(&self, who: u64, head: u64, address: u64, size: u32, fp: u64) {
+        let header = self.header.load(Relaxed);
+        if header.is_null() {
+            return;
         }
-        let to = header.add(1).cast::<Record>().add(n as usize);
-        let depth = walk(fp, (&raw mut (*to).frames).cast());
-        let words = to.cast::<u64>();
-        let task = who & !0xffff_ffff;
-        words.write(u64::from(kind) | depth << 8 | u64::from(cache) << 16 | task);
-        words.add(1).write(address);
-        let sequence = SEQUENCE.fetch_add(1, Relaxed);
-        words.add(2).write(size.min(u32::MAX.into()) | u64::from(sequence) << 32);
-        core::sync::atomic::compiler_fence(Release);
-        count.write_volatile(n + 1);
+        // SAFETY: `set_up` got memory of `records` records behind the header for this CPU alone, and `count` is below
+        // `records`: it is raised by one below, and the VMM sets it to 0 in a drain that this CPU asks for only.
+        unsafe {
+            let count = &raw mut (*header).count;
+            let mut n = count.read_volatile();
+            if n >= self.records.load(Relaxed) {
+                self.drain(who);
+                n = 0;
+            }
+            let to = header.add(1).cast::<Record>().add(n as usize);
+            let depth = walk(fp, (&raw mut (*to).frames).cast());
+            let words = to.cast::<u64>();
+            let task = who & !0xffff_ffff;
+            words.write(head | depth << 8 | task);
+            words.add(1).write(address);
+            let sequence = SEQUENCE.fetch_add(1, Relaxed);
+            words.add(2).write(u64::from(size) | u64::from(sequence) << 32);
+            core::sync::atomic::compiler_fence(Release);
+            count.write_volatile(n + 1);
+        }
+    }
+
+    /// Empties the ring of the CPU that runs, with interrupts off, and fetches what is due to leave the quarantine.
+    #[cold]
+    #[inline(never)]
+    pub fn drain(&self, who: u64) {
+        let cpu = state::cpu_of(who);
+        self.waiting.store(0, Relaxed);
+        // What was fetched before must be gone, or it would be overwritten.
+        let free = quarantine::batch() != 0 && !self.releasing.swap(true, Acquire);
+        let (to, fit) = quarantine::fetched(cpu);
+        let fit = if free && self.due.load(Relaxed) == 0 { fit } else { 0 };
+        let due = host::hypercall(call::RING_DRAIN, cpu as u64, to as u64, fit, 0);
+        if fit != 0 && !host::is_error(due) {
+            self.due.store(due, Relaxed);
+        }
+        if free {
+            self.releasing.store(false, Release);
+        }
+    }
+
+    /// Counts memory that goes into the quarantine, whose record and poison are in place; with interrupts off. Empties the ring
+    /// after a batch, so that the VMM can keep to the quarantine's size. Returns whether memory is due to leave it.
+    #[inline(always)]
+    pub fn waits(&self, who: u64, slot: u64) -> bool {
+        let waiting = self.waiting.load(Relaxed) + slot;
+        self.waiting.store(waiting, Relaxed);
+        if waiting > quarantine::batch() {
+            self.drain(who);
+        }
+        self.due.load(Relaxed) != 0
     }
 }
 
@@ -199,12 +281,12 @@ unsafe fn write(kind: u8, address: u64, size: u64, cache: u16, fp: u64) {
 /// # Safety
 /// As [`return_address`].
 #[inline(never)]
-pub unsafe fn tell_slowly(kind: u8, address: u64, size: u64, cache: u16, fp: u64) {
+pub unsafe fn tell_slowly(head: u64, address: u64, size: u32, fp: u64) {
     // SAFETY: the caller's promise.
-    unsafe { tell(kind, address, size, cache, fp) }
+    unsafe { tell(head, address, size, fp) }
 }
 
-// Where `tell` writes the words of a record.
+// Where `write` writes the words of a record.
 const _: () = {
     use core::mem::offset_of;
     assert!(

@@ -2,10 +2,12 @@
 
 use core::alloc::{GlobalAlloc, Layout};
 use core::arch::asm;
+use core::ffi::c_void;
+use core::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
 use umbra_shadow::codes::{GRANULE, SLAB_FREE, SLAB_REDZONE};
 
-/// Least bytes of redzone before and behind an object.
+/// Least bytes of redzone before an object.
 const REDZONE: usize = 16;
 /// What the last eight bytes before an object hold, combined with its address.
 const MARK: u64 = 0x5eed_0b1e_c7ed_0b1e;
@@ -13,16 +15,21 @@ const MARK: u64 = 0x5eed_0b1e_c7ed_0b1e;
 /// Makes an allocator checked: redzones before and behind every object, freed memory poisoned until it is handed out
 /// again, double and invalid frees reported and not passed on.
 ///
+/// With [`Checked::quarantine`], what is freed waits before the inner allocator gets it back. Where redzones are switched off, or
+/// where there is no Umbra, the inner allocator is asked for exactly what the kernel asks for.
+///
 /// The inner allocator stays as it is. Since it may keep its own data in free memory, it runs with this CPU's
 /// reports off.
 pub struct Checked<A> {
     inner: A,
+    /// Its number for the quarantine, if it has one.
+    number: AtomicU8,
 }
 
 impl<A> Checked<A> {
     /// Wraps `inner`.
     pub const fn new(inner: A) -> Self {
-        Self { inner }
+        Self { inner, number: AtomicU8::new(0) }
     }
 
     /// The allocator inside.
@@ -31,28 +38,85 @@ impl<A> Checked<A> {
     }
 }
 
+impl<A: GlobalAlloc + Sync> Checked<A> {
+    /// From now on freed memory goes through the quarantine, if this run has one. To be called once, after [`crate::start`].
+    pub fn quarantine(&'static self) {
+        let context = core::ptr::from_ref(self).cast_mut().cast();
+        // SAFETY: `release` is made for this type, and `self` stays.
+        self.number.store(unsafe { crate::quarantine_add(release::<A>, context) }, Relaxed);
+    }
+}
+
+impl<A: GlobalAlloc> Checked<A> {
+    /// Gives a slot back to the inner allocator.
+    ///
+    /// # Safety
+    /// The inner allocator handed it out, and nobody uses it.
+    unsafe fn give_back(&self, object: u64, slot: &Slot) {
+        // SAFETY: the caller's promise; the object has a mark if there is room before it.
+        crate::suppressed(|| unsafe {
+            if slot.before != 0 {
+                mark(object, 0);
+            }
+            self.inner.dealloc((object - slot.before as u64) as *mut u8, slot.layout);
+        });
+    }
+}
+
+/// Memory comes out of the quarantine. The note is the alignment's logarithm.
+extern "C" fn release<A: GlobalAlloc>(object: u64, rest: u64, note: u8, context: *mut c_void) {
+    // SAFETY: `quarantine` gave this context; a free told the object, once, of a slot with such a rest and alignment.
+    unsafe {
+        let this = &*context.cast::<Checked<A>>();
+        this.give_back(object, &Slot::with_rest(rest as usize, 1 << note));
+    }
+}
+
 /// Where an object lies in what the inner allocator hands out.
 struct Slot {
     /// What the inner allocator is asked for.
     layout: Layout,
-    /// Bytes of redzone before the object.
+    /// Bytes of redzone before the object; 0 if there are no redzones.
     before: usize,
 }
 
 impl Slot {
-    /// The slot of an object: whole granules between two redzones. `None` if that overflows.
+    /// The slot of an object: whole granules between two redzones, or just the object. `None` if that overflows.
     fn of(object: Layout) -> Option<Self> {
-        let before = object.align().max(REDZONE);
+        let behind = crate::redzone(object.size() as u64) as usize;
+        if behind == 0 {
+            return Some(Self { layout: object, before: 0 });
+        }
+        let before = before(object.align());
         let size = object.size().checked_next_multiple_of(GRANULE as usize)?;
-        let size = size.checked_add(before)?.checked_add(REDZONE)?;
+        let size = size.checked_add(before)?.checked_add(behind)?;
         let layout = Layout::from_size_align(size, object.align().max(GRANULE as usize)).ok()?;
         Some(Self { layout, before })
+    }
+
+    /// The slot that has so many bytes from the object on, whose alignment was `align`.
+    ///
+    /// # Safety
+    /// There is one.
+    unsafe fn with_rest(rest: usize, align: usize) -> Self {
+        // That redzones are off holds for all sizes, and all the time.
+        let (before, align) = match crate::redzone(0) {
+            0 => (0, align),
+            _ => (before(align), align.max(GRANULE as usize)),
+        };
+        // SAFETY: the caller's promise.
+        Self { layout: unsafe { Layout::from_size_align_unchecked(rest + before, align) }, before }
     }
 
     /// Bytes from the object on.
     fn rest(&self) -> u64 {
         (self.layout.size() - self.before) as u64
     }
+}
+
+/// Bytes of redzone before an object with such an alignment.
+fn before(align: usize) -> usize {
+    align.max(REDZONE)
 }
 
 /// Marks the start of an object, in its redzone. Assembly, which is not checked.
@@ -78,20 +142,26 @@ unsafe fn is_marked(object: u64) -> bool {
 }
 
 // SAFETY: memory comes from the inner allocator, with at least the size and alignment asked for; what is given back
-// to it is what it handed out, with the same layout, or (a bad free) nothing.
+// to it is what it handed out, with the same layout, at once or later, or (a bad free) nothing.
 unsafe impl<A: GlobalAlloc> GlobalAlloc for Checked<A> {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let Some(slot) = Slot::of(layout) else { return core::ptr::null_mut() };
         // SAFETY: the slot has a size.
-        let start = crate::suppressed(|| unsafe { self.inner.alloc(slot.layout) });
+        let take = || crate::suppressed(|| unsafe { self.inner.alloc(slot.layout) });
+        let mut start = take();
+        if start.is_null() && self.number.load(Relaxed) != 0 && crate::quarantine_drain() > 0 {
+            start = take();
+        }
         if start.is_null() {
             return start;
         }
         // SAFETY: inside the slot.
         let object = unsafe { start.add(slot.before) };
-        // SAFETY: the redzone has at least that many bytes.
-        unsafe { mark(object as u64, MARK ^ object as u64) };
-        crate::poison(start as u64, slot.before as u64, SLAB_REDZONE);
+        if slot.before != 0 {
+            // SAFETY: the redzone has at least that many bytes.
+            unsafe { mark(object as u64, MARK ^ object as u64) };
+            crate::poison(start as u64, slot.before as u64, SLAB_REDZONE);
+        }
         crate::alloc(object as u64, layout.size() as u64, slot.rest(), SLAB_REDZONE, 0);
         object
     }
@@ -101,15 +171,13 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for Checked<A> {
         let at = object as u64;
         // Of memory that is free the mark may be gone; that it is free is known.
         // SAFETY: `object` came from `alloc`, or is at least an address near other objects.
-        if !crate::is_poisoned(at) && !unsafe { is_marked(at) } {
+        if slot.before != 0 && !crate::is_poisoned(at) && !unsafe { is_marked(at) } {
             return crate::invalid_free(at);
         }
-        if crate::free(at, at, slot.rest(), SLAB_FREE) {
+        let note = layout.align().trailing_zeros() as u8;
+        if crate::free_later(at, at, slot.rest(), SLAB_FREE, self.number.load(Relaxed), note) {
             // SAFETY: the inner allocator handed out the slot, with this layout.
-            crate::suppressed(|| unsafe {
-                mark(at, 0);
-                self.inner.dealloc(object.sub(slot.before), slot.layout);
-            });
+            unsafe { self.give_back(at, &slot) };
         }
     }
 }

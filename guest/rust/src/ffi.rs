@@ -1,5 +1,7 @@
 //! The runtime's C functions; `guest/runtime/src/api.rs` documents them.
 
+use core::ffi::c_void;
+
 use umbra_shadow::abi::RingHeader;
 
 /// What the VMM offers, for the kernel to map.
@@ -41,6 +43,10 @@ pub struct Trap {
 /// Tells CPU (bits 16..32) and task (bits 32..64) that run now.
 pub type CurrentFn = extern "C" fn() -> u64;
 
+/// Gives memory that has left the quarantine back to its allocator: start of the object, bytes of the slot, the note of
+/// its free, and the allocator's context.
+pub type ReleaseFn = extern "C" fn(u64, u64, u8, *mut c_void);
+
 unsafe extern "C" {
     pub fn umbra_discover(offer: &mut Offer) -> u32;
     pub fn umbra_region_add(start: u64, bytes: u64, gpa: u64) -> bool;
@@ -53,6 +59,11 @@ unsafe extern "C" {
     pub fn umbra_is_poisoned(address: u64) -> bool;
     pub fn umbra_alloc(address: u64, bytes: u64, slot: u64, redzone: u8, cache: u16);
     pub fn umbra_free(address: u64, start: u64, slot: u64, code: u8) -> bool;
+    pub fn umbra_free_later(address: u64, start: u64, slot: u64, code: u8, allocator: u8, note: u8) -> bool;
+    pub fn umbra_quarantine_add(release: ReleaseFn, context: *mut c_void) -> u8;
+    pub fn umbra_quarantine_drain() -> u64;
+    pub fn umbra_redzone(object: u64) -> u64;
+    pub fn umbra_aux_stack(address: u64);
     pub fn umbra_invalid_free(address: u64);
     pub fn umbra_stack_alloc(start: u64, bytes: u64);
     pub fn umbra_stack_free(start: u64, bytes: u64);

@@ -9,7 +9,7 @@ mod checked;
 mod ffi;
 
 pub use checked::Checked;
-pub use ffi::{CurrentFn, Offer, Trap};
+pub use ffi::{CurrentFn, Offer, ReleaseFn, Trap};
 pub use umbra_shadow::{abi, codes};
 
 use umbra_shadow::abi::features;
@@ -176,6 +176,19 @@ safe_face! {
     /// An allocator takes back `address`, whose object starts at `start` in a slot of `slot` bytes. False, after a
     /// report, when that is a double or an invalid free: the allocator must leave it alone then.
     free = umbra_free(address: u64, start: u64, slot: u64, code: u8) -> bool;
+    /// As [`free`], but the memory waits in the quarantine, if there is one for `allocator` ([`quarantine_add`]): then the
+    /// result is false too, and the allocator's release function gets `start`, `slot` and `note` later. Release functions are
+    /// called from here, for other memory: the caller holds no lock that they take.
+    free_later = umbra_free_later(address: u64, start: u64, slot: u64, code: u8, allocator: u8, note: u8) -> bool;
+    /// Gives all that waits in the quarantine back to its allocators, for one that has no memory left. Returns how many
+    /// objects came back. The caller holds no lock that a release function takes.
+    quarantine_drain = umbra_quarantine_drain() -> u64;
+    /// Bytes of redzone that an allocator shall put behind objects of `object` bytes: the same during a whole run. 0 without
+    /// Umbra, or where redzones are switched off; then memory is laid out as without checks.
+    redzone = umbra_redzone(object: u64) -> u64;
+    /// Work is made that has to do with the object that holds `address`, and will run later: it may free it, for instance. A
+    /// finding on the object tells the stack of the caller. The last two are kept.
+    aux_stack = umbra_aux_stack(address: u64);
     /// Reports a free of something that no allocator knows.
     invalid_free = umbra_invalid_free(address: u64);
     /// Reports a bad access that the kernel found itself, by a fault; `trap` holds the registers at the fault.
@@ -204,6 +217,16 @@ pub fn name_cache(id: u16, name: &str, object: u64) {
 pub fn name_task(id: u32, name: &str) {
     // SAFETY: pointer and length are a string's.
     unsafe { ffi::umbra_name_task(id, name.as_ptr(), name.len() as u64) }
+}
+
+/// Numbers an allocator for [`free_later`]. `release` gets what has waited long enough, on any CPU, in whatever frees. 0, which
+/// is no allocator's number, where there is no quarantine. To be called after [`start`].
+///
+/// # Safety
+/// `release` may be called with `context` until the guest ends.
+pub unsafe fn quarantine_add(release: ReleaseFn, context: *mut core::ffi::c_void) -> u8 {
+    // SAFETY: the caller's promise.
+    unsafe { ffi::umbra_quarantine_add(release, context) }
 }
 
 /// Runs `work` with this CPU's reports off: for code that uses poisoned memory on purpose.

@@ -55,6 +55,12 @@ pub struct Finding {
     pub allocated: Option<Event>,
     /// Who freed the object.
     pub freed: Option<Event>,
+    /// Who made work that had to do with the object, such as the work that freed it: the last one first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub related_work: Vec<Event>,
+    /// The object that the address belonged to before, and that was freed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub previous: Option<Previous>,
     /// The shadow around the first bad address.
     pub shadow: ShadowDump,
     /// What is missing in this finding, and why.
@@ -158,6 +164,20 @@ pub struct Object {
     pub cache_size: u64,
     /// Bytes from `start` to the first bad address; negative where that lies before the object.
     pub offset: i64,
+}
+
+/// An object that was freed before another one took its place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Previous {
+    /// Its guest-virtual address.
+    #[serde(serialize_with = "hex")]
+    pub start: u64,
+    /// The bytes that were asked for.
+    pub size: u64,
+    /// Who allocated it.
+    pub allocated: Option<Event>,
+    /// Who freed it.
+    pub freed: Event,
 }
 
 /// A global variable.
@@ -347,6 +367,8 @@ pub(super) mod tests {
                 frames: vec![alloc, thread],
             }),
             freed: None,
+            related_work: Vec::new(),
+            previous: None,
             shadow: ShadowDump::around(first_bad, |row| {
                 let mut bytes = [if row < object { 0xfb } else { 0xfc }; ROW_SHADOW];
                 if row == object {

@@ -16,5 +16,6 @@ pub mod text;
 
 pub use collect::{Added, DEFAULT_LIMIT, Findings};
 pub use finding::{
-    Access, Event, Finding, Frame, Names, Object, ROW_MEMORY, ROW_SHADOW, Row, ShadowDump, Task, Variable,
+    Access, Event, Finding, Frame, Names, Object, Previous, ROW_MEMORY, ROW_SHADOW, Row, ShadowDump, Task,
+    Variable,
 };

@@ -99,6 +99,20 @@ impl Printer<'_> {
         if let Some(event) = &finding.freed {
             self.event("Freed", event)?;
         }
+        let whens = ["Last", "Second to last"];
+        for (when, event) in whens.iter().zip(&finding.related_work) {
+            self.heading(&format!("{when} potentially related work creation:"))?;
+            self.frames(&event.frames)?;
+            writeln!(self.out)?;
+        }
+        if let Some(previous) = &finding.previous {
+            let (size, start) = (previous.size, previous.start);
+            writeln!(self.out, "Before, the address belonged to an object of {size} bytes at {start:016x}")?;
+            if let Some(event) = &previous.allocated {
+                self.event("Previously allocated", event)?;
+            }
+            self.event("Previously freed", &previous.freed)?;
+        }
         if let Some(object) = &finding.object {
             self.object(finding, object)?;
         }

@@ -1,17 +1,17 @@
 //! What each hypercall does.
 
 use umbra_shadow::Shadow;
-use umbra_shadow::abi::{self, RECORD_BYTES, RECORD_FRAMES, record};
+use umbra_shadow::abi::{self, RECORD_BYTES, RECORD_FRAMES, RELEASED_BYTES, Released, record};
 use vm_memory::GuestAddress;
 
 use super::investigate::Place;
 use super::monitor::{Flow, Machine, Monitor};
 use super::rings::Event;
 use super::{Outcome, investigate};
-use crate::hypercall::{Call, CallError, Exit, Named, Regions};
+use crate::hypercall::{Array, Call, CallError, Exit, Named, Regions};
 use crate::machine::memory::Ram;
 use crate::machine::walk::AddressSpace;
-use crate::shadow::{Notify, Objects, ShadowError, release_unused};
+use crate::shadow::{Notify, Objects, ShadowError, quarantine, release_unused};
 
 /// In `sync` mode, how many events pass between two looks for shadow to give back.
 const SYNC_RELEASE: u64 = 4096;
@@ -40,30 +40,37 @@ impl Monitor {
         let notify = self.windows.as_ref().map(|windows| windows.notify());
         let needed = match call {
             Call::RingSetup { .. } | Call::RingDrain { .. } => Some(Notify::Ring),
-            Call::Poison { .. } | Call::Unpoison { .. } | Call::Allocated { .. } | Call::Freed { .. } => {
-                Some(Notify::Sync)
-            }
-            Call::Report { .. } => notify,
+            Call::Poison { .. }
+            | Call::Unpoison { .. }
+            | Call::Allocated { .. }
+            | Call::Freed { .. }
+            | Call::Related { .. } => Some(Notify::Sync),
+            Call::Report { .. } | Call::Quarantine { .. } => notify,
             _ => None,
         };
-        if needed != notify && needed.is_some() || matches!(call, Call::Report { .. }) && notify.is_none() {
+        let with_shadow = matches!(call, Call::Report { .. } | Call::Quarantine { .. });
+        if needed != notify && needed.is_some() || with_shadow && notify.is_none() {
             return Err(CallError::Mode(number).into());
         }
+        let mut value = 0;
         match call {
-            Call::Hello => {}
+            Call::Hello => value = self.features().into(),
             Call::RegionAdd(region) => self.regions.add(region, machine.ram.end())?,
             Call::RingSetup { va, records, cpu, text_base } => {
                 let bytes = (records + 1) * RECORD_BYTES;
                 let gpa = in_ram(&self.regions, machine.ram, va, bytes, "ring address")?;
                 self.rings.set_up(cpu, gpa, records, text_base)?;
             }
-            Call::RingDrain { cpu } => {
+            Call::RingDrain { cpu, released } => {
                 if !self.rings.has(cpu) {
                     return Err(CallError::Argument { what: "CPU", value: cpu.into() }.into());
                 }
                 machine.others.stop()?;
                 self.drain(Some(cpu), machine.ram);
                 self.give_back()?;
+                if let Some(to) = released.filter(|_| self.quarantine.is_due()) {
+                    value = self.release(to, false, machine.ram)?;
+                }
             }
             Call::Poison { va, len, code } => {
                 let gpa = to_gpa(&self.regions, va, len)?;
@@ -91,10 +98,21 @@ impl Monitor {
                 }
                 let frames = self.caller(machine);
                 self.events.allocations += 1;
-                self.objects.allocated(gpa, size, cache, actor.task, &frames);
+                self.objects.allocated(
+                    gpa,
+                    size,
+                    slot.map_or(0, |slot| slot.bytes),
+                    cache,
+                    actor.task,
+                    &frames,
+                );
                 self.give_back_now_and_then()?;
             }
-            Call::Freed { va, actor, slot } => {
+            Call::Freed { va, actor, slot, wait } => {
+                let waits = match slot {
+                    Some(slot) if wait != 0 => Some(released(va, slot.bytes, wait)?),
+                    _ => None,
+                };
                 let gpa = to_gpa(&self.regions, va, slot.map_or(1, |slot| slot.bytes))?;
                 if let (Some(windows), Some(slot)) = (&mut self.windows, slot) {
                     windows
@@ -105,6 +123,12 @@ impl Monitor {
                 self.events.frees += 1;
                 self.objects.freed(gpa, actor.task, &frames);
                 self.give_back_now_and_then()?;
+                if let Some(memory) = waits {
+                    if !self.quarantine.hold(memory) {
+                        return Err(QUARANTINE_FULL.into());
+                    }
+                    value = self.quarantine.is_due().into();
+                }
             }
             Call::Report { address, size, access, actor, ip } => {
                 machine.others.stop()?;
@@ -154,6 +178,12 @@ impl Monitor {
                 to_gpa(&self.regions, va, count * abi::GLOBAL_BYTES)?;
                 self.globals.add(va, count)?;
             }
+            Call::Quarantine { to, all } => value = self.release(to, all, machine.ram)?,
+            Call::Related { va, actor } => {
+                let gpa = to_gpa(&self.regions, va, 1)?;
+                let frames = self.caller(machine);
+                self.objects.related(gpa, actor.task, &frames);
+            }
             Call::Exit(exit) => {
                 return Ok(Answer::End(match exit {
                     Exit::Done { failed: false } => Outcome::Done,
@@ -168,8 +198,18 @@ impl Monitor {
                 }));
             }
         }
-        let value = if matches!(call, Call::Hello) { self.features().into() } else { 0 };
         Ok(Answer::Value(value))
+    }
+
+    /// Writes what leaves the quarantine to guest memory. Returns how many objects.
+    fn release(&mut self, to: Array, all: bool, ram: &Ram) -> Result<u64, CallError> {
+        let what = "address of released objects";
+        let room = to.count.max(1) * RELEASED_BYTES;
+        let gpa = in_ram(&self.regions, ram, to.va, room, what)?;
+        let taken = self.quarantine.take(to.count as usize, all);
+        let bytes: Vec<u8> = taken.iter().flat_map(|memory| memory.to_bytes()).collect();
+        ram.write(GuestAddress(gpa), &bytes).map_err(|_| CallError::Argument { what, value: to.va })?;
+        Ok(taken.len() as u64)
     }
 
     /// The return addresses of a call's maker, innermost first.
@@ -184,16 +224,23 @@ impl Monitor {
 
     /// [`Self::drain_all`], for the CPU that asked for it if one did.
     fn drain(&mut self, asked: Option<u16>, ram: &Ram) {
-        let Self { rings, objects, regions, events, .. } = self;
+        let Self { rings, objects, quarantine, regions, events, .. } = self;
         let mut refused = 0;
-        events.ring_drains += rings.drain(asked, ram, |event| {
-            if !take(event, regions, objects) {
+        if let Some(cpu) = asked {
+            refused += u64::from(!quarantine.settled(cpu));
+        }
+        events.ring_drains += rings.drain(asked, ram, |event, last| {
+            let Some(waits) = take(event, regions, objects) else {
                 refused += 1;
-            } else if event.record.kind == record::ALLOCATED {
-                events.allocations += 1;
-            } else {
-                events.frees += 1;
+                return;
+            };
+            match event.record.kind {
+                record::ALLOCATED | record::ALLOCATED_IN_SLOT => events.allocations += 1,
+                record::FREED => events.frees += 1,
+                _ => {}
             }
+            // The CPU that asks is done with all that it told, since it tells and poisons at once.
+            refused += u64::from(!quarantine.told(event.cpu, waits, last && asked != Some(event.cpu)));
         });
         if refused > 0 {
             self.refuse(refused, &format_args!("{refused} records in rings make no sense"));
@@ -260,15 +307,33 @@ fn in_ram(regions: &Regions, ram: &Ram, va: u64, len: u64, what: &'static str) -
         .ok_or(CallError::Argument { what, value: va })
 }
 
-/// Takes in one record. False if it makes no sense.
-fn take(event: &Event, regions: &Regions, objects: &mut Objects) -> bool {
+/// The guest frees and frees, and never fetches what is due.
+const QUARANTINE_FULL: CallError =
+    CallError::Limit { what: "objects in the quarantine", most: quarantine::MOST as u64 };
+
+/// Freed memory, as the quarantine keeps it.
+fn released(va: u64, slot: u64, wait: u16) -> Result<Released, CallError> {
+    let slot = u32::try_from(slot).map_err(|_| CallError::Argument { what: "slot", value: slot })?;
+    Ok(Released { address: va, slot, wait, reserved: 0 })
+}
+
+/// Takes in one record. Tells what goes into the quarantine; none if the record makes no sense.
+fn take(event: &Event, regions: &Regions, objects: &mut Objects) -> Option<Option<Released>> {
     let r = &event.record;
-    let Some(gpa) = regions.to_gpa(r.address, u64::from(r.size).max(1)) else { return false };
+    let (size, slot) = match r.kind {
+        record::ALLOCATED => (r.size, 0),
+        record::ALLOCATED_IN_SLOT => (r.size & 0xffff, (r.size & 0xffff) + (r.size >> 16)),
+        record::FREED => (r.size, 0),
+        record::RELATED => (0, 0),
+        _ => return None,
+    };
+    let gpa = regions.to_gpa(r.address, u64::from(size.max(slot)).max(1))?;
     let frames = event.frames.get(..event.depth).unwrap_or_default();
     match r.kind {
-        record::ALLOCATED => objects.allocated(gpa, r.size.into(), r.cache, r.task, frames),
         record::FREED => objects.freed(gpa, r.task, frames),
-        _ => return false,
+        record::RELATED => objects.related(gpa, r.task, frames),
+        _ => objects.allocated(gpa, size.into(), slot.into(), r.cache, r.task, frames),
     }
-    true
+    let wait = if r.kind == record::FREED { r.cache } else { 0 };
+    Some((wait != 0).then_some(Released { address: r.address, slot: size, wait, reserved: 0 }))
 }

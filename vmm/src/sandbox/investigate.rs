@@ -111,20 +111,24 @@ impl Monitor {
         let stack = stack(machine, Some(ip), FRAMES);
         let frames = self.symbols.stack(&stack.ips);
         let mut notes = stack.notes();
-        let found = match kind {
+        let on_heap = !matches!(
+            kind,
             BugKind::StackOutOfBounds
-            | BugKind::GlobalOutOfBounds
-            | BugKind::AllocaOutOfBounds
-            | BugKind::UseAfterScope => None,
-            _ => bad_gpa.and_then(|gpa| {
+                | BugKind::GlobalOutOfBounds
+                | BugKind::AllocaOutOfBounds
+                | BugKind::UseAfterScope
+        );
+        let found = match bad_gpa {
+            Some(gpa) if on_heap => {
                 let state = self.windows.as_ref().map(|windows| windows.model().state(gpa));
                 let at = match state {
                     Some(1..GRANULE_BYTES | LARGE_REDZONE) => At::Behind,
                     Some(SLAB_REDZONE) => At::Redzone,
                     _ => At::Anywhere,
                 };
-                Some((gpa, self.objects.nearest(gpa, at)?))
-            }),
+                self.objects.nearest(gpa, at).map(|found| (gpa, found))
+            }
+            _ => None,
         };
         let mut event = |event: &objects::Event| {
             if event.lost {
@@ -132,12 +136,21 @@ impl Monitor {
             }
             Event { task: task(event.task, event.name), frames: self.symbols.stack(event.frames) }
         };
-        let (allocated, freed) = match &found {
-            Some((_, found)) => {
-                (found.allocated.as_ref().map(&mut event), found.freed.as_ref().map(&mut event))
-            }
-            None => (None, None),
-        };
+        let (mut allocated, mut freed, mut related_work, mut previous) = (None, None, Vec::new(), None);
+        if let Some((gpa, found)) = &found {
+            allocated = found.allocated.as_ref().map(&mut event);
+            freed = found.freed.as_ref().map(&mut event);
+            related_work.extend(found.related.iter().map(&mut event));
+            // Only if the pointer may have been to that object.
+            let before =
+                found.previous.as_ref().filter(|p| (p.start..p.start.saturating_add(p.size)).contains(gpa));
+            previous = before.map(|before| report::Previous {
+                start: first_bad.wrapping_sub(gpa - before.start),
+                size: before.size,
+                allocated: before.allocated.as_ref().map(&mut event),
+                freed: event(&before.freed),
+            });
+        }
         let object = found.map(|(gpa, found)| {
             let offset = gpa.wrapping_sub(found.start).cast_signed();
             Object {
@@ -164,8 +177,15 @@ impl Monitor {
             _ => None,
         };
         notes.extend(self.symbols.notes());
-        if self.objects.counts().dropped + self.objects.counts().evicted > 0 && object.is_none() {
-            notes.push("the table of objects was full, so this one may be missing in it".into());
+        let counts = self.objects.counts();
+        if counts.dropped + counts.evicted > 0 && on_heap {
+            // What is beside an object may belong to one that was forgotten.
+            let sure = |object: &&Object| (0..object.size.cast_signed()).contains(&object.offset);
+            if object.as_ref().filter(sure).is_none() {
+                notes.push("the table of objects was full: the object may be missing in it".into());
+            } else if allocated.is_none() {
+                notes.push("the table of objects was full: who allocated the object was forgotten".into());
+            }
         }
         Finding {
             kind: kind.as_str(),
@@ -186,6 +206,8 @@ impl Monitor {
             stack_frame,
             allocated,
             freed,
+            related_work,
+            previous,
             shadow: self.shadow_around(first_bad),
             notes,
         }
@@ -286,6 +308,8 @@ impl Monitor {
             stack_frame: None,
             allocated: None,
             freed: None,
+            related_work: Vec::new(),
+            previous: None,
             shadow: ShadowDump::default(),
             notes,
         };

@@ -28,6 +28,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard};
 use thiserror::Error;
+use umbra_shadow::abi::redzone;
 use vm_memory::GuestAddress;
 
 use crate::machine::devices::{COM1_IRQ, Devices};
@@ -38,14 +39,17 @@ use crate::machine::{Kvm, Machine, MachineConfig, MachineError, SlotId, layout};
 use crate::report::symbols::Symbols;
 use crate::report::{Finding, Findings};
 use crate::shadow::accounting::resident_bytes;
-use crate::shadow::{self, Notify, PageMap, ProcessMemory, ShadowError, SlotError, Slots, Windows};
+use crate::shadow::{
+    self, Notify, ObjectLimits, Objects, PageMap, ProcessMemory, Quarantine, QuarantineSize, ShadowError,
+    SlotError, Slots, Windows,
+};
 use console::ConsoleWatch;
 pub use file::GuestFile;
-use monitor::Monitor;
+use monitor::{Monitor, Settings};
 pub use outcome::Outcome;
 use picture::Timeline;
 pub use picture::{Picture, Sample};
-use stats::{GuestStats, HostStats, ShadowStats, Stats};
+use stats::{GuestStats, HostStats, RedzoneStats, ShadowStats, Stats};
 use vcpus::Vcpus;
 
 /// Which shadow to keep.
@@ -67,6 +71,29 @@ impl ShadowMode {
             Self::PerPage => "per-page",
             Self::Full => "full",
             Self::Off => "off",
+        }
+    }
+}
+
+/// How much a guest's allocators put behind each object.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Redzone {
+    /// More behind larger objects, as KASAN does.
+    #[default]
+    Adaptive,
+    /// Nothing: objects lie as in a kernel that is not checked.
+    Off,
+    /// So many bytes: a multiple of 8, at most [`redzone::MAX`].
+    Bytes(u32),
+}
+
+impl Redzone {
+    /// As the guest is told ([`redzone`]).
+    fn number(self) -> u32 {
+        match self {
+            Self::Adaptive => redzone::ADAPTIVE,
+            Self::Off => redzone::OFF,
+            Self::Bytes(bytes) => bytes.next_multiple_of(8).min(redzone::MAX),
         }
     }
 }
@@ -97,6 +124,12 @@ pub struct Config {
     pub notify: Notify,
     /// Most byte shadow that may be mapped, in bytes.
     pub shadow_limit: Option<u64>,
+    /// How much freed memory waits before it is handed out again.
+    pub quarantine: QuarantineSize,
+    /// How much lies behind each object.
+    pub redzone: Redzone,
+    /// Host memory for who allocated and freed what, in bytes.
+    pub provenance: u64,
     /// How long the guest may run.
     pub timeout: Option<Duration>,
     /// After how many different findings to stop; never if none.
@@ -122,6 +155,9 @@ impl Default for Config {
             shadow: ShadowMode::default(),
             notify: Notify::Ring,
             shadow_limit: None,
+            quarantine: QuarantineSize::Auto,
+            redzone: Redzone::Adaptive,
+            provenance: shadow::objects::DEFAULT_BUDGET,
             timeout: None,
             stop_at: None,
             count_instructions: false,
@@ -188,6 +224,8 @@ pub struct Report {
     pub stats: Stats,
     /// What it looked like, if that was asked for.
     pub picture: Option<Picture>,
+    /// What the guest had allocated at the end, what it had freed, and from where.
+    pub objects: Objects,
 }
 
 impl Report {
@@ -263,12 +301,17 @@ pub fn run(
     let layout = shadow::Layout::new(layout::ram_end(config.memory)).map_err(ShadowError::from)?;
     let kernel = config.kernel.read()?;
     let linux = is_linux(&kernel);
+    let quarantine = config.quarantine.bytes(config.memory);
+    let settings = Settings {
+        quarantine_batch: shadow::quarantine::batch(quarantine, config.cpus),
+        redzone: config.redzone,
+    };
     let mut machine = Machine::new(
         &kvm,
         MachineConfig {
             memory_bytes: config.memory,
             cpus: config.cpus,
-            extra_cpuid: monitor::discovery(config.shadow, config.notify, &layout),
+            extra_cpuid: monitor::discovery(config.shadow, config.notify, settings, &layout),
             irqchip: config.irqchip || linux,
             pit: config.pit || linux,
         },
@@ -315,6 +358,10 @@ pub fn run(
         config.stop_at,
     );
     monitor.console = ConsoleWatch::new(linux);
+    monitor.objects = Objects::new(ObjectLimits::of_budget(config.provenance));
+    if monitor.windows.is_some() {
+        monitor.quarantine = Quarantine::new(quarantine, config.cpus);
+    }
     monitor.timeline = config.picture.then(Timeline::default);
     let shared = Arc::new(Shared {
         machine,
@@ -414,7 +461,8 @@ pub fn run(
     };
     let stats = figures(config, &outcome, &mut monitor, shared.machine.ram(), instructions, host);
     let findings = std::mem::take(&mut monitor.findings);
-    Ok(Report { outcome, findings, stats, picture })
+    let objects = std::mem::take(&mut monitor.objects);
+    Ok(Report { outcome, findings, stats, picture, objects })
 }
 
 /// Whether the host emulates ring 0, and so counts the guest's instructions.
@@ -457,6 +505,7 @@ fn figures(
             Err(error) => log::warn!("the shadow's figures are missing: {error}"),
         }
     }
+    let (redzone_bytes, redzone_peak_bytes) = monitor.objects.redzone_bytes();
     let mut exits = monitor.exits.clone();
     exits.completed = monitor.completed().clone();
     Stats {
@@ -468,6 +517,9 @@ fn figures(
         },
         findings: monitor.findings.distinct(),
         findings_total: monitor.findings.total(),
+        quarantine: monitor.quarantine.figures(),
+        redzones: RedzoneStats { bytes: redzone_bytes, peak_bytes: redzone_peak_bytes },
+        provenance: monitor.objects.figures(config.provenance),
         guest: GuestStats { memory_bytes: config.memory, cpus: config.cpus, instructions },
         exits,
         events: monitor.events.clone(),

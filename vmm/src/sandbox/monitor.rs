@@ -12,7 +12,7 @@ use super::investigate::Place;
 use super::picture::Timeline;
 use super::rings::Rings;
 use super::stats::{EventStats, ExitStats};
-use super::{Observer, Outcome, ShadowMode};
+use super::{Observer, Outcome, Redzone, ShadowMode};
 use crate::hypercall::Regions;
 use crate::machine::complete::{CompleteError, Completer, Cpu};
 use crate::machine::cpuid::CpuidLeaf;
@@ -21,7 +21,7 @@ use crate::machine::memory::Ram;
 use crate::machine::vcpu::{Vcpu, VmExit};
 use crate::report::Findings;
 use crate::report::symbols::Symbols;
-use crate::shadow::{FaultOutcome, Layout, Mode, Notify, Objects, ShadowError, Slots, Windows};
+use crate::shadow::{FaultOutcome, Layout, Mode, Notify, Objects, Quarantine, ShadowError, Slots, Windows};
 
 /// A vCPU as the dispatcher needs it.
 pub trait GuestCpu: Cpu {
@@ -75,6 +75,8 @@ pub struct Monitor {
     pub windows: Option<Windows>,
     /// Who allocated and freed what.
     pub objects: Objects,
+    /// Freed memory that waits.
+    pub quarantine: Quarantine,
     /// What the guest has found wrong.
     pub findings: Findings,
     /// Exits so far.
@@ -109,6 +111,7 @@ impl Monitor {
         Self {
             windows,
             objects: Objects::default(),
+            quarantine: Quarantine::new(0, 1),
             findings: Findings::default(),
             exits: ExitStats::default(),
             events: EventStats::default(),
@@ -354,8 +357,17 @@ fn offer(mode: ShadowMode, notify: Notify) -> u32 {
     }
 }
 
+/// What a guest's runtime is told to do.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Settings {
+    /// Bytes that a CPU may put into the quarantine between two drains; 0 for no quarantine.
+    pub quarantine_batch: u64,
+    /// How much its allocators put behind each object.
+    pub redzone: Redzone,
+}
+
 /// The CPUID leaves that a guest finds Umbra by (see [`umbra_shadow::abi`]). One block beyond KVM's own.
-pub fn discovery(mode: ShadowMode, notify: Notify, layout: &Layout) -> Vec<CpuidLeaf> {
+pub fn discovery(mode: ShadowMode, notify: Notify, settings: Settings, layout: &Layout) -> Vec<CpuidLeaf> {
     let base = CPUID_FIRST + CPUID_STEP;
     let offered = offer(mode, notify);
     let leaf = |function, [eax, ebx, ecx, edx]: [u32; 4]| CpuidLeaf { function, eax, ebx, ecx, edx };
@@ -363,12 +375,17 @@ pub fn discovery(mode: ShadowMode, notify: Notify, layout: &Layout) -> Vec<Cpuid
     let page = if mode == ShadowMode::PerPage { window(layout.page.gpa, layout.page.bytes) } else { [0; 4] };
     let byte = if mode == ShadowMode::Off { [0; 4] } else { window(layout.byte.gpa, layout.byte.bytes) };
     let keys = if mode == ShadowMode::Off { 0 } else { layout.virtual_bytes() };
+    let settings = match mode {
+        ShadowMode::Off => [0, abi::redzone::OFF, 0, 0],
+        _ => [settings.quarantine_batch as u32, settings.redzone.number(), 0, 0],
+    };
     let [s0, s1, s2] = abi::CPUID_SIGNATURE;
     vec![
-        leaf(base, [base + abi::CPUID_LEAF_VIRTUAL, s0, s1, s2]),
+        leaf(base, [base + abi::CPUID_LEAF_SETTINGS, s0, s1, s2]),
         leaf(base + abi::CPUID_LEAF_FEATURES, [abi::VERSION, u32::from(PORT), offered, 0]),
         leaf(base + abi::CPUID_LEAF_PAGE_WINDOW, page),
         leaf(base + abi::CPUID_LEAF_BYTE_WINDOW, byte),
         leaf(base + abi::CPUID_LEAF_VIRTUAL, [keys as u32, (keys >> 32) as u32, 0, 0]),
+        leaf(base + abi::CPUID_LEAF_SETTINGS, settings),
     ]
 }

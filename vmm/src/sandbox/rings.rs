@@ -33,6 +33,8 @@ struct Ring {
 /// A record, and the return addresses in it.
 #[derive(Clone, Copy, Debug)]
 pub struct Event {
+    /// The CPU that wrote it.
+    pub cpu: u16,
     /// What the guest wrote; nothing in it has been checked.
     pub record: Record,
     /// Return addresses, innermost first.
@@ -42,10 +44,10 @@ pub struct Event {
 }
 
 impl Event {
-    fn new(record: Record, text_base: u64) -> Self {
+    fn new(record: Record, cpu: u16, text_base: u64) -> Self {
         let depth = usize::from(record.depth).min(RECORD_FRAMES);
         let frames = record.frames.map(|f| if f == 0 { 0 } else { text_base.wrapping_add(f.into()) });
-        Self { record, frames, depth }
+        Self { cpu, record, frames, depth }
     }
 }
 
@@ -55,6 +57,7 @@ const BLOCK: usize = 64;
 /// The records of one ring in a drain, in the order in which they were written.
 struct Reader {
     ring: Ring,
+    cpu: u16,
     /// Records taken or in `block`, those of earlier drains too, and how many there are in all.
     read: u64,
     count: u64,
@@ -66,7 +69,7 @@ struct Reader {
 impl Reader {
     /// Looks how many records there are, all of which will be taken. If the ring's CPU is `asked`, the ring will be empty then.
     /// Without any records there is no reader.
-    fn new(ring: &mut Ring, asked: bool, ram: &Ram) -> Option<Self> {
+    fn new(cpu: u16, ring: &mut Ring, asked: bool, ram: &Ram) -> Option<Self> {
         let header = GuestAddress(ring.gpa);
         // Copied once, and bounded: the guest may have written anything.
         let count = ram.read_u64(header).ok()?.min(ring.records);
@@ -78,7 +81,7 @@ impl Reader {
             // It was readable, so it is RAM and can be written.
             let _ = ram.write(header, &0u64.to_le_bytes());
         }
-        let mut reader = Self { ring: *ring, read, count, block: Vec::new(), next: 0 };
+        let mut reader = Self { ring: *ring, cpu, read, count, block: Vec::new(), next: 0 };
         reader.refill(ram).then_some(reader)
     }
 
@@ -93,8 +96,8 @@ impl Reader {
         }
         self.block.clear();
         let records = bytes.as_chunks::<{ RECORD_BYTES as usize }>().0;
-        self.block
-            .extend(records.iter().map(|bytes| Event::new(Record::from_bytes(bytes), self.ring.text_base)));
+        let event = |bytes| Event::new(Record::from_bytes(bytes), self.cpu, self.ring.text_base);
+        self.block.extend(records.iter().map(event));
         self.read += some;
         self.next = 0;
         some > 0
@@ -102,6 +105,11 @@ impl Reader {
 
     fn event(&self) -> &Event {
         &self.block[self.next]
+    }
+
+    /// Whether there is none behind [`Self::event`].
+    fn is_last(&self) -> bool {
+        self.next + 1 == self.block.len() && self.read == self.count
     }
 
     /// Goes to the next record; false if this was the last.
@@ -155,12 +163,13 @@ impl Rings {
     }
 
     /// Takes all new records out of all rings, in the order of their numbers. Every CPU stands still. The ring of the CPU that
-    /// asked for it, if one did, is empty afterwards. Returns how many rings there are.
-    pub fn drain(&mut self, asked: Option<u16>, ram: &Ram, mut take: impl FnMut(&Event)) -> u64 {
+    /// asked for it, if one did, is empty afterwards. `take` also hears whether a record is the last of its CPU. Returns how many
+    /// rings there are.
+    pub fn drain(&mut self, asked: Option<u16>, ram: &Ram, mut take: impl FnMut(&Event, bool)) -> u64 {
         let there = self.rings.iter().flatten().count() as u64;
         let rings = (0..).zip(&mut self.rings).filter_map(|(cpu, ring)| Some((cpu, ring.as_mut()?)));
         let mut readers: Vec<_> =
-            rings.filter_map(|(cpu, ring)| Reader::new(ring, asked == Some(cpu), ram)).collect();
+            rings.filter_map(|(cpu, ring)| Reader::new(cpu, ring, asked == Some(cpu), ram)).collect();
         // From the record taken last on, since the numbers wrap. Nothing depends on what a guest makes of them but the
         // order of its own events.
         let begin = self.taken;
@@ -168,7 +177,7 @@ impl Rings {
         while let Some(next) = (0..readers.len()).min_by_key(|at| distance(&readers[*at])) {
             let reader = &mut readers[next];
             self.taken = reader.event().record.sequence;
-            take(reader.event());
+            take(reader.event(), reader.is_last());
             if !reader.advance(ram) {
                 readers.remove(next);
             }
@@ -205,7 +214,7 @@ mod tests {
                 ram.write(header, &count.to_le_bytes()).expect("inside RAM");
             }
             let mut kinds = Vec::new();
-            rings.drain(asked, &ram, |event| {
+            rings.drain(asked, &ram, |event, _| {
                 assert_eq!((event.depth, event.frames[0], event.frames[1]), (10, 0xffff_ffff_8010_0000, 0));
                 kinds.push(event.record.kind);
             });
@@ -230,7 +239,7 @@ mod tests {
         for count in [5, u64::MAX / 64, u64::MAX] {
             let (ram, mut rings) = ram_with_ring(count);
             let mut taken = 0;
-            rings.drain(None, &ram, |_| taken += 1);
+            rings.drain(None, &ram, |_, _| taken += 1);
             assert_eq!(taken, 4, "count {count:#x}");
         }
         assert!(Rings::default().set_up(64, 0, 1, 0).is_err());
@@ -260,8 +269,14 @@ mod tests {
             }
             let mut taken = Vec::new();
             for asked in [None, Some(0), Some(1), Some(2)] {
-                let rings =
-                    rings.drain(asked, &ram, |event| taken.push((event.record.cache, event.record.sequence)));
+                let mut last = [false; 3];
+                let rings = rings.drain(asked, &ram, |event, is_last| {
+                    assert!(
+                        !std::mem::replace(&mut last[usize::from(event.cpu)], is_last),
+                        "once, at the end"
+                    );
+                    taken.push((event.record.cache, event.record.sequence));
+                });
                 assert_eq!(rings, 3);
             }
             taken

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use crate::shadow::{ProvenanceFigures, QuarantineFigures};
+
 /// All figures of a run. Sizes are bytes.
 #[derive(Clone, Debug, Serialize)]
 pub struct Stats {
@@ -18,6 +20,12 @@ pub struct Stats {
     pub findings_total: u64,
     /// The shadow.
     pub shadow: ShadowStats,
+    /// Freed memory that waited before it was handed out again.
+    pub quarantine: QuarantineFigures,
+    /// Redzones behind objects.
+    pub redzones: RedzoneStats,
+    /// What is known of objects, and what that takes.
+    pub provenance: ProvenanceFigures,
     /// The guest.
     pub guest: GuestStats,
     /// Exits from the guest to Umbra.
@@ -51,6 +59,16 @@ pub struct ShadowStats {
     pub faults: u64,
     /// Byte shadow that was given back.
     pub released_bytes: u64,
+}
+
+/// What redzones cost: what the slots of live objects have beyond what their caches hand out. At most 2,040 bytes of each are
+/// counted, and none in slots of whole pages.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct RedzoneStats {
+    /// At the end.
+    pub bytes: u64,
+    /// The most.
+    pub peak_bytes: u64,
 }
 
 /// What the guest was.

@@ -11,7 +11,7 @@ use umbra_shadow::codes::{PAGE_BYTES, SLAB_FREE};
 use vm_memory::GuestAddress;
 
 use super::console::ConsoleWatch;
-use super::monitor::{Flow, GuestCpu, Machine, Monitor, Others, discovery};
+use super::monitor::{Flow, GuestCpu, Machine, Monitor, Others, Settings, discovery};
 use super::{Observer, Outcome, ShadowMode};
 use crate::machine::complete::Cpu;
 use crate::machine::devices::{COM1, Devices};
@@ -19,7 +19,7 @@ use crate::machine::memory::Ram;
 use crate::machine::vcpu::{Data, VcpuError, VmExit, XsaveArea};
 use crate::report::Finding;
 use crate::report::symbols::Symbols;
-use crate::shadow::{self, CHUNK_BYTES, Layout, Mode, Notify, SlotError, Slots, Windows};
+use crate::shadow::{self, CHUNK_BYTES, Layout, Mode, Notify, Quarantine, SlotError, Slots, Windows};
 
 mod keys;
 
@@ -258,7 +258,7 @@ fn hello_tells_the_features_that_cpuid_tells() {
             let expected = if bit == 0 { 0 } else { bit | how };
             assert_eq!(bench.call(call::HELLO, [abi::VERSION.into(), 0, 0, 0]), u64::from(expected));
             assert_eq!(bench.call(call::HELLO, [9, 0, 0, 0]), abi::ERR_VERSION);
-            let leaves = discovery(shadow, notify, &bench.layout);
+            let leaves = discovery(shadow, notify, Settings::default(), &bench.layout);
             assert_eq!((leaves[1].eax, leaves[1].ebx, leaves[1].ecx), (1, PORT.into(), expected));
             assert_eq!([leaves[0].ebx, leaves[0].ecx, leaves[0].edx], abi::CPUID_SIGNATURE);
         }
@@ -653,6 +653,48 @@ fn every_other_exit_has_an_outcome() {
 }
 
 #[test]
+fn what_waits_is_fetched_when_it_is_due() {
+    let mut bench = Bench::sync();
+    bench.monitor.quarantine = Quarantine::new(64 << 10, 1);
+    let wait = u64::from(abi::wait(1, 9));
+    let free = |bench: &mut Bench, at: u64| {
+        bench.call(call::FREED, [0x2_0000 + at, 0, wait, abi::slot(1024, SLAB_FREE)])
+    };
+    // A batch is 4 KiB; 44 KiB are kept.
+    let due: Vec<_> = (0..49).map(|i| free(&mut bench, i * 1024)).collect();
+    assert_eq!((due.iter().position(|due| *due != 0), due[48]), (Some(48), 1));
+    let to = 0x1_0000;
+    assert_eq!(bench.call(call::QUARANTINE, [0, to, 2, 0]), 2);
+    assert_eq!(bench.call(call::QUARANTINE, [0, to + 32, 100, 0]), 3);
+    for i in 0..5u64 {
+        let mut bytes = [0; 16];
+        bench.ram.read(GuestAddress(to + 16 * i), &mut bytes).unwrap();
+        let expected =
+            abi::Released { address: 0x2_0000 + 1024 * i, slot: 1024, wait: wait as u16, reserved: 0 };
+        assert_eq!(bytes, expected.to_bytes());
+    }
+    assert_eq!(bench.call(call::QUARANTINE, [0, to, 100, 0]), 0);
+    assert_eq!(bench.call(call::QUARANTINE, [0, to, 0, 0]), 0);
+    assert_eq!(bench.call(call::QUARANTINE, [1, to, 100, 0]), 44);
+    assert_eq!(bench.monitor.quarantine.figures().bytes, 0);
+    // A free that does not wait says nothing of what is due.
+    assert_eq!(bench.call(call::FREED, [0x2_0000, 0, 0, abi::slot(1024, SLAB_FREE)]), 0);
+    assert_eq!(bench.monitor.quarantine.figures().held, 49);
+}
+
+#[test]
+fn arrays_for_what_leaves_the_quarantine_lie_in_ram() {
+    let mut bench = Bench::ring();
+    for (at, count) in [(RAM - 8, 0), (RAM - 16, 2), (RAM, 1), (u64::MAX, 0), (0, abi::RELEASED_MAX + 1)] {
+        assert_eq!(bench.call(call::QUARANTINE, [1, at, count, 0]), abi::ERR_ARGUMENT, "{at:#x}");
+    }
+    assert_eq!(bench.call(call::QUARANTINE, [1, RAM - 16, 1, 0]), 0);
+    assert_eq!(bench.call(call::RELATED, [0x1000, 0, 0, 0]), abi::ERR_MODE);
+    let mut off = Bench::new(None, Notify::Ring, None, None).with_region();
+    assert_eq!(off.call(call::QUARANTINE, [1, 0, 1, 0]), abi::ERR_MODE);
+}
+
+#[test]
 fn a_vcpu_that_fails_is_a_host_error() {
     let mut bench = Bench::sync();
     bench.cpu.broken = true;
@@ -684,7 +726,7 @@ fn addresses() -> impl Strategy<Value = u64> {
 
 fn exits() -> impl Strategy<Value = VmExit> {
     let data = prop::collection::vec(any::<u8>(), 0..9).prop_map(|bytes| Data::new(&bytes));
-    let call = (0..14u32).prop_map(|number| Data::new(&number.to_le_bytes()));
+    let call = (0..17u32).prop_map(|number| Data::new(&number.to_le_bytes()));
     let gpa = || addresses().prop_map(GuestAddress);
     prop_oneof![
         8 => call.prop_map(|data| VmExit::IoOut { port: PORT, data }),

@@ -12,6 +12,7 @@ pub mod model;
 mod names;
 pub mod objects;
 pub mod pages;
+pub mod quarantine;
 pub mod release;
 mod stack_pages;
 mod stacks;
@@ -24,7 +25,10 @@ pub use accounting::{Figures, ProcessMemory};
 pub use layout::{CHUNK_BYTES, Layout, LayoutError, Window};
 pub use memory::HostShadow;
 pub use model::Model;
-pub use objects::{At, Cache, Event, Found, ObjectCounts, ObjectLimits, Objects};
+pub use objects::{
+    At, Cache, Event, Found, ObjectCounts, ObjectLimits, Objects, Previous, ProvenanceFigures,
+};
 pub use pages::{PageCounts, PageMap};
+pub use quarantine::{Quarantine, QuarantineFigures, QuarantineSize};
 pub use release::release_unused;
 pub use windows::{Config, FaultOutcome, Mode, Notify, ShadowError, SlotError, Slots, Windows};

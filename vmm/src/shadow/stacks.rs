@@ -9,7 +9,7 @@ use std::{
 pub const MAX_FRAMES: usize = 16;
 
 /// A stack in a [`Stacks`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub struct StackId(u32);
 
 impl StackId {
@@ -19,8 +19,8 @@ impl StackId {
     pub const LOST: Self = Self(u32::MAX);
 }
 
-/// A bounded table of stacks.
-#[derive(Debug)]
+/// A table of stacks.
+#[derive(Debug, Default)]
 pub struct Stacks {
     /// The frames of all stacks, one after the other.
     frames: Vec<u64>,
@@ -29,26 +29,33 @@ pub struct Stacks {
     /// Stack by hash. The hash has a random key, so a guest cannot aim for equal ones.
     index: HashMap<u64, StackId>,
     hash: RandomState,
-    most: usize,
-    lost: u64,
+    /// Bytes that its stacks take, without what was allocated ahead.
+    used: usize,
 }
 
+/// Bytes of a stack beside its frames: its end, and its share of the index, which is half empty at worst.
+const STACK_BYTES: usize = 4 + 2 * 17;
+
 impl Stacks {
-    /// A table of at most `most` stacks.
-    pub fn new(most: u32) -> Self {
-        Self {
-            frames: Vec::new(),
-            ends: Vec::new(),
-            index: HashMap::new(),
-            hash: RandomState::new(),
-            // So that all positions fit.
-            most: most.min(u32::MAX / MAX_FRAMES as u32 - 1) as usize,
-            lost: 0,
-        }
+    /// Bytes that a stack of so many frames takes.
+    pub const fn cost(frames: usize) -> usize {
+        STACK_BYTES + frames * size_of::<u64>()
     }
 
-    /// The id of the stack with these return addresses, innermost first.
-    pub fn intern(&mut self, frames: &[u64]) -> StackId {
+    /// Bytes that its stacks take, by [`Stacks::cost`].
+    pub fn used(&self) -> usize {
+        self.used
+    }
+
+    /// Bytes of host memory.
+    pub fn bytes(&self) -> usize {
+        self.frames.capacity() * size_of::<u64>()
+            + self.ends.capacity() * size_of::<u32>()
+            + super::objects::map_bytes(&self.index)
+    }
+
+    /// The id of the stack with these return addresses, innermost first. A new one may take up to `room` bytes, or is lost.
+    pub fn intern(&mut self, frames: &[u64], room: usize) -> StackId {
         let frames = &frames[..frames.len().min(MAX_FRAMES)];
         if frames.is_empty() {
             return StackId::NONE;
@@ -60,12 +67,17 @@ impl Stacks {
             }
             hash = hash.wrapping_add(1);
         }
-        if self.ends.len() >= self.most {
-            self.lost = self.lost.saturating_add(1);
+        let Ok(end) = u32::try_from(self.frames.len() + frames.len()) else { return StackId::LOST };
+        if Self::cost(frames.len()) > room {
             return StackId::LOST;
         }
+        self.used += Self::cost(frames.len());
+        // By an eighth at a time: doubling would leave half of it unused.
+        if self.frames.capacity() < end as usize {
+            self.frames.reserve_exact(frames.len().max(self.frames.len() / 8).max(64));
+        }
         self.frames.extend_from_slice(frames);
-        self.ends.push(self.frames.len() as u32);
+        self.ends.push(end);
         let id = StackId(self.ends.len() as u32);
         self.index.insert(hash, id);
         id
@@ -84,11 +96,6 @@ impl Stacks {
     pub fn len(&self) -> usize {
         self.ends.len()
     }
-
-    /// How many stacks found the table full.
-    pub fn lost(&self) -> u64 {
-        self.lost
-    }
 }
 
 #[cfg(test)]
@@ -97,25 +104,27 @@ mod tests {
 
     #[test]
     fn equal_stacks_are_one() {
-        let mut stacks = Stacks::new(100);
-        let ids: Vec<_> = (1..=50u64).map(|depth| stacks.intern(&(0..depth).collect::<Vec<_>>())).collect();
+        let mut stacks = Stacks::default();
+        let ids: Vec<_> =
+            (1..=50u64).map(|depth| stacks.intern(&(0..depth).collect::<Vec<_>>(), 1000)).collect();
         // Beyond 16 frames they are all alike.
         assert_eq!(stacks.len(), MAX_FRAMES);
         for depth in 1..=50usize {
             let frames: Vec<u64> = (0..depth.min(MAX_FRAMES) as u64).collect();
             assert_eq!(stacks.get(ids[depth - 1]), frames);
-            assert_eq!(stacks.intern(&frames), ids[depth - 1]);
+            assert_eq!(stacks.intern(&frames, 0), ids[depth - 1]);
         }
-        assert_eq!(stacks.intern(&[]), StackId::NONE);
+        assert_eq!(stacks.intern(&[], 0), StackId::NONE);
         assert!(stacks.get(StackId::NONE).is_empty() && stacks.get(StackId::LOST).is_empty());
     }
 
     #[test]
-    fn a_full_table_loses_only_new_stacks() {
-        let mut stacks = Stacks::new(2);
-        let ids = [1, 2, 3].map(|frame| stacks.intern(&[frame]));
+    fn without_room_only_new_stacks_are_lost() {
+        let mut stacks = Stacks::default();
+        let most = 2 * Stacks::cost(1) + 5;
+        let ids = [1, 2, 3].map(|frame| stacks.intern(&[frame], most - stacks.used()));
         assert_eq!(ids[2], StackId::LOST);
-        assert_eq!(stacks.intern(&[2]), ids[1]);
-        assert_eq!((stacks.len(), stacks.lost()), (2, 1));
+        assert_eq!(stacks.intern(&[2], 0), ids[1]);
+        assert_eq!((stacks.len(), stacks.used()), (2, most - 5));
     }
 }

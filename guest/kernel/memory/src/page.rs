@@ -8,6 +8,7 @@ use umbra_guest::codes::{FREE_PAGE, PAGE_SIZE};
 
 use crate::DIRECT_MAP;
 use crate::lock::locked;
+use crate::slab::or_after_quarantine;
 
 /// Blocks have `1 << order` pages, with orders below this.
 pub const ORDERS: usize = 11;
@@ -177,7 +178,7 @@ pub fn give(mut number: u32) {
 /// Allocates `1 << order` pages for anyone: accessible, and told to Umbra. 0 if there are none.
 #[unsafe(no_mangle)]
 pub extern "C" fn kernel_pages_alloc(order: usize) -> u64 {
-    let Some(number) = locked(|| take(order, Use::Pages)) else { return 0 };
+    let Some(number) = or_after_quarantine(|| locked(|| take(order, Use::Pages))) else { return 0 };
     let (at, bytes) = (address(number), PAGE_SIZE << order);
     umbra_guest::alloc(at, bytes, bytes, 0, 0);
     at
@@ -186,7 +187,7 @@ pub extern "C" fn kernel_pages_alloc(order: usize) -> u64 {
 /// Takes `1 << order` pages for a stack, still poisoned. 0 if there are none.
 #[unsafe(no_mangle)]
 pub extern "C" fn kernel_pages_take(order: usize) -> u64 {
-    locked(|| take(order, Use::Pages)).map_or(0, address)
+    or_after_quarantine(|| locked(|| take(order, Use::Pages))).map_or(0, address)
 }
 
 /// The counterpart of [`kernel_pages_take`]. The caller has poisoned them.

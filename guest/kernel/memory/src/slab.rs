@@ -1,12 +1,15 @@
 //! The slab allocator: caches of equal objects, `kmalloc` over a row of caches, and large allocations.
 //!
 //! A slab is a block of pages; the bitmap of its free objects is in its first page's description. Every object is
-//! followed by a redzone of KASAN's adaptive size (`optimal_redzone` in `mm/kasan/common.c`).
+//! followed by as much redzone as this run wants. What is freed waits in the quarantine, if there is one, before its slot can be
+//! taken again.
 
+use core::ffi::c_void;
 use core::ptr::addr_of_mut;
 
 use umbra_guest::codes::{FREE_PAGE, LARGE_REDZONE, PAGE_SIZE, SLAB_FREE, SLAB_REDZONE};
 
+use crate::DIRECT_MAP;
 use crate::lock::locked;
 use crate::page::{self, SLAB_OBJECTS, Use};
 
@@ -46,6 +49,8 @@ const UNUSED: CacheData =
 
 static mut CACHE_DATA: [CacheData; CACHES] = [UNUSED; CACHES];
 static mut CACHE_COUNT: usize = 0;
+/// The slabs' number for the quarantine.
+static mut QUARANTINE: u8 = 0;
 
 fn data(cache: usize) -> &'static mut CacheData {
     // SAFETY: when a cache is made or given up, which is one CPU's business at a time, or with the lock held; no reference is
@@ -59,20 +64,15 @@ fn sizes(cache: usize) -> (u64, u64) {
     unsafe { ((*addr_of_mut!(CACHE_DATA))[cache].object, (*addr_of_mut!(CACHE_DATA))[cache].slot) }
 }
 
+/// The order of a cache's slabs, which never changes either.
+fn order(cache: usize) -> u8 {
+    // SAFETY: as in `sizes`.
+    unsafe { (*addr_of_mut!(CACHE_DATA))[cache].order }
+}
+
 /// A cache of equal objects.
 #[derive(Clone, Copy)]
 struct Cache(usize);
-
-/// KASAN's redzone for an object of this size.
-fn redzone(object: u64) -> u64 {
-    match object {
-        0..=48 => 16,
-        49..=96 => 32,
-        97..=448 => 64,
-        449..=3968 => 128,
-        _ => 256,
-    }
-}
 
 impl Cache {
     /// Makes a cache for objects of `object` bytes (at most 4096).
@@ -89,7 +89,7 @@ impl Cache {
             return None;
         }
         let align = if object.is_multiple_of(16) { 16 } else { 8 };
-        let slot = (object + redzone(object)).next_multiple_of(align);
+        let slot = (object + umbra_guest::redzone(object)).next_multiple_of(align);
         let order = (0..3).find(|&o| (PAGE_SIZE << o) % slot < (PAGE_SIZE << o) / 8).unwrap_or(3);
         let slots = ((PAGE_SIZE << order) / slot).min(SLAB_OBJECTS as u64) as u8;
         *data(id) = CacheData { object, slot, order, slots, ..UNUSED };
@@ -102,7 +102,7 @@ impl Cache {
 
     /// Allocates an object of which `bytes` are asked for; the rest of it is redzone.
     fn alloc_bytes(self, bytes: u64) -> Option<u64> {
-        let at = locked(|| self.take())?;
+        let at = or_after_quarantine(|| locked(|| self.take()))?;
         umbra_guest::alloc(at, bytes, sizes(self.0).1, SLAB_REDZONE, self.0 as u16 + 1);
         Some(at)
     }
@@ -175,13 +175,39 @@ fn free_in_slab(at: u64, number: u32, cache: Cache) {
     let (_, slot) = sizes(cache.0);
     let slab = page::address(number);
     let index = (at - slab) / slot;
-    if umbra_guest::free(at, slab + index * slot, slot, SLAB_FREE) {
+    // SAFETY: written at the start only.
+    let quarantine = unsafe { *addr_of_mut!(QUARANTINE) };
+    if umbra_guest::free_later(at, slab + index * slot, slot, SLAB_FREE, quarantine, cache.0 as u8) {
         locked(|| cache.give(number, index));
     }
 }
 
+/// A slot comes out of the quarantine.
+extern "C" fn release(at: u64, slot: u64, cache: u8, _: *mut c_void) {
+    let cache = Cache(cache.into());
+    // A slab of that many pages starts at a multiple of them.
+    let slab = at & !((PAGE_SIZE << order(cache.0)) - 1);
+    let number = ((slab - DIRECT_MAP) / PAGE_SIZE) as u32;
+    let index = (at - slab) as u32 / slot as u32;
+    locked(|| cache.give(number, index.into()));
+}
+
+/// Tries again when what waits in the quarantine has come back.
+#[inline(always)]
+pub fn or_after_quarantine<T>(mut take: impl FnMut() -> Option<T>) -> Option<T> {
+    take().or_else(|| if umbra_guest::quarantine_drain() > 0 { take() } else { None })
+}
+
+/// Bytes from one object of a cache to the next; 0 behind the last cache.
+#[unsafe(no_mangle)]
+pub extern "C" fn kernel_slab_slot(cache: usize) -> u64 {
+    if cache < CACHES { sizes(cache).1 } else { 0 }
+}
+
 /// Makes `kmalloc`'s caches.
 pub fn init() {
+    // SAFETY: `release` takes any context; nobody frees anything yet.
+    unsafe { *addr_of_mut!(QUARANTINE) = umbra_guest::quarantine_add(release, core::ptr::null_mut()) };
     for (object, name) in KMALLOC {
         Cache::without_descriptor(name, object).expect("kmalloc's caches fit the table");
     }
@@ -226,7 +252,7 @@ fn alloc(bytes: u64) -> Option<u64> {
             if order >= page::ORDERS {
                 return None;
             }
-            let at = page::address(locked(|| page::take(order, Use::Large))?);
+            let at = page::address(or_after_quarantine(|| locked(|| page::take(order, Use::Large)))?);
             umbra_guest::alloc(at, bytes, PAGE_SIZE << order, LARGE_REDZONE, 0);
             Some(at)
         }

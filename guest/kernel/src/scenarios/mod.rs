@@ -14,6 +14,7 @@ mod functions;
 mod heap;
 mod large;
 mod pages;
+mod quarantine;
 mod silent;
 mod slab;
 mod stack;
@@ -93,6 +94,7 @@ pub fn run(command_line: &'static str) {
             heap::ALL,
             allocators::ALL,
             silent::ALL,
+            quarantine::ALL,
             churn::ALL,
         ]
         .into_iter()

@@ -37,6 +37,27 @@ pub fn write(
             stack(out, &by(what, event), &event.frames, None, names, sources);
         }
     }
+    for (when, event) in ["Last", "Second to last"].iter().zip(&finding.related_work) {
+        let heading = by(&format!("{when} potentially related work, made"), event);
+        stack(out, &heading, &event.frames, None, names, sources);
+    }
+    if let Some(previous) = &finding.previous {
+        let _ = write!(
+            out,
+            "<p class=note>Before, the address belonged to an object of {} bytes at <code>{:#x}</code>.</p>",
+            grouped(previous.size),
+            previous.start
+        );
+        let events = [
+            ("Previously allocated", previous.allocated.as_ref()),
+            ("Previously freed", Some(&previous.freed)),
+        ];
+        for (what, event) in events {
+            if let Some(event) = event {
+                stack(out, &by(what, event), &event.frames, None, names, sources);
+            }
+        }
+    }
     for note in &finding.notes {
         let _ = write!(out, "<p class=note>Note: {}.</p>", Esc(note));
     }

@@ -5,9 +5,9 @@ use std::time::Duration;
 use super::super::finding::tests::finding;
 use super::super::{Findings, Frame};
 use super::*;
-use crate::sandbox::stats::{EventStats, ExitStats, GuestStats, HostStats, ShadowStats, Stats};
+use crate::sandbox::stats::{EventStats, ExitStats, GuestStats, HostStats, RedzoneStats, ShadowStats, Stats};
 use crate::sandbox::{Picture, Sample, ShadowMode};
-use crate::shadow::{Notify, PageCounts, PageMap};
+use crate::shadow::{Notify, Objects, PageCounts, PageMap, ProvenanceFigures, QuarantineFigures};
 
 fn config() -> Config {
     Config {
@@ -34,6 +34,9 @@ fn report(outcome: Outcome, findings: Findings) -> Report {
         findings: findings.distinct(),
         findings_total: findings.total(),
         shadow: ShadowStats { mode: "per-page", notify: "ring", page_bytes: 65536, ..ShadowStats::default() },
+        quarantine: QuarantineFigures::default(),
+        redzones: RedzoneStats::default(),
+        provenance: ProvenanceFigures::default(),
         guest: GuestStats { memory_bytes: 256 << 20, cpus: 1, instructions: None },
         exits: ExitStats { completed: [("movdqa", 7)].into(), ..ExitStats::default() },
         events: EventStats::default(),
@@ -45,6 +48,7 @@ fn report(outcome: Outcome, findings: Findings) -> Report {
         findings,
         stats,
         picture: Some(Picture { samples, pages, console: b"hello\n".to_vec() }),
+        objects: Objects::default(),
     }
 }
 

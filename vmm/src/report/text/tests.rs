@@ -1,5 +1,5 @@
 use super::super::finding::tests::finding;
-use super::super::{Row, Variable, frame};
+use super::super::{Previous, Row, Variable, frame};
 use super::*;
 
 const PLAIN: TextStyle = TextStyle { color: false, names: Names::Demangled };
@@ -74,6 +74,24 @@ fn a_free_has_no_size() {
     );
     assert!(text.contains("\nFreed by task 12:\n(stack is not available)\n\nThe buggy"), "{text}");
     assert!(!text.contains("Allocated by"));
+}
+
+#[test]
+fn related_work_and_what_was_there_before_are_told() {
+    let mut one = finding();
+    let event = one.allocated.clone().unwrap();
+    (one.allocated, one.freed) = (None, Some(event.clone()));
+    one.related_work = vec![event.clone(), event.clone()];
+    one.previous = Some(Previous { start: 0x1000, size: 64, allocated: Some(event.clone()), freed: event });
+    let text = to_string(&one, PLAIN);
+    let stack = " kmalloc+0x10/0x90\n    at kernel/src/slab.rs:50\n thread_main+0x44/0x60\n    at kernel/src/thread.rs:7\n\n";
+    let expected = format!(
+        "Freed by task 12:\n{stack}Last potentially related work creation:\n{stack}\
+         Second to last potentially related work creation:\n{stack}\
+         Before, the address belonged to an object of 64 bytes at 0000000000001000\n\
+         Previously allocated by task 12:\n{stack}Previously freed by task 12:\n{stack}The buggy address"
+    );
+    assert!(text.contains(&expected), "{text}");
 }
 
 #[test]

@@ -1,0 +1,173 @@
+//! Who did something, and where: tasks with call stacks, each pair once, and each stack once.
+
+use std::collections::HashMap;
+
+use crate::shadow::stacks::{MAX_FRAMES, StackId, Stacks};
+
+/// A task and a stack in [`Origins`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Origin(u32);
+
+impl Origin {
+    /// None is known.
+    pub const NONE: Self = Self(0);
+    /// There was one, but there was no room for it.
+    pub const LOST: Self = Self(u32::MAX);
+}
+
+/// Bytes of a pair, with its share of the index, which is half empty at worst.
+const PAIR_BYTES: usize = 8 + 2 * 13;
+
+/// A bounded table of them.
+#[derive(Debug, Default)]
+pub struct Origins {
+    stacks: Stacks,
+    pairs: Vec<(StackId, u32)>,
+    index: HashMap<(StackId, u32), Origin>,
+    /// The most bytes.
+    most: usize,
+    lost: u64,
+}
+
+impl Origins {
+    /// A table of at most so many bytes.
+    pub fn new(most: usize) -> Self {
+        Self { most, ..Self::default() }
+    }
+
+    fn room(&self) -> usize {
+        self.most.saturating_sub(self.stacks.used() + self.pairs.len() * PAIR_BYTES)
+    }
+
+    /// Whether a new pair with the longest stack finds no room.
+    pub fn is_full(&self) -> bool {
+        self.room() < Stacks::cost(MAX_FRAMES) + PAIR_BYTES
+    }
+
+    /// Whether that is so soon.
+    pub fn is_crowded(&self) -> bool {
+        self.room() < (Stacks::cost(MAX_FRAMES) + PAIR_BYTES).max(self.most / 8)
+    }
+
+    /// How many stacks found no room.
+    pub fn lost(&self) -> u64 {
+        self.lost
+    }
+
+    /// How many pairs there are.
+    pub fn len(&self) -> usize {
+        self.pairs.len()
+    }
+
+    /// The task that did something, and its stack. Without room the stack is lost, or both.
+    pub fn intern(&mut self, task: u32, frames: &[u64]) -> Origin {
+        let stack = self.stacks.intern(frames, self.room());
+        let origin = self.intern_pair(stack, task);
+        if stack == StackId::LOST || origin == Origin::LOST {
+            self.lost = self.lost.saturating_add(1);
+        }
+        origin
+    }
+
+    fn intern_pair(&mut self, stack: StackId, task: u32) -> Origin {
+        if let Some(known) = self.index.get(&(stack, task)) {
+            return *known;
+        }
+        if self.room() < PAIR_BYTES {
+            return Origin::LOST;
+        }
+        self.pairs.push((stack, task));
+        let origin = Origin(self.pairs.len() as u32);
+        self.index.insert((stack, task), origin);
+        origin
+    }
+
+    /// The task and its stack.
+    pub fn get(&self, origin: Origin) -> (u32, StackId) {
+        let pair = (origin.0 as usize).checked_sub(1).and_then(|at| self.pairs.get(at));
+        match pair {
+            Some((stack, task)) => (*task, *stack),
+            None if origin == Origin::NONE => (0, StackId::NONE),
+            None => (0, StackId::LOST),
+        }
+    }
+
+    /// The frames of a stack; none if it was lost.
+    pub fn frames(&self, stack: StackId) -> &[u64] {
+        self.stacks.get(stack)
+    }
+
+    /// Distinct stacks.
+    pub fn stacks(&self) -> usize {
+        self.stacks.len()
+    }
+
+    /// Bytes of host memory.
+    pub fn bytes(&self) -> usize {
+        self.stacks.bytes() + self.pairs.capacity() * size_of::<(StackId, u32)>() + map_bytes(&self.index)
+    }
+
+    /// Keeps only what `visit` shows to the function that it gets. That one changes each origin to what it is called from now on.
+    pub fn keep(&mut self, visit: impl FnOnce(&mut dyn FnMut(&mut Origin))) {
+        let empty = Self { most: self.most, lost: self.lost, ..Self::default() };
+        let mut old = std::mem::replace(self, empty);
+        // Not needed any more, and not small.
+        old.index = HashMap::new();
+        let mut new = vec![Origin::NONE; old.pairs.len() + 1];
+        visit(&mut |origin| {
+            let Some(known) = new.get_mut(origin.0 as usize).filter(|_| *origin != Origin::NONE) else {
+                return;
+            };
+            if *known == Origin::NONE {
+                let (task, stack) = old.get(*origin);
+                // What is lost stays lost. Nothing else is: there was room for it before.
+                let stack = match stack {
+                    StackId::LOST => stack,
+                    stack => self.stacks.intern(old.frames(stack), self.room()),
+                };
+                *known = self.intern_pair(stack, task);
+            }
+            *origin = *known;
+        });
+    }
+}
+
+/// Bytes of a hash map: a power of two of buckets of which 7/8 are used at most, and one byte of control for each.
+pub fn map_bytes<K, V>(map: &HashMap<K, V>) -> usize {
+    match map.capacity() {
+        0 => 0,
+        capacity => (capacity * 8 / 7).next_power_of_two() * (size_of::<(K, V)>() + 1),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_kept_keeps_its_meaning() {
+        let mut origins = Origins::new(1 << 20);
+        let mut all: Vec<_> = (0..100u32).map(|i| origins.intern(i % 10, &[u64::from(i / 10), 7])).collect();
+        assert_eq!((origins.len(), origins.stacks()), (100, 10));
+        assert_eq!(origins.intern(3, &[4, 7]), all[43]);
+        let mut kept = all.split_off(95);
+        kept.push(Origin::NONE);
+        kept.push(Origin::LOST);
+        origins.keep(|keep| kept.iter_mut().for_each(keep));
+        assert_eq!((origins.len(), origins.stacks()), (5, 1));
+        for (i, origin) in (95..100u32).zip(&kept) {
+            let (task, stack) = origins.get(*origin);
+            assert_eq!((task, origins.frames(stack)), (i % 10, &[9u64, 7] as &[u64]));
+        }
+        assert_eq!(kept[5..], [Origin::NONE, Origin::LOST]);
+        assert_eq!(origins.get(Origin::LOST), (0, StackId::LOST));
+    }
+
+    #[test]
+    fn without_room_stacks_are_lost() {
+        let mut origins = Origins::new(1000);
+        let all: Vec<_> = (0..100).map(|i| origins.intern(i, &[i.into()])).collect();
+        assert!(origins.is_full() && all.contains(&Origin::LOST) && all[0] != Origin::LOST);
+        assert!(origins.bytes() < 4000, "{}", origins.bytes());
+    }
+}
