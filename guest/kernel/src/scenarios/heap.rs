@@ -10,6 +10,7 @@ use super::{opaque, read, scenarios, write};
 use crate::heap::FirstFit;
 
 static WRAPPED: Checked<FirstFit<16384>> = Checked::new(FirstFit::new());
+static WAITING: Checked<FirstFit<16384>> = Checked::new(FirstFit::new());
 
 const LAYOUT: Layout = match Layout::from_size_align(40, 8) {
     Ok(layout) => layout,
@@ -57,6 +58,26 @@ scenarios! {
             let p = WRAPPED.alloc(LAYOUT);
             WRAPPED.dealloc(p, LAYOUT);
             WRAPPED.dealloc(opaque(p), LAYOUT);
+        }
+    }
+
+    wrapped_quarantine, "slab-use-after-free Read 1 20",
+    "reads a freed object of a wrapped allocator with a quarantine, which then gives way until all memory was used again", {
+        WAITING.quarantine();
+        // SAFETY: as above.
+        unsafe {
+            let p = WAITING.alloc(LAYOUT);
+            WAITING.dealloc(p, LAYOUT);
+            // Without a quarantine this is the same memory.
+            let q = WAITING.alloc(LAYOUT);
+            read(p as u64 + 20);
+            WAITING.dealloc(q, LAYOUT);
+            for _ in 0..1000 {
+                let p = WAITING.alloc(LAYOUT);
+                assert!(!p.is_null(), "the quarantine gives way");
+                write(p as u64 + 39, 1);
+                WAITING.dealloc(p, LAYOUT);
+            }
         }
     }
 
