@@ -17,6 +17,7 @@ pub const ALL: &[(&str, fn())] = &[
     ("a_false_linux_panics_and_resets", panics_and_resets),
     ("a_false_linux_panics_and_stays", panics_and_stays),
     ("a_false_linux_switches_itself_off", switches_off),
+    ("wild_power_management", wild_power_management),
     ("a_console_line_without_end", a_line_without_end),
     ("wild_serial_registers", wild_serial_registers),
     ("wild_interrupt_controllers_and_timers", wild_interrupt_controllers),
@@ -89,6 +90,31 @@ fn switches_off() {
     let run = quiet(linux(|g| print(g, "reboot: Power down\r\n").and_then(|()| spin(g))), "");
     run.expect(0);
     assert_eq!(run.outcome(), "power-off");
+}
+
+/// Nonsense to ACPI's registers, which is kept or not; then what switches off.
+fn wild_power_management() {
+    let run = quiet(
+        linux(|g| {
+            for port in 0x600..0x605 {
+                out(g, port, &[0xff, 0x5a, 0, 0xff])?;
+                g.asm.in_(eax, dx)?;
+                // Four bytes, some of them beyond the registers or those of the next.
+                g.asm.mov(eax, 0xdfdf_dfdfu32)?;
+                g.asm.out(dx, eax)?;
+            }
+            out(g, 0x605, &[0xdf, 0])?;
+            print(g, "still on\n")?;
+            g.asm.mov(edx, 0x604)?;
+            g.asm.mov(eax, 5 << 10 | 1 << 13)?;
+            g.asm.out(dx, ax)?;
+            spin(g)
+        }),
+        "",
+    );
+    run.expect(0);
+    assert_eq!(run.outcome(), "power-off");
+    assert_eq!(run.stdout, b"still on\n");
 }
 
 fn a_line_without_end() {

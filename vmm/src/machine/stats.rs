@@ -151,6 +151,12 @@ pub fn emulates_ring0(kvm: &Kvm) -> Result<bool, StatsError> {
     Ok(counted >= u64::from(2 * ROUNDS))
 }
 
+/// The frequency of a guest's time-stamp counter, in kHz.
+pub fn tsc_khz(kvm: &Kvm) -> Result<u32, StatsError> {
+    let (_machine, vcpu) = raw_guest(kvm, &[])?;
+    Ok(vcpu.tsc_khz()?)
+}
+
 /// A small machine whose vCPU 0 is about to execute `code` at [`layout::KERNEL_START`] in the boot state.
 pub(super) fn raw_guest(kvm: &Kvm, code: &[u8]) -> Result<(Machine, Vcpu), MachineError> {
     let refused = |e: super::memory::NotRam| MachineError::Kvm {

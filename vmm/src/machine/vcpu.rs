@@ -401,6 +401,11 @@ impl Vcpu {
         (waits || halted).then_some(regs.rip)
     }
 
+    /// The frequency of the guest's time-stamp counter, in kHz.
+    pub fn tsc_khz(&self) -> Result<u32, VcpuError> {
+        self.fd.get_tsc_khz().map_err(|e| self.error("KVM_GET_TSC_KHZ", e))
+    }
+
     /// A model-specific register.
     pub fn msr(&self, index: u32) -> Result<u64, VcpuError> {
         let mut msrs = one_msr(index, 0)?;

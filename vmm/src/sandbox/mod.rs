@@ -32,9 +32,9 @@ use umbra_shadow::abi::redzone;
 use vm_memory::GuestAddress;
 
 use crate::machine::devices::{COM1_IRQ, Devices};
-use crate::machine::loader::{Boot, LoadError, Protocol, is_linux, with_defaults};
+use crate::machine::loader::{Boot, Emulated, LoadError, Protocol, is_linux, with_defaults};
 use crate::machine::memory::Ram;
-use crate::machine::stats::{Counters, emulates_ring0};
+use crate::machine::stats::{Counters, emulates_ring0, tsc_khz};
 use crate::machine::{Kvm, Machine, MachineConfig, MachineError, SlotId, layout};
 use crate::report::symbols::Symbols;
 use crate::report::{Finding, Findings};
@@ -318,13 +318,20 @@ pub fn run(
     )?;
     let has_irqchip = machine.irq_line(COM1_IRQ).is_some();
     let emulated = (linux || config.count_instructions) && is_emulated(&kvm);
-    let cmdline = if linux { with_defaults(&config.cmdline, emulated) } else { config.cmdline.clone() };
+    let cmdline = if linux {
+        // Where it is not known, nothing is made of it.
+        let host = emulated.then(|| Emulated { tsc_khz: tsc_khz(&kvm).unwrap_or(0) });
+        with_defaults(&config.cmdline, host)
+    } else {
+        config.cmdline.clone()
+    };
     let initrd = config.initrd.as_ref().map(GuestFile::read).transpose()?;
     machine.load(&Boot {
         image: &kernel,
         cmdline: &cmdline,
         initrd: initrd.as_deref(),
         protocol: config.boot,
+        unpack: emulated,
     })?;
     // They are in guest memory now.
     drop((kernel, initrd));

@@ -30,6 +30,8 @@ const ENTRY_64: u64 = 0x200;
 pub(super) struct BzImage {
     pub(super) header: setup_header,
     pub(super) kernel: LoadedKernel,
+    /// Where the protected-mode code begins in the file.
+    pub(super) code: u64,
     /// Where an initrd must end.
     pub(super) initrd_end: u64,
 }
@@ -102,7 +104,7 @@ pub(super) fn check(ram: &Ram, image: &[u8]) -> Result<BzImage, LoadError> {
         start: GuestAddress(start),
         end: GuestAddress(end),
     };
-    Ok(BzImage { header, kernel, initrd_end })
+    Ok(BzImage { header, kernel, code: setup, initrd_end })
 }
 
 /// Copies the protected-mode code to its preferred address.

@@ -7,21 +7,49 @@ const DEFAULTS: [&str; 3] = ["console=ttyS0", "reboot=k", "panic=-1"];
 /// each call and each return is longer and which protect nobody in a guest with one user; and the self-tests of ciphers, which are
 /// more than all else that a distribution's kernel does until its first program. Nor is what takes long stuck there.
 const EMULATED: [&str; 3] = ["mitigations=off", "cryptomgr.notests", "nosoftlockup"];
+/// And a clock that is slower than the world's, so that ticks and time-outs come at a rate that fits the instructions: the
+/// time-stamp counter, taken for faster than it is.
+const SLOW_CLOCK: [&str; 2] = ["no-kvmclock", "tsc=reliable"];
+/// At most so much slower; instructions take some hundred times as long as on hardware.
+const SLOWER: u32 = 6;
+/// The fastest counter whose delays Linux computes without overflow: four times 2^32 Hz (arch/x86/lib/delay.c).
+const MAX_TSC_KHZ: u32 = 17_000_000;
+
+/// A host that emulates ring 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Emulated {
+    /// The guest's time-stamp counter, in kHz; 0: not known.
+    pub tsc_khz: u32,
+}
+
+impl Emulated {
+    /// What its counter shall be taken for, in kHz.
+    fn apparent_tsc_khz(self) -> Option<u32> {
+        let slower = MAX_TSC_KHZ.checked_div(self.tsc_khz)?.min(SLOWER);
+        (slower > 1).then_some(self.tsc_khz * slower)
+    }
+}
+
+/// The name of a parameter.
+fn name(word: &str) -> &str {
+    word.split_once('=').map_or(word, |(name, _)| name)
+}
 
 /// `cmdline` with the defaults for a Linux kernel in front, so that what the user says comes last. Arguments after `--`
-/// belong to init. `emulated`: the host emulates ring 0.
-pub fn with_defaults(cmdline: &str, emulated: bool) -> String {
-    let name = |word: &'static str| word.split_once('=').map_or(word, |(name, _)| name);
-    let given: Vec<_> = cmdline
-        .split_ascii_whitespace()
-        .take_while(|word| *word != "--")
-        .map(|word| word.split_once('=').map_or(word, |(name, _)| name))
-        .collect();
-    let emulated = if emulated { &EMULATED[..] } else { &[] };
-    let defaults = DEFAULTS.iter().chain(emulated).copied();
-    let mut words: Vec<_> = defaults.filter(|word| !given.contains(&name(word))).collect();
+/// belong to init.
+pub fn with_defaults(cmdline: &str, emulated: Option<Emulated>) -> String {
+    let given: Vec<_> = cmdline.split_ascii_whitespace().take_while(|word| *word != "--").map(name).collect();
+    let mut words: Vec<_> = DEFAULTS.map(str::to_owned).into();
+    if let Some(host) = emulated {
+        words.extend(EMULATED.map(str::to_owned));
+        if let Some(khz) = host.apparent_tsc_khz() {
+            words.extend(SLOW_CLOCK.map(str::to_owned));
+            words.push(format!("tsc_early_khz={khz}"));
+        }
+    }
+    words.retain(|word| !given.contains(&name(word)));
     if !cmdline.is_empty() {
-        words.push(cmdline);
+        words.push(cmdline.to_owned());
     }
     words.join(" ")
 }
@@ -32,7 +60,7 @@ mod tests {
 
     #[test]
     fn defaults_give_way_to_what_is_said() {
-        let all = |cmdline| with_defaults(cmdline, false);
+        let all = |cmdline| with_defaults(cmdline, None);
         assert_eq!(all(""), "console=ttyS0 reboot=k panic=-1");
         assert_eq!(all("quiet panic=5"), "console=ttyS0 reboot=k quiet panic=5");
         assert_eq!(all("console=hvc0 panic=0 reboot=t"), "console=hvc0 panic=0 reboot=t");
@@ -41,10 +69,22 @@ mod tests {
             "console=ttyS0 reboot=k panic=-1 a -- panic=1",
             "init's own argument"
         );
-        let emulated = with_defaults("mitigations=auto a", true);
+    }
+
+    #[test]
+    fn an_emulated_kernel_gets_more() {
+        let given = |cmdline, tsc_khz| with_defaults(cmdline, Some(Emulated { tsc_khz }));
+        let first = "console=ttyS0 reboot=k panic=-1 mitigations=off cryptomgr.notests nosoftlockup";
+        let slow = "no-kvmclock tsc=reliable tsc_early_khz";
+        assert_eq!(given("", 2_600_000), format!("{first} {slow}=15600000"));
+        assert_eq!(given("", 4_000_000), format!("{first} {slow}=16000000"));
+        for unusable in [0, 9_000_000, u32::MAX] {
+            assert_eq!(given("a", unusable), format!("{first} a"));
+        }
         assert_eq!(
-            emulated,
-            "console=ttyS0 reboot=k panic=-1 cryptomgr.notests nosoftlockup mitigations=auto a"
+            given("mitigations=auto nosoftlockup tsc_early_khz=5 a", 1),
+            "console=ttyS0 reboot=k panic=-1 cryptomgr.notests no-kvmclock tsc=reliable \
+             mitigations=auto nosoftlockup tsc_early_khz=5 a"
         );
     }
 }

@@ -11,6 +11,7 @@ mod params;
 mod pvh;
 #[cfg(test)]
 mod tests;
+mod unpack;
 
 use std::fs::File;
 use std::io::Read;
@@ -21,7 +22,7 @@ use vm_memory::GuestAddress;
 
 use super::layout;
 use super::memory::{NotRam, Ram};
-pub use linux::with_defaults;
+pub use linux::{Emulated, with_defaults};
 pub(super) use params::write_boot_tables;
 pub use params::{GDT, GDT_PVH};
 
@@ -126,12 +127,14 @@ pub struct Boot<'a> {
     pub initrd: Option<&'a [u8]>,
     /// How to boot.
     pub protocol: Protocol,
+    /// Unpack the kernel of a bzImage and start it without the code that does so in the guest, if `protocol` leaves the choice.
+    pub unpack: bool,
 }
 
 impl<'a> Boot<'a> {
     /// A kernel without an initrd.
     pub fn new(image: &'a [u8], cmdline: &'a str) -> Self {
-        Self { image, cmdline, initrd: None, protocol: Protocol::Auto }
+        Self { image, cmdline, initrd: None, protocol: Protocol::Auto, unpack: false }
     }
 }
 
@@ -180,10 +183,11 @@ pub fn is_linux(image: &[u8]) -> bool {
 
 /// Checks what `boot` names, loads it into `ram`, and writes what the kernel starts from.
 pub fn load(ram: &Ram, boot: &Boot) -> Result<LoadedKernel, LoadError> {
-    let &Boot { image, cmdline, initrd, protocol } = boot;
+    let &Boot { image, cmdline, initrd, protocol, unpack } = boot;
     if image.is_empty() {
         return Err(LoadError::Empty);
     }
+    let unpack = unpack && protocol == Protocol::Auto;
     let protocol = match protocol {
         Protocol::Auto if bzimage::is_one(image) => Protocol::BzImage,
         Protocol::Auto if !elf::is_one(image) => return Err(LoadError::NotKernel(foreign_format(image))),
@@ -194,10 +198,19 @@ pub fn load(ram: &Ram, boot: &Boot) -> Result<LoadedKernel, LoadError> {
     check_cmdline(cmdline)?;
     let kernel = match protocol {
         Protocol::BzImage => {
-            let found = bzimage::check(ram, image)?;
+            let mut found = bzimage::check(ram, image)?;
+            let unpacked = if unpack { unpack::kernel(image, found.code, &found.header) } else { None };
+            // What is not as expected inside is left to its own code.
+            let unpacked = unpacked.and_then(|elf| Some((elf::check(ram, &elf).ok()?, elf)));
+            if let Some((kernel, _)) = &unpacked {
+                found.kernel = *kernel;
+            }
             let initrd = initrd.map(|initrd| place_initrd(ram, initrd, &found.kernel, found.initrd_end));
             let initrd = initrd.transpose()?;
-            bzimage::load(ram, image, &found)?;
+            match unpacked {
+                Some((_, elf)) => elf::load(ram, &elf)?,
+                None => bzimage::load(ram, image, &found)?,
+            }
             params::write_boot_params(ram, found.header, cmdline, initrd.as_ref())?;
             found.kernel
         }

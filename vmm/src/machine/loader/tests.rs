@@ -170,6 +170,67 @@ fn a_bzimage_is_loaded_as_it_asks() {
     assert!(is_linux(&image));
 }
 
+/// A bzImage with a kernel packed by LZ4: an ELF file of 64 bytes of code at 1 MiB.
+fn packed(change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+    let elf = elf(BASE + 4, &[(BASE, BASE, &[0x90; 64], 128)]);
+    let block = lz4_flex::block::compress(&elf);
+    let mut payload = 0x184c_2102u32.to_le_bytes().to_vec();
+    payload.extend((block.len() as u32).to_le_bytes());
+    payload.extend(&block);
+    payload.extend((elf.len() as u32).to_le_bytes());
+    change(&mut payload);
+    bzimage(|image| {
+        put(0x248, 0x210u32.to_le_bytes())(image);
+        put(0x24c, (payload.len() as u32).to_le_bytes())(image);
+        assert!(payload.len() < 0x1e0);
+        put(1024 + 0x210, payload)(image);
+    })
+}
+
+#[test]
+fn a_packed_kernel_is_unpacked_if_asked_for() {
+    let ram = ram();
+    let load = |image: &[u8], unpack, protocol| {
+        load(&ram, &Boot { unpack, protocol, ..Boot::new(image, "a=b") }).unwrap()
+    };
+    let (image, own) = (packed(|_| {}), BASE + 0x200);
+    let kernel = load(&image, true, Protocol::Auto);
+    assert_eq!((kernel.entry.0, kernel.end.0, kernel.state), (BASE + 4, BASE + 128, StartState::Linux64));
+    let mut code = [0; 2];
+    ram.read(GuestAddress(BASE + 63), &mut code).unwrap();
+    assert_eq!(code, [0x90, 0]);
+    let mut page = [0; 4096];
+    ram.read(GuestAddress(layout::BOOT_PARAMS), &mut page).unwrap();
+    assert_eq!(u64_at(&page, 0x258), BASE, "the file's own header");
+    assert_eq!(load(&image, false, Protocol::Auto).entry.0, own);
+    assert_eq!(load(&image, true, Protocol::BzImage).entry.0, own);
+    // What is not as it says to be is left to its own code.
+    let broken: [fn(&mut Vec<u8>); 6] = [
+        |p| p.clear(),
+        |p| p.truncate(9),
+        |p| p[0] ^= 1,
+        |p| p[4] ^= 1,
+        |p| *p.last_mut().unwrap() = 0xff,
+        |p| p[12] ^= 0xff,
+    ];
+    for (i, broken) in broken.into_iter().enumerate() {
+        assert_eq!(load(&packed(broken), true, Protocol::Auto).entry.0, own, "{i}");
+    }
+    for at in 0..packed(|_| {}).len() - 1536 {
+        for value in [0, 1, 0x7f, 0xff] {
+            load(
+                &packed(|p| {
+                    if let Some(byte) = p.get_mut(at) {
+                        *byte = value
+                    }
+                }),
+                true,
+                Protocol::Auto,
+            );
+        }
+    }
+}
+
 #[test]
 fn every_broken_bzimage_is_refused() {
     use LoadError as E;

@@ -9,8 +9,10 @@ fn exceptions() {
     assert_eq!((c.injected, c.regs.rip), (Some((3, None)), RIP + 1));
     run(&mut c, &[0xf1]).unwrap();
     assert_eq!((c.injected, c.regs.rip), (Some((1, None)), RIP + 1));
-    run(&mut c, &[0x0f, 0x0b]).unwrap();
-    assert_eq!((c.injected, c.regs.rip), (Some((6, None)), RIP));
+    for undefined in [&[0x0f, 0x0b][..], &[0x0f, 0xb9, 0xc0], &[0x0f, 0xff, 0xc0]] {
+        run(&mut c, undefined).unwrap();
+        assert_eq!((c.injected, c.regs.rip), (Some((6, None)), RIP), "{undefined:x?}");
+    }
     run(&mut c, &[0xcd, 0x80]).unwrap();
     assert_eq!((c.interrupt, c.injected, c.regs.rip), (Some(0x80), None, RIP + 2));
     c.sregs.ss.dpl = 3;
@@ -96,19 +98,36 @@ fn segment_bases() {
 
 #[test]
 fn instructions_without_effect_are_passed() {
-    let skipped: [&[u8]; 12] = [
-        &[0x9b],                   // fwait
-        &[0x0f, 0xae, 0xe8],       // lfence
-        &[0x0f, 0xae, 0xf0],       // mfence
-        &[0x0f, 0xae, 0xf8],       // sfence
-        &[0x0f, 0x01, 0xe8],       // serialize
-        &[0x0f, 0x01, 0xc8],       // monitor
-        &[0x0f, 0x01, 0xc9],       // mwait
-        &[0x0f, 0xae, 0x3b],       // clflush [rbx]
-        &[0x66, 0x0f, 0xae, 0x3b], // clflushopt [rbx]
-        &[0x66, 0x0f, 0xae, 0x33], // clwb [rbx]
-        &[0x0f, 0x18, 0x0b],       // prefetcht0 [rbx]
-        &[0xf3, 0x0f, 0x09],       // wbnoinvd
+    let skipped: [&[u8]; 29] = [
+        &[0x9b],                         // fwait
+        &[0x0f, 0xae, 0xe8],             // lfence
+        &[0x0f, 0xae, 0xf0],             // mfence
+        &[0x0f, 0xae, 0xf8],             // sfence
+        &[0x0f, 0x01, 0xe8],             // serialize
+        &[0x0f, 0x01, 0xc8],             // monitor
+        &[0x0f, 0x01, 0xc9],             // mwait
+        &[0x0f, 0xae, 0x3b],             // clflush [rbx]
+        &[0x66, 0x0f, 0xae, 0x3b],       // clflushopt [rbx]
+        &[0x66, 0x0f, 0xae, 0x33],       // clwb [rbx]
+        &[0x0f, 0x18, 0x0b],             // prefetcht0 [rbx]
+        &[0xf3, 0x0f, 0x09],             // wbnoinvd
+        &[0xf3, 0x90],                   // pause
+        &[0x0f, 0x1f, 0x03],             // nop [rbx]
+        &[0x66, 0x0f, 0xae, 0xf1],       // tpause ecx
+        &[0xf3, 0x0f, 0x1e, 0xfa],       // endbr64
+        &[0xf3, 0x0f, 0x1e, 0xfb],       // endbr32
+        &[0xf3, 0x0f, 0x1e, 0xc8],       // rdsspd eax
+        &[0xf3, 0x48, 0x0f, 0x1e, 0xc8], // rdsspq rax
+        &[0x0f, 0x18, 0x03],             // prefetchnta [rbx]
+        &[0x0f, 0x18, 0x13],             // prefetcht1 [rbx]
+        &[0x0f, 0x18, 0x1b],             // prefetcht2 [rbx]
+        &[0x0f, 0x0d, 0x03],             // prefetch [rbx]
+        &[0x0f, 0x0d, 0x0b],             // prefetchw [rbx]
+        &[0x0f, 0x0d, 0x13],             // prefetchwt1 [rbx]
+        &[0x0f, 0x18, 0x3d, 0, 0, 0, 0], // prefetchit0 [rip]
+        &[0x0f, 0x18, 0x35, 0, 0, 0, 0], // prefetchit1 [rip]
+        &[0x0f, 0x1c, 0x03],             // cldemote [rbx]
+        &[0x90],                         // nop
     ];
     for bytes in skipped {
         let mut c = cpu();
