@@ -28,7 +28,9 @@ fn main() {
 
 /// Where `cargo xtask guest` puts the test kernel.
 fn built_here() -> PathBuf {
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR"));
+    // Asked for at run time: a target folder that was copied has a build script of another checkout.
+    let manifest = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_default();
+    let workspace = Path::new(&manifest);
     let workspace = workspace.parent().unwrap_or(workspace);
     let kernel = workspace.join("target/guest/umbra-kernel");
     // Cargo takes a file that is not there for changed, each time, and would always compile this crate anew. An

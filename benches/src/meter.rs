@@ -41,6 +41,8 @@ impl Mode {
     pub const SYNC: Self = Self::new(ShadowMode::PerPage, Notify::Sync);
     /// Full shadow.
     pub const FULL: Self = Self::new(ShadowMode::Full, Notify::Ring);
+    /// Full shadow, written by the VMM.
+    pub const FULL_SYNC: Self = Self::new(ShadowMode::Full, Notify::Sync);
     /// No shadow.
     pub const OFF: Self = Self::new(ShadowMode::Off, Notify::Ring);
 
@@ -186,11 +188,20 @@ impl Meter {
     /// # Errors
     /// The run did not begin, or ended in another way, or the kernel complained.
     pub fn run(&self, mode: Mode, cmdline: &str) -> Result<Run> {
+        self.run_with(mode, cmdline, None)
+    }
+
+    /// [`Meter::run`] with a file for the kernel.
+    ///
+    /// # Errors
+    /// As [`Meter::run`].
+    pub fn run_with(&self, mode: Mode, cmdline: &str, initrd: Option<Arc<[u8]>>) -> Result<Run> {
         (self.tick)(cmdline);
         let seen = Arc::new(Mutex::new(Seen::default()));
         let marks = Marks { line: Vec::new(), seen: seen.clone() };
         let config = Config {
             kernel: self.kernel.clone().into(),
+            initrd: initrd.map(Into::into),
             cmdline: cmdline.to_owned(),
             memory: 256 << 20,
             shadow: mode.shadow,

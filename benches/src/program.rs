@@ -1,10 +1,13 @@
 //! Runs the program `umbra` as a process of its own.
 
 use std::ffi::OsStr;
+use std::io::{BufRead as _, BufReader};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
-use std::{env, fs};
+use std::{env, fs, thread};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
@@ -37,6 +40,11 @@ impl Program {
         Ok(Self { program, folder: folder.to_owned() })
     }
 
+    /// The folder for what it reads and writes.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// Where the program is.
     pub fn path(&self) -> &Path {
         &self.program
@@ -61,6 +69,27 @@ impl Program {
             stats.as_ref(),
         ];
         self.run(&arguments, expected)?;
+        let text = fs::read(&stats).with_context(|| format!("cannot read {}", stats.display()))?;
+        serde_json::from_slice(&text).context("--stats is not JSON")
+    }
+
+    /// Runs a kernel that ends at once in so much memory; the figures of `--stats`.
+    ///
+    /// # Errors
+    /// It cannot be started, or does not end well.
+    pub fn bare(&self, memory: u64, shadow: &str) -> Result<Value> {
+        let (file, stats) = (self.folder.join("exits-at-once"), self.folder.join("stats.json"));
+        fs::write(&file, exits_at_once()).with_context(|| format!("cannot write {}", file.display()))?;
+        let (memory, shadow) = (format!("--memory={}M", memory >> 20), format!("--shadow={shadow}"));
+        let arguments: [&OsStr; 6] = [
+            "run".as_ref(),
+            file.as_ref(),
+            memory.as_ref(),
+            shadow.as_ref(),
+            "--stats".as_ref(),
+            stats.as_ref(),
+        ];
+        self.run(&arguments, 0)?;
         let text = fs::read(&stats).with_context(|| format!("cannot read {}", stats.display()))?;
         serde_json::from_slice(&text).context("--stats is not JSON")
     }
@@ -95,6 +124,119 @@ impl Program {
         ensure!(status.code() == Some(expected), "umbra {arguments:?} ended with {status}");
         Ok(())
     }
+}
+
+/// A process that ends when this value does, or this program.
+pub struct Running(Child);
+
+impl Running {
+    /// Its number.
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// Holds it where it is.
+    pub fn stop(&self) {
+        // SAFETY: `kill` touches no memory; the process is a child that was not waited for, so the number is its own.
+        unsafe { libc::kill(self.0.id().cast_signed(), libc::SIGSTOP) };
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Starts a command and waits until the `times`th line of what it prints has `text` in it. Returns it, still running, and the time
+/// until then.
+///
+/// # Errors
+/// It cannot be started, ends before, or takes longer than `limit`.
+pub fn until(
+    command: &mut Command,
+    text: &str,
+    times: usize,
+    limit: Duration,
+) -> Result<(Running, Duration)> {
+    let name = command.get_program().display().to_string();
+    command.env_remove("RUST_LOG").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // SAFETY: `prctl` may be called between `fork` and `exec`, and takes no memory.
+    unsafe {
+        command.pre_exec(|| {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            Ok(())
+        })
+    };
+    let begin = Instant::now();
+    let mut child = Running(command.spawn().with_context(|| format!("cannot start {name}"))?);
+    let (told, tells) = mpsc::channel();
+    let out = child.0.stdout.take().context("no standard output")?;
+    let err = child.0.stderr.take().context("no standard error")?;
+    let wanted = text.to_owned();
+    // Both read to the end, so that the process does not wait for a reader.
+    let complaints = thread::spawn(move || {
+        let lines = BufReader::new(err).lines().map_while(Result::ok);
+        lines.filter(|line| line.contains("rror")).take(1).collect::<Vec<_>>()
+    });
+    thread::spawn(move || {
+        let lines = BufReader::new(out).lines().map_while(Result::ok);
+        for line in lines.filter(|line| line.contains(&wanted)) {
+            if told.send((line, Instant::now())).is_err() {
+                break;
+            }
+        }
+    });
+    let mut at = begin;
+    for _ in 0..times {
+        let left = limit.saturating_sub(begin.elapsed());
+        at = match tells.recv_timeout(left) {
+            Ok((_, at)) => at,
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                anyhow::bail!("{name} did not get there in {} s", limit.as_secs())
+            }
+            Err(mpsc::RecvTimeoutError::Disconnected) => {
+                drop(child);
+                let said = complaints.join().unwrap_or_default().pop();
+                anyhow::bail!("{}", said.unwrap_or_else(|| format!("{name} ended before")))
+            }
+        };
+    }
+    Ok((child, at - begin))
+}
+
+/// An ELF kernel that is started by its PVH note and says one line on the serial port, which every hypervisor can boot.
+pub fn says_a_line() -> Vec<u8> {
+    const LOAD: u64 = 1 << 20;
+    const HEADERS: u64 = 64 + 2 * 56;
+    const NOTE: u64 = 12 + 4 + 8;
+    // mov edx, COM1; mov al, '!'; out dx, al; mov al, '\n'; out dx, al; hlt; jmp back
+    let code = [0xba, 0xf8, 3, 0, 0, 0xb0, b'!', 0xee, 0xb0, b'\n', 0xee, 0xf4, 0xeb, 0xfd];
+    let bytes = HEADERS + NOTE + code.len() as u64;
+    let entry = LOAD + HEADERS + NOTE;
+    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
+    for word in [entry, 64, 0] {
+        file.extend_from_slice(&u64::to_le_bytes(word));
+    }
+    file.extend_from_slice(&[0, 0, 0, 0, 64, 0, 56, 0, 2, 0, 64, 0, 0, 0, 0, 0]);
+    // PT_LOAD, then PT_NOTE.
+    for (kind, flags, at, len, align) in [(1u32, 5u32, 0, bytes, 4096u64), (4, 4, HEADERS, NOTE, 4)] {
+        file.extend_from_slice(&kind.to_le_bytes());
+        file.extend_from_slice(&flags.to_le_bytes());
+        for word in [at, LOAD + at, LOAD + at, len, len, align] {
+            file.extend_from_slice(&u64::to_le_bytes(word));
+        }
+    }
+    // XEN_ELFNOTE_PHYS32_ENTRY (Xen, xen/include/public/elfnote.h).
+    for word in [4u32, 8, 18] {
+        file.extend_from_slice(&word.to_le_bytes());
+    }
+    file.extend_from_slice(b"Xen\0");
+    file.extend_from_slice(&entry.to_le_bytes());
+    file.extend_from_slice(&code);
+    file
 }
 
 /// An ELF kernel of one segment at 1 MiB, that says with its first instructions that it is done.

@@ -71,8 +71,15 @@ impl Span {
 /// Whether `addr` has shadow.
 #[inline]
 pub(crate) fn contains<M: ShadowMemory>(memory: &M, addr: u64) -> bool {
-    let limit = memory.limit();
-    addr >= memory.base() && (addr < limit || limit == u64::MAX)
+    addr >= memory.base() && (addr < memory.limit() || is_last(memory))
+}
+
+/// Whether memory goes on to the end of the address space, so that every address is below its end. Asked only where an access is
+/// bad, in all but such memory.
+#[inline]
+fn is_last<M: ShadowMemory>(memory: &M) -> bool {
+    core::hint::cold_path();
+    memory.limit() == u64::MAX
 }
 
 impl Refused {

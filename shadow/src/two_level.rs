@@ -195,11 +195,12 @@ impl<M: ShadowMemory> Shadow for TwoLevel<M> {
         let more = len.wrapping_sub(1);
         let last = addr.wrapping_add(more);
         // Pages are checked as a whole, so `last` needs no look at the limits. No bytes are left to the others.
-        if more >= PAGE_SIZE || (addr ^ last) > MASK || !contains(&self.memory, addr) {
+        if more >= PAGE_SIZE || !contains(&self.memory, addr) {
             return false;
         }
+        // Who stays in a granule stays in its page: each class asks for its own alone.
         match self.memory.page(addr) {
-            PAGE_VALID => true,
+            PAGE_VALID => (addr ^ last) <= MASK,
             PAGE_BYTES => (addr ^ last) < GRANULE && byte::passes(self.memory.byte(addr), last),
             _ => false,
         }

@@ -153,7 +153,7 @@ fn main() -> ExitCode {
 }
 
 /// The parts of the benchmarks that need no guest.
-const NATIVE: [&str; 1] = ["replay"];
+const NATIVE: [&str; 2] = ["replay", "native"];
 
 fn bench(context: &Context, arguments: &[String]) -> Result<ExitCode> {
     if !arguments.first().is_some_and(|first| NATIVE.contains(&first.as_str()) || first.starts_with('-')) {

@@ -3,12 +3,11 @@
 //! The windows are in `sync` mode: the VMM writes the shadow, as it does on a guest's hypercalls. They give host memory back as
 //! often as with a guest, which is when a ring of [`RING_RECORDS`] events is full. What is resident is what the kernel says.
 
+pub mod guest;
 pub mod kasan;
 pub mod report;
 
-use std::fs;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use serde::Serialize;
@@ -18,6 +17,7 @@ use umbra::shadow::{
 use umbra_shadow::codes::PAGE_SIZE;
 
 use self::kasan::Kasan;
+use crate::clock::{Moment, Spent};
 use crate::trace::{Trace, TraceError};
 
 /// Records in the ring of the test kernels: the VMM looks for shadow to give back when one is full.
@@ -66,29 +66,6 @@ pub struct Replay {
     pub start: Spent,
 }
 
-/// Time by the clock, and of a CPU, which other work on the host does not lengthen.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Spent {
-    /// By the clock.
-    pub clock: Duration,
-    /// Of this thread's CPU. By the clock, too, where the kernel does not count it.
-    pub cpu: Duration,
-}
-
-impl Spent {
-    /// Since some moment.
-    fn now(begin: Instant) -> Self {
-        let clock = begin.elapsed();
-        let counted = fs::read_to_string("/proc/thread-self/schedstat").ok();
-        let nanoseconds = counted.and_then(|text| text.split_whitespace().next()?.parse().ok());
-        Self { clock, cpu: nanoseconds.map_or(clock, Duration::from_nanos) }
-    }
-
-    fn since(self, earlier: Self) -> Self {
-        Self { clock: self.clock.saturating_sub(earlier.clock), cpu: self.cpu.saturating_sub(earlier.cpu) }
-    }
-}
-
 /// No machine: nobody sees the windows.
 struct NoGuest;
 
@@ -119,17 +96,16 @@ pub fn replay(path: &Path, memory: u64, mode: Mode, mut tick: impl FnMut(u64, u6
     ensure!(memory > 0 && memory.is_multiple_of(PAGE_SIZE), "{memory} bytes of memory are no whole pages");
     let mut trace = Trace::open(path)?;
     let events = trace.events();
-    let begin = Instant::now();
-    let zero = Spent::now(begin);
+    let begin = Moment::now();
     let ram = 0..memory;
     let config = Config { ram: vec![ram], mode, notify: Notify::Sync, limit: None };
     let mut windows = Windows::new(&config, &mut NoGuest).context("no shadow for so much memory")?;
-    let start = Spent::now(begin).since(zero);
+    let start = begin.elapsed();
     let mut rules = Kasan::new(memory);
     let mut samples = Vec::new();
     let (mut sampling, mut highest) = (Spent::default(), PAGE_SIZE);
     let step = (events / SAMPLES).max(1);
-    let first = Spent::now(begin);
+    let begin = Moment::now();
     let mut done = 0;
     while let Some(event) = trace.next().transpose()? {
         highest = highest.max(event.end());
@@ -154,13 +130,12 @@ pub fn replay(path: &Path, memory: u64, mode: Mode, mut tick: impl FnMut(u64, u6
             tick(done, events);
         }
         if done % step == 0 {
-            let before = Spent::now(begin);
+            let before = Moment::now();
             samples.push(sample(done, &mut windows, &rules, highest)?);
-            let took = Spent::now(begin).since(before);
-            (sampling.clock, sampling.cpu) = (sampling.clock + took.clock, sampling.cpu + took.cpu);
+            sampling = sampling + before.elapsed();
         }
     }
-    let time = Spent::now(begin).since(first).since(sampling);
+    let time = begin.elapsed() - sampling;
     Ok(Replay { samples, figures: windows.figures()?, events: done, time, start })
 }
 

@@ -6,7 +6,8 @@ use std::path::Path;
 use anyhow::Result;
 use umbra::shadow::Mode;
 
-use super::{Replay, Sample, Spent, replay};
+use super::{Replay, Sample, replay};
+use crate::clock::Spent;
 use crate::figure::{Figure, number};
 use crate::plot::{self, Axis, Line};
 use crate::results;
@@ -42,7 +43,7 @@ pub struct Told {
     pub text: String,
 }
 
-/// Replays the trace at `path` with both models. `full` is why a full shadow cannot be had, or nothing.
+/// Replays the trace at `path` with both models. `no_full` is why a full shadow cannot be had, if so; `write` has plots written.
 ///
 /// # Errors
 /// As [`replay`], or a plot cannot be written.
@@ -50,6 +51,7 @@ pub fn measure(
     path: &Path,
     memory: u64,
     no_full: Option<String>,
+    write: bool,
     mut tick: impl FnMut(&str, u64, u64),
 ) -> Result<Told> {
     let two = replay(path, memory, Mode::PerPage, |at, of| tick("two-level", at, of))?;
@@ -63,7 +65,9 @@ pub fn measure(
     if let Err(why) = &full {
         let _ = writeln!(text, "\nSKIPPED: the replay with a full shadow: {why}; its size is computed.");
     }
-    text.push_str(&plots(&two, memory)?);
+    if write {
+        text.push_str(&plots(&two, memory)?);
+    }
     Ok(Told { figures, text })
 }
 

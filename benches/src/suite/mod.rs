@@ -3,6 +3,9 @@
 mod checks;
 mod costs;
 mod process;
+mod replay;
+mod scale;
+mod start;
 mod workload;
 
 use std::fs;
@@ -19,9 +22,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use crate::figure::{Figure, Verdict, markdown, table};
+use crate::gate::{self, Gate};
 use crate::meter::Meter;
+use crate::native;
 use crate::program::Program;
-use crate::replay;
 use crate::results::Section;
 use crate::trace::Trace;
 
@@ -48,6 +52,12 @@ struct Arguments {
     /// How many events --slice takes.
     #[arg(long, value_name = "N", default_value_t = 40_000)]
     events: u64,
+    /// With `scale`: how many guests to hold at once, as far as memory allows.
+    #[arg(long, value_name = "N", default_value = "24", value_parser = clap::value_parser!(u16).range(1..))]
+    guests: u16,
+    /// With `gate`: hold the figures as they are now.
+    #[arg(long)]
+    update: bool,
     /// Leave BENCHMARKS.md, and the files that it is made of, as they are.
     #[arg(long)]
     keep: bool,
@@ -61,7 +71,7 @@ struct Arguments {
 }
 
 /// The slice that is in the repository.
-const SLICE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/traces/kernel-build-slice.kmt.zst");
+pub(crate) const SLICE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/traces/kernel-build-slice.kmt.zst");
 /// Host memory that is left alone when a size is tried.
 const SPARE: u64 = 1 << 30;
 
@@ -78,19 +88,37 @@ fn size(text: &str) -> Result<u64, String> {
 enum Part {
     /// A recorded trace of allocator events, natively: the memory of each kind of shadow.
     Replay,
+    /// What each check costs natively, by working set: two-level, full, and KASAN's own.
+    Native,
+    /// A slice of the trace through the test kernel's allocators.
+    GuestReplay,
     /// What each check costs, in a guest.
     Checks,
     /// What allocations, events and calls cost, in a guest.
     Costs,
+    /// Compare the figures that repeat exactly with those in benches/gate.json. Only if named.
+    Gate,
     /// Boot, churn, and the shadow of both beside a full one.
     Workload,
     /// Memory and start of the program.
     Process,
+    /// Guests from 64 MiB to 64 GiB, and many at once.
+    Scale,
+    /// Time to a guest's first line, beside QEMU's.
+    Start,
 }
 
 impl Part {
     /// Those that need a guest.
-    const GUESTS: [Self; 4] = [Self::Process, Self::Workload, Self::Checks, Self::Costs];
+    const GUESTS: [Self; 7] = [
+        Self::GuestReplay,
+        Self::Checks,
+        Self::Costs,
+        Self::Workload,
+        Self::Process,
+        Self::Scale,
+        Self::Start,
+    ];
 
     /// Its name on the command line.
     fn word(self) -> String {
@@ -101,10 +129,15 @@ impl Part {
     fn section(self) -> (&'static str, &'static str) {
         match self {
             Self::Replay => ("10-replay", "Memory: a recorded trace, natively"),
+            Self::Native => ("20-native", "Checks without a guest"),
+            Self::GuestReplay => ("25-guest-replay", "The trace in a guest"),
+            Self::Gate => ("90-gate", "The gate"),
             Self::Checks => ("30-checks", "Checks in a guest"),
             Self::Costs => ("32-costs", "Allocations, events and calls in a guest"),
             Self::Workload => ("34-workload", "Boot and churn in a guest"),
             Self::Process => ("36-process", "The program: memory and start"),
+            Self::Scale => ("60-scale", "Scale"),
+            Self::Start => ("70-start", "Start"),
         }
     }
 }
@@ -201,6 +234,12 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         if std::io::stderr().is_terminal() { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
     bar.set_style(ProgressStyle::with_template("{spinner} [{elapsed}] {wide_msg}")?);
     bar.enable_steady_tick(Duration::from_millis(100));
+    if arguments.parts.contains(&Part::Gate) {
+        let ticking = bar.clone();
+        let measured = gate::measure(move |what| ticking.set_message(what.to_owned()));
+        bar.finish_and_clear();
+        return compare(&measured?, arguments.update);
+    }
     let mut measured = Measured::default();
     let outcome = natively(arguments, &bar, &mut measured)
         .and_then(|()| guests(arguments, folder, &bar, &mut measured));
@@ -219,6 +258,40 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         eprintln!("  {}: {}{known}", f.group, f.name);
     }
     Ok(if over.iter().any(|f| f.is_news()) { ExitCode::from(1) } else { ExitCode::SUCCESS })
+}
+
+/// Compares what repeats exactly with what is held, or holds it.
+fn compare(measured: &gate::Measured, update: bool) -> Result<ExitCode> {
+    if let Some(why) = &measured.skipped {
+        println!("SKIPPED: the gate of guests' figures: {why}");
+    }
+    if update {
+        let gate = Gate::read().unwrap_or_default();
+        gate.update(measured)?;
+        println!("{} figures are held in benches/gate.json", measured.figures.len());
+        return Ok(ExitCode::SUCCESS);
+    }
+    let gate = Gate::read()?;
+    if let Some(why) = gate.foreign(measured) {
+        println!("note: {why}: `cargo xtask bench gate --update` holds those of this one");
+    }
+    let compared = gate.compare(measured);
+    compared.worse.iter().chain(&compared.better).for_each(|said| println!("{said}"));
+    println!(
+        "{} figures within 2 % of those held, {} worse, {} better or new",
+        compared.same,
+        compared.worse.len(),
+        compared.better.len()
+    );
+    Ok(if compared.worse.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+/// The figures of guests that have no times in them.
+pub(crate) fn exact(meter: &Meter) -> Result<Vec<Figure>> {
+    let mut all = replay::figures(meter, Path::new(SLICE))?.0;
+    all.extend(checks::figures(meter)?);
+    all.extend(costs::exact(meter)?);
+    Ok(all)
 }
 
 impl Arguments {
@@ -268,10 +341,27 @@ fn natively(arguments: &Arguments, bar: &ProgressBar, measured: &mut Measured) -
             format!("it needs {} MiB of host memory, and {} MiB are available", needed >> 20, available >> 20)
         });
         let host = Host::new(None);
-        let told = replay::report::measure(&trace, arguments.memory, no_full, |shadow, at, of| {
-            bar.set_message(format!("replaying the trace, {shadow}: {} %", at * 100 / of.max(1)));
-        })?;
+        let told = crate::replay::report::measure(
+            &trace,
+            arguments.memory,
+            no_full,
+            !arguments.keep,
+            |shadow, at, of| {
+                bar.set_message(format!("replaying the trace, {shadow}: {} %", at * 100 / of.max(1)));
+            },
+        )?;
         arguments.tell(Part::Replay, &host, Some(told.text), told.figures, bar, measured)?;
+    }
+    if arguments.wants(Part::Native) {
+        let host = Host::new(None);
+        let available = available_memory().saturating_sub(SPARE);
+        // Criterion says what it does.
+        bar.disable_steady_tick();
+        bar.finish_and_clear();
+        let (figures, text) = native::measure(available, Path::new(FOLDER), !arguments.keep)?;
+        bar.reset();
+        bar.enable_steady_tick(Duration::from_millis(100));
+        arguments.tell(Part::Native, &host, Some(text), figures, bar, measured)?;
     }
     Ok(())
 }
@@ -300,17 +390,36 @@ fn guests(arguments: &Arguments, folder: &Path, bar: &ProgressBar, measured: &mu
     };
     for part in wanted {
         let host = Host::new(Some(meter.counts()));
+        let mut text = None;
         let figures = match part {
+            Part::GuestReplay => {
+                let (figures, table) = replay::figures(&meter, Path::new(SLICE))?;
+                text = Some(table);
+                figures
+            }
             Part::Process => {
                 bar.set_message("building umbra, and starting it");
                 process::figures(&Program::build(folder)?, &kernel)?
             }
+            Part::Scale => {
+                bar.set_message("building umbra");
+                let tick = |what: &str| bar.set_message(what.to_owned());
+                let (figures, table) =
+                    scale::figures(&Program::build(folder)?, &kernel, arguments.guests.into(), tick)?;
+                text = Some(table);
+                figures
+            }
+            Part::Start => {
+                bar.set_message("building umbra");
+                let tick = |what: &str| bar.set_message(what.to_owned());
+                start::figures(&Program::build(folder)?, &kernel, tick)?
+            }
             Part::Workload => workload::figures(&meter)?,
             Part::Checks => checks::figures(&meter)?,
             Part::Costs => costs::figures(&meter)?,
-            Part::Replay => continue,
+            Part::Replay | Part::Native | Part::Gate => continue,
         };
-        arguments.tell(part, &host, None, figures, bar, measured)?;
+        arguments.tell(part, &host, text, figures, bar, measured)?;
     }
     Ok(())
 }

@@ -9,6 +9,7 @@
 //! | `bench=call:ROUNDS:NAME` | a call of the runtime, see [`calls`] |
 //! | `bench=record:ROUNDS:DEPTH` | an event without any shadow, `DEPTH` frames deep |
 //! | `bench=kmalloc:ROUNDS:BYTES` | `kmalloc` and `kfree` |
+//! | `bench=replay:1` | all events of the initrd, see [`replay`](crate::replay) |
 //! | `bench=chunks:ROUNDS:STATE` | a promotion in another 2 MiB each, of `new` or `used` byte shadow |
 
 use core::arch::{asm, global_asm};
@@ -16,6 +17,7 @@ use core::arch::{asm, global_asm};
 use umbra_guest::abi::{PORT, call};
 use umbra_guest::codes::{GRANULE_SHIFT, PAGE_SIZE, SLAB_REDZONE};
 
+use crate::boot::BootInfo;
 use crate::slab::{kfree, kmalloc};
 use crate::{page, println};
 
@@ -171,7 +173,7 @@ fn chunks(rounds: u64, used: bool) -> Option<()> {
 }
 
 /// Does what one word asks for; none if it makes no sense, or memory is too small.
-fn bench(word: &str) -> Option<()> {
+fn bench(word: &str, initrd: &[u8]) -> Option<()> {
     let mut parts = word.split(':');
     let mut text = || parts.next();
     let what = text()?;
@@ -204,6 +206,7 @@ fn bench(word: &str) -> Option<()> {
             let f = with_arguments(allocate_and_free as unsafe extern "C" fn(u64));
             repeat(rounds, f, [text()?.parse().ok()?, 0, 0, 0, 0]);
         }
+        "replay" => crate::replay::run(initrd)?,
         "chunks" => chunks(rounds, text()? == "used")?,
         _ => return None,
     }
@@ -211,9 +214,9 @@ fn bench(word: &str) -> Option<()> {
 }
 
 /// Does what the command line asks for.
-pub fn run(command_line: &str) {
-    for word in command_line.split_ascii_whitespace().filter_map(|word| word.strip_prefix("bench=")) {
-        if bench(word).is_none() {
+pub fn run(info: &BootInfo) {
+    for word in info.command_line.split_ascii_whitespace().filter_map(|word| word.strip_prefix("bench=")) {
+        if bench(word, info.initrd).is_none() {
             println!("bench={word}: there is no such benchmark, or too little memory");
         }
     }

@@ -107,6 +107,20 @@ pub struct BootInfo {
     pub memory: (u64, u64),
     /// The command line.
     pub command_line: &'static str,
+    /// The file that came with the kernel; empty if none did.
+    pub initrd: &'static [u8],
+}
+
+impl BootInfo {
+    /// The end of the memory that is free: the initrd lies at the end of all memory.
+    pub fn free_end(&self) -> u64 {
+        let initrd = (self.initrd.as_ptr() as u64).wrapping_sub(DIRECT_MAP);
+        if !self.initrd.is_empty() && (self.memory.0..self.memory.1).contains(&initrd) {
+            initrd & !0xfff
+        } else {
+            self.memory.1
+        }
+    }
 }
 
 /// Reads the boot parameters at guest-physical `at`. They lie below 1 MiB, which nothing else uses.
@@ -114,7 +128,8 @@ pub fn boot_info(at: u64) -> BootInfo {
     let zero_page = (DIRECT_MAP + at) as *const u8;
     let mut memory = (0, 0);
     // SAFETY: the VMM put a `boot_params` there: number of E820 entries at 0x1e8, entries of 20 bytes from 0x2d0
-    // on, address of the zero-terminated command line at 0x228 (Documentation/arch/x86/zero-page.rst).
+    // on, address of the zero-terminated command line at 0x228, address and bytes of the initrd at 0x218 and 0x21c
+    // (Documentation/arch/x86/zero-page.rst, boot.rst).
     unsafe {
         for i in 0..usize::from(*zero_page.add(0x1e8)) {
             let entry = zero_page.add(0x2d0 + 20 * i);
@@ -131,7 +146,12 @@ pub fn boot_info(at: u64) -> BootInfo {
             len += 1;
         }
         let command_line = core::str::from_utf8(core::slice::from_raw_parts(line, len)).unwrap_or("");
-        BootInfo { memory, command_line }
+        let number = |at: usize| u64::from(read_unaligned(zero_page.add(at).cast::<u32>()));
+        let initrd = match (number(0x218), number(0x21c)) {
+            (0, _) | (_, 0) => &[],
+            (at, bytes) => core::slice::from_raw_parts((DIRECT_MAP + at) as *const u8, bytes as usize),
+        };
+        BootInfo { memory, command_line, initrd }
     }
 }
 

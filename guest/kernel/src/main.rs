@@ -20,6 +20,7 @@ mod cpu;
 mod heap;
 mod memory;
 mod random;
+mod replay;
 mod scenarios;
 mod smp;
 mod stress;
@@ -61,20 +62,20 @@ extern "C" fn kernel_main(boot_params: u64) -> ! {
     let info = boot::boot_info(boot_params);
     let offer = umbra_guest::discover();
     ON_UMBRA.store(offer.version == umbra_guest::abi::VERSION, Relaxed);
-    let mut early = Early { next: boot::image_end(), end: info.memory.1 };
+    let mut early = Early { next: boot::image_end(), end: info.free_end() };
     cpu::set_number(0);
     let cpus = smp::find();
     start_checks(&offer, &info, cpus.count(), &mut early);
     cpu::init();
     boot::run_constructors();
-    page::init(early.next, info.memory.1);
+    page::init(early.next, info.free_end());
     thread::init();
     smp::start(&cpus, &offer);
     if info.command_line.split_ascii_whitespace().any(|word| word == "slots") {
         slab::slots().for_each(|bytes| println!("slot of {bytes} bytes"));
     }
     stress::run(info.command_line);
-    bench::run(info.command_line);
+    bench::run(&info);
     random::run(info.command_line);
     scenarios::run(info.command_line);
     if on_umbra() {

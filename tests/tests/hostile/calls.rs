@@ -117,7 +117,7 @@ fn wild_calls(mode: &str) {
 
 fn unknown_calls() {
     let rows: Vec<Row> =
-        (14..20).chain([0, 255, 0x8000_0000, 0xffff_ffff]).map(|number| [number, 1, 2, 3, 4]).collect();
+        (16..22).chain([0, 255, 0x8000_0000, 0xffff_ffff]).map(|number| [number, 1, 2, 3, 4]).collect();
     let made = rows.len() as u64;
     let guest = Guest::new(|g| {
         g.calls(&rows)?;
