@@ -116,7 +116,8 @@ fn section(elf: &[u8], name: &str) -> (usize, std::ops::Range<usize>) {
 fn told(kernel: Vec<u8>) -> Vec<(String, String)> {
     let chosen = named("kmalloc_uaf,kasan_global_oob_right");
     let kernel: Arc<[u8]> = kernel.into();
-    let Outcome { report, .. } = boot_file(kernel.into(), QuarantineSize::Auto, PER_PAGE, Notify::Ring, &chosen, "");
+    let Outcome { report, .. } =
+        boot_file(kernel.into(), QuarantineSize::Auto, PER_PAGE, Notify::Ring, &chosen, "");
     let findings = report.findings.iter();
     let told: Vec<_> =
         findings.map(|(f, _)| (f.notes.join("\n"), text::to_string(f, TextStyle::default()))).collect();
