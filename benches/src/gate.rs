@@ -110,7 +110,7 @@ impl Gate {
     /// Reads the file.
     ///
     /// # Errors
-    /// There is none, or it is not as [`Gate::write`] writes it.
+    /// There is none, or it is not as [`Gate::update`] writes it.
     pub fn read() -> Result<Self> {
         let text = fs::read(FILE).with_context(|| format!("cannot read {FILE}"))?;
         serde_json::from_slice(&text).with_context(|| format!("{FILE} is damaged"))

@@ -391,7 +391,7 @@ fn stats_have_the_documented_fields() {
          evicted:n dropped:n lost_stacks:n unknown_related:n",
     );
     assert_eq!(run.figure("/quarantine/limit_bytes"), 8 << 20);
-    assert!(run.figure("/quarantine/bytes") > 0 && run.figure("/provenance/live") > 0);
+    assert!(run.figure("/quarantine/bytes") > 0 && run.figure("/provenance/freed") > 0);
     has_exactly(
         &s["shadow"],
         "mode:s notify:s page_bytes:n byte_mapped_bytes:n byte_resident_bytes:n byte_peak_resident_bytes:n \
@@ -437,7 +437,7 @@ fn findings_have_the_documented_fields() {
     let uaf = &run.findings[0];
     assert_eq!(
         (&uaf["kind"], &uaf["access"], &uaf["size"]),
-        (&"slab-use-after-free".into(), &"write".into(), &1.into())
+        (&"slab-use-after-free".into(), &"read".into(), &1.into())
     );
     assert_eq!(uaf["task"]["name"], "kmalloc_uaf");
     has_exactly(&uaf["object"], "start:x size:n cache:s? cache_size:n offset:i");
@@ -459,7 +459,7 @@ fn text_is_a_kasan_report() {
     let text = &run.stderr;
     for part in [
         "==================================================================\nBUG: KASAN: slab-use-after-free in ",
-        &format!("Write of size 1 at addr {address} by task kmalloc_uaf/"),
+        &format!("Read of size 1 at addr {address} by task kmalloc_uaf/"),
         "Call Trace:",
         "Allocated by task",
         "Freed by task",
@@ -508,7 +508,7 @@ fn repeats_are_counted() {
     let run = scenarios("kmalloc_uaf,kmalloc_uaf,kmalloc_uaf").args("--keep-going").collect().run();
     run.expect(1);
     assert_eq!((run.findings.len(), run.figure("/findings"), run.figure("/findings_total")), (1, 1, 3));
-    assert_eq!(run.stderr.matches("Write of size 1").count(), 1);
+    assert_eq!(run.stderr.matches("Read of size 1").count(), 1);
     assert!(run.stderr.contains("2 more of: BUG: KASAN: slab-use-after-free"), "{}", run.stderr);
 }
 
