@@ -25,9 +25,9 @@ const HEADER: u32 = 36;
 const SCI: u8 = 9;
 /// What is written to the sleep type field to switch the machine off; the only state it has beside working.
 const SLEEP_TYPE_OFF: u8 = 5;
-/// FADT, IA-PC boot architecture flags (table 5.11): there are devices at their old places, among them no VGA, and no clock of
-/// the CMOS; no message-signalled interrupts. (8042 is not set: all that is there of it is its reset.)
-const BOOT_ARCHITECTURE: u16 = 1 | 1 << 2 | 1 << 3 | 1 << 5;
+/// FADT, IA-PC boot architecture flags (table 5.11): there are devices at their old places, among them no VGA; no
+/// message-signalled interrupts. (8042 is not set: all that is there of it is its reset.)
+const BOOT_ARCHITECTURE: u16 = 1 | 1 << 2 | 1 << 3;
 /// No C2 and C3 states: latencies beyond what they may have (section 5.2.9).
 const NO_C2: u16 = 101;
 const NO_C3: u16 = 1001;

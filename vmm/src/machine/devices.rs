@@ -1,4 +1,4 @@
-//! The devices of a PC that a kernel cannot do without: a serial port for its console, and ways to reset.
+//! The devices of a PC that a kernel cannot do without: a serial port for its console, the date, and ways to reset.
 //! Everything else reads as all ones and swallows writes.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -8,6 +8,7 @@ use vm_memory::GuestAddress;
 use vm_superio::{Serial, Trigger};
 
 use super::IrqLine;
+use super::rtc::{self, Rtc};
 
 /// First port of COM1, the console; 8 ports.
 pub const COM1: u16 = 0x3f8;
@@ -123,6 +124,7 @@ pub struct Devices {
     break_next: bool,
     /// What was written to the ACPI registers: events to enable, and control.
     power: [u8; 4],
+    rtc: Rtc,
     ignored: u64,
     ports: BTreeMap<u16, u64>,
 }
@@ -143,6 +145,7 @@ impl Devices {
             typed: VecDeque::new(),
             break_next: false,
             power: [0; 4],
+            rtc: Rtc::default(),
             ignored: 0,
             ports: BTreeMap::new(),
         }
@@ -162,7 +165,8 @@ impl Devices {
             I8042_COMMAND if value as u8 == I8042_RESET => return DeviceEvent::Reset,
             ACPI_PM1_EVENT..=ACPI_PM1_CONTROL_LAST => return self.power_out(port, data),
             RESET_CONTROL if value as u8 & RESET_CPU != 0 => return DeviceEvent::Reset,
-            I8042_COMMAND | I8042_DATA | POST | RESET_CONTROL => {}
+            rtc::INDEX => self.rtc.select(value as u8),
+            I8042_COMMAND | I8042_DATA | POST | RESET_CONTROL | rtc::DATA => {}
             _ => self.unknown_port("write to", port),
         }
         DeviceEvent::None
@@ -180,7 +184,8 @@ impl Devices {
                     *byte = self.power_in(port);
                 }
             }
-            POST => {}
+            rtc::DATA => data.fill(self.rtc.read()),
+            POST | rtc::INDEX => {}
             _ => self.unknown_port("read from", port),
         }
     }

@@ -11,6 +11,7 @@ pub mod loader;
 pub mod memory;
 mod mptable;
 pub mod probe;
+mod rtc;
 pub mod stats;
 #[cfg(test)]
 mod tests;
