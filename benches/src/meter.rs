@@ -10,7 +10,7 @@ use umbra::machine::Kvm;
 use umbra::machine::stats::{Counters, emulates_ring0};
 use umbra::report::{Finding, Findings};
 use umbra::sandbox::{self, Config, Observer, Outcome, ShadowMode};
-use umbra::shadow::{Notify, QuarantineSize};
+use umbra::shadow::{Notify, Objects, QuarantineSize};
 
 /// How long one guest may run.
 const TIMEOUT: Duration = Duration::from_secs(600);
@@ -77,6 +77,8 @@ pub struct Run {
     pub findings: Findings,
     /// What lay between each pair of lines `bench begin` and `bench end`.
     pub between: Vec<Between>,
+    /// What was known of the guest's objects at the end.
+    pub objects: Objects,
 }
 
 /// What lay between two lines.
@@ -220,7 +222,12 @@ impl Meter {
             report.outcome,
             seen.complaints.trim_end(),
         );
-        Ok(Run { stats: report.stats, findings: report.findings, between: seen.between })
+        Ok(Run {
+            stats: report.stats,
+            findings: report.findings,
+            between: seen.between,
+            objects: report.objects,
+        })
     }
 
     /// [`Meter::run`] with benchmarks and no scenario; nothing may be found.

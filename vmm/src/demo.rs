@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::cli::{Printer, say};
-use crate::kernel::{Expected, Scenario};
+use crate::kernel::{self, Expected, Scenario};
 use crate::report::frame::StackVariable;
 use crate::report::{Finding, Names, html};
 use crate::sandbox::{self, Config, Observer, Report, RunError, ShadowMode};
@@ -135,11 +135,31 @@ impl Write for Console {
     }
 }
 
+/// Bytes that the names of scenarios may take on the command line, which the boot protocol bounds.
+const NAMES_MAX: usize = 1800;
+
+/// The word of the command line that has a test kernel whose scenarios are `all` run `chosen`. Where their names are too long,
+/// those of the others are told, or none if there are no others.
+pub fn choice(all: &[Scenario], chosen: &[Scenario]) -> String {
+    let named = |word: &str, scenarios: &[&Scenario]| {
+        let names: Vec<_> = scenarios.iter().map(|s| s.name.as_str()).collect();
+        format!("{word}={}", names.join(","))
+    };
+    let by_name = named("scenarios", &chosen.iter().collect::<Vec<_>>());
+    let (kept, left): (Vec<_>, Vec<_>) = all.iter().partition(|s| chosen.contains(s));
+    // Without names each runs once, in the kernel's order.
+    if by_name.len() <= NAMES_MAX || !kept.into_iter().eq(chosen) {
+        return by_name;
+    }
+    if left.is_empty() { String::new() } else { named("without", &left) }
+}
+
 /// `config`, for a guest that runs `chosen`.
 fn config_for(config: &Config, chosen: &[Scenario]) -> Config {
-    let names: Vec<_> = chosen.iter().map(|s| s.name.as_str()).collect();
+    // Whatever is wrong with the file is told when it is to be booted.
+    let all = config.kernel.read().ok().and_then(|elf| kernel::scenarios(&elf).ok()).unwrap_or_default();
     Config {
-        cmdline: format!("scenarios={} {}", names.join(","), config.cmdline),
+        cmdline: format!("{} {}", choice(&all, chosen), config.cmdline),
         timeout: config.timeout.or(Some(TIMEOUT)),
         ..config.clone()
     }
@@ -314,6 +334,20 @@ mod tests {
         assert!(!verdict(true, want(), vec![expected("a", Some(3))]).good());
         assert!(!verdict(true, Vec::new(), want()).good());
         assert!(verdict(true, Vec::new(), Vec::new()).good());
+    }
+
+    #[test]
+    fn many_scenarios_are_chosen_by_those_left_out() {
+        let one =
+            |i: u32| Scenario { name: format!("a_name_{i:03}"), expected: Vec::new(), about: String::new() };
+        let all: Vec<_> = (0..200).map(one).collect();
+        assert_eq!(choice(&all, &all[3..5]), "scenarios=a_name_003,a_name_004");
+        assert_eq!(choice(&all, &all), "");
+        assert_eq!(choice(&all, &all[2..]), "without=a_name_000,a_name_001");
+        // Twice, or in another order, can only be said by name.
+        let twice: Vec<_> = all.iter().chain(&all[..1]).cloned().collect();
+        assert!(choice(&all, &twice).starts_with("scenarios=a_name_000,"));
+        assert_eq!(choice(&[], &all[..1]), "scenarios=a_name_000");
     }
 
     #[test]

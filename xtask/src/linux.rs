@@ -42,7 +42,7 @@ pub struct Kernel {
 }
 
 /// Those that the tests boot.
-const BUILT: [Kernel; 2] = [SMALL, ACPI];
+const BUILT: [Kernel; 3] = [SMALL, ACPI, UMBRA];
 /// One that nobody changed.
 const SMALL: Kernel = Kernel { name: "small", config: &["small"], patched: false };
 /// The same with ACPI.
@@ -50,6 +50,12 @@ const ACPI: Kernel = Kernel { name: "acpi", config: &["small", "acpi"], patched:
 /// The one that Umbra checks, with Linux's own tests of KASAN in it.
 pub const UMBRA: Kernel =
     Kernel { name: "umbra", config: &["small", "kasan", "umbra", "replay"], patched: true };
+/// The same with shadow for virtual memory: only for its own test.
+pub const UMBRA_VMALLOC: Kernel = Kernel {
+    name: "umbra-vmalloc",
+    config: &["small", "kasan", "umbra", "replay", "vmalloc"],
+    patched: true,
+};
 /// What [`UMBRA`] is compared with: no KASAN, and Linux's own.
 pub const COMPARED: [Kernel; 2] = [
     Kernel { name: "compare-none", config: &["small", "replay"], patched: true },

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::linux::{self, COMPARED, STOCK_KASAN, UMBRA};
+use crate::linux::{self, COMPARED, STOCK_KASAN, UMBRA, UMBRA_VMALLOC};
 use crate::process::Command;
 use crate::{Context, setup};
 
@@ -23,6 +23,7 @@ const CMDLINE: &str = "console=ttyS0 panic=-1 reboot=k kunit_shutdown=reboot";
 /// `cargo xtask linux test`.
 pub fn test(context: &Context) -> Result<ExitCode> {
     linux::build_one(context, &UMBRA)?;
+    linux::build_one(context, &UMBRA_VMALLOC)?;
     context.progress.step("running Linux's tests of KASAN");
     context.progress.finish();
     let arguments = ["test", "--release", "--package", "umbra-tests", "--test", "linux_kasan"];

@@ -4,18 +4,22 @@ use anyhow::{Context as _, Result};
 use umbra::shadow::QuarantineSize;
 
 use crate::figure::Figure;
+use crate::heap;
 use crate::meter::{Meter, Mode, Word};
 
 /// Rounds that are timed.
 const TIMED: u64 = 2000;
 /// Most instructions that an allocation and its free may cost more than in the same kernel without checks.
 const MORE: f64 = 400.0;
+/// Most bytes of the VMM's memory for each object.
+const PROVENANCE: f64 = 64.0;
 /// Blocks of 2 MiB whose shadow is touched.
 const CHUNKS: u64 = 60;
 
 /// Measures them.
 pub fn figures(meter: &Meter) -> Result<Vec<Figure>> {
     let mut all = exact(meter)?;
+    all.extend(provenance(meter)?);
     all.extend(times(meter)?);
     Ok(all)
 }
@@ -99,6 +103,27 @@ fn instructions(meter: &Meter) -> Result<Vec<Figure>> {
                 all.push(if meter.counts() { figure } else { figure.not_applicable() });
             }
         }
+    }
+    Ok(all)
+}
+
+/// What it takes to know who allocated and freed an object, in the middle of a churn: all of it on the heap, names included.
+fn provenance(meter: &Meter) -> Result<Vec<Figure>> {
+    const GROUP: &str = "provenance: memory of the VMM in a churn of 4,000 operations, stacks included";
+    let mut all = Vec::new();
+    for (quarantine, name) in [
+        (QuarantineSize::Auto, "for each object that is live or in the quarantine"),
+        (QuarantineSize::Bytes(0), "without a quarantine, for each live object"),
+    ] {
+        let run = meter.run(Mode { quarantine, ..Mode::RING }, "scenarios=huge_churn churn=4000 keep")?;
+        let stats = &run.stats.provenance;
+        let (live, freed, waiting) = (stats.live, stats.freed, run.stats.quarantine.objects);
+        let bytes = heap::bytes_of(run.objects);
+        let figure = Figure::new(GROUP, name, bytes as f64 / (live + waiting).max(1) as f64, "bytes");
+        all.push(figure.limit(PROVENANCE).note(format!(
+            "{bytes} bytes: {live} live, {waiting} in the quarantine, {freed} freed in all, {} stacks",
+            stats.stacks
+        )));
     }
     Ok(all)
 }

@@ -78,6 +78,17 @@ SCENARIO(kmalloc_uaf, "slab-use-after-free Read 1 8", "reads a freed object")
 	read8(p + 8);
 }
 
+SCENARIO(kmalloc_uaf2, "slab-use-after-free Read 1 40", "reads a freed object after another of its size was allocated")
+{
+	char *p = kmalloc(43), *q;
+
+	kfree(p);
+	/* Elsewhere: what was freed waits. */
+	q = kmalloc(43);
+	read8(p + 40);
+	kfree(q);
+}
+
 SCENARIO(kmalloc_uaf_write, "slab-use-after-free Write 1 8", "writes to a freed object")
 {
 	char *p = kmalloc(10);

@@ -302,8 +302,7 @@ fn runs_without_umbra() {
     let config = MachineConfig { memory_bytes: MEMORY, ..Default::default() };
     let mut machine = Machine::new(&kvm, config).expect("a machine");
     let chosen = survivable();
-    let names: Vec<_> = chosen.iter().map(|s| s.name.as_str()).collect();
-    let cmdline = format!("{LITTLE_CHURN} scenarios={}", names.join(","));
+    let cmdline = format!("{LITTLE_CHURN} {}", demo::choice(&all(), &chosen));
     machine.load(&Boot::new(test_kernel().expect("checked before"), &cmdline)).expect("it loads");
     let mut vcpu = machine.create_vcpu(0).expect("a vCPU");
     let console = Console::default();

@@ -227,7 +227,7 @@ impl Monitor {
         let Self { rings, objects, quarantine, regions, events, .. } = self;
         let mut refused = 0;
         if let Some(cpu) = asked {
-            refused += u64::from(!quarantine.settled(cpu));
+            quarantine.settled(cpu);
         }
         events.ring_drains += rings.drain(asked, ram, |event, last| {
             let Some(waits) = take(event, regions, objects) else {

@@ -109,10 +109,18 @@ impl Quarantine {
 
     /// The memory of a free is poisoned, and waits from now on. False if a guest that fetches nothing has filled the queue.
     pub fn hold(&mut self, memory: Released) -> bool {
-        if self.queue.len() >= MOST + MORE {
+        let good = self.count(memory);
+        if good {
+            self.queue.push_back(memory);
+        }
+        good
+    }
+
+    /// Counts memory that waits. False if there is no room for it in the queue.
+    fn count(&mut self, memory: Released) -> bool {
+        if self.figures.objects >= (MOST + MORE) as u64 {
             return false;
         }
-        self.queue.push_back(memory);
         let f = &mut self.figures;
         f.objects += 1;
         f.held += 1;
@@ -124,19 +132,21 @@ impl Quarantine {
     /// A CPU has told of something, which was a free of `memory` or something else. What it told before is done with. `last`: nothing
     /// shows that it is done with this, too.
     pub fn told(&mut self, cpu: u16, memory: Option<Released>, last: bool) -> bool {
-        let good = self.settled(cpu);
-        match (memory, self.in_flight.get_mut(usize::from(cpu))) {
-            (Some(memory), Some(in_flight)) if last => *in_flight = Some(memory),
-            (Some(memory), _) => return self.hold(memory) && good,
-            (None, _) => {}
+        self.settled(cpu);
+        let Some(memory) = memory else { return true };
+        if !last || usize::from(cpu) >= CPUS {
+            return self.hold(memory);
         }
+        let good = self.count(memory);
+        self.in_flight[usize::from(cpu)] = Some(memory).filter(|_| good);
         good
     }
 
     /// A CPU is done with all that it told.
-    pub fn settled(&mut self, cpu: u16) -> bool {
+    pub fn settled(&mut self, cpu: u16) {
         let memory = self.in_flight.get_mut(usize::from(cpu)).and_then(Option::take);
-        memory.is_none_or(|memory| self.hold(memory))
+        // It was counted when it was told.
+        self.queue.extend(memory);
     }
 
     /// Whether the guest shall fetch some: there is a batch more than is kept.
@@ -199,16 +209,20 @@ mod tests {
             quarantine.take(10, true).iter().map(|memory| memory.address).collect::<Vec<_>>()
         };
         assert!(quarantine.told(1, Some(memory(1, 8)), true));
+        // It waits, but does not come out.
         assert!(out(&mut quarantine).is_empty());
+        assert_eq!((quarantine.figures().objects, quarantine.figures().bytes), (1, 8));
         // What comes next from the same CPU shows that it is done; from another CPU nothing does.
         assert!(quarantine.told(0, None, true));
         assert!(out(&mut quarantine).is_empty());
         assert!(quarantine.told(1, Some(memory(2, 8)), true));
         assert_eq!(out(&mut quarantine), [1]);
-        assert!(quarantine.settled(1));
+        quarantine.settled(1);
         assert_eq!(out(&mut quarantine), [2]);
-        assert!(quarantine.settled(1) && quarantine.told(99, Some(memory(3, 8)), true));
+        quarantine.settled(1);
+        assert!(quarantine.told(99, Some(memory(3, 8)), true));
         assert_eq!(out(&mut quarantine), [3]);
+        assert_eq!((quarantine.figures().held, quarantine.figures().released), (3, 3));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Allocator churn: the workload that the shadow's cost is measured with.
 
-use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use alloc::vec::Vec;
 
@@ -9,6 +9,14 @@ use crate::page;
 use crate::slab::{kfree, kmalloc};
 
 static OPERATIONS: AtomicU64 = AtomicU64::new(4000);
+
+/// Whether what is live at the end of a churn stays so.
+static KEEP: AtomicBool = AtomicBool::new(false);
+
+/// From now on `huge_churn` does not free at its end what it has allocated.
+pub fn keep() {
+    KEEP.store(true, Relaxed);
+}
 
 /// Sets how many allocations and frees `huge_churn` makes.
 pub fn set_operations(n: u64) {
@@ -61,7 +69,7 @@ scenarios! {
             }
         }
         for (p, pages) in live {
-            if p != 0 {
+            if p != 0 && !KEEP.load(Relaxed) {
                 if pages { page::free(p) } else { kfree(p) }
             }
         }

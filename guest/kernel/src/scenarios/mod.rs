@@ -70,10 +70,14 @@ const NONE: &str = "-";
 
 /// Runs what the command line asks for.
 pub fn run(command_line: &'static str) {
-    let mut chosen = "";
+    let (mut chosen, mut without) = ("", "");
     for word in command_line.split_ascii_whitespace() {
         if let Some(names) = word.strip_prefix("scenarios=") {
             chosen = names;
+        } else if let Some(names) = word.strip_prefix("without=") {
+            without = names;
+        } else if word == "keep" {
+            churn::keep();
         } else if let Some(operations) = word.strip_prefix("churn=") {
             match operations.parse() {
                 Ok(n) => churn::set_operations(n),
@@ -101,7 +105,7 @@ pub fn run(command_line: &'static str) {
         .flatten()
     };
     if chosen.is_empty() {
-        all().for_each(run_one);
+        all().filter(|(name, _)| !without.split(',').any(|left_out| left_out == *name)).for_each(run_one);
     }
     // In the order in which they are named, and as often.
     for name in chosen.split(',').filter(|name| !name.is_empty() && *name != NONE) {
