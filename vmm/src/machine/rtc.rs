@@ -38,7 +38,7 @@ impl Rtc {
 fn register(index: u8, seconds: u64) -> u8 {
     let (days, rest) = (seconds / 86_400, seconds % 86_400);
     let (year, month, day) = date(days);
-    let bcd = |number: u64| (number / 10 % 10 << 4 | number % 10) as u8;
+    let bcd = |number: u64| (((number / 10 % 10) << 4) | (number % 10)) as u8;
     match index {
         0x00 => bcd(rest % 60),
         0x02 => bcd(rest / 60 % 60),

@@ -86,25 +86,34 @@ fn saves_write_what_the_cpu_writes() {
         let mut before = XsaveArea([0xa5; 4096]);
         before.0[512..576].fill(0);
         before.0[512] = old_header;
-        let mut expected = [before; 3];
-        on_host!("xsave64", &*state, &mut expected[0], mask);
-        on_host!("xsaveopt64", &XsaveArea(state.0), &mut expected[1], mask);
-        on_host!("xsavec64", &*state, &mut expected[2], mask);
+        let reference = || {
+            let mut expected = [before; 3];
+            on_host!("xsave64", &*state, &mut expected[0], mask);
+            on_host!("xsaveopt64", &XsaveArea(state.0), &mut expected[1], mask);
+            on_host!("xsavec64", &*state, &mut expected[2], mask);
+            expected
+        };
         let instructions = [
             [0x48, 0x0f, 0xae, 0x23], // xsave64 [rbx]
             [0x48, 0x0f, 0xae, 0x33], // xsaveopt64 [rbx]
             [0x48, 0x0f, 0xc7, 0x23], // xsavec64 [rbx]
         ];
-        for (bytes, expected) in instructions.into_iter().zip(expected) {
+        for (i, bytes) in instructions.into_iter().enumerate() {
             let mut c = saving_cpu(&state);
             c.regs.rax = mask.into();
             ram.write(GuestAddress(AREA), &before.0).unwrap();
             prop_assert_eq!(run_in(&mut c, &ram, &bytes).is_ok(), true);
             let mut got = XsaveArea::default();
             ram.read(GuestAddress(AREA), &mut got.0).unwrap();
-            let differ: Vec<_> = (0..4096).filter(|i| got.0[*i] != expected.0[*i])
-                .map(|i| (i, got.0[i], expected.0[i])).collect();
-            prop_assert!(differ.is_empty(), "{bytes:x?} mask {mask} in use {}: {differ:x?}", state.0[512]);
+            let differ = || -> Vec<_> {
+                let expected = &reference()[i];
+                let bytes = (0..4096).filter(|at| got.0[*at] != expected.0[*at]);
+                bytes.map(|at| (at, got.0[at], expected.0[at])).collect()
+            };
+            // If the host switches to another thread between the two instructions of the reference, more may count as in
+            // use afterwards. That does not happen each time.
+            let same = (0..5).any(|_| differ().is_empty());
+            prop_assert!(same, "{bytes:x?} mask {mask} in use {}: {:x?}", state.0[512], differ());
             prop_assert_eq!((c.injected, c.regs.rip), (None, RIP + 4));
         }
     });
