@@ -400,7 +400,8 @@ impl Objects {
         let right = || {
             let behind = self.table.from(gpa.checked_add(1)?);
             let (place, entry) = behind.take(PASSED_OVER).filter_map(entry).find(fits)?;
-            Some((place, entry.start - gpa)).filter(|(_, distance)| *distance <= NEARBY)
+            let found = Some((place, entry.start - gpa, !entry.is_freed()));
+            found.filter(|(_, distance, _)| *distance <= NEARBY)
         };
         let Some((place, left)) = left else { return self.found(right()?.0) };
         let slot = match self.caches.get(&left.cache) {
@@ -415,7 +416,11 @@ impl Objects {
         }
         let distance = gpa - end;
         match right() {
-            Some((nearer, other)) if other < distance && !(at == At::Behind && distance <= NEARBY) => {
+            // Between two that are as near the one in use is the likelier.
+            Some((nearer, other, live))
+                if (other < distance || other == distance && live && left.is_freed())
+                    && !(at == At::Behind && distance <= NEARBY) =>
+            {
                 self.found(nearer)
             }
             _ if distance <= NEARBY => self.found(place),

@@ -89,6 +89,14 @@ fn the_closer_neighbour_explains() {
     objects.name_cache(1, b"c", u64::MAX);
     assert_eq!(nearest(&objects, 0x10080), Some(0x10080));
     assert_eq!(nearest(&objects, 0x1007f), Some(0x10000));
+    // Of two that are as near the one in use explains.
+    let mut objects = Objects::default();
+    objects.name_cache(1, b"c", 64);
+    objects.allocated(0x10000, 50, 0, 1, 0, &[]);
+    objects.allocated(0x10080, 50, 0, 0, 0, &[]);
+    objects.freed(0x10000, 0, &[]);
+    assert_eq!(nearest(&objects, 0x10060), Some(0x10080));
+    assert_eq!(nearest(&objects, 0x1005f), Some(0x10000));
 }
 
 #[test]
