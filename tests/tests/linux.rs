@@ -97,8 +97,7 @@ fn acpi_names_the_cpus_and_switches_off() {
         let umbra = linux("acpi/vmlinux", &SPIN).args(&format!("--memory 64M --cpus {cpus} --boot {boot}"));
         let mut started = with_keyboard(umbra);
         started.wait_for("stdout", INIT);
-        started.types(&[1, b'b', b'0']);
-        started.wait_for("stdout", "Loglevel set to 0");
+        started.types_until(&[1, b'b', b'0'], "Loglevel set to 0");
         started.types(&[1, b'b', b'o']);
         let run = started.wait();
         run.expect(0);
