@@ -87,8 +87,10 @@ pub fn decode_stacktrace_knows_the_frames() {
             continue;
         }
         // Which line is another matter: the script takes a return address for the call's.
-        let line = after.split_once(".rs:").and_then(|(_, line)| line.chars().next());
-        assert!(line.is_some_and(|c| c.is_ascii_digit()), "{before} became {after}");
+        // And of functions inlined there one may have no line.
+        let mut lines = after.split(".rs:").skip(1);
+        let has_line = lines.any(|line| line.starts_with(|c: char| c.is_ascii_digit()));
+        assert!(has_line, "{before} became {after}");
         assert!(!after.contains("+0x"), "{before} became {after}");
         decoded_frames += 1;
     }

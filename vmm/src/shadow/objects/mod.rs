@@ -400,8 +400,7 @@ impl Objects {
         let right = || {
             let behind = self.table.from(gpa.checked_add(1)?);
             let (place, entry) = behind.take(PASSED_OVER).filter_map(entry).find(fits)?;
-            let found = Some((place, entry.start - gpa, !entry.is_freed()));
-            found.filter(|(_, distance, _)| *distance <= NEARBY)
+            Some((place, entry.start - gpa, entry)).filter(|(_, distance, _)| *distance <= NEARBY)
         };
         let Some((place, left)) = left else { return self.found(right()?.0) };
         let slot = match self.caches.get(&left.cache) {
@@ -415,10 +414,12 @@ impl Objects {
             return self.found(place);
         }
         let distance = gpa - end;
+        let page = |gpa: u64| gpa / PAGE_SIZE;
         match right() {
-            // Between two that are as near the one in use is the likelier.
-            Some((nearer, other, live))
-                if (other < distance || other == distance && live && left.is_freed())
+            // Between two that are as near the one in use is the likelier, and then the one in the same page.
+            Some((nearer, other, right))
+                if (other, right.is_freed(), page(right.start) != page(gpa))
+                    < (distance, left.is_freed(), page(end.saturating_sub(1)) != page(gpa))
                     && !(at == At::Behind && distance <= NEARBY) =>
             {
                 self.found(nearer)

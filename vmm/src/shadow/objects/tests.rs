@@ -97,6 +97,12 @@ fn the_closer_neighbour_explains() {
     objects.freed(0x10000, 0, &[]);
     assert_eq!(nearest(&objects, 0x10060), Some(0x10080));
     assert_eq!(nearest(&objects, 0x1005f), Some(0x10000));
+    // Or else the one in the same page.
+    let mut objects = Objects::default();
+    objects.allocated(0x10000, 4096, 0, 0, 0, &[]);
+    objects.allocated(0x11010, 13, 0, 0, 0, &[]);
+    assert_eq!(nearest(&objects, 0x11008), Some(0x11010));
+    assert_eq!(nearest(&objects, 0x11007), Some(0x10000));
 }
 
 #[test]
