@@ -239,22 +239,6 @@ impl Started {
         }
     }
 
-    /// Types `bytes`, and once more every 20 seconds, until standard output holds `text`: what comes while a guest sets up its
-    /// console may be lost.
-    #[track_caller]
-    pub fn types_until(&mut self, bytes: &[u8], text: &str) {
-        let begin = Instant::now();
-        let mut typed = 0;
-        while !String::from_utf8_lossy(&self.so_far("stdout")).contains(text) {
-            assert!(begin.elapsed() < self.umbra.patience, "no {text:?}: {}", tail(&self.so_far("stdout")));
-            if begin.elapsed() >= Duration::from_secs(20) * typed {
-                self.types(bytes);
-                typed += 1;
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-
     /// Waits for its end. Panics if that does not come.
     pub fn wait(mut self) -> Run {
         let status = self.reap();
