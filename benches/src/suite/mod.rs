@@ -404,8 +404,13 @@ fn guests(arguments: &Arguments, folder: &Path, bar: &ProgressBar, measured: &mu
             Part::Scale => {
                 bar.set_message("building umbra");
                 let tick = |what: &str| bar.set_message(what.to_owned());
-                let (figures, table) =
-                    scale::figures(&Program::build(folder)?, &kernel, arguments.guests.into(), tick)?;
+                let (figures, table) = scale::figures(
+                    &Program::build(folder)?,
+                    &kernel,
+                    arguments.guests.into(),
+                    !arguments.keep,
+                    tick,
+                )?;
                 text = Some(table);
                 figures
             }

@@ -10,8 +10,10 @@ use serde_json::Value;
 
 use super::{SLICE, SPARE, available_memory};
 use crate::figure::{Figure, number};
+use crate::plot::{self, Axis, Line};
 use crate::program::{Program, Running, until};
 use crate::replay::guest;
+use crate::results;
 use crate::trace::Trace;
 
 /// Guests from 64 MiB to 64 GiB.
@@ -25,7 +27,7 @@ const EVENTS: usize = 4000;
 const LIMIT: Duration = Duration::from_secs(300);
 const MIB: f64 = 1_048_576.0;
 
-/// Measures. `guests` is how many are tried at once; `tick` hears what is being done. Returns a table, too.
+/// Measures. `guests` is how many are tried at once; `write` has a plot written; `tick` hears what is being done. Returns a table, too.
 ///
 /// # Errors
 /// A guest does not start.
@@ -33,23 +35,25 @@ pub fn figures(
     program: &Program,
     kernel: &[u8],
     guests: usize,
+    write: bool,
     tick: impl Fn(&str),
 ) -> Result<(Vec<Figure>, String)> {
-    let mut text = sizes(program, &tick)?;
+    let mut text = sizes(program, write, &tick)?;
     let (figures, many) = many(program, kernel, guests, &tick)?;
     text.push_str(&many);
     Ok((figures, text))
 }
 
-fn sizes(program: &Program, tick: &impl Fn(&str)) -> Result<String> {
+fn sizes(program: &Program, write: bool, tick: &impl Fn(&str)) -> Result<String> {
     let mut text = String::from(
         "A guest that ends with its first instruction: what is there before any guest runs. Memory in MiB:\n\n\
          | guest memory | shadow | page shadow | byte shadow, resident | memory of `umbra`, peak | start to the guest's first instruction, ms |\n\
          | ---: | --- | ---: | ---: | ---: | ---: |\n",
     );
     let mut skipped = String::new();
+    let mut lines = SHADOWS.map(|shadow| Line { name: format!("shadow {shadow}"), points: Vec::new() });
     for memory in SIZES {
-        for shadow in SHADOWS {
+        for (shadow, line) in SHADOWS.into_iter().zip(&mut lines) {
             tick(&format!("a guest of {} MiB, shadow {shadow}", memory >> 20));
             let needed = if shadow == "full" { memory / 8 } else { 0 } + SPARE;
             if needed > available_memory() {
@@ -74,7 +78,19 @@ fn sizes(program: &Program, tick: &impl Fn(&str)) -> Result<String> {
                 number_of("/host/rss_peak_bytes") / MIB,
                 number_of("/host/start_seconds") * 1e3,
             );
+            line.points.push(((memory >> 20) as f64, number_of("/host/start_seconds") * 1e3));
         }
+    }
+    if write {
+        let (path, shown) = results::plot("start-by-size.svg");
+        plot::lines(
+            &path,
+            "From the start of a run to the guest's first instruction",
+            &Axis { name: "guest memory, MiB", logarithmic: true, label: &|v| number(v.round()) },
+            &Axis { name: "ms (logarithmic)", logarithmic: true, label: &|v| number(v) },
+            &lines,
+        )?;
+        let _ = write!(text, "\n![Start by guest memory]({shown})\n");
     }
     Ok(text + &skipped)
 }
