@@ -4,7 +4,7 @@
 //! what its `bench=` words do, exactly where KVM counts guest instructions; [`program::Program`] runs the program
 //! `umbra` as a process of its own, for what a process costs. [`suite`] holds the figures of the core, [`linux`] those of booting Linux,
 //! [`linux_kasan`] those of Linux checked in different ways. [`gate`] holds what repeats exactly, [`heap`] measures memory. [`native`] times checks without a
-//! guest, [`replay`] replays a recorded [`trace`]. [`results`] keeps what was measured in the repository, with [`plot`]s.
+//! guest, [`replay`] replays a recorded [`trace`]. [`pvh`] makes kernels that QEMU starts, too. [`results`] keeps what was measured in the repository, with [`plot`]s.
 
 pub mod clock;
 pub mod figure;
@@ -16,6 +16,7 @@ pub mod meter;
 pub mod native;
 pub mod plot;
 pub mod program;
+pub mod pvh;
 pub mod replay;
 pub mod results;
 pub mod suite;

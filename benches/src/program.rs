@@ -207,48 +207,11 @@ pub fn until(
     Ok((child, at - begin))
 }
 
-/// An ELF kernel that is started by its PVH note and says one line on the serial port, which every hypervisor can boot.
-pub fn says_a_line() -> Vec<u8> {
+/// An ELF kernel of one segment, which is `code` and is entered at its start.
+pub fn one_segment(code: &[u8]) -> Vec<u8> {
     const LOAD: u64 = 1 << 20;
-    const HEADERS: u64 = 64 + 2 * 56;
-    const NOTE: u64 = 12 + 4 + 8;
-    // mov edx, COM1; mov al, '!'; out dx, al; mov al, '\n'; out dx, al; hlt; jmp back
-    let code = [0xba, 0xf8, 3, 0, 0, 0xb0, b'!', 0xee, 0xb0, b'\n', 0xee, 0xf4, 0xeb, 0xfd];
-    let bytes = HEADERS + NOTE + code.len() as u64;
-    let entry = LOAD + HEADERS + NOTE;
-    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
-    for word in [entry, 64, 0] {
-        file.extend_from_slice(&u64::to_le_bytes(word));
-    }
-    file.extend_from_slice(&[0, 0, 0, 0, 64, 0, 56, 0, 2, 0, 64, 0, 0, 0, 0, 0]);
-    // PT_LOAD, then PT_NOTE.
-    for (kind, flags, at, len, align) in [(1u32, 5u32, 0, bytes, 4096u64), (4, 4, HEADERS, NOTE, 4)] {
-        file.extend_from_slice(&kind.to_le_bytes());
-        file.extend_from_slice(&flags.to_le_bytes());
-        for word in [at, LOAD + at, LOAD + at, len, len, align] {
-            file.extend_from_slice(&u64::to_le_bytes(word));
-        }
-    }
-    // XEN_ELFNOTE_PHYS32_ENTRY (Xen, xen/include/public/elfnote.h).
-    for word in [4u32, 8, 18] {
-        file.extend_from_slice(&word.to_le_bytes());
-    }
-    file.extend_from_slice(b"Xen\0");
-    file.extend_from_slice(&entry.to_le_bytes());
-    file.extend_from_slice(&code);
-    file
-}
-
-/// An ELF kernel of one segment at 1 MiB, that says with its first instructions that it is done.
-fn exits_at_once() -> Vec<u8> {
-    const LOAD: u64 = 1 << 20;
-    const HEADERS: u64 = 64 + 56;
-    // xor edi, edi; xor esi, esi; mov eax, EXIT; mov edx, PORT; out dx, eax
-    let mut code = vec![0x31, 0xff, 0x31, 0xf6, 0xb8];
-    code.extend_from_slice(&call::EXIT.to_le_bytes());
-    code.push(0xba);
-    code.extend_from_slice(&u32::from(PORT).to_le_bytes());
-    code.push(0xef);
+    // Of 120 bytes, so that code may count on its alignment.
+    const HEADERS: u64 = 128;
     let bytes = HEADERS + code.len() as u64;
     // Elf64_Ehdr: ELF, 64 bits, little endian, version 1; executable, x86_64, version 1.
     let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
@@ -263,8 +226,20 @@ fn exits_at_once() -> Vec<u8> {
     for word in [0, LOAD, LOAD, bytes, bytes, 4096] {
         file.extend_from_slice(&u64::to_le_bytes(word));
     }
-    file.extend_from_slice(&code);
+    file.resize(HEADERS as usize, 0);
+    file.extend_from_slice(code);
     file
+}
+
+/// A kernel that says with its first instructions that it is done.
+fn exits_at_once() -> Vec<u8> {
+    // xor edi, edi; xor esi, esi; mov eax, EXIT; mov edx, PORT; out dx, eax
+    let mut code = vec![0x31, 0xff, 0x31, 0xf6, 0xb8];
+    code.extend_from_slice(&call::EXIT.to_le_bytes());
+    code.push(0xba);
+    code.extend_from_slice(&u32::from(PORT).to_le_bytes());
+    code.push(0xef);
+    one_segment(&code)
 }
 
 #[cfg(test)]
@@ -275,8 +250,8 @@ mod tests {
     fn the_hand_made_kernel_has_the_size_that_its_headers_say() {
         let file = exits_at_once();
         let word = |at: usize| u64::from_le_bytes(file[at..at + 8].try_into().unwrap());
-        assert_eq!(word(24), (1 << 20) + 120, "the entry is behind the headers");
+        assert_eq!(word(24), (1 << 20) + 128, "the entry is behind the headers");
         assert_eq!(word(64 + 32), file.len() as u64, "bytes in the file");
-        assert_eq!(&file[120..122], [0x31, 0xff]);
+        assert_eq!(&file[128..130], [0x31, 0xff]);
     }
 }

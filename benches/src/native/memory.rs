@@ -46,9 +46,19 @@ impl Map {
         Ok(map)
     }
 
+    /// Sets one byte.
+    ///
+    /// # Panics
+    /// It has none there.
+    pub fn set(&mut self, at: usize, value: u8) {
+        assert!(at < self.bytes, "byte {at} of {}", self.bytes);
+        // SAFETY: inside the mapping, which nobody else has a reference to.
+        unsafe { self.start.as_ptr().add(at).write(value) };
+    }
+
     /// Its bytes.
     pub fn bytes(&self) -> &[u8] {
-        // SAFETY: mapped readable for as long as this value lives, and never written after `new`.
+        // SAFETY: mapped readable for as long as this value lives, and written through `&mut` only.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.bytes) }
     }
 }

@@ -22,7 +22,7 @@ use umbra_shadow::{Full, Shadow, TwoLevel};
 use self::kasan::Kasan;
 use self::memory::{HostMemory, Map};
 use crate::clock::{CpuTime, thread_cpu};
-pub use report::measure;
+pub use report::{measure, size};
 
 /// Working sets, in bytes of checked memory.
 pub const SETS: [u64; 8] = [32 << 10, 256 << 10, 2 << 20, 16 << 20, 128 << 20, 1 << 30, 4 << 30, 16 << 30];

@@ -53,7 +53,8 @@ fn find(times: &[Time], key: (Check, Pattern, u64, bool)) -> Option<f64> {
     times.iter().find(|t| (t.check, t.pattern, t.set, t.huge) == key).map(|t| t.ns)
 }
 
-fn size(bytes: u64) -> String {
+/// A size for people: a working set's.
+pub fn size(bytes: u64) -> String {
     match bytes {
         0..0x10_0000 => format!("{} KiB", bytes >> 10),
         0x10_0000..0x4000_0000 => format!("{} MiB", bytes >> 20),

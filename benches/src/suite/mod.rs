@@ -4,6 +4,7 @@ mod checks;
 mod costs;
 mod process;
 mod replay;
+mod ring3;
 mod scale;
 mod start;
 mod workload;
@@ -94,6 +95,8 @@ enum Part {
     GuestReplay,
     /// What each check costs, in a guest.
     Checks,
+    /// What each check costs in a guest's ring 3, in nanoseconds.
+    Ring3,
     /// What allocations, events and calls cost, in a guest.
     Costs,
     /// Compare the figures that repeat exactly with those in benches/gate.json. Only if named.
@@ -110,9 +113,10 @@ enum Part {
 
 impl Part {
     /// Those that need a guest.
-    const GUESTS: [Self; 7] = [
+    const GUESTS: [Self; 8] = [
         Self::GuestReplay,
         Self::Checks,
+        Self::Ring3,
         Self::Costs,
         Self::Workload,
         Self::Process,
@@ -133,6 +137,7 @@ impl Part {
             Self::GuestReplay => ("25-guest-replay", "The trace in a guest"),
             Self::Gate => ("90-gate", "The gate"),
             Self::Checks => ("30-checks", "Checks in a guest"),
+            Self::Ring3 => ("31-ring3", "Checks in a guest, in nanoseconds"),
             Self::Costs => ("32-costs", "Allocations, events and calls in a guest"),
             Self::Workload => ("34-workload", "Boot and churn in a guest"),
             Self::Process => ("36-process", "The program: memory and start"),
@@ -421,6 +426,11 @@ fn guests(arguments: &Arguments, folder: &Path, bar: &ProgressBar, measured: &mu
             }
             Part::Workload => workload::figures(&meter)?,
             Part::Checks => checks::figures(&meter)?,
+            Part::Ring3 => {
+                let (figures, table) = ring3::figures(&kernel, |what| bar.set_message(what.to_owned()))?;
+                text = Some(table);
+                figures
+            }
             Part::Costs => costs::figures(&meter)?,
             Part::Replay | Part::Native | Part::Gate => continue,
         };

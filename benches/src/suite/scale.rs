@@ -19,10 +19,20 @@ use crate::trace::Trace;
 /// Guests from 64 MiB to 64 GiB.
 const SIZES: [u64; 6] = [64 << 20, 256 << 20, 1 << 30, 4 << 30, 16 << 30, 64 << 30];
 const SHADOWS: [&str; 3] = ["off", "per-page", "full"];
-/// Each of many guests.
+/// Each of many guests, and the most that it takes of the host, with a full shadow.
 const GUEST: u64 = 256 << 20;
+const MOST: u64 = GUEST + GUEST / 8 + (32 << 20);
+/// Host memory that is left alone while there are many: more than for one, which is soon over.
+const LEFT: u64 = 4 << 30;
 /// Events of the trace that each of them replays.
 const EVENTS: usize = 4000;
+/// How many guests are held that have not touched all of their memory: they are all alike.
+const FEW: usize = 4;
+/// Hosts for which it is projected, in GiB.
+const HOSTS: [u64; 4] = [32, 64, 256, 1024];
+/// What the guests do.
+const DONE: [(&str, &str); 2] =
+    [("as the replay left it", "bench=replay:1"), ("all of it touched", "bench=replay:1 bench=touch:1")];
 /// How long one of them may take to get there.
 const LIMIT: Duration = Duration::from_secs(300);
 const MIB: f64 = 1_048_576.0;
@@ -81,7 +91,7 @@ fn sizes(program: &Program, write: bool, tick: &impl Fn(&str)) -> Result<String>
             line.points.push(((memory >> 20) as f64, number_of("/host/start_seconds") * 1e3));
         }
     }
-    if write {
+    if write && lines.iter().any(|line| !line.points.is_empty()) {
         let (path, shown) = results::plot("start-by-size.svg");
         plot::lines(
             &path,
@@ -120,47 +130,66 @@ fn many(
     fs::write(&initrd, trace.file).with_context(|| format!("cannot write {}", initrd.display()))?;
     let total = available_memory() as f64;
     let mut text = format!(
-        "\n### Many guests at once\n\nThe test kernel in 256 MiB, held after the first {} events of the trace's slice. *One more guest* is what each held\n\
-         process has for itself (`smaps_rollup`), on average; *fit* is the {} MiB of host memory that were available before, divided by that,\n\
-         and the last columns are the same for guests that have touched all of their memory: 256 MiB, what the guest's memory had not yet,\n\
-         and a full shadow's 32 MiB or the shadow as measured.\n\n\
-         | shadow | guests at once | one more guest, MiB | fit | all touched, MiB | fit |\n\
-         | --- | ---: | ---: | ---: | ---: | ---: |\n",
+        "\n### Many guests at once\n\nThe test kernel in {} MiB, held after the first {} events of the trace's slice, and, in other guests, after it has touched all of its\n\
+         memory. *One more guest* is what each held process has for itself (`smaps_rollup`), on average over those that were held at once; the\n\
+         last columns are the host's memory divided by that, without the fraction: the {} MiB that were available here before, and what hosts of\n\
+         other sizes would have if all of it were available. (What KVM itself takes of the host's memory is not in it; guests are started until\n\
+         there are as many as `--guests` says, or {} MiB are left.)\n\n| guest memory | shadow | guests at once | one more guest, MiB | fit here |",
+        GUEST >> 20,
         number(EVENTS as f64),
         number(total / MIB),
+        number((LEFT >> 20) as f64),
     );
-    let mut all = Vec::new();
-    let mut bare = None;
-    for shadow in SHADOWS {
-        let mut running = Vec::new();
-        while running.len() < guests && available_memory() > SPARE + GUEST {
-            tick(&format!("guest {} of {guests} at once, shadow {shadow}", running.len() + 1));
-            let mut command = Command::new(program.path());
-            command
-                .arg("run")
-                .arg(&file)
-                .args(["--timeout=none", "--shadow", shadow])
-                .arg("--initrd")
-                .arg(&initrd);
-            command.args(["--cmdline", "scenarios=- bench=replay:1 bench=check:1000000000000:none:page:0:0"]);
-            let (guest, _) = until(&mut command, "bench begin", 2, LIMIT)?;
-            guest.stop();
-            running.push(guest);
-        }
-        let each = running.iter().map(private).sum::<Result<f64>>()? / running.len().max(1) as f64;
-        // What it has beside an unchecked one of the same age: the shadow, and what the VMM knows of objects.
-        let more = each - *bare.get_or_insert(each);
-        let touched = GUEST as f64 + more;
-        let _ = writeln!(
-            text,
-            "| {shadow} | {} | {:.1} | {} | {:.1} | {} |",
-            running.len(),
-            each / MIB,
-            number((total / each).floor()),
-            touched / MIB,
-            number((total / touched).floor()),
-        );
-        all.push(Figure::new(GROUP, format!("{shadow}: one more guest"), each / MIB, "MiB"));
+    for host in HOSTS {
+        // Writing to a string does not fail.
+        let _ = write!(text, " {} GiB |", number(host as f64));
     }
+    let _ = writeln!(text, "\n| --- | --- | ---: | ---: | ---: |{}", " ---: |".repeat(HOSTS.len()));
+    let mut all = Vec::new();
+    let mut arithmetic = String::new();
+    for (memory, words) in DONE {
+        for shadow in SHADOWS {
+            let wanted = if words.contains("touch") { guests } else { guests.min(FEW) };
+            let mut running = Vec::new();
+            while running.len() < wanted && available_memory() > LEFT + MOST {
+                tick(&format!("guest {} of {wanted} at once, shadow {shadow}, {memory}", running.len() + 1));
+                let mut command = Command::new(program.path());
+                let cmdline = format!("scenarios=- {words} bench=check:1000000000000:none:page:0:0");
+                command.arg("run").arg(&file).arg("--initrd").arg(&initrd);
+                command.args(["--timeout=none", "--shadow", shadow, "--cmdline", &cmdline]);
+                let (guest, _) = until(&mut command, "bench begin", 2, LIMIT)?;
+                guest.stop();
+                running.push(guest);
+            }
+            if running.is_empty() {
+                let _ = writeln!(text, "| {memory} | {shadow} | SKIPPED: too little host memory |");
+                continue;
+            }
+            let each = running.iter().map(private).sum::<Result<f64>>()? / running.len() as f64;
+            let fit = |bytes: f64| number((bytes / each).floor());
+            let _ = write!(
+                text,
+                "| {memory} | {shadow} | {} | {:.1} | {} |",
+                running.len(),
+                each / MIB,
+                fit(total),
+            );
+            for host in HOSTS {
+                let _ = write!(text, " {} |", fit(host as f64 * 1024.0 * MIB));
+            }
+            text.push('\n');
+            if memory == DONE[1].0 {
+                let _ = writeln!(
+                    arithmetic,
+                    "- shadow {shadow}: {} / {:.1} = {}",
+                    number(total / MIB),
+                    each / MIB,
+                    number(total / each)
+                );
+            }
+            all.push(Figure::new(GROUP, format!("{shadow}, {memory}: one more guest"), each / MIB, "MiB"));
+        }
+    }
+    let _ = write!(text, "\nThat is, here and with all memory touched, in MiB:\n\n{arithmetic}");
     Ok((all, text))
 }

@@ -10,6 +10,7 @@
 //! | `bench=record:ROUNDS:DEPTH` | an event without any shadow, `DEPTH` frames deep |
 //! | `bench=kmalloc:ROUNDS:BYTES` | `kmalloc` and `kfree` |
 //! | `bench=replay:1` | all events of the initrd, see [`replay`](crate::replay) |
+//! | `bench=touch:1` | all of free memory taken, and a byte of each page written |
 //! | `bench=chunks:ROUNDS:STATE` | a promotion in another 2 MiB each, of `new` or `used` byte shadow |
 
 use core::arch::{asm, global_asm};
@@ -172,6 +173,21 @@ fn chunks(rounds: u64, used: bool) -> Option<()> {
     Some(())
 }
 
+/// Takes all blocks that are free, and writes a byte of each page. Two pages are free afterwards, for other benchmarks.
+fn touch() -> Option<()> {
+    let left = page::alloc(1)?;
+    for order in (0..=CHUNK_ORDER).rev() {
+        while let Some(at) = page::alloc(order) {
+            for page in 0..1 << order {
+                // SAFETY: in the block, which is this function's.
+                unsafe { ((at + page * PAGE_SIZE) as *mut u8).write_volatile(1) };
+            }
+        }
+    }
+    page::free(left);
+    Some(())
+}
+
 /// Does what one word asks for; none if it makes no sense, or memory is too small.
 fn bench(word: &str, initrd: &[u8]) -> Option<()> {
     let mut parts = word.split(':');
@@ -207,6 +223,7 @@ fn bench(word: &str, initrd: &[u8]) -> Option<()> {
             repeat(rounds, f, [text()?.parse().ok()?, 0, 0, 0, 0]);
         }
         "replay" => crate::replay::run(initrd)?,
+        "touch" => touch()?,
         "chunks" => chunks(rounds, text()? == "used")?,
         _ => return None,
     }

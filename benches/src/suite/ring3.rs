@@ -1,0 +1,418 @@
+//! What a check costs in a real guest, in nanoseconds: in its ring 3, which a CPU executes on every host, where some emulate ring 0.
+//!
+//! The checks are the guest runtime's own machine code, taken out of the test kernel's file and patched as
+//! `guest/runtime/src/checks.rs` does it. They do not depend on where they run: they shift the address and look there. So they lie in a
+//! guest of nothing but them and a loop, whose page tables are open to ring 3, and check addresses in the lower half, whose shadow
+//! lies at the same shifts. What tells events or changes shadow keeps interrupts off, and cannot run there.
+
+use std::fmt::Write as _;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
+use umbra::machine::loader::Boot;
+use umbra::machine::vcpu::{Vcpu, VmExit};
+use umbra::machine::{Kvm, Machine, MachineConfig, layout};
+use umbra_shadow::codes::{GRANULE, GRANULE_SHIFT, PAGE_BYTES, PAGE_SHIFT, PAGE_VALID};
+use vm_memory::GuestAddress;
+
+use super::{SPARE, available_memory};
+use crate::clock::thread_cpu;
+use crate::figure::Figure;
+use crate::native::memory::Map;
+use crate::native::size;
+use crate::program::one_segment;
+
+/// Working sets, in bytes of checked memory.
+const SETS: [u64; 6] = [SMALL, 2 << 20, 16 << 20, 128 << 20, 1 << 30, LARGE];
+const SMALL: u64 = 32 << 10;
+const LARGE: u64 = 4 << 30;
+/// Turns of which the median is taken, and rounds in a turn: for sets that the caches hold, and for others, which have to be in them
+/// again after another check's turn. Two more turns only fill caches.
+const TURNS: (usize, u64) = (201, 100_000);
+const FAR_TURNS: (usize, u64) = (21, 1_000_000);
+const WARM: usize = 2;
+/// Memory that is accessible as a whole, and memory that is byte-checked. Nothing is there, only its shadow: at 2 MiB (which is
+/// where the guest's RAM ends), at 3 MiB, and at 1.5 GiB.
+const UNTYPED: u64 = 8 << 30;
+const BYTES: u64 = UNTYPED + LARGE;
+/// Valid bytes of the last granule of a set, where there is a partial one.
+const VALID: u8 = 5;
+/// Rounds that are taken off a turn: with the exit at its end.
+const FEW: u64 = 1000;
+/// What opens a page to ring 3, in all levels of the page tables.
+const USER: u64 = 4;
+/// Where nothing is: a store there ends a run of the loop. In the hole, and in the page tables of the start.
+const NOTHING: u64 = 0xd000_0000;
+/// Most time of a check to a full shadow's: of all untyped memory, of a cached set of it, of a cached set of byte-checked memory.
+const LIMITS: [f64; 3] = [1.0 / 3.0, 1.05, 1.2];
+
+/// How the loop gets from a round's number to an address: by a factor.
+mod step {
+    /// Always the same one.
+    pub const STAY: u64 = 0;
+    /// Each granule after the one before.
+    pub const GRANULES: u64 = 8;
+    /// Any granule of the set.
+    pub const SCATTER: u64 = 0x9e37_79b9_7f4a_7c15;
+    /// The pages of the byte shadow, one after the other.
+    pub const SHADOW_PAGES: u64 = 1 << 15;
+}
+
+/// The loop. `r14` rounds of: any address of a set of `r9` + 1 bytes at `r12`, chosen by `r8`, and `r10` bytes are checked by `r13`.
+fn code() -> &'static [u8] {
+    let (start, end): (*const u8, *const u8);
+    // SAFETY: two address calculations; the code goes to a section of its own and is not executed here.
+    unsafe {
+        std::arch::asm!(
+            "lea {0}, [rip + 220f]",
+            "lea {1}, [rip + 221f]",
+            ".pushsection .rodata.ring3, \"a\"",
+            "220:",
+            "ret",
+            ".balign 64",
+            "2:",
+            "mov rdi, r14",
+            "imul rdi, r8",
+            "mov rax, rdi",
+            "shr rax, 32",
+            "xor rdi, rax",
+            "and rdi, r9",
+            "add rdi, r12",
+            "mov rsi, r10",
+            "call r13",
+            "dec r14",
+            "jnz 2b",
+            "mov [rbx], eax",
+            "ud2",
+            ".balign 64, 0xcc",
+            "221:",
+            ".popsection",
+            out(reg) start,
+            out(reg) end,
+        );
+        std::slice::from_raw_parts(start, end.offset_from(start) as usize)
+    }
+}
+
+/// Where in it the loop begins.
+const LOOP: u64 = 64;
+
+/// The runtime's checks for one kind of shadow.
+struct Checks {
+    code: Vec<u8>,
+    /// Bytes of each.
+    each: usize,
+}
+
+impl Checks {
+    /// The names, in their order.
+    const NAMES: [&str; 6] = ["load1", "load2", "load4", "load8", "load16", "loadN"];
+
+    /// Those of a kernel, patched with the fast paths at the symbol `templates`.
+    fn new(kernel: &[u8], templates: &str) -> Result<Self> {
+        let file = object::File::parse(kernel).context("the test kernel is not an ELF file")?;
+        let symbol = |name: &str| {
+            let found = file.symbols().find(|symbol| symbol.name() == Ok(name));
+            found.map(|symbol| (symbol.address(), symbol.size())).with_context(|| {
+                format!("the test kernel has no symbol {name}: it was stripped, or has another runtime")
+            })
+        };
+        let bytes = |at: u64, len: usize| {
+            file.sections()
+                .find_map(|section| section.data_range(at, len as u64).ok().flatten())
+                .with_context(|| format!("the test kernel's file has nothing at {at:#x}"))
+        };
+        let (first, each) = symbol("__asan_load1_noabort")?;
+        let each = usize::try_from(each)?;
+        let (from, two, full) =
+            (symbol(templates)?.0, symbol("umbra_templates_two_level")?.0, symbol("umbra_templates_full")?.0);
+        let patch = usize::try_from(full.abs_diff(two))? / Self::NAMES.len();
+        ensure!((1..each).contains(&patch) && each <= 4096, "the test kernel's checks are not as expected");
+        let mut code = bytes(first, each * Self::NAMES.len())?.to_vec();
+        let templates = bytes(from, patch * Self::NAMES.len())?;
+        for (slot, template) in code.chunks_exact_mut(each).zip(templates.chunks_exact(patch)) {
+            slot[..patch].copy_from_slice(template);
+        }
+        for (i, name) in Self::NAMES.iter().enumerate() {
+            let (at, _) = symbol(&format!("__asan_{name}_noabort"))?;
+            ensure!(at == first + (i * each) as u64, "the test kernel's checks are in another order");
+        }
+        Ok(Self { code, each })
+    }
+}
+
+/// A guest in ring 3, with the shadow of a working set.
+struct Guest {
+    vcpu: Vcpu,
+    // Before what it shows to the guest.
+    _machine: Machine,
+    _shadow: [Map; 3],
+    /// Where the checks for two-level and for full shadow lie, and the bytes of each.
+    checks: [u64; 2],
+    each: u64,
+}
+
+/// What a round checks.
+#[derive(Clone, Copy)]
+struct Access {
+    /// Where the check's code lies.
+    check: u64,
+    /// The first address of the set, the size of the set, and the way through it.
+    base: u64,
+    set: u64,
+    step: u64,
+    /// Bytes, for `loadN`.
+    size: u64,
+}
+
+impl Guest {
+    /// With this shadow of the set's last granule.
+    fn new(kvm: &Kvm, kernel: &[u8], set: u64, last: u8) -> Result<Self> {
+        let [two_level, full] =
+            ["umbra_templates_two_level", "umbra_templates_full"].map(|name| Checks::new(kernel, name));
+        let (two_level, full) = (two_level?, full?);
+        let image = [code(), &two_level.code, &full.code].concat();
+        let file = one_segment(&image);
+        let config = MachineConfig { memory_bytes: layout::MIN_MEMORY, ..MachineConfig::default() };
+        let mut machine = Machine::new(kvm, config)?;
+        let start = machine.load(&Boot::new(&file, ""))?.entry.0;
+        for table in 0..2 + layout::BOOT_PDS {
+            for entry in 0..512 {
+                let gpa = GuestAddress(layout::BOOT_PML4 + table * layout::PAGE + 8 * entry);
+                let value = machine.ram().read_u64(gpa)?;
+                machine.ram().write(gpa, &(value | USER).to_le_bytes())?;
+            }
+        }
+        // Small pages, as behind the windows.
+        let map = |bytes, value| Map::new(bytes, value, false).context("no host memory for shadow");
+        let mut shadow = [
+            map(set >> PAGE_SHIFT, PAGE_VALID)?,
+            map(set >> PAGE_SHIFT, PAGE_BYTES)?,
+            map(set >> GRANULE_SHIFT, 0)?,
+        ];
+        shadow[2].set((set >> GRANULE_SHIFT) as usize - 1, last);
+        for (map, gpa) in
+            shadow.iter().zip([UNTYPED >> PAGE_SHIFT, BYTES >> PAGE_SHIFT, BYTES >> GRANULE_SHIFT])
+        {
+            let bytes = map.bytes();
+            // SAFETY: the guest may only read it, and the machine is dropped before it.
+            unsafe { machine.map(GuestAddress(gpa), bytes.as_ptr().cast_mut(), bytes.len() as u64, true) }?;
+        }
+        let mut vcpu = machine.create_vcpu(0)?;
+        let mut sregs = vcpu.sregs()?;
+        for segment in
+            [&mut sregs.cs, &mut sregs.ss, &mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs]
+        {
+            (segment.dpl, segment.selector) = (3, segment.selector | 3);
+        }
+        vcpu.set_sregs(&sregs)?;
+        let first = start + code().len() as u64;
+        let checks = [first, first + two_level.code.len() as u64];
+        Ok(Self { vcpu, _machine: machine, _shadow: shadow, checks, each: two_level.each as u64 })
+    }
+
+    /// The CPU's time of so many rounds.
+    fn run(&mut self, access: Access, rounds: u64) -> Result<f64> {
+        let Access { check, base, set, step, size } = access;
+        let mut regs = self.vcpu.regs()?;
+        (regs.rip, regs.rsp, regs.rflags) = (self.start() + LOOP, layout::BOOT_STACK, 2);
+        (regs.rbx, regs.r8, regs.r9, regs.r10) = (NOTHING, step, (set - 1) & !(GRANULE - 1), size);
+        (regs.r12, regs.r13, regs.r14) = (base, check, rounds);
+        self.vcpu.set_regs(&regs)?;
+        let begin = thread_cpu();
+        loop {
+            match self.vcpu.run()? {
+                VmExit::Interrupted => {}
+                VmExit::MmioWrite { gpa: GuestAddress(NOTHING), .. } => break,
+                other => bail!("a check in ring 3 did not come back: {other:?}"),
+            }
+        }
+        Ok((thread_cpu() - begin).as_nanos() as f64)
+    }
+
+    /// Nanoseconds of one round of each, the loop included: measured in turns, the median.
+    fn times<const N: usize>(
+        &mut self,
+        all: [Access; N],
+        (turns, rounds): (usize, u64),
+    ) -> Result<[Vec<f64>; N]> {
+        let mut times = [const { Vec::new() }; N];
+        for turn in 0..WARM + turns {
+            for (access, times) in all.iter().zip(&mut times) {
+                // The exit at the end is in both.
+                let time = self.run(*access, rounds + FEW)? - self.run(*access, FEW)?;
+                if turn >= WARM {
+                    times.push(time / rounds as f64);
+                }
+            }
+        }
+        Ok(times)
+    }
+
+    /// Where the image begins, with a bare `ret`.
+    fn start(&self) -> u64 {
+        self.checks[0] - code().len() as u64
+    }
+
+    /// The check of a name: for two-level shadow, or for a full one.
+    fn check(&self, name: &str, full: bool) -> Result<u64> {
+        let at = Checks::NAMES.iter().position(|known| *known == name).context("no such check")?;
+        Ok(self.checks[usize::from(full)] + at as u64 * self.each)
+    }
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// Measures. `tick` hears what is being done. Returns a table, too.
+///
+/// # Errors
+/// KVM refuses, or the kernel's checks are not as expected.
+pub fn figures(kernel: &[u8], tick: impl Fn(&str)) -> Result<(Vec<Figure>, String)> {
+    let kvm = Kvm::open()?;
+    tick("checks in ring 3");
+    let mut text = String::from(
+        "The guest runtime's own code (`guest/runtime/src/checks.rs`), taken out of the test kernel and called in a loop in a guest's ring 3, which a CPU\n\
+         executes on every host. Nanoseconds of a CPU for a round, the loop of ten instructions included: medians, measured in turns. The shadow is\n\
+         the host's memory in pages of 4 KiB, as behind the windows. (Allocations and what else changes shadow keep interrupts off, which ring 3\n\
+         cannot: their figures are instructions and exits.)\n\n",
+    );
+    text.push_str(&sizes(&mut Guest::new(&kvm, kernel, SMALL, VALID)?)?);
+    let mut all = Vec::new();
+    for (name, step) in [("at random", step::SCATTER), ("one after the other", step::GRANULES)] {
+        // Writing to a string does not fail.
+        let _ = write!(
+            text,
+            "\n### 8 bytes, {name}\n\n| working set | empty call | two-level, untyped | two-level, byte-checked | full | full to untyped |\n\
+             | --- | ---: | ---: | ---: | ---: | ---: |\n"
+        );
+        for set in SETS {
+            tick(&format!("checks in ring 3, {name}, in {} KiB", set >> 10));
+            let needed = (set >> GRANULE_SHIFT) + 2 * (set >> PAGE_SHIFT) + SPARE;
+            if needed > available_memory() {
+                let _ = writeln!(
+                    text,
+                    "| {} | SKIPPED: it needs {} MiB of host memory |",
+                    size(set),
+                    needed >> 20
+                );
+                continue;
+            }
+            let mut guest = Guest::new(&kvm, kernel, set, 0)?;
+            let of = |base, check| Access { check, base, set, step, size: 8 };
+            let (two_level, full) = (guest.check("load8", false)?, guest.check("load8", true)?);
+            let accesses =
+                [of(UNTYPED, guest.start()), of(UNTYPED, two_level), of(BYTES, two_level), of(BYTES, full)];
+            // Each page of shadow is met once, which is slow.
+            for access in &accesses[1..] {
+                guest
+                    .run(Access { step: step::SHADOW_PAGES, ..*access }, (set / step::SHADOW_PAGES).max(1))?;
+            }
+            let times = guest.times(accesses, if set <= SETS[1] { TURNS } else { FAR_TURNS })?;
+            let ratio =
+                |i: usize| median(times[i].iter().zip(&times[3]).map(|(time, full)| time / full).collect());
+            if step == step::SCATTER {
+                all.extend(ratios(set, ratio(1), ratio(2)));
+            }
+            let to_untyped = 1.0 / ratio(1);
+            let [empty, untyped, bytes, full] = times.map(median);
+            let _ = writeln!(
+                text,
+                "| {} | {empty:.2} | {untyped:.2} | {bytes:.2} | {full:.2} | {to_untyped:.2} |",
+                size(set)
+            );
+        }
+    }
+    Ok((all, text))
+}
+
+/// What the project holds itself to.
+fn ratios(set: u64, untyped: f64, bytes: f64) -> Vec<Figure> {
+    const GROUP: &str = "checks in a guest's ring 3, at random, time to that of full";
+    let [far, near, near_bytes] = LIMITS;
+    let figure = |name: &str, ratio, limit| {
+        Figure::new(GROUP, format!("{name}, {}", size(set)), ratio, "ratio")
+            .limit(limit)
+            .note("median of pairs measured in turns")
+    };
+    match set {
+        SMALL => vec![figure("untyped", untyped, near), figure("byte-checked", bytes, near_bytes)],
+        LARGE => vec![figure("untyped", untyped, far)],
+        _ => Vec::new(),
+    }
+}
+
+/// The checks of all sizes, of one address.
+fn sizes(guest: &mut Guest) -> Result<String> {
+    let mut text = String::from(
+        "| check | untyped | untyped, unaligned | byte-checked, whole granule | byte-checked, partial granule | full, whole granule | full, \
+         partial granule |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n",
+    );
+    let at = |check, base, size| Access { check, base, set: GRANULE, step: step::STAY, size };
+    let start = guest.start();
+    let [empty] = guest.times([at(start, UNTYPED, 0)], TURNS)?.map(median);
+    // Writing to a string does not fail.
+    let _ = writeln!(text, "| a bare `ret` | {empty:.2} | | | | | |");
+    let partial = BYTES + SMALL - GRANULE;
+    for (name, size) in Checks::NAMES.iter().zip([1, 2, 4, 8, 16, u64::from(VALID)]) {
+        let (two_level, full) = (guest.check(name, false)?, guest.check(name, true)?);
+        let any = *name == "loadN";
+        // What the fast paths let pass; the rest is for the model, which is not here.
+        let accesses = [
+            Some(at(two_level, UNTYPED, size)),
+            (size > 1).then(|| at(two_level, UNTYPED + 1, size)),
+            Some(at(two_level, BYTES, size)),
+            (size < GRANULE).then(|| at(two_level, partial, size)),
+            (!any).then(|| at(full, BYTES, size)),
+            (size < GRANULE && !any).then(|| at(full, partial, size)),
+        ];
+        let _ = write!(text, "| `__asan_{name}_noabort`{} |", if any { ", 5 bytes" } else { "" });
+        for access in accesses {
+            match access {
+                Some(access) => {
+                    let [time] = guest.times([access], TURNS)?.map(median);
+                    let _ = write!(text, " {time:.2} |");
+                }
+                None => text.push_str(" |"),
+            }
+        }
+        text.push('\n');
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_poisoned_does_not_pass() {
+        let Some(kernel) = umbra::kernel::test_kernel() else {
+            println!("SKIPPED: what_is_poisoned_does_not_pass: built without the test kernel");
+            return;
+        };
+        let Ok(kvm) = Kvm::open() else {
+            println!("SKIPPED: what_is_poisoned_does_not_pass: no KVM");
+            return;
+        };
+        let run = |last, offset, full| {
+            let mut guest = Guest::new(&kvm, kernel, SMALL, last).unwrap();
+            let check = guest.check("load4", full).unwrap();
+            let base = BYTES + SMALL - GRANULE + offset;
+            guest.run(Access { check, base, set: GRANULE, step: step::STAY, size: 4 }, 3)
+        };
+        for full in [false, true] {
+            assert!(run(VALID, 0, full).is_ok() && run(0, 4, full).is_ok());
+            assert!(run(VALID, 4, full).is_err() && run(0xfc, 0, full).is_err());
+        }
+    }
+
+    #[test]
+    fn another_kernel_is_refused() {
+        assert!(Checks::new(b"not a kernel", "umbra_templates_full").is_err());
+        let error = Checks::new(&one_segment(&[0x90]), "umbra_templates_full").err().unwrap();
+        assert!(error.to_string().contains("no symbol"), "{error}");
+    }
+}
