@@ -25,13 +25,17 @@ const UNITS: [&str; 4] = ["instructions", "exits", "exits/call", "KiB"];
 /// Memory of the machine that the trace was recorded on.
 const MEMORY: u64 = 24 << 30;
 
+/// Figures by group and name.
+type Held = BTreeMap<String, f64>;
+
 /// The file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Gate {
-    /// The compiler of the guest.
-    compiler: String,
-    /// The figures by group and name.
-    figures: BTreeMap<String, f64>,
+    /// What is measured without a guest.
+    natively: Held,
+    /// What guests do, by the compiler of the guest: another one makes other instructions.
+    guests: BTreeMap<String, Held>,
 }
 
 /// What a comparison came to, in sentences.
@@ -43,17 +47,24 @@ pub struct Compared {
     pub better: Vec<String>,
     /// Figures that are as they were.
     pub same: usize,
+    /// Why those of guests were not compared, if so.
+    pub skipped: Option<String>,
 }
 
 /// What can be measured here.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Measured {
-    /// The figures.
-    pub figures: Vec<Figure>,
-    /// The compiler of the guest; empty if no guest was asked.
-    pub compiler: String,
-    /// Why no guest was asked, if so.
-    pub skipped: Option<String>,
+    /// Figures without a guest.
+    pub natively: Vec<Figure>,
+    /// Figures of guests, and the guest's compiler; or why no guest was asked.
+    pub guests: Result<(String, Vec<Figure>), String>,
+}
+
+impl Measured {
+    /// How many figures there are.
+    pub fn count(&self) -> usize {
+        self.natively.len() + self.guests.as_ref().map_or(0, |(_, figures)| figures.len())
+    }
 }
 
 /// The compiler that a kernel's file names.
@@ -75,31 +86,28 @@ pub fn measure(tick: impl Fn(&str) + 'static) -> Result<Measured> {
     let kib = |name: &str, bytes: u64| {
         Figure::new("replay of the slice, two-level", name, bytes as f64 / 1024.0, "KiB")
     };
-    let mut measured = Measured {
-        figures: vec![
-            kib("page shadow", slice.page_bytes),
-            kib("byte shadow resident at the peak", slice.byte_peak_resident_bytes),
-            kib("byte shadow resident at the end", slice.byte_resident_bytes),
-            kib("byte shadow used at the peak", slice.byte_used_peak_bytes),
-        ],
-        ..Measured::default()
-    };
+    let natively = vec![
+        kib("page shadow", slice.page_bytes),
+        kib("byte shadow resident at the peak", slice.byte_peak_resident_bytes),
+        kib("byte shadow resident at the end", slice.byte_resident_bytes),
+        kib("byte shadow used at the peak", slice.byte_used_peak_bytes),
+    ];
+    Ok(Measured { natively, guests: guests(tick)? })
+}
+
+fn guests(tick: impl Fn(&str) + 'static) -> Result<Result<(String, Vec<Figure>), String>> {
     let Some(kernel) = umbra::kernel::test_kernel() else {
-        measured.skipped = Some("there is no test kernel in this build".into());
-        return Ok(measured);
+        return Ok(Err("there is no test kernel in this build".into()));
     };
-    match Meter::new(kernel.into(), None, Box::new(tick)) {
-        Err(error) => measured.skipped = Some(format!("{error:#}")),
-        Ok(meter) if !meter.counts() => {
-            measured.skipped = Some("this host does not count guest instructions".into());
-        }
+    Ok(match Meter::new(kernel.into(), None, Box::new(tick)) {
+        Err(error) => Err(format!("{error:#}")),
+        Ok(meter) if !meter.counts() => Err("this host does not count guest instructions".into()),
         Ok(meter) => {
-            measured.figures.extend(exact(&meter)?);
-            measured.compiler = compiler(kernel);
+            let mut figures = exact(&meter)?;
+            figures.retain(|figure| UNITS.contains(&figure.unit));
+            Ok((compiler(kernel), figures))
         }
-    }
-    measured.figures.retain(|figure| UNITS.contains(&figure.unit));
-    Ok(measured)
+    })
 }
 
 fn key(figure: &Figure) -> String {
@@ -116,37 +124,47 @@ impl Gate {
         serde_json::from_slice(&text).with_context(|| format!("{FILE} is damaged"))
     }
 
-    /// Holds what was measured from now on; what could not be measured stays as it was.
+    /// Holds what was measured from now on; what could not be measured, and what another compiler made, stays as it was.
     ///
     /// # Errors
     /// The file cannot be written.
     pub fn update(mut self, measured: &Measured) -> Result<()> {
-        if measured.skipped.is_none() {
-            self = Self { compiler: measured.compiler.clone(), figures: BTreeMap::new() };
+        let held = |figures: &[Figure]| figures.iter().map(|f| (key(f), f.measured)).collect();
+        self.natively = held(&measured.natively);
+        if let Ok((compiler, figures)) = &measured.guests {
+            self.guests.insert(compiler.clone(), held(figures));
         }
-        self.figures.extend(measured.figures.iter().map(|figure| (key(figure), figure.measured)));
         fs::write(FILE, serde_json::to_string_pretty(&self)? + "\n")
             .with_context(|| format!("cannot write {FILE}"))
-    }
-
-    /// Why the guest's figures cannot be compared, if so: another compiler makes other instructions.
-    pub fn foreign(&self, measured: &Measured) -> Option<String> {
-        let other = measured.skipped.is_none() && measured.compiler != self.compiler;
-        other.then(|| {
-            format!(
-                "the guest is compiled by {}, and the figures are held for {}",
-                measured.compiler, self.compiler
-            )
-        })
     }
 
     /// Compares.
     pub fn compare(&self, measured: &Measured) -> Compared {
         let mut compared = Compared::default();
-        for figure in &measured.figures {
+        compared.take(&self.natively, &measured.natively);
+        match &measured.guests {
+            Err(why) => compared.skipped = Some(why.clone()),
+            Ok((compiler, figures)) => match self.guests.get(compiler) {
+                Some(held) => compared.take(held, figures),
+                None => {
+                    let known: Vec<_> = self.guests.keys().map(String::as_str).collect();
+                    compared.skipped = Some(format!(
+                        "the guest is compiled by {compiler}, and figures are held for {}",
+                        if known.is_empty() { "no compiler".into() } else { known.join(", ") }
+                    ));
+                }
+            },
+        }
+        compared
+    }
+}
+
+impl Compared {
+    fn take(&mut self, held: &Held, measured: &[Figure]) {
+        for figure in measured {
             let (key, now) = (key(figure), figure.measured);
-            let Some(&held) = self.figures.get(&key) else {
-                compared.better.push(format!("new: {key}: {} {}", number(now), figure.unit));
+            let Some(&held) = held.get(&key) else {
+                self.better.push(format!("new: {key}: {} {}", number(now), figure.unit));
                 continue;
             };
             let percent = if held == now { 0.0 } else { (now - held) / held * 100.0 };
@@ -155,17 +173,14 @@ impl Gate {
             let _ = write!(said, "{:.1} %: {key}: {} {}, ", percent.abs(), number(now), figure.unit);
             let _ = write!(said, "{} held", number(held));
             match percent {
-                more if more > MORE => compared.worse.push(format!("worse by {said}")),
-                less if less < -MORE => compared.better.push(format!("better by {said}")),
-                _ => compared.same += 1,
+                more if more > MORE => self.worse.push(format!("worse by {said}")),
+                less if less < -MORE => self.better.push(format!("better by {said}")),
+                _ => self.same += 1,
             }
         }
-        if measured.skipped.is_none() {
-            let there = |key: &String| measured.figures.iter().any(|figure| self::key(figure) == *key);
-            let gone = self.figures.keys().filter(|key| !there(key));
-            compared.worse.extend(gone.map(|key| format!("not measured any more: {key}")));
-        }
-        compared
+        let there = |key: &String| measured.iter().any(|figure| self::key(figure) == *key);
+        let gone = held.keys().filter(|key| !there(key));
+        self.worse.extend(gone.map(|key| format!("not measured any more: {key}")));
     }
 }
 
@@ -177,22 +192,29 @@ mod tests {
         Figure::new("checks", name, measured, "instructions")
     }
 
+    fn held(figures: &[(&str, f64)]) -> Held {
+        figures.iter().map(|(name, value)| (format!("checks: {name}"), *value)).collect()
+    }
+
     #[test]
     fn two_percent_more_are_worse() {
-        let held = [("a", 100.0), ("b", 100.0), ("c", 100.0), ("gone", 1.0), ("zero", 0.0)];
-        let figures = held.map(|(name, value)| (format!("checks: {name}"), value)).into();
-        let gate = Gate { compiler: "rustc version 1".into(), figures };
-        let mut measured = Measured {
-            figures: [("a", 102.0), ("b", 102.5), ("c", 90.0), ("new", 1.0), ("zero", 1.0)]
-                .map(|(name, value)| figure(name, value))
+        let guests = held(&[("a", 100.0), ("b", 100.0), ("c", 100.0), ("gone", 1.0), ("zero", 0.0)]);
+        let gate = Gate {
+            natively: held(&[("bytes", 8.0)]),
+            guests: [("rustc version 1".to_owned(), guests), ("rustc version 3".to_owned(), Held::new())]
                 .into(),
-            compiler: "rustc version 1".into(),
-            skipped: None,
         };
+        let figures: Vec<_> = [("a", 102.0), ("b", 102.5), ("c", 90.0), ("new", 1.0), ("zero", 1.0)]
+            .map(|(name, value)| figure(name, value))
+            .into();
+        let of = |compiler: &str| Ok((compiler.to_owned(), figures.clone()));
+        let mut measured = Measured { natively: vec![figure("bytes", 9.0)], guests: of("rustc version 1") };
         let compared = gate.compare(&measured);
+        const NATIVELY: &str = "worse by 12.5 %: checks: bytes: 9 instructions, 8 held";
         assert_eq!(
             compared.worse,
             [
+                NATIVELY,
                 "worse by 2.5 %: checks: b: 102.50 instructions, 100 held",
                 "worse by inf %: checks: zero: 1 instructions, 0 held",
                 "not measured any more: checks: gone",
@@ -202,12 +224,17 @@ mod tests {
             compared.better,
             ["better by 10.0 %: checks: c: 90 instructions, 100 held", "new: checks: new: 1 instructions"]
         );
-        assert_eq!((compared.same, gate.foreign(&measured)), (1, None));
-        measured.compiler = "rustc version 2".into();
-        assert!(gate.foreign(&measured).unwrap().contains("rustc version 2"));
-        measured.skipped = Some("no KVM".into());
-        assert_eq!(gate.foreign(&measured), None);
-        assert!(!gate.compare(&measured).worse.iter().any(|said| said.contains("gone")));
+        assert_eq!((compared.same, compared.skipped), (1, None));
+        measured.guests = of("rustc version 2");
+        let compared = gate.compare(&measured);
+        let why = "the guest is compiled by rustc version 2, and figures are held for rustc version 1, rustc version 3";
+        assert_eq!(
+            (compared.worse.as_slice(), compared.skipped.as_deref()),
+            ([NATIVELY.into()].as_slice(), Some(why))
+        );
+        measured.guests = Err("no KVM".into());
+        let compared = gate.compare(&measured);
+        assert_eq!((compared.worse.len(), compared.skipped.as_deref()), (1, Some("no KVM")));
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod scale;
 mod start;
 mod workload;
 
+use std::fmt::Write as _;
 use std::fs;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -54,7 +55,7 @@ struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 40_000)]
     events: u64,
     /// With `scale`: how many guests to hold at once, as far as memory allows.
-    #[arg(long, value_name = "N", default_value = "24", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = GUESTS, value_parser = clap::value_parser!(u16).range(1..))]
     guests: u16,
     /// With `gate`: hold the figures as they are now.
     #[arg(long)]
@@ -73,6 +74,8 @@ struct Arguments {
 
 /// The slice that is in the repository.
 pub(crate) const SLICE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/traces/kernel-build-slice.kmt.zst");
+/// How many guests `scale` holds at once.
+const GUESTS: u16 = 24;
 /// Host memory that is left alone when a size is tried.
 const SPARE: u64 = 1 << 30;
 
@@ -267,20 +270,20 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
 
 /// Compares what repeats exactly with what is held, or holds it.
 fn compare(measured: &gate::Measured, update: bool) -> Result<ExitCode> {
-    if let Some(why) = &measured.skipped {
-        println!("SKIPPED: the gate of guests' figures: {why}");
-    }
     if update {
-        let gate = Gate::read().unwrap_or_default();
-        gate.update(measured)?;
-        println!("{} figures are held in benches/gate.json", measured.figures.len());
+        if let Err(why) = &measured.guests {
+            println!("SKIPPED: the figures of guests: {why}");
+        }
+        Gate::read().unwrap_or_default().update(measured)?;
+        println!("{} figures are held in benches/gate.json", measured.count());
         return Ok(ExitCode::SUCCESS);
     }
-    let gate = Gate::read()?;
-    if let Some(why) = gate.foreign(measured) {
-        println!("note: {why}: `cargo xtask bench gate --update` holds those of this one");
+    let compared = Gate::read()?.compare(measured);
+    if let Some(why) = &compared.skipped {
+        println!(
+            "SKIPPED: the figures of guests: {why} (`cargo xtask bench gate --update` holds those of this one)"
+        );
     }
-    let compared = gate.compare(measured);
     compared.worse.iter().chain(&compared.better).for_each(|said| println!("{said}"));
     println!(
         "{} figures within 2 % of those held, {} worse, {} better or new",
@@ -314,11 +317,18 @@ impl Arguments {
         bar: &ProgressBar,
         to: &mut Measured,
     ) -> Result<()> {
-        bar.suspend(|| println!("{part:?}: {host}\n{}", table(&figures)));
+        let skipped = || body.iter().flat_map(|body| body.lines()).filter(|line| line.contains("SKIPPED"));
+        bar.suspend(|| {
+            println!("{part:?}: {host}\n{}", table(&figures));
+            skipped().for_each(|line| println!("{line}"));
+        });
         if !self.keep {
             let mut command = format!("cargo xtask bench {}", part.word());
             if part == Part::Replay && self.trace.is_some() {
                 command.push_str(" --trace FILE");
+            }
+            if part == Part::Scale && self.guests != GUESTS {
+                let _ = write!(command, " --guests {}", self.guests);
             }
             let body = body.unwrap_or_default() + "\n" + &markdown(&figures);
             let (name, title) = part.section();

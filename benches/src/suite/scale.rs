@@ -70,7 +70,7 @@ fn sizes(program: &Program, write: bool, tick: &impl Fn(&str)) -> Result<String>
                 // Writing to a string does not fail.
                 let _ = writeln!(
                     skipped,
-                    "\nSKIPPED: a guest of {} MiB with a full shadow: it needs {} MiB of host memory, and {} MiB are available.",
+                    "\nSKIPPED: a guest of {} MiB, shadow {shadow}: it needs {} MiB of host memory, and {} MiB are available.",
                     number((memory >> 20) as f64),
                     number((needed >> 20) as f64),
                     number((available_memory() >> 20) as f64),
