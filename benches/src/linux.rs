@@ -12,8 +12,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 use umbra_tests::linux::{initrd, kernel};
 
-use crate::figure::{Figure, Verdict, table};
+use crate::figure::{Figure, Verdict, markdown, table};
 use crate::program::Program;
+use crate::results::Section;
 use crate::suite::{FOLDER, Host};
 
 /// What Linux says before its first program.
@@ -21,13 +22,22 @@ const INIT: &[u8] = b"Run /init as init process";
 /// That program: `1: jmp 1b`.
 const SPIN: [u8; 2] = [0xeb, 0xfe];
 /// No boot takes as long.
-const LIMIT: Duration = Duration::from_secs(900);
+const LIMIT: Duration = Duration::from_secs(1800);
 /// How often the console is looked at.
 const LOOK: Duration = Duration::from_millis(5);
 const MIB: f64 = 1_048_576.0;
 const BOOT: &str = "the small Linux in 128 MiB, one CPU, unchecked, to the start of /init";
+/// The other kernel, as its package has it.
+const STOCK: &str = "Debian's own kernel (bzImage) in 256 MiB, one CPU, unchecked, to the start of /init";
+/// What the page says before the figures.
+const ABOUT: &str = "\
+`vmlinux` of `cargo xtask linux` (`guest/linux/config/small.config` on top of `tinyconfig`), started without a boot loader, until its
+console says that it starts `/init`; and Debian's kernel the same way. Umbra's command line is its own default, which is longer where ring 0 is emulated
+(`vmm/src/machine/loader/linux.rs`). QEMU is Debian's, with the same kernel and initrd, and `console=ttyS0 panic=-1`; what it cannot boot
+has the reason beside it. All seconds are by the clock, and begin with the program's start.
+";
 
-/// Measures what it costs to boot Linux. Exit status: 0, 1 when a figure is over its limit, 2 when something cannot be
+/// Measures what it costs to boot Linux; BENCHMARKS.md gets it too. Exit status: 0, 1 when a figure is over its limit, 2 when something cannot be
 /// measured.
 #[derive(Parser)]
 #[command(name = "linux")]
@@ -35,6 +45,9 @@ struct Arguments {
     /// Only Umbra.
     #[arg(long)]
     no_qemu: bool,
+    /// Leave BENCHMARKS.md, and the files that it is made of, as they are.
+    #[arg(long)]
+    keep: bool,
     /// Given by cargo.
     #[arg(long, hide = true)]
     bench: bool,
@@ -66,34 +79,82 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     bar.set_message("building umbra");
     let program = Program::build(folder)?;
     bar.set_message("booting Linux by umbra");
-    let (mut figures, counted) = umbra(&program, &image, &initrd_file, folder)?;
-    if !arguments.no_qemu {
-        for accel in ["kvm", "tcg"] {
+    let small = Booted { group: BOOT, kernel: &image, memory: "128M", initrd: &initrd_file, folder };
+    let (mut figures, counted) = umbra(&program, &small)?;
+    let qemus = |booted: &Booted| -> Vec<Figure> {
+        let accels: &[_] = if arguments.no_qemu { &[] } else { &["kvm", "tcg"] };
+        let boot = |accel: &&str| {
             bar.set_message(format!("booting Linux by QEMU, {accel}"));
-            figures.push(qemu(accel, &image, &initrd_file, folder));
-        }
+            qemu(accel, booted)
+        };
+        accels.iter().map(boot).collect()
+    };
+    figures.extend(qemus(&small));
+    let stock = kernel("debian/bzImage");
+    if stock.exists() {
+        bar.set_message("booting Debian's Linux by umbra");
+        let stock = Booted { group: STOCK, kernel: &stock, memory: "256M", ..small };
+        figures.extend(debian(&program, &stock)?);
+        figures.extend(qemus(&stock));
     }
     bar.finish_and_clear();
-    println!("{}", Host::new(Some(counted)));
-    print!("{}", table(&figures));
+    let host = Host::new(Some(counted)).to_string();
+    println!("{host}\n{}", table(&figures).trim_end());
     let file = folder.join("linux.json");
     fs::write(&file, serde_json::to_string_pretty(&figures)? + "\n")
         .with_context(|| format!("cannot write {}", file.display()))?;
+    // A part of the figures is not the page's.
+    if !arguments.keep && !arguments.no_qemu {
+        Section {
+            name: "40-linux-boot",
+            title: "Booting Linux",
+            command: "cargo xtask bench linux",
+            host,
+            body: ABOUT.to_owned() + &markdown(&figures),
+        }
+        .write()?;
+    }
     Ok(ExitCode::from(u8::from(figures.iter().any(|figure| figure.verdict == Verdict::Over))))
 }
 
-/// Boots by Umbra. Returns whether the host counts guest instructions, too.
-fn umbra(program: &Program, image: &Path, initrd: &Path, folder: &Path) -> Result<(Vec<Figure>, bool)> {
+/// What is booted.
+#[derive(Clone, Copy)]
+struct Booted<'a> {
+    group: &'static str,
+    kernel: &'a Path,
+    memory: &'static str,
+    initrd: &'a Path,
+    /// Gets the logs.
+    folder: &'a Path,
+}
+
+/// Boots by Umbra. Returns `--stats` and the seconds to the first program.
+fn run_umbra(program: &Program, booted: &Booted) -> Result<(Value, f64)> {
+    let &Booted { kernel, memory, initrd, folder, .. } = booted;
     let stats_file = folder.join("linux-stats.json");
     let mut command = Command::new(program.path());
-    command.arg("run").arg(image).args(["--memory=128M", "--shadow=off", "--timeout=none"]);
-    command.arg("--cmdline=panic=-1").arg("--initrd").arg(initrd).arg("--stats").arg(&stats_file);
+    command.arg("run").arg(kernel).args(["--shadow=off", "--timeout=none", "--memory", memory]);
+    command.arg("--initrd").arg(initrd).arg("--stats").arg(&stats_file);
     let (mut child, seconds) = boot(&mut command, &folder.join("linux-umbra"))?;
     let typed = child.stdin.as_mut().context("no standard input")?;
     std::io::Write::write_all(typed, b"\x01x").context("umbra does not read")?;
     let status = child.wait().context("cannot wait for umbra")?;
     ensure!(status.code() == Some(130), "umbra ended with {status}");
-    let stats: Value = serde_json::from_slice(&fs::read(&stats_file).context("no --stats")?)?;
+    let stats = serde_json::from_slice(&fs::read(&stats_file).context("no --stats")?)?;
+    Ok((stats, seconds))
+}
+
+/// Debian's kernel, by Umbra.
+fn debian(program: &Program, booted: &Booted) -> Result<Vec<Figure>> {
+    let (stats, seconds) = run_umbra(program, booted)?;
+    let counted = stats.pointer("/guest/instructions").and_then(Value::as_f64);
+    let counted = counted.map(|count| Figure::new(STOCK, "guest instructions", count / 1e6, "million"));
+    Ok(counted.into_iter().chain([Figure::new(STOCK, "umbra (KVM)", seconds, "s")]).collect())
+}
+
+/// The small kernel, by Umbra. Returns whether the host counts guest instructions, too.
+fn umbra(program: &Program, booted: &Booted) -> Result<(Vec<Figure>, bool)> {
+    let (stats, seconds) = run_umbra(program, booted)?;
     let number = |path: &str| {
         stats.pointer(path).and_then(Value::as_f64).with_context(|| format!("--stats has no {path}"))
     };
@@ -112,21 +173,22 @@ fn umbra(program: &Program, image: &Path, initrd: &Path, folder: &Path) -> Resul
 }
 
 /// Boots by QEMU, which may not be able to.
-fn qemu(accel: &str, image: &Path, initrd: &Path, folder: &Path) -> Figure {
+fn qemu(accel: &str, booted: &Booted) -> Figure {
+    let &Booted { group, kernel, memory, initrd, folder } = booted;
     let mut command = Command::new("qemu-system-x86_64");
     let cpu = if accel == "kvm" { "host" } else { "max" };
-    command.args(["-accel", accel, "-cpu", cpu, "-m", "128", "-nodefaults", "-display", "none"]);
+    command.args(["-accel", accel, "-cpu", cpu, "-m", memory, "-nodefaults", "-display", "none"]);
     command.args(["-serial", "stdio", "-no-reboot", "-append", "console=ttyS0 panic=-1"]);
-    command.arg("-kernel").arg(image).arg("-initrd").arg(initrd);
+    command.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
     let name = format!("QEMU ({})", accel.to_uppercase());
     match boot(&mut command, &folder.join(format!("linux-qemu-{accel}"))) {
         Ok((mut child, seconds)) => {
             // It may have ended by itself.
             let _ = child.kill();
             let _ = child.wait();
-            Figure::new(BOOT, name, seconds, "s")
+            Figure::new(group, name, seconds, "s")
         }
-        Err(error) => Figure::new(BOOT, name, f64::NAN, "s").note(format!("{error:#}")),
+        Err(error) => Figure::new(group, name, f64::NAN, "s").note(format!("{error:#}")),
     }
 }
 

@@ -121,6 +121,21 @@ fn boots(umbra: Umbra) -> Run {
     run
 }
 
+fn elf_32m_boots() {
+    has(&boots(linux("small/vmlinux", &SPIN).args("--memory 32M")), 32, 1);
+}
+
+/// Linux takes no more of them than it needs, for it would make a page descriptor for each page.
+fn of_64g_linux_is_told_and_the_host_keeps_them() {
+    let umbra = linux("small/vmlinux", &SPIN).args("--memory 64G").arg("--cmdline=mem=64M");
+    let run = boots(umbra);
+    let console = console(&run);
+    for range in ["0000000000100000-0x00000000bfffffff", "0000000100000000-0x000000103fffffff"] {
+        assert!(console.contains(&format!("BIOS-e820: [mem 0x{range}] usable")), "no {range}:\n{console}");
+    }
+    assert!(run.figure("/host/rss_peak_bytes") < 128 << 20, "{}", run.stats);
+}
+
 fn bzimage_128m_unpacks_itself() {
     let run = boots(linux("small/bzImage", &SPIN).args("--memory 128M --boot bzimage"));
     has(&run, 128, 1);
@@ -191,6 +206,12 @@ fn main() -> ExitCode {
     let mut suite = Suite::default();
     let small = need("small/vmlinux");
     suite.add("elf_64m_panics", &small, elf_64m_panics);
+    suite.add("elf_32m_boots", &small, elf_32m_boots);
+    suite.add(
+        "of_64g_linux_is_told_and_the_host_keeps_them",
+        &small,
+        of_64g_linux_is_told_and_the_host_keeps_them,
+    );
     suite.add("elf_two_cpus_256m_reboots", &small, elf_two_cpus_256m_reboots);
     suite.add("pvh_5g_switches_itself_off", &small, pvh_5g_switches_itself_off);
     suite.add(
@@ -219,11 +240,9 @@ fn main() -> ExitCode {
             Err(error) => Some(error),
         });
     suite.add("a_program_runs_to_its_end", &small.and(&programs), a_program_runs_to_its_end);
-    // Where ring 0 is emulated it takes from ten minutes to over half an hour.
-    let long = Need::long("it may take half an hour: `UMBRA_LONG_TESTS=1 cargo xtask test debians` runs it");
     suite.add(
         "debians_kernel_reaches_its_first_program",
-        &need("debian/bzImage").and(&long),
+        &need("debian/bzImage"),
         debians_kernel_reaches_its_first_program,
     );
     suite.run()

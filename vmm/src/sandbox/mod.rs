@@ -32,7 +32,7 @@ use umbra_shadow::abi::redzone;
 use vm_memory::GuestAddress;
 
 use crate::machine::devices::{COM1_IRQ, Devices};
-use crate::machine::loader::{Boot, Emulated, LoadError, Protocol, is_linux, with_defaults};
+use crate::machine::loader::{Boot, Emulated, LoadError, Protocol, is_bzimage, is_linux, with_defaults};
 use crate::machine::memory::Ram;
 use crate::machine::stats::{Counters, emulates_ring0, tsc_khz};
 use crate::machine::{Kvm, Machine, MachineConfig, MachineError, SlotId, layout};
@@ -320,7 +320,8 @@ pub fn run(
     let emulated = (linux || config.count_instructions) && is_emulated(&kvm);
     let cmdline = if linux {
         // Where it is not known, nothing is made of it.
-        let host = emulated.then(|| Emulated { tsc_khz: tsc_khz(&kvm).unwrap_or(0) });
+        let host =
+            emulated.then(|| Emulated { tsc_khz: tsc_khz(&kvm).unwrap_or(0), bzimage: is_bzimage(&kernel) });
         with_defaults(&config.cmdline, host)
     } else {
         config.cmdline.clone()

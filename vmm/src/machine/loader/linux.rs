@@ -7,6 +7,11 @@ const DEFAULTS: [&str; 3] = ["console=ttyS0", "reboot=k", "panic=-1"];
 /// each call and each return is longer and which protect nobody in a guest with one user; and the self-tests of ciphers, which are
 /// more than all else that a distribution's kernel does until its first program. Nor is what takes long stuck there.
 const EMULATED: [&str; 3] = ["mitigations=off", "cryptomgr.notests", "nosoftlockup"];
+/// And what only bzImages get, which are distributions' kernels more often than not. In front of their first program nearly half of all
+/// instructions are for who will trace functions and events: weak functions are looked for, the names of constants put into
+/// formats, and thousands of files made. A kernel without these has nothing of it but the work of a look at the list.
+const EMULATED_BZIMAGE: &str =
+    "initcall_blacklist=ftrace_check_for_weak_functions,trace_eval_init,tracer_init_tracefs";
 /// And a clock that is slower than the world's, so that ticks and time-outs come at a rate that fits the instructions: the
 /// time-stamp counter, taken for faster than it is.
 const SLOW_CLOCK: [&str; 2] = ["no-kvmclock", "tsc=reliable"];
@@ -15,11 +20,13 @@ const SLOWER: u32 = 6;
 /// The fastest counter whose delays Linux computes without overflow: four times 2^32 Hz (arch/x86/lib/delay.c).
 const MAX_TSC_KHZ: u32 = 17_000_000;
 
-/// A host that emulates ring 0.
+/// A host that emulates ring 0, and what it is to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Emulated {
     /// The guest's time-stamp counter, in kHz; 0: not known.
     pub tsc_khz: u32,
+    /// The kernel is a bzImage.
+    pub bzimage: bool,
 }
 
 impl Emulated {
@@ -42,6 +49,7 @@ pub fn with_defaults(cmdline: &str, emulated: Option<Emulated>) -> String {
     let mut words: Vec<_> = DEFAULTS.map(str::to_owned).into();
     if let Some(host) = emulated {
         words.extend(EMULATED.map(str::to_owned));
+        words.extend(host.bzimage.then(|| EMULATED_BZIMAGE.to_owned()));
         if let Some(khz) = host.apparent_tsc_khz() {
             words.extend(SLOW_CLOCK.map(str::to_owned));
             words.push(format!("tsc_early_khz={khz}"));
@@ -73,7 +81,7 @@ mod tests {
 
     #[test]
     fn an_emulated_kernel_gets_more() {
-        let given = |cmdline, tsc_khz| with_defaults(cmdline, Some(Emulated { tsc_khz }));
+        let given = |cmdline, tsc_khz| with_defaults(cmdline, Some(Emulated { tsc_khz, bzimage: false }));
         let first = "console=ttyS0 reboot=k panic=-1 mitigations=off cryptomgr.notests nosoftlockup";
         let slow = "no-kvmclock tsc=reliable tsc_early_khz";
         assert_eq!(given("", 2_600_000), format!("{first} {slow}=15600000"));
@@ -86,5 +94,8 @@ mod tests {
             "console=ttyS0 reboot=k panic=-1 cryptomgr.notests no-kvmclock tsc=reliable \
              mitigations=auto nosoftlockup tsc_early_khz=5 a"
         );
+        let bzimage = |cmdline| with_defaults(cmdline, Some(Emulated { tsc_khz: 0, bzimage: true }));
+        assert_eq!(bzimage("a"), format!("{first} {EMULATED_BZIMAGE} a"));
+        assert_eq!(bzimage("initcall_blacklist= a"), format!("{first} initcall_blacklist= a"));
     }
 }

@@ -181,6 +181,11 @@ pub fn is_linux(image: &[u8]) -> bool {
     bzimage::is_one(image) || elf::has_linux_banner(image)
 }
 
+/// Whether a kernel file is a Linux bzImage, by its header.
+pub fn is_bzimage(image: &[u8]) -> bool {
+    bzimage::is_one(image)
+}
+
 /// Checks what `boot` names, loads it into `ram`, and writes what the kernel starts from.
 pub fn load(ram: &Ram, boot: &Boot) -> Result<LoadedKernel, LoadError> {
     let &Boot { image, cmdline, initrd, protocol, unpack } = boot;
