@@ -2,6 +2,8 @@
 //!
 //! What is not mapped is only checked: the access itself would fault, as it does in Linux.
 
+use core::arch::asm;
+
 use super::{opaque, read, scenarios, write};
 use crate::vmalloc::{direct, vfree, vmalloc};
 
@@ -12,7 +14,38 @@ unsafe extern "C" {
     fn __asan_storeN_noabort(at: u64, n: u64);
 }
 
+/// Calls `body` on the stack whose end is `top`, where its frame chain ends.
+///
+/// # Safety
+/// Nobody else uses that stack.
+#[inline(always)]
+unsafe fn call_on(top: u64, body: extern "C" fn()) {
+    // SAFETY: the caller's promise; `body` keeps r12.
+    unsafe {
+        asm!("push rbp", "mov r12, rsp", "xor ebp, ebp", "mov rsp, {}", "call {}", "mov rsp, r12", "pop rbp",
+             in(reg) top, in(reg) body, out("r12") _, clobber_abi("C"));
+    }
+}
+
+extern "C" fn vmalloc_stack_user() {
+    let mut array = [0u8; 10];
+    let p = opaque(&raw mut array) as u64;
+    write(p + 9, 1);
+    read(p + 10);
+}
+
 scenarios! {
+    vmalloc_stack, "stack-out-of-bounds Read 1 -", "reads behind an array on a stack in virtual memory", {
+        const BYTES: u64 = 16 << 10;
+        let Some(stack) = vmalloc(BYTES) else { return };
+        umbra_guest::stack_alloc(stack, BYTES);
+        // SAFETY: the stack was made for this.
+        unsafe { call_on(stack + BYTES, vmalloc_stack_user) };
+        umbra_guest::stack_free(stack, BYTES);
+        write(stack + BYTES - 1, 0);
+        vfree(stack);
+    }
+
     vmalloc_oob, "vmalloc-out-of-bounds Read 1 2035;vmalloc-out-of-bounds Read 1 2040",
     "reads behind what was asked for, in the same page", {
         let size = 4096 / 2 - 8 - 5;
