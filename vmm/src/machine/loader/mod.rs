@@ -14,7 +14,7 @@ mod tests;
 mod unpack;
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
@@ -171,7 +171,9 @@ pub fn read_file(what: &'static str, path: &Path) -> Result<Vec<u8>, LoadError> 
     if meta.len() > MAX_IMAGE {
         return Err(LoadError::TooLarge { what, bytes: meta.len() });
     }
+    // As large as it will be: growing would take twice as much for a while.
     let mut image = Vec::new();
+    image.try_reserve_exact(meta.len() as usize + 1).map_err(|error| fail(io::Error::other(error)))?;
     file.take(MAX_IMAGE).read_to_end(&mut image).map_err(fail)?;
     Ok(image)
 }

@@ -13,7 +13,7 @@ use object::read::ReadCacheOps;
 /// Bytes that are read from disk at once.
 const BLOCK: usize = 4096;
 /// Blocks that are kept, each in the one place that its number gives it.
-const BLOCKS: usize = 64;
+const BLOCKS: usize = 32;
 
 /// A file.
 #[derive(Debug)]

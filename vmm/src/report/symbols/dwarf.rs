@@ -1,5 +1,6 @@
 //! The debug information: source lines, and functions inlined into others.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +14,8 @@ use super::table::Elf;
 
 /// What one lookup may take. The first in a large unit parses that unit, which takes a part of a second.
 const TIME: Duration = Duration::from_secs(5);
+/// Lookups after which what was parsed for them is dropped: it grows with each part of the kernel that one falls into.
+const LOOKUPS_MAX: u32 = 48;
 /// Inlined functions that are told of one address.
 const DEPTH_MAX: usize = 64;
 
@@ -42,6 +45,7 @@ pub(super) struct Found {
 pub(super) struct Dwarf {
     context: Context<Reader>,
     limits: Arc<Limits>,
+    lookups: Cell<u32>,
 }
 
 impl Dwarf {
@@ -49,17 +53,16 @@ impl Dwarf {
     ///
     /// # Errors
     /// A sentence that says why there are no lines.
-    pub(super) fn open(file: &Arc<Blocks>, elf: &Elf) -> Result<Self, String> {
+    pub(super) fn open(limits: Arc<Limits>, file: &Blocks, elf: &Elf) -> Result<Self, String> {
         section(elf, file.len(), ".debug_info")?
             .ok_or("the kernel has no debug information (.debug_info): frames have no source lines")?;
-        let limits = Arc::new(Limits::new(file.clone()));
         limits.start(TIME);
         let sections = gimli::Dwarf::load(|id| {
             Ok::<_, String>(Reader::new(&limits, section(elf, file.len(), id.name())?.unwrap_or_default()))
         })?;
         let context = Context::from_dwarf(sections)
             .map_err(|e| format!("the debug information cannot be read: {e}"))?;
-        Ok(Self { context, limits })
+        Ok(Self { context, limits, lookups: Cell::new(0) })
     }
 
     /// The budget is used up; nothing more will be found.
@@ -67,9 +70,21 @@ impl Dwarf {
         self.limits.exhausted()
     }
 
+    /// It has grown, and there is budget enough to open it anew.
+    pub(super) fn has_grown(&self) -> bool {
+        self.lookups.get() >= LOOKUPS_MAX && self.limits.plenty()
+    }
+
+    /// Lookups since it was opened.
+    #[cfg(test)]
+    pub(super) fn lookups(&self) -> u32 {
+        self.lookups.get()
+    }
+
     /// What is known of the instruction at `address`.
     pub(super) fn find(&self, address: u64) -> Found {
         self.limits.start(TIME);
+        self.lookups.set(self.lookups.get().saturating_add(1));
         let mut found = Found::default();
         let mut die = None;
         let complete = resolve(self.context.find_frames(address)).and_then(|mut frames| {

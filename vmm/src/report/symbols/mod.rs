@@ -23,6 +23,7 @@ use object::ReadCache;
 pub use self::contents::Contents;
 use self::contents::{Blocks, Cursor};
 use self::dwarf::{Dwarf, Found, Source};
+use self::reader::Limits;
 use self::table::{Elf, Entry, Tables};
 use self::variables::Variables;
 use super::{Frame, Variable};
@@ -75,12 +76,25 @@ pub struct Symbols {
     notes: RefCell<Vec<String>>,
 }
 
+/// The debug information that lines come from.
+#[derive(Default)]
+enum Lines {
+    /// Not opened yet, or closed because it had grown.
+    #[default]
+    Closed,
+    /// There is none.
+    Missing,
+    /// Open.
+    Open(Box<Dwarf>),
+}
+
 /// The kernel's file, once it was needed.
 struct File {
     contents: Arc<Contents>,
     blocks: Arc<Blocks>,
     symbols: Tables,
-    dwarf: OnceCell<Option<Dwarf>>,
+    limits: Arc<Limits>,
+    dwarf: RefCell<Lines>,
     variables: OnceCell<Option<Variables>>,
 }
 
@@ -234,7 +248,15 @@ impl Symbols {
 
     fn find_sources(&self, probe: u64) -> Found {
         // No code lies at the last address, and addr2line computes the one after it.
-        let Some(dwarf) = self.dwarf().filter(|_| probe < u64::MAX) else { return Found::default() };
+        let Some(file) = self.file().filter(|_| probe < u64::MAX) else { return Found::default() };
+        let mut lines = file.dwarf.borrow_mut();
+        if matches!(&*lines, Lines::Open(dwarf) if dwarf.has_grown()) {
+            *lines = Lines::Closed;
+        }
+        if matches!(*lines, Lines::Closed) {
+            *lines = self.open_dwarf(file).map_or(Lines::Missing, |dwarf| Lines::Open(Box::new(dwarf)));
+        }
+        let Lines::Open(dwarf) = &*lines else { return Found::default() };
         // The crates that parse it are made for hostile input, but a panic of theirs must not cost the finding.
         let mut found = catch_unwind(AssertUnwindSafe(|| dwarf.find(probe))).unwrap_or_else(|_| {
             let error = Some(CORRUPT.into());
@@ -262,18 +284,19 @@ impl Symbols {
     fn open(&self, contents: Contents) -> File {
         let contents = Arc::new(contents);
         let blocks = Arc::new(Blocks::new(contents.clone()));
+        let limits = Arc::new(Limits::new(blocks.clone()));
         let (symbols, dwarf) = match parse(&contents, Tables::read) {
-            Ok(symbols) => (symbols, OnceCell::new()),
+            Ok(symbols) => (symbols, RefCell::default()),
             Err(error) => {
                 self.note(format!("the kernel's file is no complete 64-bit ELF: {error}"));
-                let symbols = Tables::default();
-                return File { contents, blocks, symbols, dwarf: None.into(), variables: None.into() };
+                let (symbols, dwarf) = (Tables::default(), Lines::Missing.into());
+                return File { contents, blocks, symbols, limits, dwarf, variables: None.into() };
             }
         };
         if symbols.functions.is_empty() {
             self.note("the kernel has no symbol table (it is stripped): frames have addresses only".into());
         }
-        File { contents, blocks, symbols, dwarf, variables: OnceCell::new() }
+        File { contents, blocks, symbols, limits, dwarf, variables: OnceCell::new() }
     }
 
     /// A damaged file has its note by the frames, which each finding has.
@@ -284,15 +307,10 @@ impl Symbols {
         file.variables.get_or_init(open).as_ref()
     }
 
-    fn dwarf(&self) -> Option<&Dwarf> {
-        let file = self.file()?;
-        let open = || {
-            let open = || parse(&file.contents, |elf| Dwarf::open(&file.blocks, elf)).ok();
-            let opened =
-                catch_unwind(AssertUnwindSafe(open)).unwrap_or_else(|_| Some(Err(CORRUPT.into())))?;
-            opened.map_err(|why| self.note(why)).ok()
-        };
-        file.dwarf.get_or_init(open).as_ref()
+    fn open_dwarf(&self, file: &File) -> Option<Dwarf> {
+        let open = || parse(&file.contents, |elf| Dwarf::open(file.limits.clone(), &file.blocks, elf)).ok();
+        let opened = catch_unwind(AssertUnwindSafe(open)).unwrap_or_else(|_| Some(Err(CORRUPT.into())))?;
+        opened.map_err(|why| self.note(why)).ok()
     }
 }
 

@@ -34,6 +34,7 @@ const READS_PER_TICK: u64 = 256;
 /// What all readers of one file share.
 pub(super) struct Limits {
     file: Arc<Blocks>,
+    reads: u64,
     reads_left: AtomicU64,
     /// An address on the stack of the function that began the lookup.
     stack: AtomicUsize,
@@ -47,9 +48,11 @@ pub(super) struct Limits {
 impl Limits {
     pub(super) fn new(file: Arc<Blocks>) -> Self {
         let reads = (file.len() as u64).saturating_mul(READS_PER_BYTE).saturating_add(READS_BASE);
+        let reads = reads.min(READS_MAX);
         Self {
             file,
-            reads_left: AtomicU64::new(reads.min(READS_MAX)),
+            reads,
+            reads_left: AtomicU64::new(reads),
             stack: AtomicUsize::new(0),
             epoch: Instant::now(),
             deadline: AtomicU64::new(0),
@@ -67,6 +70,11 @@ impl Limits {
     /// The budget of the file is used up, or a lookup took too long: no read will work from now on.
     pub(super) fn exhausted(&self) -> bool {
         self.reads_left.load(Relaxed) == 0
+    }
+
+    /// More than half of the file's budget is left.
+    pub(super) fn plenty(&self) -> bool {
+        self.reads_left.load(Relaxed) > self.reads / 2
     }
 
     /// The file, or a part of it, could not be read.

@@ -103,6 +103,27 @@ fn a_c_kernel_has_names_lines_and_inlined_functions() {
 }
 
 #[test]
+fn what_was_parsed_is_dropped_after_many_lookups_and_parsed_anew() {
+    let bytes = kernel();
+    let (start, size) = symbol(&bytes, "store");
+    let symbols = from_disk(bytes.clone());
+    let opened_with = |n: u64| {
+        // Elsewhere there is nothing, but each is a lookup.
+        (0..n).for_each(|i| drop(symbols.frames(i, Position::Instruction)));
+        let lines = symbols.file().unwrap().dwarf.borrow();
+        let Lines::Open(dwarf) = &*lines else { panic!("it is open") };
+        dwarf.lookups()
+    };
+    assert_eq!(u64::from(opened_with(20)), 20);
+    assert!(opened_with(500) < 480);
+    for ip in start..start + size {
+        let fresh = Symbols::from_elf(bytes.clone()).frames(ip, Position::Return);
+        assert_eq!(symbols.frames(ip, Position::Return), fresh);
+    }
+    assert_eq!(symbols.notes(), [""; 0]);
+}
+
+#[test]
 fn a_return_address_belongs_to_the_caller() {
     let bytes = kernel();
     let (start, size) = symbol(&bytes, "leave");
