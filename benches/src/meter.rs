@@ -243,21 +243,13 @@ impl Meter {
     /// # Errors
     /// As [`Meter::run`].
     pub fn cost(&self, mode: Mode, words: &[Word]) -> Result<Vec<f64>> {
-        self.cost_between(mode, words, ROUNDS)
-    }
-
-    /// [`Meter::cost`] by the difference of two numbers of rounds.
-    ///
-    /// # Errors
-    /// As [`Meter::run`].
-    pub fn cost_between(&self, mode: Mode, words: &[Word], rounds: [u64; 2]) -> Result<Vec<f64>> {
         if !self.counts {
             return words.iter().map(|word| self.clock(mode, word, self.clock_rounds)).collect();
         }
-        let [low, high] = rounds;
+        let [low, high] = ROUNDS;
         let mut costs = Vec::with_capacity(words.len());
         for batch in words.chunks(BATCH) {
-            let line: Vec<_> = batch.iter().flat_map(|word| rounds.map(|rounds| word.with(rounds))).collect();
+            let line: Vec<_> = batch.iter().flat_map(|word| ROUNDS.map(|rounds| word.with(rounds))).collect();
             let between = self.bench(mode, &line)?.between;
             ensure!(between.len() == line.len(), "some of these did not run: {}", line.join(" "));
             costs.extend(between.chunks(2).map(|pair| {
@@ -265,6 +257,24 @@ impl Meter {
             }));
         }
         Ok(costs)
+    }
+
+    /// [`Meter::cost`] of a word whose first rounds cost something else: by the difference of two numbers of rounds, each in a
+    /// guest of its own, which has done nothing before.
+    ///
+    /// # Errors
+    /// As [`Meter::run`].
+    pub fn later_cost(&self, mode: Mode, word: &Word, [low, high]: [u64; 2]) -> Result<f64> {
+        if !self.counts {
+            return self.clock(mode, word, self.clock_rounds);
+        }
+        let instructions = |rounds| {
+            let run = self.bench(mode, &[word.with(rounds)])?;
+            Ok::<_, anyhow::Error>(
+                run.between.first().context("the benchmark did not run")?.instructions as f64,
+            )
+        };
+        Ok((instructions(high)? - instructions(low)?) / (high - low) as f64)
     }
 
     /// Nanoseconds of one round by the clock, the least of several tries.

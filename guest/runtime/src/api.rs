@@ -176,7 +176,33 @@ fn allocated_slowly(address: u64, bytes: u64, slot: u64, redzone: u8) -> (u8, u3
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn umbra_free(address: u64, start: u64, slot: u64, code: u8) -> bool {
-    free(address, start, slot, code, 0, 0, frame_pointer())
+    let mode = state::mode();
+    if mode == 0 {
+        return true;
+    }
+    free_now(mode, address, start, slot, code, frame_pointer())
+}
+
+/// [`umbra_free`] with checks on; `fp` is the frame of what was called.
+#[inline(always)]
+fn free_now(mode: u32, address: u64, start: u64, slot: u64, code: u8, fp: u64) -> bool {
+    if mode & features::RING != 0
+        && address == start
+        && let Some(memory) = object::slot(mode, start, slot, code)
+    {
+        // SAFETY: the frame is the caller's.
+        let tell = || unsafe { ring::tell(ring::head(record::FREED, 0), start, 0, fp) };
+        if memory.freed(code, tell) {
+            return true;
+        }
+    }
+    freed_slowly(mode, address, start, slot, code, 0, fp)
+}
+
+/// [`free_now`] where there might have been a quarantine.
+#[inline(never)]
+fn free_without_quarantine(mode: u32, address: u64, start: u64, slot: u64, code: u8, fp: u64) -> bool {
+    free_now(mode, address, start, slot, code, fp)
 }
 
 /// As [`umbra_free`], but the memory waits in the quarantine, if there is one for `allocator`
@@ -194,42 +220,44 @@ pub extern "C" fn umbra_free_later(
     allocator: u8,
     note: u8,
 ) -> bool {
-    free(address, start, slot, code, allocator, note, frame_pointer())
-}
-
-/// Both of these; `fp` is their frame.
-#[inline(always)]
-fn free(address: u64, start: u64, slot: u64, code: u8, allocator: u8, note: u8, fp: u64) -> bool {
     let mode = state::mode();
-    if mode & (features::PER_PAGE | features::FULL) == 0 {
+    if mode == 0 {
         return true;
     }
-    let waits = quarantine::takes(allocator, slot);
-    let (wait, size) = if waits { (abi::wait(allocator, note), slot as u32) } else { (0, 0) };
-    let head = ring::head(record::FREED, wait);
-    if mode & features::RING != 0 && address == start {
-        if waits {
-            // Both together: the VMM may hand the memory out again as soon as something else follows on this CPU.
-            let due = without_interrupts(|| {
-                let who = state::current();
-                let ring = ring::of(who);
-                // SAFETY: the frame is the caller's; interrupts are off, and it is this CPU's ring.
-                let tell = || unsafe { ring.write(who, head, start, size, fp) };
-                (ring.exists() && object::freed(mode, start, slot, code, tell)).then(|| ring.waits(who, slot))
-            });
-            if let Some(due) = due {
-                if due {
-                    quarantine::release(false);
-                }
-                return false;
+    if !quarantine::takes(allocator, slot) {
+        return free_without_quarantine(mode, address, start, slot, code, frame_pointer());
+    }
+    let wait = abi::wait(allocator, note);
+    if mode & features::RING != 0
+        && address == start
+        && let Some(memory) = object::slot(mode, start, slot, code)
+    {
+        let head = ring::head(record::FREED, wait);
+        let fp = frame_pointer();
+        // Both together: the VMM may hand the memory out again as soon as something else follows on this CPU.
+        let due = without_interrupts(|| {
+            let who = state::current();
+            let ring = ring::of(who);
+            // SAFETY: the frame is this function's own; interrupts are off, and it is this CPU's ring.
+            let tell = || unsafe { ring.write(who, head, start, slot as u32, fp) };
+            (ring.exists() && memory.freed(code, tell)).then(|| ring.waits(who, slot))
+        });
+        if let Some(due) = due {
+            if due {
+                quarantine::release(false);
             }
-        } else {
-            // SAFETY: the frame is the caller's.
-            let tell = || unsafe { ring::tell(head, start, size, fp) };
-            if object::freed(mode, start, slot, code, tell) {
-                return true;
-            }
+            return false;
         }
+    }
+    freed_slowly(mode, address, start, slot, code, wait, frame_pointer())
+}
+
+/// Both of these where the short way is closed, or where something is wrong. `fp` is their frame; memory waits if `wait` is not 0.
+#[cold]
+#[inline(never)]
+fn freed_slowly(mode: u32, address: u64, start: u64, slot: u64, code: u8, wait: u16, fp: u64) -> bool {
+    if mode & (features::PER_PAGE | features::FULL) == 0 {
+        return true;
     }
     if let Some(kind) = bad_free(address, start) {
         // SAFETY: the frame is the caller's.
@@ -239,26 +267,23 @@ fn free(address: u64, start: u64, slot: u64, code: u8, allocator: u8, note: u8, 
     if mode & features::SYNC != 0 {
         let due = ring::call(call::FREED, start, 0, wait, if slot == 0 { 0 } else { abi::slot(slot, code) });
         // Not an error, in which case the VMM has not taken it.
-        let waits = waits && !host::is_error(due);
+        let waits = wait != 0 && !host::is_error(due);
         if waits && due != 0 {
             quarantine::release(false);
         }
         return !waits;
     }
-    if waits {
-        freed_slowly(start, slot, code, wait, fp)
-    } else {
-        // SAFETY: the frame is the caller's.
-        unsafe { ring::tell_slowly(head, start, size, fp) };
-        shadow::poison(start, slot, code);
-        true
+    if wait != 0 {
+        return waits_slowly(start, slot, code, wait, fp);
     }
+    // SAFETY: the frame is the caller's.
+    unsafe { ring::tell_slowly(ring::head(record::FREED, 0), start, 0, fp) };
+    shadow::poison(start, slot, code);
+    true
 }
 
 /// A free of what the short way is closed for, and that waits. Its result is that of [`umbra_free_later`].
-#[cold]
-#[inline(never)]
-fn freed_slowly(start: u64, slot: u64, code: u8, wait: u16, fp: u64) -> bool {
+fn waits_slowly(start: u64, slot: u64, code: u8, wait: u16, fp: u64) -> bool {
     let due = without_interrupts(|| {
         let who = state::current();
         let ring = ring::of(who);

@@ -51,21 +51,34 @@ pub fn allocated(mode: u32, address: u64, bytes: u64, slot: u64, redzone: u8) ->
     true
 }
 
-/// Poisons a slot whose object is accessible, after `tell` has told of it. False if the short way is closed, or the object
-/// is not accessible; then nothing was done.
+/// A slot that the short way is open for.
+#[derive(Clone, Copy)]
+pub struct Slot {
+    shadow: *mut u8,
+    granules: u64,
+}
+
+/// The slot at `start`, which gets `code` when its object is freed. None if the short way is closed.
 #[inline(always)]
-pub fn freed(mode: u32, start: u64, slot: u64, code: u8, tell: impl FnOnce()) -> bool {
+pub fn slot(mode: u32, start: u64, slot: u64, code: u8) -> Option<Slot> {
     if code < POISON_MIN {
-        return false;
+        return None;
     }
-    let Some(shadow) = slot_shadow(mode, start, slot) else { return false };
-    // SAFETY: the shadow of the slot is mapped.
-    unsafe {
-        if shadow.read_volatile() >= POISON_MIN {
-            return false;
+    Some(Slot { shadow: slot_shadow(mode, start, slot)?, granules: slot >> GRANULE_SHIFT })
+}
+
+impl Slot {
+    /// Poisons it, after `tell` has told of it. False if the object is not accessible; then nothing was done.
+    #[inline(always)]
+    pub fn freed(self, code: u8, tell: impl FnOnce()) -> bool {
+        // SAFETY: the shadow of the slot is mapped.
+        unsafe {
+            if self.shadow.read_volatile() >= POISON_MIN {
+                return false;
+            }
+            tell();
+            fill(self.shadow, self.granules, code);
         }
-        tell();
-        fill(shadow, slot >> GRANULE_SHIFT, code);
+        true
     }
-    true
 }
