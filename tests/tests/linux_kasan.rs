@@ -3,19 +3,27 @@
 //! What each case has to come to is what it comes to with Linux's own KASAN, in `data/kasan-suite.txt`
 //! (`cargo xtask linux expected` makes that list anew).
 
-use std::process::ExitCode;
+use std::fs;
+use std::io::Write;
+use std::process::{Command, ExitCode};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde_json::Value;
+use umbra::machine::cpuid::CpuidLeaf;
+use umbra::sandbox::{self, Config, GuestFile};
+use umbra_shadow::abi;
 use umbra_tests::ktap::{self, Case, Verdict};
 use umbra_tests::linux::{kernel, need};
 use umbra_tests::program::{Run, Umbra};
-use umbra_tests::suite::Suite;
+use umbra_tests::suite::{Need, Suite};
 
 /// The program.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_umbra-under-test");
 /// The kernel.
 const KERNEL: &str = "umbra/vmlinux";
+const BZIMAGE: &str = "umbra/bzImage";
 /// The same with `CONFIG_KASAN_VMALLOC`.
 const VMALLOC: &str = "umbra-vmalloc/vmlinux";
 /// Where ring 0 is emulated and the machine is shared, the suite takes minutes.
@@ -53,6 +61,10 @@ fn expected() -> Vec<Case> {
     ktap::parse_list(EXPECTED)
 }
 
+fn list(cases: &[Case]) -> String {
+    cases.iter().map(|case| format!("{case}\n")).collect()
+}
+
 /// Runs the suite, and holds each case against what it has to come to.
 fn suite(file: &str, options: &str, expected: &[Case]) -> Run {
     let run = linux(file, options, SUITE).collect().run();
@@ -61,7 +73,6 @@ fn suite(file: &str, options: &str, expected: &[Case]) -> Run {
     let console = console(&run);
     let cases = ktap::cases(&console);
     assert!(expected.len() > 50, "a list of {} cases", expected.len());
-    let list = |cases: &[Case]| cases.iter().map(|case| format!("{case}\n")).collect::<String>();
     assert_eq!(list(&cases), list(expected), "\n{}", run.tail());
     // Each case that had KASAN report on the console has Umbra's finding, too.
     let missing: Vec<_> = expected
@@ -131,15 +142,166 @@ fn boots_unchecked_where_there_is_no_shadow() {
     assert!(console.contains("Kernel panic - not syncing: No working init found"));
 }
 
+/// The console of a guest in this process.
+#[derive(Clone, Default)]
+struct Screen(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Screen {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().expect("nobody panics with it").extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What the kernel says last where nothing is left out of its way but a first program.
+const END: &str = "Kernel panic - not syncing: No working init found";
+
+/// Boots on an Umbra that tells something else by CPUID than the real one: the kernel says why it is not checked, and goes on
+/// without.
+fn told(change: fn(&mut [CpuidLeaf]), why: &str) {
+    let screen = Screen::default();
+    let config = Config {
+        kernel: GuestFile::open("kernel", &kernel(KERNEL)).expect("it is there"),
+        cmdline: NO_SUITE.into(),
+        memory: 128 << 20,
+        timeout: Some(LIMIT),
+        discovery: Some(change),
+        ..Config::default()
+    };
+    let stop = AtomicBool::new(false);
+    let report = sandbox::run(&config, Box::new(screen.clone()), Box::new(()), &stop).expect("it boots");
+    let console = String::from_utf8_lossy(&screen.0.lock().unwrap()).into_owned();
+    assert!(console.contains(&format!("kasan: umbra: memory is NOT checked: {why}")), "{console}");
+    assert!(console.contains(END), "{console}");
+    assert_eq!((report.outcome.word(), report.stats.findings), ("panic", 0));
+    // It has made nothing of what it cannot trust.
+    assert_eq!((report.stats.events.allocations, report.stats.shadow.faults), (0, 0));
+}
+
+/// A leaf of ours, by its distance from the first.
+fn leaf(leaves: &mut [CpuidLeaf], number: u32) -> &mut CpuidLeaf {
+    let first = leaves[0].function;
+    leaves.iter_mut().find(|leaf| leaf.function == first + number).expect("it is offered")
+}
+
+fn another_version() {
+    told(
+        |leaves| leaf(leaves, abi::CPUID_LEAF_FEATURES).eax = abi::VERSION + 1,
+        "this Umbra speaks another version of the interface",
+    );
+}
+
+fn windows_too_small() {
+    told(
+        // For half of the memory.
+        |leaves| {
+            let window = leaf(leaves, abi::CPUID_LEAF_BYTE_WINDOW);
+            (window.ecx, window.edx) = (8 << 20, 0);
+        },
+        "the shadow windows are too small for the memory",
+    );
+}
+
+fn shadow_limit() {
+    let run = linux(KERNEL, "--shadow-limit 512K", NO_SUITE).collect().run();
+    run.expect(2);
+    assert_eq!(run.outcome(), "shadow-limit");
+    assert!(run.stderr.contains("--shadow-limit gives it more"), "{}", run.stderr);
+    assert!(run.figure("/shadow/byte_mapped_bytes") <= 512 << 10);
+}
+
+/// QEMU's software CPU, with nothing of Umbra.
+fn qemu(cmdline: &str) -> String {
+    let mut qemu = Command::new("qemu-system-x86_64");
+    qemu.args(["-accel", "tcg", "-cpu", "max", "-m", "128", "-nodefaults", "-display", "none", "-no-reboot"]);
+    qemu.args(["-serial", "stdio", "-kernel"]).arg(kernel(BZIMAGE)).arg("-append");
+    qemu.arg(format!("console=ttyS0 panic=-1 reboot=k {cmdline}"));
+    let output = qemu.output().expect("QEMU starts");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn boots_unchecked_under_qemu() {
+    let console = qemu(NO_SUITE);
+    let line = "kasan: umbra: memory is NOT checked: there is no Umbra underneath";
+    assert!(console.contains(line), "{console}");
+    assert!(console.contains(END), "{console}");
+}
+
+/// With its shadow in its own memory the kernel needs no Umbra: the quick way to try the patches.
+fn suite_under_qemu() {
+    let console = qemu(&format!("kasan.umbra=ram {SUITE}"));
+    assert_eq!(list(&ktap::cases(&console)), list(&expected()), "{console}");
+}
+
+/// The sources that the kernels are built from.
+const SOURCES: &str = "source/linux-source-6.1";
+
+/// Runs a program that has to succeed.
+fn succeeds(command: &mut Command) {
+    let output = command.output().expect("it starts");
+    let said = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned());
+    assert!(output.status.success(), "{command:?}: {}", said.concat());
+}
+
+/// Linux's own checker has nothing to say about the patches, and `git am` takes them.
+fn patches_are_in_good_form() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../guest/linux/patches");
+    let mut patches: Vec<_> =
+        fs::read_dir(folder).expect("it is there").map(|entry| entry.expect("it is read").path()).collect();
+    patches.sort();
+    assert!(!patches.is_empty());
+    let (sources, tree) = (kernel(SOURCES), tempfile::tempdir().expect("a folder"));
+    for patch in &patches {
+        let checker = sources.join("scripts/checkpatch.pl");
+        succeeds(Command::new("perl").arg(checker).args(["--no-tree", "--quiet"]).arg(patch));
+        // Only the files that the series is about, as they are before it.
+        for line in fs::read_to_string(patch).expect("it is text").lines() {
+            let Some(file) = line.strip_prefix("--- a/") else { continue };
+            let to = tree.path().join(file);
+            if sources.join(file).exists() && !to.exists() {
+                fs::create_dir_all(to.parent().expect("it lies in the tree")).expect("a folder");
+                fs::copy(sources.join(file), to).expect("it is copied");
+            }
+        }
+    }
+    let git = || {
+        let mut git = Command::new("git");
+        git.current_dir(&tree).args(["-c", "user.name=umbra", "-c", "user.email=umbra@example.org"]);
+        git
+    };
+    succeeds(git().args(["init", "--quiet"]));
+    succeeds(git().args(["add", "--force", "."]));
+    succeeds(git().args(["commit", "--quiet", "--message=Linux"]));
+    succeeds(git().args(["am", "--quiet"]).args(&patches));
+}
+
 fn main() -> ExitCode {
     let need = need(KERNEL);
+    let sources = Need::unless(
+        (!kernel(SOURCES).exists() || !Need::has("git") || !Need::has("perl"))
+            .then(|| "it needs git, perl, and the sources that `cargo xtask linux` fetches".to_owned()),
+    );
     let mut suite = Suite::default();
+    suite.add("linux_kasan::patches_are_in_good_form", &sources, patches_are_in_good_form);
     suite.add("linux_kasan::boots_without_a_finding", &need, boots_without_a_finding);
     suite.add(
         "linux_kasan::boots_unchecked_where_there_is_no_shadow",
         &need,
         boots_unchecked_where_there_is_no_shadow,
     );
+    suite.add("linux_kasan::boots_unchecked_on_another_version", &need, another_version);
+    suite.add("linux_kasan::boots_unchecked_with_windows_too_small", &need, windows_too_small);
+    suite.add("linux_kasan::ends_at_the_shadow_limit", &need, shadow_limit);
+    let missing =
+        (!Need::has("qemu-system-x86_64")).then(|| "QEMU is not installed: qemu-system-x86".to_owned());
+    let emulator = umbra_tests::linux::need(BZIMAGE).and(&Need::unless(missing));
+    suite.add("linux_kasan::boots_unchecked_under_qemu", &emulator, boots_unchecked_under_qemu);
+    suite.add("linux_kasan::suite_under_qemu", &emulator, suite_under_qemu);
     suite.add("linux_kasan::suite_with_rings", &need, suite_with_rings);
     suite.add("linux_kasan::suite_in_sync_mode", &need, suite_in_sync_mode);
     let vmalloc = umbra_tests::linux::need(VMALLOC);

@@ -71,6 +71,9 @@ struct Run {
     /// Write the run's figures as a JSON object to a file, or to standard output (-).
     #[arg(long, value_name = "FILE")]
     stats: Option<PathBuf>,
+    /// When the console first says this, count what the run has cost by then: `marks` in --stats. Can be given more than once.
+    #[arg(long, value_name = "TEXT", requires = "stats", allow_hyphen_values = true)]
+    mark: Vec<String>,
     /// Write a page about the run, to look at in a browser. It appears at the end, whole.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
@@ -317,6 +320,7 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
         stop_at: (!args.keep_going).then_some(args.stop_at as usize),
         count_instructions: stats.is_some() || page.is_some(),
         picture: page.is_some(),
+        marks: args.mark.clone(),
         initrd,
         boot: match args.boot {
             Boot::Auto => Protocol::Auto,

@@ -101,6 +101,11 @@ fn tests(context: &Context, name: Option<&str>, summary: &mut Summary) -> Result
         command
     };
     setup::browser(context)?;
+    setup::packages(
+        context,
+        &[("qemu-system-x86_64", "qemu-system-x86")],
+        "a kernel is booted without Umbra on it",
+    )?;
     context.progress.step("building the tests");
     test().args(["--no-run"]).run_or_fail(&context.progress)?;
     context.progress.step("running the tests");

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 /// Lines that are kept.
 const LINES: usize = 64;
 /// Bytes of each that are kept.
-const LINE_BYTES: usize = 400;
+pub(super) const LINE_BYTES: usize = 400;
 /// What Linux says (kernel/panic.c, kernel/reboot.c). Without a way to switch the machine off it halts instead.
 const PANIC: &str = "Kernel panic - not syncing: ";
 const PANIC_END: &str = "---[ end Kernel panic - not syncing: ";

@@ -11,6 +11,7 @@ mod file;
 mod globals;
 pub mod input;
 mod investigate;
+mod marks;
 pub mod monitor;
 mod outcome;
 mod picture;
@@ -31,6 +32,7 @@ use thiserror::Error;
 use umbra_shadow::abi::redzone;
 use vm_memory::GuestAddress;
 
+use crate::machine::cpuid::CpuidLeaf;
 use crate::machine::devices::{COM1_IRQ, Devices};
 use crate::machine::loader::{Boot, Emulated, LoadError, Protocol, is_bzimage, is_linux, with_defaults};
 use crate::machine::memory::Ram;
@@ -45,6 +47,8 @@ use crate::shadow::{
 };
 use console::ConsoleWatch;
 pub use file::GuestFile;
+pub use marks::Mark;
+use marks::Marks;
 use monitor::{Monitor, Settings};
 pub use outcome::Outcome;
 use picture::Timeline;
@@ -138,6 +142,12 @@ pub struct Config {
     pub count_instructions: bool,
     /// Watch the run for [`Report::picture`]. Without it nothing is sampled.
     pub picture: bool,
+    /// Texts on the console at whose first line [`Stats::marks`] tells what the run had cost.
+    pub marks: Vec<String>,
+    /// Changes what the guest finds by CPUID: how tests show a guest an Umbra that is not this one. What it is told and what there
+    /// is are then two things.
+    #[doc(hidden)]
+    pub discovery: Option<fn(&mut [CpuidLeaf])>,
 }
 
 /// An empty kernel with 256 MiB, one CPU and no limits: to name only what is different.
@@ -162,6 +172,8 @@ impl Default for Config {
             stop_at: None,
             count_instructions: false,
             picture: false,
+            marks: Vec::new(),
+            discovery: None,
         }
     }
 }
@@ -306,12 +318,16 @@ pub fn run(
         quarantine_batch: shadow::quarantine::batch(quarantine, config.cpus),
         redzone: config.redzone,
     };
+    let mut extra_cpuid = monitor::discovery(config.shadow, config.notify, settings, &layout);
+    if let Some(change) = config.discovery {
+        change(&mut extra_cpuid);
+    }
     let mut machine = Machine::new(
         &kvm,
         MachineConfig {
             memory_bytes: config.memory,
             cpus: config.cpus,
-            extra_cpuid: monitor::discovery(config.shadow, config.notify, settings, &layout),
+            extra_cpuid,
             irqchip: config.irqchip || linux,
             pit: config.pit || linux,
         },
@@ -371,6 +387,7 @@ pub fn run(
         monitor.quarantine = Quarantine::new(quarantine, config.cpus);
     }
     monitor.timeline = config.picture.then(Timeline::default);
+    monitor.marks = Marks::new(config.marks.clone(), counters.clone().filter(|_| emulated));
     let shared = Arc::new(Shared {
         machine,
         vcpus: Vcpus::new(&vcpus),
@@ -523,6 +540,7 @@ fn figures(
         } else {
             monitor.console.lines().map(str::to_owned).collect()
         },
+        marks: monitor.marks.passed().to_vec(),
         findings: monitor.findings.distinct(),
         findings_total: monitor.findings.total(),
         quarantine: monitor.quarantine.figures(),

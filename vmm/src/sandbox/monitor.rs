@@ -9,6 +9,7 @@ use vm_memory::GuestAddress;
 use super::console::{ConsoleWatch, Sign};
 use super::globals::Globals;
 use super::investigate::Place;
+use super::marks::Marks;
 use super::picture::Timeline;
 use super::rings::Rings;
 use super::stats::{EventStats, ExitStats};
@@ -91,6 +92,8 @@ pub struct Monitor {
     pub(super) stop_at: Option<usize>,
     /// What the console says.
     pub(super) console: ConsoleWatch,
+    /// What of it is looked for.
+    pub(super) marks: Marks,
     /// The shadow over time, if that was asked for.
     pub(super) timeline: Option<Timeline>,
     completer: Completer,
@@ -122,6 +125,7 @@ impl Monitor {
             observer,
             stop_at,
             console: ConsoleWatch::default(),
+            marks: Marks::default(),
             timeline: None,
             devices,
             completer: Completer::default(),
@@ -141,7 +145,10 @@ impl Monitor {
             VmExit::IoOut { port, data } => {
                 self.exits.io += 1;
                 let event = self.devices.io_out(port, data.as_slice());
-                let sign = self.devices.take_line().map_or(Sign::None, |line| self.console.line(&line));
+                let sign = self.devices.take_line().map_or(Sign::None, |line| {
+                    self.marks.line(&line, &self.exits, &self.events, self.windows.as_mut());
+                    self.console.line(&line)
+                });
                 match (event, sign) {
                     (DeviceEvent::Reset, _) => Ok(Flow::End(Outcome::Reset)),
                     (DeviceEvent::PowerOff, _) | (_, Sign::Stopped) => Ok(Flow::End(Outcome::PowerOff)),

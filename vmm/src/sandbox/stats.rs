@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use super::Mark;
 use crate::shadow::{ProvenanceFigures, QuarantineFigures};
 
 /// All figures of a run. Sizes are bytes.
@@ -14,6 +15,9 @@ pub struct Stats {
     /// The last lines of the console, if the guest did not come to an end of its own.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub console_tail: Vec<String>,
+    /// What it had cost at lines of the console that were looked for, if any were.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub marks: Vec<Mark>,
     /// Different findings.
     pub findings: usize,
     /// Findings with those that were only counted: repeats, and different ones past the bound.

@@ -1,0 +1,115 @@
+//! What a run had cost when its guest's console said certain things: the end of a boot, of a test.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::Serialize;
+
+use super::console::LINE_BYTES;
+use super::stats::{EventStats, ExitStats};
+use crate::machine::stats::Counters;
+use crate::shadow::{ProcessMemory, Windows};
+
+/// What a run had cost at a line of the console. Sizes are bytes.
+#[derive(Clone, Debug, Serialize)]
+pub struct Mark {
+    /// The text that was looked for.
+    pub text: String,
+    /// The first line with it.
+    pub line: String,
+    /// Since the guest began.
+    pub seconds: f64,
+    /// Instructions of the guest, where the host counts them; else null.
+    pub instructions: Option<u64>,
+    /// Exits to Umbra.
+    pub exits: u64,
+    /// Those of them that are hypercalls.
+    pub hypercalls: u64,
+    /// Those of them that are first touches of byte shadow.
+    pub shadow_faults: u64,
+    /// Allocations that Umbra knows of. Those that still are in a ring are not among them.
+    pub allocations: u64,
+    /// The memory that the process held.
+    pub rss_bytes: u64,
+    /// The most that it had held.
+    pub rss_peak_bytes: u64,
+    /// The most shadow that was resident, both levels together.
+    pub shadow_peak_bytes: u64,
+}
+
+/// Waits for the texts.
+pub(super) struct Marks {
+    wanted: Vec<String>,
+    passed: Vec<Mark>,
+    counters: Option<Arc<Counters>>,
+    start: Instant,
+}
+
+impl Default for Marks {
+    fn default() -> Self {
+        Self::new(Vec::new(), None)
+    }
+}
+
+impl Marks {
+    /// The guest begins now. `counters` are its vCPUs', where they count instructions.
+    pub(super) fn new(wanted: Vec<String>, counters: Option<Arc<Counters>>) -> Self {
+        Self { wanted, passed: Vec::new(), counters, start: Instant::now() }
+    }
+
+    /// Takes in a line of the console.
+    pub(super) fn line(
+        &mut self,
+        line: &[u8],
+        exits: &ExitStats,
+        events: &EventStats,
+        windows: Option<&mut Windows>,
+    ) {
+        if self.wanted.is_empty() {
+            return;
+        }
+        let line = String::from_utf8_lossy(&line[..line.len().min(LINE_BYTES)]);
+        let Some(at) = self.wanted.iter().position(|text| line.contains(text.as_str())) else { return };
+        // What the host does not tell is 0, and nothing to end a run for.
+        let memory = ProcessMemory::read().unwrap_or_default();
+        let shadow = windows.and_then(|windows| windows.figures().ok());
+        self.passed.push(Mark {
+            text: self.wanted.swap_remove(at),
+            line: line.trim_end().chars().filter(|c| !c.is_control()).collect(),
+            seconds: self.start.elapsed().as_secs_f64(),
+            instructions: self.counters.as_ref().and_then(|counters| counters.instructions_emulated()),
+            exits: exits.total,
+            hypercalls: exits.hypercall,
+            shadow_faults: exits.shadow_fault,
+            allocations: events.allocations,
+            rss_bytes: memory.resident,
+            rss_peak_bytes: memory.resident_peak,
+            shadow_peak_bytes: shadow.map_or(0, |shadow| shadow.page_bytes + shadow.byte_peak_resident_bytes),
+        });
+    }
+
+    /// Those that came, in the order in which they came.
+    pub(super) fn passed(&self) -> &[Mark] {
+        &self.passed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_text_is_marked_once() {
+        let mut marks = Marks::new(vec!["end of boot".into(), "never".into()], None);
+        let exits = |total| ExitStats { total, ..ExitStats::default() };
+        let mut line = |text: &[u8], total| marks.line(text, &exits(total), &EventStats::default(), None);
+        line(b"[ 1.0] begin of boot\r", 1);
+        line(b"[ 2.0] the end of boot\x1b, or not\r", 2);
+        line(b"the end of boot", 3);
+        line(b"\xffnev\xffer", 4);
+        let passed = marks.passed();
+        assert_eq!(passed.len(), 1);
+        assert_eq!((passed[0].exits, passed[0].line.as_str()), (2, "[ 2.0] the end of boot, or not"));
+        assert!(passed[0].rss_bytes > 0 && passed[0].instructions.is_none());
+    }
+}
