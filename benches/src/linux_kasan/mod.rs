@@ -64,6 +64,9 @@ const POINTS: [&str; 3] =
 const REPLAY: &str = "umbra_replay=restart";
 const REPLAY_AND_SUITE: &str = "umbra_replay=1 kunit_shutdown=reboot";
 
+/// The exit status of a run that the user ended.
+const INTERRUPTED: i32 = 130;
+
 /// What `--stats` tells of a line of the console. Sizes are bytes.
 #[derive(Clone, Debug, Default, Deserialize)]
 struct Mark {
@@ -95,11 +98,11 @@ struct Stats {
     marks: Vec<Mark>,
 }
 
-/// One run.
+/// One run, as far as it got.
 #[derive(Clone, Debug, Default)]
 struct Measured {
-    boot: Mark,
-    workload: Mark,
+    boot: Option<Mark>,
+    workload: Option<Mark>,
     suite: Option<Mark>,
 }
 
@@ -148,7 +151,8 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     for (memory, _) in MEMORY {
         for (name, ..) in KERNELS {
             let files = Files::new(&folder, name, memory);
-            if files.stats.exists() {
+            // One that runs has written nothing yet.
+            if files.stats.metadata().is_ok_and(|file| file.len() > 0) {
                 let measured = files.read(cmdline(name, memory) == REPLAY_AND_SUITE);
                 all.insert((name, memory), measured.with_context(|| format!("{name}, {memory}"))?);
             }
@@ -157,7 +161,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     let figures = report::figures(&all, recording.allocations);
     let body = report::body(&all, &figures, recording.allocations)?;
     print!("{body}");
-    let counted = all.values().any(|run| run.boot.instructions.is_some());
+    let counted = all.values().filter_map(|run| run.boot.as_ref()).any(|boot| boot.instructions.is_some());
     Section {
         name: "50-linux",
         title: "Linux: without KASAN, with its own, with Umbra's",
@@ -206,7 +210,8 @@ impl Files {
         let console = File::create(&self.console).context("cannot write the console's file")?;
         let output = command.stdin(Stdio::null()).stdout(console).output().context("cannot start umbra")?;
         ensure!(
-            matches!(output.status.code(), Some(0 | 1)),
+            // Ended by the user: it counts as far as it got.
+            matches!(output.status.code(), Some(0 | 1 | INTERRUPTED)),
             "umbra ended with {}: {}",
             output.status,
             String::from_utf8_lossy(&output.stderr)
@@ -217,18 +222,20 @@ impl Files {
     /// What a run came to.
     fn read(&self, with_suite: bool) -> Result<Measured> {
         let stats: Stats = serde_json::from_slice(&fs::read(&self.stats)?).context("bad --stats")?;
-        ensure!(stats.outcome == "reset", "the guest did not restart, but: {}", stats.outcome);
-        let mark = |at: usize| {
-            let found = stats.marks.iter().find(|mark| mark.text == POINTS[at]);
-            found.cloned().with_context(|| format!("the console never said {:?}", POINTS[at]))
-        };
-        let suite = with_suite.then(|| mark(2)).transpose()?;
+        let whole = stats.outcome == "reset";
+        ensure!(whole || stats.outcome == "interrupted", "the guest did not restart, but: {}", stats.outcome);
+        let mark = |point: &str| stats.marks.iter().find(|mark| mark.text == point).cloned();
+        let [boot, workload, suite] = POINTS.map(mark);
+        if whole {
+            let all = boot.is_some() && workload.is_some() && suite.is_some() == with_suite;
+            ensure!(all, "the console did not say what it says at the end of each part");
+        }
         if suite.is_some() {
             let console = String::from_utf8_lossy(&fs::read(&self.console)?).into_owned();
             let cases = ktap::cases(&console);
             let failed = cases.iter().filter(|case| case.verdict == Verdict::Fail).count();
             ensure!(cases.len() > 50 && failed == 0, "{failed} of {} cases failed", cases.len());
         }
-        Ok(Measured { boot: mark(0)?, workload: mark(1)?, suite })
+        Ok(Measured { boot, workload, suite })
     }
 }
