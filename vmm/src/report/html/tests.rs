@@ -31,6 +31,7 @@ fn report(outcome: Outcome, findings: Findings) -> Report {
     let stats = Stats {
         outcome: outcome.word(),
         console_tail: Vec::new(),
+        marks: Vec::new(),
         findings: findings.distinct(),
         findings_total: findings.total(),
         shadow: ShadowStats { mode: "per-page", notify: "ring", page_bytes: 65536, ..ShadowStats::default() },
