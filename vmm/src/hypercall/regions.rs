@@ -1,0 +1,185 @@
+//! The regions of memory that a guest has told of.
+
+use umbra_shadow::codes::PAGE_SIZE;
+
+use super::{CallError, range, wrong};
+
+/// Virtual memory that maps guest-physical memory one to one, or for whose addresses keys stand that do not exist as memory.
+/// At least a page; neither end wraps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Region {
+    va: u64,
+    len: u64,
+    gpa: u64,
+}
+
+impl Region {
+    pub(super) fn new(va: u64, len: u64, gpa: u64) -> Result<Self, CallError> {
+        for (what, value) in [("region address", va), ("region size", len), ("region memory", gpa)] {
+            if !value.is_multiple_of(PAGE_SIZE) {
+                return Err(wrong(what, value));
+            }
+        }
+        if len == 0 {
+            return Err(wrong("region size", len));
+        }
+        range("region address", va, len)?;
+        range("region memory", gpa, len)?;
+        Ok(Self { va, len, gpa })
+    }
+
+    /// Virtual start.
+    pub fn va(&self) -> u64 {
+        self.va
+    }
+
+    /// Bytes.
+    pub fn bytes(&self) -> u64 {
+        self.len
+    }
+
+    /// Guest-physical start.
+    pub fn gpa(&self) -> u64 {
+        self.gpa
+    }
+
+    /// Its last virtual address; its end may be the end of the address space.
+    fn last(&self) -> u64 {
+        self.va + (self.len - 1)
+    }
+}
+
+/// The regions that a guest added.
+#[derive(Clone, Debug, Default)]
+pub struct Regions {
+    regions: Vec<Region>,
+}
+
+impl Regions {
+    /// Most regions that are kept.
+    pub const MOST: usize = 64;
+
+    /// Adds a region of a guest whose memory ends at `ram_end`.
+    ///
+    /// # Errors
+    /// It reaches beyond guest memory, overlaps a region in virtual memory, or there are too many.
+    pub fn add(&mut self, region: Region, ram_end: u64) -> Result<(), CallError> {
+        if region.len > ram_end || region.gpa > ram_end - region.len {
+            return Err(wrong("region memory", region.gpa));
+        }
+        self.check(&region)?;
+        self.regions.push(region);
+        Ok(())
+    }
+
+    /// Adds `len` bytes of virtual memory at `va`, as [`Call::VirtualAdd`] has them, if `key` has a key for them.
+    ///
+    /// # Errors
+    /// It has none; or the memory overlaps a region, or there are too many.
+    pub fn add_virtual(
+        &mut self,
+        va: u64,
+        len: u64,
+        key: impl FnOnce() -> Result<u64, CallError>,
+    ) -> Result<u64, CallError> {
+        let mut region = Region { va, len, gpa: 0 };
+        self.check(&region)?;
+        region.gpa = key()?;
+        self.regions.push(region);
+        Ok(region.gpa)
+    }
+
+    /// Refuses a region whose virtual memory overlaps another's, and any if there are too many.
+    fn check(&self, region: &Region) -> Result<(), CallError> {
+        if self.regions.iter().any(|other| region.va <= other.last() && other.va <= region.last()) {
+            return Err(wrong("region address", region.va));
+        }
+        if self.regions.len() >= Self::MOST {
+            return Err(CallError::Limit { what: "regions", most: Self::MOST as u64 });
+        }
+        Ok(())
+    }
+
+    /// The guest-physical address of `len` bytes at `va`, or the key that stands for it, if one region holds them all.
+    pub fn to_gpa(&self, va: u64, len: u64) -> Option<u64> {
+        self.find(va).filter(|(_, left)| len <= *left).map(|(gpa, _)| gpa)
+    }
+
+    /// The guest-physical address of `va`, or the key that stands for it, and how many bytes of its region begin there.
+    pub fn find(&self, va: u64) -> Option<(u64, u64)> {
+        self.regions.iter().find_map(|region| {
+            let offset = va.checked_sub(region.va)?;
+            (offset < region.len).then(|| (region.gpa + offset, region.len - offset))
+        })
+    }
+
+    /// The virtual address of `gpa` in the region that was added first of those that show it.
+    pub fn to_va(&self, gpa: u64) -> Option<u64> {
+        self.regions.iter().find_map(|region| {
+            let offset = gpa.checked_sub(region.gpa)?;
+            (offset < region.len).then(|| region.va + offset)
+        })
+    }
+
+    /// All of them, in the order in which they were added.
+    pub fn iter(&self) -> impl Iterator<Item = &Region> {
+        self.regions.iter()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use umbra_shadow::abi;
+
+    use super::*;
+
+    const DIRECT: u64 = 0xffff_8000_0000_0000;
+    const IMAGE: u64 = 0xffff_ffff_8000_0000;
+
+    fn region(va: u64, len: u64, gpa: u64) -> Region {
+        Region::new(va, len, gpa).unwrap()
+    }
+
+    #[test]
+    fn regions_translate_both_ways() {
+        let ram_end = 256 << 20;
+        let mut regions = Regions::default();
+        regions.add(region(DIRECT, ram_end, 0), ram_end).unwrap();
+        regions.add(region(0u64.wrapping_sub(0x2000), 0x2000, 0x10_0000), ram_end).unwrap();
+        assert_eq!(regions.to_gpa(DIRECT + 5, 100), Some(5));
+        assert_eq!(regions.to_gpa(DIRECT + ram_end - 1, 1), Some(ram_end - 1));
+        assert_eq!(regions.to_gpa(u64::MAX, 1), Some(0x10_1fff));
+        for (va, len) in [
+            (DIRECT - 1, 2),
+            (DIRECT + ram_end - 1, 2),
+            (DIRECT + ram_end, 0),
+            (DIRECT, u64::MAX),
+            (u64::MAX, 2),
+            (0, 1),
+        ] {
+            assert_eq!(regions.to_gpa(va, len), None, "{va:#x}+{len:#x}");
+        }
+        assert_eq!(regions.to_va(0x10_1000), Some(DIRECT + 0x10_1000), "the region added first");
+        assert_eq!(regions.to_va(ram_end), None);
+        assert_eq!(regions.iter().count(), 2);
+    }
+
+    #[test]
+    fn regions_are_bounded() {
+        let ram_end = 16 << 20;
+        let mut regions = Regions::default();
+        for (len, gpa) in [(ram_end + 0x1000, 0), (0x1000, ram_end), (0x2000, ram_end - 0x1000)] {
+            assert_eq!(regions.add(region(0, len, gpa), ram_end).unwrap_err().result(), abi::ERR_ARGUMENT);
+        }
+        for i in 0..Regions::MOST as u64 {
+            // Aliases of one memory are fine.
+            regions.add(region(DIRECT + i * 0x2000, 0x2000, 0x3000), ram_end).unwrap();
+        }
+        for va in [DIRECT, DIRECT + 0x1000, DIRECT - 0x1000] {
+            assert_eq!(regions.add(region(va, 0x2000, 0), ram_end).unwrap_err().result(), abi::ERR_ARGUMENT);
+        }
+        let more = regions.add(region(IMAGE, 0x1000, 0), ram_end);
+        assert_eq!(more.unwrap_err().result(), abi::ERR_LIMIT);
+        assert_eq!(regions.iter().count(), Regions::MOST);
+    }
+}

@@ -1,0 +1,226 @@
+//! A monitor with a CPU, memory and slots that are not real, which exits are made for by hand.
+
+use super::*;
+
+/// Registers, and what was done to them.
+#[derive(Default)]
+pub(super) struct FakeCpu {
+    pub(super) regs: kvm_regs,
+    pub(super) sregs: kvm_sregs,
+    pub(super) read: Option<Vec<u8>>,
+    pub(super) injected: Vec<u8>,
+    /// All register accesses fail.
+    pub(super) broken: bool,
+}
+
+impl FakeCpu {
+    fn check(&self) -> Result<(), VcpuError> {
+        if self.broken { Err(VcpuError::HostMemory { id: 0 }) } else { Ok(()) }
+    }
+}
+
+impl Cpu for FakeCpu {
+    fn regs(&self) -> Result<kvm_regs, VcpuError> {
+        self.check().map(|()| self.regs)
+    }
+    fn set_regs(&mut self, regs: &kvm_regs) -> Result<(), VcpuError> {
+        self.regs = *regs;
+        self.check()
+    }
+    fn sregs(&self) -> Result<kvm_sregs, VcpuError> {
+        self.check().map(|()| self.sregs)
+    }
+    fn set_sregs(&mut self, sregs: &kvm_sregs) -> Result<(), VcpuError> {
+        self.sregs = *sregs;
+        self.check()
+    }
+    fn msr(&self, index: u32) -> Result<u64, VcpuError> {
+        Err(VcpuError::NoMsr { index })
+    }
+    fn set_msr(&mut self, index: u32, _: u64) -> Result<(), VcpuError> {
+        Err(VcpuError::NoMsr { index })
+    }
+    fn xcr0(&self) -> Result<u64, VcpuError> {
+        Ok(7)
+    }
+    fn inject_exception(&mut self, vector: u8, _: Option<u32>) -> Result<(), VcpuError> {
+        self.injected.push(vector);
+        self.check()
+    }
+    fn set_xcr0(&mut self, _: u64) -> Result<(), VcpuError> {
+        self.check()
+    }
+    fn xsave(&self) -> Result<Box<XsaveArea>, VcpuError> {
+        self.check().map(|()| Box::default())
+    }
+    fn set_xsave(&mut self, _: &XsaveArea) -> Result<(), VcpuError> {
+        self.check()
+    }
+    fn inject_interrupt(&mut self, vector: u8) -> Result<(), VcpuError> {
+        self.injected.push(vector);
+        self.check()
+    }
+    fn inject_single_step(&mut self) -> Result<(), VcpuError> {
+        self.check()
+    }
+    fn end_interrupt_shadow(&mut self) -> Result<(), VcpuError> {
+        self.check()
+    }
+}
+
+impl GuestCpu for FakeCpu {
+    fn complete_read(&mut self, value: &[u8]) {
+        self.read = Some(value.to_vec());
+    }
+}
+
+/// The slots that KVM would have: (gpa, bytes, read-only).
+#[derive(Default)]
+pub(super) struct FakeSlots {
+    pub(super) slots: Vec<Option<(u64, u64, bool)>>,
+    pub(super) refuse: bool,
+}
+
+impl Slots for FakeSlots {
+    fn map(&mut self, gpa: u64, _: *mut u8, len: u64, readonly: bool) -> Result<u32, SlotError> {
+        if self.refuse {
+            return Err(SlotError::Exhausted(7));
+        }
+        self.slots.push(Some((gpa, len, readonly)));
+        Ok(self.slots.len() as u32 - 1)
+    }
+    fn unmap(&mut self, slot: u32) -> Result<(), SlotError> {
+        assert!(self.slots[slot as usize].take().is_some(), "slot {slot} was not there");
+        Ok(())
+    }
+}
+
+/// How often the other vCPUs were stopped, of which there are none.
+#[derive(Default)]
+pub(super) struct FakeOthers {
+    pub(super) stops: u32,
+}
+
+impl Others for FakeOthers {
+    fn stop(&mut self) -> Result<(), Outcome> {
+        self.stops += 1;
+        Ok(())
+    }
+}
+
+#[derive(Clone, Default)]
+pub(super) struct Heard(pub(super) Arc<Mutex<Vec<Finding>>>);
+
+impl Observer for Heard {
+    fn finding(&mut self, finding: &Finding) {
+        self.0.lock().unwrap().push(finding.clone());
+    }
+}
+
+/// A monitor and the machine that it believes in.
+pub(super) struct Bench {
+    pub(super) monitor: Monitor,
+    pub(super) cpu: FakeCpu,
+    pub(super) ram: Ram,
+    pub(super) slots: FakeSlots,
+    pub(super) others: FakeOthers,
+    pub(super) heard: Heard,
+    pub(super) layout: Layout,
+}
+
+impl Bench {
+    pub(super) fn new(
+        mode: Option<Mode>,
+        notify: Notify,
+        limit: Option<u64>,
+        stop_at: Option<usize>,
+    ) -> Self {
+        let mut slots = FakeSlots::default();
+        let config = |mode| shadow::Config { ram: std::iter::once(0..RAM).collect(), mode, notify, limit };
+        let windows = mode.map(|mode| Windows::new(&config(mode), &mut slots).unwrap());
+        let heard = Heard::default();
+        let devices = Devices::new(Box::new(std::io::sink()), None);
+        let symbols = Symbols::lazy(|| Ok(Vec::new()));
+        let monitor = Monitor::new(windows, devices, symbols, Box::new(heard.clone()), stop_at);
+        let mut cpu = FakeCpu::default();
+        (cpu.regs.rip, cpu.regs.rsp) = (0x10_0000, 0x20_0000);
+        // 64-bit code without paging, which does not exist, but keeps this short.
+        (cpu.sregs.efer, cpu.sregs.cs.l) = (1 << 10, 1);
+        let layout = Layout::new(RAM).unwrap();
+        Self {
+            monitor,
+            cpu,
+            ram: Ram::new(RAM).unwrap(),
+            slots,
+            others: FakeOthers::default(),
+            heard,
+            layout,
+        }
+    }
+
+    pub(super) fn ring() -> Self {
+        Self::new(Some(Mode::PerPage), Notify::Ring, None, None).with_region()
+    }
+
+    pub(super) fn sync() -> Self {
+        Self::new(Some(Mode::PerPage), Notify::Sync, None, None).with_region()
+    }
+
+    pub(super) fn with_region(mut self) -> Self {
+        assert_eq!(self.call(call::REGION_ADD, [0, RAM, 0, 0]), 0);
+        self
+    }
+
+    pub(super) fn exit(&mut self, exit: VmExit) -> Flow {
+        let mut machine = Machine {
+            id: CPU,
+            cpu: &mut self.cpu,
+            ram: &self.ram,
+            slots: &mut self.slots,
+            others: &mut self.others,
+        };
+        self.monitor.dispatch(exit, &mut machine)
+    }
+
+    pub(super) fn hypercall(&mut self, number: u32, [rdi, rsi, rcx, r8]: [u64; 4]) -> Flow {
+        (self.cpu.regs.rdi, self.cpu.regs.rsi) = (rdi, rsi);
+        (self.cpu.regs.rcx, self.cpu.regs.r8) = (rcx, r8);
+        self.exit(VmExit::IoOut { port: PORT, data: Data::new(&number.to_le_bytes()) })
+    }
+
+    /// A call that the run survives; its result.
+    #[track_caller]
+    pub(super) fn call(&mut self, number: u32, arguments: [u64; 4]) -> u64 {
+        let flow = self.hypercall(number, arguments);
+        assert!(matches!(flow, Flow::Continue), "{flow:?}");
+        self.cpu.regs.rax
+    }
+
+    pub(super) fn read(&mut self, gpa: u64, len: u8) -> (Flow, Option<Vec<u8>>) {
+        self.cpu.read = None;
+        let flow = self.exit(VmExit::MmioRead { gpa: GuestAddress(gpa), len });
+        (flow, self.cpu.read.take())
+    }
+
+    pub(super) fn write(&mut self, gpa: u64, data: &[u8]) -> Flow {
+        self.exit(VmExit::MmioWrite { gpa: GuestAddress(gpa), data: Data::new(data) })
+    }
+
+    pub(super) fn kinds(&self) -> Vec<&'static str> {
+        self.heard.0.lock().unwrap().iter().map(|finding| finding.kind).collect()
+    }
+}
+
+/// The outcome of a flow that ends the run.
+#[track_caller]
+pub(super) fn ended(flow: Flow) -> Outcome {
+    match flow {
+        Flow::End(outcome) => outcome,
+        Flow::Continue => panic!("the run goes on"),
+    }
+}
+
+#[track_caller]
+pub(super) fn goes_on(flow: Flow) {
+    assert!(matches!(flow, Flow::Continue), "{flow:?}");
+}
