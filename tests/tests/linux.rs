@@ -136,6 +136,15 @@ fn of_64g_linux_is_told_and_the_host_keeps_them() {
     assert!(run.figure("/host/rss_peak_bytes") < 128 << 20, "{}", run.stats);
 }
 
+/// The slower clock of emulated guests is not KVM's.
+fn the_clock_is_kvms_if_asked_for() {
+    let umbra = linux("small/vmlinux", &SPIN).args("--memory 64M --cmdline clocksource=kvm-clock");
+    let mut started = with_keyboard(umbra);
+    started.wait_for("stdout", "kvm-clock: Using msrs 4b564d01 and 4b564d00");
+    started.types(&[1, b'x']);
+    started.wait().expect(130);
+}
+
 fn bzimage_128m_unpacks_itself() {
     let run = boots(linux("small/bzImage", &SPIN).args("--memory 128M --boot bzimage"));
     has(&run, 128, 1);
@@ -212,6 +221,7 @@ fn main() -> ExitCode {
         &small,
         of_64g_linux_is_told_and_the_host_keeps_them,
     );
+    suite.add("the_clock_is_kvms_if_asked_for", &small, the_clock_is_kvms_if_asked_for);
     suite.add("elf_two_cpus_256m_reboots", &small, elf_two_cpus_256m_reboots);
     suite.add("pvh_5g_switches_itself_off", &small, pvh_5g_switches_itself_off);
     suite.add(

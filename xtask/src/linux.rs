@@ -76,10 +76,20 @@ pub fn run(context: &Context) -> Result<ExitCode> {
 
 /// Makes what is missing or old. Returns the kernels that there are; of the others it says why not.
 pub fn build(context: &Context) -> Result<Vec<PathBuf>> {
+    build_these(context, &BUILT)
+}
+
+/// The same for [`SMALL`] and Debian's, which are those that `cargo xtask bench linux` boots.
+pub fn build_measured(context: &Context) -> Result<()> {
+    build_these(context, &[SMALL]).map(drop)
+}
+
+/// Makes `built` and Debian's.
+fn build_these(context: &Context, built: &[Kernel]) -> Result<Vec<PathBuf>> {
     let root = context.root.join("target/linux");
     let mut kernels = Vec::new();
-    for kernel in BUILT {
-        match build_one(context, &kernel) {
+    for kernel in built {
+        match build_one(context, kernel) {
             Ok(folder) => kernels.extend(["vmlinux", "bzImage"].map(|file| folder.join(file))),
             Err(error) => skipped(context, kernel.name, &error),
         }

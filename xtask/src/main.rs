@@ -156,12 +156,14 @@ fn main() -> ExitCode {
 const NATIVE: [&str; 2] = ["replay", "native"];
 
 fn bench(context: &Context, arguments: &[String]) -> Result<ExitCode> {
-    if !arguments.first().is_some_and(|first| NATIVE.contains(&first.as_str()) || first.starts_with('-')) {
+    let without =
+        |first: &String| NATIVE.contains(&first.as_str()) || first == "linux" || first.starts_with('-');
+    if !arguments.first().is_some_and(without) {
         guest::build(context)?;
     }
     let (suite, arguments) = match arguments.split_first() {
         Some((first, rest)) if first == "linux" => {
-            linux::build(context)?;
+            linux::build_measured(context)?;
             let qemu = [("qemu-system-x86_64", "qemu-system-x86")];
             setup::packages(context, &qemu, "its figures stand beside")?;
             ("linux", rest)

@@ -234,8 +234,9 @@ impl Machine {
         let wanted =
             cpuid::table(&self.supported, &self.config.extra_cpuid, self.config.has_irqchip(), place)?;
         fd.set_cpuid2(&wanted).map_err(refused("set CPUID"))?;
-        // Once: the other vCPUs differ from it in their own number only.
+        // Once: the other vCPUs differ from it in their own number only, and probe guests have no kernel.
         if id == 0
+            && self.kernel.is_some()
             && log::log_enabled!(log::Level::Info)
             && let Ok(got) = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES)
         {

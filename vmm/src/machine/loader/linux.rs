@@ -15,6 +15,8 @@ const EMULATED_BZIMAGE: &str =
 /// And a clock that is slower than the world's, so that ticks and time-outs come at a rate that fits the instructions: the
 /// time-stamp counter, taken for faster than it is.
 const SLOW_CLOCK: [&str; 2] = ["no-kvmclock", "tsc=reliable"];
+/// Who names one of these chooses the clock, and gets nothing of that.
+const CLOCK: [&str; 4] = ["clocksource", "no-kvmclock", "tsc", "tsc_early_khz"];
 /// At most so much slower; instructions take some hundred times as long as on hardware.
 const SLOWER: u32 = 6;
 /// The fastest counter whose delays Linux computes without overflow: four times 2^32 Hz (arch/x86/lib/delay.c).
@@ -50,7 +52,8 @@ pub fn with_defaults(cmdline: &str, emulated: Option<Emulated>) -> String {
     if let Some(host) = emulated {
         words.extend(EMULATED.map(str::to_owned));
         words.extend(host.bzimage.then(|| EMULATED_BZIMAGE.to_owned()));
-        if let Some(khz) = host.apparent_tsc_khz() {
+        let chosen = given.iter().any(|name| CLOCK.contains(name));
+        if let Some(khz) = host.apparent_tsc_khz().filter(|_| !chosen) {
             words.extend(SLOW_CLOCK.map(str::to_owned));
             words.push(format!("tsc_early_khz={khz}"));
         }
@@ -90,10 +93,13 @@ mod tests {
             assert_eq!(given("a", unusable), format!("{first} a"));
         }
         assert_eq!(
-            given("mitigations=auto nosoftlockup tsc_early_khz=5 a", 1),
-            "console=ttyS0 reboot=k panic=-1 cryptomgr.notests no-kvmclock tsc=reliable \
-             mitigations=auto nosoftlockup tsc_early_khz=5 a"
+            given("mitigations=auto nosoftlockup a", 1),
+            "console=ttyS0 reboot=k panic=-1 cryptomgr.notests no-kvmclock tsc=reliable tsc_early_khz=6 \
+             mitigations=auto nosoftlockup a"
         );
+        for chosen in ["clocksource=kvm-clock", "tsc_early_khz=5", "tsc=nowatchdog a", "no-kvmclock"] {
+            assert_eq!(given(chosen, 1), format!("{first} {chosen}"));
+        }
         let bzimage = |cmdline| with_defaults(cmdline, Some(Emulated { tsc_khz: 0, bzimage: true }));
         assert_eq!(bzimage("a"), format!("{first} {EMULATED_BZIMAGE} a"));
         assert_eq!(bzimage("initcall_blacklist= a"), format!("{first} initcall_blacklist= a"));
