@@ -17,6 +17,13 @@ fn valid_bytes(value: u8) -> u64 {
     }
 }
 
+/// Whether `more` bytes behind `addr`, less than a page, lie in the same granule. (By a sum, which a compiler turns into a test of alignment
+/// where it knows `more`.)
+#[inline]
+pub(crate) fn stays(addr: u64, more: u64) -> bool {
+    (addr & MASK) + more < GRANULE
+}
+
 /// Whether an access that ends with the byte `last` passes, where `value` is the byte shadow of the only granule
 /// that it touches.
 #[inline]

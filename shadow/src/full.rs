@@ -85,11 +85,10 @@ impl<M: ShadowMemory> Shadow for Full<M> {
     #[inline]
     fn passes_at_once(&self, addr: u64, len: u64) -> bool {
         let more = len.wrapping_sub(1);
-        let last = addr.wrapping_add(more);
         more < GRANULE
-            && (addr ^ last) < GRANULE
+            && byte::stays(addr, more)
             && contains(&self.memory, addr)
-            && byte::passes(self.memory.byte(addr), last)
+            && byte::passes(self.memory.byte(addr), addr.wrapping_add(more))
     }
 
     fn state(&self, addr: u64) -> u8 {

@@ -17,7 +17,7 @@
 
 use crate::byte;
 use crate::codes::{
-    GRANULE, PAGE_BUSY, PAGE_BYTES, PAGE_SHIFT, PAGE_SIZE, PAGE_VALID, POISON_MIN, SHADOW_PER_PAGE, UNKNOWN,
+    PAGE_BUSY, PAGE_BYTES, PAGE_SHIFT, PAGE_SIZE, PAGE_VALID, POISON_MIN, SHADOW_PER_PAGE, UNKNOWN,
 };
 use crate::memory::ShadowMemory;
 use crate::model::Shadow;
@@ -193,17 +193,21 @@ impl<M: ShadowMemory> Shadow for TwoLevel<M> {
     #[inline]
     fn passes_at_once(&self, addr: u64, len: u64) -> bool {
         let more = len.wrapping_sub(1);
-        let last = addr.wrapping_add(more);
-        // Pages are checked as a whole, so `last` needs no look at the limits. No bytes are left to the others.
+        // Pages are checked as a whole, so the last byte needs no look at the limits. No bytes are left to the others.
         if more >= PAGE_SIZE || !contains(&self.memory, addr) {
             return false;
         }
         // Who stays in a granule stays in its page: each class asks for its own alone.
-        match self.memory.page(addr) {
-            PAGE_VALID => (addr ^ last) <= MASK,
-            PAGE_BYTES => (addr ^ last) < GRANULE && byte::passes(self.memory.byte(addr), last),
-            _ => false,
+        let page = self.memory.page(addr);
+        if page == PAGE_VALID {
+            return (addr & MASK) + more <= MASK;
         }
+        if page == PAGE_BYTES {
+            return byte::stays(addr, more) && byte::passes(self.memory.byte(addr), addr.wrapping_add(more));
+        }
+        // The straight way is the others'.
+        core::hint::cold_path();
+        false
     }
 
     fn state(&self, addr: u64) -> u8 {

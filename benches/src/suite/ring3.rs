@@ -19,7 +19,7 @@ use super::{SPARE, available_memory};
 use crate::clock::thread_cpu;
 use crate::figure::Figure;
 use crate::native::memory::Map;
-use crate::native::size;
+use crate::native::{IN_ORDER, SCATTER, size};
 use crate::program::one_segment;
 
 /// Working sets, in bytes of checked memory.
@@ -46,19 +46,12 @@ const NOTHING: u64 = 0xd000_0000;
 /// Most time of a check to a full shadow's: of all untyped memory, of a cached set of it, of a cached set of byte-checked memory.
 const LIMITS: [f64; 3] = [1.0 / 3.0, 1.05, 1.2];
 
-/// How the loop gets from a round's number to an address: by a factor.
-mod step {
-    /// Always the same one.
-    pub const STAY: u64 = 0;
-    /// Each granule after the one before.
-    pub const GRANULES: u64 = 8;
-    /// Any granule of the set.
-    pub const SCATTER: u64 = 0x9e37_79b9_7f4a_7c15;
-    /// The pages of the byte shadow, one after the other.
-    pub const SHADOW_PAGES: u64 = 1 << 15;
-}
+/// How the loop gets from a round's number to an address: by two factors, as in `native`. Always the same one.
+const STAY: [u64; 2] = [0, 1];
+/// The pages of the byte shadow, one after the other.
+const SHADOW_PAGES: [u64; 2] = [1 << (PAGE_SHIFT + GRANULE_SHIFT), 1];
 
-/// The loop. `r14` rounds of: any address of a set of `r9` + 1 bytes at `r12`, chosen by `r8`, and `r10` bytes are checked by `r13`.
+/// The loop. `r14` rounds of: any address of a set of `r9` + 1 bytes at `r12`, chosen by `r8` and `r15`, and `r10` bytes are checked by `r13`.
 fn code() -> &'static [u8] {
     let (start, end): (*const u8, *const u8);
     // SAFETY: two address calculations; the code goes to a section of its own and is not executed here.
@@ -76,6 +69,7 @@ fn code() -> &'static [u8] {
             "mov rax, rdi",
             "shr rax, 32",
             "xor rdi, rax",
+            "imul rdi, r15",
             "and rdi, r9",
             "add rdi, r12",
             "mov rsi, r10",
@@ -160,7 +154,7 @@ struct Access {
     /// The first address of the set, the size of the set, and the way through it.
     base: u64,
     set: u64,
-    step: u64,
+    step: [u64; 2],
     /// Bytes, for `loadN`.
     size: u64,
 }
@@ -216,8 +210,9 @@ impl Guest {
         let Access { check, base, set, step, size } = access;
         let mut regs = self.vcpu.regs()?;
         (regs.rip, regs.rsp, regs.rflags) = (self.start() + LOOP, layout::BOOT_STACK, 2);
-        (regs.rbx, regs.r8, regs.r9, regs.r10) = (NOTHING, step, (set - 1) & !(GRANULE - 1), size);
+        (regs.rbx, regs.r8, regs.r9, regs.r10) = (NOTHING, step[0], (set - 1) & !(GRANULE - 1), size);
         (regs.r12, regs.r13, regs.r14) = (base, check, rounds);
+        regs.r15 = step[1];
         self.vcpu.set_regs(&regs)?;
         let begin = thread_cpu();
         loop {
@@ -275,13 +270,13 @@ pub fn figures(kernel: &[u8], tick: impl Fn(&str)) -> Result<(Vec<Figure>, Strin
     tick("checks in ring 3");
     let mut text = String::from(
         "The guest runtime's own code (`guest/runtime/src/checks.rs`), taken out of the test kernel and called in a loop in a guest's ring 3, which a CPU\n\
-         executes on every host. Nanoseconds of a CPU for a round, the loop of ten instructions included: medians, measured in turns. The shadow is\n\
+         executes on every host. Nanoseconds of a CPU for a round, the loop of eleven instructions included: medians, measured in turns. The shadow is\n\
          the host's memory in pages of 4 KiB, as behind the windows. (Allocations and what else changes shadow keep interrupts off, which ring 3\n\
          cannot: their figures are instructions and exits.)\n\n",
     );
     text.push_str(&sizes(&mut Guest::new(&kvm, kernel, SMALL, VALID)?)?);
     let mut all = Vec::new();
-    for (name, step) in [("at random", step::SCATTER), ("one after the other", step::GRANULES)] {
+    for (name, step) in [("at random", SCATTER), ("one after the other", IN_ORDER)] {
         // Writing to a string does not fail.
         let _ = write!(
             text,
@@ -307,13 +302,12 @@ pub fn figures(kernel: &[u8], tick: impl Fn(&str)) -> Result<(Vec<Figure>, Strin
                 [of(UNTYPED, guest.start()), of(UNTYPED, two_level), of(BYTES, two_level), of(BYTES, full)];
             // Each page of shadow is met once, which is slow.
             for access in &accesses[1..] {
-                guest
-                    .run(Access { step: step::SHADOW_PAGES, ..*access }, (set / step::SHADOW_PAGES).max(1))?;
+                guest.run(Access { step: SHADOW_PAGES, ..*access }, (set / SHADOW_PAGES[0]).max(1))?;
             }
             let times = guest.times(accesses, if set <= SETS[1] { TURNS } else { FAR_TURNS })?;
             let ratio =
                 |i: usize| median(times[i].iter().zip(&times[3]).map(|(time, full)| time / full).collect());
-            if step == step::SCATTER {
+            if step == SCATTER {
                 all.extend(ratios(set, ratio(1), ratio(2)));
             }
             let to_untyped = 1.0 / ratio(1);
@@ -350,7 +344,7 @@ fn sizes(guest: &mut Guest) -> Result<String> {
         "| check | untyped | untyped, unaligned | byte-checked, whole granule | byte-checked, partial granule | full, whole granule | full, \
          partial granule |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n",
     );
-    let at = |check, base, size| Access { check, base, set: GRANULE, step: step::STAY, size };
+    let at = |check, base, size| Access { check, base, set: GRANULE, step: STAY, size };
     let start = guest.start();
     let [empty] = guest.times([at(start, UNTYPED, 0)], TURNS)?.map(median);
     // Writing to a string does not fail.
@@ -401,7 +395,7 @@ mod tests {
             let mut guest = Guest::new(&kvm, kernel, SMALL, last).unwrap();
             let check = guest.check("load4", full).unwrap();
             let base = BYTES + SMALL - GRANULE + offset;
-            guest.run(Access { check, base, set: GRANULE, step: step::STAY, size: 4 }, 3)
+            guest.run(Access { check, base, set: GRANULE, step: STAY, size: 4 }, 3)
         };
         for full in [false, true] {
             assert!(run(VALID, 0, full).is_ok() && run(0, 4, full).is_ok());
