@@ -122,14 +122,44 @@ fn suite_with_virtual_memory() {
     assert!(kinds.count() > 0, "{}", run.tail());
 }
 
-fn boots_without_a_finding() {
+/// What the replay initcall reads (`mm/umbra_replay.c`): as many allocations of each kind, of all sizes; then the frees of every
+/// second one.
+fn recording(of_each: u32) -> Vec<u8> {
+    const KINDS: u32 = 3;
+    let slots = KINDS * of_each;
+    let mut events = Vec::new();
+    let mut event = |kind: u32, which: u8, slot: u32, size: u32| {
+        events.extend([kind as u8, which, 0, 0]);
+        events.extend(slot.to_le_bytes());
+        events.extend(size.to_le_bytes());
+    };
+    // Allocations of a kind, and after them its frees, have the numbers 0 to 5. A cache has one size, a block of pages an order.
+    let which = |slot: u32| (slot / KINDS % 4) as u8;
+    for slot in 0..slots {
+        let size = if slot % KINDS == 1 { 24 + 100 * u32::from(which(slot)) } else { 1 + slot * slot % 9000 };
+        event(slot % KINDS * 2, which(slot), slot, size);
+    }
+    for slot in (0..slots).filter(|slot| (slot / KINDS).is_multiple_of(2)) {
+        event(slot % KINDS * 2 + 1, which(slot), slot, 0);
+    }
+    let mut bytes = b"UMBRPLY1".to_vec();
+    for field in [events.len() as u32 / 12, slots, 4, 0] {
+        bytes.extend(field.to_le_bytes());
+    }
+    bytes.extend(events);
+    bytes
+}
+
+fn boots_and_works_without_a_finding() {
     // Without a first program Linux panics at the end.
-    let run = linux(KERNEL, "", NO_SUITE).collect().run();
+    let umbra = linux(KERNEL, "", &format!("{NO_SUITE} umbra_replay=1"));
+    let run = umbra.arg("--initrd").file(&recording(100)).collect().run();
     run.expect(3);
     assert_eq!(run.figure("/findings"), 0, "{}", run.tail());
     let console = console(&run);
     assert!(console.contains("KernelAddressSanitizer initialized (per-page shadow, in the sandbox, ring)"));
     assert!(!console.contains("BUG: "), "{console}");
+    assert!(console.contains("umbra replay: 300 allocations, 150 frees, 0 failed"), "{console}");
     assert!(console.contains("Kernel panic - not syncing: No working init found"));
 }
 
@@ -288,7 +318,7 @@ fn main() -> ExitCode {
     );
     let mut suite = Suite::default();
     suite.add("linux_kasan::patches_are_in_good_form", &sources, patches_are_in_good_form);
-    suite.add("linux_kasan::boots_without_a_finding", &need, boots_without_a_finding);
+    suite.add("linux_kasan::boots_and_works_without_a_finding", &need, boots_and_works_without_a_finding);
     suite.add(
         "linux_kasan::boots_unchecked_where_there_is_no_shadow",
         &need,

@@ -94,6 +94,7 @@ impl Mark {
 #[derive(Deserialize)]
 struct Stats {
     outcome: String,
+    findings: u64,
     #[serde(default)]
     marks: Vec<Mark>,
 }
@@ -230,6 +231,11 @@ impl Files {
             let all = boot.is_some() && workload.is_some() && suite.is_some() == with_suite;
             ensure!(all, "the console did not say what it says at the end of each part");
         }
+        ensure!(
+            suite.is_some() || stats.findings == 0,
+            "{} findings in a kernel without a bug",
+            stats.findings
+        );
         if suite.is_some() {
             let console = String::from_utf8_lossy(&fs::read(&self.console)?).into_owned();
             let cases = ktap::cases(&console);
