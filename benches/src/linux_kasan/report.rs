@@ -9,8 +9,8 @@ use crate::figure::{Figure, markdown, number};
 
 const MIB: f64 = 1_048_576.0;
 /// Why a figure is over its limit, where that is known.
-const BOOT_OF_STOCK: &str = "most checks take 6 instructions; the calls of them, and what a compiler leaves out of line for them, are as \
-    in stock's kernel and are more than half of what is left";
+const BOOT_OF_STOCK: &str =
+    "most checks take 6 instructions, and the calls of them are as many as in stock's kernel";
 const EXITS: &str = "one exit for each of the caches that it makes, to tell the name, and one for each first touch of 2 MiB, are most of \
     them; rings are drained after 4,095 events";
 const RSS: &str =
@@ -129,7 +129,7 @@ fn memory(text: &mut String, all: &All) -> Result<()> {
     let mib = |bytes: Option<u64>| bytes.map_or("-".into(), |bytes| format!("{:.1}", bytes as f64 / MIB));
     writeln!(
         text,
-        "\n### Memory\n\nIn MiB, at the end of the workload. The shadow of *stock* is in the guest, and not in its MemTotal; that of *umbra* is \
+        "\n### Memory\n\nIn MiB, at the end of the workload; of a run that was ended before, at the end of the boot. The shadow of *stock* is in the guest, and not in its MemTotal; that of *umbra* is \
          outside. Net is what is available less the shadow outside. The last three columns are the memory that the host holds for the whole \
          process, guest and shadow included.\n"
     )?;
