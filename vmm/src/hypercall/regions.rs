@@ -72,7 +72,7 @@ impl Regions {
         Ok(())
     }
 
-    /// Adds `len` bytes of virtual memory at `va`, as [`Call::VirtualAdd`] has them, if `key` has a key for them.
+    /// Adds `len` bytes of virtual memory at `va`, as [`Call::VirtualAdd`](super::Call::VirtualAdd) has them, if `key` has a key for them.
     ///
     /// # Errors
     /// It has none; or the memory overlaps a region, or there are too many.
