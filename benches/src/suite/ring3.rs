@@ -272,7 +272,9 @@ pub fn figures(kernel: &[u8], tick: impl Fn(&str)) -> Result<(Vec<Figure>, Strin
         "The guest runtime's own code (`guest/runtime/src/checks.rs`), taken out of the test kernel and called in a loop in a guest's ring 3, which a CPU\n\
          executes on every host. Nanoseconds of a CPU for a round, the loop of eleven instructions included: medians, measured in turns. The shadow is\n\
          the host's memory in pages of 4 KiB, as behind the windows. (Allocations and what else changes shadow keep interrupts off, which ring 3\n\
-         cannot: their figures are instructions and exits.)\n\n",
+         cannot: their figures are instructions and exits.)\n\n\
+         A bare `ret` may take longer than a check, and so may one check than another that has the same to do: how calls and returns of code this\n\
+         short follow each other is part of it. Differences of about one nanosecond say nothing of the shadow; those of the large sets do.\n\n",
     );
     text.push_str(&sizes(&mut Guest::new(&kvm, kernel, SMALL, VALID)?)?);
     let mut all = Vec::new();
