@@ -130,7 +130,8 @@ fn provenance(meter: &Meter) -> Result<Vec<Figure>> {
             stats.stacks
         )));
         let live = bytes as f64 / live.max(1) as f64;
-        all.push(Figure::new(GROUP, format!("{with}, all of it for each live object"), live, "bytes"));
+        let live = Figure::new(GROUP, format!("{with}, all of it for each live object"), live, "bytes");
+        all.push(live.limit(PROVENANCE));
     }
     Ok(all)
 }
