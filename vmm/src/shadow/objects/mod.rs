@@ -3,7 +3,9 @@
 //! Everything here is told by the guest and bounded: the oldest freed objects are forgotten first, then new
 //! ones are not remembered, and both is counted.
 
+mod entry;
 mod origins;
+mod slab;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -14,9 +16,10 @@ use umbra_shadow::codes::{GRANULE, PAGE_SIZE};
 
 use super::names::{TaskNames, sanitize};
 use super::stacks::StackId;
+use entry::Entry;
 pub(super) use origins::map_bytes;
 use origins::{Origin, Origins};
-use table::{ALLOCATED, END, Entry, FREED, Place, Table};
+use table::{END, LIST_BYTES, Place, Table};
 
 /// How far from an object an address may lie to be explained by it, in bytes.
 const NEARBY: u64 = 4096;
@@ -26,8 +29,14 @@ const PASSED_OVER: usize = 64;
 
 /// Host memory for provenance unless a setting says otherwise, in bytes.
 pub const DEFAULT_BUDGET: u64 = 64 << 20;
-/// Bytes that an object takes at most, with its part of the list that finds it and of what is known of few.
-const OBJECT_BYTES: u64 = 60;
+/// Of so many objects, one may have related work.
+const RELATED_ONE_IN: usize = 4;
+/// Bytes that related work takes at most for each object of which it is known: buckets of a hash map, of which 7/16 are in use when it
+/// has just grown.
+const RELATED_BYTES: usize = ((size_of::<(Place, [Origin; 2])>() + 1) * 16).div_ceil(7);
+/// Bytes that an object takes at most: freed, with another one before it, its part of the list that finds it, and of what is known of few.
+const OBJECT_BYTES: usize =
+    size_of::<Entry>() + size_of::<entry::Previous>() + LIST_BYTES + RELATED_BYTES.div_ceil(RELATED_ONE_IN);
 
 /// How much is remembered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +53,7 @@ impl ObjectLimits {
     /// What fits into so many bytes of host memory, names aside: a quarter of it is for stacks.
     pub fn of_budget(bytes: u64) -> Self {
         Self {
-            objects: u32::try_from((bytes - bytes / 4) / OBJECT_BYTES).unwrap_or(u32::MAX),
+            objects: u32::try_from((bytes - bytes / 4) / OBJECT_BYTES as u64).unwrap_or(u32::MAX),
             stack_bytes: (bytes / 4).min(1 << 32) as usize,
             tasks: 1 << 16,
         }
@@ -172,9 +181,6 @@ const COLLECT_PAUSE: usize = 16;
 #[derive(Debug)]
 pub struct Objects {
     table: Table,
-    oldest_freed: Place,
-    newest_freed: Place,
-    freed: usize,
     origins: Origins,
     /// Of few objects: who made work that has to do with them, the last one first.
     related: HashMap<Place, [Origin; 2]>,
@@ -200,9 +206,6 @@ impl Objects {
     pub fn new(limits: ObjectLimits) -> Self {
         Self {
             table: Table::default(),
-            oldest_freed: END,
-            newest_freed: END,
-            freed: 0,
             origins: Origins::new(limits.stack_bytes),
             related: HashMap::new(),
             collect_in: 0,
@@ -241,8 +244,8 @@ impl Objects {
         ProvenanceFigures {
             budget_bytes,
             bytes: bytes as u64,
-            live: (self.table.len() - self.freed) as u64,
-            freed: self.freed as u64,
+            live: (self.table.len() - self.table.freed()) as u64,
+            freed: self.table.freed() as u64,
             stacks: self.origins.stacks() as u64,
             counts: self.counts(),
         }
@@ -276,23 +279,17 @@ impl Objects {
         // What the cache would hand out anyway is no redzone, nor the rest of the last page of an object that has pages of its own.
         let object = self.caches.get(&cache).map_or(0, |(_, object_size)| *object_size).max(size);
         let redzone = if slot.is_multiple_of(PAGE_SIZE) { 0 } else { slot.saturating_sub(object) / GRANULE };
-        let redzone = redzone.min(u8::MAX.into());
-        let mut entry = Entry {
-            start: gpa,
-            size: u32::try_from(size).unwrap_or(u32::MAX),
-            allocated: self.origin(task, frames),
-            redzone: redzone as u8,
-            cache,
-            ..Entry::new(ALLOCATED)
-        };
+        let redzone = redzone.min(u8::MAX.into()) as u8;
+        let origin = self.origin(task, frames);
+        let Some(mut entry) = Entry::live(gpa, size, cache, origin, redzone) else { return self.drop_one() };
         let mut known = None;
         // Those that overlap come last before its end, one after the other.
         while let Some((place, old)) = self.table.last_before(entry.end())
             && old.end() > gpa
         {
-            self.redzones -= u64::from(old.redzone);
+            self.redzones -= u64::from(old.redzone());
             entry.follows(&old);
-            if old.start == gpa {
+            if old.start() == gpa {
                 known = Some(place); // The usual case: the same slot again.
                 break;
             }
@@ -300,15 +297,12 @@ impl Objects {
         }
         if let Some(place) = known {
             // What lies before the same start cannot overlap, as no two objects do.
-            self.unlink(place);
             self.related.remove(&place);
-            if let Some(old) = self.table.get_mut(place) {
-                *old = entry;
-            }
+            self.table.replace(place, entry);
         } else if self.insert(entry).is_none() {
             return;
         }
-        self.redzones += redzone;
+        self.redzones += u64::from(redzone);
         self.redzones_peak = self.redzones_peak.max(self.redzones);
     }
 
@@ -317,31 +311,30 @@ impl Objects {
         self.counts.frees = self.counts.frees.saturating_add(1);
         let origin = self.origin(task, frames);
         if let Some(place) = self.table.at(gpa) {
-            let Some(entry) = self.table.get_mut(place) else { return };
+            let Some(entry) = self.table.get(place) else { return };
             if entry.is_freed() {
                 // The first free is the one that explains later accesses.
                 self.counts.repeated_frees = self.counts.repeated_frees.saturating_add(1);
                 return;
             }
-            entry.freed = origin;
-            entry.state |= FREED;
-            self.redzones -= u64::from(std::mem::take(&mut entry.redzone));
-            self.link_freed(place);
+            self.redzones -= u64::from(entry.redzone());
+            self.table.free(place, origin);
             return;
         }
         self.counts.unknown_frees = self.counts.unknown_frees.saturating_add(1);
         if self.holder(gpa).is_some() {
             return; // Inside another object: no object of its own.
         }
-        if let Some(place) = self.insert(Entry { start: gpa, freed: origin, ..Entry::new(FREED) }) {
-            self.link_freed(place);
+        let Some(entry) = Entry::live(gpa, 0, 0, Origin::NONE, 0) else { return self.drop_one() };
+        if let Some(place) = self.insert(entry) {
+            self.table.free(place, origin);
         }
     }
 
     /// Work was made that has to do with the object that holds `gpa`: it may free it, for instance.
     pub fn related(&mut self, gpa: u64, task: u32, frames: &[u64]) {
         let origin = self.origin(task, frames);
-        let room = self.related.len() < self.most / 4;
+        let room = self.related.len() < self.most / RELATED_ONE_IN;
         match self.holder(gpa) {
             Some(place) if room || self.related.contains_key(&place) => {
                 let [last, before] = self.related.entry(place).or_default();
@@ -363,8 +356,8 @@ impl Objects {
         if self.origins.is_full() && self.collect_in == 0 {
             self.collect();
             if self.origins.is_crowded() {
-                let go = self.freed.div_ceil(2);
-                while self.freed > go && self.evict() {}
+                let go = self.table.freed().div_ceil(2);
+                while self.table.freed() > go && self.evict() {}
                 self.collect();
             }
             // So that it costs little for each, whatever a guest does.
@@ -377,12 +370,7 @@ impl Objects {
     fn collect(&mut self) {
         let Self { table, origins, related, .. } = self;
         origins.keep(|keep| {
-            for entry in table.iter_mut() {
-                keep(&mut entry.allocated);
-                keep(&mut entry.freed);
-                keep(&mut entry.previous_allocated);
-                keep(&mut entry.previous_freed);
-            }
+            table.visit(keep);
             related.values_mut().flatten().for_each(keep);
         });
     }
@@ -400,16 +388,18 @@ impl Objects {
         let right = || {
             let behind = self.table.from(gpa.checked_add(1)?);
             let (place, entry) = behind.take(PASSED_OVER).filter_map(entry).find(fits)?;
-            Some((place, entry.start - gpa, entry)).filter(|(_, distance, _)| *distance <= NEARBY)
+            Some((place, entry.start() - gpa, entry)).filter(|(_, distance, _)| *distance <= NEARBY)
         };
         let Some((place, left)) = left else { return self.found(right()?.0) };
-        let slot = match self.caches.get(&left.cache) {
+        let slot = match self.caches.get(&left.cache()) {
             Some((_, object_size)) => *object_size,
             // Without a cache, an object that starts a page has pages of its own.
-            None if left.start.is_multiple_of(PAGE_SIZE) => u64::from(left.size).next_multiple_of(PAGE_SIZE),
+            None if left.start().is_multiple_of(PAGE_SIZE) => {
+                u64::from(left.size()).next_multiple_of(PAGE_SIZE)
+            }
             None => 0,
         };
-        let end = left.end().max(left.start.saturating_add(slot));
+        let end = left.end().max(left.start().saturating_add(slot));
         if gpa < end {
             return self.found(place);
         }
@@ -418,7 +408,7 @@ impl Objects {
         match right() {
             // Between two that are as near the one in use is the likelier, and then the one in the same page.
             Some((nearer, other, right))
-                if (other, right.is_freed(), page(right.start) != page(gpa))
+                if (other, right.is_freed(), page(right.start()) != page(gpa))
                     < (distance, left.is_freed(), page(end.saturating_sub(1)) != page(gpa))
                     && !(at == At::Behind && distance <= NEARBY) =>
             {
@@ -441,21 +431,22 @@ impl Objects {
             }
         };
         let some = |origin: Origin| (origin != Origin::NONE).then(|| event(origin));
+        let (start, freed, previous) = (entry.start(), entry.freed(), self.table.previous(place));
         Some(Found {
-            start: entry.start,
-            size: u64::from(entry.size),
-            live: !entry.is_freed(),
-            cache: self.caches.get(&entry.cache).map(|(name, object_size)| Cache {
-                id: entry.cache,
+            start,
+            size: entry.size().into(),
+            live: freed.is_none(),
+            cache: self.caches.get(&entry.cache()).map(|(name, object_size)| Cache {
+                id: entry.cache(),
                 name,
                 object_size: *object_size,
             }),
-            allocated: (entry.state & ALLOCATED != 0).then(|| event(entry.allocated)),
-            freed: entry.is_freed().then(|| event(entry.freed)),
-            previous: some(entry.previous_freed).map(|freed| Previous {
-                start: entry.start.wrapping_add_signed(entry.previous_offset.into()),
-                size: entry.previous_size.into(),
-                allocated: some(entry.previous_allocated),
+            allocated: some(entry.allocated()),
+            freed: freed.map(|freed| event(freed.by)),
+            previous: some(previous.freed).map(|freed| Previous {
+                start: start.wrapping_add_signed(previous.offset.into()),
+                size: previous.size.into(),
+                allocated: some(previous.allocated),
                 freed,
             }),
             related: self.related.get(&place).into_iter().flatten().filter_map(|o| some(*o)).collect(),
@@ -464,58 +455,27 @@ impl Objects {
 
     /// Finds a place for a new object, at the cost of the oldest freed one if need be.
     fn insert(&mut self, entry: Entry) -> Option<Place> {
-        // No range ends behind the last address, so a search for overlaps would not find what starts there.
-        let room = entry.start != u64::MAX && (self.table.len() < self.most || self.evict());
+        let room = self.table.len() < self.most || self.evict();
         if !room {
-            self.counts.dropped = self.counts.dropped.saturating_add(1);
-            return None;
+            self.drop_one();
         }
-        Some(self.table.insert(entry))
+        room.then(|| self.table.insert(entry))
+    }
+
+    fn drop_one(&mut self) {
+        self.counts.dropped = self.counts.dropped.saturating_add(1);
     }
 
     /// Forgets the oldest freed object, if there is one.
     fn evict(&mut self) -> bool {
-        let there = self.table.get(self.oldest_freed).is_some();
-        if there {
-            self.forget(self.oldest_freed);
-            self.counts.evicted = self.counts.evicted.saturating_add(1);
-        }
-        there
+        let Some(oldest) = self.table.oldest_freed() else { return false };
+        self.forget(oldest);
+        self.counts.evicted = self.counts.evicted.saturating_add(1);
+        true
     }
 
     fn forget(&mut self, place: Place) {
-        self.unlink(place);
         self.related.remove(&place);
         self.table.remove(place);
-    }
-
-    /// Makes an object the newest freed one.
-    fn link_freed(&mut self, place: Place) {
-        let older = self.newest_freed;
-        if let Some(entry) = self.table.get_mut(place) {
-            (entry.older, entry.newer) = (older, END);
-        }
-        match self.table.get_mut(older) {
-            Some(entry) => entry.newer = place,
-            None => self.oldest_freed = place,
-        }
-        self.newest_freed = place;
-        self.freed += 1;
-    }
-
-    /// Takes an object out of the list of freed ones, if it is in it.
-    fn unlink(&mut self, place: Place) {
-        let Some(&Entry { older, newer, .. }) = self.table.get(place).filter(|entry| entry.is_freed()) else {
-            return;
-        };
-        match self.table.get_mut(older) {
-            Some(entry) => entry.newer = newer,
-            None => self.oldest_freed = newer,
-        }
-        match self.table.get_mut(newer) {
-            Some(entry) => entry.older = older,
-            None => self.newest_freed = older,
-        }
-        self.freed -= 1;
     }
 }

@@ -12,8 +12,23 @@ impl Origin {
     /// None is known.
     pub const NONE: Self = Self(0);
     /// There was one, but there was no room for it.
-    pub const LOST: Self = Self(u32::MAX);
+    pub const LOST: Self = Self((1 << Self::BITS) - 1);
+    /// It fits into so many bits.
+    pub const BITS: u32 = 22;
+
+    /// Its bits.
+    pub fn bits(self) -> u32 {
+        self.0
+    }
+
+    /// The one with these bits.
+    pub fn from_bits(bits: u32) -> Self {
+        Self(bits)
+    }
 }
+
+/// The most pairs, so that each has an [`Origin`] of its own.
+const MOST_PAIRS: usize = Origin::LOST.0 as usize - 1;
 
 /// Bytes of a pair, with its share of the index, which is half empty at worst.
 const PAIR_BYTES: usize = 8 + 2 * 13;
@@ -26,16 +41,20 @@ pub struct Origins {
     index: HashMap<(StackId, u32), Origin>,
     /// The most bytes.
     most: usize,
+    most_pairs: usize,
     lost: u64,
 }
 
 impl Origins {
     /// A table of at most so many bytes.
     pub fn new(most: usize) -> Self {
-        Self { most, ..Self::default() }
+        Self { most, most_pairs: MOST_PAIRS, ..Self::default() }
     }
 
     fn room(&self) -> usize {
+        if self.pairs.len() >= self.most_pairs {
+            return 0;
+        }
         self.most.saturating_sub(self.stacks.used() + self.pairs.len() * PAIR_BYTES)
     }
 
@@ -109,7 +128,8 @@ impl Origins {
 
     /// Keeps only what `visit` shows to the function that it gets. That one changes each origin to what it is called from now on.
     pub fn keep(&mut self, visit: impl FnOnce(&mut dyn FnMut(&mut Origin))) {
-        let empty = Self { most: self.most, lost: self.lost, ..Self::default() };
+        let Self { most, most_pairs, lost, .. } = *self;
+        let empty = Self { most, most_pairs, lost, ..Self::default() };
         let mut old = std::mem::replace(self, empty);
         // Not needed any more, and not small.
         old.index = HashMap::new();
@@ -161,6 +181,20 @@ mod tests {
         }
         assert_eq!(kept[5..], [Origin::NONE, Origin::LOST]);
         assert_eq!(origins.get(Origin::LOST), (0, StackId::LOST));
+    }
+
+    #[test]
+    fn there_are_no_more_pairs_than_origins() {
+        let mut origins = Origins { most_pairs: 10, ..Origins::new(1 << 20) };
+        let mut all: Vec<_> = (0..12).map(|task| origins.intern(task, &[])).collect();
+        assert_eq!((all[9] == Origin::LOST, &all[10..]), (false, &[Origin::LOST; 2] as &[_]));
+        assert!(origins.is_full() && origins.is_crowded() && origins.lost() == 2);
+        all.truncate(5);
+        origins.keep(|keep| all.iter_mut().for_each(keep));
+        assert!((0..5).all(|task| origins.intern(task, &[]) == all[task as usize]) && !origins.is_full());
+        // The last one is another than the one that says that it is lost.
+        assert_eq!(MOST_PAIRS + 1, Origin::LOST.bits() as usize);
+        assert_eq!(Origin::LOST.bits(), u32::MAX >> (32 - Origin::BITS));
     }
 
     #[test]

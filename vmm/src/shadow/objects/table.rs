@@ -1,94 +1,24 @@
 //! The objects themselves, by address: each keeps its place for as long as it is remembered, and a sorted list of places finds
-//! it. Made for little memory: 48 bytes and about 5 for the list, where a tree of the standard library takes over 20.
+//! it. Made for little memory: 32 bytes, 16 more for a freed one with another one before it, and about 5 for the list.
 
 use super::Origin;
+use super::entry::{Entry, Freed, Previous};
+use super::slab::{Slab, reserve_little};
 
 /// Place of an object; [`END`] is none.
 pub type Place = u32;
 /// No place.
 pub const END: Place = u32::MAX;
 
-/// The allocation is known.
-pub const ALLOCATED: u8 = 1;
-/// It was freed. Such objects are in the list of freed ones.
-pub const FREED: u8 = 2;
+/// Bytes that the sorted list and the pointers to chunks take at most for each object. No two leaves beside each other have
+/// less than half of [`LEAF`] together, but for those that a split left.
+pub const LIST_BYTES: usize = 7;
 
-/// One object.
-#[derive(Clone, Copy, Debug)]
-pub struct Entry {
-    pub start: u64,
-    /// Saturated: 4 GiB stands for that and more.
-    pub size: u32,
-    pub allocated: Origin,
-    pub freed: Origin,
-    /// Neighbours in the list of freed objects; `newer` links vacant places, too.
-    pub older: Place,
-    pub newer: Place,
-    /// What was here before and was freed, if that is known: its start, as distance from this one's.
-    pub previous_offset: i32,
-    pub previous_size: u32,
-    pub previous_allocated: Origin,
-    pub previous_freed: Origin,
-    pub cache: u16,
-    pub state: u8,
-    /// Redzone in its slot, in granules; saturated.
-    pub redzone: u8,
-}
-
-const _: () = assert!(size_of::<Entry>() == 48);
-
-impl Entry {
-    /// An object of which nothing is known but whether it is [`ALLOCATED`] or [`FREED`].
-    pub fn new(state: u8) -> Self {
-        Self {
-            start: 0,
-            size: 0,
-            allocated: Origin::NONE,
-            freed: Origin::NONE,
-            older: END,
-            newer: END,
-            previous_offset: 0,
-            previous_size: 0,
-            previous_allocated: Origin::NONE,
-            previous_freed: Origin::NONE,
-            cache: 0,
-            state,
-            redzone: 0,
-        }
-    }
-
-    /// Takes note of an object that it takes the place of. If that was freed, it is the previous one; else this one is what became of
-    /// it, and the previous one is the same.
-    pub fn follows(&mut self, old: &Self) {
-        if old.is_freed() && old.freed != Origin::NONE {
-            let offset = old.start.wrapping_sub(self.start).cast_signed();
-            // An object that starts so far away was of another kind, and does not help.
-            let Ok(offset) = i32::try_from(offset) else { return };
-            self.previous_offset = offset;
-            self.previous_size = old.size;
-            (self.previous_allocated, self.previous_freed) = (old.allocated, old.freed);
-        } else if old.start == self.start {
-            (self.previous_offset, self.previous_size) = (old.previous_offset, old.previous_size);
-            (self.previous_allocated, self.previous_freed) = (old.previous_allocated, old.previous_freed);
-        }
-    }
-
-    /// The first address behind it. An object of no bytes still has a place of its own.
-    pub fn end(&self) -> u64 {
-        self.start.saturating_add(u64::from(self.size.max(1)))
-    }
-
-    /// Whether it is in the list of freed objects.
-    pub fn is_freed(&self) -> bool {
-        self.state & FREED != 0
-    }
-}
-
-/// Entries that are allocated at a time.
-const CHUNK: usize = 128;
 /// Most places in a leaf, and how many room is made for at a time.
 const LEAF: usize = 128;
-const STEP: usize = 16;
+const STEP: usize = 8;
+/// Two leaves that have no more are made one.
+const JOINED: usize = LEAF * 3 / 4;
 
 /// A part of the sorted list. None is empty.
 #[derive(Debug)]
@@ -103,14 +33,24 @@ struct Leaf {
 struct At(usize, usize);
 
 /// All objects. No two start at the same address.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Table {
-    chunks: Vec<Box<[Entry; CHUNK]>>,
-    /// Places that were ever used.
-    used: usize,
-    vacant: Option<Place>,
+    entries: Slab<Entry>,
+    /// Of freed objects; live ones keep it themselves.
+    previous: Slab<Previous>,
     leaves: Vec<Leaf>,
     len: usize,
+    /// The list of freed objects.
+    oldest: Place,
+    newest: Place,
+    freed: usize,
+}
+
+impl Default for Table {
+    fn default() -> Self {
+        let (entries, previous) = (Slab::default(), Slab::default());
+        Self { entries, previous, leaves: Vec::new(), len: 0, oldest: END, newest: END, freed: 0 }
+    }
 }
 
 impl Table {
@@ -119,27 +59,39 @@ impl Table {
         self.len
     }
 
+    /// How many of them are freed.
+    pub fn freed(&self) -> usize {
+        self.freed
+    }
+
+    /// The one that was freed first.
+    pub fn oldest_freed(&self) -> Option<Place> {
+        (self.oldest != END).then_some(self.oldest)
+    }
+
     /// Bytes of host memory that it takes.
     pub fn bytes(&self) -> usize {
         let places: usize = self.leaves.iter().map(|leaf| leaf.places.capacity()).sum();
-        self.chunks.len() * size_of::<[Entry; CHUNK]>()
-            + self.chunks.capacity() * size_of::<Box<[Entry; CHUNK]>>()
-            + self.leaves.capacity() * size_of::<Leaf>()
-            + places * size_of::<Place>()
+        let leaves = self.leaves.capacity() * size_of::<Leaf>() + places * size_of::<Place>();
+        self.entries.bytes() + self.previous.bytes() + leaves
     }
 
     /// The object at a place, if that is one.
     pub fn get(&self, place: Place) -> Option<&Entry> {
-        self.chunks.get(place as usize / CHUNK).map(|chunk| &chunk[place as usize % CHUNK])
+        self.entries.get(place)
     }
 
-    /// [`Table::get`].
-    pub fn get_mut(&mut self, place: Place) -> Option<&mut Entry> {
-        self.chunks.get_mut(place as usize / CHUNK).map(|chunk| &mut chunk[place as usize % CHUNK])
+    /// What was freed before the object at a place took its place; [`Previous::NONE`] if that is not known.
+    pub fn previous(&self, place: Place) -> Previous {
+        let previous = self.get(place).map(|entry| match entry.freed() {
+            Some(freed) => self.previous.get(freed.previous).copied().unwrap_or(Previous::NONE),
+            None => entry.previous(),
+        });
+        previous.unwrap_or(Previous::NONE)
     }
 
     fn start(&self, place: Place) -> u64 {
-        self.get(place).map_or(u64::MAX, |entry| entry.start)
+        self.get(place).map_or(u64::MAX, Entry::start)
     }
 
     /// Where objects begin that start at `start` or later.
@@ -193,37 +145,19 @@ impl Table {
         Some((place, *self.get(place)?))
     }
 
-    /// All of them, in no order.
-    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Entry> {
-        let Self { chunks, used, .. } = self;
-        // Vacant ones have no state.
-        chunks.iter_mut().flat_map(|chunk| chunk.iter_mut()).take(*used).filter(|entry| entry.state != 0)
+    /// Shows each origin of all objects, which may change it.
+    pub fn visit(&mut self, visitor: &mut dyn FnMut(&mut Origin)) {
+        self.entries.iter_mut().for_each(|entry| entry.visit(visitor));
+        self.previous.iter_mut().for_each(|previous| previous.visit(visitor));
     }
 
-    /// Adds an object, whose state is not 0. None starts at the same address.
+    /// Adds a live object. None starts at the same address.
     pub fn insert(&mut self, entry: Entry) -> Place {
-        let place = match self.vacant.and_then(|place| Some((place, self.get_mut(place)?))) {
-            Some((place, vacant)) => {
-                let next = std::mem::replace(vacant, entry).newer;
-                self.vacant = (next != END).then_some(next);
-                place
-            }
-            None => {
-                if self.used == self.chunks.len() * CHUNK {
-                    self.chunks.push(Box::new([entry; CHUNK]));
-                }
-                let place = self.used as Place;
-                self.used += 1;
-                if let Some(new) = self.get_mut(place) {
-                    *new = entry;
-                }
-                place
-            }
-        };
+        let place = self.entries.insert(entry);
         self.len += 1;
-        let At(leaf, at) = self.lower(entry.start);
+        let At(leaf, at) = self.lower(entry.start());
         let Some(within) = self.leaves.get_mut(leaf) else {
-            self.leaves.push(Leaf { first: entry.start, places: vec![place] });
+            self.leaves.push(Leaf { first: entry.start(), places: vec![place] });
             return place;
         };
         let places = &mut within.places;
@@ -232,7 +166,7 @@ impl Table {
         }
         places.insert(at, place);
         if at == 0 {
-            within.first = entry.start;
+            within.first = entry.start();
         }
         if places.len() > LEAF {
             // Objects often come by rising address: then the left part stays as it is.
@@ -241,23 +175,68 @@ impl Table {
             places.truncate(keep);
             places.shrink_to(keep);
             let first = rest.first().map_or(u64::MAX, |place| self.start(*place));
+            reserve_little(&mut self.leaves);
             self.leaves.insert(leaf + 1, Leaf { first, places: rest });
         }
         place
     }
 
+    /// Puts a live object in the place of one that starts at the same address.
+    pub fn replace(&mut self, place: Place, entry: Entry) {
+        self.revive(place);
+        if let Some(old) = self.entries.get_mut(place) {
+            *old = entry;
+        }
+    }
+
+    /// Makes a live object the newest freed one.
+    pub fn free(&mut self, place: Place, by: Origin) {
+        let Some(entry) = self.entries.get_mut(place).filter(|entry| !entry.is_freed()) else { return };
+        let previous = match entry.previous() {
+            previous if previous.is_some() => self.previous.insert(previous),
+            _ => END,
+        };
+        let older = self.newest;
+        entry.set_freed(Freed { by, older, newer: END, previous });
+        if !self.link(older, |freed| freed.newer = place) {
+            self.oldest = place;
+        }
+        self.newest = place;
+        self.freed += 1;
+    }
+
+    /// Changes what is kept of a freed object, if there is one.
+    fn link(&mut self, place: Place, change: impl FnOnce(&mut Freed)) -> bool {
+        let Some(entry) = self.entries.get_mut(place) else { return false };
+        let Some(mut freed) = entry.freed() else { return false };
+        change(&mut freed);
+        entry.set_freed(freed);
+        true
+    }
+
+    /// Gives up what is kept of an object because it is freed, if it is.
+    fn revive(&mut self, place: Place) {
+        let Some(Freed { older, newer, previous, .. }) = self.get(place).and_then(Entry::freed) else {
+            return;
+        };
+        self.previous.remove(previous);
+        if !self.link(older, |freed| freed.newer = newer) {
+            self.oldest = newer;
+        }
+        if !self.link(newer, |freed| freed.older = older) {
+            self.newest = older;
+        }
+        self.freed -= 1;
+    }
+
     /// Forgets the object at a place.
     pub fn remove(&mut self, place: Place) {
-        let start = self.start(place);
-        let At(leaf, at) = self.lower(start);
+        let At(leaf, at) = self.lower(self.start(place));
         if self.place(At(leaf, at)) != Some(place) {
             return;
         }
-        let next = self.vacant.unwrap_or(END);
-        if let Some(entry) = self.get_mut(place) {
-            (entry.state, entry.newer) = (0, next);
-        }
-        self.vacant = Some(place);
+        self.revive(place);
+        self.entries.remove(place);
         self.len -= 1;
         let places = &mut self.leaves[leaf].places;
         places.remove(at);
@@ -268,16 +247,19 @@ impl Table {
         if places.capacity() > places.len() + 2 * STEP {
             places.shrink_to(places.len() + STEP);
         }
-        let len = places.len();
         self.leaves[leaf].first = self.start(first);
-        if len < LEAF / 4
-            && let Some(next) = self.leaves.get(leaf + 1)
-            && len + next.places.len() < LEAF * 3 / 4
-        {
-            let next = self.leaves.remove(leaf + 1);
+        self.join(leaf);
+        self.join(leaf.wrapping_sub(1));
+    }
+
+    /// Makes a leaf and the next one into one, if they are small.
+    fn join(&mut self, leaf: usize) {
+        let both = self.leaves.get(leaf).zip(self.leaves.get(leaf.wrapping_add(1)));
+        if both.is_some_and(|(left, right)| left.places.len() + right.places.len() <= JOINED) {
+            let right = self.leaves.remove(leaf + 1);
             let places = &mut self.leaves[leaf].places;
-            places.reserve_exact(next.places.len() + STEP);
-            places.extend(next.places);
+            places.reserve_exact(right.places.len());
+            places.extend(right.places);
         }
     }
 }
@@ -291,7 +273,7 @@ mod tests {
     use super::*;
 
     fn entry(start: u64) -> Entry {
-        Entry { start, size: 1, ..Entry::new(ALLOCATED) }
+        Entry::live(start, 1, 0, Origin::NONE, 0).unwrap()
     }
 
     #[test]
@@ -305,11 +287,31 @@ mod tests {
                 table.insert(entry(start(i)));
             }
             let each = table.bytes() as f64 / 65_536.0;
-            assert!(each < size_of::<Entry>() as f64 + 7.0, "{how}: {each} bytes each");
+            assert!(each < size_of::<Entry>() as f64 + 6.0, "{how}: {each} bytes each");
             assert_eq!(
                 table.from(0).map(|at| table.start(at)).collect::<Vec<_>>(),
                 (0..65_536).map(rising).collect::<Vec<_>>()
             );
+        }
+    }
+
+    impl Table {
+        /// The list of freed objects has all of them and no others, in both directions, and nothing of what was before is left over.
+        pub fn assert_whole(&mut self) {
+            let all: Vec<Entry> = self.entries.iter_mut().map(|entry| *entry).collect();
+            let freed: Vec<Freed> = all.iter().filter_map(Entry::freed).collect();
+            assert_eq!((all.len(), freed.len()), (self.len, self.freed));
+            let (mut at, mut older, mut listed) = (self.oldest, END, 0);
+            while at != END {
+                let entry = self.get(at).and_then(Entry::freed).expect("a freed object");
+                assert_eq!(entry.older, older);
+                (older, at) = (at, entry.newer);
+                listed += 1;
+                assert!(listed <= freed.len(), "a loop");
+            }
+            assert_eq!((older, listed), (self.newest, freed.len()));
+            let previous = freed.iter().filter(|freed| freed.previous != END).count();
+            assert_eq!(self.previous.iter_mut().count(), previous);
         }
     }
 
@@ -335,7 +337,7 @@ mod tests {
                 prop_assert!(table.from(start).take(5).eq(right.map(|(_, place)| *place).take(5)));
             }
             prop_assert!(table.from(0).eq(tree.values().copied()));
-            prop_assert_eq!(table.iter_mut().count(), tree.len());
+            prop_assert_eq!(table.entries.iter_mut().count(), tree.len());
             // Emptied, it keeps its places for what comes.
             tree.values().for_each(|place| table.remove(*place));
             prop_assert!(table.leaves.is_empty() && table.from(0).next().is_none());

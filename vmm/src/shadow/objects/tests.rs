@@ -245,6 +245,44 @@ fn related_work_is_told_the_last_first() {
     assert_eq!(objects.related.len(), 2);
 }
 
+/// Every object was freed, with another one before it; of a quarter of them related work is known, in a map that has just grown; and the
+/// list that finds them is as loose as a guest can make it: of each of its parts of 128 only so many are left that two
+/// are not made one, or so few that many are.
+#[test]
+fn no_object_takes_more_than_its_part_of_the_budget() {
+    for left in [49, 8] {
+        let most = RELATED_ONE_IN * ((7 << 10) + 1);
+        let mut objects = Objects::new(limits(most as u32));
+        let mut next = 0;
+        while objects.len() < most - 200 {
+            let from = next;
+            while objects.len() < most {
+                objects.allocated(next * 8, 8, 0, 0, 0, &[]);
+                next += 1;
+            }
+            for i in (from..next).filter(|i| (i - from) % 128 >= left) {
+                let place = objects.table.at(i * 8).unwrap();
+                objects.forget(place);
+            }
+        }
+        let mut all: Vec<u64> = (0..next).filter(|i| objects.table.at(i * 8).is_some()).collect();
+        all.extend((next..).take(most - all.len()));
+        for gpa in all.iter().map(|i| i * 8) {
+            objects.allocated(gpa, 8, 0, 0, 0, &[]);
+            objects.freed(gpa, 0, &[]);
+            objects.allocated(gpa, 8, 0, 0, 0, &[]);
+            objects.freed(gpa, 0, &[]);
+            objects.related(gpa, 0, &[]);
+        }
+        assert_eq!((objects.len(), objects.related.len()), (most, most / RELATED_ONE_IN));
+        let most = OBJECT_BYTES - RELATED_BYTES.div_ceil(RELATED_ONE_IN);
+        let each = objects.table.bytes() as f64 / objects.len() as f64;
+        assert!(each <= most as f64 && each > most as f64 - 3.0, "{each} of {most} bytes each");
+        let each = map_bytes(&objects.related) as f64 / objects.related.len() as f64;
+        assert!(each <= RELATED_BYTES as f64 && each > RELATED_BYTES as f64 - 1.0, "{each} bytes each");
+    }
+}
+
 #[test]
 fn redzones_of_live_objects_are_counted() {
     let mut objects = Objects::default();
@@ -272,7 +310,7 @@ proptest! {
         high: bool,
     ) {
         // Nothing here starts a page: such an object explains all of it.
-        let base = if high { u64::MAX - 700 } else { 64 };
+        let base = if high { Entry::LAST_START - 700 } else { 64 };
         let mut objects = Objects::new(limits(1000));
         let mut plain: Vec<(u64, u64, bool)> = Vec::new();
         for (start, size, free) in steps {
@@ -323,18 +361,61 @@ proptest! {
                 prop_assert!(dropped > 0 || nearest(&objects, start * 8) == Some(start * 8));
             }
             prop_assert!(objects.len() <= 8);
-            let freed = objects.table.iter_mut().filter(|entry| entry.is_freed()).count();
-            prop_assert_eq!(freed, objects.freed);
-            let mut listed = 0;
-            let (mut at, mut older) = (objects.oldest_freed, END);
-            while at != END {
-                let entry = objects.table.get(at).expect("an object");
-                prop_assert_eq!(entry.older, older);
-                (older, at) = (at, entry.newer);
-                listed += 1;
-                prop_assert!(listed <= 8, "a loop");
+            objects.table.assert_whole();
+        }
+    }
+
+    /// What an object tells of itself and of what was freed in its place before, against a plain list. Every event has a task of its own,
+    /// and the table of these is looked through for what nothing needs any more, again and again.
+    #[test]
+    fn histories_agree_with_a_plain_list(
+        steps in proptest::collection::vec((0..90u64, 1..30u64, 0..5u8), 1..300),
+    ) {
+        // Start, end, allocation, free; and the same of the one before.
+        type Known = (u64, u64, Option<u32>, Option<u32>);
+        let mut objects = Objects::new(ObjectLimits { stack_bytes: 4096, ..limits(100) });
+        let mut plain: Vec<(Known, Option<Known>)> = Vec::new();
+        let task = |event: Option<Event>| event.map(|event| event.task);
+        for (task, (start, size, what)) in (0u32..).zip(steps) {
+            let (start, end) = (start, start + size);
+            if what < 3 {
+                objects.allocated(start, size, 0, 0, task, &[]);
+                let (mut others, mut previous) = (Vec::new(), None);
+                // By falling address, as overlapping ones are forgotten: the last one that says something is kept.
+                plain.sort_by_key(|(object, _)| std::cmp::Reverse(object.0));
+                for (object, before) in plain {
+                    if object.1 <= start || end <= object.0 {
+                        others.push((object, before));
+                    } else if object.3.is_some() {
+                        previous = Some(object);
+                    } else if object.0 == start {
+                        previous = before;
+                    }
+                }
+                others.push(((start, end, Some(task), None), previous));
+                plain = others;
+            } else {
+                objects.freed(start, task, &[]);
+                match plain.iter().position(|(object, _)| object.0 == start) {
+                    Some(known) => {
+                        plain[known].0.3.get_or_insert(task);
+                    }
+                    None if plain.iter().any(|(object, _)| object.0 < start && start < object.1) => {}
+                    None => plain.push(((start, start + 1, None, Some(task)), None)),
+                }
             }
-            prop_assert_eq!((older, listed), (objects.newest_freed, freed));
+            objects.table.assert_whole();
+        }
+        prop_assert_eq!(objects.counts().lost_stacks, 0);
+        prop_assert_eq!(objects.len(), plain.len());
+        for (object, before) in plain {
+            let found = objects.nearest(object.0, At::Anywhere).unwrap();
+            let end = found.start + found.size.max(1);
+            prop_assert_eq!((found.start, end, task(found.allocated), task(found.freed)), object);
+            let previous = found.previous.map(|object| {
+                (object.start, object.start + object.size.max(1), task(object.allocated), Some(object.freed.task))
+            });
+            prop_assert_eq!(previous, before);
         }
     }
 }
