@@ -20,7 +20,8 @@ struct Case {
 }
 
 /// Why some unaligned accesses are over their limits. Compilers call `__asan_loadN` for what they know to be unaligned.
-const UNALIGNED: &str = "unaligned: two pages, or two granules and a partial one, take more instructions";
+const UNALIGNED: &str =
+    "unaligned: a page of another kind beside, or a granule that is not whole, takes more instructions";
 
 impl Case {
     fn word(&self) -> Word {
@@ -55,6 +56,18 @@ fn fixed(size: u64) -> Vec<(&'static str, u64, &'static str, Option<f64>)> {
     }
     if size == 2 || size == 4 {
         all.push(("object", 1, "byte-checked, unaligned, in a whole granule", Some(BYTE_CHECKED)));
+        all.push((
+            "object",
+            993,
+            "byte-checked, unaligned, in a whole granule before a partial one",
+            Some(BYTE_CHECKED),
+        ));
+        all.push((
+            "object",
+            1001 - size,
+            "byte-checked, unaligned, into a partial granule",
+            Some(BYTE_CHECKED),
+        ));
         all.push(("object", 1001, "byte-checked, unaligned, in a partial granule", Some(BYTE_CHECKED)));
     }
     if size == 8 {

@@ -12,12 +12,14 @@
 //! | 1 byte | 5 | 10 | 13 |
 //! | 2, 4 bytes, aligned | 7 | 12 | 15 |
 //! | 8, 16 bytes, aligned | 7 | 11 | |
-//! | 2 to 8 bytes, unaligned | 7 (13 beside another kind of page) | 16 | 20 to 25 |
-//! | 16 bytes, unaligned | 7 (13) | model | model |
+//! | 2 to 8 bytes, unaligned | 7 (13 beside another kind of page) | 15 | 20 to 23 |
+//! | 16 bytes, unaligned | 7 (12) | model | model |
 //! | up to 8 bytes, by `__asan_loadN` | 11 | 23 to 25 | 28 |
 //!
 //! Two-level: `rax` is the page shadow's address, one unsigned comparison with `PAGE_BYTES` tells the three cases
-//! apart. An aligned access lies in one page and one granule (two granules for 16 bytes).
+//! apart. An aligned access lies in one page and one granule (two granules for 16 bytes). An unaligned one of up to 8 bytes looks at two
+//! granules at once, unless it begins in the last one of its page: then it takes up to five more, or the model if it goes on in the next
+//! page and not both are untyped.
 //!
 //! A wild address has no shadow mapped: the lookup itself faults, and [`crate::api::umbra_page_fault`] finds the
 //! access by the slot that `rip` lies in.
@@ -58,9 +60,9 @@ global_asm!(
     ".set UMBRA_PATCH, 64",
     ".set UMBRA_BYTES, 64",      // the page is not untyped
     ".set UMBRA_UNALIGNED, 128", // an unaligned access, two-level
-    ".set UMBRA_GRANULES, 208", // an unaligned access whose granules are not both whole; rax: the first one's shadow
-    ".set UMBRA_PARTIAL, 288",  // an aligned access whose granule is not whole, full shadow
-    ".set UMBRA_SLOW, 320",     // to the model
+    ".set UMBRA_GRANULES, 208",  // an unaligned access whose granules are not both whole
+    ".set UMBRA_PARTIAL, 288",   // an aligned access whose granule is not whole, full shadow
+    ".set UMBRA_SLOW, 320",      // to the model
     ".set UMBRA_SLOT, 384",
     ".macro umbra_slow size, access",
     "push rbp",
@@ -84,6 +86,7 @@ global_asm!(
     ".org \\name + UMBRA_BYTES, 0xcc",
     // Page shadow was not below PAGE_BYTES; the flags are still those of that comparison. The address is shifted in
     // place, which saves a copy: no look-up in the byte shadow of a byte-checked page faults.
+    "8:",
     "jne 9f",
     ".if \\size < 8",
     "lea ecx, [rdi + \\size - 1]",
@@ -118,59 +121,81 @@ global_asm!(
     "jne 2f",
     "ret",
     "2:",
+    ".if \\size == 16",
     "cmp byte ptr [rax], 1",
-    "jne 3f",
-    // Likewise two granules at once.
-    "mov rax, rdi",
-    "sar rax, 3",
-    "cmp word ptr [rax], 0",
-    ".if \\size < 16",
-    "jne 4f",
-    // Not for an access that goes on in the next page, which has a class of its own: its last byte is then one of the
-    // first of a page.
+    "jae 9f",
+    // An untyped page beside one of another kind. The access's last byte is one of the first of a page if it goes on there.
     "lea ecx, [rdi + \\size - 1]",
     "test ecx, 0x1000 - \\size",
     "je 9f",
     "ret",
     ".else",
-    "jmp 9f",
+    // Whether the second of two granules at once is in the next page, which has a class of its own.
+    "lea ecx, [rdi + 8]",
+    "test ecx, 0xff8",
+    ".if \\size == 8",
+    "je 9f",
+    ".else",
+    "je 5f",
     ".endif",
+    "cmp byte ptr [rax], 1",
+    "jne 3f",
+    "sar rdi, 3",
+    "cmp word ptr [rdi], 0",
+    "jne 4f",
+    "ret",
+    // An untyped page beside one of another kind.
     "3:",
     "ja 9f",
-    // An untyped page beside one of another kind.
+    "ret",
+    ".if \\size < 8",
+    "5:", // The last granule of a page.
     "lea ecx, [rdi + \\size - 1]",
     "test ecx, 0x1000 - \\size",
-    "je 5f",
+    "je 9f", // The access goes on in the next page.
+    "cmp byte ptr [rax], 1",
+    "jae 8b",
     "ret",
-    "5:",
-    "cmp byte ptr [rax + 1], 0",
-    "jne 9f",
-    "ret",
+    ".endif",
+    ".endif",
     ".endif",
     ".org \\name + UMBRA_GRANULES, 0xcc",
     ".if (\\size > 1) && (\\size < 16)",
-    // The access's last byte, counted from the first granule:
+    "lea ecx, [rdi + 8]",
+    "sar rdi, 3",
+    // Where it begins in its first granule. At most one of the two is whole.
     "4:",
-    "mov ecx, edi",
     "and ecx, 7",
-    "add ecx, \\size - 1",
-    "cmp byte ptr [rax], 0",
+    "cmp byte ptr [rdi], 0",
+    ".if \\size == 8",
+    // It reaches into the second one, in which its last byte is one before that.
+    "jne 7f",
+    "cmp cl, [rdi + 1]",
+    "jg 7f",
+    "ret",
+    "7:",
+    "lea rdi, [rdi * 8 + rcx]",
+    ".else",
     "jne 6f",
-    // The first granule is whole, the second is not.
-    "sub ecx, 8",
-    "js 5f",
-    // That is another page's, perhaps.
-    "lea edx, [rax + 1]",
-    "test edx, 0x1ff",
-    "je 9f",
-    "cmp cl, [rax + 1]",
-    "jge 9f",
+    "cmp ecx, 8 - \\size",
+    "ja 5f",
+    "ret",
+    "5:", // Its last byte in the second one.
+    "sub ecx, 9 - \\size",
+    "cmp cl, [rdi + 1]",
+    "jge 5f",
+    "ret",
+    "6:", // Its last byte, counted from the first one: that many are never valid if it is in the second.
+    "add ecx, \\size - 1",
+    "cmp cl, [rdi]",
+    "jge 6f",
+    "ret",
     "5:",
-    "ret",
+    "add ecx, 8",
     "6:",
-    "cmp cl, [rax]",
-    "jge 9f",
-    "ret",
+    "lea rdi, [rdi * 8 + rcx - (\\size - 1)]",
+    ".endif",
+    "jmp 9f",
     ".endif",
     ".org \\name + UMBRA_PARTIAL, 0xcc",
     ".if \\size < 8",
