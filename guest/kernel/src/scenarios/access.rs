@@ -85,6 +85,27 @@ scenarios! {
         kfree(p);
     }
 
+    entry_points_behind_the_end,
+    "slab-out-of-bounds Read 2 17;slab-out-of-bounds Read 2 23;slab-out-of-bounds Read 4 17;slab-out-of-bounds Read 4 21;\
+     slab-out-of-bounds Read 8 17;slab-out-of-bounds Read 2 16;slab-out-of-bounds Read 4 16;slab-out-of-bounds Read 8 16",
+    "every check, unaligned: first where nothing is valid, then by one byte too far", {
+        let Some(p) = kmalloc(16) else { return };
+        let p = opaque(p);
+        // Where nothing is valid, a report tells exactly which address a check that has shifted it hands on.
+        // SAFETY: these look at shadow only.
+        unsafe {
+            __asan_load2_noabort(p + 17);
+            __asan_load2_noabort(p + 23);
+            __asan_load4_noabort(p + 17);
+            __asan_load4_noabort(p + 21);
+            __asan_load8_noabort(p + 17);
+            __asan_load2_noabort(p + 15);
+            __asan_load4_noabort(p + 13);
+            __asan_load8_noabort(p + 9);
+        }
+        kfree(p);
+    }
+
     null_pointer, "null-ptr-deref Read 8 -", "checks an access through a null pointer", {
         // SAFETY: looks at shadow only; the fault of that is what this is for.
         unsafe { __asan_load8_noabort(opaque(0x10)) };
