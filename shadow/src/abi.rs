@@ -10,7 +10,7 @@
 //! | base + 2 | page window, gpa low | gpa high | bytes, low | bytes, high |
 //! | base + 3 | byte window, gpa low | gpa high | bytes, low | bytes, high |
 //! | base + 4 | bytes that [`call::VIRTUAL_ADD`] has for virtual memory, low | high | 0 | 0 |
-//! | base + 5 | quarantine batch in bytes | [`redzone`] | 0 | 0 |
+//! | base + 5 | quarantine batch in bytes | [`redzone`] | quarantine in bytes, low | high |
 //!
 //! **A call** is `out dx, eax` with the number in `eax`, [`PORT`] in `dx`, arguments in `rdi`, `rsi`, `rcx`,
 //! `r8` (not `rdx`, which the port occupies). The result comes back in `rax`; values from [`ERR_MIN`] on are
@@ -68,9 +68,16 @@ pub mod features {
     pub const SYNC: u32 = 1 << 3;
 }
 
+/// What a guest says of itself. Bits that the VMM does not know are ignored.
+pub mod hello {
+    /// What lies in pages whose page shadow is [`crate::codes::FREE_PAGE`] matters to nobody: they may read as zero at any time,
+    /// and the host need not keep them. True of a page allocator that keeps its lists elsewhere, as Linux's does.
+    pub const FREE_PAGES_UNUSED: u64 = 1 << 0;
+}
+
 /// The numbers of the calls, in `eax`.
 pub mod call {
-    /// `rdi`: the guest's ABI version. Result: the feature bits, or [`super::ERR_VERSION`].
+    /// `rdi`: the guest's ABI version, `rsi`: [`super::hello`] bits. Result: the feature bits, or [`super::ERR_VERSION`].
     pub const HELLO: u32 = 1;
     /// `rdi`: virtual start, `rsi`: bytes, `rcx`: guest-physical start. Says that a virtual range maps
     /// guest-physical memory one to one. All three are multiples of 4096.
@@ -286,7 +293,11 @@ pub mod record {
     pub const ALLOCATED_IN_SLOT: u8 = 3;
     /// Work was made that has to do with the object that holds the address.
     pub const RELATED: u8 = 4;
+    /// A cache has a name: what [`super::call::NAME`] tells of one, without a call, if it fits.
+    pub const CACHE: u8 = 5;
 }
+/// Most bytes of a name in a record.
+pub const RECORD_NAME_MAX: usize = 4 * RECORD_FRAMES;
 
 /// One allocator event in a ring, 64 bytes, little endian.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -294,9 +305,9 @@ pub mod record {
 pub struct Record {
     /// [`record`] kind.
     pub kind: u8,
-    /// How many of `frames` are set.
+    /// How many of `frames` are set; of a name, its bytes.
     pub depth: u8,
-    /// The cache it belongs to, 0 for none; for a free a [`wait`].
+    /// The cache it belongs to or names, 0 for none; for a free a [`wait`].
     pub cache: u16,
     /// The task that did it.
     pub task: u32,
@@ -304,12 +315,13 @@ pub struct Record {
     pub address: u64,
     /// For [`record::ALLOCATED`] bytes asked for, saturated. For [`record::ALLOCATED_IN_SLOT`] these in bits 0..16, and in bits
     /// 16..32 the bytes that the slot has beyond them. For [`record::FREED`] with a [`wait`] the bytes of the slot, else 0.
+    /// For [`record::CACHE`] bytes of one object.
     pub size: u32,
     /// Sequence number across all CPUs, wrapping. Each is taken once, from a counter that is raised atomically, when the
     /// event happens: for a free, before the memory can be handed out again.
     pub sequence: u32,
     /// Return addresses, innermost first, as the distance from the ring's text base. 0 is an address that lies
-    /// more than 4 GiB from it.
+    /// more than 4 GiB from it. A name takes their place, byte by byte.
     pub frames: [u32; RECORD_FRAMES],
 }
 
@@ -331,6 +343,17 @@ impl Record {
             sequence: u32_at(20),
             frames,
         }
+    }
+}
+
+impl Record {
+    /// What lies in the place of the return addresses, as the name of a [`record::CACHE`].
+    pub fn name(&self) -> [u8; RECORD_NAME_MAX] {
+        let mut name = [0; RECORD_NAME_MAX];
+        for (bytes, word) in name.chunks_exact_mut(4).zip(self.frames) {
+            bytes.copy_from_slice(&word.to_le_bytes());
+        }
+        name
     }
 }
 

@@ -261,7 +261,7 @@ fn stats_have_the_documented_fields() {
         "mode:s notify:s page_bytes:n byte_mapped_bytes:n byte_resident_bytes:n byte_peak_resident_bytes:n \
          byte_used_peak_bytes:n byte_unused_bytes:n faults:n released_bytes:n",
     );
-    has_exactly(&s["guest"], "memory_bytes:n cpus:n instructions:n?");
+    has_exactly(&s["guest"], "memory_bytes:n cpus:n instructions:n? released_bytes:n");
     has_exactly(&s["exits"], "total:n hypercall:n shadow_fault:n io:n mmio:n completed:o");
     has_exactly(&s["events"], "allocations:n frees:n ring_drains:n refused:n");
     has_exactly(

@@ -18,7 +18,10 @@ pub use self::regions::{Region, Regions};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Call {
     /// The guest speaks this version of the ABI.
-    Hello,
+    Hello {
+        /// [`abi::hello`] bits.
+        flags: u64,
+    },
     /// Virtual memory that maps guest-physical memory one to one.
     RegionAdd(Region),
     /// A ring of events.
@@ -298,7 +301,7 @@ impl Call {
     /// Decodes call `number` with the arguments in `rdi`, `rsi`, `rcx` and `r8`.
     pub fn decode(number: u32, rdi: u64, rsi: u64, rcx: u64, r8: u64) -> Result<Self, CallError> {
         Ok(match number {
-            call::HELLO if rdi == u64::from(abi::VERSION) => Self::Hello,
+            call::HELLO if rdi == u64::from(abi::VERSION) => Self::Hello { flags: rsi },
             call::HELLO => return Err(CallError::Version(rdi)),
             call::REGION_ADD => Self::RegionAdd(Region::new(rdi, rsi, rcx)?),
             call::RING_SETUP => {

@@ -17,7 +17,7 @@ fn error(number: u32, rdi: u64, rsi: u64, rdx: u64, rcx: u64) -> u64 {
 fn calls_are_decoded() {
     let actor = Actor { cpu: 0x5678, task: 0x9abc_def0 };
     let who = 0x9abc_def0_5678_0000;
-    assert_eq!(ok(call::HELLO, abi::VERSION.into(), 0, 0, 0), Call::Hello);
+    assert_eq!(ok(call::HELLO, abi::VERSION.into(), 5, 0, 0), Call::Hello { flags: 5 });
     let Call::RegionAdd(region) = ok(call::REGION_ADD, DIRECT, 1 << 28, 0x1000, 0) else { panic!() };
     assert_eq!((region.va(), region.bytes(), region.gpa()), (DIRECT, 1 << 28, 0x1000));
     assert_eq!(

@@ -1,5 +1,7 @@
 //! Guest RAM: host memory that is reserved at once and becomes resident page by page as the guest uses it.
 
+use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use thiserror::Error;
@@ -123,6 +125,44 @@ impl Ram {
         }
     }
 
+    /// Gives the host memory behind `pages` (guest-physical, multiples of 4096) back as far as they are RAM and resident; they
+    /// read as zero from then on. Returns the bytes that went. No vCPU runs meanwhile.
+    ///
+    /// # Errors
+    /// The host refuses.
+    pub fn give_back(&self, pages: &Range<u64>) -> io::Result<u64> {
+        let mut went = 0;
+        for (gpa, host, len) in self.regions() {
+            let start = pages.start.max(gpa.0);
+            let bytes = pages.end.min(gpa.0 + len).saturating_sub(start) as usize;
+            if bytes == 0 {
+                continue;
+            }
+            let mut resident = vec![0u8; bytes.div_ceil(layout::PAGE as usize)];
+            // SAFETY: `start` is at most `bytes` before the end of the region, whose mapping lives as long as `self`.
+            let at = unsafe { host.add((start - gpa.0) as usize) };
+            // SAFETY: it writes a byte for each page of the range, and there is room for so many.
+            if unsafe { libc::mincore(at.cast(), bytes, resident.as_mut_ptr()) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            let held = |page: &u8| page & 1 != 0;
+            let (Some(first), Some(last)) = (resident.iter().position(held), resident.iter().rposition(held))
+            else {
+                continue;
+            };
+            // At once, whatever lies between: what is not resident costs nothing.
+            let page = layout::PAGE as usize;
+            // SAFETY: both pages lie in the range above.
+            let from = unsafe { at.add(first * page) };
+            // SAFETY: a part of the range above. No references into guest memory exist, and KVM keeps vCPUs coherent.
+            if unsafe { libc::madvise(from.cast(), (last + 1 - first) * page, libc::MADV_DONTNEED) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            went += (resident.iter().filter(|page| held(page)).count() * page) as u64;
+        }
+        Ok(went)
+    }
+
     /// The host mappings behind RAM: guest-physical start, host address, bytes.
     pub fn regions(&self) -> impl Iterator<Item = (GuestAddress, *mut u8, u64)> {
         self.mem.iter().map(|r| (r.start_addr(), r.as_ptr(), r.len()))
@@ -141,6 +181,23 @@ mod tests {
         assert!(matches!(Ram::new(layout::MAX_MEMORY + 4096), Err(MemoryError::TooLarge { .. })));
         assert!(matches!(Ram::new(layout::MIN_MEMORY + 1), Err(MemoryError::Unaligned { .. })));
         assert_eq!(Ram::new(layout::MIN_MEMORY).unwrap().bytes(), layout::MIN_MEMORY);
+    }
+
+    #[test]
+    fn what_is_given_back_reads_as_zero() {
+        // Across the hole below 4 GiB.
+        let ram = Ram::new(layout::HOLE_START + (1 << 20)).unwrap();
+        let high = ram.end() - (1 << 20);
+        let pages = [0x1000, 0x2000, 0x4000, layout::HOLE_START - 0x1000, high, high + 0x1000];
+        let value = |at: u64| ram.read_u64(GuestAddress(at)).unwrap();
+        for at in pages {
+            ram.write(GuestAddress(at), &7u64.to_le_bytes()).unwrap();
+        }
+        assert_eq!(ram.give_back(&(0x2000..0x4000)).unwrap(), 0x1000, "the other page was never touched");
+        assert_eq!(pages.map(value), [7, 0, 7, 7, 7, 7]);
+        assert_eq!(ram.give_back(&(layout::HOLE_START - 0x1000..high + 0x1000)).unwrap(), 0x2000);
+        assert_eq!(pages.map(value), [7, 0, 7, 0, 0, 7]);
+        assert_eq!(ram.give_back(&(ram.end()..u64::MAX)).unwrap(), 0);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What each hypercall does.
 
 use umbra_shadow::Shadow;
-use umbra_shadow::abi::{self, RECORD_BYTES, RECORD_FRAMES, RELEASED_BYTES, Released, record};
+use umbra_shadow::abi::{self, RECORD_BYTES, RECORD_FRAMES, RELEASED_BYTES, Released, features, record};
 use vm_memory::GuestAddress;
 
 use super::investigate::Place;
@@ -54,7 +54,12 @@ impl Monitor {
         }
         let mut value = 0;
         match call {
-            Call::Hello => value = self.features().into(),
+            Call::Hello { flags } => {
+                // Without page shadow nothing tells which pages are free.
+                let with_pages = self.features() & features::PER_PAGE != 0;
+                self.free_pages.hello(if with_pages { flags } else { 0 });
+                value = self.features().into();
+            }
             Call::RegionAdd(region) => self.regions.add(region, machine.ram.end())?,
             Call::RingSetup { va, records, cpu, text_base } => {
                 let bytes = (records + 1) * RECORD_BYTES;
@@ -320,6 +325,10 @@ fn released(va: u64, slot: u64, wait: u16) -> Result<Released, CallError> {
 /// Takes in one record. Tells what goes into the quarantine; none if the record makes no sense.
 fn take(event: &Event, regions: &Regions, objects: &mut Objects) -> Option<Option<Released>> {
     let r = &event.record;
+    if r.kind == record::CACHE {
+        objects.name_cache(r.cache, r.name().get(..r.depth.into())?, r.size.into());
+        return Some(None);
+    }
     let (size, slot) = match r.kind {
         record::ALLOCATED => (r.size, 0),
         record::ALLOCATED_IN_SLOT => (r.size & 0xffff, (r.size & 0xffff) + (r.size >> 16)),

@@ -1,5 +1,6 @@
 //! What a run had cost when its guest's console said certain things: the end of a boot, of a test.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -57,6 +58,20 @@ impl Marks {
         Self { wanted, passed: Vec::new(), counters, start: Instant::now() }
     }
 
+    /// Whether a line is looked for.
+    pub(super) fn wants(&self, line: &[u8]) -> bool {
+        self.find(line).is_some()
+    }
+
+    /// Which text a line has, and the line.
+    fn find<'a>(&self, line: &'a [u8]) -> Option<(usize, Cow<'a, str>)> {
+        if self.wanted.is_empty() {
+            return None;
+        }
+        let line = String::from_utf8_lossy(&line[..line.len().min(LINE_BYTES)]);
+        Some((self.wanted.iter().position(|text| line.contains(text.as_str()))?, line))
+    }
+
     /// Takes in a line of the console.
     pub(super) fn line(
         &mut self,
@@ -65,11 +80,7 @@ impl Marks {
         events: &EventStats,
         windows: Option<&mut Windows>,
     ) {
-        if self.wanted.is_empty() {
-            return;
-        }
-        let line = String::from_utf8_lossy(&line[..line.len().min(LINE_BYTES)]);
-        let Some(at) = self.wanted.iter().position(|text| line.contains(text.as_str())) else { return };
+        let Some((at, line)) = self.find(line) else { return };
         // What the host does not tell is 0, and nothing to end a run for.
         let memory = ProcessMemory::read().unwrap_or_default();
         let shadow = windows.and_then(|windows| windows.figures().ok());

@@ -8,6 +8,7 @@
 mod calls;
 mod console;
 mod file;
+mod free_pages;
 mod globals;
 pub mod input;
 mod investigate;
@@ -315,6 +316,7 @@ pub fn run(
     let linux = is_linux(&kernel);
     let quarantine = config.quarantine.bytes(config.memory);
     let settings = Settings {
+        quarantine,
         quarantine_batch: shadow::quarantine::batch(quarantine, config.cpus),
         redzone: config.redzone,
     };
@@ -546,7 +548,12 @@ fn figures(
         quarantine: monitor.quarantine.figures(),
         redzones: RedzoneStats { bytes: redzone_bytes, peak_bytes: redzone_peak_bytes },
         provenance: monitor.objects.figures(config.provenance),
-        guest: GuestStats { memory_bytes: config.memory, cpus: config.cpus, instructions },
+        guest: GuestStats {
+            memory_bytes: config.memory,
+            cpus: config.cpus,
+            instructions,
+            released_bytes: monitor.free_pages.released(),
+        },
         exits,
         events: monitor.events.clone(),
         host: with_memory(host, ram, &shadow),

@@ -7,6 +7,7 @@ use umbra_shadow::abi::{self, CPUID_FIRST, CPUID_STEP, PORT, features};
 use vm_memory::GuestAddress;
 
 use super::console::{ConsoleWatch, Sign};
+use super::free_pages::FreePages;
 use super::globals::Globals;
 use super::investigate::Place;
 use super::marks::Marks;
@@ -87,6 +88,7 @@ pub struct Monitor {
     pub(super) regions: Regions,
     pub(super) rings: Rings,
     pub(super) globals: Globals,
+    pub(super) free_pages: FreePages,
     pub(super) symbols: Symbols,
     pub(super) observer: Box<dyn Observer>,
     pub(super) stop_at: Option<usize>,
@@ -121,6 +123,7 @@ impl Monitor {
             regions: Regions::default(),
             rings: Rings::default(),
             globals: Globals::default(),
+            free_pages: FreePages::default(),
             symbols,
             observer,
             stop_at,
@@ -137,6 +140,11 @@ impl Monitor {
         self.exits.total += 1;
         // Before the exit is handled: a ring drain may give shadow back, so the peaks are here.
         self.sample();
+        if self.free_pages.is_due()
+            && let Err(outcome) = self.give_free_pages_back(machine)
+        {
+            return Flow::End(outcome);
+        }
         let flow = match exit {
             VmExit::IoOut { port: PORT, data } if data.as_slice().len() == 4 => {
                 self.exits.hypercall += 1;
@@ -145,16 +153,13 @@ impl Monitor {
             VmExit::IoOut { port, data } => {
                 self.exits.io += 1;
                 let event = self.devices.io_out(port, data.as_slice());
-                let sign = self.devices.take_line().map_or(Sign::None, |line| {
-                    self.marks.line(&line, &self.exits, &self.events, self.windows.as_mut());
-                    self.console.line(&line)
-                });
-                match (event, sign) {
-                    (DeviceEvent::Reset, _) => Ok(Flow::End(Outcome::Reset)),
-                    (DeviceEvent::PowerOff, _) | (_, Sign::Stopped) => Ok(Flow::End(Outcome::PowerOff)),
-                    (_, Sign::PanicEnd) => Ok(Flow::End(Outcome::Panic)),
-                    (DeviceEvent::None, Sign::None) => Ok(Flow::Continue),
-                }
+                let sign = self.devices.take_line().map(|line| self.line(&line, machine)).transpose();
+                sign.map(|sign| match (event, sign.unwrap_or(Sign::None)) {
+                    (DeviceEvent::Reset, _) => Flow::End(Outcome::Reset),
+                    (DeviceEvent::PowerOff, _) | (_, Sign::Stopped) => Flow::End(Outcome::PowerOff),
+                    (_, Sign::PanicEnd) => Flow::End(Outcome::Panic),
+                    (DeviceEvent::None, Sign::None) => Flow::Continue,
+                })
             }
             VmExit::IoIn { port, len } => {
                 self.exits.io += 1;
@@ -195,6 +200,25 @@ impl Monitor {
         if let (Some(timeline), Some(windows)) = (&mut self.timeline, &mut self.windows) {
             timeline.sample(windows);
         }
+    }
+
+    /// Takes in a line of the console.
+    fn line(&mut self, line: &[u8], machine: &mut Machine) -> Result<Sign, Outcome> {
+        // So that the memory at a mark is that of the mark, and not of some moment before.
+        if self.marks.wants(line) && self.free_pages.is_allowed() {
+            self.give_free_pages_back(machine)?;
+        }
+        self.marks.line(line, &self.exits, &self.events, self.windows.as_mut());
+        Ok(self.console.line(line))
+    }
+
+    /// Gives host memory behind free pages of the guest back.
+    fn give_free_pages_back(&mut self, machine: &mut Machine) -> Result<(), Outcome> {
+        if let Some(windows) = &self.windows {
+            machine.others.stop()?;
+            self.free_pages.give_back(windows, machine.ram);
+        }
+        Ok(())
     }
 
     /// Instructions completed so far, by mnemonic.
@@ -367,7 +391,9 @@ fn offer(mode: ShadowMode, notify: Notify) -> u32 {
 /// What a guest's runtime is told to do.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Settings {
-    /// Bytes that a CPU may put into the quarantine between two drains; 0 for no quarantine.
+    /// Bytes of the quarantine; 0 for none.
+    pub quarantine: u64,
+    /// Bytes that a CPU may put into it between two drains.
     pub quarantine_batch: u64,
     /// How much its allocators put behind each object.
     pub redzone: Redzone,
@@ -384,7 +410,12 @@ pub fn discovery(mode: ShadowMode, notify: Notify, settings: Settings, layout: &
     let keys = if mode == ShadowMode::Off { 0 } else { layout.virtual_bytes() };
     let settings = match mode {
         ShadowMode::Off => [0, abi::redzone::OFF, 0, 0],
-        _ => [settings.quarantine_batch as u32, settings.redzone.number(), 0, 0],
+        _ => [
+            settings.quarantine_batch as u32,
+            settings.redzone.number(),
+            settings.quarantine as u32,
+            (settings.quarantine >> 32) as u32,
+        ],
     };
     let [s0, s1, s2] = abi::CPUID_SIGNATURE;
     vec![

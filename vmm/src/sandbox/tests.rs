@@ -6,8 +6,8 @@ use std::time::Duration;
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use proptest::prelude::*;
 use umbra_shadow::Shadow as _;
-use umbra_shadow::abi::{self, PORT, access, call, exit, features, name};
-use umbra_shadow::codes::{PAGE_BYTES, SLAB_FREE};
+use umbra_shadow::abi::{self, PORT, access, call, exit, features, name, record};
+use umbra_shadow::codes::{FREE_PAGE, PAGE_BYTES, SLAB_FREE};
 use vm_memory::GuestAddress;
 
 use super::console::ConsoleWatch;
@@ -43,7 +43,10 @@ fn hello_tells_the_features_that_cpuid_tells() {
             let expected = if bit == 0 { 0 } else { bit | how };
             assert_eq!(bench.call(call::HELLO, [abi::VERSION.into(), 0, 0, 0]), u64::from(expected));
             assert_eq!(bench.call(call::HELLO, [9, 0, 0, 0]), abi::ERR_VERSION);
-            let leaves = discovery(shadow, notify, Settings::default(), &bench.layout);
+            let settings = Settings { quarantine: 5 << 32 | 7, quarantine_batch: 9, ..Settings::default() };
+            let leaves = discovery(shadow, notify, settings, &bench.layout);
+            let told = if bit == 0 { (0, 0, 0) } else { (9, 7, 5) };
+            assert_eq!((leaves[5].eax, leaves[5].ecx, leaves[5].edx), told);
             assert_eq!((leaves[1].eax, leaves[1].ebx, leaves[1].ecx), (1, PORT.into(), expected));
             assert_eq!([leaves[0].ebx, leaves[0].ecx, leaves[0].edx], abi::CPUID_SIGNATURE);
         }
@@ -221,6 +224,84 @@ fn rings_are_drained_before_a_report() {
     assert_eq!(bench.call(call::RING_DRAIN, [0, 0, 0, 0]), 0);
     assert_eq!(bench.ram.read_u64(GuestAddress(0x8000)).unwrap(), 0);
     assert_eq!(bench.monitor.events.allocations, 1);
+}
+
+#[test]
+fn free_pages_are_given_back_where_the_guest_allows_it() {
+    for flags in [0, abi::hello::FREE_PAGES_UNUSED | 1 << 63] {
+        let mut bench = Bench::sync();
+        assert_ne!(bench.call(call::HELLO, [abi::VERSION.into(), flags, 0, 0]), abi::ERR_VERSION);
+        for at in [0x5000u64, 0x6000, 0x7000] {
+            bench.ram.write(GuestAddress(at), &at.to_le_bytes()).unwrap();
+        }
+        assert_eq!(bench.call(call::POISON, [0x5000, 0x1000, FREE_PAGE.into(), 0]), 0);
+        assert_eq!(bench.call(call::POISON, [0x6000, 0x1000, 0xfe, 0]), 0);
+        let stops = bench.others.stops;
+        assert_eq!(bench.ram.read_u64(GuestAddress(0x5000)).unwrap(), 0x5000, "not at once");
+        bench.monitor.free_pages.make_due();
+        assert_eq!(bench.call(call::POISON, [0x7000, 0x1000, FREE_PAGE.into(), 0]), 0);
+        assert_eq!(bench.others.stops > stops, flags != 0, "the other CPUs may be using pages");
+        let left = [0x5000, 0x6000, 0x7000].map(|at| bench.ram.read_u64(GuestAddress(at)).unwrap());
+        let (gone, released) = if flags == 0 { (0x5000, 0) } else { (0, 0x1000) };
+        assert_eq!(left, [gone, 0x6000, 0x7000], "the last one was poisoned after the look");
+        assert_eq!(bench.monitor.free_pages.released(), released);
+    }
+}
+
+#[test]
+fn a_second_kernel_keeps_what_the_first_had_freed() {
+    let mut bench = Bench::sync();
+    let hello = [abi::VERSION.into(), abi::hello::FREE_PAGES_UNUSED, 0, 0];
+    bench.call(call::HELLO, hello);
+    bench.ram.write(GuestAddress(0x5000), &[7]).unwrap();
+    assert_eq!(bench.call(call::POISON, [0x5000, 0x1000, FREE_PAGE.into(), 0]), 0);
+    bench.call(call::HELLO, hello);
+    bench.monitor.free_pages.make_due();
+    assert_eq!(bench.call(call::POISON, [0x9000, 0x1000, FREE_PAGE.into(), 0]), 0);
+    assert_eq!(
+        (bench.ram.read_u64(GuestAddress(0x5000)).unwrap(), bench.monitor.free_pages.released()),
+        (7, 0)
+    );
+}
+
+#[test]
+fn free_pages_in_many_pieces_take_many_looks() {
+    let mut bench = Bench::ring();
+    bench.call(call::HELLO, [abi::VERSION.into(), abi::hello::FREE_PAGES_UNUSED, 0, 0]);
+    // Every second page of all memory: 2,048 runs.
+    for page in (0..RAM >> 12).step_by(2) {
+        bench.ram.write(GuestAddress(page << 12), &[7]).unwrap();
+        goes_on(bench.write(bench.layout.page.gpa + page, &[FREE_PAGE]));
+    }
+    for looks in 1..=3 {
+        bench.monitor.free_pages.make_due();
+        goes_on(bench.read(bench.layout.page.gpa, 1).0);
+        let looked = (looks * 1024).min(RAM >> 13);
+        assert_eq!(bench.monitor.free_pages.released(), looked << 12);
+    }
+}
+
+#[test]
+fn a_record_names_a_cache() {
+    let mut bench = Bench::ring();
+    assert_eq!(bench.call(call::RING_SETUP, [0x8000, 64 * 5, 0, 0]), 0);
+    let write = |at: u64, kind: u8, depth: u8, low: u32, name: &[u8]| {
+        let mut bytes = [0u8; 64];
+        (bytes[0], bytes[1], bytes[2]) = (kind, depth, 3);
+        bytes[8..12].copy_from_slice(&low.to_le_bytes());
+        bytes[16..20].copy_from_slice(&40u32.to_le_bytes());
+        bytes[24..24 + name.len()].copy_from_slice(name);
+        bench.ram.write(GuestAddress(at), &bytes).unwrap();
+    };
+    write(0x8040, record::CACHE, 7, 0, b"my\ncache");
+    write(0x8080, record::ALLOCATED, 0, 0x6000, &[]);
+    // Longer than there is room for.
+    write(0x80c0, record::CACHE, 41, 0, &[b'x'; 40]);
+    bench.ram.write(GuestAddress(0x8000), &3u64.to_le_bytes()).unwrap();
+    assert_eq!(bench.call(call::REPORT, [0x6008, 1, 0, 0x100]), 0);
+    let object = bench.heard.0.lock().unwrap()[0].object.clone().unwrap();
+    assert_eq!((object.start, object.cache.as_deref()), (0x6000, Some("my?cach")));
+    assert_eq!((bench.monitor.events.allocations, bench.monitor.events.refused), (1, 1));
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! The shadow bytes themselves, as the model of `umbra-shadow` wants them: by guest-physical address.
 
+use std::{iter, ops::Range};
+
 use umbra_shadow::{
-    codes::{GRANULE_SHIFT, PAGE_BUSY, PAGE_BYTES, PAGE_SHIFT, SHADOW_PER_PAGE, VMALLOC_INVALID},
+    codes::{FREE_PAGE, GRANULE_SHIFT, PAGE_BUSY, PAGE_BYTES, PAGE_SHIFT, SHADOW_PER_PAGE, VMALLOC_INVALID},
     memory::ShadowMemory,
 };
 
@@ -137,6 +139,34 @@ impl HostShadow {
         pages * SHADOW_PER_PAGE
     }
 
+    /// The free pages between two guest-physical addresses, multiples of 4096, by rising address; neighbours together. A full
+    /// shadow does not tell them.
+    pub fn free_pages(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+        let mut at = range.start >> PAGE_SHIFT;
+        let end = range.end >> PAGE_SHIFT;
+        let word = move |page: u64| self.page.as_ref()?.load_u64(page & !7).filter(|_| page < end);
+        let byte = |word: u64, page: u64| (word >> (8 * (page & 7))) as u8;
+        iter::from_fn(move || {
+            // Most words are of pages that were never free, or of a long run of them.
+            while let Some(word) = word(at) {
+                match byte(word, at) {
+                    FREE_PAGE => break,
+                    _ if word == 0 => at = (at & !7) + 8,
+                    _ => at += 1,
+                }
+            }
+            let start = at;
+            while let Some(word) = word(at) {
+                match byte(word, at) {
+                    FREE_PAGE if word == u64::MAX => at = (at & !7) + 8,
+                    FREE_PAGE => at += 1,
+                    _ => break,
+                }
+            }
+            (at > start).then_some(start << PAGE_SHIFT..at.min(end) << PAGE_SHIFT)
+        })
+    }
+
     /// The most that byte-checked pages have used, as far as the VMM itself changed the page shadow. Exact in
     /// `sync` mode, where nobody else does.
     pub(super) fn tracked_peak_bytes(&self) -> u64 {
@@ -245,6 +275,44 @@ mod tests {
             assert!(!shadow.chunk_in_use(1));
         }
         assert_eq!(shadow.tracked_peak_bytes(), SHADOW_PER_PAGE);
+    }
+
+    #[test]
+    fn free_pages_come_in_runs() {
+        let mut shadow = shadow(64 << 12);
+        let runs = |shadow: &HostShadow, start: u64, end: u64| -> Vec<_> {
+            shadow.free_pages(start << 12..end << 12).map(|run| (run.start >> 12, run.end >> 12)).collect()
+        };
+        assert_eq!(runs(&shadow, 0, 64), []);
+        for (first, pages) in [(0, 1), (2, 3), (7, 10), (30, 34)] {
+            shadow.set_pages(first << 12, pages, FREE_PAGE);
+        }
+        shadow.set_pages(20 << 12, 2, SLAB_REDZONE);
+        assert_eq!(runs(&shadow, 0, 64), [(0, 1), (2, 5), (7, 17), (30, 64)]);
+        assert_eq!(runs(&shadow, 8, 40), [(8, 17), (30, 40)]);
+        assert_eq!(runs(&shadow, 17, 30), []);
+        assert_eq!(runs(&shadow, 0, 1 << 40), [(0, 1), (2, 5), (7, 17), (30, 64)]);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn free_pages_are_those_of_a_plain_look(
+            values in proptest::collection::vec(proptest::sample::select(vec![0u8, 1, 2, 0xfe, FREE_PAGE, FREE_PAGE]), 1..100),
+            start in 0..110u64,
+            len in 0..110u64,
+        ) {
+            let mut shadow = shadow(values.len() as u64 * 4096);
+            for (page, value) in (0u64..).zip(&values) {
+                shadow.set_pages(page << 12, 1, *value);
+            }
+            let found: Vec<u64> =
+                shadow.free_pages(start << 12..(start + len) << 12).flat_map(|run| run.step_by(4096)).collect();
+            let plain: Vec<u64> = (start..start + len)
+                .filter(|page| values.get(*page as usize) == Some(&FREE_PAGE))
+                .map(|page| page << 12)
+                .collect();
+            proptest::prop_assert_eq!(found, plain);
+        }
     }
 
     #[test]

@@ -38,7 +38,7 @@ fn report(outcome: Outcome, findings: Findings) -> Report {
         quarantine: QuarantineFigures::default(),
         redzones: RedzoneStats::default(),
         provenance: ProvenanceFigures::default(),
-        guest: GuestStats { memory_bytes: 256 << 20, cpus: 1, instructions: None },
+        guest: GuestStats { memory_bytes: 256 << 20, cpus: 1, instructions: None, released_bytes: 0 },
         exits: ExitStats { completed: [("movdqa", 7)].into(), ..ExitStats::default() },
         events: EventStats::default(),
         host: HostStats::default(),

@@ -1,0 +1,92 @@
+//! Gives host memory back that lies behind free pages of the guest.
+//!
+//! Which pages are free the page shadow tells. That it matters to nobody what lies in them, the guest says once, in its first call
+//! ([`hello::FREE_PAGES_UNUSED`]). This comes to what the free page reporting of a balloon does, without a driver.
+//!
+//! **Why nothing is lost.** It is done while every vCPU stands still. An allocator unpoisons a page before anybody stores to it
+//! for good, and poisons it after the last one did: so of a page that is poisoned as free at that moment nothing is missed,
+//! wherever its vCPU was stopped. Then it reads as zero.
+
+use std::time::{Duration, Instant};
+
+use umbra_shadow::Shadow as _;
+use umbra_shadow::abi::hello;
+
+use crate::machine::memory::Ram;
+use crate::shadow::Windows;
+
+/// How long nothing is looked at after a look.
+const PAUSE: Duration = Duration::from_secs(1);
+/// Guest memory that is looked at at a time.
+const PART: u64 = 4 << 30;
+/// Most runs of free pages that are given back at a time, whatever the guest has made of its page shadow.
+const RUNS: usize = 1024;
+
+/// What is given back when.
+#[derive(Debug)]
+pub(super) struct FreePages {
+    /// What the guest has said; `None` before its first call. A second first call is that of another kernel, which may live in pages
+    /// that are free to the one before it: nothing is given back from then on.
+    allowed: Option<bool>,
+    /// Where the next look begins.
+    next: u64,
+    last: Instant,
+    released: u64,
+}
+
+impl Default for FreePages {
+    fn default() -> Self {
+        Self { allowed: None, next: 0, last: Instant::now(), released: 0 }
+    }
+}
+
+impl FreePages {
+    /// Takes in what a guest says of itself.
+    pub(super) fn hello(&mut self, flags: u64) {
+        self.allowed = Some(self.allowed.is_none() && flags & hello::FREE_PAGES_UNUSED != 0);
+    }
+
+    /// Whether free pages may be given back.
+    pub(super) fn is_allowed(&self) -> bool {
+        self.allowed == Some(true)
+    }
+
+    /// Whether it is time for a look.
+    pub(super) fn is_due(&self) -> bool {
+        self.is_allowed() && self.last.elapsed() >= PAUSE
+    }
+
+    /// It is time for a look if one is allowed.
+    #[cfg(test)]
+    pub(super) fn make_due(&mut self) {
+        self.last -= PAUSE;
+    }
+
+    /// Looks at a part of guest memory and gives back what is free in it. Every vCPU stands still. A host that refuses is asked no
+    /// more.
+    pub(super) fn give_back(&mut self, windows: &Windows, ram: &Ram) {
+        let start = if self.next < ram.end() { self.next } else { 0 };
+        let end = ram.end().min(start + PART);
+        self.next = end;
+        for (count, run) in windows.model().memory().free_pages(start..end).enumerate() {
+            if count >= RUNS {
+                self.next = run.start;
+                break;
+            }
+            match ram.give_back(&run) {
+                Ok(bytes) => self.released += bytes,
+                Err(error) => {
+                    log::warn!("free memory of the guest is not given back any more: {error}");
+                    self.allowed = Some(false);
+                    break;
+                }
+            }
+        }
+        self.last = Instant::now();
+    }
+
+    /// Bytes that were given back.
+    pub(super) fn released(&self) -> u64 {
+        self.released
+    }
+}
