@@ -161,6 +161,34 @@ fn boots_and_works_without_a_finding() {
     assert!(!console.contains("BUG: "), "{console}");
     assert!(console.contains("umbra replay: 300 allocations, 150 frees, 0 failed"), "{console}");
     assert!(console.contains("Kernel panic - not syncing: No working init found"));
+    // What it needed at boot only is free again.
+    assert!(run.figure("/guest/released_bytes") > 100 << 10, "{}", run.tail());
+}
+
+fn follows_the_quarantine_and_redzone_settings() {
+    // Linux's case for a quarantine: memory that was just freed is not handed out again.
+    let case = |options: &str| {
+        let run =
+            linux(KERNEL, options, &format!("{SUITE} kunit.filter_glob=kasan.kmalloc_uaf2")).collect().run();
+        let cases = ktap::cases(&console(&run));
+        assert_eq!(cases.len(), 1, "{}", run.tail());
+        cases[0].verdict
+    };
+    assert_eq!(case(""), Verdict::Pass);
+    assert_eq!(case("--quarantine off"), Verdict::Fail);
+    // Objects that lie closer take less memory.
+    let free = |options: &str| {
+        let umbra = linux(KERNEL, options, &format!("{NO_SUITE} umbra_replay=restart"));
+        let run = umbra.arg("--initrd").file(&recording(300)).collect().run();
+        run.expect(0);
+        let console = console(&run);
+        let line = console.lines().find(|line| line.contains("umbra replay: memory at the end"));
+        let mut words =
+            line.expect("it says so").split_ascii_whitespace().skip_while(|word| *word != "MemFree:");
+        words.nth(1).and_then(|kib| kib.parse::<u64>().ok()).expect("a number")
+    };
+    let (apart, close) = (free("--quarantine off"), free("--quarantine off --redzone off"));
+    assert!(close > apart, "{close} KiB free without redzones, {apart} with them");
 }
 
 fn boots_unchecked_where_there_is_no_shadow() {
@@ -319,6 +347,11 @@ fn main() -> ExitCode {
     let mut suite = Suite::default();
     suite.add("linux_kasan::patches_are_in_good_form", &sources, patches_are_in_good_form);
     suite.add("linux_kasan::boots_and_works_without_a_finding", &need, boots_and_works_without_a_finding);
+    suite.add(
+        "linux_kasan::follows_the_quarantine_and_redzone_settings",
+        &need,
+        follows_the_quarantine_and_redzone_settings,
+    );
     suite.add(
         "linux_kasan::boots_unchecked_where_there_is_no_shadow",
         &need,
