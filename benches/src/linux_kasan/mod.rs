@@ -33,7 +33,7 @@ const TRACE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/traces/kernel-build-sl
 #[derive(Parser)]
 #[command(name = "linux-kasan")]
 struct Arguments {
-    /// Only these kernels (none, stock, umbra). The figures of the others are those of the last time.
+    /// Only these kernels (none, stock, umbra, unheld). The figures of the others are those of the last time.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Only guests of this size (1G, 4G).
@@ -47,11 +47,13 @@ struct Arguments {
     bench: bool,
 }
 
-/// The kernels: what they are called, where they lie, and what they get of Umbra's options.
-const KERNELS: [(&str, &str, &str); 3] = [
-    ("none", "compare-none/vmlinux", "--shadow=off"),
-    ("stock", "compare-kasan/vmlinux", "--shadow=off"),
-    ("umbra", "umbra/vmlinux", "--shadow=per-page"),
+/// The kernels: what they are called, where they lie, and what they get of Umbra's options. The last is the one before without a
+/// quarantine, for what that costs.
+const KERNELS: [(&str, &str, &[&str]); 4] = [
+    ("none", "compare-none/vmlinux", &["--shadow=off"]),
+    ("stock", "compare-kasan/vmlinux", &["--shadow=off"]),
+    ("umbra", "umbra/vmlinux", &["--shadow=per-page"]),
+    ("unheld", "umbra/vmlinux", &["--shadow=per-page", "--quarantine=off"]),
 ];
 /// The guests.
 const MEMORY: [(&str, u64); 2] = [("1G", 1 << 30), ("4G", 4 << 30)];
@@ -138,12 +140,12 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         let program = Program::build(&folder)?;
         let wanted = |list: &[String], name: &str| list.is_empty() || list.iter().any(|one| one == name);
         for (memory, bytes) in MEMORY.iter().filter(|(name, _)| wanted(&arguments.memory, name)) {
-            for (name, image, option) in KERNELS.iter().filter(|(name, ..)| wanted(&arguments.only, name)) {
+            for (name, image, options) in KERNELS.iter().filter(|(name, ..)| wanted(&arguments.only, name)) {
                 bar.set_message(format!("{name}, {memory}"));
                 let image = kernel(image);
                 ensure!(image.exists(), "there is no {}: `cargo xtask linux compare`", image.display());
                 let files = Files::new(&folder, name, memory);
-                files.run(&program, &image, *bytes, option, cmdline(name, memory), &initrd)?;
+                files.run(&program, &image, *bytes, options, cmdline(name, memory), &initrd)?;
             }
         }
         bar.finish_and_clear();
@@ -176,7 +178,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
 
 /// What a kernel is told.
 fn cmdline(name: &str, memory: &str) -> &'static str {
-    if name == "none" || memory != WITH_SUITE { REPLAY } else { REPLAY_AND_SUITE }
+    if matches!(name, "none" | "unheld") || memory != WITH_SUITE { REPLAY } else { REPLAY_AND_SUITE }
 }
 
 /// Where a run leaves its figures and its console. They stay, so that kernels can be measured one by one.
@@ -197,12 +199,12 @@ impl Files {
         program: &Program,
         image: &Path,
         memory: u64,
-        option: &str,
+        options: &[&str],
         cmdline: &str,
         initrd: &Path,
     ) -> Result<()> {
         let mut command = Command::new(program.path());
-        command.arg("run").arg(image).arg(format!("--memory={memory}")).arg(option);
+        command.arg("run").arg(image).arg(format!("--memory={memory}")).args(options);
         command.args(["--keep-going", "--timeout=none", "--cmdline", cmdline]);
         for point in POINTS {
             command.arg("--mark").arg(point);
