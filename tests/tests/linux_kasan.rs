@@ -152,7 +152,8 @@ fn recording(of_each: u32) -> Vec<u8> {
 
 fn boots_and_works_without_a_finding() {
     // Without a first program Linux panics at the end.
-    let umbra = linux(KERNEL, "", &format!("{NO_SUITE} umbra_replay=1"));
+    let umbra =
+        linux(KERNEL, "", &format!("{NO_SUITE} umbra_replay=1")).args("--mark").arg("memory at the end");
     let run = umbra.arg("--initrd").file(&recording(100)).collect().run();
     run.expect(3);
     assert_eq!(run.figure("/findings"), 0, "{}", run.tail());
@@ -161,8 +162,17 @@ fn boots_and_works_without_a_finding() {
     assert!(!console.contains("BUG: "), "{console}");
     assert!(console.contains("umbra replay: 300 allocations, 150 frees, 0 failed"), "{console}");
     assert!(console.contains("Kernel panic - not syncing: No working init found"));
-    // What it needed at boot only is free again.
+    // What it needed at boot only is free again, and looked for at a mark.
     assert!(run.figure("/guest/released_bytes") > 100 << 10, "{}", run.tail());
+}
+
+fn what_lies_in_a_memory_pool_is_free() {
+    let run = linux(KERNEL, "", &format!("{NO_SUITE} umbra_replay=pools")).collect().run();
+    run.expect(1);
+    // One read of an element while it is in its pool, for a pool of slab objects and one of pages; using others is silent.
+    let kinds: Vec<_> = run.findings.iter().map(|finding| finding["kind"].as_str().expect("text")).collect();
+    assert_eq!(kinds, ["slab-use-after-free", "use-after-free"], "{}", run.tail());
+    assert!(console(&run).contains("umbra replay: pools are done"));
 }
 
 fn follows_the_quarantine_and_redzone_settings() {
@@ -347,6 +357,7 @@ fn main() -> ExitCode {
     let mut suite = Suite::default();
     suite.add("linux_kasan::patches_are_in_good_form", &sources, patches_are_in_good_form);
     suite.add("linux_kasan::boots_and_works_without_a_finding", &need, boots_and_works_without_a_finding);
+    suite.add("linux_kasan::what_lies_in_a_memory_pool_is_free", &need, what_lies_in_a_memory_pool_is_free);
     suite.add(
         "linux_kasan::follows_the_quarantine_and_redzone_settings",
         &need,

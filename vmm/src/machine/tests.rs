@@ -44,6 +44,9 @@ macro_rules! guest {
 
 mod completion;
 
+/// How long a kick may take on a machine with much other work: only that it ends is tested.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 /// An ELF executable: segments of (gpa, gva, bytes, bytes in memory).
 pub(super) fn elf(entry: u64, segments: &[(u64, u64, &[u8], u64)]) -> Vec<u8> {
     let mut image = b"\x7fELF\x02\x01\x01".to_vec();
@@ -373,7 +376,7 @@ fn a_busy_guest_is_kicked_out() {
         // Different distances from the last entry, to meet the moments around it.
         std::thread::sleep(Duration::from_micros(u64::from(i % 50)));
         let kick = Instant::now();
-        assert!(kicker.kick_and_wait(Duration::from_secs(1)), "kick {i}");
+        assert!(kicker.kick_and_wait(PATIENCE), "kick {i}");
         longest = longest.max(kick.elapsed());
     }
     eprintln!("{KICKS} kicks in {:?}, the longest {longest:?}", start.elapsed());
@@ -390,7 +393,7 @@ fn a_guest_in_vmcall_is_kicked_out() {
     let kicker = vcpu.kicker();
     let thread = std::thread::spawn(move || vcpu.run().unwrap());
     std::thread::sleep(Duration::from_millis(20));
-    assert!(kicker.kick_and_wait(Duration::from_secs(1)));
+    assert!(kicker.kick_and_wait(PATIENCE));
     assert_eq!(thread.join().unwrap(), VmExit::Interrupted);
 }
 
@@ -486,7 +489,7 @@ fn a_second_cpu_starts() {
             std::iter::from_fn(|| told.recv_timeout(Duration::from_secs(10)).ok()).take(2).collect();
         // Both halt, or wait to be started: in the kernel, either way.
         stop.store(true, Ordering::SeqCst);
-        assert!(kickers.iter().all(|kicker| kicker.kick_and_wait(Duration::from_secs(5))));
+        assert!(kickers.iter().all(|kicker| kicker.kick_and_wait(PATIENCE)));
         said
     });
     said.sort_unstable();
