@@ -1,10 +1,10 @@
 //! What guests do to the shadow windows: touch all of them, overrun the limit, tamper, straddle their ends.
 
 use iced_x86::code_asm::*;
-use umbra_shadow::abi::{access, call};
-use umbra_shadow::codes::{PAGE_BYTES, SLAB_FREE};
+use umbra_shadow::abi::{self, access, call};
+use umbra_shadow::codes::{FREE_PAGE, PAGE_BYTES, SLAB_FREE};
 
-use super::guest::{BYTE_WINDOW, BYTE_WINDOW_BYTES, CODE, FREE, Guest, PAGE_WINDOW, PAGE_WINDOW_BYTES};
+use super::guest::{BYTE_WINDOW, BYTE_WINDOW_BYTES, CODE, FREE, Guest, PAGE_WINDOW, PAGE_WINDOW_BYTES, RAM};
 use super::{quiet, run};
 
 pub const ALL: &[(&str, fn())] = &[
@@ -23,7 +23,31 @@ pub const ALL: &[(&str, fn())] = &[
     ("straddling_window_ends_full", || straddling("--shadow full")),
     ("stores_of_every_kind", stores_of_every_kind),
     ("garbage_in_the_shadow", garbage_in_the_shadow),
+    ("all_memory_is_free", all_memory_is_free),
 ];
+
+/// A guest that gives its free pages away, and calls all pages free: its code, its stack, its page tables.
+fn all_memory_is_free() {
+    let guest = Guest::new(|g| {
+        g.call(call::HELLO, [abi::VERSION.into(), abi::hello::FREE_PAGES_UNUSED, 0, 0])?;
+        g.region()?;
+        g.report(FREE, 1, u64::from(access::WRITE), CODE)?;
+        let a = &mut g.asm;
+        a.mov(rdi, PAGE_WINDOW)?;
+        a.mov(ecx, (RAM >> 12) as u32)?;
+        a.mov(eax, u32::from(FREE_PAGE))?;
+        a.cld()?;
+        a.rep().stosb()?;
+        let mut again = a.create_label();
+        a.set_label(&mut again)?;
+        g.call(call::HELLO + 99, [0; 4])?;
+        g.asm.jmp(again)
+    });
+    let run = quiet(guest, "--keep-going --timeout 20s");
+    run.expect(3);
+    assert_eq!(run.findings.len(), 1, "what was found before is kept");
+    assert!(run.figure("/guest/released_bytes") > 0, "{}", run.tail());
+}
 
 const CHUNK: u64 = 256 << 10;
 const CHUNKS: u64 = BYTE_WINDOW_BYTES / CHUNK;
