@@ -1,0 +1,63 @@
+//! Free pages of the guest that are given back.
+
+use umbra_shadow::abi::{self, call};
+use umbra_shadow::codes::FREE_PAGE;
+use vm_memory::GuestAddress;
+
+use super::RAM;
+use super::bench::*;
+
+#[test]
+fn free_pages_are_given_back_where_the_guest_allows_it() {
+    for flags in [0, abi::hello::FREE_PAGES_UNUSED | 1 << 63] {
+        let mut bench = Bench::sync();
+        assert_ne!(bench.call(call::HELLO, [abi::VERSION.into(), flags, 0, 0]), abi::ERR_VERSION);
+        for at in [0x5000u64, 0x6000, 0x7000] {
+            bench.ram.write(GuestAddress(at), &at.to_le_bytes()).unwrap();
+        }
+        assert_eq!(bench.call(call::POISON, [0x5000, 0x1000, FREE_PAGE.into(), 0]), 0);
+        assert_eq!(bench.call(call::POISON, [0x6000, 0x1000, 0xfe, 0]), 0);
+        let stops = bench.others.stops;
+        assert_eq!(bench.ram.read_u64(GuestAddress(0x5000)).unwrap(), 0x5000, "not at once");
+        bench.monitor.free_pages.make_due();
+        assert_eq!(bench.call(call::POISON, [0x7000, 0x1000, FREE_PAGE.into(), 0]), 0);
+        assert_eq!(bench.others.stops > stops, flags != 0, "the other CPUs may be using pages");
+        let left = [0x5000, 0x6000, 0x7000].map(|at| bench.ram.read_u64(GuestAddress(at)).unwrap());
+        let (gone, released) = if flags == 0 { (0x5000, 0) } else { (0, 0x1000) };
+        assert_eq!(left, [gone, 0x6000, 0x7000], "the last one was poisoned after the look");
+        assert_eq!(bench.monitor.free_pages.released(), released);
+    }
+}
+
+#[test]
+fn a_second_kernel_keeps_what_the_first_had_freed() {
+    let mut bench = Bench::sync();
+    let hello = [abi::VERSION.into(), abi::hello::FREE_PAGES_UNUSED, 0, 0];
+    bench.call(call::HELLO, hello);
+    bench.ram.write(GuestAddress(0x5000), &[7]).unwrap();
+    assert_eq!(bench.call(call::POISON, [0x5000, 0x1000, FREE_PAGE.into(), 0]), 0);
+    bench.call(call::HELLO, hello);
+    bench.monitor.free_pages.make_due();
+    assert_eq!(bench.call(call::POISON, [0x9000, 0x1000, FREE_PAGE.into(), 0]), 0);
+    assert_eq!(
+        (bench.ram.read_u64(GuestAddress(0x5000)).unwrap(), bench.monitor.free_pages.released()),
+        (7, 0)
+    );
+}
+
+#[test]
+fn free_pages_in_many_pieces_take_many_looks() {
+    let mut bench = Bench::ring();
+    bench.call(call::HELLO, [abi::VERSION.into(), abi::hello::FREE_PAGES_UNUSED, 0, 0]);
+    // Every second page of all memory: 2,048 runs.
+    for page in (0..RAM >> 12).step_by(2) {
+        bench.ram.write(GuestAddress(page << 12), &[7]).unwrap();
+        goes_on(bench.write(bench.layout.page.gpa + page, &[FREE_PAGE]));
+    }
+    for looks in 1..=3 {
+        bench.monitor.free_pages.make_due();
+        goes_on(bench.read(bench.layout.page.gpa, 1).0);
+        let looked = (looks * 1024).min(RAM >> 13);
+        assert_eq!(bench.monitor.free_pages.released(), looked << 12);
+    }
+}
