@@ -13,9 +13,6 @@ const TIMED: u64 = 2000;
 const MORE: f64 = 400.0;
 /// Most bytes of the VMM's memory for each object.
 const PROVENANCE: f64 = 64.0;
-/// Why it is more for each live object where there is a quarantine.
-const QUARANTINED: &str = "what waits in the quarantine is remembered, so that a use of it names who freed it, and in this churn \
-                           three objects wait for each live one; each of them takes less than the limit (the line before)";
 /// Blocks of 2 MiB whose shadow is touched.
 const CHUNKS: u64 = 60;
 
@@ -134,8 +131,7 @@ fn provenance(meter: &Meter) -> Result<Vec<Figure>> {
         )));
         let live = bytes as f64 / live.max(1) as f64;
         let live = Figure::new(GROUP, format!("{with}, all of it for each live object"), live, "bytes");
-        let known = (waiting > 0).then_some(QUARANTINED);
-        all.push(Figure { known, ..live.limit(PROVENANCE) });
+        all.push(live.limit(PROVENANCE));
     }
     Ok(all)
 }

@@ -4,6 +4,7 @@
 //! Everything is keyed by guest-physical address, so that aliases of a page share one shadow and one history.
 
 pub mod accounting;
+mod heap;
 mod keys;
 pub mod layout;
 mod mapping;

@@ -5,6 +5,8 @@ use std::{
     hash::{BuildHasher, RandomState},
 };
 
+use super::heap;
+
 /// Most frames kept of one stack; the innermost ones.
 pub const MAX_FRAMES: usize = 16;
 
@@ -33,13 +35,15 @@ pub struct Stacks {
     used: usize,
 }
 
-/// Bytes of a stack beside its frames: its end, and its share of the index, which is half empty at worst.
-const STACK_BYTES: usize = 4 + 2 * 17;
+/// Bytes of a stack beside its frames: its end, and its share of the index.
+const STACK_BYTES: usize = 5 + heap::of_value::<u64, StackId>();
+/// Bytes of a frame, with an eighth for those to come.
+const FRAME_BYTES: usize = size_of::<u64>() * 9 / 8;
 
 impl Stacks {
     /// Bytes that a stack of so many frames takes.
     pub const fn cost(frames: usize) -> usize {
-        STACK_BYTES + frames * size_of::<u64>()
+        STACK_BYTES + frames * FRAME_BYTES
     }
 
     /// Bytes that its stacks take, by [`Stacks::cost`].
@@ -49,9 +53,7 @@ impl Stacks {
 
     /// Bytes of host memory.
     pub fn bytes(&self) -> usize {
-        self.frames.capacity() * size_of::<u64>()
-            + self.ends.capacity() * size_of::<u32>()
-            + super::objects::map_bytes(&self.index)
+        heap::of_vec(&self.frames) + heap::of_vec(&self.ends) + heap::of_map(&self.index)
     }
 
     /// The id of the stack with these return addresses, innermost first. A new one may take up to `room` bytes, or is lost.
@@ -72,11 +74,9 @@ impl Stacks {
             return StackId::LOST;
         }
         self.used += Self::cost(frames.len());
-        // By an eighth at a time: doubling would leave half of it unused.
-        if self.frames.capacity() < end as usize {
-            self.frames.reserve_exact(frames.len().max(self.frames.len() / 8).max(64));
-        }
+        heap::reserve_little(&mut self.frames, frames.len());
         self.frames.extend_from_slice(frames);
+        heap::reserve_little(&mut self.ends, 1);
         self.ends.push(end);
         let id = StackId(self.ends.len() as u32);
         self.index.insert(hash, id);

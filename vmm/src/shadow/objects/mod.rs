@@ -3,23 +3,26 @@
 //! Everything here is told by the guest and bounded: the oldest freed objects are forgotten first, then new
 //! ones are not remembered, and both is counted.
 
+mod ages;
+mod chunk;
+mod coding;
 mod entry;
 mod origins;
-mod slab;
 mod table;
 #[cfg(test)]
 mod tests;
 
 use std::collections::HashMap;
+use std::iter::successors;
 
 use umbra_shadow::codes::{GRANULE, PAGE_SIZE};
 
+use super::heap;
 use super::names::{TaskNames, sanitize};
 use super::stacks::StackId;
 use entry::Entry;
-pub(super) use origins::map_bytes;
 use origins::{Origin, Origins};
-use table::{END, LIST_BYTES, Place, Table};
+use table::{EDIT_MOST, INSERT_MOST, Table};
 
 /// How far from an object an address may lie to be explained by it, in bytes.
 const NEARBY: u64 = 4096;
@@ -29,34 +32,26 @@ const PASSED_OVER: usize = 64;
 
 /// Host memory for provenance unless a setting says otherwise, in bytes.
 pub const DEFAULT_BUDGET: u64 = 64 << 20;
-/// Of so many objects, one may have related work.
-const RELATED_ONE_IN: usize = 4;
-/// Bytes that related work takes at most for each object of which it is known: buckets of a hash map, of which 7/16 are in use when it
-/// has just grown.
-const RELATED_BYTES: usize = ((size_of::<(Place, [Origin; 2])>() + 1) * 16).div_ceil(7);
-/// Bytes that an object takes at most: freed, with another one before it, its part of the list that finds it, and of what is known of few.
-const OBJECT_BYTES: usize =
-    size_of::<Entry>() + size_of::<entry::Previous>() + LIST_BYTES + RELATED_BYTES.div_ceil(RELATED_ONE_IN);
 
-/// How much is remembered.
+/// How much host memory there is for it, in bytes, names aside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ObjectLimits {
-    /// Objects, live and freed.
-    pub objects: u32,
-    /// Bytes for the call stacks, and the tasks they are of.
-    pub stack_bytes: usize,
-    /// Task names. Up to 128 bytes each.
+    /// For the objects, live and freed.
+    pub objects: usize,
+    /// For who made work that has to do with some of them.
+    pub related: usize,
+    /// For the call stacks, and the tasks they are of.
+    pub stacks: usize,
+    /// Task names: not bytes, but how many there may be. Up to 128 bytes each.
     pub tasks: usize,
 }
 
 impl ObjectLimits {
-    /// What fits into so many bytes of host memory, names aside: a quarter of it is for stacks.
+    /// Shares out so many bytes.
     pub fn of_budget(bytes: u64) -> Self {
-        Self {
-            objects: u32::try_from((bytes - bytes / 4) / OBJECT_BYTES as u64).unwrap_or(u32::MAX),
-            stack_bytes: (bytes / 4).min(1 << 32) as usize,
-            tasks: 1 << 16,
-        }
+        let bytes = bytes.min(1 << 40) as usize;
+        let (related, stacks) = (bytes / 8, (bytes / 4).min(1 << 32));
+        Self { objects: bytes - related - bytes / 4, related, stacks, tasks: 1 << 16 }
     }
 }
 
@@ -92,7 +87,7 @@ pub struct ObjectCounts {
 pub struct ProvenanceFigures {
     /// The most host memory that it may take, in bytes.
     pub budget_bytes: u64,
-    /// What it takes, names aside, in bytes. It does not shrink.
+    /// What it takes, names aside, in bytes, with what the allocator adds.
     pub bytes: u64,
     /// Objects that are allocated.
     pub live: u64,
@@ -176,6 +171,17 @@ pub struct Previous<'a> {
 
 /// How many stacks are taken in at least between two looks for those that nothing needs any more.
 const COLLECT_PAUSE: usize = 16;
+/// Without room, one in so many freed objects is forgotten, or one in so many of all if that is more, and then there is a pause of as many
+/// events: so that it costs little for each, whatever a guest does.
+const EVICTED: usize = 8;
+const EVICTED_OF_ALL: usize = 32;
+
+/// Most objects with related work in so many bytes. When one goes and another one comes, a hash map may grow that is half full.
+fn most_related(bytes: usize) -> usize {
+    let buckets = (2..40).map(|shift| 1 << shift);
+    let fits = |buckets: &usize| heap::taken(heap::of_buckets::<u64, [Origin; 2]>(*buckets)) <= bytes;
+    buckets.take_while(fits).last().map_or(0, |buckets| buckets * 7 / 16)
+}
 
 /// All objects that are remembered, by guest-physical address. No two overlap.
 #[derive(Debug)]
@@ -183,11 +189,15 @@ pub struct Objects {
     table: Table,
     origins: Origins,
     /// Of few objects: who made work that has to do with them, the last one first.
-    related: HashMap<Place, [Origin; 2]>,
+    related: HashMap<u64, [Origin; 2]>,
+    most_related: usize,
     /// Stacks to take in before the table of stacks is looked through again.
     collect_in: usize,
+    /// Events before freed objects are forgotten again.
+    evict_in: usize,
     caches: HashMap<u16, (String, u64)>,
     tasks: TaskNames,
+    /// Bytes for the table of objects.
     most: usize,
     counts: ObjectCounts,
     /// Granules of redzone of all live objects, now and at most.
@@ -206,12 +216,14 @@ impl Objects {
     pub fn new(limits: ObjectLimits) -> Self {
         Self {
             table: Table::default(),
-            origins: Origins::new(limits.stack_bytes),
+            origins: Origins::new(limits.stacks),
             related: HashMap::new(),
+            most_related: most_related(limits.related),
             collect_in: 0,
+            evict_in: 0,
             caches: HashMap::new(),
             tasks: TaskNames::new(limits.tasks),
-            most: limits.objects.min(END - 1) as usize,
+            most: limits.objects,
             counts: ObjectCounts::default(),
             redzones: 0,
             redzones_peak: 0,
@@ -240,7 +252,7 @@ impl Objects {
 
     /// What is remembered, under a budget of so many bytes.
     pub fn figures(&self, budget_bytes: u64) -> ProvenanceFigures {
-        let bytes = self.table.bytes() + self.origins.bytes() + map_bytes(&self.related);
+        let bytes = self.table.bytes() + self.origins.bytes() + heap::of_map(&self.related);
         ProvenanceFigures {
             budget_bytes,
             bytes: bytes as u64,
@@ -282,26 +294,28 @@ impl Objects {
         let redzone = redzone.min(u8::MAX.into()) as u8;
         let origin = self.origin(task, frames);
         let Some(mut entry) = Entry::live(gpa, size, cache, origin, redzone) else { return self.drop_one() };
-        let mut known = None;
+        let mut room = self.has_room(INSERT_MOST);
         // Those that overlap come last before its end, one after the other.
-        while let Some((place, old)) = self.table.last_before(entry.end())
+        while let Some(old) = self.table.up_to(entry.end() - 1)
             && old.end() > gpa
         {
             self.redzones -= u64::from(old.redzone());
             entry.follows(&old);
-            if old.start() == gpa {
-                known = Some(place); // The usual case: the same slot again.
+            self.related.remove(&old.start);
+            if old.start == gpa {
+                // The usual case: the same slot again. What lies before the same start cannot overlap, as no two objects do.
+                room |= self.fits(EDIT_MOST);
+                if !room {
+                    self.table.remove(gpa);
+                }
                 break;
             }
-            self.forget(place);
+            self.table.remove(old.start);
         }
-        if let Some(place) = known {
-            // What lies before the same start cannot overlap, as no two objects do.
-            self.related.remove(&place);
-            self.table.replace(place, entry);
-        } else if self.insert(entry).is_none() {
-            return;
+        if !room {
+            return self.drop_one();
         }
+        self.table.put(entry);
         self.redzones += u64::from(redzone);
         self.redzones_peak = self.redzones_peak.max(self.redzones);
     }
@@ -310,34 +324,38 @@ impl Objects {
     pub fn freed(&mut self, gpa: u64, task: u32, frames: &[u64]) {
         self.counts.frees = self.counts.frees.saturating_add(1);
         let origin = self.origin(task, frames);
-        if let Some(place) = self.table.at(gpa) {
-            let Some(entry) = self.table.get(place) else { return };
+        let room = self.has_room(EDIT_MOST);
+        if let Some(entry) = self.table.free(gpa, origin, room) {
             if entry.is_freed() {
                 // The first free is the one that explains later accesses.
                 self.counts.repeated_frees = self.counts.repeated_frees.saturating_add(1);
-                return;
+            } else if !room {
+                self.related.remove(&gpa);
+                self.counts.evicted = self.counts.evicted.saturating_add(1);
             }
             self.redzones -= u64::from(entry.redzone());
-            self.table.free(place, origin);
             return;
         }
         self.counts.unknown_frees = self.counts.unknown_frees.saturating_add(1);
         if self.holder(gpa).is_some() {
             return; // Inside another object: no object of its own.
         }
-        let Some(entry) = Entry::live(gpa, 0, 0, Origin::NONE, 0) else { return self.drop_one() };
-        if let Some(place) = self.insert(entry) {
-            self.table.free(place, origin);
+        match Entry::live(gpa, 0, 0, Origin::NONE, 0) {
+            Some(entry) if self.has_room(INSERT_MOST + EDIT_MOST) => {
+                self.table.put(entry);
+                self.table.free(gpa, origin, true);
+            }
+            _ => self.drop_one(),
         }
     }
 
     /// Work was made that has to do with the object that holds `gpa`: it may free it, for instance.
     pub fn related(&mut self, gpa: u64, task: u32, frames: &[u64]) {
         let origin = self.origin(task, frames);
-        let room = self.related.len() < self.most / RELATED_ONE_IN;
+        let room = self.related.len() < self.most_related;
         match self.holder(gpa) {
-            Some(place) if room || self.related.contains_key(&place) => {
-                let [last, before] = self.related.entry(place).or_default();
+            Some(Entry { start, .. }) if room || self.related.contains_key(&start) => {
+                let [last, before] = self.related.entry(start).or_default();
                 *before = std::mem::replace(last, origin);
             }
             _ => self.counts.unknown_related = self.counts.unknown_related.saturating_add(1),
@@ -345,9 +363,8 @@ impl Objects {
     }
 
     /// The object that `gpa` lies in, however small it is.
-    fn holder(&self, gpa: u64) -> Option<Place> {
-        let place = self.table.at(gpa).or_else(|| self.table.before(gpa).next())?;
-        self.table.get(place).filter(|entry| entry.end() > gpa).map(|_| place)
+    fn holder(&self, gpa: u64) -> Option<Entry> {
+        self.table.up_to(gpa).filter(|entry| entry.end() > gpa)
     }
 
     /// A task and a stack, as objects keep them. If there is no room for new ones, those that no object needs any more go, and if
@@ -356,8 +373,7 @@ impl Objects {
         if self.origins.is_full() && self.collect_in == 0 {
             self.collect();
             if self.origins.is_crowded() {
-                let go = self.table.freed().div_ceil(2);
-                while self.table.freed() > go && self.evict() {}
+                self.evict(self.table.freed() / 2);
                 self.collect();
             }
             // So that it costs little for each, whatever a guest does.
@@ -381,46 +397,43 @@ impl Objects {
     pub fn nearest(&self, gpa: u64, at: At) -> Option<Found<'_>> {
         // A freed object leaves its memory poisoned as freed. Where that is a redzone now, it was before the memory was
         // cut up anew.
-        let fits = |(_, entry): &(Place, &Entry)| at == At::Anywhere || !entry.is_freed();
-        let entry = |place| Some((place, self.table.get(place)?));
-        // `gpa` itself is the start of the last one; none starts at the end of the address space.
-        let left = self.table.before(gpa.saturating_add(1)).take(PASSED_OVER).filter_map(entry).find(fits);
+        let fits = |entry: &Entry| at == At::Anywhere || !entry.is_freed();
+        let table = &self.table;
+        let mut before = successors(table.up_to(gpa), |entry| table.up_to(entry.start.checked_sub(1)?));
+        let left = before.by_ref().take(PASSED_OVER).find(fits);
         let right = || {
-            let behind = self.table.from(gpa.checked_add(1)?);
-            let (place, entry) = behind.take(PASSED_OVER).filter_map(entry).find(fits)?;
-            Some((place, entry.start() - gpa, entry)).filter(|(_, distance, _)| *distance <= NEARBY)
+            let behind = successors(table.from(gpa.checked_add(1)?), |entry| table.from(entry.start + 1));
+            let entry = behind.take(PASSED_OVER).find(fits)?;
+            Some((entry, entry.start - gpa)).filter(|(_, distance)| *distance <= NEARBY)
         };
-        let Some((place, left)) = left else { return self.found(right()?.0) };
-        let slot = match self.caches.get(&left.cache()) {
+        let Some(left) = left else { return Some(self.found(right()?.0)) };
+        let slot = match self.caches.get(&left.cache) {
             Some((_, object_size)) => *object_size,
             // Without a cache, an object that starts a page has pages of its own.
-            None if left.start().is_multiple_of(PAGE_SIZE) => {
-                u64::from(left.size()).next_multiple_of(PAGE_SIZE)
-            }
+            None if left.start.is_multiple_of(PAGE_SIZE) => u64::from(left.size).next_multiple_of(PAGE_SIZE),
             None => 0,
         };
-        let end = left.end().max(left.start().saturating_add(slot));
+        let end = left.end().max(left.start.saturating_add(slot));
         if gpa < end {
-            return self.found(place);
+            return Some(self.found(left));
         }
         let distance = gpa - end;
         let page = |gpa: u64| gpa / PAGE_SIZE;
         match right() {
             // Between two that are as near the one in use is the likelier, and then the one in the same page.
-            Some((nearer, other, right))
-                if (other, right.is_freed(), page(right.start()) != page(gpa))
+            Some((right, other))
+                if (other, right.is_freed(), page(right.start) != page(gpa))
                     < (distance, left.is_freed(), page(end.saturating_sub(1)) != page(gpa))
                     && !(at == At::Behind && distance <= NEARBY) =>
             {
-                self.found(nearer)
+                Some(self.found(right))
             }
-            _ if distance <= NEARBY => self.found(place),
+            _ if distance <= NEARBY => Some(self.found(left)),
             _ => None,
         }
     }
 
-    fn found(&self, place: Place) -> Option<Found<'_>> {
-        let entry = self.table.get(place)?;
+    fn found(&self, entry: Entry) -> Found<'_> {
         let event = |origin| {
             let (task, stack) = self.origins.get(origin);
             Event {
@@ -431,51 +444,60 @@ impl Objects {
             }
         };
         let some = |origin: Origin| (origin != Origin::NONE).then(|| event(origin));
-        let (start, freed, previous) = (entry.start(), entry.freed(), self.table.previous(place));
-        Some(Found {
+        let Entry { start, size, cache, allocated, previous, .. } = entry;
+        let freed = entry.freed();
+        Found {
             start,
-            size: entry.size().into(),
+            size: size.into(),
             live: freed.is_none(),
-            cache: self.caches.get(&entry.cache()).map(|(name, object_size)| Cache {
-                id: entry.cache(),
+            cache: self.caches.get(&cache).map(|(name, object_size)| Cache {
+                id: cache,
                 name,
                 object_size: *object_size,
             }),
-            allocated: some(entry.allocated()),
-            freed: freed.map(|freed| event(freed.by)),
-            previous: some(previous.freed).map(|freed| Previous {
+            allocated: some(allocated),
+            freed: freed.map(event),
+            previous: previous.map(|previous| Previous {
                 start: start.wrapping_add_signed(previous.offset.into()),
                 size: previous.size.into(),
                 allocated: some(previous.allocated),
-                freed,
+                freed: event(previous.freed),
             }),
-            related: self.related.get(&place).into_iter().flatten().filter_map(|o| some(*o)).collect(),
-        })
+            related: self.related.get(&start).into_iter().flatten().filter_map(|o| some(*o)).collect(),
+        }
     }
 
-    /// Finds a place for a new object, at the cost of the oldest freed one if need be.
-    fn insert(&mut self, entry: Entry) -> Option<Place> {
-        let room = self.table.len() < self.most || self.evict();
-        if !room {
-            self.drop_one();
+    /// Whether the table may grow by so many bytes.
+    fn fits(&self, bytes: usize) -> bool {
+        self.table.bytes() + bytes <= self.most && self.table.len() < u32::MAX as usize
+    }
+
+    /// Whether it may, at the cost of the oldest freed objects if need be. Called for each event.
+    fn has_room(&mut self, bytes: usize) -> bool {
+        self.evict_in = self.evict_in.saturating_sub(1);
+        if self.evict_in == 0 && !self.fits(bytes) {
+            let objects = self.table.len() / EVICTED_OF_ALL;
+            let mut some = (self.table.freed() / EVICTED).max(objects).max(1);
+            // As much room as the objects of the pause need.
+            while self.table.freed() > 0 && !self.fits(bytes + self.most / EVICTED_OF_ALL) {
+                self.evict(some);
+                some *= 2;
+            }
+            self.evict_in = objects;
         }
-        room.then(|| self.table.insert(entry))
+        self.fits(bytes)
     }
 
     fn drop_one(&mut self) {
         self.counts.dropped = self.counts.dropped.saturating_add(1);
     }
 
-    /// Forgets the oldest freed object, if there is one.
-    fn evict(&mut self) -> bool {
-        let Some(oldest) = self.table.oldest_freed() else { return false };
-        self.forget(oldest);
-        self.counts.evicted = self.counts.evicted.saturating_add(1);
-        true
-    }
-
-    fn forget(&mut self, place: Place) {
-        self.related.remove(&place);
-        self.table.remove(place);
+    /// Forgets so many freed objects, the oldest.
+    fn evict(&mut self, some: usize) {
+        let Self { table, related, counts, .. } = self;
+        let gone = table.forget_oldest(some, &mut |start| {
+            related.remove(&start);
+        });
+        counts.evicted = counts.evicted.saturating_add(gone as u64);
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use crate::shadow::heap;
 use crate::shadow::stacks::{MAX_FRAMES, StackId, Stacks};
 
 /// A task and a stack in [`Origins`].
@@ -30,8 +31,10 @@ impl Origin {
 /// The most pairs, so that each has an [`Origin`] of its own.
 const MOST_PAIRS: usize = Origin::LOST.0 as usize - 1;
 
-/// Bytes of a pair, with its share of the index, which is half empty at worst.
-const PAIR_BYTES: usize = 8 + 2 * 13;
+/// Bytes of a pair, with its share of the index.
+const PAIR_BYTES: usize = 9 + heap::of_value::<(StackId, u32), Origin>();
+/// Bytes that may be taken beside: what allocations of few values have too much.
+const BESIDE: usize = 384;
 
 /// A bounded table of them.
 #[derive(Debug, Default)]
@@ -48,7 +51,7 @@ pub struct Origins {
 impl Origins {
     /// A table of at most so many bytes.
     pub fn new(most: usize) -> Self {
-        Self { most, most_pairs: MOST_PAIRS, ..Self::default() }
+        Self { most: most.saturating_sub(BESIDE), most_pairs: MOST_PAIRS, ..Self::default() }
     }
 
     fn room(&self) -> usize {
@@ -95,6 +98,7 @@ impl Origins {
         if self.room() < PAIR_BYTES {
             return Origin::LOST;
         }
+        heap::reserve_little(&mut self.pairs, 1);
         self.pairs.push((stack, task));
         let origin = Origin(self.pairs.len() as u32);
         self.index.insert((stack, task), origin);
@@ -123,40 +127,39 @@ impl Origins {
 
     /// Bytes of host memory.
     pub fn bytes(&self) -> usize {
-        self.stacks.bytes() + self.pairs.capacity() * size_of::<(StackId, u32)>() + map_bytes(&self.index)
+        self.stacks.bytes() + heap::of_vec(&self.pairs) + heap::of_map(&self.index)
     }
 
-    /// Keeps only what `visit` shows to the function that it gets. That one changes each origin to what it is called from now on.
-    pub fn keep(&mut self, visit: impl FnOnce(&mut dyn FnMut(&mut Origin))) {
+    /// Keeps only what `visit` shows to the function that it gets. It is called once more, to change each origin to what it is called
+    /// from now on: none gets more bits, and different ones stay different.
+    pub fn keep(&mut self, mut visit: impl FnMut(&mut dyn FnMut(&mut Origin))) {
         let Self { most, most_pairs, lost, .. } = *self;
         let empty = Self { most, most_pairs, lost, ..Self::default() };
         let mut old = std::mem::replace(self, empty);
         // Not needed any more, and not small.
         old.index = HashMap::new();
-        let mut new = vec![Origin::NONE; old.pairs.len() + 1];
+        let mut names: Vec<_> = vec![None; old.pairs.len()];
+        let at = |origin: &Origin| (origin.0 as usize).wrapping_sub(1);
         visit(&mut |origin| {
-            let Some(known) = new.get_mut(origin.0 as usize).filter(|_| *origin != Origin::NONE) else {
-                return;
-            };
-            if *known == Origin::NONE {
-                let (task, stack) = old.get(*origin);
-                // What is lost stays lost. Nothing else is: there was room for it before.
-                let stack = match stack {
-                    StackId::LOST => stack,
-                    stack => self.stacks.intern(old.frames(stack), self.room()),
-                };
-                *known = self.intern_pair(stack, task);
+            if let Some(name) = names.get_mut(at(origin)) {
+                *name = Some(*origin);
             }
-            *origin = *known;
         });
-    }
-}
-
-/// Bytes of a hash map: a power of two of buckets of which 7/8 are used at most, and one byte of control for each.
-pub fn map_bytes<K, V>(map: &HashMap<K, V>) -> usize {
-    match map.capacity() {
-        0 => 0,
-        capacity => (capacity * 8 / 7).next_power_of_two() * (size_of::<(K, V)>() + 1),
+        for ((stack, task), name) in old.pairs.iter().zip(&mut names) {
+            if name.is_some() {
+                // What is lost stays lost. Nothing else is: there was room for it before.
+                let stack = match *stack {
+                    StackId::LOST => StackId::LOST,
+                    stack => self.stacks.intern(old.stacks.get(stack), self.room()),
+                };
+                *name = Some(self.intern_pair(stack, *task));
+            }
+        }
+        visit(&mut |origin| {
+            if let Some(Some(name)) = names.get(at(origin)) {
+                *origin = *name;
+            }
+        });
     }
 }
 
@@ -175,6 +178,7 @@ mod tests {
         kept.push(Origin::LOST);
         origins.keep(|keep| kept.iter_mut().for_each(keep));
         assert_eq!((origins.len(), origins.stacks()), (5, 1));
+        assert!(kept[..5].iter().map(|origin| origin.bits()).eq(1..6));
         for (i, origin) in (95..100u32).zip(&kept) {
             let (task, stack) = origins.get(*origin);
             assert_eq!((task, origins.frames(stack)), (i % 10, &[9u64, 7] as &[u64]));
@@ -202,6 +206,6 @@ mod tests {
         let mut origins = Origins::new(1000);
         let all: Vec<_> = (0..100).map(|i| origins.intern(i, &[i.into()])).collect();
         assert!(origins.is_full() && all.contains(&Origin::LOST) && all[0] != Origin::LOST);
-        assert!(origins.bytes() < 4000, "{}", origins.bytes());
+        assert!(origins.bytes() <= 1000, "{}", origins.bytes());
     }
 }

@@ -1,56 +1,30 @@
-//! The objects themselves, by address: each keeps its place for as long as it is remembered, and a sorted list of places finds
-//! it. Made for little memory: 32 bytes, 16 more for a freed one with another one before it, and about 5 for the list.
+//! The objects themselves, by address. Made for little memory: an object takes about 4 bytes as [`coding`](super::coding) tells it, and
+//! 2 for its share of what finds it.
 
 use super::Origin;
-use super::entry::{Entry, Freed, Previous};
-use super::slab::{Slab, reserve_little};
+use super::ages::Ages;
+use super::chunk::{ADD_MOST, CHANGE_MOST, Chunk};
+use super::entry::{Entry, State};
+use crate::shadow::heap;
 
-/// Place of an object; [`END`] is none.
-pub type Place = u32;
-/// No place.
-pub const END: Place = u32::MAX;
-
-/// Bytes that the sorted list and the pointers to chunks take at most for each object. No two leaves beside each other have
-/// less than half of [`LEAF`] together, but for those that a split left.
-pub const LIST_BYTES: usize = 7;
-
-/// Most places in a leaf, and how many room is made for at a time.
-const LEAF: usize = 128;
+/// How many chunks room is made for at a time.
 const STEP: usize = 8;
-/// Two leaves that have no more are made one.
-const JOINED: usize = LEAF * 3 / 4;
 
-/// A part of the sorted list. None is empty.
-#[derive(Debug)]
-struct Leaf {
-    /// The start of its first object.
-    first: u64,
-    places: Vec<Place>,
-}
-
-/// Where in the sorted list: leaf, and place in it. It may be the leaf's end, which is where the next one begins.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct At(usize, usize);
+/// Most bytes by which the table grows if an object in it is replaced or freed.
+pub const EDIT_MOST: usize = CHANGE_MOST;
+/// Most bytes by which it grows if one is added.
+pub const INSERT_MOST: usize = ADD_MOST + STEP * size_of::<Chunk>() + 32;
 
 /// All objects. No two start at the same address.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Table {
-    entries: Slab<Entry>,
-    /// Of freed objects; live ones keep it themselves.
-    previous: Slab<Previous>,
-    leaves: Vec<Leaf>,
+    /// None is empty.
+    chunks: Vec<Chunk>,
+    /// Bytes of the chunks on the heap.
+    bytes: usize,
     len: usize,
-    /// The list of freed objects.
-    oldest: Place,
-    newest: Place,
-    freed: usize,
-}
-
-impl Default for Table {
-    fn default() -> Self {
-        let (entries, previous) = (Slab::default(), Slab::default());
-        Self { entries, previous, leaves: Vec::new(), len: 0, oldest: END, newest: END, freed: 0 }
-    }
+    /// Of those that were freed.
+    ages: Ages,
 }
 
 impl Table {
@@ -61,286 +35,367 @@ impl Table {
 
     /// How many of them are freed.
     pub fn freed(&self) -> usize {
-        self.freed
+        self.ages.freed()
     }
 
-    /// The one that was freed first.
-    pub fn oldest_freed(&self) -> Option<Place> {
-        (self.oldest != END).then_some(self.oldest)
-    }
-
-    /// Bytes of host memory that it takes.
+    /// Bytes on the heap.
     pub fn bytes(&self) -> usize {
-        let places: usize = self.leaves.iter().map(|leaf| leaf.places.capacity()).sum();
-        let leaves = self.leaves.capacity() * size_of::<Leaf>() + places * size_of::<Place>();
-        self.entries.bytes() + self.previous.bytes() + leaves
+        self.bytes + heap::of_vec(&self.chunks)
     }
 
-    /// The object at a place, if that is one.
-    pub fn get(&self, place: Place) -> Option<&Entry> {
-        self.entries.get(place)
+    /// The chunk that an object which starts at `start` belongs to.
+    fn find(&self, start: u64) -> usize {
+        self.chunks.partition_point(|chunk| chunk.first() <= start).saturating_sub(1)
     }
 
-    /// What was freed before the object at a place took its place; [`Previous::NONE`] if that is not known.
-    pub fn previous(&self, place: Place) -> Previous {
-        let previous = self.get(place).map(|entry| match entry.freed() {
-            Some(freed) => self.previous.get(freed.previous).copied().unwrap_or(Previous::NONE),
-            None => entry.previous(),
+    /// The last object that starts at `start` or before.
+    pub fn up_to(&self, start: u64) -> Option<Entry> {
+        self.chunks.get(self.find(start))?.up_to(start)
+    }
+
+    /// The first object that starts at `start` or later.
+    pub fn from(&self, start: u64) -> Option<Entry> {
+        self.chunks.get(self.find(start)..)?.iter().take(2).find_map(|chunk| chunk.from(start))
+    }
+
+    /// Puts what `change` makes of the object that starts at `start` in its place. Returns what was there.
+    fn edit(&mut self, start: u64, change: impl FnOnce(Option<Entry>) -> Option<Entry>) -> Option<Entry> {
+        let at = self.find(start);
+        let Some(chunk) = self.chunks.get_mut(at) else {
+            let first = change(None)?;
+            let mut chunk = Chunk::default();
+            chunk.edit(start, |_| Some(first));
+            (self.bytes, self.len) = (chunk.heap(), 1);
+            self.insert(0, chunk);
+            return None;
+        };
+        let (mut was, mut is) = (None, None);
+        self.bytes -= chunk.heap();
+        chunk.edit(start, |known| {
+            was = known;
+            is = change(known);
+            is
         });
-        previous.unwrap_or(Previous::NONE)
+        let half = chunk.halve();
+        self.bytes += chunk.heap();
+        let is_empty = chunk.is_empty();
+        if let Some(half) = half {
+            self.bytes += half.heap();
+            self.insert(at + 1, half);
+        }
+        if is_empty {
+            self.bytes -= self.chunks.remove(at).heap();
+        }
+        self.len += usize::from(is.is_some());
+        if was.is_some() {
+            self.len -= 1;
+            self.join(at);
+            self.join(at.wrapping_sub(1));
+        }
+        was
     }
 
-    fn start(&self, place: Place) -> u64 {
-        self.get(place).map_or(u64::MAX, Entry::start)
+    fn insert(&mut self, at: usize, chunk: Chunk) {
+        if self.chunks.len() == self.chunks.capacity() {
+            self.chunks.reserve_exact(STEP);
+        }
+        self.chunks.insert(at, chunk);
     }
 
-    /// Where objects begin that start at `start` or later.
-    fn lower(&self, start: u64) -> At {
-        let leaf = self.leaves.partition_point(|leaf| leaf.first <= start).saturating_sub(1);
-        let at = match self.leaves.get(leaf) {
-            Some(leaf) => leaf.places.partition_point(|place| self.start(*place) < start),
-            None => 0,
-        };
-        At(leaf, at)
+    /// Makes a chunk and the next one into one, if they are small.
+    fn join(&mut self, at: usize) {
+        let next = at.wrapping_add(1);
+        if self.chunks.get(at).zip(self.chunks.get(next)).is_some_and(|(left, right)| left.fits(right)) {
+            let right = self.chunks.remove(next);
+            let left = &mut self.chunks[at];
+            self.bytes -= left.heap() + right.heap();
+            left.append(right);
+            self.bytes += left.heap();
+        }
+        self.shrink();
     }
 
-    fn place(&self, At(leaf, at): At) -> Option<Place> {
-        self.leaves.get(leaf)?.places.get(at).copied()
+    fn shrink(&mut self) {
+        if self.chunks.capacity() >= self.chunks.len() + 2 * STEP {
+            self.chunks.shrink_to(self.chunks.len() + STEP);
+        }
     }
 
-    /// The object that starts at `start`.
-    pub fn at(&self, start: u64) -> Option<Place> {
-        self.from(start).next().filter(|place| self.start(*place) == start)
-    }
-
-    /// Those that start at `start` or later, by rising address.
-    pub fn from(&self, start: u64) -> impl Iterator<Item = Place> {
-        let mut at = self.lower(start);
-        std::iter::from_fn(move || {
-            let place = self.place(at).or_else(|| {
-                at = At(at.0 + 1, 0);
-                self.place(at)
-            });
-            at.1 += 1;
-            place
-        })
-    }
-
-    /// Those that start before `start`, by falling address.
-    pub fn before(&self, start: u64) -> impl Iterator<Item = Place> {
-        let mut at = self.lower(start);
-        std::iter::from_fn(move || {
-            if at.1 == 0 {
-                let leaf = at.0.checked_sub(1)?;
-                at = At(leaf, self.leaves.get(leaf)?.places.len());
+    /// Shows all objects, which may change but for their starts. Those that are not to be kept go.
+    fn rewrite(&mut self, change: &mut dyn FnMut(&mut Entry) -> bool) {
+        self.chunks.iter_mut().for_each(|chunk| chunk.rewrite(change));
+        self.chunks.retain(|chunk| !chunk.is_empty());
+        self.chunks.dedup_by(|right, left| {
+            let fits = left.fits(right);
+            if fits {
+                left.append(std::mem::take(right));
             }
-            at.1 -= 1;
-            self.place(at)
-        })
+            fits
+        });
+        self.shrink();
+        self.bytes = self.chunks.iter().map(Chunk::heap).sum();
     }
 
-    /// The last one that starts before `start`.
-    pub fn last_before(&self, start: u64) -> Option<(Place, Entry)> {
-        let place = self.before(start).next()?;
-        Some((place, *self.get(place)?))
-    }
-
-    /// Shows each origin of all objects, which may change it.
+    /// Shows each origin of all objects, which may change it. What it becomes takes no more bytes, and is another one for each.
     pub fn visit(&mut self, visitor: &mut dyn FnMut(&mut Origin)) {
-        self.entries.iter_mut().for_each(|entry| entry.visit(visitor));
-        self.previous.iter_mut().for_each(|previous| previous.visit(visitor));
+        self.rewrite(&mut |entry| {
+            entry.visit(visitor);
+            true
+        });
     }
 
-    /// Adds a live object. None starts at the same address.
-    pub fn insert(&mut self, entry: Entry) -> Place {
-        let place = self.entries.insert(entry);
-        self.len += 1;
-        let At(leaf, at) = self.lower(entry.start());
-        let Some(within) = self.leaves.get_mut(leaf) else {
-            self.leaves.push(Leaf { first: entry.start(), places: vec![place] });
-            return place;
-        };
-        let places = &mut within.places;
-        if places.len() == places.capacity() {
-            places.reserve_exact(STEP);
-        }
-        places.insert(at, place);
-        if at == 0 {
-            within.first = entry.start();
-        }
-        if places.len() > LEAF {
-            // Objects often come by rising address: then the left part stays as it is.
-            let keep = if at == LEAF { LEAF } else { LEAF / 2 };
-            let rest = places[keep..].to_vec();
-            places.truncate(keep);
-            places.shrink_to(keep);
-            let first = rest.first().map_or(u64::MAX, |place| self.start(*place));
-            reserve_little(&mut self.leaves);
-            self.leaves.insert(leaf + 1, Leaf { first, places: rest });
-        }
-        place
+    /// Adds a live object, or puts it in the place of the one that starts at the same address.
+    pub fn put(&mut self, entry: Entry) {
+        let was = self.edit(entry.start, |_| Some(entry));
+        self.forgotten(was);
     }
 
-    /// Puts a live object in the place of one that starts at the same address.
-    pub fn replace(&mut self, place: Place, entry: Entry) {
-        self.revive(place);
-        if let Some(old) = self.entries.get_mut(place) {
-            *old = entry;
+    /// Makes a live object a freed one, or forgets it if it is not to be kept. Returns what was there.
+    pub fn free(&mut self, start: u64, by: Origin, keep: bool) -> Option<Entry> {
+        if self.ages.is_full(self.len) {
+            let names = self.ages.merge();
+            self.rewrite(&mut |entry| {
+                if let State::Freed { age, .. } = &mut entry.state {
+                    *age = names.get(usize::from(*age)).copied().unwrap_or(*age);
+                }
+                true
+            });
+        }
+        let age = self.ages.add(self.len);
+        let state = State::Freed { by, age };
+        let was = self.edit(start, |entry| match entry {
+            Some(entry) if entry.is_freed() => Some(entry),
+            Some(entry) if keep => Some(Entry { state, ..entry }),
+            _ => None,
+        });
+        if !keep || was.is_none_or(|entry| entry.is_freed()) {
+            self.ages.remove(age);
+        }
+        was
+    }
+
+    /// Forgets the object that starts at `start`.
+    pub fn remove(&mut self, start: u64) {
+        let was = self.edit(start, |_| None);
+        self.forgotten(was);
+    }
+
+    fn forgotten(&mut self, was: Option<Entry>) {
+        if let Some(Entry { state: State::Freed { age, .. }, .. }) = was {
+            self.ages.remove(age);
         }
     }
 
-    /// Makes a live object the newest freed one.
-    pub fn free(&mut self, place: Place, by: Origin) {
-        let Some(entry) = self.entries.get_mut(place).filter(|entry| !entry.is_freed()) else { return };
-        let previous = match entry.previous() {
-            previous if previous.is_some() => self.previous.insert(previous),
-            _ => END,
-        };
-        let older = self.newest;
-        entry.set_freed(Freed { by, older, newer: END, previous });
-        if !self.link(older, |freed| freed.newer = place) {
-            self.oldest = place;
-        }
-        self.newest = place;
-        self.freed += 1;
+    /// Forgets the `most` oldest freed objects. `gone` is told where each started. Returns how many there were.
+    pub fn forget_oldest(&mut self, most: usize, gone: &mut dyn FnMut(u64)) -> usize {
+        let before = self.len;
+        let (last, mut of_last) = self.ages.oldest(most);
+        let (mut ages, mut len) = (std::mem::take(&mut self.ages), self.len);
+        self.rewrite(&mut |entry| {
+            let State::Freed { age, .. } = entry.state else { return true };
+            if age > last || age == last && of_last == 0 {
+                return true;
+            }
+            of_last -= usize::from(age == last);
+            ages.remove(age);
+            len -= 1;
+            gone(entry.start);
+            false
+        });
+        (self.ages, self.len) = (ages, len);
+        before - self.len
     }
+}
 
-    /// Changes what is kept of a freed object, if there is one.
-    fn link(&mut self, place: Place, change: impl FnOnce(&mut Freed)) -> bool {
-        let Some(entry) = self.entries.get_mut(place) else { return false };
-        let Some(mut freed) = entry.freed() else { return false };
-        change(&mut freed);
-        entry.set_freed(freed);
-        true
-    }
-
-    /// Gives up what is kept of an object because it is freed, if it is.
-    fn revive(&mut self, place: Place) {
-        let Some(Freed { older, newer, previous, .. }) = self.get(place).and_then(Entry::freed) else {
-            return;
-        };
-        self.previous.remove(previous);
-        if !self.link(older, |freed| freed.newer = newer) {
-            self.oldest = newer;
-        }
-        if !self.link(newer, |freed| freed.older = older) {
-            self.newest = older;
-        }
-        self.freed -= 1;
-    }
-
-    /// Forgets the object at a place.
-    pub fn remove(&mut self, place: Place) {
-        let At(leaf, at) = self.lower(self.start(place));
-        if self.place(At(leaf, at)) != Some(place) {
-            return;
-        }
-        self.revive(place);
-        self.entries.remove(place);
-        self.len -= 1;
-        let places = &mut self.leaves[leaf].places;
-        places.remove(at);
-        let Some(first) = places.first().copied() else {
-            self.leaves.remove(leaf);
-            return;
-        };
-        if places.capacity() > places.len() + 2 * STEP {
-            places.shrink_to(places.len() + STEP);
-        }
-        self.leaves[leaf].first = self.start(first);
-        self.join(leaf);
-        self.join(leaf.wrapping_sub(1));
-    }
-
-    /// Makes a leaf and the next one into one, if they are small.
-    fn join(&mut self, leaf: usize) {
-        let both = self.leaves.get(leaf).zip(self.leaves.get(leaf.wrapping_add(1)));
-        if both.is_some_and(|(left, right)| left.places.len() + right.places.len() <= JOINED) {
-            let right = self.leaves.remove(leaf + 1);
-            let places = &mut self.leaves[leaf].places;
-            places.reserve_exact(right.places.len());
-            places.extend(right.places);
-        }
+#[cfg(test)]
+impl Table {
+    /// All objects, once it is seen that the table is as it should be.
+    pub fn checked(&self) -> Vec<Entry> {
+        let all: Vec<_> = self.chunks.iter().flat_map(Chunk::checked).collect();
+        assert!(all.is_sorted_by(|a, b| a.start < b.start));
+        assert_eq!(self.bytes, self.chunks.iter().map(Chunk::heap).sum::<usize>());
+        assert!(self.chunks.capacity() < self.chunks.len() + 3 * STEP);
+        assert_eq!((all.len(), self.ages.freed()), (self.len, all.iter().filter(|e| e.is_freed()).count()));
+        all
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::iter::successors;
 
     use proptest::prelude::*;
 
+    use super::super::coding::tests::entry;
     use super::*;
 
-    fn entry(start: u64) -> Entry {
-        Entry::live(start, 1, 0, Origin::NONE, 0).unwrap()
+    fn live(start: u64) -> Entry {
+        Entry::live(start, 64, 3, Origin::from_bits(200), 4).unwrap()
     }
 
     #[test]
-    fn many_objects_need_little_more_than_their_entries() {
-        let rising = |i: u64| i * 64;
+    fn many_objects_take_few_bytes() {
+        let rising = |i: u64| i * 96;
         // Each number below 2^16 once, in a scattered order.
-        let scattered = |i: u64| (i * 40_503 % 65_536) * 64;
-        for (how, start) in [("rising", &rising as &dyn Fn(u64) -> u64), ("scattered", &scattered)] {
+        let scattered = |i: u64| (i * 40_503 % 65_536) * 96;
+        for (how, most, start) in
+            [("rising", 4.0, &rising as &dyn Fn(u64) -> u64), ("scattered", 6.0, &scattered)]
+        {
             let mut table = Table::default();
             for i in 0..65_536 {
-                table.insert(entry(start(i)));
+                table.put(live(start(i)));
             }
             let each = table.bytes() as f64 / 65_536.0;
-            assert!(each < size_of::<Entry>() as f64 + 6.0, "{how}: {each} bytes each");
-            assert_eq!(
-                table.from(0).map(|at| table.start(at)).collect::<Vec<_>>(),
-                (0..65_536).map(rising).collect::<Vec<_>>()
-            );
+            assert!(each < most, "{how}: {each} bytes each");
+            assert!(table.checked().iter().map(|entry| entry.start).eq((0..65_536).map(rising)));
+            // Freed, in any order, they take two bytes more: who freed them, and when.
+            for i in 0..65_536 {
+                table.free(scattered(i), Origin::from_bits(i as u32 % 2 + 1), true);
+            }
+            let each = table.bytes() as f64 / 65_536.0;
+            assert!(each < most + 2.5, "{how}: {each} bytes each");
+            table.checked();
         }
     }
 
-    impl Table {
-        /// The list of freed objects has all of them and no others, in both directions, and nothing of what was before is left over.
-        pub fn assert_whole(&mut self) {
-            let all: Vec<Entry> = self.entries.iter_mut().map(|entry| *entry).collect();
-            let freed: Vec<Freed> = all.iter().filter_map(Entry::freed).collect();
-            assert_eq!((all.len(), freed.len()), (self.len, self.freed));
-            let (mut at, mut older, mut listed) = (self.oldest, END, 0);
-            while at != END {
-                let entry = self.get(at).and_then(Entry::freed).expect("a freed object");
-                assert_eq!(entry.older, older);
-                (older, at) = (at, entry.newer);
-                listed += 1;
-                assert!(listed <= freed.len(), "a loop");
+    #[test]
+    fn the_oldest_go_first() {
+        for objects in [40, 1000, 20_000u64] {
+            let mut table = Table::default();
+            (0..objects).for_each(|i| table.put(live(i * 64)));
+            // Freed and used again a few times, so that ages are merged.
+            for round in 0..5 {
+                for i in 0..objects {
+                    let start = (i * 7919 % objects) * 64;
+                    table.free(start, Origin::NONE, true);
+                    if round < 4 {
+                        table.put(live(start));
+                    }
+                }
             }
-            assert_eq!((older, listed), (self.newest, freed.len()));
-            let previous = freed.iter().filter(|freed| freed.previous != END).count();
-            assert_eq!(self.previous.iter_mut().count(), previous);
+            let nth: BTreeMap<_, _> = (0..objects).map(|i| ((i * 7919 % objects) * 64, i)).collect();
+            let (mut gone, mut last) = (0, 0);
+            while table.len() > 0 {
+                let some = table
+                    .forget_oldest(objects as usize / 8, &mut |start| last = last.max(nth[&start]))
+                    as u64;
+                gone += some;
+                assert!(last < gone + objects / 16, "{objects}: {last} is not among the {gone} oldest");
+            }
+            assert_eq!((gone, table.bytes()), (objects, heap::of_vec(&table.chunks)));
         }
+    }
+
+    /// What a step does.
+    #[derive(Clone, Debug)]
+    enum Step {
+        Put(Entry),
+        Free { start: u64, by: u32, keep: bool },
+        Remove(u64),
+        Forget(usize),
+        Visit,
+    }
+
+    fn step(last: u64) -> impl Strategy<Value = Step> {
+        let start = move || 0..=last;
+        prop_oneof![
+            8 => entry(start()).prop_map(Step::Put),
+            4 => (start(), 0..1u32 << Origin::BITS, prop::bool::weighted(0.9))
+                .prop_map(|(start, by, keep)| Step::Free { start, by, keep }),
+            2 => start().prop_map(Step::Remove),
+            1 => (0..40usize).prop_map(Step::Forget),
+            1 => Just(Step::Visit),
+        ]
+    }
+
+    /// Without its age, which only the table knows.
+    fn ageless(mut entry: Entry) -> Entry {
+        if let State::Freed { age, .. } = &mut entry.state {
+            *age = 0;
+        }
+        entry
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
         #[test]
-        fn it_finds_what_a_tree_finds(steps in proptest::collection::vec((0..3000u64, 0..3u8), 1..4000)) {
-            let (mut table, mut tree) = (Table::default(), BTreeMap::new());
-            for (start, what) in &steps {
-                match (tree.get(start).copied(), what) {
-                    (Some(place), 0) => {
-                        table.remove(place);
-                        tree.remove(start);
+        fn it_knows_what_a_tree_knows(
+            steps in prop_oneof![
+                prop::collection::vec(step(60), 1..300),
+                prop::collection::vec(step(9000), 1..2500),
+                prop::collection::vec(step(Entry::LAST_START), 1..500),
+            ],
+        ) {
+            let (mut table, mut tree) = (Table::default(), BTreeMap::<u64, Entry>::new());
+            for step in steps {
+                let bytes = table.bytes();
+                let most = match step {
+                    Step::Put(mut entry) => {
+                        // Objects are put in as live ones.
+                        entry.state = State::Live { redzone: entry.redzone() };
+                        table.put(entry);
+                        if tree.insert(entry.start, entry).is_some() { EDIT_MOST } else { INSERT_MOST }
                     }
-                    (None, 1 | 2) => drop(tree.insert(*start, table.insert(entry(*start)))),
-                    _ => {}
-                }
+                    Step::Free { start, by, keep } => {
+                        let by = Origin::from_bits(by);
+                        let was = table.free(start, by, keep).map(ageless);
+                        prop_assert_eq!(was, tree.get(&start).copied());
+                        match tree.get_mut(&start) {
+                            Some(entry) if entry.is_freed() => 0,
+                            Some(entry) if keep => {
+                                entry.state = State::Freed { by, age: 0 };
+                                EDIT_MOST
+                            }
+                            _ => {
+                                tree.remove(&start);
+                                0
+                            }
+                        }
+                    }
+                    Step::Remove(start) => {
+                        table.remove(start);
+                        tree.remove(&start);
+                        0
+                    }
+                    Step::Forget(some) => {
+                        let before = table.checked();
+                        let mut gone = Vec::new();
+                        let forgotten = table.forget_oldest(some, &mut |start| gone.push(start));
+                        prop_assert_eq!(forgotten, before.iter().filter(|entry| entry.is_freed()).count().min(some));
+                        prop_assert_eq!(forgotten, gone.len());
+                        let ages = |went: bool| {
+                            before.iter().filter_map(|entry| match entry.state {
+                                State::Freed { age, .. } if gone.contains(&entry.start) == went => Some(age),
+                                _ => None,
+                            }).collect::<Vec<_>>()
+                        };
+                        let (went, stayed) = (ages(true), ages(false));
+                        prop_assert!(went.iter().max().zip(stayed.iter().min()).is_none_or(|(went, stayed)| went <= stayed));
+                        tree.retain(|start, _| !gone.contains(start));
+                        0
+                    }
+                    Step::Visit => {
+                        let halve = &mut |origin: &mut Origin| *origin = Origin::from_bits(origin.bits().min(1 << 20) - origin.bits().min(1));
+                        // Not different for each, but never longer.
+                        table.visit(halve);
+                        tree.values_mut().for_each(|entry| entry.visit(halve));
+                        0
+                    }
+                };
+                prop_assert!(table.bytes() <= bytes + most, "{} and {most}: {}", bytes, table.bytes());
             }
-            prop_assert_eq!(table.len(), tree.len());
-            for start in (0..3002).step_by(7) {
-                prop_assert_eq!(table.at(start), tree.get(&start).copied());
-                let (left, right) = (tree.range(..start).rev(), tree.range(start..));
-                prop_assert!(table.before(start).take(5).eq(left.map(|(_, place)| *place).take(5)));
-                prop_assert!(table.from(start).take(5).eq(right.map(|(_, place)| *place).take(5)));
+            let all: Vec<_> = table.checked().into_iter().map(ageless).collect();
+            prop_assert_eq!(&all, &tree.values().copied().collect::<Vec<_>>());
+            let last = tree.keys().next_back().copied().unwrap_or(0);
+            for start in (0..=64).map(|i| last / 64 * i + i % 3) {
+                let before = successors(table.up_to(start), |entry| table.up_to(entry.start.checked_sub(1)?));
+                prop_assert!(before.map(ageless).take(70).eq(tree.range(..=start).rev().map(|(_, e)| *e).take(70)));
+                let behind = successors(table.from(start), |entry| table.from(entry.start + 1));
+                prop_assert!(behind.map(ageless).take(70).eq(tree.range(start..).map(|(_, e)| *e).take(70)));
             }
-            prop_assert!(table.from(0).eq(tree.values().copied()));
-            prop_assert_eq!(table.entries.iter_mut().count(), tree.len());
-            // Emptied, it keeps its places for what comes.
-            tree.values().for_each(|place| table.remove(*place));
-            prop_assert!(table.leaves.is_empty() && table.from(0).next().is_none());
+            tree.keys().for_each(|start| table.remove(*start));
+            prop_assert!(table.chunks.is_empty() && table.bytes == 0 && table.from(0).is_none());
         }
     }
 }
