@@ -137,7 +137,7 @@ fn little_room_for_provenance(notify: Notify) {
         findings.map(|(finding, seen)| (finding.headline(Default::default()), seen)).collect::<Vec<_>>()
     };
     assert!(headlines(&all).len() >= 4 && all.findings.iter().all(|(finding, _)| finding.notes.is_empty()));
-    for budget in [0, 4096, 16 << 10] {
+    for budget in [0, 4096, 7 << 10] {
         let (report, _) = run(&Config { provenance: budget, ..config.clone() });
         assert_eq!(headlines(&report), headlines(&all), "{budget}");
         let figures = report.stats.provenance;

@@ -318,12 +318,12 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(48))]
+        #![proptest_config(ProptestConfig::with_cases(24))]
         #[test]
         fn it_knows_what_a_tree_knows(
             steps in prop_oneof![
                 prop::collection::vec(step(60), 1..300),
-                prop::collection::vec(step(9000), 1..2500),
+                prop::collection::vec(step(9000), 1..2000),
                 prop::collection::vec(step(Entry::LAST_START), 1..500),
             ],
         ) {

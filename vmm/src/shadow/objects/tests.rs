@@ -290,7 +290,7 @@ fn it_never_takes_more_than_its_budget() {
             random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
             (random >> 20) % most
         };
-        let events = budget / 4 + 1000;
+        let events = budget / 8 + 2000;
         for event in 0..events {
             let at = if far { next(budget + 100) * 77_777_777_777 % Entry::LAST_START } else { event * 64 };
             let (task, frames) = (next(50) as u32, [next(1 << 20); 3]);
