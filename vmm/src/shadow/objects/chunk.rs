@@ -210,19 +210,21 @@ impl Chunk {
 
     /// Shows all objects, which may change but for their starts. Those that are not to be kept go.
     pub fn rewrite(&mut self, change: &mut dyn FnMut(&mut Entry) -> bool) {
-        let mut writer = Writer::new(LEAF * MOST);
+        let (mut entries, mut writer) = (Vec::with_capacity(LEAF), Writer::new(LEAF * MOST));
         for leaf in &mut self.leaves {
-            writer.clear();
+            entries.clear();
             let mut changed = false;
             for entry in leaf.entries() {
                 let mut new = entry;
                 let keep = change(&mut new);
                 changed |= !keep || new != entry;
                 if keep {
-                    writer.push(&new);
+                    entries.push(new);
                 }
             }
             if changed {
+                writer.clear();
+                entries.iter().for_each(|entry| writer.push(entry));
                 leaf.set(&writer);
             }
         }

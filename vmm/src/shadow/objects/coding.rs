@@ -15,7 +15,7 @@ use super::origins::Origin;
 /// Most bytes of one object: flags, 48 bits of distance, size, cache, allocation, free, age; and flags, distance, size, allocation and
 /// free of the previous one.
 pub const MOST: usize = 1 + 7 + 5 + 3 + 4 + 4 + 1 + (1 + 5 + 5 + 4 + 4);
-/// Most bytes by which other objects grow if one is put between them, or changed: the next one may be told in full.
+/// Most bytes by which objects take more if one is added or changed: itself, and what others shared with it and have to tell now.
 pub const MOST_MORE: usize = 2 * MOST;
 
 /// What is so of an object. "Same" is as of the one before, or of the last one before of which it is known.
@@ -219,19 +219,30 @@ fn put(bytes: &mut Vec<u8>, mut number: u64) {
     bytes.push(number as u8);
 }
 
+#[inline]
 fn byte(bytes: &mut &[u8]) -> Option<u8> {
     let (byte, rest) = bytes.split_first()?;
     *bytes = rest;
     Some(*byte)
 }
 
+#[inline]
 fn number(bytes: &mut &[u8]) -> Option<u64> {
-    let first = byte(bytes)?;
-    let mut number = u64::from(first & 0x7f);
-    if first < 0x80 {
-        return Some(number);
+    // Most numbers are this short.
+    if let [first @ ..0x80, rest @ ..] = *bytes {
+        *bytes = rest;
+        return Some(u64::from(*first));
     }
-    for shift in (7..u64::BITS).step_by(7) {
+    if let [first, second @ ..0x80, rest @ ..] = *bytes {
+        *bytes = rest;
+        return Some(u64::from(first & 0x7f) | u64::from(*second) << 7);
+    }
+    long_number(bytes)
+}
+
+fn long_number(bytes: &mut &[u8]) -> Option<u64> {
+    let mut number = 0;
+    for shift in (0..u64::BITS).step_by(7) {
         let byte = byte(bytes)?;
         number |= u64::from(byte & 0x7f) << shift;
         if byte < 0x80 {
