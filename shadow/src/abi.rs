@@ -73,6 +73,10 @@ pub mod hello {
     /// What lies in pages whose page shadow is [`crate::codes::FREE_PAGE`] matters to nobody: they may read as zero at any time,
     /// and the host need not keep them. True of a page allocator that keeps its lists elsewhere, as Linux's does.
     pub const FREE_PAGES_UNUSED: u64 = 1 << 0;
+    /// The same of pages in which all is poisoned as [`crate::codes::SLAB_FREE_TRACK`], or some of it and the rest as
+    /// [`crate::codes::SLAB_REDZONE`]. True of a quarantine that keeps its lists elsewhere, if nothing of the redzones that lie
+    /// in a page with such an object is ever read: an allocator poisons an object with another code before it stores to it.
+    pub const QUARANTINE_UNUSED: u64 = 1 << 1;
 }
 
 /// The numbers of the calls, in `eax`.

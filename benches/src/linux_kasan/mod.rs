@@ -33,7 +33,7 @@ const TRACE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/traces/kernel-build-sl
 #[derive(Parser)]
 #[command(name = "linux-kasan")]
 struct Arguments {
-    /// Only these kernels (none, stock, umbra, small). The figures of the others are those of the last time.
+    /// Only these kernels (none, stock, umbra). The figures of the others are those of the last time.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Only guests of this size (1G, 4G).
@@ -47,13 +47,11 @@ struct Arguments {
     bench: bool,
 }
 
-/// The kernels: what they are called, where they lie, and what they get of Umbra's options. The last is the one before with
-/// a small quarantine, for what the other costs: all tests of Linux's suite pass with it.
-const KERNELS: [(&str, &str, &[&str]); 4] = [
-    ("none", "compare-none/vmlinux", &["--shadow=off"]),
-    ("stock", "compare-kasan/vmlinux", &["--shadow=off"]),
-    ("umbra", "umbra/vmlinux", &["--shadow=per-page"]),
-    ("small", "umbra/vmlinux", &["--shadow=per-page", "--quarantine=512K"]),
+/// The kernels: what they are called, where they lie, and what they get as `--shadow`.
+const KERNELS: [(&str, &str, &str); 3] = [
+    ("none", "compare-none/vmlinux", "off"),
+    ("stock", "compare-kasan/vmlinux", "off"),
+    ("umbra", "umbra/vmlinux", "per-page"),
 ];
 /// The guests.
 const MEMORY: [(&str, u64); 2] = [("1G", 1 << 30), ("4G", 4 << 30)];
@@ -140,12 +138,12 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         let program = Program::build(&folder)?;
         let wanted = |list: &[String], name: &str| list.is_empty() || list.iter().any(|one| one == name);
         for (memory, bytes) in MEMORY.iter().filter(|(name, _)| wanted(&arguments.memory, name)) {
-            for (name, image, options) in KERNELS.iter().filter(|(name, ..)| wanted(&arguments.only, name)) {
+            for (name, image, shadow) in KERNELS.iter().filter(|(name, ..)| wanted(&arguments.only, name)) {
                 bar.set_message(format!("{name}, {memory}"));
                 let image = kernel(image);
                 ensure!(image.exists(), "there is no {}: `cargo xtask linux compare`", image.display());
                 let files = Files::new(&folder, name, memory);
-                files.run(&program, &image, *bytes, options, cmdline(name, memory), &initrd)?;
+                files.run(&program, &image, *bytes, shadow, cmdline(name, memory), &initrd)?;
             }
         }
         bar.finish_and_clear();
@@ -199,12 +197,12 @@ impl Files {
         program: &Program,
         image: &Path,
         memory: u64,
-        options: &[&str],
+        shadow: &str,
         cmdline: &str,
         initrd: &Path,
     ) -> Result<()> {
         let mut command = Command::new(program.path());
-        command.arg("run").arg(image).arg(format!("--memory={memory}")).args(options);
+        command.arg("run").arg(image).arg(format!("--memory={memory}")).arg(format!("--shadow={shadow}"));
         command.args(["--keep-going", "--timeout=none", "--cmdline", cmdline]);
         for point in POINTS {
             command.arg("--mark").arg(point);

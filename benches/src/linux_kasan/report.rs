@@ -8,9 +8,6 @@ use super::{All, KERNELS, MEMORY, Mark, Measured, WITH_SUITE};
 use crate::figure::{Figure, markdown, number};
 
 const MIB: f64 = 1_048_576.0;
-/// Why a figure is over its limit, where that is known.
-const RSS: &str =
-    "the quarantine keeps freed memory, up to 1/32 of the guest's, from being used again, as with stock";
 
 /// What happened between two moments, or from the start of the guest.
 fn since(from: Option<&Mark>, to: &Mark) -> Mark {
@@ -55,7 +52,7 @@ fn ratio(of: Option<u64>, to: Option<u64>) -> Option<f64> {
 fn shadow(name: &str, memory: u64, at: &Mark) -> u64 {
     match name {
         "stock" => memory / 8,
-        "umbra" | "small" => at.shadow_peak_bytes,
+        "umbra" => at.shadow_peak_bytes,
         _ => 0,
     }
 }
@@ -63,12 +60,9 @@ fn shadow(name: &str, memory: u64, at: &Mark) -> u64 {
 /// The figures that have limits.
 pub(super) fn figures(all: &All, allocations: u64) -> Vec<Figure> {
     let mut figures = Vec::new();
-    let mut add = |name: String, measured: Option<f64>, unit, limit, known| {
+    let mut add = |name: String, measured: Option<f64>, unit, limit| {
         if let Some(measured) = measured {
-            figures.push(Figure {
-                known,
-                ..Figure::new("Beside their limits", name, measured, unit).limit(limit)
-            });
+            figures.push(Figure::new("Beside their limits", name, measured, unit).limit(limit));
         }
     };
     for (memory, bytes) in MEMORY {
@@ -81,29 +75,21 @@ pub(super) fn figures(all: &All, allocations: u64) -> Vec<Figure> {
             let (whole, left) = (none.said("MemTotal:")?, umbra.said("MemTotal:")?);
             Some((whole as f64 - left as f64) / whole as f64 * 100.0)
         });
-        add(name("MemTotal below the unchecked kernel's"), lost, "%", 1.0, None);
+        add(name("MemTotal below the unchecked kernel's"), lost, "%", 1.0);
         let shadow = ratio(at("umbra").map(|umbra| umbra.shadow_peak_bytes), Some(bytes / 8));
-        add(name("shadow at its peak for the workload"), shadow, "of stock's", 0.05, None);
-        add(name("instructions to the end of the boot"), of("stock", boot), "of stock's", 0.2, None);
-        add(name("instructions to the end of the boot"), of("none", boot), "of unchecked", 5.0, None);
-        add(name("instructions of the workload"), of("stock", workload), "of stock's", 0.3, None);
+        add(name("shadow at its peak for the workload"), shadow, "of stock's", 0.05);
+        add(name("instructions to the end of the boot"), of("stock", boot), "of stock's", 0.2);
+        add(name("instructions to the end of the boot"), of("none", boot), "of unchecked", 5.0);
+        add(name("instructions of the workload"), of("stock", workload), "of stock's", 0.3);
         let suite = |name| run(name).and_then(boot_and_suite);
         let suite = ratio(suite("umbra"), suite("stock"));
-        add(name("instructions to the end of the suite"), suite, "of stock's", 0.5, None);
+        add(name("instructions to the end of the suite"), suite, "of stock's", 0.5);
         let rss = |name| at(name).map(|mark| mark.rss_bytes);
         let held = ratio(rss("umbra"), rss("none"));
-        add(name("memory of the process after the workload"), held, "of unchecked", 1.1, Some(RSS));
-        let small = ratio(rss("small"), rss("none"));
-        add(
-            name("memory of the process after the workload, with a quarantine of 512 KiB"),
-            small,
-            "of unchecked",
-            1.1,
-            None,
-        );
+        add(name("memory of the process after the workload"), held, "of unchecked", 1.1);
         let exits = run("umbra").and_then(workload).map(|mark| mark.hypercalls + mark.shadow_faults);
         let exits = ratio(exits, Some(allocations)).map(|each| each * 1000.0);
-        add(name("exits of the workload for Umbra"), exits, "per 1,000 allocations", 1.0, None);
+        add(name("exits of the workload for Umbra"), exits, "per 1,000 allocations", 1.0);
     }
     figures
 }
@@ -111,8 +97,8 @@ pub(super) fn figures(all: &All, allocations: u64) -> Vec<Figure> {
 /// The page's text.
 pub(super) fn body(all: &All, figures: &[Figure], allocations: u64) -> Result<String> {
     let mut text = format!(
-        "The small Linux of `guest/linux/config`, one CPU. *none* is without KASAN, *stock* has Linux's own (generic, outline), *umbra* has \
-         the same with Umbra's shadow, and *small* is that with a small quarantine (`--quarantine 512K`). The workload is {} allocations of a kernel that builds Linux, replayed by an initcall through the \
+        "The small Linux of `guest/linux/config`, one CPU. *none* is without KASAN, *stock* has Linux's own (generic, outline), and *umbra* has \
+         the same with Umbra's shadow. The workload is {} allocations of a kernel that builds Linux, replayed by an initcall through the \
          kernel's own `kmalloc`, caches and page allocator, each object written and read. Where ring 0 is emulated, Umbra gives all of them \
          a slower clock, so that few ticks of the timer are in the counts.\n",
         number(allocations as f64)

@@ -2,7 +2,7 @@
 
 use iced_x86::code_asm::*;
 use umbra_shadow::abi::{self, access, call};
-use umbra_shadow::codes::{FREE_PAGE, PAGE_BYTES, SLAB_FREE};
+use umbra_shadow::codes::{FREE_PAGE, PAGE_BYTES, SLAB_FREE, SLAB_FREE_TRACK};
 
 use super::guest::{BYTE_WINDOW, BYTE_WINDOW_BYTES, CODE, FREE, Guest, PAGE_WINDOW, PAGE_WINDOW_BYTES, RAM};
 use super::{quiet, run};
@@ -23,19 +23,21 @@ pub const ALL: &[(&str, fn())] = &[
     ("straddling_window_ends_full", || straddling("--shadow full")),
     ("stores_of_every_kind", stores_of_every_kind),
     ("garbage_in_the_shadow", garbage_in_the_shadow),
-    ("all_memory_is_free", all_memory_is_free),
+    ("all_memory_is_free", || all_memory_is_unused(FREE_PAGE)),
+    ("all_memory_is_in_quarantine", || all_memory_is_unused(SLAB_FREE_TRACK)),
 ];
 
-/// A guest that gives its free pages away, and calls all pages free: its code, its stack, its page tables.
-fn all_memory_is_free() {
+/// A guest that gives its unused pages away, and calls all pages unused: its code, its stack, its page tables.
+fn all_memory_is_unused(code: u8) {
     let guest = Guest::new(|g| {
-        g.call(call::HELLO, [abi::VERSION.into(), abi::hello::FREE_PAGES_UNUSED, 0, 0])?;
+        let unused = abi::hello::FREE_PAGES_UNUSED | abi::hello::QUARANTINE_UNUSED;
+        g.call(call::HELLO, [abi::VERSION.into(), unused, 0, 0])?;
         g.region()?;
         g.report(FREE, 1, u64::from(access::WRITE), CODE)?;
         let a = &mut g.asm;
         a.mov(rdi, PAGE_WINDOW)?;
         a.mov(ecx, (RAM >> 12) as u32)?;
-        a.mov(eax, u32::from(FREE_PAGE))?;
+        a.mov(eax, u32::from(code))?;
         a.cld()?;
         a.rep().stosb()?;
         let mut again = a.create_label();

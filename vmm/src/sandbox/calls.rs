@@ -57,7 +57,7 @@ impl Monitor {
             Call::Hello { flags } => {
                 // Without page shadow nothing tells which pages are free.
                 let with_pages = self.features() & features::PER_PAGE != 0;
-                self.free_pages.hello(if with_pages { flags } else { 0 });
+                self.unused_pages.hello(if with_pages { flags } else { 0 });
                 value = self.features().into();
             }
             Call::RegionAdd(region) => self.regions.add(region, machine.ram.end())?,

@@ -8,7 +8,6 @@
 mod calls;
 mod console;
 mod file;
-mod free_pages;
 mod globals;
 pub mod input;
 mod investigate;
@@ -20,6 +19,7 @@ mod rings;
 pub mod stats;
 #[cfg(test)]
 mod tests;
+mod unused_pages;
 mod vcpus;
 
 use std::io::{Read, Write};
@@ -552,7 +552,7 @@ fn figures(
             memory_bytes: config.memory,
             cpus: config.cpus,
             instructions,
-            released_bytes: monitor.free_pages.released(),
+            released_bytes: monitor.unused_pages.released(),
         },
         exits,
         events: monitor.events.clone(),

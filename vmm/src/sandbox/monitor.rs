@@ -7,13 +7,13 @@ use umbra_shadow::abi::{self, CPUID_FIRST, CPUID_STEP, PORT, features};
 use vm_memory::GuestAddress;
 
 use super::console::{ConsoleWatch, Sign};
-use super::free_pages::FreePages;
 use super::globals::Globals;
 use super::investigate::Place;
 use super::marks::Marks;
 use super::picture::Timeline;
 use super::rings::Rings;
 use super::stats::{EventStats, ExitStats};
+use super::unused_pages::UnusedPages;
 use super::{Observer, Outcome, Redzone, ShadowMode};
 use crate::hypercall::Regions;
 use crate::machine::complete::{CompleteError, Completer, Cpu};
@@ -23,7 +23,9 @@ use crate::machine::memory::Ram;
 use crate::machine::vcpu::{Vcpu, VmExit};
 use crate::report::Findings;
 use crate::report::symbols::Symbols;
-use crate::shadow::{FaultOutcome, Layout, Mode, Notify, Objects, Quarantine, ShadowError, Slots, Windows};
+use crate::shadow::{
+    FaultOutcome, Layout, Mode, Notify, Objects, Quarantine, ShadowError, Slots, Windows, release_unused,
+};
 
 /// A vCPU as the dispatcher needs it.
 pub trait GuestCpu: Cpu {
@@ -88,7 +90,7 @@ pub struct Monitor {
     pub(super) regions: Regions,
     pub(super) rings: Rings,
     pub(super) globals: Globals,
-    pub(super) free_pages: FreePages,
+    pub(super) unused_pages: UnusedPages,
     pub(super) symbols: Symbols,
     pub(super) observer: Box<dyn Observer>,
     pub(super) stop_at: Option<usize>,
@@ -123,7 +125,7 @@ impl Monitor {
             regions: Regions::default(),
             rings: Rings::default(),
             globals: Globals::default(),
-            free_pages: FreePages::default(),
+            unused_pages: UnusedPages::default(),
             symbols,
             observer,
             stop_at,
@@ -140,8 +142,8 @@ impl Monitor {
         self.exits.total += 1;
         // Before the exit is handled: a ring drain may give shadow back, so the peaks are here.
         self.sample();
-        if self.free_pages.is_due()
-            && let Err(outcome) = self.give_free_pages_back(machine)
+        if self.unused_pages.is_due()
+            && let Err(outcome) = self.give_unused_back(machine)
         {
             return Flow::End(outcome);
         }
@@ -205,18 +207,19 @@ impl Monitor {
     /// Takes in a line of the console.
     fn line(&mut self, line: &[u8], machine: &mut Machine) -> Result<Sign, Outcome> {
         // So that the memory at a mark is that of the mark, and not of some moment before.
-        if self.marks.wants(line) && self.free_pages.is_allowed() {
-            self.give_free_pages_back(machine)?;
+        if self.marks.wants(line) && self.unused_pages.is_allowed() {
+            self.give_unused_back(machine)?;
         }
         self.marks.line(line, &self.exits, &self.events, self.windows.as_mut());
         Ok(self.console.line(line))
     }
 
-    /// Gives host memory behind free pages of the guest back.
-    fn give_free_pages_back(&mut self, machine: &mut Machine) -> Result<(), Outcome> {
-        if let Some(windows) = &self.windows {
+    /// Gives host memory back that lies behind unused pages of the guest, and behind shadow that they no longer use.
+    fn give_unused_back(&mut self, machine: &mut Machine) -> Result<(), Outcome> {
+        if let Some(windows) = &mut self.windows {
             machine.others.stop()?;
-            self.free_pages.give_back(windows, machine.ram);
+            self.unused_pages.give_back(windows, machine.ram);
+            release_unused(windows)?;
         }
         Ok(())
     }

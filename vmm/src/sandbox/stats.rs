@@ -84,7 +84,7 @@ pub struct GuestStats {
     pub cpus: u8,
     /// Instructions that it executed, where the host counts them; else null.
     pub instructions: Option<u64>,
-    /// Memory of its free pages that was given back to the host.
+    /// Memory of its free pages, and of its quarantine, that was given back to the host.
     pub released_bytes: u64,
 }
 

@@ -22,8 +22,8 @@ use crate::report::symbols::Symbols;
 use crate::shadow::{self, CHUNK_BYTES, Layout, Mode, Notify, Quarantine, SlotError, Slots, Windows};
 
 mod bench;
-mod free_pages;
 mod keys;
+mod unused_pages;
 
 use bench::*;
 

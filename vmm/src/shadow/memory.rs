@@ -3,7 +3,10 @@
 use std::{iter, ops::Range};
 
 use umbra_shadow::{
-    codes::{FREE_PAGE, GRANULE_SHIFT, PAGE_BUSY, PAGE_BYTES, PAGE_SHIFT, SHADOW_PER_PAGE, VMALLOC_INVALID},
+    codes::{
+        FREE_PAGE, GRANULE_SHIFT, PAGE_BUSY, PAGE_BYTES, PAGE_SHIFT, SHADOW_PER_PAGE, SLAB_FREE_TRACK,
+        SLAB_REDZONE, VMALLOC_INVALID,
+    },
     memory::ShadowMemory,
 };
 
@@ -139,32 +142,48 @@ impl HostShadow {
         pages * SHADOW_PER_PAGE
     }
 
-    /// The free pages between two guest-physical addresses, multiples of 4096, by rising address; neighbours together. A full
-    /// shadow does not tell them.
-    pub fn free_pages(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    /// The free pages between two guest-physical addresses, multiples of 4096, by rising address; neighbours together. With
+    /// `objects` also those that hold nothing but freed objects whose frees are known ([`SLAB_FREE_TRACK`]), or parts of such
+    /// and redzones. A full shadow does not tell them.
+    pub fn unused_pages(&self, range: Range<u64>, objects: bool) -> impl Iterator<Item = Range<u64>> {
         let mut at = range.start >> PAGE_SHIFT;
         let end = range.end >> PAGE_SHIFT;
         let word = move |page: u64| self.page.as_ref()?.load_u64(page & !7).filter(|_| page < end);
-        let byte = |word: u64, page: u64| (word >> (8 * (page & 7))) as u8;
+        let unused = move |word: u64, page: u64| match (word >> (8 * (page & 7))) as u8 {
+            FREE_PAGE => true,
+            SLAB_FREE_TRACK => objects,
+            PAGE_BYTES => objects && self.holds_freed_objects(page),
+            _ => false,
+        };
         iter::from_fn(move || {
             // Most words are of pages that were never free, or of a long run of them.
-            while let Some(word) = word(at) {
-                match byte(word, at) {
-                    FREE_PAGE => break,
-                    _ if word == 0 => at = (at & !7) + 8,
-                    _ => at += 1,
-                }
+            while let Some(word) = word(at)
+                && !unused(word, at)
+            {
+                at = if word == 0 { (at & !7) + 8 } else { at + 1 };
             }
             let start = at;
-            while let Some(word) = word(at) {
-                match byte(word, at) {
-                    FREE_PAGE if word == u64::MAX => at = (at & !7) + 8,
-                    FREE_PAGE => at += 1,
-                    _ => break,
-                }
+            while let Some(word) = word(at)
+                && unused(word, at)
+            {
+                at = if word == u64::MAX { (at & !7) + 8 } else { at + 1 };
             }
             (at > start).then_some(start << PAGE_SHIFT..at.min(end) << PAGE_SHIFT)
         })
+    }
+
+    /// Whether a byte-checked page holds nothing but freed objects whose frees are known, and redzones.
+    fn holds_freed_objects(&self, page: u64) -> bool {
+        let first = page * SHADOW_PER_PAGE;
+        let fits = |byte: u8| matches!(byte, SLAB_FREE_TRACK | SLAB_REDZONE);
+        let mut freed = false;
+        self.is_mapped((first / CHUNK_BYTES) as usize)
+            && (first..first + SHADOW_PER_PAGE).step_by(8).all(|at| {
+                let bytes = self.byte.load_u64(at).unwrap_or(0).to_ne_bytes();
+                freed |= bytes.contains(&SLAB_FREE_TRACK);
+                bytes.into_iter().all(fits)
+            })
+            && freed
     }
 
     /// The most that byte-checked pages have used, as far as the VMM itself changed the page shadow. Exact in
@@ -281,7 +300,10 @@ mod tests {
     fn free_pages_come_in_runs() {
         let mut shadow = shadow(64 << 12);
         let runs = |shadow: &HostShadow, start: u64, end: u64| -> Vec<_> {
-            shadow.free_pages(start << 12..end << 12).map(|run| (run.start >> 12, run.end >> 12)).collect()
+            shadow
+                .unused_pages(start << 12..end << 12, false)
+                .map(|run| (run.start >> 12, run.end >> 12))
+                .collect()
         };
         assert_eq!(runs(&shadow, 0, 64), []);
         for (first, pages) in [(0, 1), (2, 3), (7, 10), (30, 34)] {
@@ -296,19 +318,43 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn free_pages_are_those_of_a_plain_look(
-            values in proptest::collection::vec(proptest::sample::select(vec![0u8, 1, 2, 0xfe, FREE_PAGE, FREE_PAGE]), 1..100),
+        fn unused_pages_are_those_of_a_plain_look(
+            // The page shadow, and how the byte shadow begins and ends.
+            values in proptest::collection::vec(
+                (
+                    proptest::sample::select(vec![0u8, 1, 1, 2, 0xfe, SLAB_FREE_TRACK, FREE_PAGE, FREE_PAGE]),
+                    proptest::sample::select(vec![SLAB_FREE_TRACK, SLAB_FREE_TRACK, SLAB_REDZONE, 0, 5, 0xfb, 0xfe]),
+                    proptest::sample::select(vec![SLAB_FREE_TRACK, SLAB_REDZONE, SLAB_REDZONE, 0, 0xfb]),
+                    1..512u64,
+                ),
+                1..100,
+            ),
             start in 0..110u64,
             len in 0..110u64,
+            objects in proptest::bool::ANY,
         ) {
             let mut shadow = shadow(values.len() as u64 * 4096);
-            for (page, value) in (0u64..).zip(&values) {
+            for (page, (value, left, right, granules)) in (0u64..).zip(&values) {
                 shadow.set_pages(page << 12, 1, *value);
+                shadow.set_bytes(page << 12, *granules, *left);
+                shadow.set_bytes((page << 12) + granules * 8, 512 - granules, *right);
             }
-            let found: Vec<u64> =
-                shadow.free_pages(start << 12..(start + len) << 12).flat_map(|run| run.step_by(4096)).collect();
+            let found: Vec<u64> = shadow
+                .unused_pages(start << 12..(start + len) << 12, objects)
+                .flat_map(|run| run.step_by(4096))
+                .collect();
+            let unused = |(page, left, right, _): &(u8, u8, u8, u64)| match *page {
+                FREE_PAGE => true,
+                SLAB_FREE_TRACK => objects,
+                PAGE_BYTES => {
+                    let both = [*left, *right];
+                    let fits = both.iter().all(|code| [SLAB_FREE_TRACK, SLAB_REDZONE].contains(code));
+                    objects && fits && both.contains(&SLAB_FREE_TRACK)
+                }
+                _ => false,
+            };
             let plain: Vec<u64> = (start..start + len)
-                .filter(|page| values.get(*page as usize) == Some(&FREE_PAGE))
+                .filter(|page| values.get(*page as usize).is_some_and(unused))
                 .map(|page| page << 12)
                 .collect();
             proptest::prop_assert_eq!(found, plain);

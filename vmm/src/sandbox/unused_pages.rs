@@ -1,11 +1,11 @@
-//! Gives host memory back that lies behind free pages of the guest.
+//! Gives host memory back that lies behind free pages of the guest, and behind freed objects that wait in its quarantine.
 //!
-//! Which pages are free the page shadow tells. That it matters to nobody what lies in them, the guest says once, in its first call
-//! ([`hello::FREE_PAGES_UNUSED`]). This comes to what the free page reporting of a balloon does, without a driver.
+//! Which pages these are the shadow tells. That it matters to nobody what lies in them, the guest says once, in its first call
+//! ([`hello`]). For free pages this comes to what the free page reporting of a balloon does, without a driver.
 //!
 //! **Why nothing is lost.** It is done while every vCPU stands still. An allocator unpoisons a page before anybody stores to it
 //! for good, and poisons it after the last one did: so of a page that is poisoned as free at that moment nothing is missed,
-//! wherever its vCPU was stopped. Then it reads as zero.
+//! wherever its vCPU was stopped. Then it reads as zero. The same goes for an object that is poisoned as one in quarantine.
 
 use std::time::{Duration, Instant};
 
@@ -24,31 +24,35 @@ const RUNS: usize = 1024;
 
 /// What is given back when.
 #[derive(Debug)]
-pub(super) struct FreePages {
-    /// What the guest has said; `None` before its first call. A second first call is that of another kernel, which may live in pages
-    /// that are free to the one before it: nothing is given back from then on.
-    allowed: Option<bool>,
+pub(super) struct UnusedPages {
+    /// The [`hello`] bits of the guest; `None` before its first call. A second first call is that of another kernel, which may live
+    /// in pages that are free to the one before it: nothing is given back from then on.
+    allowed: Option<u64>,
     /// Where the next look begins.
     next: u64,
     last: Instant,
     released: u64,
 }
 
-impl Default for FreePages {
+impl Default for UnusedPages {
     fn default() -> Self {
         Self { allowed: None, next: 0, last: Instant::now(), released: 0 }
     }
 }
 
-impl FreePages {
+impl UnusedPages {
     /// Takes in what a guest says of itself.
     pub(super) fn hello(&mut self, flags: u64) {
-        self.allowed = Some(self.allowed.is_none() && flags & hello::FREE_PAGES_UNUSED != 0);
+        self.allowed = Some(if self.allowed.is_none() { flags } else { 0 });
     }
 
     /// Whether free pages may be given back.
     pub(super) fn is_allowed(&self) -> bool {
-        self.allowed == Some(true)
+        self.allows(hello::FREE_PAGES_UNUSED)
+    }
+
+    fn allows(&self, what: u64) -> bool {
+        self.allowed.is_some_and(|allowed| allowed & what != 0)
     }
 
     /// Whether it is time for a look.
@@ -68,7 +72,8 @@ impl FreePages {
         let start = if self.next < ram.end() { self.next } else { 0 };
         let end = ram.end().min(start + PART);
         self.next = end;
-        for (count, run) in windows.model().memory().free_pages(start..end).enumerate() {
+        let objects = self.allows(hello::QUARANTINE_UNUSED);
+        for (count, run) in windows.model().memory().unused_pages(start..end, objects).enumerate() {
             if count >= RUNS {
                 self.next = run.start;
                 break;
@@ -77,7 +82,7 @@ impl FreePages {
                 Ok(bytes) => self.released += bytes,
                 Err(error) => {
                     log::warn!("free memory of the guest is not given back any more: {error}");
-                    self.allowed = Some(false);
+                    self.allowed = Some(0);
                     break;
                 }
             }

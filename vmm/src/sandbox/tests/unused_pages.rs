@@ -1,7 +1,7 @@
-//! Free pages of the guest that are given back.
+//! Free pages of the guest, and pages of its quarantine, that are given back.
 
 use umbra_shadow::abi::{self, call};
-use umbra_shadow::codes::FREE_PAGE;
+use umbra_shadow::codes::{FREE_PAGE, SLAB_FREE, SLAB_FREE_TRACK, SLAB_REDZONE};
 use vm_memory::GuestAddress;
 
 use super::RAM;
@@ -19,13 +19,46 @@ fn free_pages_are_given_back_where_the_guest_allows_it() {
         assert_eq!(bench.call(call::POISON, [0x6000, 0x1000, 0xfe, 0]), 0);
         let stops = bench.others.stops;
         assert_eq!(bench.ram.read_u64(GuestAddress(0x5000)).unwrap(), 0x5000, "not at once");
-        bench.monitor.free_pages.make_due();
+        bench.monitor.unused_pages.make_due();
         assert_eq!(bench.call(call::POISON, [0x7000, 0x1000, FREE_PAGE.into(), 0]), 0);
         assert_eq!(bench.others.stops > stops, flags != 0, "the other CPUs may be using pages");
         let left = [0x5000, 0x6000, 0x7000].map(|at| bench.ram.read_u64(GuestAddress(at)).unwrap());
         let (gone, released) = if flags == 0 { (0x5000, 0) } else { (0, 0x1000) };
         assert_eq!(left, [gone, 0x6000, 0x7000], "the last one was poisoned after the look");
-        assert_eq!(bench.monitor.free_pages.released(), released);
+        assert_eq!(bench.monitor.unused_pages.released(), released);
+    }
+}
+
+#[test]
+fn pages_of_the_quarantine_are_given_back_where_the_guest_allows_it() {
+    let free_pages = abi::hello::FREE_PAGES_UNUSED;
+    for flags in [free_pages, free_pages | abi::hello::QUARANTINE_UNUSED] {
+        let mut bench = Bench::sync();
+        bench.call(call::HELLO, [abi::VERSION.into(), flags, 0, 0]);
+        for at in (0x4000u64..0x9000).step_by(0x1000) {
+            bench.ram.write(GuestAddress(at), &at.to_le_bytes()).unwrap();
+        }
+        // An object of a whole page, two that share the next, one with the allocator's own mark in it, one in use, a redzone alone.
+        for (start, bytes, code) in [
+            (0x4000u64, 0x1000u64, SLAB_FREE_TRACK),
+            (0x5000, 0x700, SLAB_FREE_TRACK),
+            (0x5700, 0x100, SLAB_REDZONE),
+            (0x5800, 0x800, SLAB_FREE_TRACK),
+            (0x6000, 0x800, SLAB_FREE_TRACK),
+            (0x6800, 0x800, SLAB_FREE),
+            (0x7000, 0xff8, SLAB_FREE_TRACK),
+            (0x8000, 0x1000, SLAB_REDZONE),
+        ] {
+            assert_eq!(bench.call(call::POISON, [start, bytes, code.into(), 0]), 0);
+        }
+        bench.monitor.unused_pages.make_due();
+        assert_eq!(bench.call(call::POISON, [0x9000, 0x1000, SLAB_REDZONE.into(), 0]), 0);
+        let left: Vec<u64> =
+            (4..9u64).map(|page| bench.ram.read_u64(GuestAddress(page << 12)).unwrap()).collect();
+        let goes = flags != free_pages;
+        let [first, second] = if goes { [0, 0] } else { [0x4000, 0x5000] };
+        assert_eq!(left, [first, second, 0x6000, 0x7000, 0x8000]);
+        assert_eq!(bench.monitor.unused_pages.released(), if goes { 0x2000 } else { 0 });
     }
 }
 
@@ -37,10 +70,10 @@ fn a_second_kernel_keeps_what_the_first_had_freed() {
     bench.ram.write(GuestAddress(0x5000), &[7]).unwrap();
     assert_eq!(bench.call(call::POISON, [0x5000, 0x1000, FREE_PAGE.into(), 0]), 0);
     bench.call(call::HELLO, hello);
-    bench.monitor.free_pages.make_due();
+    bench.monitor.unused_pages.make_due();
     assert_eq!(bench.call(call::POISON, [0x9000, 0x1000, FREE_PAGE.into(), 0]), 0);
     assert_eq!(
-        (bench.ram.read_u64(GuestAddress(0x5000)).unwrap(), bench.monitor.free_pages.released()),
+        (bench.ram.read_u64(GuestAddress(0x5000)).unwrap(), bench.monitor.unused_pages.released()),
         (7, 0)
     );
 }
@@ -55,9 +88,9 @@ fn free_pages_in_many_pieces_take_many_looks() {
         goes_on(bench.write(bench.layout.page.gpa + page, &[FREE_PAGE]));
     }
     for looks in 1..=3 {
-        bench.monitor.free_pages.make_due();
+        bench.monitor.unused_pages.make_due();
         goes_on(bench.read(bench.layout.page.gpa, 1).0);
         let looked = (looks * 1024).min(RAM >> 13);
-        assert_eq!(bench.monitor.free_pages.released(), looked << 12);
+        assert_eq!(bench.monitor.unused_pages.released(), looked << 12);
     }
 }
