@@ -71,7 +71,8 @@ pub mod features {
 /// What a guest says of itself. Bits that the VMM does not know are ignored.
 pub mod hello {
     /// What lies in pages whose page shadow is [`crate::codes::FREE_PAGE`] matters to nobody: they may read as zero at any time,
-    /// and the host need not keep them. True of a page allocator that keeps its lists elsewhere, as Linux's does.
+    /// and the host need not keep them. True of a page allocator that keeps its lists elsewhere, as Linux's does. The same then goes
+    /// for what lies in rings behind the records that their counts tell of, but for the next one.
     pub const FREE_PAGES_UNUSED: u64 = 1 << 0;
     /// The same of pages in which all is poisoned as [`crate::codes::SLAB_FREE_TRACK`], or some of it and the rest as
     /// [`crate::codes::SLAB_REDZONE`]. True of a quarantine that keeps its lists elsewhere, if nothing of the redzones that lie

@@ -23,9 +23,7 @@ use crate::machine::memory::Ram;
 use crate::machine::vcpu::{Vcpu, VmExit};
 use crate::report::Findings;
 use crate::report::symbols::Symbols;
-use crate::shadow::{
-    FaultOutcome, Layout, Mode, Notify, Objects, Quarantine, ShadowError, Slots, Windows, release_unused,
-};
+use crate::shadow::{FaultOutcome, Layout, Mode, Notify, Objects, Quarantine, ShadowError, Slots, Windows};
 
 /// A vCPU as the dispatcher needs it.
 pub trait GuestCpu: Cpu {
@@ -207,19 +205,22 @@ impl Monitor {
     /// Takes in a line of the console.
     fn line(&mut self, line: &[u8], machine: &mut Machine) -> Result<Sign, Outcome> {
         // So that the memory at a mark is that of the mark, and not of some moment before.
-        if self.marks.wants(line) && self.unused_pages.is_allowed() {
-            self.give_unused_back(machine)?;
+        if self.marks.wants(line)
+            && self.unused_pages.is_allowed()
+            && let Some(windows) = &self.windows
+        {
+            machine.others.stop()?;
+            self.unused_pages.give_all_back(windows, &self.rings, machine.ram);
         }
         self.marks.line(line, &self.exits, &self.events, self.windows.as_mut());
         Ok(self.console.line(line))
     }
 
-    /// Gives host memory back that lies behind unused pages of the guest, and behind shadow that they no longer use.
+    /// Gives host memory back that lies behind some unused pages of the guest.
     fn give_unused_back(&mut self, machine: &mut Machine) -> Result<(), Outcome> {
-        if let Some(windows) = &mut self.windows {
+        if let Some(windows) = &self.windows {
             machine.others.stop()?;
-            self.unused_pages.give_back(windows, machine.ram);
-            release_unused(windows)?;
+            self.unused_pages.give_back(windows, &self.rings, machine.ram);
         }
         Ok(())
     }

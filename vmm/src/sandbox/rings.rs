@@ -9,7 +9,10 @@
 //! So nobody changes that count but the CPU itself, and the drain that it asks for; what other drains have taken is
 //! remembered here.
 
+use std::ops::Range;
+
 use umbra_shadow::abi::{RECORD_BYTES, RECORD_FRAMES, RING_MAX_RECORDS, Record};
+use umbra_shadow::codes::PAGE_SIZE;
 use vm_memory::GuestAddress;
 
 use crate::hypercall::CallError;
@@ -162,6 +165,18 @@ impl Rings {
         matches!(self.rings.get(usize::from(cpu)), Some(Some(_)))
     }
 
+    /// The pages of rings in which there are no records, by guest-physical address. Every CPU stands still, perhaps in the
+    /// middle of its next record.
+    pub fn unused_pages(&self, ram: &Ram) -> impl Iterator<Item = Range<u64>> {
+        self.rings.iter().flatten().filter_map(|ring| {
+            let count = ram.read_u64(GuestAddress(ring.gpa)).ok()?.min(ring.records);
+            let end = ring.gpa + (1 + ring.records) * RECORD_BYTES;
+            let start = (ring.gpa + (2 + count) * RECORD_BYTES).next_multiple_of(PAGE_SIZE);
+            let end = end / PAGE_SIZE * PAGE_SIZE;
+            (start < end).then_some(start..end)
+        })
+    }
+
     /// Takes all new records out of all rings, in the order of their numbers. Every CPU stands still. The ring of the CPU that
     /// asked for it, if one did, is empty afterwards. `take` also hears whether a record is the last of its CPU. Returns how many
     /// rings there are.
@@ -232,6 +247,27 @@ mod tests {
         assert_eq!(kinds(None, Some(3)).0, [1, 2, 3]);
         assert!(kinds(None, Some(1)).0.is_empty());
         assert_eq!(kinds(None, Some(2)).0, [2]);
+    }
+
+    #[test]
+    fn pages_without_records_are_told() {
+        let ram = Ram::new(4 << 20).expect("4 MiB of guest memory");
+        let mut rings = Rings::default();
+        // Three pages and a half, and one that fills less than a page.
+        rings.set_up(0, 0x10_0000, 223, 0).expect("a ring");
+        rings.set_up(1, 0x20_0000, 62, 0).expect("a ring");
+        for (count, pages) in [
+            (0, Some(0x10_1000..0x10_3000)),
+            // The header, 62 records, and the one that may be half written.
+            (62, Some(0x10_1000..0x10_3000)),
+            (63, Some(0x10_2000..0x10_3000)),
+            (126, Some(0x10_2000..0x10_3000)),
+            (127, None),
+            (u64::MAX, None),
+        ] {
+            ram.write(GuestAddress(0x10_0000), &u64::to_le_bytes(count)).expect("inside RAM");
+            assert_eq!(rings.unused_pages(&ram).next(), pages, "{count}");
+        }
     }
 
     #[test]

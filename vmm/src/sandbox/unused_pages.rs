@@ -1,4 +1,5 @@
-//! Gives host memory back that lies behind free pages of the guest, and behind freed objects that wait in its quarantine.
+//! Gives host memory back that lies behind free pages of the guest, behind freed objects that wait in its quarantine, and behind
+//! what is empty of its rings.
 //!
 //! Which pages these are the shadow tells. That it matters to nobody what lies in them, the guest says once, in its first call
 //! ([`hello`]). For free pages this comes to what the free page reporting of a balloon does, without a driver.
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant};
 use umbra_shadow::Shadow as _;
 use umbra_shadow::abi::hello;
 
+use super::rings::Rings;
 use crate::machine::memory::Ram;
 use crate::shadow::Windows;
 
@@ -19,7 +21,7 @@ use crate::shadow::Windows;
 const PAUSE: Duration = Duration::from_secs(1);
 /// Guest memory that is looked at at a time.
 const PART: u64 = 4 << 30;
-/// Most runs of free pages that are given back at a time, whatever the guest has made of its page shadow.
+/// Most runs of unused pages that are looked at at a time, whatever the guest has made of its page shadow.
 const RUNS: usize = 1024;
 
 /// What is given back when.
@@ -66,18 +68,25 @@ impl UnusedPages {
         self.last -= PAUSE;
     }
 
-    /// Looks at a part of guest memory and gives back what is free in it. Every vCPU stands still. A host that refuses is asked no
-    /// more.
-    pub(super) fn give_back(&mut self, windows: &Windows, ram: &Ram) {
+    /// Gives back all that is unused now. Every vCPU stands still.
+    pub(super) fn give_all_back(&mut self, windows: &Windows, rings: &Rings, ram: &Ram) {
+        self.next = 0;
+        self.give_back(windows, rings, ram);
+        while self.next < ram.end() && self.is_allowed() {
+            self.give_back(windows, rings, ram);
+        }
+    }
+
+    /// Looks at a part of guest memory and gives back what is unused in it. Every vCPU stands still. A host that refuses is asked
+    /// no more.
+    pub(super) fn give_back(&mut self, windows: &Windows, rings: &Rings, ram: &Ram) {
         let start = if self.next < ram.end() { self.next } else { 0 };
         let end = ram.end().min(start + PART);
         self.next = end;
         let objects = self.allows(hello::QUARANTINE_UNUSED);
-        for (count, run) in windows.model().memory().unused_pages(start..end, objects).enumerate() {
-            if count >= RUNS {
-                self.next = run.start;
-                break;
-            }
+        let mut runs = windows.model().memory().unused_pages(start..end, objects);
+        let some = runs.by_ref().take(RUNS);
+        for run in rings.unused_pages(ram).chain(some) {
             match ram.give_back(&run) {
                 Ok(bytes) => self.released += bytes,
                 Err(error) => {
@@ -86,6 +95,9 @@ impl UnusedPages {
                     break;
                 }
             }
+        }
+        if let Some(run) = runs.next() {
+            self.next = run.start;
         }
         self.last = Instant::now();
     }
