@@ -115,7 +115,8 @@ fn memory(text: &mut String, all: &All) -> Result<()> {
         text,
         "\n### Memory\n\nIn MiB, at the end of the workload; of a run that was ended before, at the end of the boot. The shadow of *stock* is in the guest, and not in its MemTotal; that of *umbra* is \
          outside. Net is what is available less the shadow outside. The last three columns are the memory that the host holds for the whole \
-         process, guest and shadow included.\n"
+         process, guest and shadow included; at these points Umbra looks for unused memory of a checked guest, as it does about once a \
+         second otherwise.\n"
     )?;
     writeln!(
         text,
