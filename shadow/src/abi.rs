@@ -76,7 +76,8 @@ pub mod hello {
     pub const FREE_PAGES_UNUSED: u64 = 1 << 0;
     /// The same of pages in which all is poisoned as [`crate::codes::SLAB_FREE_TRACK`], or some of it and the rest as
     /// [`crate::codes::SLAB_REDZONE`]. True of a quarantine that keeps its lists elsewhere, if nothing of the redzones that lie
-    /// in a page with such an object is ever read: an allocator poisons an object with another code before it stores to it.
+    /// in a page with such an object is ever read: an allocator poisons an object with another code before it stores to it. It counts
+    /// together with [`FREE_PAGES_UNUSED`] only.
     pub const QUARANTINE_UNUSED: u64 = 1 << 1;
 }
 
