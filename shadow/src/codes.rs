@@ -32,7 +32,7 @@ pub const UNKNOWN: u8 = 0x80;
 
 /// A free page, as the page allocator holds it.
 pub const FREE_PAGE: u8 = 0xFF;
-/// Redzone behind a large (page-backed) allocation.
+/// Redzone behind a large (page-backed) allocation; in the checked Linux also a slab object that was never handed out.
 pub const LARGE_REDZONE: u8 = 0xFE;
 /// Redzone inside or behind a slab object.
 pub const SLAB_REDZONE: u8 = 0xFC;

@@ -141,7 +141,7 @@ impl Monitor {
         // Before the exit is handled: a ring drain may give shadow back, so the peaks are here.
         self.sample();
         if self.unused_pages.is_due()
-            && let Err(outcome) = self.give_unused_back(machine)
+            && let Err(outcome) = self.give_unused_back(UnusedPages::give_back, machine)
         {
             return Flow::End(outcome);
         }
@@ -205,22 +205,22 @@ impl Monitor {
     /// Takes in a line of the console.
     fn line(&mut self, line: &[u8], machine: &mut Machine) -> Result<Sign, Outcome> {
         // So that the memory at a mark is that of the mark, and not of some moment before.
-        if self.marks.wants(line)
-            && self.unused_pages.is_allowed()
-            && let Some(windows) = &self.windows
-        {
-            machine.others.stop()?;
-            self.unused_pages.give_all_back(windows, &self.rings, machine.ram);
+        if self.marks.wants(line) && self.unused_pages.is_allowed() {
+            self.give_unused_back(UnusedPages::give_all_back, machine)?;
         }
         self.marks.line(line, &self.exits, &self.events, self.windows.as_mut());
         Ok(self.console.line(line))
     }
 
-    /// Gives host memory back that lies behind some unused pages of the guest.
-    fn give_unused_back(&mut self, machine: &mut Machine) -> Result<(), Outcome> {
+    /// Gives host memory back that lies behind unused pages of the guest.
+    fn give_unused_back(
+        &mut self,
+        how: fn(&mut UnusedPages, &Windows, &Rings, &Ram),
+        machine: &mut Machine,
+    ) -> Result<(), Outcome> {
         if let Some(windows) = &self.windows {
             machine.others.stop()?;
-            self.unused_pages.give_back(windows, &self.rings, machine.ram);
+            how(&mut self.unused_pages, windows, &self.rings, machine.ram);
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ fn meaning(code: u8) -> (&'static str, &'static str) {
         0 => ("valid", "accessible"),
         1..8 => ("part", "first bytes accessible, as many as the digit says"),
         FREE_PAGE => ("freed", "free page"),
-        LARGE_REDZONE => ("zone", "redzone of a large allocation"),
+        LARGE_REDZONE => ("zone", "redzone of a large allocation, or an object that was never handed out"),
         SLAB_REDZONE => ("zone", "slab redzone"),
         GLOBAL_REDZONE => ("zone", "redzone of a global variable"),
         SLAB_FREE => ("freed", "freed object"),
