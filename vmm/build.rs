@@ -1,5 +1,6 @@
-//! Tells `src/kernel.rs` where the test kernel is that it embeds: the file that `UMBRA_KERNEL` names, else what
-//! `cargo xtask guest` made of this workspace. Without either, Umbra is built without a test kernel.
+//! Tells `src/kernel.rs` where the test kernel is that it embeds: the file that `UMBRA_KERNEL`
+//! names, else what `cargo xtask guest` made of this workspace. Without either, Umbra is built
+//! without a test kernel.
 
 use std::path::{Path, PathBuf};
 
@@ -28,13 +29,15 @@ fn main() {
 
 /// Where `cargo xtask guest` puts the test kernel.
 fn built_here() -> PathBuf {
-    // Asked for at run time: a target folder that was copied has a build script of another checkout.
+    // Asked for at run time: a target folder that was copied has a build script of another
+    // checkout.
     let manifest = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_default();
     let workspace = Path::new(&manifest);
     let workspace = workspace.parent().unwrap_or(workspace);
     let kernel = workspace.join("target/guest/umbra-kernel");
-    // Cargo takes a file that is not there for changed, each time, and would always compile this crate anew. An
-    // empty one in its place is as good to wait for. If it cannot be made, only time is lost.
+    // Cargo takes a file that is not there for changed, each time, and would always compile this
+    // crate anew. An empty one in its place is as good to wait for. If it cannot be made, only time
+    // is lost.
     if !kernel.exists() && workspace.join("guest/kernel").is_dir() {
         let made = kernel.parent().map(std::fs::create_dir_all);
         if matches!(made, Some(Ok(())))

@@ -8,7 +8,8 @@ use criterion::measurement::{Measurement, ValueFormatter, WallTime};
 /// The time that this thread has had of a CPU.
 pub fn thread_cpu() -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the pointer is to a value of this type. This clock always exists on Linux; if not, the time stays 0.
+    // SAFETY: the pointer is to a value of this type. This clock always exists on Linux; if not,
+    // the time stays 0.
     unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
     Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs() as u32)
 }
@@ -34,7 +35,10 @@ impl Sub for Spent {
     type Output = Self;
 
     fn sub(self, other: Self) -> Self {
-        Self { clock: self.clock.saturating_sub(other.clock), cpu: self.cpu.saturating_sub(other.cpu) }
+        Self {
+            clock: self.clock.saturating_sub(other.clock),
+            cpu: self.cpu.saturating_sub(other.cpu),
+        }
     }
 }
 

@@ -54,7 +54,12 @@ impl Verdict {
 
 impl Figure {
     /// A figure without a limit.
-    pub fn new(group: &'static str, name: impl Into<String>, measured: f64, unit: &'static str) -> Self {
+    pub fn new(
+        group: &'static str,
+        name: impl Into<String>,
+        measured: f64,
+        unit: &'static str,
+    ) -> Self {
         let (limit, verdict, note) = (None, Verdict::Told, String::new());
         Self { group, name: name.into(), measured, unit, limit, verdict, note, known: None }
     }
@@ -181,9 +186,13 @@ mod tests {
 
     #[test]
     fn numbers_read_well() {
-        for (value, text) in
-            [(7.0, "7"), (0.126, "0.13"), (999.0, "999"), (1000.4, "1,000"), (18613294.0, "18,613,294")]
-        {
+        for (value, text) in [
+            (7.0, "7"),
+            (0.126, "0.13"),
+            (999.0, "999"),
+            (1000.4, "1,000"),
+            (18613294.0, "18,613,294"),
+        ] {
             assert_eq!(number(value), text);
         }
         assert_eq!(number(-1234.0), "-1,234");
@@ -192,6 +201,9 @@ mod tests {
     #[test]
     fn what_is_over_shows_in_the_table() {
         let text = table(&[Figure::new("checks", "load8", 9.0, "instructions").limit(8.0)]);
-        assert!(text.lines().any(|line| line.contains("load8") && line.ends_with("OVER")), "{text}");
+        assert!(
+            text.lines().any(|line| line.contains("load8") && line.ends_with("OVER")),
+            "{text}"
+        );
     }
 }

@@ -1,7 +1,8 @@
-//! Keeps the figures that repeat exactly from getting worse unseen: `gate.json` holds them, a test compares.
+//! Keeps the figures that repeat exactly from getting worse unseen: `gate.json` holds them, a test
+//! compares.
 //!
-//! Instructions, exits and bytes of shadow do not depend on the host's speed or load. They depend on the compiler of the guest,
-//! which is held too; instructions exist only where KVM counts them.
+//! Instructions, exits and bytes of shadow do not depend on the host's speed or load. They depend
+//! on the compiler of the guest, which is held too; instructions exist only where KVM counts them.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -124,7 +125,8 @@ impl Gate {
         serde_json::from_slice(&text).with_context(|| format!("{FILE} is damaged"))
     }
 
-    /// Holds what was measured from now on; what could not be measured, and what another compiler made, stays as it was.
+    /// Holds what was measured from now on; what could not be measured, and what another compiler
+    /// made, stays as it was.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -170,7 +172,8 @@ impl Compared {
             let percent = if held == now { 0.0 } else { (now - held) / held * 100.0 };
             let mut said = String::new();
             // Writing to a string does not fail.
-            let _ = write!(said, "{:.1} %: {key}: {} {}, ", percent.abs(), number(now), figure.unit);
+            let _ =
+                write!(said, "{:.1} %: {key}: {} {}, ", percent.abs(), number(now), figure.unit);
             let _ = write!(said, "{} held", number(held));
             match percent {
                 more if more > MORE => self.worse.push(format!("worse by {said}")),
@@ -198,17 +201,23 @@ mod tests {
 
     #[test]
     fn two_percent_more_are_worse() {
-        let guests = held(&[("a", 100.0), ("b", 100.0), ("c", 100.0), ("gone", 1.0), ("zero", 0.0)]);
+        let guests =
+            held(&[("a", 100.0), ("b", 100.0), ("c", 100.0), ("gone", 1.0), ("zero", 0.0)]);
         let gate = Gate {
             natively: held(&[("bytes", 8.0)]),
-            guests: [("rustc version 1".to_owned(), guests), ("rustc version 3".to_owned(), Held::new())]
-                .into(),
+            guests: [
+                ("rustc version 1".to_owned(), guests),
+                ("rustc version 3".to_owned(), Held::new()),
+            ]
+            .into(),
         };
-        let figures: Vec<_> = [("a", 102.0), ("b", 102.5), ("c", 90.0), ("new", 1.0), ("zero", 1.0)]
-            .map(|(name, value)| figure(name, value))
-            .into();
+        let figures: Vec<_> =
+            [("a", 102.0), ("b", 102.5), ("c", 90.0), ("new", 1.0), ("zero", 1.0)]
+                .map(|(name, value)| figure(name, value))
+                .into();
         let of = |compiler: &str| Ok((compiler.to_owned(), figures.clone()));
-        let mut measured = Measured { natively: vec![figure("bytes", 9.0)], guests: of("rustc version 1") };
+        let mut measured =
+            Measured { natively: vec![figure("bytes", 9.0)], guests: of("rustc version 1") };
         let compared = gate.compare(&measured);
         const NATIVELY: &str = "worse by 12.5 %: checks: bytes: 9 instructions, 8 held";
         assert_eq!(
@@ -222,7 +231,10 @@ mod tests {
         );
         assert_eq!(
             compared.better,
-            ["better by 10.0 %: checks: c: 90 instructions, 100 held", "new: checks: new: 1 instructions"]
+            [
+                "better by 10.0 %: checks: c: 90 instructions, 100 held",
+                "new: checks: new: 1 instructions"
+            ]
         );
         assert_eq!((compared.same, compared.skipped), (1, None));
         measured.guests = of("rustc version 2");
@@ -239,7 +251,10 @@ mod tests {
 
     #[test]
     fn the_compiler_is_in_the_file() {
-        assert_eq!(compiler(b"\0\x7fELF rustc version 1.96.0 (x)\0more"), "rustc version 1.96.0 (x)");
+        assert_eq!(
+            compiler(b"\0\x7fELF rustc version 1.96.0 (x)\0more"),
+            "rustc version 1.96.0 (x)"
+        );
         assert_eq!(compiler(b"nothing"), "");
     }
 }

@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 static COUNTING: AtomicBool = AtomicBool::new(false);
 static GIVEN_BACK: AtomicU64 = AtomicU64::new(0);
 
-/// The system's allocator. It counts what is given back while [`bytes_of`] runs, and costs nothing else at other times.
+/// The system's allocator. It counts what is given back while [`bytes_of`] runs, and costs nothing
+/// else at other times.
 struct Counting;
 
 // SAFETY: all of it is the system's allocator.
@@ -38,7 +39,8 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static HEAP: Counting = Counting;
 
-/// Bytes that `value` has on the heap, all that was allocated ahead included. No other thread may free anything meanwhile.
+/// Bytes that `value` has on the heap, all that was allocated ahead included. No other thread may
+/// free anything meanwhile.
 pub fn bytes_of<T>(value: T) -> u64 {
     GIVEN_BACK.store(0, Relaxed);
     COUNTING.store(true, Relaxed);
@@ -54,7 +56,8 @@ mod tests {
     #[test]
     fn it_is_what_was_allocated() {
         // Other tests may free something at the same time: never less.
-        let (small, large) = (bytes_of(vec![0u8; 1000]), bytes_of(Vec::<u64>::with_capacity(1 << 20)));
+        let (small, large) =
+            (bytes_of(vec![0u8; 1000]), bytes_of(Vec::<u64>::with_capacity(1 << 20)));
         assert!(small >= 1000 && large >= 8 << 20, "{small} {large}");
     }
 }

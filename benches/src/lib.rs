@@ -1,10 +1,13 @@
 //! Measures what Umbra promises, and prints it beside the promise.
 //!
-//! A [`figure::Figure`] is one measured value with its limit. [`meter::Meter`] boots the test kernel with the library and counts
-//! what its `bench=` words do, exactly where KVM counts guest instructions; [`program::Program`] runs the program
-//! `umbra` as a process of its own, for what a process costs. [`suite`] holds the figures of the core, [`linux`] those of booting Linux,
-//! [`linux_kasan`] those of Linux checked in different ways. [`gate`] holds what repeats exactly, [`heap`] measures memory. [`native`] times checks without a
-//! guest, [`replay`] replays a recorded [`trace`]. [`pvh`] makes kernels that QEMU starts, too. [`results`] keeps what was measured in the repository, with [`plot`]s.
+//! A [`figure::Figure`] is one measured value with its limit. [`meter::Meter`] boots the test
+//! kernel with the library and counts what its `bench=` words do, exactly where KVM counts guest
+//! instructions; [`program::Program`] runs the program `umbra` as a process of its own, for what a
+//! process costs. [`suite`] holds the figures of the core, [`linux`] those of booting Linux,
+//! [`linux_kasan`] those of Linux checked in different ways. [`gate`] holds what repeats exactly,
+//! [`heap`] measures memory. [`native`] times checks without a guest, [`replay`] replays a recorded
+//! [`trace`]. [`pvh`] makes kernels that QEMU starts, too. [`results`] keeps what was measured in
+//! the repository, with [`plot`]s.
 
 pub mod clock;
 pub mod figure;

@@ -1,4 +1,5 @@
-//! What booting the small Linux costs, to the start of its first program: by Umbra, and by QEMU beside it.
+//! What booting the small Linux costs, to the start of its first program: by Umbra, and by QEMU
+//! beside it.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -28,7 +29,8 @@ const LOOK: Duration = Duration::from_millis(5);
 const MIB: f64 = 1_048_576.0;
 const BOOT: &str = "the small Linux in 128 MiB, one CPU, unchecked, to the start of /init";
 /// The other kernel, as its package has it.
-const STOCK: &str = "Debian's own kernel (bzImage) in 256 MiB, one CPU, unchecked, to the start of /init";
+const STOCK: &str =
+    "Debian's own kernel (bzImage) in 256 MiB, one CPU, unchecked, to the start of /init";
 /// What the page says before the figures.
 const ABOUT: &str = "\
 `vmlinux` of `cargo xtask linux` (`guest/linux/config/small.config` on top of `tinyconfig`), started without a boot loader, until its
@@ -37,8 +39,8 @@ console says that it starts `/init`; and Debian's kernel the same way. Umbra's c
 has the reason beside it. All seconds are by the clock, and begin with the program's start.
 ";
 
-/// Measures what it costs to boot Linux; BENCHMARKS.md gets it too. Exit status: 0, 1 when a figure is over its limit, 2 when something cannot be
-/// measured.
+/// Measures what it costs to boot Linux; BENCHMARKS.md gets it too. Exit status: 0, 1 when a figure
+/// is over its limit, 2 when something cannot be measured.
 #[derive(Parser)]
 #[command(name = "linux")]
 struct Arguments {
@@ -79,7 +81,8 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     bar.set_message("building umbra");
     let program = Program::build(folder)?;
     bar.set_message("booting Linux by umbra");
-    let small = Booted { group: BOOT, kernel: &image, memory: "128M", initrd: &initrd_file, folder };
+    let small =
+        Booted { group: BOOT, kernel: &image, memory: "128M", initrd: &initrd_file, folder };
     let (mut figures, counted) = umbra(&program, &small)?;
     let qemus = |booted: &Booted| -> Vec<Figure> {
         let accels: &[_] = if arguments.no_qemu { &[] } else { &["kvm", "tcg"] };
@@ -148,7 +151,8 @@ fn run_umbra(program: &Program, booted: &Booted) -> Result<(Value, f64)> {
 fn debian(program: &Program, booted: &Booted) -> Result<Vec<Figure>> {
     let (stats, seconds) = run_umbra(program, booted)?;
     let counted = stats.pointer("/guest/instructions").and_then(Value::as_f64);
-    let counted = counted.map(|count| Figure::new(STOCK, "guest instructions", count / 1e6, "million"));
+    let counted =
+        counted.map(|count| Figure::new(STOCK, "guest instructions", count / 1e6, "million"));
     Ok(counted.into_iter().chain([Figure::new(STOCK, "umbra (KVM)", seconds, "s")]).collect())
 }
 
@@ -156,7 +160,10 @@ fn debian(program: &Program, booted: &Booted) -> Result<Vec<Figure>> {
 fn umbra(program: &Program, booted: &Booted) -> Result<(Vec<Figure>, bool)> {
     let (stats, seconds) = run_umbra(program, booted)?;
     let number = |path: &str| {
-        stats.pointer(path).and_then(Value::as_f64).with_context(|| format!("--stats has no {path}"))
+        stats
+            .pointer(path)
+            .and_then(Value::as_f64)
+            .with_context(|| format!("--stats has no {path}"))
     };
     let outside = number("/host/outside_seconds")? / number("/host/seconds")? * 100.0;
     let instructions = number("/guest/instructions").ok();
@@ -165,9 +172,11 @@ fn umbra(program: &Program, booted: &Booted) -> Result<(Vec<Figure>, bool)> {
         let figure = Figure::new(BOOT, "guest instructions", count / 1e6, "million").limit(40.0);
         figures.push(figure.note("a timer's ticks among them, which are more on a slower run"));
     }
-    figures.push(Figure::new(BOOT, "umbra's time outside of KVM_RUN", outside, "percent").limit(2.0));
+    figures
+        .push(Figure::new(BOOT, "umbra's time outside of KVM_RUN", outside, "percent").limit(2.0));
     let overhead = number("/host/vmm_overhead_bytes")? / MIB;
-    figures.push(Figure::new(BOOT, "umbra's memory beside the guest's", overhead, "MiB").limit(8.0));
+    figures
+        .push(Figure::new(BOOT, "umbra's memory beside the guest's", overhead, "MiB").limit(8.0));
     figures.push(Figure::new(BOOT, "umbra (KVM)", seconds, "s"));
     Ok((figures, instructions.is_some()))
 }
@@ -193,8 +202,8 @@ fn qemu(accel: &str, booted: &Booted) -> Figure {
     }
 }
 
-/// Starts a command, and waits until Linux starts its first program on its standard output. Returns the process, still
-/// running, and the seconds that it took.
+/// Starts a command, and waits until Linux starts its first program on its standard output. Returns
+/// the process, still running, and the seconds that it took.
 fn boot(command: &mut Command, log: &Path) -> Result<(Child, f64)> {
     let path = |suffix: &str| -> PathBuf {
         let mut name = OsString::from(log);
@@ -202,7 +211,9 @@ fn boot(command: &mut Command, log: &Path) -> Result<(Child, f64)> {
         name.into()
     };
     let (out, err) = (path(".out"), path(".err"));
-    let create = |path: &Path| File::create(path).with_context(|| format!("cannot write {}", path.display()));
+    let create = |path: &Path| {
+        File::create(path).with_context(|| format!("cannot write {}", path.display()))
+    };
     let begin = Instant::now();
     let mut child = command
         .stdin(Stdio::piped())

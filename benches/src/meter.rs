@@ -90,8 +90,8 @@ pub struct Between {
     pub instructions: u64,
 }
 
-/// Looks at the clock and the counter when the lines that enclose a benchmark arrive. Everything else that the test kernel
-/// says is about something that went wrong.
+/// Looks at the clock and the counter when the lines that enclose a benchmark arrive. Everything
+/// else that the test kernel says is about something that went wrong.
 struct Marks {
     line: Vec<u8>,
     seen: Arc<Mutex<Seen>>,
@@ -141,7 +141,10 @@ impl Write for Marks {
         let now = Instant::now();
         for &byte in bytes {
             if byte == b'\n' {
-                self.seen.lock().unwrap_or_else(PoisonError::into_inner).line(self.line.trim_ascii(), now);
+                self.seen
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .line(self.line.trim_ascii(), now);
                 self.line.clear();
             } else {
                 self.line.push(byte);
@@ -164,14 +167,15 @@ pub struct Meter {
 }
 
 impl Meter {
-    /// A meter for `kernel`. `tick` hears of each guest that is about to run. With `clock`, it measures as on a host
-    /// that does not count instructions, in so many rounds.
+    /// A meter for `kernel`. `tick` hears of each guest that is about to run. With `clock`, it
+    /// measures as on a host that does not count instructions, in so many rounds.
     ///
     /// # Errors
     /// There is no KVM, or it does not run a probe guest.
     pub fn new(kernel: Arc<[u8]>, clock: Option<u64>, tick: Box<dyn Fn(&str)>) -> Result<Self> {
         let kvm = Kvm::open()?;
-        let counts = clock.is_none() && emulates_ring0(&kvm).context("the probe guest did not run")?;
+        let counts =
+            clock.is_none() && emulates_ring0(&kvm).context("the probe guest did not run")?;
         Ok(Self { kernel, counts, clock_rounds: clock.unwrap_or(CLOCK_ROUNDS), tick })
     }
 
@@ -213,8 +217,12 @@ impl Meter {
             count_instructions: self.counts,
             ..Config::default()
         };
-        let report =
-            sandbox::run(&config, Box::new(marks), Box::new(Starts(seen.clone())), &AtomicBool::new(false))?;
+        let report = sandbox::run(
+            &config,
+            Box::new(marks),
+            Box::new(Starts(seen.clone())),
+            &AtomicBool::new(false),
+        )?;
         let seen = std::mem::take(&mut *seen.lock().unwrap_or_else(PoisonError::into_inner));
         ensure!(
             matches!(report.outcome, Outcome::Done) && seen.complaints.is_empty(),
@@ -237,8 +245,8 @@ impl Meter {
         Ok(run)
     }
 
-    /// What one round of each word costs, the loop and the call included: exact instructions, or else nanoseconds by
-    /// the clock.
+    /// What one round of each word costs, the loop and the call included: exact instructions, or
+    /// else nanoseconds by the clock.
     ///
     /// # Errors
     /// As [`Meter::run`].
@@ -249,7 +257,8 @@ impl Meter {
         let [low, high] = ROUNDS;
         let mut costs = Vec::with_capacity(words.len());
         for batch in words.chunks(BATCH) {
-            let line: Vec<_> = batch.iter().flat_map(|word| ROUNDS.map(|rounds| word.with(rounds))).collect();
+            let line: Vec<_> =
+                batch.iter().flat_map(|word| ROUNDS.map(|rounds| word.with(rounds))).collect();
             let between = self.bench(mode, &line)?.between;
             ensure!(between.len() == line.len(), "some of these did not run: {}", line.join(" "));
             costs.extend(between.chunks(2).map(|pair| {
@@ -259,8 +268,8 @@ impl Meter {
         Ok(costs)
     }
 
-    /// [`Meter::cost`] of a word whose first rounds cost something else: by the difference of two numbers of rounds, each in a
-    /// guest of its own, which has done nothing before.
+    /// [`Meter::cost`] of a word whose first rounds cost something else: by the difference of two
+    /// numbers of rounds, each in a guest of its own, which has done nothing before.
     ///
     /// # Errors
     /// As [`Meter::run`].
@@ -296,8 +305,9 @@ impl Meter {
     /// As [`Meter::run`].
     pub fn exits(&self, mode: Mode, word: &Word) -> Result<f64> {
         let [low, high] = ROUNDS;
-        let exits =
-            |rounds| Ok::<_, anyhow::Error>(self.bench(mode, &[word.with(rounds)])?.stats.exits.total);
+        let exits = |rounds| {
+            Ok::<_, anyhow::Error>(self.bench(mode, &[word.with(rounds)])?.stats.exits.total)
+        };
         Ok((exits(high)? as f64 - exits(low)? as f64) / (high - low) as f64)
     }
 }

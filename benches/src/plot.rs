@@ -57,7 +57,8 @@ pub fn lines(path: &Path, title: &str, x: &Axis, y: &Axis, lines: &[Line]) -> Re
         return Err(anyhow!("nothing to draw in {}", path.display()));
     }
     let (xs, ys) = (x.range(points().map(|p| p.0)), y.range(points().map(|p| p.1)));
-    let (path, problem) = (path, |error: String| anyhow!("cannot draw {}: {error}", path.display()));
+    let (path, problem) =
+        (path, |error: String| anyhow!("cannot draw {}: {error}", path.display()));
     match (x.logarithmic, y.logarithmic) {
         (false, false) => draw(path, title, (x, xs), (y, ys), lines),
         (true, false) => draw(path, title, (x, xs.log_scale()), (y, ys), lines),
@@ -104,14 +105,17 @@ where
         .map_err(|e| wrong(&e))?;
     for (i, (line, colour)) in (0..).zip(lines.iter().zip(COLOURS.iter().cycle())) {
         let style = colour.stroke_width(2);
-        chart.draw_series(LineSeries::new(line.points.iter().copied(), style)).map_err(|e| wrong(&e))?;
+        chart
+            .draw_series(LineSeries::new(line.points.iter().copied(), style))
+            .map_err(|e| wrong(&e))?;
         // A few points are marked, many are a curve.
         if line.points.len() <= 20 {
             let dots = line.points.iter().map(|point| Circle::new(*point, 3, colour.filled()));
             chart.draw_series(dots).map_err(|e| wrong(&e))?;
         }
         let (left, top) = (SIZE.0 as i32 - LEGEND + 12, 50 + 22 * i);
-        area.draw(&PathElement::new([(left, top), (left + 18, top)], style)).map_err(|e| wrong(&e))?;
+        area.draw(&PathElement::new([(left, top), (left + 18, top)], style))
+            .map_err(|e| wrong(&e))?;
         let name = Text::new(line.name.as_str(), (left + 24, top - 7), ("sans-serif", 13));
         area.draw(&name).map_err(|e| wrong(&e))?;
     }

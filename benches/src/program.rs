@@ -34,8 +34,11 @@ impl Program {
         ensure!(status.success(), "umbra cannot be built: {status}");
         // This program is in target/release/deps.
         let this = env::current_exe().context("this program's path is unknown")?;
-        let program =
-            this.ancestors().nth(2).context("this program is not where cargo puts it")?.join("umbra");
+        let program = this
+            .ancestors()
+            .nth(2)
+            .context("this program is not where cargo puts it")?
+            .join("umbra");
         ensure!(program.is_file(), "umbra is not at {}", program.display());
         Ok(Self { program, folder: folder.to_owned() })
     }
@@ -79,8 +82,10 @@ impl Program {
     /// It cannot be started, or does not end well.
     pub fn bare(&self, memory: u64, shadow: &str) -> Result<Value> {
         let (file, stats) = (self.folder.join("exits-at-once"), self.folder.join("stats.json"));
-        fs::write(&file, exits_at_once()).with_context(|| format!("cannot write {}", file.display()))?;
-        let (memory, shadow) = (format!("--memory={}M", memory >> 20), format!("--shadow={shadow}"));
+        fs::write(&file, exits_at_once())
+            .with_context(|| format!("cannot write {}", file.display()))?;
+        let (memory, shadow) =
+            (format!("--memory={}M", memory >> 20), format!("--shadow={shadow}"));
         let arguments: [&OsStr; 6] = [
             "run".as_ref(),
             file.as_ref(),
@@ -94,14 +99,15 @@ impl Program {
         serde_json::from_slice(&text).context("--stats is not JSON")
     }
 
-    /// The median time from the start of the process to its end, of `times` runs of a kernel that ends at once, in 256
-    /// MiB: a bound for the time to the guest's first instruction.
+    /// The median time from the start of the process to its end, of `times` runs of a kernel that
+    /// ends at once, in 256 MiB: a bound for the time to the guest's first instruction.
     ///
     /// # Errors
     /// As [`Program::stats`].
     pub fn start_to_end(&self, times: usize) -> Result<Duration> {
         let file = self.folder.join("exits-at-once");
-        fs::write(&file, exits_at_once()).with_context(|| format!("cannot write {}", file.display()))?;
+        fs::write(&file, exits_at_once())
+            .with_context(|| format!("cannot write {}", file.display()))?;
         let mut all = Vec::with_capacity(times);
         for _ in 0..times {
             let begin = Instant::now();
@@ -137,7 +143,8 @@ impl Running {
 
     /// Holds it where it is.
     pub fn stop(&self) {
-        // SAFETY: `kill` touches no memory; the process is a child that was not waited for, so the number is its own.
+        // SAFETY: `kill` touches no memory; the process is a child that was not waited for, so the
+        // number is its own.
         unsafe { libc::kill(self.0.id().cast_signed(), libc::SIGSTOP) };
     }
 }
@@ -150,8 +157,8 @@ impl Drop for Running {
     }
 }
 
-/// Starts a command and waits until the `times`th line of what it prints has `text` in it. Returns it, still running, and the time
-/// until then.
+/// Starts a command and waits until the `times`th line of what it prints has `text` in it. Returns
+/// it, still running, and the time until then.
 ///
 /// # Errors
 /// It cannot be started, ends before, or takes longer than `limit`.
@@ -162,7 +169,11 @@ pub fn until(
     limit: Duration,
 ) -> Result<(Running, Duration)> {
     let name = command.get_program().display().to_string();
-    command.env_remove("RUST_LOG").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .env_remove("RUST_LOG")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     // SAFETY: `prctl` may be called between `fork` and `exec`, and takes no memory.
     unsafe {
         command.pre_exec(|| {
@@ -215,8 +226,8 @@ pub fn one_segment(code: &[u8]) -> Vec<u8> {
     let bytes = HEADERS + code.len() as u64;
     // Elf64_Ehdr: ELF, 64 bits, little endian, version 1; executable, x86_64, version 1.
     let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
-    // Entry, program headers, section headers; flags, sizes of this header and of a program header, one of these,
-    // no sections.
+    // Entry, program headers, section headers; flags, sizes of this header and of a program header,
+    // one of these, no sections.
     for word in [LOAD + HEADERS, 64, 0] {
         file.extend_from_slice(&u64::to_le_bytes(word));
     }

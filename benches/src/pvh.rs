@@ -1,13 +1,16 @@
-//! Kernels that start by PVH, as QEMU and other hypervisors start an ELF file (Xen, docs/misc/pvh.pandoc).
+//! Kernels that start by PVH, as QEMU and other hypervisors start an ELF file (Xen,
+//! docs/misc/pvh.pandoc).
 
 use anyhow::{Context as _, Result, ensure};
 use object::{Object as _, ObjectSegment as _, ObjectSymbol as _};
 
-/// What the test kernel finds at its start lies behind the memory that it is told of, since it counts on zeroes there, and firmware
-/// clears low memory: the way to its entry, and from there on its boot parameters and its command line.
+/// What the test kernel finds at its start lies behind the memory that it is told of, since it
+/// counts on zeroes there, and firmware clears low memory: the way to its entry, and from there on
+/// its boot parameters and its command line.
 const PARAMS: usize = 0x1000;
 const COMMAND_LINE: usize = 0x2000;
-/// Memory that has to be there for that, in bytes; firmware has its own things at the end of all memory.
+/// Memory that has to be there for that, in bytes; firmware has its own things at the end of all
+/// memory.
 pub const MORE: u64 = 16 << 20;
 
 /// A part of a kernel: where it lies in memory, its bytes, and how many it has there.
@@ -18,8 +21,9 @@ fn file(entry: u64, segments: &[Segment]) -> Vec<u8> {
     const HEADER: u64 = 56;
     const NOTE: u64 = 12 + 4 + 8;
     let note_at = 64 + HEADER * (segments.len() as u64 + 1);
-    // Elf64_Ehdr: ELF, 64 bits, little endian, version 1; executable, x86_64, version 1; entry, program headers, section headers; flags,
-    // sizes of this header and of a program header, how many of these there are, no sections.
+    // Elf64_Ehdr: ELF, 64 bits, little endian, version 1; executable, x86_64, version 1; entry,
+    // program headers, section headers; flags, sizes of this header and of a program header, how
+    // many of these there are, no sections.
     let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
     for word in [entry, 64, 0] {
         file.extend_from_slice(&u64::to_le_bytes(word));
@@ -70,8 +74,9 @@ pub fn says_a_line() -> Vec<u8> {
     file(LOAD, &[(LOAD, &code, code.len() as u64)])
 }
 
-/// The test kernel, which starts by the Linux boot protocol, with a few instructions before it that lead there from PVH's start, and
-/// with what it would be told of a machine of `memory` bytes. The machine has to have [`MORE`].
+/// The test kernel, which starts by the Linux boot protocol, with a few instructions before it that
+/// lead there from PVH's start, and with what it would be told of a machine of `memory` bytes. The
+/// machine has to have [`MORE`].
 ///
 /// # Errors
 /// It is not a kernel as expected, or `memory` is not below 1 GiB.
@@ -79,14 +84,19 @@ pub fn test_kernel(kernel: &[u8], memory: u64, command_line: &str) -> Result<Vec
     let elf = object::File::parse(kernel).context("the test kernel is not an ELF file")?;
     // Its own page tables map the first GiB one to one as well.
     let tables = elf.symbols().find(|symbol| symbol.name() == Ok("boot_pml4"));
-    let tables = tables.context("the test kernel has no page tables")?.address() as u32 & 0x7fff_ffff;
-    ensure!(command_line.len() < 4096 && memory < 1 << 30, "too much memory, or too long a command line");
+    let tables =
+        tables.context("the test kernel has no page tables")?.address() as u32 & 0x7fff_ffff;
+    ensure!(
+        command_line.len() < 4096 && memory < 1 << 30,
+        "too much memory, or too long a command line"
+    );
     let at = memory as u32;
     let mut start = code(at, tables, u32::try_from(elf.entry())?);
     start.resize(COMMAND_LINE, 0);
     start.extend_from_slice(command_line.as_bytes());
     start.push(0);
-    // `boot_params`: the memory map, which has an entry for memory below 1 MiB and one above, and the command line.
+    // `boot_params`: the memory map, which has an entry for memory below 1 MiB and one above, and
+    // the command line.
     let params = &mut start[PARAMS..];
     params[0x1e8] = 2;
     params[0x228..0x22c].copy_from_slice(&(at + COMMAND_LINE as u32).to_le_bytes());

@@ -1,6 +1,8 @@
-//! Where the measured figures are kept: one file for each part, and `BENCHMARKS.md`, which is all of them in order.
+//! Where the measured figures are kept: one file for each part, and `BENCHMARKS.md`, which is all
+//! of them in order.
 //!
-//! A part writes `results/NN-name.md`, and its plots beside it. Whoever adds a part picks a number; nothing else has to know.
+//! A part writes `results/NN-name.md`, and its plots beside it. Whoever adds a part picks a number;
+//! nothing else has to know.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -52,7 +54,10 @@ impl Section<'_> {
     /// A file cannot be written or read.
     pub fn write(&self) -> Result<()> {
         let Self { name, title, command, host, body } = self;
-        let text = format!("## {title}\n\nMade by `{command}`, on {host}.\n\n{}\n", body.trim_matches('\n'));
+        let text = format!(
+            "## {title}\n\nMade by `{command}`, on {host}.\n\n{}\n",
+            body.trim_matches('\n')
+        );
         let path = Path::new(FOLDER).join(format!("{name}.md"));
         fs::create_dir_all(FOLDER).with_context(|| format!("cannot create {FOLDER}"))?;
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
@@ -76,7 +81,8 @@ fn whole(folder: &Path) -> Result<String> {
     files.sort();
     let mut text = INTRODUCTION.to_owned();
     for file in files {
-        let section = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        let section =
+            fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
         text.push('\n');
         text.push_str(section.trim_end());
         text.push('\n');

@@ -1,8 +1,9 @@
 //! Recorded allocator events of a real kernel: the file format, and what can be wrong with a file.
 //!
-//! A file is compressed by zstd. In it, little endian: `KMEMTRC1`; the number of events (u64), of caches (u32) and of call sites
-//! (u32); the names of both, each a length (u8) and as many bytes; then the events, 20 bytes each: type (u8), cache or page order
-//! (u8), call site (u16), physical address (u64), bytes asked for and bytes handed out (u32 each).
+//! A file is compressed by zstd. In it, little endian: `KMEMTRC1`; the number of events (u64), of
+//! caches (u32) and of call sites (u32); the names of both, each a length (u8) and as many bytes;
+//! then the events, 20 bytes each: type (u8), cache or page order (u8), call site (u16), physical
+//! address (u64), bytes asked for and bytes handed out (u32 each).
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Write};
@@ -110,7 +111,9 @@ impl Event {
                 Ok(Self::Alloc { addr, bytes, slot, cache: (kind == 2).then_some(c) })
             }
             1 | 3 => Ok(Self::Free { addr }),
-            4 | 5 if c > MOST_ORDER => Err(format!("has the page order {c}, of at most {MOST_ORDER}")),
+            4 | 5 if c > MOST_ORDER => {
+                Err(format!("has the page order {c}, of at most {MOST_ORDER}"))
+            }
             4 | 5 if !addr.is_multiple_of(PAGE_SIZE << c) => {
                 Err(format!("has no block of order {c} at {addr:#x}"))
             }
@@ -156,7 +159,8 @@ impl Trace {
         if file.metadata().map_err(cannot)?.is_dir() {
             return Err(foreign("it is a folder"));
         }
-        let mut source = BufReader::with_capacity(1 << 20, zstd::Decoder::new(file).map_err(cannot)?);
+        let mut source =
+            BufReader::with_capacity(1 << 20, zstd::Decoder::new(file).map_err(cannot)?);
         let mut header = Vec::new();
         let mut take = |len: usize, why| {
             let start = header.len();
@@ -169,7 +173,9 @@ impl Trace {
         }
         const SHORT: &str = "it ends before its first event";
         let numbers = take(16, SHORT)?;
-        let number = |at: usize| numbers.iter().skip(at).take(4).rev().fold(0, |n, b| n << 8 | u32::from(*b));
+        let number = |at: usize| {
+            numbers.iter().skip(at).take(4).rev().fold(0, |n, b| n << 8 | u32::from(*b))
+        };
         let events = u64::from(number(0)) | u64::from(number(4)) << 32;
         let (caches, sites) = (number(8), number(12));
         if caches > MOST_CACHES || sites > MOST_SITES {
@@ -210,8 +216,11 @@ impl Trace {
         Some(match self.source.read_exact(&mut event) {
             Ok(()) => Ok(event),
             Err(_) => {
-                let error =
-                    TraceError::Truncated { path: self.path.clone(), at: self.at, events: self.events };
+                let error = TraceError::Truncated {
+                    path: self.path.clone(),
+                    at: self.at,
+                    events: self.events,
+                };
                 self.at = self.events;
                 Err(error)
             }
@@ -285,7 +294,9 @@ mod tests {
         let file = file(content);
         match Trace::open(file.path()) {
             Err(error) => error.to_string(),
-            Ok(mut trace) => trace.find_map(Result::err).map_or_else(String::new, |error| error.to_string()),
+            Ok(mut trace) => {
+                trace.find_map(Result::err).map_or_else(String::new, |error| error.to_string())
+            }
         }
     }
 
@@ -323,7 +334,11 @@ mod tests {
     #[test]
     fn what_is_wrong_is_one_sentence() {
         let short = [header(2, &[]), event(1, 0, 0, 0, 0), vec![0; 7]].concat();
-        assert!(error(&short).ends_with("is truncated: it ends in event 2 of 2"), "{}", error(&short));
+        assert!(
+            error(&short).ends_with("is truncated: it ends in event 2 of 2"),
+            "{}",
+            error(&short)
+        );
         for (content, part) in [
             (b"KMEMTRC2 and more than enough bytes of it".to_vec(), "does not begin with KMEMTRC1"),
             (MAGIC.to_vec(), "ends before its first event"),

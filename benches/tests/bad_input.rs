@@ -1,4 +1,5 @@
-//! The benchmarks with traces that are none, on hosts without KVM, and on hosts with too little memory.
+//! The benchmarks with traces that are none, on hosts without KVM, and on hosts with too little
+//! memory.
 //!
 //! Called with `--bench`, this program is the benchmarks; else it runs itself so.
 
@@ -27,7 +28,9 @@ fn on_a_poor_host(kvm: bool, arguments: &[&str]) -> Output {
     let device = if kvm { "/dev/kvm" } else { "/dev/null" };
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-c"]);
-    command.arg("mount --bind \"$0\" /proc/meminfo && mount --bind \"$1\" /dev/kvm && shift && exec \"$@\"");
+    command.arg(
+        "mount --bind \"$0\" /proc/meminfo && mount --bind \"$1\" /dev/kvm && shift && exec \"$@\"",
+    );
     command.arg(file).arg(device).arg(inner.get_program()).args(inner.get_args());
     command.output().expect("unshare starts")
 }
@@ -46,7 +49,10 @@ fn refused(trace: &Path, sentence: &str) {
     let output = benchmarks(&["replay", "--trace"]).arg(trace).output().expect("it starts");
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{said}");
-    assert!(said.starts_with("error: ") && said.contains(sentence) && said.lines().count() == 1, "{said}");
+    assert!(
+        said.starts_with("error: ") && said.contains(sentence) && said.lines().count() == 1,
+        "{said}"
+    );
 }
 
 fn bad_traces() {
@@ -63,12 +69,21 @@ fn bad_traces() {
 }
 
 fn without_kvm() {
-    let guests = ["guest-replay", "checks", "ring3", "costs", "workload", "process", "scale", "start"];
+    let guests =
+        ["guest-replay", "checks", "ring3", "costs", "workload", "process", "scale", "start"];
     let output = on_a_poor_host(false, &[&["replay"], &guests[..]].concat());
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (out, err) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{out}{err}");
-    assert!(out.contains("page shadow and peak resident byte shadow"), "the native part ran: {out}");
-    let why = if umbra::kernel::test_kernel().is_some() { "/dev/kvm is not KVM" } else { "no test kernel" };
+    assert!(
+        out.contains("page shadow and peak resident byte shadow"),
+        "the native part ran: {out}"
+    );
+    let why = if umbra::kernel::test_kernel().is_some() {
+        "/dev/kvm is not KVM"
+    } else {
+        "no test kernel"
+    };
     for part in guests {
         let line = out.lines().find(|line| line.starts_with(&format!("SKIPPED: {part}: ")));
         assert!(line.is_some_and(|line| line.contains(why)), "{part}: {out}");

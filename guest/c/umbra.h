@@ -2,27 +2,31 @@
 /*
  * umbra.h - Umbra's guest runtime, for kernels in C (C11) and C++.
  *
- * Link libumbra_rt.a, compile with -fsanitize=kernel-address (flags: guest/c/umbra.mk), and at start:
+ * Link libumbra_rt.a, compile with -fsanitize=kernel-address (flags: guest/c/umbra.mk), and at
+ * start:
  *
  *   1. umbra_discover()            is there an Umbra underneath, and where are its shadow windows?
- *   2. map umbra_mappings()        for every linear region (direct map, kernel image), read-write, cached
+ *   2. map umbra_mappings()        for every linear region (direct map, kernel image), read-write,
+ *      cached
  *   3. umbra_region_add()          for each of them
  *   4. umbra_ring_setup()          if features has UMBRA_RING
  *   5. umbra_activate()            from here on accesses are checked
- *   6. umbra_stack_alloc()         for the stack that runs now, then the constructors (.init_array), which
- *                                  register the redzones of globals
+ *   6. umbra_stack_alloc()         for the stack that runs now, then the constructors
+ *      (.init_array), which register the redzones of globals
  *
- * After that allocators call umbra_alloc() and umbra_free(). Without Umbra, or before umbra_activate(), every
- * function but umbra_exit*() does nothing, and every check is a single `ret`.
+ * After that allocators call umbra_alloc() and umbra_free(). Without Umbra, or before
+ * umbra_activate(), every function but umbra_exit*() does nothing, and every check is a single
+ * `ret`.
  *
- * Code compiled with stack instrumentation stores to the byte shadow of its own stack, from its first frame on
- * (gcc always, clang before 16 for some variables). So either what runs before step 2 is compiled without the
- * sanitizer, or the shadow of the first stack is mapped to a scratch page until then. A kernel that shall also run
- * without Umbra keeps the scratch page there: guest/c/kernel/boot.S shows how.
+ * Code compiled with stack instrumentation stores to the byte shadow of its own stack, from its
+ * first frame on (gcc always, clang before 16 for some variables). So either what runs before step
+ * 2 is compiled without the sanitizer, or the shadow of the first stack is mapped to a scratch page
+ * until then. A kernel that shall also run without Umbra keeps the scratch page there:
+ * guest/c/kernel/boot.S shows how.
  *
- * Addresses are virtual addresses of the upper half unless they are called gpa (guest-physical). Sizes are bytes.
- * Nothing here may be called from a non-maskable interrupt. Several CPUs may call it at once; interrupts are turned off
- * where a change must not be interrupted.
+ * Addresses are virtual addresses of the upper half unless they are called gpa (guest-physical).
+ * Sizes are bytes. Nothing here may be called from a non-maskable interrupt. Several CPUs may call
+ * it at once; interrupts are turned off where a change must not be interrupted.
  */
 #ifndef UMBRA_H
 #define UMBRA_H
@@ -155,9 +159,9 @@ static inline struct umbra_mapping umbra_mapping_of(const struct umbra_region *r
 }
 
 /*
- * What to map, writable and cached, so that the shadow of `region` is where the checks look: `out[0]` for its page
- * shadow, `out[1]` for its byte shadow. Map it once, on all CPUs, and never change it: what is behind it comes and
- * goes without the guest's help.
+ * What to map, writable and cached, so that the shadow of `region` is where the checks look:
+ * `out[0]` for its page shadow, `out[1]` for its byte shadow. Map it once, on all CPUs, and never
+ * change it: what is behind it comes and goes without the guest's help.
  */
 static inline void umbra_mappings(const struct umbra_offer *offer, const struct umbra_region *region,
 				  struct umbra_mapping out[2])
@@ -170,24 +174,26 @@ static inline void umbra_mappings(const struct umbra_offer *offer, const struct 
 bool umbra_region_add(uint64_t start, uint64_t bytes, uint64_t gpa);
 
 /*
- * Virtual memory that maps single pages, which come and go (vmalloc, modules, mapped stacks), has shadow of its own. This
- * asks for it, for `bytes` from `start` on (multiples of 4096; in all at most umbra_offer.virtual_bytes). The result is a
- * guest-physical address that stands for `start`, or 0 when it is refused. Map umbra_mappings() of the region
- * {start, bytes, result}, once and before the memory is used; umbra_region_add() is not called for it. It may be done
- * at any time after umbra_discover() found something.
+ * Virtual memory that maps single pages, which come and go (vmalloc, modules, mapped stacks), has
+ * shadow of its own. This asks for it, for `bytes` from `start` on (multiples of 4096; in all at
+ * most umbra_offer.virtual_bytes). The result is a guest-physical address that stands for `start`,
+ * or 0 when it is refused. Map umbra_mappings() of the region {start, bytes, result}, once and
+ * before the memory is used; umbra_region_add() is not called for it. It may be done at any time
+ * after umbra_discover() found something.
  *
- * All of it is inaccessible (UMBRA_VMALLOC_INVALID) until it is handed out. An allocator of `n` pages for an object of `bytes`
- * calls umbra_alloc(address, bytes, n * 4096, UMBRA_VMALLOC_INVALID, 0) when they are mapped, and
- * umbra_free(address, start, n * 4096, UMBRA_VMALLOC_INVALID) before they are not; a guard page behind them needs no call.
- * The shadow of the pages' other addresses (in the direct map) is not touched.
+ * All of it is inaccessible (UMBRA_VMALLOC_INVALID) until it is handed out. An allocator of `n`
+ * pages for an object of `bytes` calls umbra_alloc(address, bytes, n * 4096, UMBRA_VMALLOC_INVALID,
+ * 0) when they are mapped, and umbra_free(address, start, n * 4096, UMBRA_VMALLOC_INVALID) before
+ * they are not; a guard page behind them needs no call. The shadow of the pages' other addresses
+ * (in the direct map) is not touched.
  */
 uint64_t umbra_virtual_add(uint64_t start, uint64_t bytes);
 
 /*
- * Gives the runtime a CPU's ring: 64-byte aligned, zeroed memory in a region, `bytes` a multiple of 64 and at least
- * 128; 512 KiB make drains rare. `text_start` is where the kernel's code starts,
- * the same for all rings: stacks are recorded as distances from it.
- * Only where features has UMBRA_RING.
+ * Gives the runtime a CPU's ring: 64-byte aligned, zeroed memory in a region, `bytes` a multiple of
+ * 64 and at least 128; 512 KiB make drains rare. `text_start` is where the kernel's code starts,
+ * the same for all rings: stacks are recorded as distances from it. Only where features has
+ * UMBRA_RING.
  */
 bool umbra_ring_setup(uint64_t cpu, struct umbra_ring_header *memory, uint64_t bytes, uint64_t text_start);
 
@@ -198,8 +204,9 @@ bool umbra_ring_setup(uint64_t cpu, struct umbra_ring_header *memory, uint64_t b
 void umbra_activate(uint32_t features, uint64_t text_end, umbra_current_fn current);
 
 /*
- * All of the start but the mapping: adds the regions, sets up the first CPU's ring, turns checks on. False when
- * something was refused; checks stay off then. True, with nothing done, where there is no Umbra.
+ * All of the start but the mapping: adds the regions, sets up the first CPU's ring, turns checks
+ * on. False when something was refused; checks stay off then. True, with nothing done, where there
+ * is no Umbra.
  */
 static inline bool umbra_start(const struct umbra_offer *offer, const struct umbra_region *regions, size_t count,
 			       void *ring, uint64_t ring_bytes, uint64_t text_start, uint64_t text_end,
@@ -226,53 +233,59 @@ void umbra_poison(uint64_t address, uint64_t bytes, uint8_t code);
 void umbra_unpoison(uint64_t address, uint64_t bytes);
 
 /*
- * An object of `bytes` at `address` is handed out, from a slot of `slot` bytes: the object becomes accessible, the rest
- * of the slot gets `redzone`. `cache` is an id that umbra_name_cache() named, or 0.
+ * An object of `bytes` at `address` is handed out, from a slot of `slot` bytes: the object becomes
+ * accessible, the rest of the slot gets `redzone`. `cache` is an id that umbra_name_cache() named,
+ * or 0.
  */
 void umbra_alloc(uint64_t address, uint64_t bytes, uint64_t slot, uint8_t redzone, uint16_t cache);
 
 /*
- * `address` is given back; the object of its slot of `slot` bytes starts at `start`. The slot becomes inaccessible
- * with `code`. False, after a report, when it was free already or `address` is not the start: leave it alone then.
+ * `address` is given back; the object of its slot of `slot` bytes starts at `start`. The slot
+ * becomes inaccessible with `code`. False, after a report, when it was free already or `address` is
+ * not the start: leave it alone then.
  */
 bool umbra_free(uint64_t address, uint64_t start, uint64_t slot, uint8_t code);
 
 /*
- * Quarantine: freed memory waits before its allocator gets it back, so that uses of it are found for longer. An
- * allocator that shall have one hands over a release function, and frees with umbra_free_later() from then on.
+ * Quarantine: freed memory waits before its allocator gets it back, so that uses of it are found
+ * for longer. An allocator that shall have one hands over a release function, and frees with
+ * umbra_free_later() from then on.
  *
- * The release function gets the object's start, the bytes of its slot and the note that umbra_free_later() got, and
- * `context`. It runs on any CPU, in whatever calls umbra_free_later() or umbra_quarantine_drain().
+ * The release function gets the object's start, the bytes of its slot and the note that
+ * umbra_free_later() got, and `context`. It runs on any CPU, in whatever calls umbra_free_later()
+ * or umbra_quarantine_drain().
  */
 typedef void (*umbra_release_fn)(uint64_t start, uint64_t slot, uint8_t note, void *context);
 
 /*
- * Numbers an allocator, after umbra_activate(). 0, which is no allocator's number, where there is no quarantine: then
- * umbra_free_later() is as umbra_free().
+ * Numbers an allocator, after umbra_activate(). 0, which is no allocator's number, where there is
+ * no quarantine: then umbra_free_later() is as umbra_free().
  */
 uint8_t umbra_quarantine_add(umbra_release_fn release, void *context);
 
 /*
- * As umbra_free(). False also when the memory waits; true: the allocator takes it back now. Release functions are called
- * from here, for other memory, so the caller holds no lock that they take.
+ * As umbra_free(). False also when the memory waits; true: the allocator takes it back now. Release
+ * functions are called from here, for other memory, so the caller holds no lock that they take.
  */
 bool umbra_free_later(uint64_t address, uint64_t start, uint64_t slot, uint8_t code, uint8_t allocator, uint8_t note);
 
 /*
- * Gives all that waits back to its allocators: for an allocator that has no memory left, which tries again then.
- * Returns how many objects came back. The caller holds no lock that a release function takes.
+ * Gives all that waits back to its allocators: for an allocator that has no memory left, which
+ * tries again then. Returns how many objects came back. The caller holds no lock that a release
+ * function takes.
  */
 uint64_t umbra_quarantine_drain(void);
 
 /*
- * Bytes of redzone that an allocator shall put behind objects of `object` bytes: the same during a whole run. 0 without
- * Umbra, or where redzones are switched off; then memory is laid out as without checks.
+ * Bytes of redzone that an allocator shall put behind objects of `object` bytes: the same during a
+ * whole run. 0 without Umbra, or where redzones are switched off; then memory is laid out as
+ * without checks.
  */
 uint64_t umbra_redzone(uint64_t object);
 
 /*
- * Work is made that has to do with the object that holds `address`, and will run later: it may free it, for instance. A
- * finding on the object tells the stack of the caller. The last two are kept.
+ * Work is made that has to do with the object that holds `address`, and will run later: it may free
+ * it, for instance. A finding on the object tells the stack of the caller. The last two are kept.
  */
 void umbra_aux_stack(uint64_t address);
 
@@ -305,16 +318,18 @@ void umbra_name_task(uint32_t id, const char *name, uint64_t len);
 /* ---- Exceptions and the end ----------------------------------------------------------------------------------- */
 
 /*
- * To be called by the page-fault handler first, with the registers at the fault. If the fault was a check's own, of
- * an address that has no shadow, it is reported, `trap` says where to go on, and true comes back: load rip and rsp
- * from it and return from the interrupt. The access itself then faults again, and false comes back.
+ * To be called by the page-fault handler first, with the registers at the fault. If the fault was a
+ * check's own, of an address that has no shadow, it is reported, `trap` says where to go on, and
+ * true comes back: load rip and rsp from it and return from the interrupt. The access itself then
+ * faults again, and false comes back.
  */
 bool umbra_page_fault(struct umbra_trap *trap);
 
 /*
- * Reports a bad access that the kernel found itself, by a fault: a stack that has grown into its guard page, say. The
- * shadow at `address` tells what kind of bug it is; a guard page is best poisoned with UMBRA_STACK_GUARD. `trap` holds
- * the registers at the fault, where the stack of the report begins.
+ * Reports a bad access that the kernel found itself, by a fault: a stack that has grown into its
+ * guard page, say. The shadow at `address` tells what kind of bug it is; a guard page is best
+ * poisoned with UMBRA_STACK_GUARD. `trap` holds the registers at the fault, where the stack of the
+ * report begins.
  */
 void umbra_report(uint64_t address, uint64_t bytes, bool write, const struct umbra_trap *trap);
 

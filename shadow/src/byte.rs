@@ -1,4 +1,5 @@
-//! The byte shadow: one value per granule. Both models use it, the two-level one only for some pages.
+//! The byte shadow: one value per granule. Both models use it, the two-level one only for some
+//! pages.
 
 use crate::codes::{GRANULE, GRANULE_SHIFT};
 use crate::memory::ShadowMemory;
@@ -17,15 +18,15 @@ fn valid_bytes(value: u8) -> u64 {
     }
 }
 
-/// Whether `more` bytes behind `addr`, less than a page, lie in the same granule. (By a sum, which a compiler turns into a test of alignment
-/// where it knows `more`.)
+/// Whether `more` bytes behind `addr`, less than a page, lie in the same granule. (By a sum, which
+/// a compiler turns into a test of alignment where it knows `more`.)
 #[inline]
 pub(crate) fn stays(addr: u64, more: u64) -> bool {
     (addr & MASK) + more < GRANULE
 }
 
-/// Whether an access that ends with the byte `last` passes, where `value` is the byte shadow of the only granule
-/// that it touches.
+/// Whether an access that ends with the byte `last` passes, where `value` is the byte shadow of the
+/// only granule that it touches.
 #[inline]
 pub(crate) fn passes(value: u8, last: u64) -> bool {
     value == 0 || (last & MASK) < valid_bytes(value)
@@ -40,7 +41,11 @@ pub(crate) fn check<M: ShadowMemory>(memory: &M, span: Span) -> Result<(), Viola
         if value != 0 {
             let invalid = (at & !MASK) | valid_bytes(value);
             if invalid <= end {
-                return Err(Violation { address: invalid.max(at), code: value, cause: Cause::Poisoned });
+                return Err(Violation {
+                    address: invalid.max(at),
+                    code: value,
+                    cause: Cause::Poisoned,
+                });
             }
         }
         if end == span.last {
@@ -82,7 +87,8 @@ fn after(old: u8, start: u64, end: u64, value: u8) -> u8 {
         return if end > valid { (end & MASK) as u8 } else { old };
     }
     if end < valid {
-        // Valid bytes lie behind the part, and no value can say so: stay on the side of the program.
+        // Valid bytes lie behind the part, and no value can say so: stay on the side of the
+        // program.
         old
     } else if start == 0 {
         value

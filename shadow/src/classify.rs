@@ -1,11 +1,13 @@
-//! Names the bug behind a violation, as KASAN does: by what the shadow says lies at the first bad address.
+//! Names the bug behind a violation, as KASAN does: by what the shadow says lies at the first bad
+//! address.
 
 use core::fmt;
 
 use crate::abi::access;
 use crate::codes::{
-    ALLOCA_LEFT, ALLOCA_RIGHT, FREE_PAGE, GLOBAL_REDZONE, GRANULE, LARGE_REDZONE, PAGE_SIZE, SLAB_FREE,
-    SLAB_FREE_TRACK, SLAB_REDZONE, STACK_LEFT, STACK_MID, STACK_PARTIAL, STACK_RIGHT, USE_AFTER_SCOPE,
+    ALLOCA_LEFT, ALLOCA_RIGHT, FREE_PAGE, GLOBAL_REDZONE, GRANULE, LARGE_REDZONE, PAGE_SIZE,
+    SLAB_FREE, SLAB_FREE_TRACK, SLAB_REDZONE, STACK_LEFT, STACK_MID, STACK_PARTIAL, STACK_RIGHT,
+    USE_AFTER_SCOPE,
 };
 use crate::model::Shadow;
 use crate::span::contains;
@@ -94,7 +96,8 @@ impl BugKind {
             GLOBAL_REDZONE => Self::GlobalOutOfBounds,
             STACK_LEFT | STACK_MID | STACK_RIGHT | STACK_PARTIAL => Self::StackOutOfBounds,
             ALLOCA_LEFT | ALLOCA_RIGHT => Self::AllocaOutOfBounds,
-            // Or `VMALLOC_INVALID`, which is the same value: the shadow does not know where stacks are.
+            // Or `VMALLOC_INVALID`, which is the same value: the shadow does not know where stacks
+            // are.
             USE_AFTER_SCOPE => Self::UseAfterScope,
             _ => Self::Unknown,
         }
@@ -107,11 +110,18 @@ impl fmt::Display for BugKind {
     }
 }
 
-/// Names the bug behind `violation`, which `shadow` found in an access to `len` bytes from `addr` on.
+/// Names the bug behind `violation`, which `shadow` found in an access to `len` bytes from `addr`
+/// on.
 ///
-/// `addr` is the address that the guest used. It may be another than the one that the shadow is keyed by: a
-/// null pointer is one by its virtual address. `access` is a value of [`access`].
-pub fn classify<S: Shadow>(shadow: &S, violation: &Violation, addr: u64, len: u64, access: u16) -> BugKind {
+/// `addr` is the address that the guest used. It may be another than the one that the shadow is
+/// keyed by: a null pointer is one by its virtual address. `access` is a value of [`access`].
+pub fn classify<S: Shadow>(
+    shadow: &S,
+    violation: &Violation,
+    addr: u64,
+    len: u64,
+    access: u16,
+) -> BugKind {
     if let Some(kind) = BugKind::of_free(access) {
         return kind;
     }
@@ -125,7 +135,9 @@ pub fn classify<S: Shadow>(shadow: &S, violation: &Violation, addr: u64, len: u6
         Cause::Poisoned => match violation.code {
             // A granule with valid bytes does not say what the others are; the one behind it does.
             1..=7 => match violation.address.checked_add(GRANULE) {
-                Some(next) if contains(shadow.memory(), next) => BugKind::of_state(shadow.state(next)),
+                Some(next) if contains(shadow.memory(), next) => {
+                    BugKind::of_state(shadow.state(next))
+                }
                 _ => BugKind::OutOfBounds,
             },
             code => BugKind::of_state(code),

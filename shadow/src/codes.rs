@@ -1,7 +1,8 @@
 //! The values that page shadow and byte shadow hold.
 //!
-//! Byte-shadow codes are those of Linux's generic KASAN (`mm/kasan/kasan.h`), so that a reader of KASAN
-//! reports knows them already. A poison code means the same in the page shadow, for a whole page.
+//! Byte-shadow codes are those of Linux's generic KASAN (`mm/kasan/kasan.h`), so that a reader of
+//! KASAN reports knows them already. A poison code means the same in the page shadow, for a whole
+//! page.
 
 /// log2 of the page size.
 pub const PAGE_SHIFT: u32 = 12;
@@ -19,20 +20,21 @@ pub const PAGE_VALID: u8 = 0x00;
 /// Page shadow: look in the byte shadow. It is 1 so that one unsigned comparison with it tells an
 /// accessible page (below), a byte-checked page (equal) and everything else (above) apart.
 pub const PAGE_BYTES: u8 = 0x01;
-/// Page shadow: the byte shadow of this page is being filled by a promotion. The VMM must not give the
-/// host memory behind it back, and a check on another CPU waits until it reads [`PAGE_BYTES`].
+/// Page shadow: the byte shadow of this page is being filled by a promotion. The VMM must not give
+/// the host memory behind it back, and a check on another CPU waits until it reads [`PAGE_BYTES`].
 pub const PAGE_BUSY: u8 = 0x02;
 
 /// Values from here on are poison codes, in both shadows.
 pub const POISON_MIN: u8 = 0x80;
 
-/// Poison that says nothing. Page-shadow values that nobody writes (between [`PAGE_BUSY`] and [`POISON_MIN`])
-/// count as this one.
+/// Poison that says nothing. Page-shadow values that nobody writes (between [`PAGE_BUSY`] and
+/// [`POISON_MIN`]) count as this one.
 pub const UNKNOWN: u8 = 0x80;
 
 /// A free page, as the page allocator holds it.
 pub const FREE_PAGE: u8 = 0xFF;
-/// Redzone behind a large (page-backed) allocation; in the checked Linux also a slab object that was never handed out.
+/// Redzone behind a large (page-backed) allocation; in the checked Linux also a slab object that
+/// was never handed out.
 pub const LARGE_REDZONE: u8 = 0xFE;
 /// Redzone inside or behind a slab object.
 pub const SLAB_REDZONE: u8 = 0xFC;
@@ -44,8 +46,9 @@ pub const SLAB_FREE_TRACK: u8 = 0xFA;
 pub const GLOBAL_REDZONE: u8 = 0xF9;
 /// A stack variable whose scope has ended.
 pub const USE_AFTER_SCOPE: u8 = 0xF8;
-/// Virtual memory that belongs to no allocation, or lies behind what was asked for (Linux's `KASAN_VMALLOC_INVALID`). The
-/// same value as [`USE_AFTER_SCOPE`], which Linux gave up before it had this: where the address lies tells them apart.
+/// Virtual memory that belongs to no allocation, or lies behind what was asked for (Linux's
+/// `KASAN_VMALLOC_INVALID`). The same value as [`USE_AFTER_SCOPE`], which Linux gave up before it
+/// had this: where the address lies tells them apart.
 pub const VMALLOC_INVALID: u8 = 0xF8;
 /// Redzone left of the first variable of a stack frame.
 pub const STACK_LEFT: u8 = 0xF1;
@@ -62,7 +65,8 @@ pub const ALLOCA_LEFT: u8 = 0xCA;
 /// Redzone right of an `alloca` region.
 pub const ALLOCA_RIGHT: u8 = 0xCB;
 
-/// Whether a compiler may store this value in the byte shadow of a stack: valid bytes, and the codes of stacks.
+/// Whether a compiler may store this value in the byte shadow of a stack: valid bytes, and the
+/// codes of stacks.
 pub const fn on_stack(value: u8) -> bool {
     matches!(value, 0..GRANULE_U8 | STACK_LEFT..=STACK_AFTER_RETURN | USE_AFTER_SCOPE | ALLOCA_LEFT | ALLOCA_RIGHT)
 }

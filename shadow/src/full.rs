@@ -1,5 +1,5 @@
-//! Full shadow, KASAN's own layout: a byte of shadow for each granule of memory, all of it there from the
-//! start. It is the baseline that the two-level model is measured and tested against.
+//! Full shadow, KASAN's own layout: a byte of shadow for each granule of memory, all of it there
+//! from the start. It is the baseline that the two-level model is measured and tested against.
 
 use crate::byte;
 use crate::codes::{GRANULE, POISON_MIN, UNKNOWN};
@@ -46,7 +46,9 @@ impl<M: ShadowMemory> Full<M> {
     }
 
     fn set(&mut self, addr: u64, len: u64, value: u8) -> Result<(), RangeError> {
-        if let Some(span) = Span::new(&self.memory, addr, len).map_err(|refused| refused.error(addr, len))? {
+        if let Some(span) =
+            Span::new(&self.memory, addr, len).map_err(|refused| refused.error(addr, len))?
+        {
             byte::set(&mut self.memory, span, value);
         }
         Ok(())

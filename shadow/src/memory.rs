@@ -4,27 +4,31 @@ use crate::codes::PAGE_BUSY;
 
 /// Where shadow bytes live.
 ///
-/// Every method takes *addresses of checked memory*, not of shadow: the implementation turns them into
-/// positions. A guest's implementation adds window offsets to virtual addresses, the VMM's and the tests'
-/// index host memory by guest-physical address. Callers (the models of this crate) only pass addresses
-/// from [`ShadowMemory::base`] to below [`ShadowMemory::limit`], and ranges that end at or below it. Both are
-/// multiples of the page size (but see `limit`), so a page is checked as a whole or not at all.
+/// Every method takes *addresses of checked memory*, not of shadow: the implementation turns them
+/// into positions. A guest's implementation adds window offsets to virtual addresses, the VMM's and
+/// the tests' index host memory by guest-physical address. Callers (the models of this crate) only
+/// pass addresses from [`ShadowMemory::base`] to below [`ShadowMemory::limit`], and ranges that end
+/// at or below it. Both are multiples of the page size (but see `limit`), so a page is checked as a
+/// whole or not at all.
 ///
 /// **Memory that several CPUs use at once**, which is a guest's windows, has more to do:
 ///
-/// - Stores must reach memory in program order: volatile or atomic stores, also in the setters of many.
-/// - [`claim_page`](ShadowMemory::claim_page) must be one atomic compare-and-exchange. Two objects may share a
-///   page and belong to two CPUs; if both promoted it, the second fill would undo what the first wrote.
+/// - Stores must reach memory in program order: volatile or atomic stores, also in the setters of
+///   many.
+/// - [`claim_page`](ShadowMemory::claim_page) must be one atomic compare-and-exchange. Two objects
+///   may share a page and belong to two CPUs; if both promoted it, the second fill would undo what
+///   the first wrote.
 /// - [`wait_page`](ShadowMemory::wait_page) must wait, for as long as the page is
 ///   [`PAGE_BUSY`]. So a change of the shadow must not be interrupted by code that is
 ///   checked: it runs with interrupts off.
 ///
-/// Nothing here makes two changes of one granule, or of one whole page and a part of it, safe against each
-/// other. Allocators hand out neither to two owners.
+/// Nothing here makes two changes of one granule, or of one whole page and a part of it, safe
+/// against each other. Allocators hand out neither to two owners.
 pub trait ShadowMemory {
     /// The lowest address that is checked.
     fn base(&self) -> u64;
-    /// The first address beyond what is checked, or `u64::MAX` if the last byte of the address space is.
+    /// The first address beyond what is checked, or `u64::MAX` if the last byte of the address
+    /// space is.
     fn limit(&self) -> u64;
 
     /// The page shadow of the page that holds `addr`.
@@ -32,8 +36,8 @@ pub trait ShadowMemory {
     /// Sets the page shadow of `pages` pages, from the one that holds `addr` on.
     fn set_pages(&mut self, addr: u64, pages: u64, value: u8);
 
-    /// The byte shadow of the granule that holds `addr`. On the VMM's side memory that was never mapped
-    /// reads as zero.
+    /// The byte shadow of the granule that holds `addr`. On the VMM's side memory that was never
+    /// mapped reads as zero.
     fn byte(&self, addr: u64) -> u8;
     /// Sets the byte shadow of `granules` granules, from the one that holds `addr` on.
     fn set_bytes(&mut self, addr: u64, granules: u64, value: u8);
@@ -53,7 +57,8 @@ pub trait ShadowMemory {
     /// The page shadow of the page that holds `addr`, which was [`PAGE_BUSY`] a moment
     /// ago, after the promotion has ended. The models read the byte shadow if it still is.
     ///
-    /// As provided, for memory that one CPU uses at a time, and for the VMM, which never waits for a guest.
+    /// As provided, for memory that one CPU uses at a time, and for the VMM, which never waits for
+    /// a guest.
     #[cold]
     fn wait_page(&self, addr: u64) -> u8 {
         self.page(addr)

@@ -1,5 +1,5 @@
-//! Ranges of checked memory, by first and last address, so that the end of the address space needs no
-//! special care.
+//! Ranges of checked memory, by first and last address, so that the end of the address space needs
+//! no special care.
 
 use crate::codes::UNKNOWN;
 use crate::memory::ShadowMemory;
@@ -74,8 +74,8 @@ pub(crate) fn contains<M: ShadowMemory>(memory: &M, addr: u64) -> bool {
     addr >= memory.base() && (addr < memory.limit() || is_last(memory))
 }
 
-/// Whether memory goes on to the end of the address space, so that every address is below its end. Asked only where an access is
-/// bad, in all but such memory.
+/// Whether memory goes on to the end of the address space, so that every address is below its end.
+/// Asked only where an access is bad, in all but such memory.
 #[inline]
 fn is_last<M: ShadowMemory>(memory: &M) -> bool {
     core::hint::cold_path();

@@ -1,19 +1,21 @@
-//! Two-level shadow: a byte for each page, and a byte for each granule only of the pages that need it.
+//! Two-level shadow: a byte for each page, and a byte for each granule only of the pages that need
+//! it.
 //!
-//! A change that covers whole pages writes their page shadow, and *demotes* them if they were byte-checked:
-//! the byte shadow behind them means nothing from then on. A change that covers a part of a page *promotes*
-//! it, unless the page as a whole already is what the part shall be.
+//! A change that covers whole pages writes their page shadow, and *demotes* them if they were
+//! byte-checked: the byte shadow behind them means nothing from then on. A change that covers a
+//! part of a page *promotes* it, unless the page as a whole already is what the part shall be.
 //!
-//! **The order of stores of a promotion matters**, because other CPUs check accesses to the page meanwhile,
-//! and the VMM may look for host memory to take back:
+//! **The order of stores of a promotion matters**, because other CPUs check accesses to the page
+//! meanwhile, and the VMM may look for host memory to take back:
 //!
 //! 1. page shadow to [`PAGE_BUSY`]: the byte shadow is in use, but not yet to be read;
 //! 2. byte shadow of the whole page, from what the page was;
 //! 3. page shadow to [`PAGE_BYTES`];
 //! 4. the part.
 //!
-//! A [`ShadowMemory`] that others read at the same time must keep this order, with volatile or atomic
-//! stores (on x86_64 the processor then keeps it too). It says more on what such a memory has to do.
+//! A [`ShadowMemory`] that others read at the same time must keep this order, with volatile or
+//! atomic stores (on x86_64 the processor then keeps it too). It says more on what such a memory
+//! has to do.
 
 use crate::byte;
 use crate::codes::{
@@ -96,7 +98,8 @@ impl<M: ShadowMemory> TwoLevel<M> {
     }
 
     fn set(&mut self, addr: u64, len: u64, value: u8) -> Result<(), RangeError> {
-        let span = Span::new(&self.memory, addr, len).map_err(|refused| refused.error(addr, len))?;
+        let span =
+            Span::new(&self.memory, addr, len).map_err(|refused| refused.error(addr, len))?;
         let Some(span) = span else { return Ok(()) };
         let parts = span.cut(PAGE_SHIFT);
         if let Some(head) = parts.head {
@@ -119,8 +122,8 @@ impl<M: ShadowMemory> TwoLevel<M> {
         }
     }
 
-    /// Makes the page of `addr` byte-checked, unless all of it is `unless` already; tells whether it is
-    /// byte-checked now.
+    /// Makes the page of `addr` byte-checked, unless all of it is `unless` already; tells whether
+    /// it is byte-checked now.
     fn promote_page(&mut self, addr: u64, unless: Option<u8>) -> bool {
         let start = addr & !MASK;
         loop {
@@ -129,7 +132,8 @@ impl<M: ShadowMemory> TwoLevel<M> {
                 Class::Bytes => return true,
                 Class::Whole(value) if unless == Some(value) => return false,
                 Class::Whole(value) => {
-                    // Another CPU may have changed the page since; then its class is looked at anew.
+                    // Another CPU may have changed the page since; then its class is looked at
+                    // anew.
                     if self.memory.claim_page(start, page) {
                         self.memory.set_bytes(start, SHADOW_PER_PAGE, value);
                         self.memory.set_pages(start, 1, PAGE_BYTES);
@@ -141,8 +145,8 @@ impl<M: ShadowMemory> TwoLevel<M> {
     }
 }
 
-/// What a page-shadow value means. One that nobody writes counts as poisoned, and is kept out of the byte
-/// shadow, where it could mean valid bytes.
+/// What a page-shadow value means. One that nobody writes counts as poisoned, and is kept out of
+/// the byte shadow, where it could mean valid bytes.
 #[inline]
 fn classify_page(page: u8) -> Class {
     match page {
@@ -172,7 +176,8 @@ impl<M: ShadowMemory> Shadow for TwoLevel<M> {
     }
 
     fn promote(&mut self, addr: u64, len: u64) -> Result<(), RangeError> {
-        let span = Span::new(&self.memory, addr, len).map_err(|refused| refused.error(addr, len))?;
+        let span =
+            Span::new(&self.memory, addr, len).map_err(|refused| refused.error(addr, len))?;
         let Some(span) = span else { return Ok(()) };
         let mut at = span.first;
         loop {
@@ -193,7 +198,8 @@ impl<M: ShadowMemory> Shadow for TwoLevel<M> {
     #[inline]
     fn passes_at_once(&self, addr: u64, len: u64) -> bool {
         let more = len.wrapping_sub(1);
-        // Pages are checked as a whole, so the last byte needs no look at the limits. No bytes are left to the others.
+        // Pages are checked as a whole, so the last byte needs no look at the limits. No bytes are
+        // left to the others.
         if more >= PAGE_SIZE || !contains(&self.memory, addr) {
             return false;
         }
@@ -203,7 +209,8 @@ impl<M: ShadowMemory> Shadow for TwoLevel<M> {
             return (addr & MASK) + more <= MASK;
         }
         if page == PAGE_BYTES {
-            return byte::stays(addr, more) && byte::passes(self.memory.byte(addr), addr.wrapping_add(more));
+            return byte::stays(addr, more)
+                && byte::passes(self.memory.byte(addr), addr.wrapping_add(more));
         }
         // The straight way is the others'.
         core::hint::cold_path();

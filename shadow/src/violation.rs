@@ -1,4 +1,5 @@
-//! What the shadow models refuse: accesses to bytes that are not valid, and changes that make no sense.
+//! What the shadow models refuse: accesses to bytes that are not valid, and changes that make no
+//! sense.
 
 use core::fmt;
 
@@ -16,12 +17,13 @@ pub enum Cause {
 /// An access that is not allowed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Violation {
-    /// The first bad address: exact to the byte for [`Cause::Poisoned`], the first address without shadow for
-    /// [`Cause::Outside`], the start of the access for [`Cause::Wrapped`].
+    /// The first bad address: exact to the byte for [`Cause::Poisoned`], the first address without
+    /// shadow for [`Cause::Outside`], the start of the access for [`Cause::Wrapped`].
     pub address: u64,
-    /// The shadow value of the granule that holds `address`, as [`Shadow::state`](crate::model::Shadow::state)
-    /// gives it; [`codes::UNKNOWN`](crate::codes::UNKNOWN) unless the cause is [`Cause::Poisoned`]. For 1 to 7 the
-    /// granule behind it says what is there: see [`classify`](crate::classify::classify).
+    /// The shadow value of the granule that holds `address`, as
+    /// [`Shadow::state`](crate::model::Shadow::state) gives it;
+    /// [`codes::UNKNOWN`](crate::codes::UNKNOWN) unless the cause is [`Cause::Poisoned`]. For 1 to
+    /// 7 the granule behind it says what is there: see [`classify`](crate::classify::classify).
     pub code: u8,
     /// Why it is not allowed.
     pub cause: Cause,
@@ -42,7 +44,8 @@ pub enum RangeError {
         /// The first address of the range that no shadow describes.
         addr: u64,
     },
-    /// The value to poison with is not a poison code, which start at [`codes::POISON_MIN`](crate::codes::POISON_MIN).
+    /// The value to poison with is not a poison code, which start at
+    /// [`codes::POISON_MIN`](crate::codes::POISON_MIN).
     NotPoison {
         /// The value.
         code: u8,
@@ -53,7 +56,10 @@ impl fmt::Display for RangeError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             Self::Wrapped { addr, len } => {
-                write!(f, "{len:#x} bytes from address {addr:#x} go past the end of the address space")
+                write!(
+                    f,
+                    "{len:#x} bytes from address {addr:#x} go past the end of the address space"
+                )
             }
             Self::Outside { addr } => write!(f, "address {addr:#x} has no shadow"),
             Self::NotPoison { code } => write!(f, "{code:#04x} is not a poison code"),

@@ -1,4 +1,5 @@
-//! The edges of checks and changes, one by one, and what the two-level model stores for each change.
+//! The edges of checks and changes, one by one, and what the two-level model stores for each
+//! change.
 
 mod common;
 
@@ -7,7 +8,9 @@ use std::cell::Cell;
 use common::{Store, TestMemory};
 use umbra_shadow::abi::access::{DOUBLE_FREE, INVALID_FREE, READ, WRITE};
 use umbra_shadow::codes::*;
-use umbra_shadow::{BugKind, Cause, Full, RangeError, Shadow, ShadowMemory, TwoLevel, Violation, classify};
+use umbra_shadow::{
+    BugKind, Cause, Full, RangeError, Shadow, ShadowMemory, TwoLevel, Violation, classify,
+};
 
 const PAGES: u64 = 4;
 /// A boundary of the 2 MiB that a chunk of byte shadow stands for, in the middle of the memory.
@@ -51,7 +54,9 @@ impl Op {
             Poison(addr, len, code) => shadow.poison(addr, len, code),
             Unpoison(addr, len) => shadow.unpoison(addr, len),
             Promote(addr, len) => shadow.promote(addr, len),
-            Check(addr, len) => return shadow.check(addr, len).map_or_else(Answer::Bad, |()| Answer::Done),
+            Check(addr, len) => {
+                return shadow.check(addr, len).map_or_else(Answer::Bad, |()| Answer::Done);
+            }
             State(addr) => return Answer::Value(shadow.state(addr)),
         };
         changed.map_or_else(Answer::Refused, |()| Answer::Done)
@@ -123,7 +128,11 @@ fn most_accesses_pass_at_once() {
 fn accesses_across_pages_and_chunks() {
     both(BASE, |run| {
         run(Poison(CHUNK, 1, FREE_PAGE));
-        assert_eq!(run(Check(CHUNK - 8, 8)), Answer::Done, "a byte before valid bytes cannot be poisoned");
+        assert_eq!(
+            run(Check(CHUNK - 8, 8)),
+            Answer::Done,
+            "a byte before valid bytes cannot be poisoned"
+        );
         run(Poison(CHUNK, 8, STACK_MID));
         assert_eq!(run(Check(CHUNK - 8, 8)), Answer::Done);
         assert_eq!(run(Check(CHUNK - 8, 9)), bad(CHUNK, STACK_MID), "next page, by its bytes");
@@ -156,9 +165,17 @@ fn codes_of_partly_covered_granules() {
     both(BASE, |run| {
         run(Poison(BASE, 8, SLAB_REDZONE));
         run(Poison(BASE + 4, 4, SLAB_FREE));
-        assert_eq!(run(State(BASE)), Answer::Value(SLAB_REDZONE), "not from the first byte: keeps its code");
+        assert_eq!(
+            run(State(BASE)),
+            Answer::Value(SLAB_REDZONE),
+            "not from the first byte: keeps its code"
+        );
         run(Poison(BASE, 4, SLAB_FREE));
-        assert_eq!(run(State(BASE)), Answer::Value(SLAB_FREE), "from the first byte: takes the new code");
+        assert_eq!(
+            run(State(BASE)),
+            Answer::Value(SLAB_FREE),
+            "from the first byte: takes the new code"
+        );
         run(Unpoison(BASE, 5));
         run(Poison(BASE + 2, 2, SLAB_FREE));
         assert_eq!(run(State(BASE)), Answer::Value(5), "a valid byte lies behind");
@@ -176,7 +193,9 @@ fn nothing_is_always_in_range() {
     both(BASE, |run| {
         run(Poison(BASE, LIMIT - BASE, FREE_PAGE));
         for addr in [0, BASE - 1, BASE, BASE + 3, LIMIT, u64::MAX] {
-            for op in [Poison(addr, 0, SLAB_FREE), Unpoison(addr, 0), Promote(addr, 0), Check(addr, 0)] {
+            for op in
+                [Poison(addr, 0, SLAB_FREE), Unpoison(addr, 0), Promote(addr, 0), Check(addr, 0)]
+            {
                 assert_eq!(run(op), Answer::Done);
             }
         }
@@ -215,7 +234,9 @@ fn ranges_that_wrap() {
     let top = (PAGES * PAGE_SIZE).wrapping_neg();
     for base in [BASE, top] {
         both(base, |run| {
-            for (addr, len) in [(base, base.wrapping_neg() + 1), (base + 3, u64::MAX), (u64::MAX, 2)] {
+            for (addr, len) in
+                [(base, base.wrapping_neg() + 1), (base + 3, u64::MAX), (u64::MAX, 2)]
+            {
                 let wrapped = || Answer::Refused(RangeError::Wrapped { addr, len });
                 let violation = Violation { address: addr, code: UNKNOWN, cause: Cause::Wrapped };
                 assert_eq!(run(Check(addr, len)), Answer::Bad(violation));
@@ -303,7 +324,10 @@ fn promotion_is_marked_busy_before_the_fill() {
     // The fill of a poisoned page is its code.
     two.poison(BASE, PAGE_SIZE, SLAB_REDZONE).unwrap();
     two.unpoison(BASE, 8).unwrap();
-    assert_eq!(two.memory_mut().take_stores()[2], Store::Bytes(BASE, SHADOW_PER_PAGE, SLAB_REDZONE));
+    assert_eq!(
+        two.memory_mut().take_stores()[2],
+        Store::Bytes(BASE, SHADOW_PER_PAGE, SLAB_REDZONE)
+    );
 }
 
 #[test]
@@ -313,7 +337,8 @@ fn a_range_promotes_its_partial_pages_only() {
     let pages: Vec<u8> = (0..PAGES).map(|i| two.memory().page(BASE + i * PAGE_SIZE)).collect();
     assert_eq!(pages, [PAGE_BYTES, SLAB_FREE, SLAB_FREE, PAGE_BYTES]);
     let fills = two.memory_mut().take_stores();
-    let fills = fills.iter().filter(|store| matches!(store, Store::Bytes(_, SHADOW_PER_PAGE, _))).count();
+    let fills =
+        fills.iter().filter(|store| matches!(store, Store::Bytes(_, SHADOW_PER_PAGE, _))).count();
     assert_eq!(fills, 2);
 }
 
@@ -364,7 +389,10 @@ fn values_that_nobody_writes_count_as_poisoned() {
         let mut two = two_level();
         two.memory_mut().plant_page(BASE, value);
         let violation = two.check(BASE + 1, 1).unwrap_err();
-        assert_eq!(violation, Violation { address: BASE + 1, code: UNKNOWN, cause: Cause::Poisoned });
+        assert_eq!(
+            violation,
+            Violation { address: BASE + 1, code: UNKNOWN, cause: Cause::Poisoned }
+        );
         assert_eq!(classify(&two, &violation, BASE + 1, 1, READ), BugKind::Unknown);
         // They do not become "the first three bytes" in the byte shadow.
         two.unpoison(BASE + 8, 8).unwrap();
@@ -437,7 +465,10 @@ fn a_lost_race_to_promote_keeps_the_other_part() {
     two.poison(BASE + 8, 8, SLAB_FREE).unwrap();
     assert_eq!((two.memory().claims, two.memory().waits.get()), (1, 1));
     // The other one never gets done, so every look at the page waits for it.
-    assert_eq!((two.state(BASE), two.state(BASE + 8), two.state(BASE + 16)), (STACK_LEFT, SLAB_FREE, 0));
+    assert_eq!(
+        (two.state(BASE), two.state(BASE + 8), two.state(BASE + 16)),
+        (STACK_LEFT, SLAB_FREE, 0)
+    );
     assert_eq!(two.memory().waits.get(), 4);
     assert_eq!((two.first_bad(BASE + 16, 8), two.first_bad(BASE + 8, 1)), (None, Some(BASE + 8)));
     assert_eq!(two.memory().waits.get(), 6);

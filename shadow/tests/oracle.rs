@@ -26,7 +26,8 @@ impl Oracle {
         Self { valid: vec![true; SIZE as usize], code: vec![0; (SIZE / GRANULE) as usize] }
     }
 
-    /// The bytes of a range as indices, or how many of them come before the first one without shadow.
+    /// The bytes of a range as indices, or how many of them come before the first one without
+    /// shadow.
     fn range(addr: u64, len: u64) -> Result<std::ops::Range<usize>, u64> {
         match (0..len).find(|i| !(BASE..LIMIT).contains(&(addr + i))) {
             Some(inside) => Err(inside),
@@ -36,8 +37,8 @@ impl Oracle {
     }
 
     fn change(&mut self, op: Op) -> Result<(), RangeError> {
-        let range =
-            Self::range(op.addr, op.len).map_err(|inside| RangeError::Outside { addr: op.addr + inside })?;
+        let range = Self::range(op.addr, op.len)
+            .map_err(|inside| RangeError::Outside { addr: op.addr + inside })?;
         for granule in 0..self.code.len() {
             let bytes = granule * 8..granule * 8 + 8;
             let part = bytes.start.max(range.start)..bytes.end.min(range.end);

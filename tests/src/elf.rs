@@ -96,7 +96,8 @@ impl ElfBuilder {
             let file = segment.file_size.unwrap_or(have);
             image.extend(segment.kind.to_le_bytes());
             image.extend(7u32.to_le_bytes());
-            let (offset, memory) = (segment.offset.unwrap_or(at), segment.memory_size.unwrap_or(file));
+            let (offset, memory) =
+                (segment.offset.unwrap_or(at), segment.memory_size.unwrap_or(file));
             for field in [offset, segment.gva, segment.gpa, file, memory, 4096] {
                 image.extend(field.to_le_bytes());
             }

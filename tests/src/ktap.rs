@@ -1,4 +1,5 @@
-//! What Linux's KUnit says on the console (KTAP; Linux, Documentation/dev-tools/ktap.rst), as far as the tests need it.
+//! What Linux's KUnit says on the console (KTAP; Linux, Documentation/dev-tools/ktap.rst), as far
+//! as the tests need it.
 
 use std::fmt;
 
@@ -45,7 +46,9 @@ pub fn cases(console: &str) -> Vec<Case> {
             reports += 1;
         }
         // Those of a suite are indented once; the suite's own verdict is not.
-        let Some(line) = line.strip_prefix("    ").filter(|line| !line.starts_with(' ')) else { continue };
+        let Some(line) = line.strip_prefix("    ").filter(|line| !line.starts_with(' ')) else {
+            continue;
+        };
         let (passed, rest) = match (line.strip_prefix("ok "), line.strip_prefix("not ok ")) {
             (Some(rest), _) => (true, rest),
             (_, Some(rest)) => (false, rest),
@@ -53,7 +56,9 @@ pub fn cases(console: &str) -> Vec<Case> {
         };
         let mut words = rest.split_ascii_whitespace();
         let number = words.next().and_then(|word| word.parse::<u32>().ok());
-        let Some(name) = words.find(|word| *word != "-").filter(|_| number.is_some()) else { continue };
+        let Some(name) = words.find(|word| *word != "-").filter(|_| number.is_some()) else {
+            continue;
+        };
         let verdict = match (passed, rest.contains("# SKIP")) {
             (_, true) => Verdict::Skip,
             (true, _) => Verdict::Pass,

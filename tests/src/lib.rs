@@ -1,5 +1,5 @@
-//! Helpers shared by the integration tests: lists of tests that say aloud what they skip, small ELF kernels, and the
-//! program run as a user runs it.
+//! Helpers shared by the integration tests: lists of tests that say aloud what they skip, small ELF
+//! kernels, and the program run as a user runs it.
 
 pub mod elf;
 pub mod ktap;

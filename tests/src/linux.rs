@@ -15,12 +15,13 @@ pub fn kernel(name: &str) -> PathBuf {
 
 /// Needs KVM and a kernel.
 pub fn need(name: &str) -> Need {
-    let missing =
-        (!kernel(name).exists()).then(|| format!("there is no target/linux/{name}: `cargo xtask linux`"));
+    let missing = (!kernel(name).exists())
+        .then(|| format!("there is no target/linux/{name}: `cargo xtask linux`"));
     Need::kvm().and(&Need::unless(missing))
 }
 
-/// One entry of an archive as the kernel takes it (Linux, Documentation/driver-api/early-userspace/buffer-format.rst).
+/// One entry of an archive as the kernel takes it (Linux,
+/// Documentation/driver-api/early-userspace/buffer-format.rst).
 fn entry(archive: &mut Vec<u8>, name: &str, mode: u32, contents: &[u8]) {
     let pad = |archive: &mut Vec<u8>| archive.resize(archive.len().next_multiple_of(4), 0);
     let (bytes, name_bytes) = (contents.len() as u32, name.len() as u32 + 1);

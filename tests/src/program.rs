@@ -1,4 +1,5 @@
-//! The program `umbra`, run as a user runs it: its exit status, what it prints, and the memory it needs.
+//! The program `umbra`, run as a user runs it: its exit status, what it prints, and the memory it
+//! needs.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -69,7 +70,8 @@ impl Run {
         assert!(self.stdout.is_empty());
     }
 
-    /// Panics unless it ended with status 2 and what the command-line parser says, which holds all of `words`.
+    /// Panics unless it ended with status 2 and what the command-line parser says, which holds all
+    /// of `words`.
     #[track_caller]
     pub fn expect_usage(&self, words: &[&str]) {
         self.expect(2);
@@ -84,7 +86,9 @@ impl Run {
     /// The word in `--stats` for how the run ended.
     #[track_caller]
     pub fn outcome(&self) -> &str {
-        self.stats["outcome"].as_str().unwrap_or_else(|| panic!("no outcome in --stats:\n{}", self.tail()))
+        self.stats["outcome"]
+            .as_str()
+            .unwrap_or_else(|| panic!("no outcome in --stats:\n{}", self.tail()))
     }
 
     /// A number in `--stats`, by its path (`/exits/total`).
@@ -114,7 +118,11 @@ impl Umbra {
     /// `program` with a command.
     pub fn new(program: &str, command: &str) -> Self {
         let mut process = Command::new(program);
-        process.arg(command).env_remove("RUST_LOG").env_remove("RUST_BACKTRACE").env_remove("NO_COLOR");
+        process
+            .arg(command)
+            .env_remove("RUST_LOG")
+            .env_remove("RUST_BACKTRACE")
+            .env_remove("NO_COLOR");
         process.stdin(Stdio::null());
         let dir = TempDir::new().expect("a temporary directory");
         Self { command: process, dir, files: 0, collect: false, patience: HUNG }
@@ -170,8 +178,8 @@ impl Umbra {
 
     /// Starts it. Its output goes to files, so that nobody has to read along.
     pub fn start(mut self) -> Started {
-        let [stdout, stderr] =
-            ["stdout", "stderr"].map(|name| File::create(self.path(name)).expect("a temporary file"));
+        let [stdout, stderr] = ["stdout", "stderr"]
+            .map(|name| File::create(self.path(name)).expect("a temporary file"));
         self.command.stdout(stdout).stderr(stderr);
         let begin = Instant::now();
         let child = self.command.spawn().expect("the program starts");
@@ -250,7 +258,11 @@ impl Started {
             stdout: read("stdout"),
             stderr: String::from_utf8_lossy(&read("stderr")).into_owned(),
             stats: if stats.is_empty() { Value::Null } else { json(&stats) },
-            findings: findings.split(|b| *b == b'\n').filter(|line| !line.is_empty()).map(json).collect(),
+            findings: findings
+                .split(|b| *b == b'\n')
+                .filter(|line| !line.is_empty())
+                .map(json)
+                .collect(),
             time: self.begin.elapsed(),
         }
     }

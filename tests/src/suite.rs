@@ -36,7 +36,8 @@ impl Need {
     /// A usable `/dev/kvm` and the test kernel.
     pub fn test_kernel() -> Self {
         let built = umbra::kernel::test_kernel().is_some();
-        let missing = (!built).then(|| "the test kernel was not built: `cargo xtask guest` does".to_owned());
+        let missing =
+            (!built).then(|| "the test kernel was not built: `cargo xtask guest` does".to_owned());
         Self::kvm().and(&Self::unless(missing))
     }
 
@@ -67,8 +68,14 @@ pub struct Suite {
 }
 
 impl Suite {
-    /// Adds a test. Where what it needs is missing, it counts as ignored and its name is printed with the reason.
-    pub fn add(&mut self, name: impl Into<String>, need: &Need, test: impl FnOnce() + Send + 'static) {
+    /// Adds a test. Where what it needs is missing, it counts as ignored and its name is printed
+    /// with the reason.
+    pub fn add(
+        &mut self,
+        name: impl Into<String>,
+        need: &Need,
+        test: impl FnOnce() + Send + 'static,
+    ) {
         let name = name.into();
         let trial = Trial::test(name.clone(), move || {
             test();

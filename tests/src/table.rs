@@ -1,7 +1,8 @@
-//! `docs/scenarios.md`: what each scenario of the test kernels is expected to lead to, and what was found in each configuration.
+//! `docs/scenarios.md`: what each scenario of the test kernels is expected to lead to, and what was
+//! found in each configuration.
 //!
-//! Tests make the tables out of what they found, and fail where the file says something else. With [`WRITE`] set in the
-//! environment, as `cargo xtask scenarios` does, they write it.
+//! Tests make the tables out of what they found, and fail where the file says something else. With
+//! [`WRITE`] set in the environment, as `cargo xtask scenarios` does, they write it.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -96,8 +97,8 @@ fn cell(verdict: &Verdict) -> String {
     }
 }
 
-/// A table of the scenarios that `wanted` names, with a column for each configuration. All have the same scenarios in the same
-/// order.
+/// A table of the scenarios that `wanted` names, with a column for each configuration. All have the
+/// same scenarios in the same order.
 ///
 /// # Panics
 /// They have not.
@@ -119,7 +120,8 @@ pub fn table(configurations: &[(&str, &[Verdict])], wanted: impl Fn(&str) -> boo
     text
 }
 
-/// Holds `content` against a section of the file, which is between two comments that name it; or writes it there.
+/// Holds `content` against a section of the file, which is between two comments that name it; or
+/// writes it there.
 ///
 /// # Panics
 /// The file says something else, or cannot be read or written.
@@ -127,16 +129,19 @@ pub fn hold(section: &str, content: &str) {
     static FILE: Mutex<()> = Mutex::new(());
     let _alone = FILE.lock().unwrap_or_else(PoisonError::into_inner);
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../docs/scenarios.md");
-    let file = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let file = std::fs::read_to_string(&path)
+        .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let (begin, end) = (format!("<!-- {section} -->\n"), format!("<!-- end of {section} -->"));
     let parts = file.split_once(&begin).and_then(|(before, rest)| {
         let (old, after) = rest.split_once(&end)?;
         Some((before, old, after))
     });
-    let (before, old, after) = parts.unwrap_or_else(|| panic!("docs/scenarios.md has no section {section}"));
+    let (before, old, after) =
+        parts.unwrap_or_else(|| panic!("docs/scenarios.md has no section {section}"));
     let content = format!("\n{}\n\n", content.trim());
     if std::env::var_os(WRITE).is_some() {
-        std::fs::write(&path, format!("{before}{begin}{content}{end}{after}")).expect("it can be written");
+        std::fs::write(&path, format!("{before}{begin}{content}{end}{after}"))
+            .expect("it can be written");
         return;
     }
     let differs = old.lines().zip(content.lines()).find(|(old, new)| old != new);
@@ -157,7 +162,8 @@ mod tests {
     #[test]
     fn tables_say_what_was_not_as_expected() {
         let expected = vec![one("oob", "Write", 8, Some(9)), one("oob", "Write", 8, Some(9))];
-        let verdict = |ran, found| Verdict { name: "a".into(), ran, expected: expected.clone(), found };
+        let verdict =
+            |ran, found| Verdict { name: "a".into(), ran, expected: expected.clone(), found };
         let good = [verdict(true, expected.clone())];
         let bad = [verdict(true, vec![one("double-free", "Free", 0, None)])];
         let dead = [verdict(false, expected.clone())];

@@ -1,5 +1,5 @@
-//! Kernels, initrds and command lines that are refused: one clear sentence, and exit status 2. And the ways to boot that the
-//! program offers, with small guests.
+//! Kernels, initrds and command lines that are refused: one clear sentence, and exit status 2. And
+//! the ways to boot that the program offers, with small guests.
 
 use std::process::ExitCode;
 
@@ -68,7 +68,11 @@ fn kernels_for_other_machines() {
         "",
         &["183", "x86_64"],
     );
-    refused(&ElfBuilder { class: 1, ..ElfBuilder::new(BASE).segment(BASE, [0xf4]) }.build(), "", &["32-bit"]);
+    refused(
+        &ElfBuilder { class: 1, ..ElfBuilder::new(BASE).segment(BASE, [0xf4]) }.build(),
+        "",
+        &["32-bit"],
+    );
 }
 
 fn elf_files_without_a_usable_entry() {
@@ -83,8 +87,16 @@ fn elf_files_without_a_usable_entry() {
 }
 
 fn initrds() {
-    umbra().file(&good()).args("--initrd /nonexistent").run().expect_refusal(&["initrd", "/nonexistent"]);
-    umbra().file(&good()).args("--initrd /").run().expect_refusal(&["initrd", "not a regular file"]);
+    umbra()
+        .file(&good())
+        .args("--initrd /nonexistent")
+        .run()
+        .expect_refusal(&["initrd", "/nonexistent"]);
+    umbra()
+        .file(&good())
+        .args("--initrd /")
+        .run()
+        .expect_refusal(&["initrd", "not a regular file"]);
     umbra().file(&good()).arg("--initrd").file(b"").run().expect_refusal(&["initrd is empty"]);
     let large = umbra().file(&good()).args("--memory 4M --initrd").file(&vec![1; 4 * MIB]).run();
     large.expect_refusal(&["initrd of 4194304 bytes", "does not fit", "free"]);
@@ -98,7 +110,8 @@ fn command_lines() {
 }
 
 fn a_linux_command_line_has_room_for_the_defaults_or_is_refused() {
-    let run = umbra().arg(linux_kernel("small/vmlinux")).arg("--cmdline").arg("x".repeat(2040)).run();
+    let run =
+        umbra().arg(linux_kernel("small/vmlinux")).arg("--cmdline").arg("x".repeat(2040)).run();
     run.expect_refusal(&["command line", "2047"]);
 }
 
@@ -124,7 +137,8 @@ fn cpuid_bits_that_the_host_does_not_take_are_told_once() {
 }
 
 fn pvh_starts_in_32_bit_mode() {
-    // mov al, [ebx]; mov dx, 0x3f8; out dx, al; mov al, 10; out dx, al; hlt: the first byte of hvm_start_info's magic.
+    // mov al, [ebx]; mov dx, 0x3f8; out dx, al; mov al, 10; out dx, al; hlt: the first byte of
+    // hvm_start_info's magic.
     let code = [0x8a, 0x03, 0x66, 0xba, 0xf8, 0x03, 0xee, 0xb0, 0x0a, 0xee, 0xf4];
     let note: Vec<u8> = [4u32, 4, 18]
         .iter()
@@ -132,7 +146,11 @@ fn pvh_starts_in_32_bit_mode() {
         .chain(*b"Xen\0")
         .chain((BASE as u32).to_le_bytes())
         .collect();
-    let image = ElfBuilder::new(BASE).segment(BASE, code).segment(0, note).with(|note| note.kind = 4).build();
+    let image = ElfBuilder::new(BASE)
+        .segment(BASE, code)
+        .segment(0, note)
+        .with(|note| note.kind = 4)
+        .build();
     for boot in ["auto", "pvh"] {
         let run = umbra().file(&image).args("--boot").arg(boot).run();
         run.expect(0);

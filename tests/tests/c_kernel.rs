@@ -1,5 +1,5 @@
-//! The C test kernel, built by gcc and by clang, under each configuration: every scenario's exact verdict, and reports
-//! that name C functions, files and lines.
+//! The C test kernel, built by gcc and by clang, under each configuration: every scenario's exact
+//! verdict, and reports that name C functions, files and lines.
 //!
 //! A configuration's guest runs when the first test asks for it, and once for all of them.
 
@@ -40,12 +40,18 @@ impl Kernel {
     /// What `cargo xtask guest --c` left, if it could.
     fn built(compiler: &str) -> Option<Self> {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guest");
-        let elf: Arc<[u8]> = std::fs::read(folder.join(format!("c-kernel-{compiler}"))).ok()?.into();
+        let elf: Arc<[u8]> =
+            std::fs::read(folder.join(format!("c-kernel-{compiler}"))).ok()?.into();
         let scenarios = scenarios(&elf).expect("the kernel tells its scenarios");
         Some(Self { elf, scenarios })
     }
 
-    fn boot(&self, chosen: &[Scenario], shadow: ShadowMode, notify: Notify) -> (Vec<Verdict>, Report) {
+    fn boot(
+        &self,
+        chosen: &[Scenario],
+        shadow: ShadowMode,
+        notify: Notify,
+    ) -> (Vec<Verdict>, Report) {
         let config = Config {
             kernel: self.elf.clone().into(),
             memory: MEMORY,
@@ -71,7 +77,8 @@ struct Run {
 
 impl Run {
     fn get(&self) -> &(Vec<Verdict>, Report) {
-        self.outcome.get_or_init(|| self.kernel.boot(&self.kernel.scenarios, self.shadow, self.notify))
+        self.outcome
+            .get_or_init(|| self.kernel.boot(&self.kernel.scenarios, self.shadow, self.notify))
     }
 
     fn findings(&self) -> impl Iterator<Item = &Finding> {
@@ -96,35 +103,48 @@ fn exactly(run: &Run, scenario: &Scenario) {
 /// Nothing was found outside of the scenarios, such as a compiler's own store taken for tampering.
 fn nothing_else(run: &Run) {
     let known: BTreeSet<_> = run.kernel.scenarios.iter().map(|s| s.name.as_str()).collect();
-    let stray: Vec<_> = run.findings().filter(|f| !known.contains(f.task.name.as_str())).map(shown).collect();
+    let stray: Vec<_> =
+        run.findings().filter(|f| !known.contains(f.task.name.as_str())).map(shown).collect();
     assert!(stray.is_empty(), "{}", stray.join("\n"));
     assert_eq!(run.get().1.stats.events.refused, 0, "the kernel made calls that were refused");
 }
 
-/// Each finding names its scenario's function with file and line, and who allocated and freed its object.
+/// Each finding names its scenario's function with file and line, and who allocated and freed its
+/// object.
 fn told_in_c(run: &Run) {
     for finding in run.findings() {
         let text = shown(finding);
         let frame = |f: &&umbra::report::Frame| {
             let file = f.file.as_deref().unwrap_or_default();
-            file.starts_with("guest/c/kernel/") && file.ends_with(".c") && f.line.is_some_and(|line| line > 0)
+            file.starts_with("guest/c/kernel/")
+                && file.ends_with(".c")
+                && f.line.is_some_and(|line| line > 0)
         };
         let scenario = finding.frames.iter().filter(frame).filter_map(|f| f.symbol.as_deref());
-        // Most scenarios misbehave in their own function; those that call another are in the trace all the same.
+        // Most scenarios misbehave in their own function; those that call another are in the trace
+        // all the same.
         assert!(scenario.into_iter().any(|symbol| symbol == finding.task.name), "{text}");
         assert!(finding.notes.is_empty(), "{text}");
         if finding.kind == "global-out-of-bounds" {
-            let variable = finding.variable.as_ref().unwrap_or_else(|| panic!("which variable?\n{text}"));
+            let variable =
+                finding.variable.as_ref().unwrap_or_else(|| panic!("which variable?\n{text}"));
             let file = variable.file.as_deref().unwrap_or_default();
             assert!(file == "guest/c/kernel/stack.c" && variable.line > Some(0), "{text}");
-            assert!(variable.name.starts_with("global_") && [10, 13].contains(&variable.size), "{text}");
+            assert!(
+                variable.name.starts_with("global_") && [10, 13].contains(&variable.size),
+                "{text}"
+            );
         }
         if finding.kind == "slab-use-after-free" || finding.kind == "double-free" {
             let freed = finding.freed.as_ref().unwrap_or_else(|| panic!("who freed it?\n{text}"));
-            assert!(freed.frames.iter().any(|f| f.symbol.as_deref() == Some(&finding.task.name)), "{text}");
+            assert!(
+                freed.frames.iter().any(|f| f.symbol.as_deref() == Some(&finding.task.name)),
+                "{text}"
+            );
         }
         if finding.kind.starts_with("slab-") {
-            let allocated = finding.allocated.as_ref().unwrap_or_else(|| panic!("who allocated it?\n{text}"));
+            let allocated =
+                finding.allocated.as_ref().unwrap_or_else(|| panic!("who allocated it?\n{text}"));
             assert!(
                 allocated.frames.iter().any(|f| f.symbol.as_deref() == Some(&finding.task.name)),
                 "{text}"
@@ -133,7 +153,8 @@ fn told_in_c(run: &Run) {
     }
 }
 
-/// The same kernel without shadow: what does no harm runs, though compilers store the shadow of stacks all the same.
+/// The same kernel without shadow: what does no harm runs, though compilers store the shadow of
+/// stacks all the same.
 fn unchecked(kernel: &Kernel) {
     let mut silent = kernel.scenarios.clone();
     silent.retain(|scenario| scenario.expected.is_empty());
@@ -145,7 +166,8 @@ fn unchecked(kernel: &Kernel) {
 
 /// The table of what was found is what docs/scenarios.md shows.
 fn the_table_is_true(compiler: &str, runs: &[(&str, Arc<Run>)]) {
-    let columns: Vec<_> = runs.iter().map(|(title, run)| (*title, run.get().0.as_slice())).collect();
+    let columns: Vec<_> =
+        runs.iter().map(|(title, run)| (*title, run.get().0.as_slice())).collect();
     hold(&format!("the C kernel by {compiler}"), &table(&columns, |_| true));
 }
 
@@ -153,19 +175,25 @@ fn main() -> ExitCode {
     let mut suite = Suite::default();
     for compiler in COMPILERS {
         let Some(kernel) = Kernel::built(compiler).map(Arc::new) else {
-            let missing = format!("not built: `cargo xtask guest --c` does, with {compiler} and make");
+            let missing =
+                format!("not built: `cargo xtask guest --c` does, with {compiler} and make");
             suite.add(format!("{compiler}: all scenarios"), &Need::Missing(missing), || {});
             continue;
         };
         let mut runs = Vec::new();
         for (name, title, shadow, notify) in CONFIGURATIONS {
-            let run = Arc::new(Run { kernel: kernel.clone(), shadow, notify, outcome: OnceLock::new() });
+            let run =
+                Arc::new(Run { kernel: kernel.clone(), shadow, notify, outcome: OnceLock::new() });
             runs.push((title, run.clone()));
             for scenario in kernel.scenarios.clone() {
                 let run = run.clone();
-                suite.add(format!("{compiler}/{name}/{}", scenario.name), &Need::kvm(), move || {
-                    exactly(&run, &scenario);
-                });
+                suite.add(
+                    format!("{compiler}/{name}/{}", scenario.name),
+                    &Need::kvm(),
+                    move || {
+                        exactly(&run, &scenario);
+                    },
+                );
             }
             let checks: [Check; 2] =
                 [("nothing else is found", nothing_else), ("findings are told in C", told_in_c)];

@@ -1,5 +1,5 @@
-//! `docs/your-kernel.md`, done as it says: in a folder outside of the workspace its commands are run and its changes applied,
-//! and what it shows of the findings must be in what `umbra` prints.
+//! `docs/your-kernel.md`, done as it says: in a folder outside of the workspace its commands are
+//! run and its changes applied, and what it shows of the findings must be in what `umbra` prints.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -32,7 +32,8 @@ impl Section {
     /// Reads the guide's section of that title.
     fn new(title: &str) -> Self {
         let guide = fs::read_to_string(workspace().join("docs/your-kernel.md")).expect("the guide");
-        let start = guide.find(&format!("\n## {title}\n")).unwrap_or_else(|| panic!("no section {title}"));
+        let start =
+            guide.find(&format!("\n## {title}\n")).unwrap_or_else(|| panic!("no section {title}"));
         let section = &guide[start + 1..];
         let section = section.find("\n## ").map_or(section, |end| &section[..end]);
         let mut blocks = Vec::new();
@@ -99,7 +100,8 @@ impl Place {
             .env("PATH", path.expect("a path"))
             .output()
             .expect("a shell");
-        let text = [stdout, stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
+        let text =
+            [stdout, stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
         (status.code(), text)
     }
 }
@@ -111,7 +113,11 @@ fn plain(line: &str) -> String {
     words
         .map(|word| {
             let bare = word.trim_end_matches([' ', '+', '/', '[', ',', ')']);
-            if hex(bare) || bare.starts_with("0x") { word.replacen(bare, "#", 1) } else { word.into() }
+            if hex(bare) || bare.starts_with("0x") {
+                word.replacen(bare, "#", 1)
+            } else {
+                word.into()
+            }
         })
         .collect()
 }
@@ -153,7 +159,9 @@ fn done_as_it_says(title: &str, changed: fn(&str) -> String) {
     assert_eq!(status, Some(1), "{output}");
     // The same kernel where the VMM writes the shadow, with KASAN's layout, and unchecked.
     let last = section.commands().last().expect("a command").to_owned();
-    for (options, found) in [("--notify sync", true), ("--shadow full", true), ("--shadow off", false)] {
+    for (options, found) in
+        [("--notify sync", true), ("--shadow full", true), ("--shadow off", false)]
+    {
         let again = last.replacen("umbra run", &format!("umbra run {options}"), 1);
         let (status, output) = place.run(&format!("cd kernel\n{again}"));
         assert_eq!(status, Some(i32::from(found)), "{options}\n{output}");
@@ -174,7 +182,8 @@ fn the_kernel_before() {
 
 fn the_changes_are_short() {
     let guide = fs::read_to_string(workspace().join("docs/your-kernel.md")).expect("the guide");
-    let [rust, c] = ["A kernel in Rust", "A kernel in C"].map(|title| Section::new(title).lines_of_change());
+    let [rust, c] =
+        ["A kernel in Rust", "A kernel in C"].map(|title| Section::new(title).lines_of_change());
     assert!(rust < LINES && c < LINES, "{rust} in Rust, {c} in C");
     let promise = format!("{rust} lines of change in Rust, {c} in C");
     assert!(guide.contains(&promise), "the guide does not say: {promise}");
@@ -186,14 +195,17 @@ fn library() -> Need {
     let missing = ["libumbra_rt.a", "umbra.h", "umbra.mk", "umbra.toml"]
         .iter()
         .find(|name| !folder.join(name).is_file());
-    Need::unless(missing.map(|name| format!("{name} was not built: `cargo xtask guest --lib` does")))
+    Need::unless(
+        missing.map(|name| format!("{name} was not built: `cargo xtask guest --lib` does")),
+    )
 }
 
 /// Programs that the commands need.
 fn programs(names: &[&str]) -> Need {
     let there = |name: &&&str| {
-        std::env::var_os("PATH")
-            .is_some_and(|path| std::env::split_paths(&path).any(|folder| folder.join(name).is_file()))
+        std::env::var_os("PATH").is_some_and(|path| {
+            std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
+        })
     };
     let missing = names.iter().find(|name| !there(name));
     Need::unless(missing.map(|name| format!("{name} is not installed")))

@@ -1,7 +1,7 @@
 //! The page about a run (`--html`), looked at in a real browser.
 //!
-//! A page of our own holds it in a frame as wide as a screen, asks the browser what it made of it, and writes the
-//! answers where `--dump-dom` shows them.
+//! A page of our own holds it in a frame as wide as a screen, asks the browser what it made of it,
+//! and writes the answers where `--dump-dom` shows them.
 
 use std::fs;
 use std::path::Path;
@@ -73,7 +73,8 @@ fn browse(folder: &Path, file: &str, more: &[&str]) -> Result<(String, String), 
         .arg(format!("file://{}/{file}", folder.display()))
         .stdin(Stdio::null())
         .output()?;
-    let [out, err] = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    let [out, err] =
+        [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
     check(output.status.success(), || format!("chromium failed: {err}"))?;
     Ok((out, err))
 }
@@ -87,9 +88,12 @@ fn probe(folder: &Path, width: u32) -> Result<impl Fn(&str) -> String, Failed> {
     fs::write(folder.join("probe.html"), PROBE.replace("WIDTH", &width.to_string()))?;
     let (dom, log) = browse(folder, "probe.html", &["--dump-dom"])?;
     check(!log.contains("CONSOLE"), || format!("messages in the browser's console:\n{log}"))?;
-    let answers = dom.split_once("<pre id=\"answers\">").and_then(|(_, rest)| rest.split_once("</pre>"));
+    let answers =
+        dom.split_once("<pre id=\"answers\">").and_then(|(_, rest)| rest.split_once("</pre>"));
     let answers = answers.map(|(answers, _)| answers.to_owned()).unwrap_or_default();
-    check(answers.contains("title="), || format!("no answers from the browser: {dom:.2000}\n{log}"))?;
+    check(answers.contains("title="), || {
+        format!("no answers from the browser: {dom:.2000}\n{log}")
+    })?;
     Ok(move |name: &str| {
         let value = answers.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
         value.unwrap_or("nothing").to_owned()
@@ -118,7 +122,8 @@ const EVERYWHERE: [(&str, &str); 4] =
 fn a_run_with_findings() -> Tested {
     let folder = TempDir::new()?;
     let page = folder.path().join("page.html");
-    let output = umbra(&["demo", "-q", "kmalloc_oob_right", "kmalloc_uaf", "kasan_stack_oob"], &page);
+    let output =
+        umbra(&["demo", "-q", "kmalloc_oob_right", "kmalloc_uaf", "kasan_stack_oob"], &page);
     check(output.status.code() == Some(0), || format!("{output:?}"))?;
     for width in [360, 1200] {
         let answer = probe(folder.path(), width)?;
@@ -135,11 +140,18 @@ fn a_run_with_findings() -> Tested {
             ],
         )?;
         check(answer("title").contains("5 findings"), || answer("title"))?;
-        check(answer("sources").parse::<u32>().is_ok_and(|shown| shown >= 5), || "no source lines".into())?;
-        check(answer("map").parse::<u32>().is_ok_and(|paths| paths >= 3), || "the page map is empty".into())?;
+        check(answer("sources").parse::<u32>().is_ok_and(|shown| shown >= 5), || {
+            "no source lines".into()
+        })?;
+        check(answer("map").parse::<u32>().is_ok_and(|paths| paths >= 3), || {
+            "the page map is empty".into()
+        })?;
     }
     screenshot(folder.path(), &["--window-size=1200,1600"])?;
-    screenshot(folder.path(), &["--window-size=500,1600", "--blink-settings=preferredColorScheme=0"])
+    screenshot(
+        folder.path(),
+        &["--window-size=500,1600", "--blink-settings=preferredColorScheme=0"],
+    )
 }
 
 fn a_clean_run() -> Tested {
@@ -156,8 +168,14 @@ fn a_run_that_takes_too_long() -> Tested {
     let folder = TempDir::new()?;
     let kernel = folder.path().join("<kernel>&amp;");
     fs::write(&kernel, umbra::kernel::test_kernel().unwrap_or_default())?;
-    let args =
-        ["run", kernel.to_str().unwrap_or_default(), "--timeout", "1ms", "--cmdline", "scenarios=huge_churn"];
+    let args = [
+        "run",
+        kernel.to_str().unwrap_or_default(),
+        "--timeout",
+        "1ms",
+        "--cmdline",
+        "scenarios=huge_churn",
+    ];
     let output = umbra(&args, &folder.path().join("page.html"));
     check(output.status.code() == Some(4), || format!("{output:?}"))?;
     let answer = probe(folder.path(), 1200)?;
@@ -179,8 +197,10 @@ type Test = (&'static str, fn() -> Tested);
 
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
-    let browser =
-        Command::new(CHROMIUM).arg("--version").output().is_ok_and(|output| output.status.success());
+    let browser = Command::new(CHROMIUM)
+        .arg("--version")
+        .output()
+        .is_ok_and(|output| output.status.success());
     let missing = if !browser {
         Some("chromium is not installed".to_owned())
     } else if umbra::kernel::test_kernel().is_none() {
@@ -197,6 +217,7 @@ fn main() -> ExitCode {
         ("a_run_that_takes_too_long", a_run_that_takes_too_long),
         ("a_path_that_cannot_be_written", a_path_that_cannot_be_written),
     ];
-    let trials = tests.map(|(name, test)| Trial::test(name, test).with_ignored_flag(missing.is_some()));
+    let trials =
+        tests.map(|(name, test)| Trial::test(name, test).with_ignored_flag(missing.is_some()));
     libtest_mimic::run(&arguments, trials.into()).exit_code()
 }

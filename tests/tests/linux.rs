@@ -1,4 +1,5 @@
-//! Real Linux, booted as a user boots it: the small kernel of `cargo xtask linux` by each protocol, and Debian's own.
+//! Real Linux, booted as a user boots it: the small kernel of `cargo xtask linux` by each protocol,
+//! and Debian's own.
 
 use std::process::{ExitCode, Stdio};
 use std::time::Duration;
@@ -12,7 +13,8 @@ use umbra_tests::suite::{Need, Suite};
 
 /// The program.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_umbra-under-test");
-/// No guest here needs as long as this; where ring 0 is emulated and the machine is shared, some need a good part of it.
+/// No guest here needs as long as this; where ring 0 is emulated and the machine is shared, some
+/// need a good part of it.
 const LIMIT: Duration = Duration::from_secs(1500);
 /// `1: jmp 1b`.
 const SPIN: [u8; 2] = [0xeb, 0xfe];
@@ -66,7 +68,11 @@ fn elf_64m_panics() {
     let run = sysrq(linux("small/vmlinux", &SPIN).args("--memory 64M"), b'c');
     run.expect(3);
     assert_eq!(run.outcome(), "panic");
-    assert!(run.stderr.contains("umbra: the guest panicked: sysrq triggered crash"), "{}", run.tail());
+    assert!(
+        run.stderr.contains("umbra: the guest panicked: sysrq triggered crash"),
+        "{}",
+        run.tail()
+    );
     let tail = run.stats["console_tail"].as_array().expect("the last lines");
     assert!(
         tail.iter().any(|line| line.as_str().is_some_and(|line| line.contains("Kernel panic"))),
@@ -90,21 +96,27 @@ fn pvh_5g_switches_itself_off() {
     has(&run, 5 * 1024, 1);
 }
 
-/// A kernel that looks at ACPI's tables only. By the time that it is off it has no console any more, so that what is seen of that is
-/// what it wrote to the power management registers; and it is told to print no more, so that nothing else tells it.
+/// A kernel that looks at ACPI's tables only. By the time that it is off it has no console any
+/// more, so that what is seen of that is what it wrote to the power management registers; and it is
+/// told to print no more, so that nothing else tells it.
 fn acpi_names_the_cpus_and_switches_off() {
     for (boot, cpus) in [("elf", 2), ("pvh", 1)] {
-        let umbra = linux("acpi/vmlinux", &SPIN).args(&format!("--memory 64M --cpus {cpus} --boot {boot}"));
+        let umbra =
+            linux("acpi/vmlinux", &SPIN).args(&format!("--memory 64M --cpus {cpus} --boot {boot}"));
         let mut started = with_keyboard(umbra);
         started.wait_for("stdout", INIT);
-        // Nothing tells that the first of them is done: what it says is not printed if it interrupts the printing of another
-        // line, for by the time that this is over, level 0 hides it.
+        // Nothing tells that the first of them is done: what it says is not printed if it
+        // interrupts the printing of another line, for by the time that this is over, level 0 hides
+        // it.
         started.types(&[1, b'b', b'0', 1, b'b', b'o']);
         let run = started.wait();
         run.expect(0);
         assert_eq!(run.outcome(), "power-off");
         let console = console(&run);
-        assert!(console.contains("ACPI: Using ACPI (MADT) for SMP configuration information"), "{console}");
+        assert!(
+            console.contains("ACPI: Using ACPI (MADT) for SMP configuration information"),
+            "{console}"
+        );
         assert!(!console.contains("Power down"), "{console}");
         assert!(!console.contains("ACPI Error") && !console.contains("ACPI BIOS"), "{console}");
         has(&run, 64, cpus);
@@ -131,7 +143,10 @@ fn of_64g_linux_is_told_and_the_host_keeps_them() {
     let run = boots(umbra);
     let console = console(&run);
     for range in ["0000000000100000-0x00000000bfffffff", "0000000100000000-0x000000103fffffff"] {
-        assert!(console.contains(&format!("BIOS-e820: [mem 0x{range}] usable")), "no {range}:\n{console}");
+        assert!(
+            console.contains(&format!("BIOS-e820: [mem 0x{range}] usable")),
+            "no {range}:\n{console}"
+        );
     }
     assert!(run.figure("/host/rss_peak_bytes") < 128 << 20, "{}", run.stats);
 }
@@ -152,8 +167,11 @@ fn bzimage_128m_unpacks_itself() {
 
 fn a_guest_that_never_ends_meets_the_time_limit() {
     let umbra = Umbra::new(PROGRAM, "run").arg(kernel("small/vmlinux"));
-    let run =
-        umbra.args("--shadow off --memory 64M --timeout 40s --initrd").file(&initrd(&SPIN)).collect().run();
+    let run = umbra
+        .args("--shadow off --memory 64M --timeout 40s --initrd")
+        .file(&initrd(&SPIN))
+        .collect()
+        .run();
     run.expect(4);
     assert_eq!(run.outcome(), "time-limit");
     let tail = run.stats["console_tail"].as_array().expect("the last lines");
@@ -194,8 +212,9 @@ fn a_program_runs_to_its_end() {
         a.db(line)?;
         a.assemble(0)
     };
-    let run =
-        linux("small/vmlinux", &program().expect("code that can be encoded")).args("--memory 64M").run();
+    let run = linux("small/vmlinux", &program().expect("code that can be encoded"))
+        .args("--memory 64M")
+        .run();
     run.expect(0);
     assert_eq!(run.outcome(), "reset");
     assert!(console(&run).contains("hello from the first program"), "{}", console(&run));
@@ -208,7 +227,10 @@ fn debians_kernel_reaches_its_first_program() {
     let run = boots(umbra.arg("--initrd").file(&initrd(&SPIN)).collect());
     let console = console(&run);
     assert!(console.contains("Debian"), "{console}");
-    assert!(console.contains("ACPI: Using ACPI (MADT) for SMP configuration information"), "{console}");
+    assert!(
+        console.contains("ACPI: Using ACPI (MADT) for SMP configuration information"),
+        "{console}"
+    );
 }
 
 fn main() -> ExitCode {
@@ -243,9 +265,9 @@ fn main() -> ExitCode {
     let programs =
         Need::unless(match Kvm::open().map_err(|e| e.to_string()).map(|kvm| runs_programs(&kvm)) {
             Ok(Ok(true)) => None,
-            Ok(Ok(false)) => {
-                Some("a probe guest found that system calls from ring 3 do not reach ring 0 here".into())
-            }
+            Ok(Ok(false)) => Some(
+                "a probe guest found that system calls from ring 3 do not reach ring 0 here".into(),
+            ),
             Ok(Err(error)) => Some(format!("a probe guest failed: {error}")),
             Err(error) => Some(error),
         });

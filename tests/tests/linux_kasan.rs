@@ -1,7 +1,8 @@
-//! Linux that is checked by Umbra: the patched kernel of `cargo xtask linux`, and its own tests of KASAN in it.
+//! Linux that is checked by Umbra: the patched kernel of `cargo xtask linux`, and its own tests of
+//! KASAN in it.
 //!
-//! What each case has to come to is what it comes to with Linux's own KASAN, in `data/kasan-suite.txt`
-//! (`cargo xtask linux expected` makes that list anew).
+//! What each case has to come to is what it comes to with Linux's own KASAN, in
+//! `data/kasan-suite.txt` (`cargo xtask linux expected` makes that list anew).
 
 use std::fs;
 use std::io::Write;
@@ -94,9 +95,9 @@ fn suite_with_rings() {
     };
     let uaf = finding("kmalloc_uaf");
     for event in ["allocated", "freed"] {
-        let through = uaf[event]["frames"]
-            .as_array()
-            .is_some_and(|frames| frames.iter().any(|frame| frame["symbol"].as_str() == Some("kmalloc_uaf")));
+        let through = uaf[event]["frames"].as_array().is_some_and(|frames| {
+            frames.iter().any(|frame| frame["symbol"].as_str() == Some("kmalloc_uaf"))
+        });
         assert!(through, "{event}: {uaf}");
     }
     assert_eq!(uaf["kind"], "slab-use-after-free");
@@ -106,7 +107,11 @@ fn suite_with_rings() {
 
 fn suite_in_sync_mode() {
     let run = suite(KERNEL, "--notify sync", &expected());
-    assert!(!run.findings.iter().any(|finding| finding["kind"] == "shadow-tampering"), "{}", run.tail());
+    assert!(
+        !run.findings.iter().any(|finding| finding["kind"] == "shadow-tampering"),
+        "{}",
+        run.tail()
+    );
 }
 
 fn suite_with_virtual_memory() {
@@ -122,8 +127,8 @@ fn suite_with_virtual_memory() {
     assert!(kinds.count() > 0, "{}", run.tail());
 }
 
-/// What the replay initcall reads (`mm/umbra_replay.c`): as many allocations of each kind, of all sizes; then the frees of every
-/// second one.
+/// What the replay initcall reads (`mm/umbra_replay.c`): as many allocations of each kind, of all
+/// sizes; then the frees of every second one.
 fn recording(of_each: u32) -> Vec<u8> {
     const KINDS: u32 = 3;
     let slots = KINDS * of_each;
@@ -133,10 +138,15 @@ fn recording(of_each: u32) -> Vec<u8> {
         events.extend(slot.to_le_bytes());
         events.extend(size.to_le_bytes());
     };
-    // Allocations of a kind, and after them its frees, have the numbers 0 to 5. A cache has one size, a block of pages an order.
+    // Allocations of a kind, and after them its frees, have the numbers 0 to 5. A cache has one
+    // size, a block of pages an order.
     let which = |slot: u32| (slot / KINDS % 4) as u8;
     for slot in 0..slots {
-        let size = if slot % KINDS == 1 { 24 + 100 * u32::from(which(slot)) } else { 1 + slot * slot % 9000 };
+        let size = if slot % KINDS == 1 {
+            24 + 100 * u32::from(which(slot))
+        } else {
+            1 + slot * slot % 9000
+        };
         event(slot % KINDS * 2, which(slot), slot, size);
     }
     for slot in (0..slots).filter(|slot| (slot / KINDS).is_multiple_of(2)) {
@@ -152,13 +162,17 @@ fn recording(of_each: u32) -> Vec<u8> {
 
 fn boots_and_works_without_a_finding() {
     // Without a first program Linux panics at the end.
-    let umbra =
-        linux(KERNEL, "", &format!("{NO_SUITE} umbra_replay=1")).args("--mark").arg("memory at the end");
+    let umbra = linux(KERNEL, "", &format!("{NO_SUITE} umbra_replay=1"))
+        .args("--mark")
+        .arg("memory at the end");
     let run = umbra.arg("--initrd").file(&recording(100)).collect().run();
     run.expect(3);
     assert_eq!(run.figure("/findings"), 0, "{}", run.tail());
     let console = console(&run);
-    assert!(console.contains("KernelAddressSanitizer initialized (per-page shadow, in the sandbox, ring)"));
+    assert!(
+        console
+            .contains("KernelAddressSanitizer initialized (per-page shadow, in the sandbox, ring)")
+    );
     assert!(!console.contains("BUG: "), "{console}");
     assert!(console.contains("umbra replay: 300 allocations, 150 frees, 0 failed"), "{console}");
     assert!(console.contains("Kernel panic - not syncing: No working init found"));
@@ -169,8 +183,10 @@ fn boots_and_works_without_a_finding() {
 fn what_lies_in_a_memory_pool_is_free() {
     let run = linux(KERNEL, "", &format!("{NO_SUITE} umbra_replay=pools")).collect().run();
     run.expect(1);
-    // One read of an element while it is in its pool, for a pool of slab objects and one of pages; using others is silent.
-    let kinds: Vec<_> = run.findings.iter().map(|finding| finding["kind"].as_str().expect("text")).collect();
+    // One read of an element while it is in its pool, for a pool of slab objects and one of pages;
+    // using others is silent.
+    let kinds: Vec<_> =
+        run.findings.iter().map(|finding| finding["kind"].as_str().expect("text")).collect();
     assert_eq!(kinds, ["slab-use-after-free", "use-after-free"], "{}", run.tail());
     assert!(console(&run).contains("umbra replay: pools are done"));
 }
@@ -178,8 +194,9 @@ fn what_lies_in_a_memory_pool_is_free() {
 fn follows_the_quarantine_and_redzone_settings() {
     // Linux's case for a quarantine: memory that was just freed is not handed out again.
     let case = |options: &str| {
-        let run =
-            linux(KERNEL, options, &format!("{SUITE} kunit.filter_glob=kasan.kmalloc_uaf2")).collect().run();
+        let run = linux(KERNEL, options, &format!("{SUITE} kunit.filter_glob=kasan.kmalloc_uaf2"))
+            .collect()
+            .run();
         let cases = ktap::cases(&console(&run));
         assert_eq!(cases.len(), 1, "{}", run.tail());
         cases[0].verdict
@@ -193,8 +210,10 @@ fn follows_the_quarantine_and_redzone_settings() {
         run.expect(0);
         let console = console(&run);
         let line = console.lines().find(|line| line.contains("umbra replay: memory at the end"));
-        let mut words =
-            line.expect("it says so").split_ascii_whitespace().skip_while(|word| *word != "MemFree:");
+        let mut words = line
+            .expect("it says so")
+            .split_ascii_whitespace()
+            .skip_while(|word| *word != "MemFree:");
         words.nth(1).and_then(|kib| kib.parse::<u64>().ok()).expect("a number")
     };
     let (apart, close) = (free("--quarantine off"), free("--quarantine off --redzone off"));
@@ -228,8 +247,8 @@ impl Write for Screen {
 /// What the kernel says last where nothing is left out of its way but a first program.
 const END: &str = "Kernel panic - not syncing: No working init found";
 
-/// Boots on an Umbra that tells something else by CPUID than the real one: the kernel says why it is not checked, and goes on
-/// without.
+/// Boots on an Umbra that tells something else by CPUID than the real one: the kernel says why it
+/// is not checked, and goes on without.
 fn told(change: fn(&mut [CpuidLeaf]), why: &str) {
     let screen = Screen::default();
     let config = Config {
@@ -241,7 +260,8 @@ fn told(change: fn(&mut [CpuidLeaf]), why: &str) {
         ..Config::default()
     };
     let stop = AtomicBool::new(false);
-    let report = sandbox::run(&config, Box::new(screen.clone()), Box::new(()), &stop).expect("it boots");
+    let report =
+        sandbox::run(&config, Box::new(screen.clone()), Box::new(()), &stop).expect("it boots");
     let console = String::from_utf8_lossy(&screen.0.lock().unwrap()).into_owned();
     assert!(console.contains(&format!("kasan: umbra: memory is NOT checked: {why}")), "{console}");
     assert!(console.contains(END), "{console}");
@@ -285,7 +305,18 @@ fn shadow_limit() {
 /// QEMU's software CPU, with nothing of Umbra.
 fn qemu(cmdline: &str) -> String {
     let mut qemu = Command::new("qemu-system-x86_64");
-    qemu.args(["-accel", "tcg", "-cpu", "max", "-m", "128", "-nodefaults", "-display", "none", "-no-reboot"]);
+    qemu.args([
+        "-accel",
+        "tcg",
+        "-cpu",
+        "max",
+        "-m",
+        "128",
+        "-nodefaults",
+        "-display",
+        "none",
+        "-no-reboot",
+    ]);
     qemu.args(["-serial", "stdio", "-kernel"]).arg(kernel(BZIMAGE)).arg("-append");
     qemu.arg(format!("console=ttyS0 panic=-1 reboot=k {cmdline}"));
     let output = qemu.output().expect("QEMU starts");
@@ -312,15 +343,18 @@ const SOURCES: &str = "source/linux-source-6.1";
 /// Runs a program that has to succeed.
 fn succeeds(command: &mut Command) {
     let output = command.output().expect("it starts");
-    let said = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned());
+    let said =
+        [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned());
     assert!(output.status.success(), "{command:?}: {}", said.concat());
 }
 
 /// Linux's own checker has nothing to say about the patches, and `git am` takes them.
 fn patches_are_in_good_form() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../guest/linux/patches");
-    let mut patches: Vec<_> =
-        fs::read_dir(folder).expect("it is there").map(|entry| entry.expect("it is read").path()).collect();
+    let mut patches: Vec<_> = fs::read_dir(folder)
+        .expect("it is there")
+        .map(|entry| entry.expect("it is read").path())
+        .collect();
     patches.sort();
     assert!(!patches.is_empty());
     let (sources, tree) = (kernel(SOURCES), tempfile::tempdir().expect("a folder"));
@@ -339,7 +373,12 @@ fn patches_are_in_good_form() {
     }
     let git = || {
         let mut git = Command::new("git");
-        git.current_dir(&tree).args(["-c", "user.name=umbra", "-c", "user.email=umbra@example.org"]);
+        git.current_dir(&tree).args([
+            "-c",
+            "user.name=umbra",
+            "-c",
+            "user.email=umbra@example.org",
+        ]);
         git
     };
     succeeds(git().args(["init", "--quiet"]));
@@ -350,14 +389,22 @@ fn patches_are_in_good_form() {
 
 fn main() -> ExitCode {
     let need = need(KERNEL);
-    let sources = Need::unless(
-        (!kernel(SOURCES).exists() || !Need::has("git") || !Need::has("perl"))
-            .then(|| "it needs git, perl, and the sources that `cargo xtask linux` fetches".to_owned()),
-    );
+    let sources =
+        Need::unless((!kernel(SOURCES).exists() || !Need::has("git") || !Need::has("perl")).then(
+            || "it needs git, perl, and the sources that `cargo xtask linux` fetches".to_owned(),
+        ));
     let mut suite = Suite::default();
     suite.add("linux_kasan::patches_are_in_good_form", &sources, patches_are_in_good_form);
-    suite.add("linux_kasan::boots_and_works_without_a_finding", &need, boots_and_works_without_a_finding);
-    suite.add("linux_kasan::what_lies_in_a_memory_pool_is_free", &need, what_lies_in_a_memory_pool_is_free);
+    suite.add(
+        "linux_kasan::boots_and_works_without_a_finding",
+        &need,
+        boots_and_works_without_a_finding,
+    );
+    suite.add(
+        "linux_kasan::what_lies_in_a_memory_pool_is_free",
+        &need,
+        what_lies_in_a_memory_pool_is_free,
+    );
     suite.add(
         "linux_kasan::follows_the_quarantine_and_redzone_settings",
         &need,
@@ -371,8 +418,8 @@ fn main() -> ExitCode {
     suite.add("linux_kasan::boots_unchecked_on_another_version", &need, another_version);
     suite.add("linux_kasan::boots_unchecked_with_windows_too_small", &need, windows_too_small);
     suite.add("linux_kasan::ends_at_the_shadow_limit", &need, shadow_limit);
-    let missing =
-        (!Need::has("qemu-system-x86_64")).then(|| "QEMU is not installed: qemu-system-x86".to_owned());
+    let missing = (!Need::has("qemu-system-x86_64"))
+        .then(|| "QEMU is not installed: qemu-system-x86".to_owned());
     let emulator = umbra_tests::linux::need(BZIMAGE).and(&Need::unless(missing));
     suite.add("linux_kasan::boots_unchecked_under_qemu", &emulator, boots_unchecked_under_qemu);
     suite.add("linux_kasan::suite_under_qemu", &emulator, suite_under_qemu);

@@ -1,4 +1,5 @@
-//! Quarantine and redzones: their sizes are kept to, they can be switched off, and what they cost is told.
+//! Quarantine and redzones: their sizes are kept to, they can be switched off, and what they cost
+//! is told.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -42,8 +43,9 @@ fn config(cmdline: &str) -> Config {
 /// Runs the test kernel to its regular end; what it said, too.
 fn run(config: &Config) -> (Report, String) {
     let console = Console::default();
-    let report = sandbox::run(config, Box::new(console.clone()), Box::new(()), &AtomicBool::new(false))
-        .expect("it boots");
+    let report =
+        sandbox::run(config, Box::new(console.clone()), Box::new(()), &AtomicBool::new(false))
+            .expect("it boots");
     let said = String::from_utf8(console.0.lock().expect("no panic").clone()).expect("text");
     assert!(matches!(report.outcome, Outcome::Done), "{}\n{said}", report.outcome);
     assert_eq!(report.stats.events.refused, 0);
@@ -52,7 +54,8 @@ fn run(config: &Config) -> (Report, String) {
 
 const OFF: QuarantineSize = QuarantineSize::Bytes(0);
 
-/// What makes a use after free visible is the quarantine: without it the memory belongs to another object by then.
+/// What makes a use after free visible is the quarantine: without it the memory belongs to another
+/// object by then.
 fn finds_what_was_reused(shadow: ShadowMode, notify: Notify) {
     for (quarantine, found) in [(QuarantineSize::Auto, 1), (OFF, 0)] {
         let config = Config { quarantine, shadow, notify, ..config("scenarios=quarantine_uaf") };
@@ -78,12 +81,16 @@ fn keeps_to_its_size(notify: Notify, cpus: u8) {
         1 => (256 << 10, "scenarios=huge_churn churn=3000"),
         _ => (64 << 10, "scenarios=- smp=600"),
     };
-    let config = Config { quarantine: QuarantineSize::Bytes(limit), notify, cpus, ..config(cmdline) };
+    let config =
+        Config { quarantine: QuarantineSize::Bytes(limit), notify, cpus, ..config(cmdline) };
     let (report, _) = run(&config);
     let figures = report.stats.quarantine;
     assert!(figures.peak_bytes <= limit && figures.peak_bytes >= limit / 2, "{figures:?}");
     assert!(figures.bytes <= figures.peak_bytes && figures.bytes > 0, "{figures:?}");
-    assert!(figures.released > 0 && figures.held == figures.released + figures.objects, "{figures:?}");
+    assert!(
+        figures.released > 0 && figures.held == figures.released + figures.objects,
+        "{figures:?}"
+    );
     if cpus == 1 {
         assert!(report.findings.is_empty());
     }
@@ -103,16 +110,23 @@ fn gives_way(notify: Notify) {
 
 /// Both objects are told, the current and the previous one, and who made the work that freed one.
 fn tells_both_objects(notify: Notify) {
-    let (report, _) = run(&Config { notify, ..config("scenarios=stale_pointer_to_reused,queued_work_uaf") });
+    let (report, _) =
+        run(&Config { notify, ..config("scenarios=stale_pointer_to_reused,queued_work_uaf") });
     let findings: Vec<_> = report.findings.iter().map(|(finding, _)| finding).collect();
     let [reused, queued] = findings[..] else { panic!("{} findings", findings.len()) };
     let function = |event: &Event, name: &str| {
-        event.frames.iter().any(|frame| frame.symbol.as_deref().is_some_and(|symbol| symbol.contains(name)))
+        event
+            .frames
+            .iter()
+            .any(|frame| frame.symbol.as_deref().is_some_and(|symbol| symbol.contains(name)))
     };
     let text = umbra::report::text::to_string(reused, Default::default());
     assert_eq!(reused.object.as_ref().map(|object| object.size), Some(40));
     let previous = reused.previous.as_ref().unwrap_or_else(|| panic!("{text}"));
-    assert_eq!((previous.size, previous.start), (64, reused.object.as_ref().expect("as above").start));
+    assert_eq!(
+        (previous.size, previous.start),
+        (64, reused.object.as_ref().expect("as above").start)
+    );
     let allocated = previous.allocated.as_ref().expect("who allocated it");
     assert!(function(allocated, "stale_pointer_to_reused"), "{text}");
     assert!(function(&previous.freed, "stale_pointer_to_reused"), "{text}");
@@ -127,16 +141,23 @@ fn tells_both_objects(notify: Notify) {
     assert!(text.contains("\nLast potentially related work creation:\n "), "{text}");
 }
 
-/// With tables past their budget the findings are the same; what is missing is said, and what was dropped is counted.
+/// With tables past their budget the findings are the same; what is missing is said, and what was
+/// dropped is counted.
 fn little_room_for_provenance(notify: Notify) {
-    let cmdline = "scenarios=huge_churn,kmalloc_oob_right,kmalloc_uaf,kmem_cache_double_free churn=1000";
+    let cmdline =
+        "scenarios=huge_churn,kmalloc_oob_right,kmalloc_uaf,kmem_cache_double_free churn=1000";
     let config = Config { notify, ..config(cmdline) };
     let (all, _) = run(&config);
     let headlines = |report: &Report| {
         let findings = report.findings.iter();
-        findings.map(|(finding, seen)| (finding.headline(Default::default()), seen)).collect::<Vec<_>>()
+        findings
+            .map(|(finding, seen)| (finding.headline(Default::default()), seen))
+            .collect::<Vec<_>>()
     };
-    assert!(headlines(&all).len() >= 4 && all.findings.iter().all(|(finding, _)| finding.notes.is_empty()));
+    assert!(
+        headlines(&all).len() >= 4
+            && all.findings.iter().all(|(finding, _)| finding.notes.is_empty())
+    );
     for budget in [0, 4096, 7 << 10] {
         let (report, _) = run(&Config { provenance: budget, ..config.clone() });
         assert_eq!(headlines(&report), headlines(&all), "{budget}");
@@ -167,7 +188,8 @@ fn slots(config: &Config) -> (Report, Vec<u64>) {
     (report, slots)
 }
 
-/// With redzones off, objects lie as in a kernel that is not checked. Uses after free are found all the same.
+/// With redzones off, objects lie as in a kernel that is not checked. Uses after free are found all
+/// the same.
 fn redzones_can_be_off() {
     let config = config("slots scenarios=kmalloc_uaf,exact_fit,huge_churn churn=300");
     let (unchecked, plain) = slots(&Config { shadow: ShadowMode::Off, ..config.clone() });
@@ -213,7 +235,9 @@ fn main() -> ExitCode {
         suite.add(format!("{name}: little room for provenance"), &need, move || {
             little_room_for_provenance(notify);
         });
-        suite.add(format!("{name}: both objects are told"), &need, move || tells_both_objects(notify));
+        suite.add(format!("{name}: both objects are told"), &need, move || {
+            tells_both_objects(notify)
+        });
     }
     suite.add("redzones can be off", &need, redzones_can_be_off);
     suite.add("redzones are counted", &need, redzones_are_counted);

@@ -1,5 +1,6 @@
-//! The test kernel on several CPUs: a stress in which objects go from CPU to CPU, with no false finding and no lost
-//! notification, and one planted bug for each two CPUs, found with the right CPU, allocation and free.
+//! The test kernel on several CPUs: a stress in which objects go from CPU to CPU, with no false
+//! finding and no lost notification, and one planted bug for each two CPUs, found with the right
+//! CPU, allocation and free.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -15,7 +16,8 @@ use umbra_tests::suite::{Need, Suite};
 
 /// Allocator operations of each CPU.
 const OPERATIONS: u32 = 300;
-/// A bug is told by its number: the CPU that frees, times this, and the CPU that uses. As in `guest/kernel/src/stress.rs`.
+/// A bug is told by its number: the CPU that frees, times this, and the CPU that uses. As in
+/// `guest/kernel/src/stress.rs`.
 const PLANTED: u64 = 4;
 
 /// The run's report and what the kernel said.
@@ -30,8 +32,9 @@ fn run(cpus: u8, shadow: ShadowMode, notify: Notify, operations: u32) -> (Report
         ..Config::default()
     };
     let console = Console::default();
-    let report = sandbox::run(&config, Box::new(console.clone()), Box::new(()), &AtomicBool::new(false))
-        .expect("it boots");
+    let report =
+        sandbox::run(&config, Box::new(console.clone()), Box::new(()), &AtomicBool::new(false))
+            .expect("it boots");
     assert!(matches!(report.outcome, Outcome::Done), "{}", report.outcome);
     assert_eq!(report.stats.events.refused, 0);
     let said = console.0.lock().expect("no panic").clone();
@@ -54,7 +57,10 @@ impl Write for Console {
 
 /// The allocations and frees that the kernel says that the stress has made.
 fn counted(said: &str) -> (u64, u64) {
-    let line = said.lines().find(|line| line.contains(" allocations, ")).expect("the stress came to its end");
+    let line = said
+        .lines()
+        .find(|line| line.contains(" allocations, "))
+        .expect("the stress came to its end");
     let mut numbers = line.split_ascii_whitespace().filter_map(|word| word.parse().ok());
     (numbers.next().expect("allocations"), numbers.next().expect("frees"))
 }
@@ -98,7 +104,10 @@ fn stress(cpus: u8, shadow: ShadowMode, notify: Notify) {
     let (other, nothing) = run(cpus, shadow, notify, 0);
     let other = &other.stats.events;
     assert_eq!(counted(&nothing), (0, 0));
-    assert_eq!((events.allocations - other.allocations, events.frees - other.frees), counted(&said));
+    assert_eq!(
+        (events.allocations - other.allocations, events.frees - other.frees),
+        counted(&said)
+    );
     assert!(counted(&said).0 > u64::from(cpus) * 50, "{said}");
     if notify == Notify::Ring {
         // Not only for the findings: rings were full in between.
@@ -117,7 +126,8 @@ fn main() -> ExitCode {
             ("full/ring", ShadowMode::Full, Notify::Ring),
             ("full/sync", ShadowMode::Full, Notify::Sync),
         ] {
-            suite.add(format!("{cpus} CPUs, {name}"), &kernel, move || stress(cpus, shadow, notify));
+            suite
+                .add(format!("{cpus} CPUs, {name}"), &kernel, move || stress(cpus, shadow, notify));
         }
     }
     suite.run()

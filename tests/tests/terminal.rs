@@ -1,4 +1,5 @@
-//! The terminal as a guest's console: keys reach the guest, and the terminal is put back however the run ends.
+//! The terminal as a guest's console: keys reach the guest, and the terminal is put back however
+//! the run ends.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -19,8 +20,8 @@ const BASE: u64 = 1 << 20;
 /// Nothing here takes as long.
 const HUNG: Duration = Duration::from_secs(60);
 
-/// A guest that passes for Linux, prints `>` without a line end, and then each key that comes; `q` makes it reset itself,
-/// `c` crash.
+/// A guest that passes for Linux, prints `>` without a line end, and then each key that comes; `q`
+/// makes it reset itself, `c` crash.
 fn echo() -> Vec<u8> {
     let code = || -> Result<Vec<u8>, IcedError> {
         let mut a = CodeAssembler::new(64)?;
@@ -67,7 +68,10 @@ impl OnTerminal {
         let (mut main, mut other) = (0, 0);
         let null = std::ptr::null_mut();
         // SAFETY: two descriptors to fill in; the rest is left to its defaults.
-        assert_eq!(unsafe { libc::openpty(&mut main, &mut other, null, null.cast(), null.cast()) }, 0);
+        assert_eq!(
+            unsafe { libc::openpty(&mut main, &mut other, null, null.cast(), null.cast()) },
+            0
+        );
         // SAFETY: new descriptors that nobody else has.
         let (main, other) = unsafe { (OwnedFd::from_raw_fd(main), OwnedFd::from_raw_fd(other)) };
         let dir = TempDir::new().expect("a temporary directory");
@@ -79,9 +83,10 @@ impl OnTerminal {
         command.arg("run").arg(&path).args(["--memory", "16M"]).args(args).env_remove("RUST_LOG");
         command.stdin(clone()).stdout(clone()).stderr(clone());
         let leads = || {
-            // SAFETY: both only concern the calling process, and may be called between fork and exec. Its standard
-            // input is the terminal.
-            let result = unsafe { if libc::setsid() < 0 { -1 } else { libc::ioctl(0, libc::TIOCSCTTY, 0) } };
+            // SAFETY: both only concern the calling process, and may be called between fork and
+            // exec. Its standard input is the terminal.
+            let result =
+                unsafe { if libc::setsid() < 0 { -1 } else { libc::ioctl(0, libc::TIOCSCTTY, 0) } };
             if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
         };
         // SAFETY: the closure allocates nothing and takes no lock.
@@ -98,8 +103,13 @@ impl OnTerminal {
         let begin = Instant::now();
         let mut file = File::from(self.main.try_clone().expect("a copy"));
         while !String::from_utf8_lossy(&self.seen).contains(text) {
-            assert!(begin.elapsed() < HUNG, "no {text:?} in {:?}", String::from_utf8_lossy(&self.seen));
-            let mut poll = libc::pollfd { fd: self.main.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+            assert!(
+                begin.elapsed() < HUNG,
+                "no {text:?} in {:?}",
+                String::from_utf8_lossy(&self.seen)
+            );
+            let mut poll =
+                libc::pollfd { fd: self.main.as_raw_fd(), events: libc::POLLIN, revents: 0 };
             // SAFETY: one descriptor, ours.
             if unsafe { libc::poll(&mut poll, 1, 100) } > 0 {
                 let mut chunk = [0; 4096];
@@ -132,7 +142,8 @@ impl OnTerminal {
                 panic!("it does not end: {:?}", String::from_utf8_lossy(&self.seen));
             }
             // It may wait for its output to be read.
-            let mut poll = libc::pollfd { fd: self.main.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+            let mut poll =
+                libc::pollfd { fd: self.main.as_raw_fd(), events: libc::POLLIN, revents: 0 };
             // SAFETY: one descriptor, ours.
             if unsafe { libc::poll(&mut poll, 1, 10) } > 0 {
                 let _ = File::from(self.main.try_clone().expect("a copy")).read(&mut [0; 4096]);

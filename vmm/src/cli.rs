@@ -16,7 +16,9 @@ use crate::machine::layout;
 use crate::machine::loader::Protocol;
 use crate::report::text::{self, TextStyle};
 use crate::report::{Finding, Names, html, json};
-use crate::sandbox::{self, Config, Console, GuestFile, Observer, Redzone, Report, RunError, ShadowMode};
+use crate::sandbox::{
+    self, Config, Console, GuestFile, Observer, Redzone, Report, RunError, ShadowMode,
+};
 use crate::shadow::{Notify, QuarantineSize};
 use crate::terminal;
 
@@ -39,17 +41,19 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run a kernel. Its console goes to standard output, findings to standard error. A Linux kernel's console reads
-    /// standard input; Ctrl-A x ends the run, Ctrl-A b sends a break, Ctrl-A Ctrl-A sends Ctrl-A.
+    /// Run a kernel. Its console goes to standard output, findings to standard error. A Linux
+    /// kernel's console reads standard input; Ctrl-A x ends the run, Ctrl-A b sends a break, Ctrl-A
+    /// Ctrl-A sends Ctrl-A.
     Run(Run),
-    /// Run the built-in test kernel, whose scenarios misbehave on purpose, and compare what is found with what is
-    /// expected. Exit status 0 when every scenario got its verdict.
+    /// Run the built-in test kernel, whose scenarios misbehave on purpose, and compare what is
+    /// found with what is expected. Exit status 0 when every scenario got its verdict.
     Demo(Demo),
 }
 
 #[derive(Args)]
 struct Run {
-    /// The kernel: an x86_64 ELF file, with symbols, and instrumented if it is to be checked; or a Linux bzImage.
+    /// The kernel: an x86_64 ELF file, with symbols, and instrumented if it is to be checked; or a
+    /// Linux bzImage.
     kernel: PathBuf,
     /// How to boot it.
     #[arg(long, value_enum, default_value_t = Boot::Auto)]
@@ -57,7 +61,8 @@ struct Run {
     /// A file for the kernel to find in memory.
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
-    /// The kernel's command line. Linux gets console=ttyS0, reboot=k and panic=-1 in front of it, unless it has them.
+    /// The kernel's command line. Linux gets console=ttyS0, reboot=k and panic=-1 in front of it,
+    /// unless it has them.
     #[arg(long, default_value = "", value_name = "STRING", allow_hyphen_values = true)]
     cmdline: String,
     #[command(flatten)]
@@ -71,7 +76,8 @@ struct Run {
     /// Write the run's figures as a JSON object to a file, or to standard output (-).
     #[arg(long, value_name = "FILE")]
     stats: Option<PathBuf>,
-    /// When the console first says this, count what the run has cost by then: `marks` in --stats. Can be given more than once.
+    /// When the console first says this, count what the run has cost by then: `marks` in --stats.
+    /// Can be given more than once.
     #[arg(long, value_name = "TEXT", requires = "stats", allow_hyphen_values = true)]
     mark: Vec<String>,
     /// Write a page about the run, to look at in a browser. It appears at the end, whole.
@@ -83,8 +89,8 @@ struct Run {
     /// Stop after so many different findings.
     #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..))]
     stop_at: u32,
-    /// How to print function names: as in the source, or as in the ELF (what scripts/decode_stacktrace.sh and
-    /// syzkaller look for).
+    /// How to print function names: as in the source, or as in the ELF (what
+    /// scripts/decode_stacktrace.sh and syzkaller look for).
     #[arg(long, value_enum, default_value_t = Symbols::Demangled)]
     symbols: Symbols,
 }
@@ -112,28 +118,30 @@ struct Guest {
     /// Guest memory.
     #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = parse_size)]
     memory: u64,
-    /// CPUs of the guest. More than one come with interrupt controllers, so that `hlt` no longer ends the run.
+    /// CPUs of the guest. More than one come with interrupt controllers, so that `hlt` no longer
+    /// ends the run.
     #[arg(long, default_value = "1", value_name = "N", value_parser = clap::value_parser!(u8).range(1..=MAX_CPUS))]
     cpus: u8,
     /// Which shadow to keep.
     #[arg(long, value_enum, default_value_t = Shadow::PerPage)]
     shadow: Shadow,
-    /// Who writes it: the guest, which tells of its allocations in a ring; or the VMM, at one call each, with the
-    /// shadow read-only for the guest.
+    /// Who writes it: the guest, which tells of its allocations in a ring; or the VMM, at one call
+    /// each, with the shadow read-only for the guest.
     #[arg(long, value_enum, default_value_t = HowToNotify::Ring)]
     notify: HowToNotify,
     /// Stop the guest rather than map more byte shadow than this.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     shadow_limit: Option<u64>,
-    /// How much freed memory waits before it is handed out again, so that uses of it are found: a SIZE, `off`, or `auto`
-    /// (1/32 of guest memory).
+    /// How much freed memory waits before it is handed out again, so that uses of it are found: a
+    /// SIZE, `off`, or `auto` (1/32 of guest memory).
     #[arg(long, default_value = "auto", value_name = "SIZE", value_parser = parse_quarantine)]
     quarantine: QuarantineSize,
-    /// Bytes between objects, where an overrun is found: a SIZE (a multiple of 8), `off` (objects lie as in a kernel that is
-    /// not checked), or `auto` (more behind larger objects).
+    /// Bytes between objects, where an overrun is found: a SIZE (a multiple of 8), `off` (objects
+    /// lie as in a kernel that is not checked), or `auto` (more behind larger objects).
     #[arg(long, default_value = "auto", value_name = "SIZE", value_parser = parse_redzone)]
     redzone: Redzone,
-    /// Host memory for who allocated and freed what. When it is used up, the oldest freed objects are forgotten first.
+    /// Host memory for who allocated and freed what. When it is used up, the oldest freed objects
+    /// are forgotten first.
     #[arg(long, default_value = "64M", value_name = "SIZE", value_parser = parse_size)]
     provenance: u64,
 }
@@ -185,12 +193,19 @@ fn parse_time(text: &str) -> Result<Limit, String> {
         return Ok(Limit(None));
     }
     let time = humantime::parse_duration(text).map_err(|e| format!("{e}; try 90s, 5m or none"))?;
-    if time.is_zero() { Err("no time at all; try 90s, 5m or none".into()) } else { Ok(Limit(Some(time))) }
+    if time.is_zero() {
+        Err("no time at all; try 90s, 5m or none".into())
+    } else {
+        Ok(Limit(Some(time)))
+    }
 }
 
 /// Sizes are binary, as with other VMMs: 256M are 256 MiB.
 fn parse_size(text: &str) -> Result<u64, String> {
-    parse_size::Config::new().with_binary().parse_size(text).map_err(|e| format!("{e}; try 256M or 2G"))
+    parse_size::Config::new()
+        .with_binary()
+        .parse_size(text)
+        .map_err(|e| format!("{e}; try 256M or 2G"))
 }
 
 fn parse_quarantine(text: &str) -> Result<QuarantineSize, String> {
@@ -198,7 +213,9 @@ fn parse_quarantine(text: &str) -> Result<QuarantineSize, String> {
         "auto" => Ok(QuarantineSize::Auto),
         "off" => Ok(QuarantineSize::Bytes(0)),
         _ => match parse_size(text).map_err(|e| format!("{e}, off or auto"))? {
-            bytes if bytes < QuarantineSize::LEAST => Err("less than 64K; try 8M, off or auto".into()),
+            bytes if bytes < QuarantineSize::LEAST => {
+                Err("less than 64K; try 8M, off or auto".into())
+            }
             bytes => Ok(QuarantineSize::Bytes(bytes)),
         },
     }
@@ -252,7 +269,11 @@ pub(crate) struct Printer {
 impl Printer {
     /// Text only.
     pub(crate) fn text(quiet: bool) -> Self {
-        Self { style: TextStyle { color: stderr_color(), names: Names::Demangled }, quiet, json: None }
+        Self {
+            style: TextStyle { color: stderr_color(), names: Names::Demangled },
+            quiet,
+            json: None,
+        }
     }
 }
 
@@ -273,7 +294,8 @@ impl Observer for Printer {
 
 /// Whether standard error gets colours: on a terminal, unless NO_COLOR is set.
 pub(crate) fn stderr_color() -> bool {
-    anstream::AutoStream::choice(&io::stderr()) != anstream::ColorChoice::Never && io::stderr().is_terminal()
+    anstream::AutoStream::choice(&io::stderr()) != anstream::ColorChoice::Never
+        && io::stderr().is_terminal()
 }
 
 /// Says something on standard error. If nobody listens there, the exit status has to do.
@@ -292,8 +314,9 @@ fn output(path: &Path) -> Result<Box<dyn Write + Send>> {
 
 /// Looks whether a page can be written to `path`, before the run begins.
 fn page(path: Option<&Path>) -> Result<Option<html::Target>> {
-    let target =
-        |path: &Path| html::Target::new(path).with_context(|| format!("cannot write {}", path.display()));
+    let target = |path: &Path| {
+        html::Target::new(path).with_context(|| format!("cannot write {}", path.display()))
+    };
     path.map(target).transpose()
 }
 
@@ -301,7 +324,8 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
     let kernel = GuestFile::open("kernel", &args.kernel)?;
     let initrd = args.initrd.as_deref().map(|path| GuestFile::open("initrd", path)).transpose()?;
     let page = page(args.html.as_deref())?;
-    let is_dash = |path: &Option<PathBuf>| path.as_ref().is_some_and(|path| path.as_os_str() == "-");
+    let is_dash =
+        |path: &Option<PathBuf>| path.as_ref().is_some_and(|path| path.as_os_str() == "-");
     let json = args.findings.as_deref().map(output).transpose()?;
     let stats = args.stats.as_deref().map(output).transpose()?;
     // Standard output is either the guest's or the JSON's.
@@ -393,11 +417,13 @@ fn demo(args: &Demo, stop: &AtomicBool) -> Result<u8> {
         chosen.retain(|scenario| scenario.expected.is_empty());
     }
     let page = page(args.html.as_deref())?;
-    let config = Config { picture: page.is_some(), ..args.guest.config(kernel.into(), String::new()) };
+    let config =
+        Config { picture: page.is_some(), ..args.guest.config(kernel.into(), String::new()) };
     demo::run(&config, &chosen, args.quiet, page, stop)
 }
 
-/// Puts the terminal back when a signal ends the process. For those that end the run first it comes before.
+/// Puts the terminal back when a signal ends the process. For those that end the run first it comes
+/// before.
 fn restore_terminal_at_signals() {
     use signal_hook::consts::{SIGABRT, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
     for signal in [SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGABRT] {
@@ -427,8 +453,9 @@ pub fn main() -> ExitCode {
     // The first Ctrl-C ends the run in good order; a second one ends the process.
     restore_terminal_at_signals();
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        let registered = signal_hook::flag::register_conditional_shutdown(signal, 130, stop.clone())
-            .and_then(|_| signal_hook::flag::register(signal, stop.clone()));
+        let registered =
+            signal_hook::flag::register_conditional_shutdown(signal, 130, stop.clone())
+                .and_then(|_| signal_hook::flag::register(signal, stop.clone()));
         if let Err(error) = registered {
             log::warn!("signals are not handled: {error}");
         }
@@ -441,7 +468,8 @@ pub fn main() -> ExitCode {
         Ok(status) => status.into(),
         Err(error) => match error.downcast_ref() {
             Some(RunError::Abandoned(outcome)) => {
-                // Standard error may be what nobody reads, so a thread that need not come back says it.
+                // Standard error may be what nobody reads, so a thread that need not come back says
+                // it.
                 let status = outcome.status(false);
                 std::thread::spawn(move || say(format_args!("{error:#}")));
                 std::thread::sleep(Duration::from_millis(200));
@@ -479,7 +507,10 @@ mod tests {
         assert_eq!(parse_quarantine("64K"), Ok(QuarantineSize::Bytes(64 << 10)));
         assert!(parse_quarantine("63K").is_err_and(|e| e.contains("64K")));
         assert!(parse_quarantine("none").is_err_and(|e| e.contains("off")));
-        assert_eq!((parse_redzone("auto"), parse_redzone("off")), (Ok(Redzone::Adaptive), Ok(Redzone::Off)));
+        assert_eq!(
+            (parse_redzone("auto"), parse_redzone("off")),
+            (Ok(Redzone::Adaptive), Ok(Redzone::Off))
+        );
         assert_eq!(parse_redzone("4K"), Ok(Redzone::Bytes(4096)));
         for bad in ["0", "1", "12", "4104", "much"] {
             assert!(parse_redzone(bad).is_err_and(|e| e.contains("try 32")), "{bad}");
@@ -496,7 +527,9 @@ mod tests {
 
     #[test]
     fn keep_going_and_stop_at_exclude_each_other() {
-        assert!(Cli::try_parse_from(["umbra", "run", "k", "--keep-going", "--stop-at", "3"]).is_err());
+        assert!(
+            Cli::try_parse_from(["umbra", "run", "k", "--keep-going", "--stop-at", "3"]).is_err()
+        );
         assert!(Cli::try_parse_from(["umbra", "run", "k", "--stop-at", "0"]).is_err());
         assert!(Cli::try_parse_from(["umbra", "run", "k", "--keep-going"]).is_ok());
     }

@@ -1,5 +1,5 @@
-//! `umbra demo`: the built-in test kernel's scenarios, each held against its expected verdict, and what the shadow cost
-//! beside a full one.
+//! `umbra demo`: the built-in test kernel's scenarios, each held against its expected verdict, and
+//! what the shadow cost beside a full one.
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
@@ -85,12 +85,16 @@ fn as_expected(finding: &Finding) -> Expected {
         kind: finding.kind.to_owned(),
         access: finding.access.to_string(),
         size: finding.size,
-        offset: finding.object.as_ref().map(|object| object.offset).or_else(|| offset_from_variable(finding)),
+        offset: finding
+            .object
+            .as_ref()
+            .map(|object| object.offset)
+            .or_else(|| offset_from_variable(finding)),
     }
 }
 
-/// Where the first bad byte lies, seen from the start of the variable that it belongs to. Of a stack frame's variables that is
-/// the nearest.
+/// Where the first bad byte lies, seen from the start of the variable that it belongs to. Of a
+/// stack frame's variables that is the nearest.
 fn offset_from_variable(finding: &Finding) -> Option<i64> {
     if let Some(variable) = &finding.variable {
         return Some(finding.shadow.first_bad.wrapping_sub(variable.start).cast_signed());
@@ -105,7 +109,8 @@ fn offset_from_variable(finding: &Finding) -> Option<i64> {
     i64::try_from(at - i128::from(nearest.offset)).ok()
 }
 
-/// Takes the guest's console and passes it on, line by line, but for the lines that say that a scenario ran.
+/// Takes the guest's console and passes it on, line by line, but for the lines that say that a
+/// scenario ran.
 struct Console {
     line: Vec<u8>,
     ran: Arc<Mutex<Vec<String>>>,
@@ -138,8 +143,8 @@ impl Write for Console {
 /// Bytes that the names of scenarios may take on the command line, which the boot protocol bounds.
 const NAMES_MAX: usize = 1800;
 
-/// The word of the command line that has a test kernel whose scenarios are `all` run `chosen`. Where their names are too long,
-/// those of the others are told, or none if there are no others.
+/// The word of the command line that has a test kernel whose scenarios are `all` run `chosen`.
+/// Where their names are too long, those of the others are told, or none if there are no others.
 pub fn choice(all: &[Scenario], chosen: &[Scenario]) -> String {
     let named = |word: &str, scenarios: &[&Scenario]| {
         let names: Vec<_> = scenarios.iter().map(|s| s.name.as_str()).collect();
@@ -157,7 +162,8 @@ pub fn choice(all: &[Scenario], chosen: &[Scenario]) -> String {
 /// `config`, for a guest that runs `chosen`.
 fn config_for(config: &Config, chosen: &[Scenario]) -> Config {
     // Whatever is wrong with the file is told when it is to be booted.
-    let all = config.kernel.read().ok().and_then(|elf| kernel::scenarios(&elf).ok()).unwrap_or_default();
+    let all =
+        config.kernel.read().ok().and_then(|elf| kernel::scenarios(&elf).ok()).unwrap_or_default();
     Config {
         cmdline: format!("{} {}", choice(&all, chosen), config.cmdline),
         timeout: config.timeout.or(Some(TIMEOUT)),
@@ -165,7 +171,8 @@ fn config_for(config: &Config, chosen: &[Scenario]) -> Config {
     }
 }
 
-/// Runs `chosen` in one guest. `config.cmdline` is added to what names them; its kernel is the test kernel.
+/// Runs `chosen` in one guest. `config.cmdline` is added to what names them; its kernel is the test
+/// kernel.
 ///
 /// # Errors
 /// The run could not begin.
@@ -197,7 +204,8 @@ pub fn verdicts(
     Ok((verdicts, report))
 }
 
-/// Runs the demonstration and prints what came of it. Returns the exit status: 0 when every scenario got its verdict.
+/// Runs the demonstration and prints what came of it. Returns the exit status: 0 when every
+/// scenario got its verdict.
 ///
 /// # Errors
 /// The run could not begin, or the page that was asked for could not be written.
@@ -208,7 +216,8 @@ pub(crate) fn run(
     page: Option<html::Target>,
     stop: &AtomicBool,
 ) -> Result<u8> {
-    let (verdicts, report) = verdicts(config, chosen, !quiet, Box::new(Printer::text(quiet)), stop)?;
+    let (verdicts, report) =
+        verdicts(config, chosen, !quiet, Box::new(Printer::text(quiet)), stop)?;
     let width = verdicts.iter().map(|v| v.name.len()).max().unwrap_or(0);
     let mut table = String::new();
     for verdict in &verdicts {
@@ -253,11 +262,20 @@ pub(crate) fn run(
 }
 
 /// Writes the page about the run.
-fn write_page(target: html::Target, config: &Config, verdicts: &[Verdict], report: &Report) -> Result<()> {
+fn write_page(
+    target: html::Target,
+    config: &Config,
+    verdicts: &[Verdict],
+    report: &Report,
+) -> Result<()> {
     let row = |verdict: &Verdict| html::Verdict {
         name: verdict.name.clone(),
         expected: in_words(&verdict.expected),
-        found: if verdict.ran { in_words(&verdict.found) } else { "it did not run to its end".into() },
+        found: if verdict.ran {
+            in_words(&verdict.found)
+        } else {
+            "it did not run to its end".into()
+        },
         good: verdict.good(),
     };
     let page = html::Page {
@@ -271,8 +289,14 @@ fn write_page(target: html::Target, config: &Config, verdicts: &[Verdict], repor
     target.write(|out| html::write(out, &page)).context("cannot write --html")
 }
 
-/// Runs the same once more with a full shadow and prints both costs. Returns whether that found the same.
-fn compare(config: &Config, chosen: &[Scenario], per_page: &Report, stop: &AtomicBool) -> Result<bool> {
+/// Runs the same once more with a full shadow and prints both costs. Returns whether that found the
+/// same.
+fn compare(
+    config: &Config,
+    chosen: &[Scenario],
+    per_page: &Report,
+    stop: &AtomicBool,
+) -> Result<bool> {
     let spinner = if io::stderr().is_terminal() {
         indicatif::ProgressBar::new_spinner()
     } else {
@@ -280,12 +304,14 @@ fn compare(config: &Config, chosen: &[Scenario], per_page: &Report, stop: &Atomi
     };
     spinner.enable_steady_tick(Duration::from_millis(100));
     spinner.set_message("the same with a full shadow, to compare");
-    let full = Config { shadow: ShadowMode::Full, shadow_limit: None, picture: false, ..config.clone() };
+    let full =
+        Config { shadow: ShadowMode::Full, shadow_limit: None, picture: false, ..config.clone() };
     let (verdicts, full) = verdicts(&full, chosen, false, Box::new(()), stop)?;
     spinner.finish_and_clear();
     let row = |report: &Report| {
         let s = &report.stats;
-        let instructions = s.guest.instructions.map_or("-".into(), |n| format!("{:.1} M", n as f64 / 1e6));
+        let instructions =
+            s.guest.instructions.map_or("-".into(), |n| format!("{:.1} M", n as f64 / 1e6));
         format!(
             "{:9} {:>12} {:>14} {:>12} {:>9} {:>13} {:>7}",
             s.shadow.mode,
@@ -328,7 +354,9 @@ mod tests {
     fn a_verdict_is_good_only_if_all_of_it_is() {
         let want = || vec![expected("a", Some(3)), expected("b", None)];
         assert!(verdict(true, want(), want()).good());
-        assert!(!verdict(true, want(), vec![expected("a", Some(3)), expected("b", Some(7))]).good());
+        assert!(
+            !verdict(true, want(), vec![expected("a", Some(3)), expected("b", Some(7))]).good()
+        );
         assert!(!verdict(false, want(), vec![expected("a", Some(3)), expected("b", None)]).good());
         assert!(!verdict(true, want(), vec![expected("a", Some(4)), expected("b", None)]).good());
         assert!(!verdict(true, want(), vec![expected("a", Some(3))]).good());
@@ -338,8 +366,11 @@ mod tests {
 
     #[test]
     fn many_scenarios_are_chosen_by_those_left_out() {
-        let one =
-            |i: u32| Scenario { name: format!("a_name_{i:03}"), expected: Vec::new(), about: String::new() };
+        let one = |i: u32| Scenario {
+            name: format!("a_name_{i:03}"),
+            expected: Vec::new(),
+            about: String::new(),
+        };
         let all: Vec<_> = (0..200).map(one).collect();
         assert_eq!(choice(&all, &all[3..5]), "scenarios=a_name_003,a_name_004");
         assert_eq!(choice(&all, &all), "");

@@ -15,7 +15,8 @@ pub struct Expected {
     pub access: String,
     /// Bytes of the access.
     pub size: u64,
-    /// Where the first bad byte lies, from the start of the object or variable; none if there is neither.
+    /// Where the first bad byte lies, from the start of the object or variable; none if there is
+    /// neither.
     pub offset: Option<i64>,
 }
 
@@ -46,7 +47,9 @@ pub enum ScenarioError {
     #[error("the test kernel's section {SECTION} is not text")]
     NotText(#[source] std::str::Utf8Error),
     /// A line is not `name|verdict|description`.
-    #[error("the test kernel describes a scenario as {line:?}, which is not `name|verdict|description`")]
+    #[error(
+        "the test kernel describes a scenario as {line:?}, which is not `name|verdict|description`"
+    )]
     Line {
         /// The line.
         line: String,
@@ -83,7 +86,8 @@ pub fn scenarios(elf: &[u8]) -> Result<Vec<Scenario>, ScenarioError> {
 
 fn scenario(line: &str) -> Result<Scenario, ScenarioError> {
     let mut parts = line.splitn(3, '|');
-    let (Some(name), Some(verdict), Some(about)) = (parts.next(), parts.next(), parts.next()) else {
+    let (Some(name), Some(verdict), Some(about)) = (parts.next(), parts.next(), parts.next())
+    else {
         return Err(ScenarioError::Line { line: line.to_owned() });
     };
     let expected = match verdict {
@@ -158,7 +162,10 @@ mod tests {
             offset,
         };
         let found = read(text).unwrap();
-        assert_eq!(found.iter().map(|s| s.name.as_str()).collect::<Vec<_>>(), ["quiet", "wild", "moves"]);
+        assert_eq!(
+            found.iter().map(|s| s.name.as_str()).collect::<Vec<_>>(),
+            ["quiet", "wild", "moves"]
+        );
         assert_eq!(found[0].about, "does no harm | at all");
         assert!(found[0].expected.is_empty());
         assert_eq!(
@@ -177,9 +184,16 @@ mod tests {
                 "{line}"
             );
         }
-        for bad in
-            ["", "loud", "k Read 1", "k Read x 1", "k Look 1 1", "k Read 1 1 1", "k Read 1 1;", "k Read -1 0"]
-        {
+        for bad in [
+            "",
+            "loud",
+            "k Read 1",
+            "k Read x 1",
+            "k Look 1 1",
+            "k Read 1 1 1",
+            "k Read 1 1;",
+            "k Read -1 0",
+        ] {
             let error = read(&format!("s|{bad}|about")).unwrap_err();
             assert!(
                 matches!(&error, ScenarioError::Verdict { scenario, .. } if scenario == "s"),
@@ -192,7 +206,10 @@ mod tests {
     fn files_without_descriptions_are_refused() {
         assert!(matches!(scenarios(b"not a kernel"), Err(ScenarioError::NotElf(_))));
         assert!(matches!(scenarios(&elf(".text", b"")), Err(ScenarioError::NoSection)));
-        assert!(matches!(scenarios(&elf(SECTION, b"\xff|silent|x")), Err(ScenarioError::NotText(_))));
+        assert!(matches!(
+            scenarios(&elf(SECTION, b"\xff|silent|x")),
+            Err(ScenarioError::NotText(_))
+        ));
         let mut cut = elf(SECTION, b"name|silent|about");
         let table = cut.len() - 3 * 64;
         cut[table + 2 * 64 + 24..][..8].copy_from_slice(&u64::MAX.to_le_bytes());
@@ -202,7 +219,9 @@ mod tests {
     #[test]
     fn the_built_in_kernel_describes_its_scenarios() {
         let Some(kernel) = test_kernel() else {
-            println!("SKIPPED: the_built_in_kernel_describes_its_scenarios: built without the test kernel");
+            println!(
+                "SKIPPED: the_built_in_kernel_describes_its_scenarios: built without the test kernel"
+            );
             return;
         };
         let all = scenarios(kernel).unwrap();

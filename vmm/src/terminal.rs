@@ -1,5 +1,5 @@
-//! The terminal as a guest's console: each key goes to the guest at once, and only the guest echoes. It is put back on every
-//! way out of the program that a program can do something on.
+//! The terminal as a guest's console: each key goes to the guest at once, and only the guest
+//! echoes. It is put back on every way out of the program that a program can do something on.
 
 use std::io::{self, IsTerminal, Read, stdin, stdout};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -7,7 +7,8 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use rustix::process::getpgrp;
 use rustix::termios::{
-    InputModes, LocalModes, OptionalActions, SpecialCodeIndex, Termios, tcgetattr, tcgetpgrp, tcsetattr,
+    InputModes, LocalModes, OptionalActions, SpecialCodeIndex, Termios, tcgetattr, tcgetpgrp,
+    tcsetattr,
 };
 
 use crate::sandbox::input::KEYS;
@@ -19,8 +20,8 @@ static RAW: AtomicBool = AtomicBool::new(false);
 /// Set when it shall not be changed any more.
 static OVER: Mutex<bool> = Mutex::new(false);
 
-/// What a guest's console may read: the terminal, if the console is shown there and the terminal is ours at the moment; or
-/// else a file or pipe.
+/// What a guest's console may read: the terminal, if the console is shown there and the terminal is
+/// ours at the moment; or else a file or pipe.
 pub fn input() -> Option<Box<dyn Read + Send>> {
     if !stdin().is_terminal() {
         return Some(Box::new(stdin()));
@@ -47,8 +48,10 @@ fn make_raw() -> io::Result<()> {
     }
     let before = tcgetattr(stdin())?;
     let mut raw = before.clone();
-    raw.local_modes -= LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG | LocalModes::IEXTEN;
-    raw.input_modes -= InputModes::ICRNL | InputModes::IXON | InputModes::ISTRIP | InputModes::BRKINT;
+    raw.local_modes -=
+        LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG | LocalModes::IEXTEN;
+    raw.input_modes -=
+        InputModes::ICRNL | InputModes::IXON | InputModes::ISTRIP | InputModes::BRKINT;
     raw.special_codes[SpecialCodeIndex::VMIN] = 1;
     raw.special_codes[SpecialCodeIndex::VTIME] = 0;
     // Before it can be needed.

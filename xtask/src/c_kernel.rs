@@ -18,8 +18,9 @@ pub fn run(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// Builds the runtime and, with every compiler that is there or can be installed, `target/guest/c-kernel-COMPILER`.
-/// Returns the kernels; for a compiler that is missing it says so.
+/// Builds the runtime and, with every compiler that is there or can be installed,
+/// `target/guest/c-kernel-COMPILER`. Returns the kernels; for a compiler that is missing it says
+/// so.
 pub fn build(context: &Context) -> Result<Vec<String>> {
     let folder = guest::build_library(context)?;
     let mut built = Vec::new();

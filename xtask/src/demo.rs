@@ -10,7 +10,8 @@ use crate::{Context, guest};
 
 /// Runs it. Returns only if that fails.
 pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
-    let boots = !arguments.iter().any(|argument| ["--list", "--help", "-h"].contains(&argument.as_str()));
+    let boots =
+        !arguments.iter().any(|argument| ["--list", "--help", "-h"].contains(&argument.as_str()));
     // Better said before minutes of building.
     if boots && let Some(problem) = kvm_problem() {
         bail!("{problem}");
@@ -22,7 +23,13 @@ pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
     context.progress.step("starting the demo");
     context.progress.finish();
     // It knows where the program is, wherever results are put.
-    context.cargo().args(["run", "--quiet"]).args(umbra).args(["--", "demo"]).args(arguments).replace()
+    context
+        .cargo()
+        .args(["run", "--quiet"])
+        .args(umbra)
+        .args(["--", "demo"])
+        .args(arguments)
+        .replace()
 }
 
 /// Why guests cannot be booted on this machine, if so, and what to do about it.

@@ -1,5 +1,6 @@
-//! Builds the guest: the runtime and the test kernel's allocators as one object each, never instrumented, with a `core`
-//! of their own; then the rest of the test kernel, instrumented through and through, linked with both.
+//! Builds the guest: the runtime and the test kernel's allocators as one object each, never
+//! instrumented, with a `core` of their own; then the rest of the test kernel, instrumented through
+//! and through, linked with both.
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::path::{Path, PathBuf};
@@ -31,7 +32,8 @@ const RUNTIME: Plain = Plain {
     package: "umbra-runtime",
     object: "libumbra_rt.o",
     kept: &["umbra_*", "__asan_*"],
-    // The runtime's checked memory functions take the C names, after its own unchecked ones were made local.
+    // The runtime's checked memory functions take the C names, after its own unchecked ones were
+    // made local.
     renamed: &[
         ("umbra_checked_memcpy", "memcpy"),
         ("umbra_checked_memmove", "memmove"),
@@ -51,7 +53,8 @@ const MEMORY: Plain = Plain {
     renamed: &[],
 };
 
-/// How any guest code is compiled: at fixed addresses in the highest 2 GiB, with frame pointers for stacks.
+/// How any guest code is compiled: at fixed addresses in the highest 2 GiB, with frame pointers for
+/// stacks.
 const COMMON: [&str; 5] = [
     "-Clinker-flavor=ld.lld",
     "-Crelocation-model=static",
@@ -60,10 +63,12 @@ const COMMON: [&str; 5] = [
     "-Cpanic=abort",
 ];
 
-/// How the kernel is instrumented: every check is a call, stack and globals have redzones. The mapping offset makes
-/// the compiler's own stores to a stack's shadow agree with the runtime's look-ups (address >>s 3, nothing added).
+/// How the kernel is instrumented: every check is a call, stack and globals have redzones. The
+/// mapping offset makes the compiler's own stores to a stack's shadow agree with the runtime's
+/// look-ups (address >>s 3, nothing added).
 ///
-/// rustc drops the names of variables in a release build unless it is told not to; findings on a stack show them.
+/// rustc drops the names of variables in a release build unless it is told not to; findings on a
+/// stack show them.
 const SANITIZER: [&str; 9] = [
     "-Zfewer-names=no",
     "-Zsanitizer=kernel-address",
@@ -125,7 +130,8 @@ impl<'a> Guest<'a> {
     fn new(context: &'a Context) -> Result<Self> {
         let tools = setup::guest_tools(context)?;
         let folder = context.root.join("target/guest");
-        fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        fs::create_dir_all(&folder)
+            .with_context(|| format!("cannot create {}", folder.display()))?;
         Ok(Self { context, tools, folder })
     }
 
@@ -139,18 +145,21 @@ impl<'a> Guest<'a> {
                 command.without(&name);
             }
         }
-        let mut all: Vec<String> = COMMON.iter().chain(flags).map(|&flag| flag.to_owned()).collect();
+        let mut all: Vec<String> =
+            COMMON.iter().chain(flags).map(|&flag| flag.to_owned()).collect();
         all.push(format!("-Clinker={}", self.tools.linker.display()));
         all.extend(
-            self.remapped().iter().map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display())),
+            self.remapped()
+                .iter()
+                .map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display())),
         );
         command
             .env("CARGO_ENCODED_RUSTFLAGS", all.join("\x1f"))
             .env("RUSTC", &compiler.rustc)
             // The sanitizer and the build of `core` are unstable features.
             .env("RUSTC_BOOTSTRAP", "1")
-            // Fewer instructions, and one unit of debug information for each crate: reading those of 16 would be most
-            // of the VMM's memory.
+            // Fewer instructions, and one unit of debug information for each crate: reading those
+            // of 16 would be most of the VMM's memory.
             .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "1")
             .args(["rustc", "--release", "--target", TARGET, "--target-dir"])
             .args([self.folder.join(part)]);
@@ -186,7 +195,10 @@ impl<'a> Guest<'a> {
         self.cargo(part, &[])
             .env("CARGO_PROFILE_RELEASE_LTO", "fat")
             .args(["--package", package, "--crate-type", "staticlib"])
-            .args(["-Zbuild-std=core,compiler_builtins", "-Zbuild-std-features=compiler-builtins-mem"])
+            .args([
+                "-Zbuild-std=core,compiler_builtins",
+                "-Zbuild-std-features=compiler-builtins-mem",
+            ])
             .run_or_fail(progress)?;
         let archive = self.built(part, &format!("lib{}.a", package.replace('-', "_")));
         let object = self.folder.join(library.object);
@@ -219,7 +231,8 @@ impl<'a> Guest<'a> {
             .args([&closed, &whole])
             .run_or_fail(progress)?;
         install(&whole, &object)?;
-        fs::write(&stamp, made_from).with_context(|| format!("cannot write {}", stamp.display()))?;
+        fs::write(&stamp, made_from)
+            .with_context(|| format!("cannot write {}", stamp.display()))?;
         Ok(object)
     }
 
@@ -242,10 +255,13 @@ impl<'a> Guest<'a> {
         )
     }
 
-    /// The runtime as an archive, for kernels in any language. Its memory functions are weak there: a kernel may have
-    /// its own, which are then not checked but where the kernel itself is instrumented.
+    /// The runtime as an archive, for kernels in any language. Its memory functions are weak there:
+    /// a kernel may have its own, which are then not checked but where the kernel itself is
+    /// instrumented.
     fn archive(&self, object: &Path) -> Result<()> {
-        let ar = which("ar").or_else(|| which("llvm-ar")).context("ar was not found: install binutils")?;
+        let ar = which("ar")
+            .or_else(|| which("llvm-ar"))
+            .context("ar was not found: install binutils")?;
         let [member, archive] =
             ["libumbra_rt.o", "libumbra_rt.a"].map(|name| self.folder.join("runtime").join(name));
         Command::new(&self.tools.objcopy, &self.folder)
@@ -272,15 +288,17 @@ impl<'a> Guest<'a> {
         let progress = &self.context.progress;
         progress.step("building the test kernel");
         let script = self.context.root.join("guest/kernel/link.ld");
-        // Cargo does not know about files that only the linker reads. With their content in its arguments, it links
-        // again when they changed, and compiles only the kernel's own crate for it.
+        // Cargo does not know about files that only the linker reads. With their content in its
+        // arguments, it links again when they changed, and compiles only the kernel's own crate for
+        // it.
         let files: Vec<&Path> = objects.iter().copied().chain([script.as_path()]).collect();
         let linked_with = fingerprint(&files, &[])?;
         self.cargo("kernel", &SANITIZER)
             .args(["--package", "umbra-kernel", "--bin", "umbra-kernel", "--features", "guest"])
             .args(["-Zbuild-std=core,alloc,compiler_builtins", "--"])
             .args(["--cfg".to_owned(), format!("umbra_linked_with=\"{linked_with}\"")])
-            // Findings tell where a global variable is declared; line tables alone do not have that.
+            // Findings tell where a global variable is declared; line tables alone do not have
+            // that.
             .args(["-Cdebuginfo=full"])
             .args(objects.iter().map(|object| link_argument("", object)))
             .args([link_argument("-T", &script)])
@@ -304,10 +322,11 @@ fn link_argument(option: &str, file: &Path) -> String {
     format!("-Clink-arg={option}{}", file.display())
 }
 
-/// Whether an environment variable, set for the host's build or by the cargo that started this, would change the
-/// guest's.
+/// Whether an environment variable, set for the host's build or by the cargo that started this,
+/// would change the guest's.
 fn disturbs(name: &str) -> bool {
-    let settings = ["CARGO_BUILD_", "CARGO_TARGET_", "CARGO_PROFILE_", "CARGO_UNSTABLE_", "CARGO_PKG_"];
+    let settings =
+        ["CARGO_BUILD_", "CARGO_TARGET_", "CARGO_PROFILE_", "CARGO_UNSTABLE_", "CARGO_PKG_"];
     let single = [
         "RUSTFLAGS",
         "CARGO_ENCODED_RUSTFLAGS",
@@ -327,12 +346,15 @@ fn fingerprint(files: &[&Path], names: &[&Path]) -> Result<String> {
     let mut hasher = DefaultHasher::new();
     names.hash(&mut hasher);
     for file in files {
-        fs::read(file).with_context(|| format!("cannot read {}", file.display()))?.hash(&mut hasher);
+        fs::read(file)
+            .with_context(|| format!("cannot read {}", file.display()))?
+            .hash(&mut hasher);
     }
     Ok(format!("{:016x}", hasher.finish()))
 }
 
-/// Copies a file, at once and only if it differs: what depends on it is rebuilt when its time changes.
+/// Copies a file, at once and only if it differs: what depends on it is rebuilt when its time
+/// changes.
 fn install(from: &Path, to: &Path) -> Result<()> {
     let content = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
     write_if_new(&content, to)
@@ -355,7 +377,9 @@ mod tests {
 
     #[test]
     fn settings_of_the_host_do_not_reach_the_guest() {
-        for name in ["RUSTFLAGS", "CARGO_BUILD_TARGET", "CARGO_TARGET_DIR", "CARGO_PROFILE_RELEASE_LTO"] {
+        for name in
+            ["RUSTFLAGS", "CARGO_BUILD_TARGET", "CARGO_TARGET_DIR", "CARGO_PROFILE_RELEASE_LTO"]
+        {
             assert!(disturbs(name), "{name}");
         }
         for name in ["PATH", "CARGO_HOME", "CARGO_NET_OFFLINE", "CARGO_HTTP_PROXY", "HOME"] {

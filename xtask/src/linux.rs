@@ -1,8 +1,9 @@
 //! `cargo xtask linux`: the Linux kernels that the tests boot.
 //!
-//! Some are built from Debian's `linux-source-6.1` with our own configurations, one of them with our patches; the other is
-//! Debian's stock cloud kernel as its package has it. Both packages are unpacked below `target/linux` and not installed.
-//! Beside each result lies a file that says what it was made from; as long as that is the same, it is not made again.
+//! Some are built from Debian's `linux-source-6.1` with our own configurations, one of them with
+//! our patches; the other is Debian's stock cloud kernel as its package has it. Both packages are
+//! unpacked below `target/linux` and not installed. Beside each result lies a file that says what
+//! it was made from; as long as that is the same, it is not made again.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -14,7 +15,8 @@ use anyhow::{Context as _, Result, bail};
 use crate::process::Command;
 use crate::{Context, setup};
 
-/// Debian's package with the sources, which is also the name of the archive in it and of the folder in that.
+/// Debian's package with the sources, which is also the name of the archive in it and of the folder
+/// in that.
 const SOURCE: &str = "linux-source-6.1";
 /// The package that names Debian's newest cloud kernel.
 const STOCK: &str = "linux-image-cloud-amd64";
@@ -35,7 +37,8 @@ const NEEDED: [(&str, &str); 9] = [
 pub struct Kernel {
     /// The folder below target/linux that it ends up in.
     pub name: &'static str,
-    /// Fragments of configuration, in guest/linux/config, one after the other on top of `make tinyconfig`.
+    /// Fragments of configuration, in guest/linux/config, one after the other on top of `make
+    /// tinyconfig`.
     config: &'static [&'static str],
     /// Whether guest/linux/patches are applied.
     patched: bool,
@@ -62,7 +65,8 @@ pub const COMPARED: [Kernel; 2] = [
     Kernel { name: "compare-kasan", config: &["small", "kasan", "replay"], patched: true },
 ];
 /// The same with Linux's own KASAN, and nothing of ours.
-pub const STOCK_KASAN: Kernel = Kernel { name: "kasan", config: &["small", "kasan"], patched: false };
+pub const STOCK_KASAN: Kernel =
+    Kernel { name: "kasan", config: &["small", "kasan"], patched: false };
 
 /// `cargo xtask linux`.
 pub fn run(context: &Context) -> Result<ExitCode> {
@@ -124,7 +128,8 @@ fn version(context: &Context, package: &str) -> Result<String> {
 /// An empty folder in place of whatever there is.
 fn empty(folder: &Path) -> Result<()> {
     if folder.exists() {
-        fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))?;
+        fs::remove_dir_all(folder)
+            .with_context(|| format!("cannot remove {}", folder.display()))?;
     }
     fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))
 }
@@ -134,7 +139,9 @@ fn source(context: &Context, version: &str) -> Result<PathBuf> {
     let folder = context.root.join("target/linux/source");
     let tree = folder.join(SOURCE);
     if !is_made_from(&folder, version) {
-        context.progress.step(&format!("fetching {SOURCE} {version}: the small Linux is built from it"));
+        context
+            .progress
+            .step(&format!("fetching {SOURCE} {version}: the small Linux is built from it"));
         empty(&folder)?;
         setup::unpack(context, SOURCE, version, &folder)?;
         context.progress.step("unpacking the sources of Linux");
@@ -150,7 +157,8 @@ fn source(context: &Context, version: &str) -> Result<PathBuf> {
 /// The patches, in order.
 fn patches(context: &Context) -> Result<Vec<PathBuf>> {
     let folder = context.root.join("guest/linux/patches");
-    let read = fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))?;
+    let read =
+        fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))?;
     let mut patches = read
         .map(|entry| Ok(entry?.path()))
         .collect::<Result<Vec<_>>>()
@@ -164,8 +172,8 @@ fn read(file: &Path) -> Result<String> {
     fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))
 }
 
-/// The sources of a version with our patches. What the patches leave alone are links to the files of the unpatched tree,
-/// which nothing writes to.
+/// The sources of a version with our patches. What the patches leave alone are links to the files
+/// of the unpatched tree, which nothing writes to.
 fn patched_source(context: &Context, version: &str, wanted: &str) -> Result<PathBuf> {
     let original = source(context, version)?;
     let folder = context.root.join("target/linux/source-umbra");
@@ -234,21 +242,30 @@ pub fn build_one(context: &Context, kernel: &Kernel) -> Result<PathBuf> {
     let config = read()?;
     let lost = lost(&fragment, &config);
     if !lost.is_empty() {
-        bail!("guest/linux/config asks for what Linux does not keep in {name}: {}", lost.join(", "));
+        bail!(
+            "guest/linux/config asks for what Linux does not keep in {name}: {}",
+            lost.join(", ")
+        );
     }
     context.progress.step(&format!("building Linux {version}, {name}: a few minutes"));
     let jobs = std::thread::available_parallelism().map_or(1, usize::from);
-    make().args([format!("-j{jobs}").as_str(), "vmlinux", "bzImage"]).run_or_fail(&context.progress)?;
-    for (from, to) in [("vmlinux", "vmlinux"), ("arch/x86/boot/bzImage", "bzImage"), (".config", "config")] {
+    make()
+        .args([format!("-j{jobs}").as_str(), "vmlinux", "bzImage"])
+        .run_or_fail(&context.progress)?;
+    for (from, to) in
+        [("vmlinux", "vmlinux"), ("arch/x86/boot/bzImage", "bzImage"), (".config", "config")]
+    {
         let (from, to) = (build.join(from), folder.join(to));
         fs::rename(&from, &to).with_context(|| format!("make left no {}", from.display()))?;
     }
     fs::remove_dir_all(&build).context("cannot remove the build's folder")?;
-    fs::write(stamp(&folder), wanted).with_context(|| format!("cannot write {}", folder.display()))?;
+    fs::write(stamp(&folder), wanted)
+        .with_context(|| format!("cannot write {}", folder.display()))?;
     Ok(folder)
 }
 
-/// The lines of a fragment that a configuration does not have. What one line says of an option, a later one may change.
+/// The lines of a fragment that a configuration does not have. What one line says of an option, a
+/// later one may change.
 fn lost<'a>(fragment: &'a str, config: &str) -> Vec<&'a str> {
     let kept: HashSet<_> = config.lines().collect();
     let set: HashSet<_> = config.lines().filter_map(|line| Some(line.split_once('=')?.0)).collect();
@@ -262,7 +279,8 @@ fn lost<'a>(fragment: &'a str, config: &str) -> Vec<&'a str> {
             said.insert(name, (line, is_kept));
         }
     }
-    let mut lost: Vec<_> = said.into_values().filter(|(_, is_kept)| !is_kept).map(|(line, _)| line).collect();
+    let mut lost: Vec<_> =
+        said.into_values().filter(|(_, is_kept)| !is_kept).map(|(line, _)| line).collect();
     lost.sort_unstable();
     lost
 }
@@ -283,7 +301,9 @@ fn stock(context: &Context, folder: &Path) -> Result<()> {
     setup::unpack(context, package, &version, &unpacked)?;
     let image = fs::read_dir(unpacked.join("boot"))?
         .filter_map(|entry| Some(entry.ok()?.path()))
-        .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-")))
+        .find(|path| {
+            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-"))
+        })
         .with_context(|| format!("{package} holds no kernel"))?;
     fs::rename(image, folder.join("bzImage")).context("cannot move Debian's kernel")?;
     fs::remove_dir_all(&unpacked).context("cannot remove what Debian's package holds besides")?;

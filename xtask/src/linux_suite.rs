@@ -1,5 +1,5 @@
-//! Linux's own tests of KASAN: in the kernel that Umbra checks, and in one with Linux's own KASAN for what they have to come
-//! to.
+//! Linux's own tests of KASAN: in the kernel that Umbra checks, and in one with Linux's own KASAN
+//! for what they have to come to.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -30,10 +30,15 @@ pub fn test(context: &Context) -> Result<ExitCode> {
     context.cargo().args(arguments).replace()
 }
 
-/// `cargo xtask linux expected`: runs the suite with Linux's own KASAN, on QEMU's software CPU, and writes the list.
+/// `cargo xtask linux expected`: runs the suite with Linux's own KASAN, on QEMU's software CPU, and
+/// writes the list.
 pub fn expected(context: &Context) -> Result<ExitCode> {
     let folder = linux::build_one(context, &STOCK_KASAN)?;
-    setup::packages(context, &[("qemu-system-x86_64", "qemu-system-x86")], "Linux's own KASAN runs on it")?;
+    setup::packages(
+        context,
+        &[("qemu-system-x86_64", "qemu-system-x86")],
+        "Linux's own KASAN runs on it",
+    )?;
     context.progress.step("running Linux's tests of KASAN with Linux's own KASAN, under QEMU");
     let mut qemu = Command::new("qemu-system-x86_64", &folder);
     qemu.args([

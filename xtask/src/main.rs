@@ -1,4 +1,5 @@
-//! Umbra's chores: `cargo xtask demo` and `cargo xtask test` set up what a machine lacks, build the guest and run.
+//! Umbra's chores: `cargo xtask demo` and `cargo xtask test` set up what a machine lacks, build the
+//! guest and run.
 
 mod c_kernel;
 mod demo;
@@ -34,25 +35,26 @@ struct Arguments {
 enum Task {
     /// Boot the test kernel under KVM and show what Umbra finds in it
     ///
-    /// Installs what is missing, builds the test kernel and Umbra, and runs `umbra demo`, whose exit status
-    /// it passes on.
+    /// Installs what is missing, builds the test kernel and Umbra, and runs `umbra demo`, whose
+    /// exit status it passes on.
     Demo {
-        /// Arguments for `umbra demo`: names of scenarios, or options (see `cargo xtask demo -- --help`)
+        /// Arguments for `umbra demo`: names of scenarios, or options (see `cargo xtask demo --
+        /// --help`)
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
         arguments: Vec<String>,
     },
     /// Run everything that is checked before a change lands: format, lints, documentation, tests
     ///
-    /// Installs what is missing first. The last line counts what passed, failed, and was skipped; a test that needs
-    /// KVM is skipped where there is none.
+    /// Installs what is missing first. The last line counts what passed, failed, and was skipped; a
+    /// test that needs KVM is skipped where there is none.
     Test {
         /// Only the tests whose names contain this, and none of the other checks
         name: Option<String>,
     },
     /// Measure what Umbra costs, and write BENCHMARKS.md
     ///
-    /// `cargo xtask bench -- --help` lists the parts and their options. Without arguments it measures all parts but
-    /// `linux`, which takes some minutes.
+    /// `cargo xtask bench -- --help` lists the parts and their options. Without arguments it
+    /// measures all parts but `linux`, which takes some minutes.
     Bench {
         /// `linux` for what booting Linux costs; otherwise parts and options
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
@@ -64,15 +66,17 @@ enum Task {
     Scenarios,
     /// Build the Linux kernels that the tests boot and fetch Debian's, into target/linux
     ///
-    /// They are Debian's linux-source-6.1 with configurations from guest/linux/config: a small one, and one with the patches in
-    /// guest/linux/patches, which Umbra checks. What a build needs is installed; the kernels are not.
+    /// They are Debian's linux-source-6.1 with configurations from guest/linux/config: a small one,
+    /// and one with the patches in guest/linux/patches, which Umbra checks. What a build needs is
+    /// installed; the kernels are not.
     Linux {
         #[command(subcommand)]
         task: Option<LinuxTask>,
     },
     /// Build the guest runtime and the test kernel from source, into target/guest
     Guest {
-        /// Only the runtime: libumbra_rt.a, to link into a kernel of your own, with umbra.h and umbra.mk for one in C
+        /// Only the runtime: libumbra_rt.a, to link into a kernel of your own, with umbra.h and
+        /// umbra.mk for one in C
         #[arg(long)]
         lib: bool,
         /// Only the runtime and the C test kernel, by gcc and by clang
@@ -87,7 +91,8 @@ enum LinuxTask {
     Test,
     /// Write down anew what these tests come to with Linux's own KASAN, under QEMU
     Expected,
-    /// Boot the same Linux without KASAN, with its own, and with Umbra's, and compare what that costs
+    /// Boot the same Linux without KASAN, with its own, and with Umbra's, and compare what that
+    /// costs
     ///
     /// Takes most of an hour where KVM emulates ring 0: Linux's own KASAN is slow there.
     Compare {
@@ -126,8 +131,9 @@ impl Context {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let outcome =
-        process::forward_signals().and_then(|()| Context::new(arguments.verbose)).and_then(|context| {
+    let outcome = process::forward_signals()
+        .and_then(|()| Context::new(arguments.verbose))
+        .and_then(|context| {
             let outcome = match arguments.task {
                 Task::Demo { arguments } => demo::run(&context, &arguments),
                 Task::Test { name } => Ok(tests::run(&context, name.as_deref())),
@@ -139,7 +145,9 @@ fn main() -> ExitCode {
                 Task::Linux { task: Some(LinuxTask::Compare { arguments }) } => {
                     linux_suite::compare(&context, &arguments)
                 }
-                Task::Guest { lib: true, .. } => guest::library(&context).map(|()| ExitCode::SUCCESS),
+                Task::Guest { lib: true, .. } => {
+                    guest::library(&context).map(|()| ExitCode::SUCCESS)
+                }
                 Task::Guest { c: true, .. } => c_kernel::run(&context).map(|()| ExitCode::SUCCESS),
                 Task::Guest { .. } => guest::run(&context).map(|()| ExitCode::SUCCESS),
             };
@@ -156,8 +164,9 @@ fn main() -> ExitCode {
 const NATIVE: [&str; 2] = ["replay", "native"];
 
 fn bench(context: &Context, arguments: &[String]) -> Result<ExitCode> {
-    let without =
-        |first: &String| NATIVE.contains(&first.as_str()) || first == "linux" || first.starts_with('-');
+    let without = |first: &String| {
+        NATIVE.contains(&first.as_str()) || first == "linux" || first.starts_with('-')
+    };
     if !arguments.first().is_some_and(without) {
         guest::build(context)?;
     }

@@ -1,7 +1,7 @@
 //! Runs other programs so that none outlives this one.
 //!
-//! Each has a process group of its own, which a signal that ends this program ends first; and the kernel ends it
-//! should this program be killed.
+//! Each has a process group of its own, which a signal that ends this program ends first; and the
+//! kernel ends it should this program be killed.
 
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead as _, BufReader};
@@ -27,11 +27,13 @@ pub fn forward_signals() -> Result<()> {
                 // SAFETY: `kill` may be called in a signal handler, and takes no memory of ours.
                 unsafe { libc::kill(-group, SIGTERM) };
             }
-            // Its error could not be told from here; the default action for these signals is to end.
+            // Its error could not be told from here; the default action for these signals is to
+            // end.
             let _ = signal_hook::low_level::emulate_default_handler(signal);
         };
         // SAFETY: the handler calls only what may be called in one.
-        unsafe { signal_hook::low_level::register(signal, forward) }.context("cannot handle signals")?;
+        unsafe { signal_hook::low_level::register(signal, forward) }
+            .context("cannot handle signals")?;
     }
     Ok(())
 }
@@ -100,7 +102,8 @@ impl Command {
         }
         let status = child.wait();
         RUNNING.store(0, SeqCst);
-        let status = status.with_context(|| format!("cannot wait for {}", self.program.display()))?;
+        let status =
+            status.with_context(|| format!("cannot wait for {}", self.program.display()))?;
         Ok(Finished { success: status.success(), output })
     }
 
@@ -136,7 +139,8 @@ impl Command {
         // SAFETY: getpid has no preconditions.
         let parent = unsafe { libc::getpid() };
         let end_with_parent = move || {
-            // SAFETY: both only concern the calling process, and may be called between fork and exec.
+            // SAFETY: both only concern the calling process, and may be called between fork and
+            // exec.
             let orphaned = unsafe {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) != 0 || libc::getppid() != parent
             };
@@ -144,7 +148,8 @@ impl Command {
         };
         // SAFETY: the closure allocates nothing and takes no lock.
         unsafe { self.inner.pre_exec(end_with_parent) };
-        let child = self.inner.spawn().with_context(|| format!("cannot run {}", self.program.display()))?;
+        let child =
+            self.inner.spawn().with_context(|| format!("cannot run {}", self.program.display()))?;
         RUNNING.store(i32::try_from(child.id()).unwrap_or(0), SeqCst);
         Ok(child)
     }
@@ -152,7 +157,8 @@ impl Command {
 
 /// What a program prints to its standard output, if it can be run and succeeds.
 pub fn ask(program: &Path, arguments: &[&str]) -> Option<String> {
-    let output = std::process::Command::new(program).args(arguments).stdin(Stdio::null()).output().ok()?;
+    let output =
+        std::process::Command::new(program).args(arguments).stdin(Stdio::null()).output().ok()?;
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 

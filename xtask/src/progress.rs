@@ -28,7 +28,8 @@ impl Progress {
             };
             // The template is a constant; if it were wrong, the default style does as well.
             bar.set_style(
-                ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_spinner()),
+                ProgressStyle::with_template(template)
+                    .unwrap_or_else(|_| ProgressStyle::default_spinner()),
             );
             bar
         });

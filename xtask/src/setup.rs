@@ -55,10 +55,13 @@ fn advice(missing: Missing) -> String {
     }
 }
 
-/// Tries to get a compiler with sources: first the sources for the active compiler, then Debian's pair.
+/// Tries to get a compiler with sources: first the sources for the active compiler, then Debian's
+/// pair.
 fn compiler(context: &Context) -> Result<()> {
     if let Some(rustup) = which("rustup") {
-        context.progress.step("installing rust-src by rustup: the guest's core library is built from source");
+        context
+            .progress
+            .step("installing rust-src by rustup: the guest's core library is built from source");
         let added = Command::new(rustup, &context.root)
             .args(["component", "add", "rust-src"])
             .run(&context.progress)?
@@ -90,25 +93,28 @@ fn compiler(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// The version that apt would install of both packages, if it is the same and new enough. Takes what
-/// `apt-cache policy` says about the two.
+/// The version that apt would install of both packages, if it is the same and new enough. Takes
+/// what `apt-cache policy` says about the two.
 fn matching_pair(policy: &str) -> Option<&str> {
     let mut candidates = policy.lines().filter_map(|line| line.trim().strip_prefix("Candidate: "));
     let (compiler, sources) = (candidates.next()?, candidates.next()?);
     (compiler == sources && Version::parse(compiler)? >= OLDEST).then_some(compiler)
 }
 
-/// Installs packages, where there is apt-get and the right to use it; else does nothing, and the look that
-/// follows tells the user what to do. Never removes a package for it.
+/// Installs packages, where there is apt-get and the right to use it; else does nothing, and the
+/// look that follows tells the user what to do. Never removes a package for it.
 fn apt_install(context: &Context, packages: &[&str]) -> Result<()> {
     if let Some(apt) = Apt::find(context) {
         let install = || {
             let mut command = apt.command("apt-get", &context.root);
-            command.args(["install", "-y", "-qq", "--no-install-recommends", "--no-remove"]).args(packages);
+            command
+                .args(["install", "-y", "-qq", "--no-install-recommends", "--no-remove"])
+                .args(packages);
             command.run(&context.progress)
         };
         // A list of packages that is missing or old names files that are gone.
-        let update = || apt.command("apt-get", &context.root).args(["update", "-qq"]).run(&context.progress);
+        let update =
+            || apt.command("apt-get", &context.root).args(["update", "-qq"]).run(&context.progress);
         let installed = install()?.success || (update()?.success && install()?.success);
         if !installed {
             context.progress.say(&format!("apt-get could not install {}", packages.join(" ")));
@@ -117,23 +123,36 @@ fn apt_install(context: &Context, packages: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Whether programs are there; tries to install those that are not, by Debian packages of the same names.
+/// Whether programs are there; tries to install those that are not, by Debian packages of the same
+/// names.
 pub fn programs(context: &Context, names: &[&str]) -> Result<bool> {
     let missing = || names.iter().copied().filter(|name| which(name).is_none()).collect::<Vec<_>>();
     let wanted = missing();
     if !wanted.is_empty() {
-        context.progress.step(&format!("installing {}: C kernels are built with it", wanted.join(" and ")));
+        context
+            .progress
+            .step(&format!("installing {}: C kernels are built with it", wanted.join(" and ")));
         apt_install(context, &wanted)?;
     }
     Ok(missing().is_empty())
 }
 
 /// Whether files are there; tries to install Debian's packages of those that are not, for a reason.
-pub fn packages(context: &Context, wanted: &[(&str, &'static str)], why: &str) -> Result<Vec<&'static str>> {
-    let there =
-        |what: &str| if what.starts_with('/') { Path::new(what).exists() } else { which(what).is_some() };
-    let missing =
-        || wanted.iter().filter(|(what, _)| !there(what)).map(|(_, package)| *package).collect::<Vec<_>>();
+pub fn packages(
+    context: &Context,
+    wanted: &[(&str, &'static str)],
+    why: &str,
+) -> Result<Vec<&'static str>> {
+    let there = |what: &str| {
+        if what.starts_with('/') { Path::new(what).exists() } else { which(what).is_some() }
+    };
+    let missing = || {
+        wanted
+            .iter()
+            .filter(|(what, _)| !there(what))
+            .map(|(_, package)| *package)
+            .collect::<Vec<_>>()
+    };
     let packages = missing();
     if !packages.is_empty() {
         context.progress.step(&format!("installing {}: {why}", packages.join(", ")));
@@ -142,7 +161,8 @@ pub fn packages(context: &Context, wanted: &[(&str, &'static str)], why: &str) -
     Ok(missing())
 }
 
-/// The version of a package that apt would install; `None` where there is no apt, or no such package.
+/// The version of a package that apt would install; `None` where there is no apt, or no such
+/// package.
 pub fn candidate(context: &Context, package: &str) -> Result<Option<String>> {
     if which("apt-cache").is_none() {
         return Ok(None);
@@ -164,12 +184,15 @@ pub fn candidate(context: &Context, package: &str) -> Result<Option<String>> {
     ask()
 }
 
-/// Downloads a package of a version into an empty folder, and unpacks it there. Nothing is installed.
+/// Downloads a package of a version into an empty folder, and unpacks it there. Nothing is
+/// installed.
 pub fn unpack(context: &Context, package: &str, version: &str, folder: &Path) -> Result<()> {
-    std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    std::fs::create_dir_all(folder)
+        .with_context(|| format!("cannot create {}", folder.display()))?;
     let wanted = format!("{package}={version}");
-    let download =
-        || Command::new("apt-get", folder).args(["download", "-qq", &wanted]).run(&context.progress);
+    let download = || {
+        Command::new("apt-get", folder).args(["download", "-qq", &wanted]).run(&context.progress)
+    };
     if !download()?.success {
         // The list of packages may be old.
         if let Some(apt) = Apt::find(context) {
@@ -189,12 +212,15 @@ pub fn unpack(context: &Context, package: &str, version: &str, folder: &Path) ->
     std::fs::remove_file(&archive).with_context(|| format!("cannot remove {}", archive.display()))
 }
 
-/// A browser for the tests of the page that `--html` writes. Without one they are skipped, and say so.
+/// A browser for the tests of the page that `--html` writes. Without one they are skipped, and say
+/// so.
 pub fn browser(context: &Context) -> Result<()> {
     if which("chromium").is_some() || Apt::find(context).is_none() {
         return Ok(());
     }
-    context.progress.step("installing chromium: the page that --html writes is tested in a browser");
+    context
+        .progress
+        .step("installing chromium: the page that --html writes is tested in a browser");
     // Without fonts a page is nearly empty.
     apt_install(context, &["chromium", "fonts-dejavu-core"])
 }
@@ -214,7 +240,8 @@ impl Apt {
         }
         let sudo = which("sudo")?;
         // `-n`: there may be nobody to ask for a password.
-        let may = Command::new(&sudo, &context.root).args(["-n", "true"]).stream(|_| {}).ok()?.success;
+        let may =
+            Command::new(&sudo, &context.root).args(["-n", "true"]).stream(|_| {}).ok()?.success;
         may.then_some(Self { sudo: Some(sudo) })
     }
 
@@ -232,10 +259,15 @@ impl Apt {
     }
 }
 
-/// Whether a part of the toolchain that cargo calls (`fmt`, `clippy`) is there; tries to install it by rustup.
+/// Whether a part of the toolchain that cargo calls (`fmt`, `clippy`) is there; tries to install it
+/// by rustup.
 pub fn component(context: &Context, program: &str, component: &str) -> Result<bool> {
     let works = || -> Result<bool> {
-        Ok(context.cargo().args([program, "--version"]).stream(|_| {}).is_ok_and(|finished| finished.success))
+        Ok(context
+            .cargo()
+            .args([program, "--version"])
+            .stream(|_| {})
+            .is_ok_and(|finished| finished.success))
     };
     if works()? {
         return Ok(true);
@@ -244,7 +276,9 @@ pub fn component(context: &Context, program: &str, component: &str) -> Result<bo
         return Ok(false);
     };
     context.progress.step(&format!("installing {component} by rustup: `cargo {program}` needs it"));
-    Command::new(rustup, &context.root).args(["component", "add", component]).run(&context.progress)?;
+    Command::new(rustup, &context.root)
+        .args(["component", "add", component])
+        .run(&context.progress)?;
     works()
 }
 

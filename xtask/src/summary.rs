@@ -26,7 +26,8 @@ struct Harness {
 }
 
 impl Summary {
-    /// Takes a line. True if it is worth showing: what passing tests print is not, but for the reason of a skip.
+    /// Takes a line. True if it is worth showing: what passing tests print is not, but for the
+    /// reason of a skip.
     pub fn line(&mut self, line: &str) -> bool {
         if line.starts_with("running ") && (line.ends_with(" tests") || line == "running 1 test") {
             self.end_harness();
@@ -38,7 +39,8 @@ impl Summary {
         };
         if let Some(result) = line.strip_prefix("test result: ") {
             let count = |what: &str| count(result, what);
-            // A test that skipped itself passed, for libtest. One of libtest-mimic may be ignored besides.
+            // A test that skipped itself passed, for libtest. One of libtest-mimic may be ignored
+            // besides.
             let own = harness.skipped.iter().filter(|name| !harness.has_ignored(name)).count();
             self.passed += count("passed").saturating_sub(own);
             self.failed += count("failed");
@@ -65,7 +67,8 @@ impl Summary {
         !harness.passing
     }
 
-    /// After the last line; `success` tells whether the program that ran the harnesses said all was well.
+    /// After the last line; `success` tells whether the program that ran the harnesses said all was
+    /// well.
     pub fn end(&mut self, success: bool) {
         let before = self.failed;
         self.end_harness();
@@ -82,7 +85,9 @@ impl Summary {
 
 impl Harness {
     fn has_ignored(&self, name: &str) -> bool {
-        self.ignored.iter().any(|ignored| ignored == name || ignored.ends_with(&format!("::{name}")))
+        self.ignored
+            .iter()
+            .any(|ignored| ignored == name || ignored.ends_with(&format!("::{name}")))
     }
 }
 
@@ -163,7 +168,11 @@ mod tests {
 
         let died = "running 1 test\nrunning 1 test\ntest result: ok. 1 passed; 0 failed; 0 ignored";
         assert_eq!(sum(died, false).0, "1 passed, 1 failed, 0 skipped", "a harness that died");
-        assert_eq!(sum("running 1 test", false).0, "0 passed, 1 failed, 0 skipped", "the last one died");
+        assert_eq!(
+            sum("running 1 test", false).0,
+            "0 passed, 1 failed, 0 skipped",
+            "the last one died"
+        );
         assert_eq!(sum("error: could not compile", false).0, "0 passed, 1 failed, 0 skipped");
     }
 }

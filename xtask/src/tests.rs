@@ -8,7 +8,8 @@ use crate::process::Command;
 use crate::summary::Summary;
 use crate::{Context, c_kernel, demo, guest, linux, setup};
 
-/// Runs the tests, with the other checks unless only some tests are asked for, and prints the counts last.
+/// Runs the tests, with the other checks unless only some tests are asked for, and prints the
+/// counts last.
 pub fn run(context: &Context, name: Option<&str>) -> ExitCode {
     let mut summary = Summary::default();
     if let Err(error) = run_all(context, name, &mut summary) {
@@ -21,7 +22,8 @@ pub fn run(context: &Context, name: Option<&str>) -> ExitCode {
     if summary.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// `cargo xtask scenarios`: the tests that make the tables of docs/scenarios.md, told to write them.
+/// `cargo xtask scenarios`: the tests that make the tables of docs/scenarios.md, told to write
+/// them.
 pub fn write_tables(context: &Context) -> Result<ExitCode> {
     guest::build(context)?;
     c_kernel::build(context)?;
@@ -29,7 +31,16 @@ pub fn write_tables(context: &Context) -> Result<ExitCode> {
     context.progress.finish();
     context
         .cargo()
-        .args(["test", "--release", "--package", "umbra-tests", "--test", "scenarios", "--test", "c_kernel"])
+        .args([
+            "test",
+            "--release",
+            "--package",
+            "umbra-tests",
+            "--test",
+            "scenarios",
+            "--test",
+            "c_kernel",
+        ])
         .args(["--", "the table is true"])
         .env("UMBRA_WRITE_TABLES", "1")
         .replace()
@@ -45,7 +56,8 @@ fn run_all(context: &Context, name: Option<&str>, summary: &mut Summary) -> Resu
         context.progress.step("checking the documentation");
         let mut doc = context.cargo();
         // In release like everything here: build scripts and macros are compiled once.
-        doc.args(["doc", "--workspace", "--no-deps", "--release"]).env("RUSTDOCFLAGS", "-Dwarnings");
+        doc.args(["doc", "--workspace", "--no-deps", "--release"])
+            .env("RUSTDOCFLAGS", "-Dwarnings");
         check(context, summary, &mut doc)?;
     }
     tests(context, name, summary)
@@ -67,7 +79,15 @@ fn lints(context: &Context, summary: &mut Summary) -> Result<()> {
     }
     context.progress.step("checking lints");
     let mut clippy = context.cargo();
-    clippy.args(["clippy", "--workspace", "--all-targets", "--release", "--keep-going", "--", "-Dwarnings"]);
+    clippy.args([
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--release",
+        "--keep-going",
+        "--",
+        "-Dwarnings",
+    ]);
     check(context, summary, &mut clippy)
 }
 

@@ -1,5 +1,5 @@
-//! Finds what the guest is built with: a rustc that has the sources of its own library, since the guest's `core`
-//! and `alloc` are compiled with the guest's flags; a linker; objcopy.
+//! Finds what the guest is built with: a rustc that has the sources of its own library, since the
+//! guest's `core` and `alloc` are compiled with the guest's flags; a linker; objcopy.
 
 use std::path::{Path, PathBuf};
 
@@ -15,7 +15,8 @@ pub struct Version(pub u32, pub u32, pub u32);
 impl Version {
     /// Reads `1.96.0`, with or without something behind it (`-nightly`, a packager's suffix).
     pub fn parse(text: &str) -> Option<Self> {
-        let mut numbers = text.split(|c: char| !c.is_ascii_digit()).map(|digits| digits.parse().ok());
+        let mut numbers =
+            text.split(|c: char| !c.is_ascii_digit()).map(|digits| digits.parse().ok());
         Some(Self(numbers.next()??, numbers.next()??, numbers.next()??))
     }
 }
@@ -38,7 +39,8 @@ impl Compiler {
     }
 }
 
-/// The first of the sysroots that has a fitting compiler with sources. `release` tells a compiler's version.
+/// The first of the sysroots that has a fitting compiler with sources. `release` tells a compiler's
+/// version.
 pub fn find(sysroots: &[PathBuf], release: impl Fn(&Path) -> Option<Version>) -> Option<Compiler> {
     sysroots.iter().find_map(|sysroot| {
         let rustc = sysroot.join("bin/rustc");
@@ -52,12 +54,13 @@ pub fn find(sysroots: &[PathBuf], release: impl Fn(&Path) -> Option<Version>) ->
         }
         let version = release(&compiler.rustc)?;
         let of_sources = source_version(&library);
-        (version >= OLDEST && of_sources.is_none_or(|sources| sources == version)).then_some(compiler)
+        (version >= OLDEST && of_sources.is_none_or(|sources| sources == version))
+            .then_some(compiler)
     })
 }
 
-/// The version of the sources, where they tell: rustup's don't, and always match; a distribution's packages of
-/// compiler and sources may be of different versions.
+/// The version of the sources, where they tell: rustup's don't, and always match; a distribution's
+/// packages of compiler and sources may be of different versions.
 fn source_version(library: &Path) -> Option<Version> {
     Version::parse(&std::fs::read_to_string(library.parent()?.join("src/version")).ok()?)
 }
@@ -65,8 +68,11 @@ fn source_version(library: &Path) -> Option<Version> {
 /// Where compilers may be: the active one's place, those of rustup, the system's.
 pub fn sysroots() -> Vec<PathBuf> {
     let rustc = std::env::var_os("RUSTC").map_or_else(|| "rustc".into(), PathBuf::from);
-    let mut all: Vec<PathBuf> = ask(&rustc, &["--print", "sysroot"]).map(PathBuf::from).into_iter().collect();
-    all.extend(rustup_home().map(|home| rustup_toolchains(&home.join("toolchains"))).unwrap_or_default());
+    let mut all: Vec<PathBuf> =
+        ask(&rustc, &["--print", "sysroot"]).map(PathBuf::from).into_iter().collect();
+    all.extend(
+        rustup_home().map(|home| rustup_toolchains(&home.join("toolchains"))).unwrap_or_default(),
+    );
     all.push("/usr".into());
     all
 }
@@ -77,13 +83,14 @@ fn rustup_home() -> Option<PathBuf> {
     std::env::var_os("RUSTUP_HOME").map(PathBuf::from).or_else(home)
 }
 
-/// The toolchains in a folder, numbered and stable ones before others: what a nightly does to unstable flags is
-/// less certain.
+/// The toolchains in a folder, numbered and stable ones before others: what a nightly does to
+/// unstable flags is less certain.
 fn rustup_toolchains(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let mut all: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
-    let name =
-        |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let name = |path: &Path| {
+        path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+    };
     all.sort_by_key(|path| {
         let name = name(path);
         (!name.starts_with("stable"), !name.starts_with(|c: char| c.is_ascii_digit()), name)
@@ -109,17 +116,27 @@ pub struct Tools {
 }
 
 /// A linker: one that a toolchain ships, or the system's. `on_path` looks a program up.
-pub fn find_linker(sysroots: &[PathBuf], on_path: impl Fn(&str) -> Option<PathBuf>) -> Option<PathBuf> {
+pub fn find_linker(
+    sysroots: &[PathBuf],
+    on_path: impl Fn(&str) -> Option<PathBuf>,
+) -> Option<PathBuf> {
     shipped(sysroots, "rust-lld").or_else(|| ["rust-lld", "ld.lld"].into_iter().find_map(on_path))
 }
 
 /// An objcopy: the system's, which comes with its C compiler, or one that a toolchain ships.
-pub fn find_objcopy(sysroots: &[PathBuf], on_path: impl Fn(&str) -> Option<PathBuf>) -> Option<PathBuf> {
-    ["objcopy", "llvm-objcopy"].into_iter().find_map(on_path).or_else(|| shipped(sysroots, "rust-objcopy"))
+pub fn find_objcopy(
+    sysroots: &[PathBuf],
+    on_path: impl Fn(&str) -> Option<PathBuf>,
+) -> Option<PathBuf> {
+    ["objcopy", "llvm-objcopy"]
+        .into_iter()
+        .find_map(on_path)
+        .or_else(|| shipped(sysroots, "rust-objcopy"))
 }
 
 fn shipped(sysroots: &[PathBuf], name: &str) -> Option<PathBuf> {
-    let place = |sysroot: &PathBuf| sysroot.join("lib/rustlib/x86_64-unknown-linux-gnu/bin").join(name);
+    let place =
+        |sysroot: &PathBuf| sysroot.join("lib/rustlib/x86_64-unknown-linux-gnu/bin").join(name);
     sysroots.iter().map(place).find(|file| file.is_file())
 }
 
@@ -178,14 +195,22 @@ mod tests {
         let mixed = sysroot(home, "mixed", true, Some("1.95.0\n"));
         let matching = sysroot(home, "matching", true, Some("1.96.0\n"));
         let rustup = sysroot(home, "rustup", true, None);
-        let release =
-            |rustc: &Path| Version::parse(if rustc.starts_with(&old) { "1.94.2" } else { "1.96.0" });
+        let release = |rustc: &Path| {
+            Version::parse(if rustc.starts_with(&old) { "1.94.2" } else { "1.96.0" })
+        };
 
         let all = [bare.clone(), old.clone(), mixed.clone(), matching.clone(), rustup.clone()];
         assert_eq!(find(&all, release).unwrap().sysroot, matching);
-        assert_eq!(find(&[bare.clone(), rustup.clone(), matching], release).unwrap().sysroot, rustup);
+        assert_eq!(
+            find(&[bare.clone(), rustup.clone(), matching], release).unwrap().sysroot,
+            rustup
+        );
         assert_eq!(find(&[bare, old.clone(), mixed], release), None);
-        assert_eq!(find(std::slice::from_ref(&rustup), |_| None), None, "a compiler that does not run");
+        assert_eq!(
+            find(std::slice::from_ref(&rustup), |_| None),
+            None,
+            "a compiler that does not run"
+        );
         assert_eq!(
             find(std::slice::from_ref(&rustup), release).unwrap().cargo,
             Some(rustup.join("bin/cargo"))
@@ -231,7 +256,10 @@ mod tests {
         let all = [bare.clone(), full];
 
         assert_eq!(find_linker(&all, system), Some(tools.join("rust-lld")));
-        assert_eq!(find_linker(std::slice::from_ref(&bare), system), Some("/usr/bin/rust-lld".into()));
+        assert_eq!(
+            find_linker(std::slice::from_ref(&bare), system),
+            Some("/usr/bin/rust-lld".into())
+        );
         assert_eq!(find_linker(std::slice::from_ref(&bare), |_| None), None);
         assert_eq!(find_objcopy(&all, system), Some("/usr/bin/objcopy".into()));
         assert_eq!(find_objcopy(&all, |_| None), Some(tools.join("rust-objcopy")));

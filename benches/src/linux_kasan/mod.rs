@@ -1,8 +1,10 @@
-//! The same Linux three times: without KASAN, with its own (generic, outline), and with Umbra's shadow under it.
+//! The same Linux three times: without KASAN, with its own (generic, outline), and with Umbra's
+//! shadow under it.
 //!
-//! All three have the patches of `guest/linux/patches` in their sources, for the workload; without `CONFIG_KASAN_UMBRA` these
-//! change nothing else. Each boots once for each size of guest, replays the workload, and, where there is KASAN and the guest is the
-//! smaller one, runs Linux's own tests of KASAN. What it cost until then is counted when the console says so (`--mark`).
+//! All three have the patches of `guest/linux/patches` in their sources, for the workload; without
+//! `CONFIG_KASAN_UMBRA` these change nothing else. Each boots once for each size of guest, replays
+//! the workload, and, where there is KASAN and the guest is the smaller one, runs Linux's own tests
+//! of KASAN. What it cost until then is counted when the console says so (`--mark`).
 
 mod recording;
 mod report;
@@ -28,12 +30,14 @@ use crate::trace::Trace;
 /// The recorded events that are replayed.
 const TRACE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/traces/kernel-build-slice.kmt.zst");
 
-/// Boots Linux without KASAN, with its own, and with Umbra's, and compares them. Exit status: 0, 1 when a figure is over its limit
-/// and that is not known already, 2 when something cannot be measured.
+/// Boots Linux without KASAN, with its own, and with Umbra's, and compares them. Exit status: 0, 1
+/// when a figure is over its limit and that is not known already, 2 when something cannot be
+/// measured.
 #[derive(Parser)]
 #[command(name = "linux-kasan")]
 struct Arguments {
-    /// Only these kernels (none, stock, umbra). The figures of the others are those of the last time.
+    /// Only these kernels (none, stock, umbra). The figures of the others are those of the last
+    /// time.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Only guests of this size (1G, 4G).
@@ -136,12 +140,19 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         bar.enable_steady_tick(Duration::from_millis(100));
         bar.set_message("building umbra");
         let program = Program::build(&folder)?;
-        let wanted = |list: &[String], name: &str| list.is_empty() || list.iter().any(|one| one == name);
+        let wanted =
+            |list: &[String], name: &str| list.is_empty() || list.iter().any(|one| one == name);
         for (memory, bytes) in MEMORY.iter().filter(|(name, _)| wanted(&arguments.memory, name)) {
-            for (name, image, shadow) in KERNELS.iter().filter(|(name, ..)| wanted(&arguments.only, name)) {
+            for (name, image, shadow) in
+                KERNELS.iter().filter(|(name, ..)| wanted(&arguments.only, name))
+            {
                 bar.set_message(format!("{name}, {memory}"));
                 let image = kernel(image);
-                ensure!(image.exists(), "there is no {}: `cargo xtask linux compare`", image.display());
+                ensure!(
+                    image.exists(),
+                    "there is no {}: `cargo xtask linux compare`",
+                    image.display()
+                );
                 let files = Files::new(&folder, name, memory);
                 files.run(&program, &image, *bytes, shadow, cmdline(name, memory), &initrd)?;
             }
@@ -162,7 +173,8 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     let figures = report::figures(&all, recording.allocations);
     let body = report::body(&all, &figures, recording.allocations)?;
     print!("{body}");
-    let counted = all.values().filter_map(|run| run.boot.as_ref()).any(|boot| boot.instructions.is_some());
+    let counted =
+        all.values().filter_map(|run| run.boot.as_ref()).any(|boot| boot.instructions.is_some());
     Section {
         name: "50-linux",
         title: "Linux: without KASAN, with its own, with Umbra's",
@@ -179,7 +191,8 @@ fn cmdline(name: &str, memory: &str) -> &'static str {
     if name == "none" || memory != WITH_SUITE { REPLAY } else { REPLAY_AND_SUITE }
 }
 
-/// Where a run leaves its figures and its console. They stay, so that kernels can be measured one by one.
+/// Where a run leaves its figures and its console. They stay, so that kernels can be measured one
+/// by one.
 struct Files {
     stats: PathBuf,
     console: PathBuf,
@@ -202,14 +215,19 @@ impl Files {
         initrd: &Path,
     ) -> Result<()> {
         let mut command = Command::new(program.path());
-        command.arg("run").arg(image).arg(format!("--memory={memory}")).arg(format!("--shadow={shadow}"));
+        command
+            .arg("run")
+            .arg(image)
+            .arg(format!("--memory={memory}"))
+            .arg(format!("--shadow={shadow}"));
         command.args(["--keep-going", "--timeout=none", "--cmdline", cmdline]);
         for point in POINTS {
             command.arg("--mark").arg(point);
         }
         command.arg("--stats").arg(&self.stats).arg("--initrd").arg(initrd);
         let console = File::create(&self.console).context("cannot write the console's file")?;
-        let output = command.stdin(Stdio::null()).stdout(console).output().context("cannot start umbra")?;
+        let output =
+            command.stdin(Stdio::null()).stdout(console).output().context("cannot start umbra")?;
         ensure!(
             // Ended by the user: it counts as far as it got.
             matches!(output.status.code(), Some(0 | 1 | INTERRUPTED)),
@@ -222,9 +240,14 @@ impl Files {
 
     /// What a run came to.
     fn read(&self, with_suite: bool) -> Result<Measured> {
-        let stats: Stats = serde_json::from_slice(&fs::read(&self.stats)?).context("bad --stats")?;
+        let stats: Stats =
+            serde_json::from_slice(&fs::read(&self.stats)?).context("bad --stats")?;
         let whole = stats.outcome == "reset";
-        ensure!(whole || stats.outcome == "interrupted", "the guest did not restart, but: {}", stats.outcome);
+        ensure!(
+            whole || stats.outcome == "interrupted",
+            "the guest did not restart, but: {}",
+            stats.outcome
+        );
         let mark = |point: &str| stats.marks.iter().find(|mark| mark.text == point).cloned();
         let [boot, workload, suite] = POINTS.map(mark);
         if whole {

@@ -1,5 +1,5 @@
-//! A [`trace`](crate::trace) as the workload of the Linux kernels that are compared: what their initcall replays
-//! (`guest/linux/patches`, `mm/umbra_replay.c`).
+//! A [`trace`](crate::trace) as the workload of the Linux kernels that are compared: what their
+//! initcall replays (`guest/linux/patches`, `mm/umbra_replay.c`).
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -46,12 +46,15 @@ impl Replayed {
     }
 }
 
-/// Makes a recording of a trace. Addresses become slots of a table. Frees of what the trace did not allocate are left out,
-/// and so are pages that were allocated for slabs, which the replaying kernel allocates by itself.
+/// Makes a recording of a trace. Addresses become slots of a table. Frees of what the trace did not
+/// allocate are left out, and so are pages that were allocated for slabs, which the replaying
+/// kernel allocates by itself.
 ///
 /// # Errors
 /// The trace is bad.
-pub fn record(events: impl Iterator<Item = Result<Event, TraceError>>) -> Result<Recording, TraceError> {
+pub fn record(
+    events: impl Iterator<Item = Result<Event, TraceError>>,
+) -> Result<Recording, TraceError> {
     let mut all: Vec<Replayed> = Vec::new();
     let mut objects: HashMap<u64, (u32, Option<u8>)> = HashMap::new();
     // Live blocks by address: slot, order, and the event that allocated it.
@@ -82,7 +85,13 @@ pub fn record(events: impl Iterator<Item = Result<Event, TraceError>>) -> Result
                 let slot = known.map_or_else(|| take(&mut free_slots), |(slot, _)| slot);
                 objects.insert(addr, (slot, cache));
                 let kind = if cache.is_some() { CACHE_ALLOC } else { KMALLOC };
-                all.push(Replayed { kind, c: cache.unwrap_or(0), slot, size: bytes, left_out: false });
+                all.push(Replayed {
+                    kind,
+                    c: cache.unwrap_or(0),
+                    slot,
+                    size: bytes,
+                    left_out: false,
+                });
             }
             Event::Free { addr } => {
                 let Some((slot, cache)) = objects.remove(&addr) else { continue };
@@ -90,7 +99,8 @@ pub fn record(events: impl Iterator<Item = Result<Event, TraceError>>) -> Result
                 all.push(Replayed::free(slot, cache));
             }
             Event::PageAlloc { addr, order } => {
-                let slot = blocks.get(&addr).map_or_else(|| take(&mut free_slots), |(slot, ..)| *slot);
+                let slot =
+                    blocks.get(&addr).map_or_else(|| take(&mut free_slots), |(slot, ..)| *slot);
                 blocks.insert(addr, (slot, order, all.len()));
                 all.push(Replayed { kind: PAGE_ALLOC, c: order, slot, size: 0, left_out: false });
             }
@@ -98,7 +108,13 @@ pub fn record(events: impl Iterator<Item = Result<Event, TraceError>>) -> Result
                 let Some((slot, allocated, at)) = blocks.remove(&addr) else { continue };
                 free_slots.push(slot);
                 if allocated == order && all.get(at).is_some_and(|block| !block.left_out) {
-                    all.push(Replayed { kind: PAGE_FREE, c: order, slot, size: 0, left_out: false });
+                    all.push(Replayed {
+                        kind: PAGE_FREE,
+                        c: order,
+                        slot,
+                        size: 0,
+                        left_out: false,
+                    });
                 }
             }
         }
@@ -114,7 +130,8 @@ pub fn record(events: impl Iterator<Item = Result<Event, TraceError>>) -> Result
         bytes.extend(event.slot.to_le_bytes());
         bytes.extend(event.size.to_le_bytes());
     }
-    let allocations = all.iter().filter(|e| matches!(e.kind, KMALLOC | CACHE_ALLOC | PAGE_ALLOC)).count();
+    let allocations =
+        all.iter().filter(|e| matches!(e.kind, KMALLOC | CACHE_ALLOC | PAGE_ALLOC)).count();
     Ok(Recording { bytes, allocations: allocations as u64 })
 }
 
@@ -144,7 +161,14 @@ mod tests {
         let recording = record(events.into_iter().map(Ok)).unwrap();
         assert_eq!(
             kinds(&recording),
-            [(PAGE_ALLOC, 1), (CACHE_ALLOC, 2), (KMALLOC, 3), (CACHE_FREE, 2), (PAGE_FREE, 1), (KMALLOC, 0)]
+            [
+                (PAGE_ALLOC, 1),
+                (CACHE_ALLOC, 2),
+                (KMALLOC, 3),
+                (CACHE_FREE, 2),
+                (PAGE_FREE, 1),
+                (KMALLOC, 0)
+            ]
         );
         assert_eq!(recording.allocations, 4);
         assert_eq!(recording.bytes.len(), HEADER + 6 * EVENT);

@@ -48,7 +48,8 @@ fn ratio(of: Option<u64>, to: Option<u64>) -> Option<f64> {
     Some(of? as f64 / to.filter(|to| *to > 0)? as f64)
 }
 
-/// The shadow at its peak until the end of the workload. Stock KASAN's is 1/8 of the guest's memory, all of it resident.
+/// The shadow at its peak until the end of the workload. Stock KASAN's is 1/8 of the guest's
+/// memory, all of it resident.
 fn shadow(name: &str, memory: u64, at: &Mark) -> u64 {
     match name {
         "stock" => memory / 8,
@@ -68,7 +69,8 @@ pub(super) fn figures(all: &All, allocations: u64) -> Vec<Figure> {
     for (memory, bytes) in MEMORY {
         let run = |name| all.get(&(name, memory));
         let at = |name| run(name).and_then(|run| run.workload.as_ref());
-        let instructions = |name, part: Part| run(name).and_then(part).and_then(|mark| mark.instructions);
+        let instructions =
+            |name, part: Part| run(name).and_then(part).and_then(|mark| mark.instructions);
         let of = |name, part| ratio(instructions("umbra", part), instructions(name, part));
         let name = |what: &str| format!("{what}, {memory}");
         let lost = at("none").zip(at("umbra")).and_then(|(none, umbra)| {
@@ -87,7 +89,8 @@ pub(super) fn figures(all: &All, allocations: u64) -> Vec<Figure> {
         let rss = |name| at(name).map(|mark| mark.rss_bytes);
         let held = ratio(rss("umbra"), rss("none"));
         add(name("memory of the process after the workload"), held, "of unchecked", 1.1);
-        let exits = run("umbra").and_then(workload).map(|mark| mark.hypercalls + mark.shadow_faults);
+        let exits =
+            run("umbra").and_then(workload).map(|mark| mark.hypercalls + mark.shadow_faults);
         let exits = ratio(exits, Some(allocations)).map(|each| each * 1000.0);
         add(name("exits of the workload for Umbra"), exits, "per 1,000 allocations", 1.0);
     }
@@ -110,7 +113,8 @@ pub(super) fn body(all: &All, figures: &[Figure], allocations: u64) -> Result<St
 }
 
 fn memory(text: &mut String, all: &All) -> Result<()> {
-    let mib = |bytes: Option<u64>| bytes.map_or("-".into(), |bytes| format!("{:.1}", bytes as f64 / MIB));
+    let mib =
+        |bytes: Option<u64>| bytes.map_or("-".into(), |bytes| format!("{:.1}", bytes as f64 / MIB));
     writeln!(
         text,
         "\n### Memory\n\nIn MiB, at the end of the workload; of a run that was ended before, at the end of the boot. The shadow of *stock* is in the guest, and not in its MemTotal; that of *umbra* is \
@@ -168,8 +172,10 @@ fn counts(text: &mut String, all: &All) -> Result<()> {
         "| guest | | KASAN | million instructions | of stock's | of unchecked | exits | of them hypercalls | first touches of shadow | seconds |"
     )?;
     writeln!(text, "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")?;
-    let million = |count: Option<u64>| count.map_or("-".into(), |count| format!("{:.1}", count as f64 / 1e6));
-    let share = |of: Option<u64>, to: Option<u64>| ratio(of, to).map_or("-".into(), |r| format!("{r:.2}"));
+    let million =
+        |count: Option<u64>| count.map_or("-".into(), |count| format!("{:.1}", count as f64 / 1e6));
+    let share =
+        |of: Option<u64>, to: Option<u64>| ratio(of, to).map_or("-".into(), |r| format!("{r:.2}"));
     for (memory, _) in MEMORY {
         for (what, part) in PARTS {
             let of = |name| all.get(&(name, memory)).and_then(part);

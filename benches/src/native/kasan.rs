@@ -1,14 +1,17 @@
-//! The check of Linux's generic KASAN in outline mode, written from its description (`Documentation/dev-tools/kasan.rst`, and how
-//! `mm/kasan/generic.c` is explained there): what `__asan_load8` and its kin do before each access.
+//! The check of Linux's generic KASAN in outline mode, written from its description
+//! (`Documentation/dev-tools/kasan.rst`, and how `mm/kasan/generic.c` is explained there): what
+//! `__asan_load8` and its kin do before each access.
 //!
-//! One byte of shadow tells of eight bytes: 0, all are valid; 1 to 7, the first so many are; negative, none is. An access of one
-//! byte is bad if its place in the granule is not below a shadow value other than 0. One of up to 8 bytes is judged by its last
-//! byte, and, if it reaches into a second granule, by the first granule's value as well, which then must be 0. Before that, an
-//! access must not wrap, and must be to an address that has shadow.
+//! One byte of shadow tells of eight bytes: 0, all are valid; 1 to 7, the first so many are;
+//! negative, none is. An access of one byte is bad if its place in the granule is not below a
+//! shadow value other than 0. One of up to 8 bytes is judged by its last byte, and, if it reaches
+//! into a second granule, by the first granule's value as well, which then must be 0. Before that,
+//! an access must not wrap, and must be to an address that has shadow.
 
 use umbra_shadow::codes::{GRANULE, GRANULE_SHIFT};
 
-/// KASAN's shadow. In Linux the offset is a constant of the kernel; here it is a pointer in a register.
+/// KASAN's shadow. In Linux the offset is a constant of the kernel; here it is a pointer in a
+/// register.
 #[derive(Clone, Copy)]
 pub struct Kasan<'a> {
     shadow: &'a [u8],
@@ -26,8 +29,8 @@ impl<'a> Kasan<'a> {
     #[inline(always)]
     fn value(&self, addr: u64) -> i8 {
         debug_assert!(addr < self.end);
-        // SAFETY: in Linux every kernel address has shadow that can be read; here callers stay below the end, as `load`'s
-        // say.
+        // SAFETY: in Linux every kernel address has shadow that can be read; here callers stay
+        // below the end, as `load`'s say.
         unsafe { *self.shadow.get_unchecked((addr >> GRANULE_SHIFT) as usize) as i8 }
     }
 
@@ -69,7 +72,8 @@ mod tests {
         let kasan = Kasan::new(&shadow);
         for addr in 0..PAGE_SIZE - 8 {
             // SAFETY: eight bytes from there are below the end.
-            let said = unsafe { [kasan.load::<1>(addr), kasan.load::<4>(addr), kasan.load::<8>(addr)] };
+            let said =
+                unsafe { [kasan.load::<1>(addr), kasan.load::<4>(addr), kasan.load::<8>(addr)] };
             assert_eq!(said, [1, 4, 8].map(|size| full.check(addr, size).is_ok()), "{addr:#x}");
         }
         // SAFETY: it wraps, and is refused before the shadow is looked at.

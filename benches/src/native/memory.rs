@@ -15,13 +15,15 @@ pub struct Map {
 }
 
 impl Map {
-    /// Maps `bytes` bytes that all hold `value`; `huge` asks for pages of 2 MiB behind it, which the kernel may not have.
+    /// Maps `bytes` bytes that all hold `value`; `huge` asks for pages of 2 MiB behind it, which
+    /// the kernel may not have.
     ///
     /// # Errors
     /// The kernel refuses.
     pub fn new(bytes: u64, value: u8, huge: bool) -> io::Result<Self> {
         let bytes = usize::try_from(bytes).map_err(|_| io::ErrorKind::OutOfMemory)?.max(HOST_PAGE);
-        // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no existing memory.
+        // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no existing
+        // memory.
         let start = unsafe {
             libc::mmap(
                 ptr::null_mut(),
@@ -84,7 +86,9 @@ impl<'a> HostMemory<'a> {
     /// # Panics
     /// One of the shadows is too short for that.
     pub fn new(page: &'a [u8], byte: &'a [u8], limit: u64) -> Self {
-        assert!(page.len() as u64 >= limit >> PAGE_SHIFT && byte.len() as u64 >= limit >> GRANULE_SHIFT);
+        assert!(
+            page.len() as u64 >= limit >> PAGE_SHIFT && byte.len() as u64 >= limit >> GRANULE_SHIFT
+        );
         Self { page, byte, limit }
     }
 }
@@ -101,8 +105,8 @@ impl ShadowMemory for HostMemory<'_> {
     #[inline(always)]
     fn page(&self, addr: u64) -> u8 {
         debug_assert!(addr < self.limit);
-        // SAFETY: the models ask only for addresses below the limit, and there is page shadow for all of them. Without the
-        // check that a guest's look-up does not have either.
+        // SAFETY: the models ask only for addresses below the limit, and there is page shadow for
+        // all of them. Without the check that a guest's look-up does not have either.
         unsafe { *self.page.get_unchecked((addr >> PAGE_SHIFT) as usize) }
     }
 

@@ -1,8 +1,10 @@
-//! What a check costs without a guest, in nanoseconds: the models of `umbra-shadow`, and KASAN's own check beside them.
+//! What a check costs without a guest, in nanoseconds: the models of `umbra-shadow`, and KASAN's
+//! own check beside them.
 //!
-//! Each check is a call, as instrumented code makes it, for 8 bytes of memory that is valid. What is checked does not exist, only
-//! its shadow does. Working sets are walked through, or addresses in them picked at random, so that a large set's shadow is met in the
-//! cache that it fits. Times are a CPU's, because they are also right on a host that has other work.
+//! Each check is a call, as instrumented code makes it, for 8 bytes of memory that is valid. What
+//! is checked does not exist, only its shadow does. Working sets are walked through, or addresses
+//! in them picked at random, so that a large set's shadow is met in the cache that it fits. Times
+//! are a CPU's, because they are also right on a host that has other work.
 
 pub mod kasan;
 pub mod memory;
@@ -25,14 +27,15 @@ use crate::clock::{CpuTime, thread_cpu};
 pub use report::{measure, size};
 
 /// Working sets, in bytes of checked memory.
-pub const SETS: [u64; 8] = [32 << 10, 256 << 10, 2 << 20, 16 << 20, 128 << 20, 1 << 30, 4 << 30, 16 << 30];
+pub const SETS: [u64; 8] =
+    [32 << 10, 256 << 10, 2 << 20, 16 << 20, 128 << 20, 1 << 30, 4 << 30, 16 << 30];
 /// The set that is also measured with large pages behind the shadow.
 pub const LARGE: u64 = 4 << 30;
 /// Checks in one iteration.
 const CHECKS: u64 = 4096;
 const GROUP: &str = "checks";
-/// Pairs of turns, and runs of [`CHECKS`] in a turn: for sets that the caches hold, and for others, which have to be in them again
-/// after the other's turn.
+/// Pairs of turns, and runs of [`CHECKS`] in a turn: for sets that the caches hold, and for others,
+/// which have to be in them again after the other's turn.
 const TURNS: (usize, usize) = (401, 16);
 const FAR_TURNS: (usize, usize) = (51, 512);
 
@@ -91,8 +94,8 @@ pub struct Time {
     pub ns: f64,
 }
 
-// Each check begins at a cache line, as the guest runtime's do: where a function of a dozen instructions happens to lie costs as much as
-// one of them.
+// Each check begins at a cache line, as the guest runtime's do: where a function of a dozen
+// instructions happens to lie costs as much as one of them.
 std::arch::global_asm!(
     ".irp name, nothing, untyped, bytes, full, kasan",
     ".section .text.checks.\\name, \"ax\", @progbits",
@@ -157,14 +160,15 @@ fn needed(set: u64) -> u64 {
     (set >> GRANULE_SHIFT) + 2 * (set >> PAGE_SHIFT)
 }
 
-/// Makes numbers that look random, and none of which waits for the one before: a sum of the first, folded and multiplied by the
-/// second (constants of SplitMix64).
+/// Makes numbers that look random, and none of which waits for the one before: a sum of the first,
+/// folded and multiplied by the second (constants of SplitMix64).
 pub const SCATTER: [u64; 2] = [0x9e37_79b9_7f4a_7c15, 0xbf58_476d_1ce4_e5b9];
 /// The same for numbers that come one after the other.
 pub const IN_ORDER: [u64; 2] = [GRANULE, 1];
 
-/// Calls a function for [`CHECKS`] addresses. The loop is written out, and begins at a cache line, so that it is the same one around all
-/// checks, which are short enough for a compiler's choices in it to decide what is measured.
+/// Calls a function for [`CHECKS`] addresses. The loop is written out, and begins at a cache line,
+/// so that it is the same one around all checks, which are short enough for a compiler's choices in
+/// it to decide what is measured.
 macro_rules! calls {
     ($function:ident, $checks:expr, $next:expr, $step:expr) => {{
         let (checks, [step, factor]): (&Checks, [u64; 2]) = ($checks, $step);
@@ -238,8 +242,8 @@ impl<'a> Checks<'a> {
     }
 }
 
-/// The time of `check` to that of a full shadow, at random over `set`: the median of many pairs of short turns, because other work on
-/// the host then slows both alike.
+/// The time of `check` to that of a full shadow, at random over `set`: the median of many pairs of
+/// short turns, because other work on the host then slows both alike.
 ///
 /// # Errors
 /// The host does not give the memory.
@@ -262,7 +266,8 @@ pub fn ratio(check: Check, set: u64) -> Result<f64> {
     ratios.get(pairs / 2).copied().context("no pairs")
 }
 
-/// Measures all sets for which `available` bytes of host memory are enough. Criterion's files go to `folder`.
+/// Measures all sets for which `available` bytes of host memory are enough. Criterion's files go to
+/// `folder`.
 ///
 /// # Errors
 /// The host does not give the memory, or criterion's result cannot be read.
@@ -283,7 +288,11 @@ pub fn times(available: u64, folder: &Path) -> Result<Vec<Time>> {
         let shadows = Shadows::new(set, huge)?;
         for pattern in [Pattern::Random, Pattern::Sequential] {
             for check in Check::ALL {
-                let name = format!("{check:?}-{pattern:?}-{}K{}", set >> 10, if huge { "-huge" } else { "" });
+                let name = format!(
+                    "{check:?}-{pattern:?}-{}K{}",
+                    set >> 10,
+                    if huge { "-huge" } else { "" }
+                );
                 let (checks, mut next) = (Checks::new(&shadows, set), 0);
                 group.bench_function(&name, |b| b.iter(|| checks.run(&mut next, check, pattern)));
                 let ns = median(&folder.join(GROUP).join(&name))? / CHECKS as f64;
@@ -299,6 +308,7 @@ pub fn times(available: u64, folder: &Path) -> Result<Vec<Time>> {
 fn median(folder: &Path) -> Result<f64> {
     let file = folder.join("new/estimates.json");
     let text = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
-    let value: Value = serde_json::from_slice(&text).context("criterion's estimates are not JSON")?;
+    let value: Value =
+        serde_json::from_slice(&text).context("criterion's estimates are not JSON")?;
     value["median"]["point_estimate"].as_f64().context("criterion's estimates have no median")
 }

@@ -19,7 +19,8 @@ const NEAR: f64 = 1.05;
 /// Most over a cached set, in byte-checked memory.
 const NEAR_BYTES: f64 = 1.2;
 
-/// Measures, within `available` bytes of host memory. Returns the figures and the text for the page.
+/// Measures, within `available` bytes of host memory. Returns the figures and the text for the
+/// page.
 ///
 /// # Errors
 /// As [`times`], or a plot cannot be written.
@@ -77,9 +78,15 @@ fn table(times: &[Time], pattern: Pattern) -> String {
     for (set, huge) in SETS.iter().map(|set| (*set, false)).chain([(LARGE, true)]) {
         let of = |check| find(times, (check, pattern, set, huge));
         let (Some(untyped), Some(full)) = (of(Check::Untyped), of(Check::Full)) else { continue };
-        let _ = write!(text, "| {}{} |", size(set), if huge { ", shadow in pages of 2 MiB" } else { "" });
+        let _ = write!(
+            text,
+            "| {}{} |",
+            size(set),
+            if huge { ", shadow in pages of 2 MiB" } else { "" }
+        );
         for check in Check::ALL {
-            let _ = write!(text, " {} |", of(check).map(|ns| format!("{ns:.2}")).unwrap_or_default());
+            let _ =
+                write!(text, " {} |", of(check).map(|ns| format!("{ns:.2}")).unwrap_or_default());
         }
         let _ = writeln!(text, " {:.2} |", full / untyped);
     }
@@ -124,7 +131,8 @@ fn figures(available: u64) -> Result<Vec<Figure>> {
     ] {
         if needed(set) < available {
             let ratio = ratio(check, set)?;
-            let figure = Figure::new(CHECKS, name, ratio, "ratio").note("median of pairs measured in turns");
+            let figure =
+                Figure::new(CHECKS, name, ratio, "ratio").note("median of pairs measured in turns");
             all.push(if limit.is_finite() { figure.limit(limit) } else { figure });
         }
     }

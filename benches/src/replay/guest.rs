@@ -1,8 +1,9 @@
 //! A trace for the test kernel: the same allocations and frees, through its allocators.
 //!
-//! The kernel cannot take addresses; it gets events about numbered *places*, each of which holds one allocation at a time. What the
-//! kernel's slab allocator does by itself is left out: blocks of pages that became slabs. A freed slab's objects, and an object whose
-//! place is handed out again, are freed first, because frees of many objects at once have no event in the trace.
+//! The kernel cannot take addresses; it gets events about numbered *places*, each of which holds
+//! one allocation at a time. What the kernel's slab allocator does by itself is left out: blocks of
+//! pages that became slabs. A freed slab's objects, and an object whose place is handed out again,
+//! are freed first, because frees of many objects at once have no event in the trace.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -94,7 +95,11 @@ impl Maker {
 
     /// The block that `addr` lies in, if it is known.
     fn block(&mut self, addr: u64) -> Option<&mut Block> {
-        self.blocks.range_mut(..=addr).next_back().map(|(_, block)| block).filter(|block| addr < block.end)
+        self.blocks
+            .range_mut(..=addr)
+            .next_back()
+            .map(|(_, block)| block)
+            .filter(|block| addr < block.end)
     }
 
     /// Forgets the blocks that begin in a range, and frees them and what they hold.
@@ -146,7 +151,9 @@ impl Maker {
 ///
 /// # Errors
 /// The trace is bad.
-pub fn make(trace: impl Iterator<Item = Result<Event, TraceError>>) -> Result<GuestTrace, TraceError> {
+pub fn make(
+    trace: impl Iterator<Item = Result<Event, TraceError>>,
+) -> Result<GuestTrace, TraceError> {
     let events: Vec<_> = trace.collect::<Result<_, _>>()?;
     // Linux, too, puts objects of one size into one cache where it can.
     let mut sizes: HashMap<u32, u64> = HashMap::new();

@@ -9,19 +9,24 @@
 //! | object freed | it is poisoned as freed | `kasan_slab_free` |
 //! | large `kmalloc` (over 8 KiB) | its block is no slab: the bytes behind those asked for are poisoned, and nothing when it is freed: its pages are | `kasan_kmalloc_large` |
 //!
-//! The recorded kernel had no KASAN: its objects lie where they lay, without the redzones that KASAN puts behind each.
-//! [`Live::redzones`] tells how much that would be. What was there before the recording is not known: memory begins
-//! accessible, a slab of that time is poisoned page by page as its objects appear, and a free of an object of that time does nothing.
-//! Frees of many objects at once have no event: their objects stay live until their place or their pages are handed out again.
+//! The recorded kernel had no KASAN: its objects lie where they lay, without the redzones that
+//! KASAN puts behind each. [`Live::redzones`] tells how much that would be. What was there before
+//! the recording is not known: memory begins accessible, a slab of that time is poisoned page by
+//! page as its objects appear, and a free of an object of that time does nothing. Frees of many
+//! objects at once have no event: their objects stay live until their place or their pages are
+//! handed out again.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use umbra_shadow::codes::{FREE_PAGE, LARGE_REDZONE, PAGE_SHIFT, PAGE_SIZE, SLAB_FREE, SLAB_REDZONE};
+use umbra_shadow::codes::{
+    FREE_PAGE, LARGE_REDZONE, PAGE_SHIFT, PAGE_SIZE, SLAB_FREE, SLAB_REDZONE,
+};
 
 use crate::trace::Event;
 
-/// The largest slot of `kmalloc`'s caches (`KMALLOC_MAX_CACHE_SIZE`); beyond it, `kmalloc` takes pages.
+/// The largest slot of `kmalloc`'s caches (`KMALLOC_MAX_CACHE_SIZE`); beyond it, `kmalloc` takes
+/// pages.
 const LARGEST_SLOT: u32 = 8192;
 /// The largest block's order, and one.
 const ORDERS: u64 = 11;
@@ -70,8 +75,8 @@ impl Live {
     }
 }
 
-/// KASAN's redzone behind an object of this size (`optimal_redzone` in `mm/kasan/generic.c`), without the room for its own
-/// notes.
+/// KASAN's redzone behind an object of this size (`optimal_redzone` in `mm/kasan/generic.c`),
+/// without the room for its own notes.
 fn redzone(bytes: u32) -> u64 {
     match bytes {
         0..=48 => 16,
@@ -166,7 +171,9 @@ impl Kasan {
                 continue;
             }
             let block = self.block(page);
-            for page in self.pages.get_mut(block.start as usize..block.end as usize).into_iter().flatten() {
+            for page in
+                self.pages.get_mut(block.start as usize..block.end as usize).into_iter().flatten()
+            {
                 page.slab = true;
             }
             let len = (block.end - block.start) << PAGE_SHIFT;
@@ -181,8 +188,10 @@ impl Kasan {
         (0..ORDERS)
             .find_map(|order| {
                 let first = page >> order << order;
-                let is =
-                    self.pages.get(first as usize).is_some_and(|page| u64::from(page.order) == order + 1);
+                let is = self
+                    .pages
+                    .get(first as usize)
+                    .is_some_and(|page| u64::from(page.order) == order + 1);
                 is.then_some(first..first + (1 << order))
             })
             .unwrap_or(page..page + 1)

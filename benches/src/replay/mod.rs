@@ -1,7 +1,8 @@
 //! Replays a recorded trace through the VMM's own shadow windows, without a guest.
 //!
-//! The windows are in `sync` mode: the VMM writes the shadow, as it does on a guest's hypercalls. They give host memory back as
-//! often as with a guest, which is when a ring of [`RING_RECORDS`] events is full. What is resident is what the kernel says.
+//! The windows are in `sync` mode: the VMM writes the shadow, as it does on a guest's hypercalls.
+//! They give host memory back as often as with a guest, which is when a ring of [`RING_RECORDS`]
+//! events is full. What is resident is what the kernel says.
 
 pub mod guest;
 pub mod kasan;
@@ -42,7 +43,8 @@ pub struct Sample {
     pub resident: u64,
     /// Byte shadow of byte-checked pages.
     pub used: u64,
-    /// The 4 KiB pages of byte shadow that would be resident if a byte of it told of 32 bytes instead of 8.
+    /// The 4 KiB pages of byte shadow that would be resident if a byte of it told of 32 bytes
+    /// instead of 8.
     pub resident_at_32: u64,
     /// Slots of live objects.
     pub slots: u64,
@@ -60,7 +62,8 @@ pub struct Replay {
     pub figures: Figures,
     /// Events.
     pub events: u64,
-    /// What it took to read the trace, change the shadow, and give it back; without [`Self::samples`].
+    /// What it took to read the trace, change the shadow, and give it back; without
+    /// [`Self::samples`].
     pub time: Spent,
     /// What it took to make the windows.
     pub start: Spent,
@@ -88,18 +91,28 @@ enum Problem {
     Shadow(#[from] ShadowError),
 }
 
-/// Replays the trace at `path` in a machine with `memory` bytes. `tick` hears how many of how many events are done.
+/// Replays the trace at `path` in a machine with `memory` bytes. `tick` hears how many of how many
+/// events are done.
 ///
 /// # Errors
 /// The trace is bad, or has addresses beyond the memory, or the host does not give the shadow.
-pub fn replay(path: &Path, memory: u64, mode: Mode, mut tick: impl FnMut(u64, u64)) -> Result<Replay> {
-    ensure!(memory > 0 && memory.is_multiple_of(PAGE_SIZE), "{memory} bytes of memory are no whole pages");
+pub fn replay(
+    path: &Path,
+    memory: u64,
+    mode: Mode,
+    mut tick: impl FnMut(u64, u64),
+) -> Result<Replay> {
+    ensure!(
+        memory > 0 && memory.is_multiple_of(PAGE_SIZE),
+        "{memory} bytes of memory are no whole pages"
+    );
     let mut trace = Trace::open(path)?;
     let events = trace.events();
     let begin = Moment::now();
     let ram = 0..memory;
     let config = Config { ram: vec![ram], mode, notify: Notify::Sync, limit: None };
-    let mut windows = Windows::new(&config, &mut NoGuest).context("no shadow for so much memory")?;
+    let mut windows =
+        Windows::new(&config, &mut NoGuest).context("no shadow for so much memory")?;
     let start = begin.elapsed();
     let mut rules = Kasan::new(memory);
     let mut samples = Vec::new();

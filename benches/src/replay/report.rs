@@ -13,7 +13,8 @@ use crate::plot::{self, Axis, Line};
 use crate::results;
 
 const MIB: f64 = 1_048_576.0;
-/// Most that page shadow and peak byte shadow of the whole trace may be together, in MiB, on 24 GiB.
+/// Most that page shadow and peak byte shadow of the whole trace may be together, in MiB, on 24
+/// GiB.
 const MOST: f64 = 25.0;
 /// Most that they may be of a full shadow, in percent.
 const SHARE: f64 = 1.0;
@@ -43,7 +44,8 @@ pub struct Told {
     pub text: String,
 }
 
-/// Replays the trace at `path` with both models. `no_full` is why a full shadow cannot be had, if so; `write` has plots written.
+/// Replays the trace at `path` with both models. `no_full` is why a full shadow cannot be had, if
+/// so; `write` has plots written.
 ///
 /// # Errors
 /// As [`replay`], or a plot cannot be written.
@@ -63,7 +65,10 @@ pub fn measure(
     let figures = figures(&two, memory);
     let mut text = table(&two, &ways, memory, path);
     if let Err(why) = &full {
-        let _ = writeln!(text, "\nSKIPPED: the replay with a full shadow: {why}; its size is computed.");
+        let _ = writeln!(
+            text,
+            "\nSKIPPED: the replay with a full shadow: {why}; its size is computed."
+        );
     }
     if write {
         text.push_str(&plots(&two, memory)?);
@@ -149,7 +154,10 @@ fn figures(two: &Replay, memory: u64) -> Vec<Figure> {
     let share = bytes / (memory as f64 / 8.0) * 100.0;
     let seconds = two.time.cpu.as_secs_f64();
     vec![
-        limit(Figure::new(GROUP, "page shadow and peak resident byte shadow", bytes / MIB, "MiB"), MOST),
+        limit(
+            Figure::new(GROUP, "page shadow and peak resident byte shadow", bytes / MIB, "MiB"),
+            MOST,
+        ),
         limit(Figure::new(GROUP, "the same, of a full shadow", share, "percent"), SHARE),
         limit(Figure::new(GROUP, "time of a CPU", seconds, "s"), SECONDS).note(format!(
             "reading the trace and giving back included; {:.1} s by the clock",
@@ -173,8 +181,8 @@ fn table(two: &Replay, ways: &[Way], memory: u64, path: &Path) -> String {
         let mib = |bytes: f64| format!("{:.2}", bytes / MIB);
         let unused = match way.used {
             Some(_) if way.now > 0.0 => {
-                let used =
-                    two.figures.byte_used_bytes as f64 * if way.name.contains("32") { 0.25 } else { 1.0 };
+                let used = two.figures.byte_used_bytes as f64
+                    * if way.name.contains("32") { 0.25 } else { 1.0 };
                 format!("{:.0} %", (1.0 - used / way.now) * 100.0)
             }
             _ => String::new(),
@@ -192,7 +200,9 @@ fn table(two: &Replay, ways: &[Way], memory: u64, path: &Path) -> String {
             way.used.map(mib).unwrap_or_default(),
             mib(total),
             total / full * 100.0,
-            way.time.map(|t| t.map(|t| format!("{:.2}", t.cpu.as_secs_f64())).join(", ")).unwrap_or_default(),
+            way.time
+                .map(|t| t.map(|t| format!("{:.2}", t.cpu.as_secs_f64())).join(", "))
+                .unwrap_or_default(),
         );
     }
     let figures = &two.figures;

@@ -19,9 +19,9 @@ struct Case {
     known: Option<&'static str>,
 }
 
-/// Why some unaligned accesses are over their limits. Compilers call `__asan_loadN` for what they know to be unaligned.
-const UNALIGNED: &str =
-    "unaligned: a page of another kind beside, or a granule that is not whole, takes more instructions";
+/// Why some unaligned accesses are over their limits. Compilers call `__asan_loadN` for what they
+/// know to be unaligned.
+const UNALIGNED: &str = "unaligned: a page of another kind beside, or a granule that is not whole, takes more instructions";
 
 impl Case {
     fn word(&self) -> Word {
@@ -29,7 +29,8 @@ impl Case {
     }
 }
 
-/// The places where accesses of a fixed size are tried. The object has 125 whole granules and 5 valid bytes in one more.
+/// The places where accesses of a fixed size are tried. The object has 125 whole granules and 5
+/// valid bytes in one more.
 fn fixed(size: u64) -> Vec<(&'static str, u64, &'static str, Option<f64>)> {
     let mut all = vec![
         ("page", 0, "untyped page", Some(UNTYPED)),
@@ -37,7 +38,12 @@ fn fixed(size: u64) -> Vec<(&'static str, u64, &'static str, Option<f64>)> {
     ];
     if size > 1 {
         all.push(("page", 1, "untyped page, unaligned", Some(UNTYPED)));
-        all.push(("beside", 1, "untyped page, unaligned, beside a byte-checked one", Some(UNTYPED)));
+        all.push((
+            "beside",
+            1,
+            "untyped page, unaligned, beside a byte-checked one",
+            Some(UNTYPED),
+        ));
         all.push(("page", 4096 - size / 2, "untyped pages, across both", None));
         all.push((
             "object",
@@ -68,10 +74,20 @@ fn fixed(size: u64) -> Vec<(&'static str, u64, &'static str, Option<f64>)> {
             "byte-checked, unaligned, into a partial granule",
             Some(BYTE_CHECKED),
         ));
-        all.push(("object", 1001, "byte-checked, unaligned, in a partial granule", Some(BYTE_CHECKED)));
+        all.push((
+            "object",
+            1001,
+            "byte-checked, unaligned, in a partial granule",
+            Some(BYTE_CHECKED),
+        ));
     }
     if size == 8 {
-        all.push(("object", 997, "byte-checked, unaligned, into a partial granule", Some(BYTE_CHECKED)));
+        all.push((
+            "object",
+            997,
+            "byte-checked, unaligned, into a partial granule",
+            Some(BYTE_CHECKED),
+        ));
     }
     if size > 8 {
         all.iter_mut().for_each(|case| case.3 = None);
@@ -124,8 +140,15 @@ fn cases() -> Vec<Case> {
 
 /// Measures all checks with two-level and with full shadow.
 pub fn figures(meter: &Meter) -> Result<Vec<Figure>> {
-    let none =
-        Case { entry: "none".into(), place: "page", offset: 0, size: 0, name: "", limit: None, known: None };
+    let none = Case {
+        entry: "none".into(),
+        place: "page",
+        offset: 0,
+        size: 0,
+        name: "",
+        limit: None,
+        known: None,
+    };
     let modes = [
         (Mode::RING, "checks, two-level shadow, from the call to the return"),
         (Mode::FULL, "checks, full shadow, from the call to the return"),
@@ -135,7 +158,8 @@ pub fn figures(meter: &Meter) -> Result<Vec<Figure>> {
         let cases = cases();
         let words: Vec<_> = std::iter::once(&none).chain(&cases).map(Case::word).collect();
         let costs = meter.cost(mode, &words)?;
-        // The loop calls a bare `ret`: two instructions that belong to a check; by the clock, they count as nothing.
+        // The loop calls a bare `ret`: two instructions that belong to a check; by the clock, they
+        // count as nothing.
         let (empty, costs) = (costs[0], &costs[1..]);
         for (case, cost) in cases.iter().zip(costs) {
             let call = if meter.counts() { 2.0 } else { 0.0 };

@@ -9,7 +9,8 @@ use crate::meter::{Meter, Mode, Word};
 
 /// Rounds that are timed.
 const TIMED: u64 = 2000;
-/// Most instructions that an allocation and its free may cost more than in the same kernel without checks.
+/// Most instructions that an allocation and its free may cost more than in the same kernel without
+/// checks.
 const MORE: f64 = 400.0;
 /// Most bytes of the VMM's memory for each object.
 const PROVENANCE: f64 = 64.0;
@@ -34,8 +35,9 @@ pub fn exact(meter: &Meter) -> Result<Vec<Figure>> {
 fn instructions(meter: &Meter) -> Result<Vec<Figure>> {
     const GROUP: &str = "costs (the loop excluded)";
     let none = Word::new("check", "none:page:0:0");
-    let kmalloc =
-        |bytes: u64| (format!("kmalloc({bytes}) and kfree"), Word::new("kmalloc", bytes.to_string()));
+    let kmalloc = |bytes: u64| {
+        (format!("kmalloc({bytes}) and kfree"), Word::new("kmalloc", bytes.to_string()))
+    };
     let call = |name: &str, what: &str| (name.to_owned(), Word::new("call", what));
     let mut all = Vec::new();
     let mut unchecked = None;
@@ -84,11 +86,17 @@ fn instructions(meter: &Meter) -> Result<Vec<Figure>> {
             ],
         ),
     ] {
-        let measured: Vec<_> =
-            std::iter::once(none.clone()).chain(words.iter().map(|(_, word)| word.clone())).collect();
+        let measured: Vec<_> = std::iter::once(none.clone())
+            .chain(words.iter().map(|(_, word)| word.clone()))
+            .collect();
         let costs = meter.cost(mode, &measured)?;
         for ((name, _), cost) in words.iter().zip(&costs[1..]) {
-            all.push(Figure::new(GROUP, format!("{mode_name}: {name}"), cost - costs[0], meter.unit()));
+            all.push(Figure::new(
+                GROUP,
+                format!("{mode_name}: {name}"),
+                cost - costs[0],
+                meter.unit(),
+            ));
         }
         // The first word: `kmalloc(64)`.
         let cost = costs[1] - costs[0];
@@ -97,7 +105,10 @@ fn instructions(meter: &Meter) -> Result<Vec<Figure>> {
             let full = quarantined(meter, costs[0])? - unchecked.unwrap_or(cost);
             for (name, more) in [
                 ("ring: kmalloc(64) and kfree, more than off, before the quarantine is full", more),
-                ("ring: kmalloc(64) and kfree, more than off, one object out for each that goes in", full),
+                (
+                    "ring: kmalloc(64) and kfree, more than off, one object out for each that goes in",
+                    full,
+                ),
             ] {
                 let figure = Figure::new(GROUP, name, more, meter.unit()).limit(MORE);
                 all.push(if meter.counts() { figure } else { figure.not_applicable() });
@@ -107,14 +118,18 @@ fn instructions(meter: &Meter) -> Result<Vec<Figure>> {
     Ok(all)
 }
 
-/// What it takes to know who allocated and freed an object, in the middle of a churn: all of it on the heap, names included.
+/// What it takes to know who allocated and freed an object, in the middle of a churn: all of it on
+/// the heap, names included.
 fn provenance(meter: &Meter) -> Result<Vec<Figure>> {
-    const GROUP: &str = "provenance: memory of the VMM in a churn of 4,000 operations, stacks included";
+    const GROUP: &str =
+        "provenance: memory of the VMM in a churn of 4,000 operations, stacks included";
     let mut all = Vec::new();
-    for (quarantine, with) in
-        [(QuarantineSize::Auto, "with a quarantine"), (QuarantineSize::Bytes(0), "without a quarantine")]
-    {
-        let run = meter.run(Mode { quarantine, ..Mode::RING }, "scenarios=huge_churn churn=4000 keep")?;
+    for (quarantine, with) in [
+        (QuarantineSize::Auto, "with a quarantine"),
+        (QuarantineSize::Bytes(0), "without a quarantine"),
+    ] {
+        let run =
+            meter.run(Mode { quarantine, ..Mode::RING }, "scenarios=huge_churn churn=4000 keep")?;
         let stats = &run.stats.provenance;
         let (live, freed, waiting) = (stats.live, stats.freed, run.stats.quarantine.objects);
         let bytes = heap::bytes_of(run.objects);
@@ -130,17 +145,20 @@ fn provenance(meter: &Meter) -> Result<Vec<Figure>> {
             stats.stacks
         )));
         let live = bytes as f64 / live.max(1) as f64;
-        let live = Figure::new(GROUP, format!("{with}, all of it for each live object"), live, "bytes");
+        let live =
+            Figure::new(GROUP, format!("{with}, all of it for each live object"), live, "bytes");
         all.push(live.limit(PROVENANCE));
     }
     Ok(all)
 }
 
-/// `kmalloc(64)` and `kfree` with a quarantine that is full: each free has another object given back to its allocator, some time.
-/// A small quarantine, so that it is full soon and gives back in small batches.
+/// `kmalloc(64)` and `kfree` with a quarantine that is full: each free has another object given
+/// back to its allocator, some time. A small quarantine, so that it is full soon and gives back in
+/// small batches.
 fn quarantined(meter: &Meter, empty: f64) -> Result<f64> {
     const BYTES: u64 = 512 << 10;
-    // An object of 64 bytes has a slot of 96. The first number fills it; the difference are ten batches of a sixteenth each.
+    // An object of 64 bytes has a slot of 96. The first number fills it; the difference are ten
+    // batches of a sixteenth each.
     const FULL: u64 = BYTES / 96 + 1000;
     const BATCHES: u64 = 10 * (BYTES / 16 / 96 + 1);
     let mode = Mode { quarantine: QuarantineSize::Bytes(BYTES), ..Mode::RING };

@@ -34,15 +34,17 @@ use crate::trace::Trace;
 /// Where the figures go, and what the programs that are run read and write.
 pub(crate) const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bench");
 
-/// Measures what Umbra promises and prints it beside the promise; BENCHMARKS.md gets it too. Exit status: 0, 1 when a figure is over
-/// its limit and that is not known already, 2 when something cannot be measured.
+/// Measures what Umbra promises and prints it beside the promise; BENCHMARKS.md gets it too. Exit
+/// status: 0, 1 when a figure is over its limit and that is not known already, 2 when something
+/// cannot be measured.
 #[derive(Parser)]
 #[command(name = "cargo xtask bench")]
 struct Arguments {
     /// Only these parts; all if none is named.
     #[arg(value_enum)]
     parts: Vec<Part>,
-    /// The trace to replay natively: an allocator trace (.kmt.zst). Without it, a slice of one that is in the repository.
+    /// The trace to replay natively: an allocator trace (.kmt.zst). Without it, a slice of one that
+    /// is in the repository.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
     /// The memory of the machine that the trace was recorded on.
@@ -63,7 +65,8 @@ struct Arguments {
     /// Leave BENCHMARKS.md, and the files that it is made of, as they are.
     #[arg(long)]
     keep: bool,
-    /// Measure by the clock, as on a host that does not count guest instructions, in so many rounds.
+    /// Measure by the clock, as on a host that does not count guest instructions, in so many
+    /// rounds.
     #[arg(long, value_name = "ROUNDS", num_args = 0..=1, default_missing_value = "2000000",
           value_parser = clap::value_parser!(u64).range(1..))]
     clock: Option<u64>,
@@ -73,15 +76,18 @@ struct Arguments {
 }
 
 /// The slice that is in the repository.
-pub(crate) const SLICE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/traces/kernel-build-slice.kmt.zst");
+pub(crate) const SLICE: &str =
+    concat!(env!("CARGO_MANIFEST_DIR"), "/traces/kernel-build-slice.kmt.zst");
 /// How many guests `scale` holds at once.
 const GUESTS: u16 = 24;
 /// Host memory that is left alone when a size is tried.
 const SPARE: u64 = 1 << 30;
 
 fn size(text: &str) -> Result<u64, String> {
-    let bytes =
-        parse_size::Config::new().with_binary().parse_size(text).map_err(|error| error.to_string())?;
+    let bytes = parse_size::Config::new()
+        .with_binary()
+        .parse_size(text)
+        .map_err(|error| error.to_string())?;
     if bytes == 0 || !bytes.is_multiple_of(4096) || bytes > 4 << 40 {
         return Err("not a multiple of 4 KiB, up to 4 TiB".into());
     }
@@ -171,8 +177,9 @@ impl Host {
         let info = read("/proc/cpuinfo");
         let cpu = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
         let memory = read("/proc/meminfo");
-        let total =
-            memory.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB"));
+        let total = memory
+            .lines()
+            .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB"));
         let release = read("/proc/sys/kernel/osrelease");
         Self {
             kind: counted.map(|counted| match counted {
@@ -238,8 +245,11 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     }
     let folder = Path::new(FOLDER);
     fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
-    let bar =
-        if std::io::stderr().is_terminal() { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
+    let bar = if std::io::stderr().is_terminal() {
+        ProgressBar::new_spinner()
+    } else {
+        ProgressBar::hidden()
+    };
     bar.set_style(ProgressStyle::with_template("{spinner} [{elapsed}] {wide_msg}")?);
     bar.enable_steady_tick(Duration::from_millis(100));
     if arguments.parts.contains(&Part::Gate) {
@@ -317,7 +327,8 @@ impl Arguments {
         bar: &ProgressBar,
         to: &mut Measured,
     ) -> Result<()> {
-        let skipped = || body.iter().flat_map(|body| body.lines()).filter(|line| line.contains("SKIPPED"));
+        let skipped =
+            || body.iter().flat_map(|body| body.lines()).filter(|line| line.contains("SKIPPED"));
         bar.suspend(|| {
             println!("{part:?}: {host}\n{}", table(&figures));
             skipped().for_each(|line| println!("{line}"));
@@ -353,7 +364,11 @@ fn natively(arguments: &Arguments, bar: &ProgressBar, measured: &mut Measured) -
         let trace = arguments.trace.as_deref().map_or_else(|| SLICE.into(), from);
         let (needed, available) = (arguments.memory / 8 + SPARE, available_memory());
         let no_full = (needed > available).then(|| {
-            format!("it needs {} MiB of host memory, and {} MiB are available", needed >> 20, available >> 20)
+            format!(
+                "it needs {} MiB of host memory, and {} MiB are available",
+                needed >> 20,
+                available >> 20
+            )
         });
         let host = Host::new(None);
         let told = crate::replay::report::measure(
@@ -362,7 +377,10 @@ fn natively(arguments: &Arguments, bar: &ProgressBar, measured: &mut Measured) -
             no_full,
             !arguments.keep,
             |shadow, at, of| {
-                bar.set_message(format!("replaying the trace, {shadow}: {} %", at * 100 / of.max(1)));
+                bar.set_message(format!(
+                    "replaying the trace, {shadow}: {} %",
+                    at * 100 / of.max(1)
+                ));
             },
         )?;
         arguments.tell(Part::Replay, &host, Some(told.text), told.figures, bar, measured)?;
@@ -382,7 +400,12 @@ fn natively(arguments: &Arguments, bar: &ProgressBar, measured: &mut Measured) -
 }
 
 /// The parts that need one.
-fn guests(arguments: &Arguments, folder: &Path, bar: &ProgressBar, measured: &mut Measured) -> Result<()> {
+fn guests(
+    arguments: &Arguments,
+    folder: &Path,
+    bar: &ProgressBar,
+    measured: &mut Measured,
+) -> Result<()> {
     let wanted: Vec<_> = Part::GUESTS.into_iter().filter(|part| arguments.wants(*part)).collect();
     if wanted.is_empty() {
         return Ok(());
@@ -392,7 +415,9 @@ fn guests(arguments: &Arguments, folder: &Path, bar: &ProgressBar, measured: &mu
     let kernel: Option<Arc<[u8]>> = umbra::kernel::test_kernel().map(Into::into);
     let meter = kernel
         .context("there is no test kernel in this build: `cargo xtask bench` builds both")
-        .and_then(|kernel| Ok((Meter::new(kernel.clone(), arguments.clock, Box::new(tick))?, kernel)));
+        .and_then(|kernel| {
+            Ok((Meter::new(kernel.clone(), arguments.clock, Box::new(tick))?, kernel))
+        });
     let (meter, kernel) = match meter {
         Ok(both) => both,
         Err(error) => {
@@ -437,7 +462,8 @@ fn guests(arguments: &Arguments, folder: &Path, bar: &ProgressBar, measured: &mu
             Part::Workload => workload::figures(&meter)?,
             Part::Checks => checks::figures(&meter)?,
             Part::Ring3 => {
-                let (figures, table) = ring3::figures(&kernel, |what| bar.set_message(what.to_owned()))?;
+                let (figures, table) =
+                    ring3::figures(&kernel, |what| bar.set_message(what.to_owned()))?;
                 text = Some(table);
                 figures
             }

@@ -20,8 +20,9 @@ pub fn figures(program: &Program, kernel: &[u8]) -> Result<Vec<Figure>> {
         ("all scenarios, with findings and symbols", "churn=2000", 1),
     ] {
         let stats = program.stats(kernel, cmdline, status)?;
-        let bytes =
-            stats["host"]["vmm_overhead_bytes"].as_f64().context("--stats has no vmm_overhead_bytes")?;
+        let bytes = stats["host"]["vmm_overhead_bytes"]
+            .as_f64()
+            .context("--stats has no vmm_overhead_bytes")?;
         all.push(Figure::new(MEMORY, name, bytes / MIB, "MiB").limit(8.0));
     }
     let start = program.start_to_end(STARTS)?;
@@ -33,7 +34,9 @@ pub fn figures(program: &Program, kernel: &[u8]) -> Result<Vec<Figure>> {
             "ms",
         )
         .limit(20.0)
-        .note(format!("median of {STARTS}; an upper bound for the time to the first guest instruction")),
+        .note(format!(
+            "median of {STARTS}; an upper bound for the time to the first guest instruction"
+        )),
     );
     Ok(all)
 }

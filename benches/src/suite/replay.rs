@@ -49,7 +49,12 @@ pub fn figures(meter: &Meter, slice: &Path) -> Result<(Vec<Figure>, String)> {
                 "instructions",
             ));
         }
-        all.push(Figure::new(GROUP, format!("{name}: exits"), run.stats.exits.total as f64, "exits"));
+        all.push(Figure::new(
+            GROUP,
+            format!("{name}: exits"),
+            run.stats.exits.total as f64,
+            "exits",
+        ));
         if mode != Mode::OFF {
             let shadow = &run.stats.shadow;
             let bytes = (shadow.page_bytes + shadow.byte_peak_resident_bytes) as f64 / KIB;

@@ -1,9 +1,11 @@
-//! What a check costs in a real guest, in nanoseconds: in its ring 3, which a CPU executes on every host, where some emulate ring 0.
+//! What a check costs in a real guest, in nanoseconds: in its ring 3, which a CPU executes on every
+//! host, where some emulate ring 0.
 //!
-//! The checks are the guest runtime's own machine code, taken out of the test kernel's file and patched as
-//! `guest/runtime/src/checks.rs` does it. They do not depend on where they run: they shift the address and look there. So they lie in a
-//! guest of nothing but them and a loop, whose page tables are open to ring 3, and check addresses in the lower half, whose shadow
-//! lies at the same shifts. What tells events or changes shadow keeps interrupts off, and cannot run there.
+//! The checks are the guest runtime's own machine code, taken out of the test kernel's file and
+//! patched as `guest/runtime/src/checks.rs` does it. They do not depend on where they run: they
+//! shift the address and look there. So they lie in a guest of nothing but them and a loop, whose
+//! page tables are open to ring 3, and check addresses in the lower half, whose shadow lies at the
+//! same shifts. What tells events or changes shadow keeps interrupts off, and cannot run there.
 
 use std::fmt::Write as _;
 
@@ -26,13 +28,14 @@ use crate::program::one_segment;
 const SETS: [u64; 6] = [SMALL, 2 << 20, 16 << 20, 128 << 20, 1 << 30, LARGE];
 const SMALL: u64 = 32 << 10;
 const LARGE: u64 = 4 << 30;
-/// Turns of which the median is taken, and rounds in a turn: for sets that the caches hold, and for others, which have to be in them
-/// again after another check's turn. Two more turns only fill caches.
+/// Turns of which the median is taken, and rounds in a turn: for sets that the caches hold, and for
+/// others, which have to be in them again after another check's turn. Two more turns only fill
+/// caches.
 const TURNS: (usize, u64) = (201, 100_000);
 const FAR_TURNS: (usize, u64) = (21, 1_000_000);
 const WARM: usize = 2;
-/// Memory that is accessible as a whole, and memory that is byte-checked. Nothing is there, only its shadow: at 2 MiB (which is
-/// where the guest's RAM ends), at 3 MiB, and at 1.5 GiB.
+/// Memory that is accessible as a whole, and memory that is byte-checked. Nothing is there, only
+/// its shadow: at 2 MiB (which is where the guest's RAM ends), at 3 MiB, and at 1.5 GiB.
 const UNTYPED: u64 = 8 << 30;
 const BYTES: u64 = UNTYPED + LARGE;
 /// Valid bytes of the last granule of a set, where there is a partial one.
@@ -41,20 +44,25 @@ const VALID: u8 = 5;
 const FEW: u64 = 1000;
 /// What opens a page to ring 3, in all levels of the page tables.
 const USER: u64 = 4;
-/// Where nothing is: a store there ends a run of the loop. In the hole, and in the page tables of the start.
+/// Where nothing is: a store there ends a run of the loop. In the hole, and in the page tables of
+/// the start.
 const NOTHING: u64 = 0xd000_0000;
-/// Most time of a check to a full shadow's: of all untyped memory, of a cached set of it, of a cached set of byte-checked memory.
+/// Most time of a check to a full shadow's: of all untyped memory, of a cached set of it, of a
+/// cached set of byte-checked memory.
 const LIMITS: [f64; 3] = [1.0 / 3.0, 1.05, 1.2];
 
-/// How the loop gets from a round's number to an address: by two factors, as in `native`. Always the same one.
+/// How the loop gets from a round's number to an address: by two factors, as in `native`. Always
+/// the same one.
 const STAY: [u64; 2] = [0, 1];
 /// The pages of the byte shadow, one after the other.
 const SHADOW_PAGES: [u64; 2] = [1 << (PAGE_SHIFT + GRANULE_SHIFT), 1];
 
-/// The loop. `r14` rounds of: any address of a set of `r9` + 1 bytes at `r12`, chosen by `r8` and `r15`, and `r10` bytes are checked by `r13`.
+/// The loop. `r14` rounds of: any address of a set of `r9` + 1 bytes at `r12`, chosen by `r8` and
+/// `r15`, and `r10` bytes are checked by `r13`.
 fn code() -> &'static [u8] {
     let (start, end): (*const u8, *const u8);
-    // SAFETY: two address calculations; the code goes to a section of its own and is not executed here.
+    // SAFETY: two address calculations; the code goes to a section of its own and is not executed
+    // here.
     unsafe {
         std::arch::asm!(
             "lea {0}, [rip + 220f]",
@@ -108,7 +116,9 @@ impl Checks {
         let symbol = |name: &str| {
             let found = file.symbols().find(|symbol| symbol.name() == Ok(name));
             found.map(|symbol| (symbol.address(), symbol.size())).with_context(|| {
-                format!("the test kernel has no symbol {name}: it was stripped, or has another runtime")
+                format!(
+                    "the test kernel has no symbol {name}: it was stripped, or has another runtime"
+                )
             })
         };
         let bytes = |at: u64, len: usize| {
@@ -118,10 +128,16 @@ impl Checks {
         };
         let (first, each) = symbol("__asan_load1_noabort")?;
         let each = usize::try_from(each)?;
-        let (from, two, full) =
-            (symbol(templates)?.0, symbol("umbra_templates_two_level")?.0, symbol("umbra_templates_full")?.0);
+        let (from, two, full) = (
+            symbol(templates)?.0,
+            symbol("umbra_templates_two_level")?.0,
+            symbol("umbra_templates_full")?.0,
+        );
         let patch = usize::try_from(full.abs_diff(two))? / Self::NAMES.len();
-        ensure!((1..each).contains(&patch) && each <= 4096, "the test kernel's checks are not as expected");
+        ensure!(
+            (1..each).contains(&patch) && each <= 4096,
+            "the test kernel's checks are not as expected"
+        );
         let mut code = bytes(first, each * Self::NAMES.len())?.to_vec();
         let templates = bytes(from, patch * Self::NAMES.len())?;
         for (slot, template) in code.chunks_exact_mut(each).zip(templates.chunks_exact(patch)) {
@@ -129,7 +145,10 @@ impl Checks {
         }
         for (i, name) in Self::NAMES.iter().enumerate() {
             let (at, _) = symbol(&format!("__asan_{name}_noabort"))?;
-            ensure!(at == first + (i * each) as u64, "the test kernel's checks are in another order");
+            ensure!(
+                at == first + (i * each) as u64,
+                "the test kernel's checks are in another order"
+            );
         }
         Ok(Self { code, each })
     }
@@ -162,8 +181,8 @@ struct Access {
 impl Guest {
     /// With this shadow of the set's last granule.
     fn new(kvm: &Kvm, kernel: &[u8], set: u64, last: u8) -> Result<Self> {
-        let [two_level, full] =
-            ["umbra_templates_two_level", "umbra_templates_full"].map(|name| Checks::new(kernel, name));
+        let [two_level, full] = ["umbra_templates_two_level", "umbra_templates_full"]
+            .map(|name| Checks::new(kernel, name));
         let (two_level, full) = (two_level?, full?);
         let image = [code(), &two_level.code, &full.code].concat();
         let file = one_segment(&image);
@@ -190,13 +209,20 @@ impl Guest {
         {
             let bytes = map.bytes();
             // SAFETY: the guest may only read it, and the machine is dropped before it.
-            unsafe { machine.map(GuestAddress(gpa), bytes.as_ptr().cast_mut(), bytes.len() as u64, true) }?;
+            unsafe {
+                machine.map(GuestAddress(gpa), bytes.as_ptr().cast_mut(), bytes.len() as u64, true)
+            }?;
         }
         let mut vcpu = machine.create_vcpu(0)?;
         let mut sregs = vcpu.sregs()?;
-        for segment in
-            [&mut sregs.cs, &mut sregs.ss, &mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs]
-        {
+        for segment in [
+            &mut sregs.cs,
+            &mut sregs.ss,
+            &mut sregs.ds,
+            &mut sregs.es,
+            &mut sregs.fs,
+            &mut sregs.gs,
+        ] {
             (segment.dpl, segment.selector) = (3, segment.selector | 3);
         }
         vcpu.set_sregs(&sregs)?;
@@ -210,7 +236,8 @@ impl Guest {
         let Access { check, base, set, step, size } = access;
         let mut regs = self.vcpu.regs()?;
         (regs.rip, regs.rsp, regs.rflags) = (self.start() + LOOP, layout::BOOT_STACK, 2);
-        (regs.rbx, regs.r8, regs.r9, regs.r10) = (NOTHING, step[0], (set - 1) & !(GRANULE - 1), size);
+        (regs.rbx, regs.r8, regs.r9, regs.r10) =
+            (NOTHING, step[0], (set - 1) & !(GRANULE - 1), size);
         (regs.r12, regs.r13, regs.r14) = (base, check, rounds);
         regs.r15 = step[1];
         self.vcpu.set_regs(&regs)?;
@@ -300,15 +327,23 @@ pub fn figures(kernel: &[u8], tick: impl Fn(&str)) -> Result<(Vec<Figure>, Strin
             let mut guest = Guest::new(&kvm, kernel, set, 0)?;
             let of = |base, check| Access { check, base, set, step, size: 8 };
             let (two_level, full) = (guest.check("load8", false)?, guest.check("load8", true)?);
-            let accesses =
-                [of(UNTYPED, guest.start()), of(UNTYPED, two_level), of(BYTES, two_level), of(BYTES, full)];
+            let accesses = [
+                of(UNTYPED, guest.start()),
+                of(UNTYPED, two_level),
+                of(BYTES, two_level),
+                of(BYTES, full),
+            ];
             // Each page of shadow is met once, which is slow.
             for access in &accesses[1..] {
-                guest.run(Access { step: SHADOW_PAGES, ..*access }, (set / SHADOW_PAGES[0]).max(1))?;
+                guest.run(
+                    Access { step: SHADOW_PAGES, ..*access },
+                    (set / SHADOW_PAGES[0]).max(1),
+                )?;
             }
             let times = guest.times(accesses, if set <= SETS[1] { TURNS } else { FAR_TURNS })?;
-            let ratio =
-                |i: usize| median(times[i].iter().zip(&times[3]).map(|(time, full)| time / full).collect());
+            let ratio = |i: usize| {
+                median(times[i].iter().zip(&times[3]).map(|(time, full)| time / full).collect())
+            };
             if step == SCATTER {
                 all.extend(ratios(set, ratio(1), ratio(2)));
             }

@@ -31,13 +31,16 @@ const FEW: usize = 4;
 /// Hosts for which it is projected, in GiB.
 const HOSTS: [u64; 4] = [32, 64, 256, 1024];
 /// What the guests do.
-const DONE: [(&str, &str); 2] =
-    [("as the replay left it", "bench=replay:1"), ("all of it touched", "bench=replay:1 bench=touch:1")];
+const DONE: [(&str, &str); 2] = [
+    ("as the replay left it", "bench=replay:1"),
+    ("all of it touched", "bench=replay:1 bench=touch:1"),
+];
 /// How long one of them may take to get there.
 const LIMIT: Duration = Duration::from_secs(300);
 const MIB: f64 = 1_048_576.0;
 
-/// Measures. `guests` is how many are tried at once; `write` has a plot written; `tick` hears what is being done. Returns a table, too.
+/// Measures. `guests` is how many are tried at once; `write` has a plot written; `tick` hears what
+/// is being done. Returns a table, too.
 ///
 /// # Errors
 /// A guest does not start.
@@ -61,7 +64,8 @@ fn sizes(program: &Program, write: bool, tick: &impl Fn(&str)) -> Result<String>
          | ---: | --- | ---: | ---: | ---: | ---: |\n",
     );
     let mut skipped = String::new();
-    let mut lines = SHADOWS.map(|shadow| Line { name: format!("shadow {shadow}"), points: Vec::new() });
+    let mut lines =
+        SHADOWS.map(|shadow| Line { name: format!("shadow {shadow}"), points: Vec::new() });
     for memory in SIZES {
         for (shadow, line) in SHADOWS.into_iter().zip(&mut lines) {
             tick(&format!("a guest of {} MiB, shadow {shadow}", memory >> 20));
@@ -78,7 +82,8 @@ fn sizes(program: &Program, write: bool, tick: &impl Fn(&str)) -> Result<String>
                 continue;
             }
             let stats = program.bare(memory, shadow)?;
-            let number_of = |path: &str| stats.pointer(path).and_then(Value::as_f64).unwrap_or(f64::NAN);
+            let number_of =
+                |path: &str| stats.pointer(path).and_then(Value::as_f64).unwrap_or(f64::NAN);
             let _ = writeln!(
                 text,
                 "| {} | {shadow} | {:.2} | {:.2} | {:.1} | {:.1} |",
@@ -152,9 +157,13 @@ fn many(
             let wanted = if words.contains("touch") { guests } else { guests.min(FEW) };
             let mut running = Vec::new();
             while running.len() < wanted && available_memory() > LEFT + MOST {
-                tick(&format!("guest {} of {wanted} at once, shadow {shadow}, {memory}", running.len() + 1));
+                tick(&format!(
+                    "guest {} of {wanted} at once, shadow {shadow}, {memory}",
+                    running.len() + 1
+                ));
                 let mut command = Command::new(program.path());
-                let cmdline = format!("scenarios=- {words} bench=check:1000000000000:none:page:0:0");
+                let cmdline =
+                    format!("scenarios=- {words} bench=check:1000000000000:none:page:0:0");
                 command.arg("run").arg(&file).arg("--initrd").arg(&initrd);
                 command.args(["--timeout=none", "--shadow", shadow, "--cmdline", &cmdline]);
                 let (guest, _) = until(&mut command, "bench begin", 2, LIMIT)?;
@@ -187,7 +196,12 @@ fn many(
                     number(total / each)
                 );
             }
-            all.push(Figure::new(GROUP, format!("{shadow}, {memory}: one more guest"), each / MIB, "MiB"));
+            all.push(Figure::new(
+                GROUP,
+                format!("{shadow}, {memory}: one more guest"),
+                each / MIB,
+                "MiB",
+            ));
         }
     }
     let _ = write!(text, "\nThat is, here and with all memory touched, in MiB:\n\n{arithmetic}");

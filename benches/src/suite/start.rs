@@ -24,8 +24,7 @@ const FIRST_LINE: &str = "bench begin";
 /// # Errors
 /// Umbra does not start.
 pub fn figures(program: &Program, kernel: &[u8], tick: impl Fn(&str)) -> Result<Vec<Figure>> {
-    const LINE: &str =
-        "process start to the first instructions of a guest: a kernel of 14 bytes, which says a line";
+    const LINE: &str = "process start to the first instructions of a guest: a kernel of 14 bytes, which says a line";
     const KERNEL: &str = "process start to the test kernel's first line";
     let (small, large) = (program.folder().join("says-a-line"), program.folder().join("kernel"));
     std::fs::write(&small, pvh::says_a_line())
@@ -67,9 +66,11 @@ pub fn figures(program: &Program, kernel: &[u8], tick: impl Fn(&str)) -> Result<
     }));
     for shadow in ["off", "per-page", "full"] {
         let stats = program.bare(MEMORY, shadow)?;
-        let seconds = stats["host"]["start_seconds"].as_f64().context("--stats has no start_seconds")?;
-        let overhead =
-            stats["host"]["vmm_overhead_bytes"].as_f64().context("--stats has no vmm_overhead_bytes")?;
+        let seconds =
+            stats["host"]["start_seconds"].as_f64().context("--stats has no start_seconds")?;
+        let overhead = stats["host"]["vmm_overhead_bytes"]
+            .as_f64()
+            .context("--stats has no vmm_overhead_bytes")?;
         const RUN: &str = "a guest of 256 MiB that ends with its first instruction";
         all.push(Figure::new(
             RUN,
@@ -102,7 +103,9 @@ fn qemu(group: &'static str, kernel: &Path, line: &str, tick: &impl Fn(&str)) ->
         );
         match time {
             Ok(time) => Figure::new(group, name, time.as_secs_f64() * 1e3, "ms"),
-            Err(error) => Figure::new(group, name, f64::NAN, "ms").note(format!("SKIPPED: {error:#}")),
+            Err(error) => {
+                Figure::new(group, name, f64::NAN, "ms").note(format!("SKIPPED: {error:#}"))
+            }
         }
     })
 }

@@ -17,8 +17,8 @@ fn churn(meter: &Meter, mode: Mode, operations: u64) -> Result<Run> {
     meter.run(mode, &format!("scenarios=huge_churn churn={operations}"))
 }
 
-/// What was found, as far as it is the same in two runs of one kernel: addresses are not, since page tables for more shadow take
-/// more memory.
+/// What was found, as far as it is the same in two runs of one kernel: addresses are not, since
+/// page tables for more shadow take more memory.
 fn found(run: &Run) -> BTreeSet<String> {
     let line = |f: &Finding| {
         let offset = f.object.as_ref().map(|object| object.offset);
@@ -30,7 +30,10 @@ fn found(run: &Run) -> BTreeSet<String> {
             f.task.name
         )
     };
-    run.findings.iter().map(|(finding, times)| format!("{}, {times} times", line(finding))).collect()
+    run.findings
+        .iter()
+        .map(|(finding, times)| format!("{}, {times} times", line(finding)))
+        .collect()
 }
 
 fn shadow_bytes(run: &Run) -> f64 {
@@ -42,7 +45,8 @@ pub fn figures(meter: &Meter) -> Result<Vec<Figure>> {
     let mut all = Vec::new();
     if meter.counts() {
         let boot = meter.run(Mode::RING, "scenarios=-")?;
-        let instructions = boot.stats.guest.instructions.context("KVM has stopped counting instructions")?;
+        let instructions =
+            boot.stats.guest.instructions.context("KVM has stopped counting instructions")?;
         all.push(
             Figure::new(
                 "boot",
@@ -55,13 +59,22 @@ pub fn figures(meter: &Meter) -> Result<Vec<Figure>> {
     }
 
     const GROUP: &str = "churn in 256 MiB";
-    let modes =
-        [(Mode::RING, "per-page"), (Mode::FULL, "full"), (Mode::SYNC, "per-page, sync"), (Mode::OFF, "off")];
+    let modes = [
+        (Mode::RING, "per-page"),
+        (Mode::FULL, "full"),
+        (Mode::SYNC, "per-page, sync"),
+        (Mode::OFF, "off"),
+    ];
     let mut runs = Vec::new();
     for (mode, name) in modes {
         let run = churn(meter, mode, OPERATIONS)?;
         if mode != Mode::OFF {
-            all.push(Figure::new(GROUP, format!("{name}: shadow"), shadow_bytes(&run) / 1024.0, "KiB"));
+            all.push(Figure::new(
+                GROUP,
+                format!("{name}: shadow"),
+                shadow_bytes(&run) / 1024.0,
+                "KiB",
+            ));
         }
         if let Some(instructions) = run.stats.guest.instructions {
             all.push(Figure::new(
@@ -95,7 +108,12 @@ pub fn figures(meter: &Meter) -> Result<Vec<Figure>> {
     let [per_page, full] =
         [Mode::RING, Mode::FULL].map(|mode| meter.run(mode, &format!("churn={OPERATIONS}")));
     let (per_page, full) = (per_page?, full?);
-    all.push(Figure::new(SCENARIOS, "findings of per-page", per_page.stats.findings as f64, "findings"));
+    all.push(Figure::new(
+        SCENARIOS,
+        "findings of per-page",
+        per_page.stats.findings as f64,
+        "findings",
+    ));
     all.push(
         Figure::new(
             SCENARIOS,
@@ -127,7 +145,12 @@ pub fn figures(meter: &Meter) -> Result<Vec<Figure>> {
         )
         .limit(1.0),
     );
-    all.push(Figure::new(EXITS, "of these, drains of the ring", more(|r| r.stats.exits.hypercall), "exits"));
+    all.push(Figure::new(
+        EXITS,
+        "of these, drains of the ring",
+        more(|r| r.stats.exits.hypercall),
+        "exits",
+    ));
     all.push(Figure::new(
         EXITS,
         "of these, first touches of shadow",

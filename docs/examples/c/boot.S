@@ -1,6 +1,6 @@
 /*
- * From the Linux 64-bit boot protocol's entry (long mode, memory mapped one to one) to C code in the higher half. The page
- * tables map one GiB at 0, as direct map, and as kernel image.
+ * From the Linux 64-bit boot protocol's entry (long mode, memory mapped one to one) to C code in
+ * the higher half. The page tables map one GiB at 0, as direct map, and as kernel image.
  */
 #define IMAGE_MAP 0xffffffff80000000
 #define STACK_BYTES 0x10000

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 /*
- * The allocators: blocks of pages, each with a description outside of it, and caches of equal objects whose free lists
- * run through the freed objects themselves. The latter touches poisoned memory on purpose, so it does that with reports
- * off.
+ * The allocators: blocks of pages, each with a description outside of it, and caches of equal
+ * objects whose free lists run through the freed objects themselves. The latter touches poisoned
+ * memory on purpose, so it does that with reports off.
  */
 #include "kernel.h"
 

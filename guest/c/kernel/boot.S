@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * From the 64-bit boot protocol's entry (long mode, memory mapped one to one, rsi: boot parameters) to C code in the
- * higher half. The first page tables stand ready: 1 GiB at 0, as direct map and as kernel image; and one scratch page
- * wherever the byte shadow of the image would be, so that compilers may store the shadow of the first stack before
- * Umbra's windows are mapped, and where there is no Umbra.
+ * From the 64-bit boot protocol's entry (long mode, memory mapped one to one, rsi: boot parameters)
+ * to C code in the higher half. The first page tables stand ready: 1 GiB at 0, as direct map and as
+ * kernel image; and one scratch page wherever the byte shadow of the image would be, so that
+ * compilers may store the shadow of the first stack before Umbra's windows are mapped, and where
+ * there is no Umbra.
  */
 #define IMAGE_MAP 0xffffffff80000000
 #define BOOT_STACK 0x10000

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 /*
- * Bugs on objects, pages and addresses that are neither. Names follow Linux's KASAN test suite (mm/kasan/kasan_test.c)
- * where it has the same case.
+ * Bugs on objects, pages and addresses that are neither. Names follow Linux's KASAN test suite
+ * (mm/kasan/kasan_test.c) where it has the same case.
  */
 #include "kernel.h"
 

@@ -64,8 +64,9 @@ uint64_t current_task(void);
 void scenarios_run(const char *command_line);
 
 /*
- * Defines a scenario: its function, its line for the host (`name|verdict|description`; a verdict is `silent`, or
- * findings separated by `;`, each `kind access size offset-in-object`), and its entry in the kernel's table.
+ * Defines a scenario: its function, its line for the host (`name|verdict|description`; a verdict is
+ * `silent`, or findings separated by `;`, each `kind access size offset-in-object`), and its entry
+ * in the kernel's table.
  */
 #define SCENARIO(name, verdict, about)                                                                                 \
 	static void name(void);                                                                                        \

@@ -169,8 +169,8 @@ SCENARIO(kasan_global_oob_right, "global-out-of-bounds Read 1 13", "reads behind
 }
 
 /*
- * Neither compiler puts a redzone before a variable: the one behind its neighbour is found. A variable of 13 bytes and its
- * redzone are 32 bytes together for clang, and 64 for gcc.
+ * Neither compiler puts a redzone before a variable: the one behind its neighbour is found. A
+ * variable of 13 bytes and its redzone are 32 bytes together for clang, and 64 for gcc.
  */
 #ifdef __clang__
 #define BEFORE_NEIGHBOUR "29"

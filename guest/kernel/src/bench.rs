@@ -1,7 +1,9 @@
-//! What the benchmarks have measured: one thing, called again and again in a loop whose own instructions are known.
+//! What the benchmarks have measured: one thing, called again and again in a loop whose own
+//! instructions are known.
 //!
-//! The host chooses by words `bench=WHAT:ROUNDS:...` on the command line, runs the kernel with two numbers of rounds,
-//! and divides the difference. Between the lines `bench begin` and `bench end` nothing but the loop runs.
+//! The host chooses by words `bench=WHAT:ROUNDS:...` on the command line, runs the kernel with two
+//! numbers of rounds, and divides the difference. Between the lines `bench begin` and `bench end`
+//! nothing but the loop runs.
 //!
 //! | word | what a round is |
 //! | --- | --- |
@@ -51,10 +53,12 @@ pub type Function = unsafe extern "C" fn();
 const CHUNKS: usize = 64;
 /// A block of 2 MiB, as page order.
 const CHUNK_ORDER: usize = 9;
-/// Bytes of the object that checks are tried on: 125 whole granules, and one of which 5 bytes are valid.
+/// Bytes of the object that checks are tried on: 125 whole granules, and one of which 5 bytes are
+/// valid.
 const OBJECT: u64 = 1005;
 
-/// Calls `f(arguments)` `rounds` times. Eight instructions of each round are the loop's, besides `call` and `ret`.
+/// Calls `f(arguments)` `rounds` times. Eight instructions of each round are the loop's, besides
+/// `call` and `ret`.
 #[inline(never)]
 fn repeat(rounds: u64, f: Function, arguments: [u64; 5]) {
     if rounds == 0 {
@@ -130,7 +134,8 @@ unsafe extern "C" fn drain() {
 
 fn with_arguments<F: Copy>(f: F) -> Function {
     const { assert!(size_of::<F>() == size_of::<Function>()) };
-    // SAFETY: both are pointers to C functions; `repeat` passes more arguments than any of them takes.
+    // SAFETY: both are pointers to C functions; `repeat` passes more arguments than any of them
+    // takes.
     unsafe { core::mem::transmute_copy(&f) }
 }
 
@@ -141,11 +146,18 @@ fn calls(name: &str, at: u64) -> Option<(Function, [u64; 5])> {
         "poison" => (umbra_poison, [at, 8, redzone, 0, 0]),
         "unpoison" => (umbra_unpoison, [at, 8, 0, 0, 0]),
         "unpoison-page" => (umbra_unpoison, [at, PAGE_SIZE, 0, 0, 0]),
-        "promote" => (with_arguments(demote_and_promote as unsafe extern "C" fn(u64)), [at, 0, 0, 0, 0]),
+        "promote" => {
+            (with_arguments(demote_and_promote as unsafe extern "C" fn(u64)), [at, 0, 0, 0, 0])
+        }
         "alloc" => (umbra_alloc, [at, 64, 96, redzone, 1]),
-        "alloc-free" => (with_arguments(give_and_take as unsafe extern "C" fn(u64)), [at, 0, 0, 0, 0]),
+        "alloc-free" => {
+            (with_arguments(give_and_take as unsafe extern "C" fn(u64)), [at, 0, 0, 0, 0])
+        }
         // As at the end of a scope with a variable of 32 bytes.
-        "scope" => (__asan_set_shadow_f8, [(at.cast_signed() >> GRANULE_SHIFT).cast_unsigned(), 4, 0, 0, 0]),
+        "scope" => (
+            __asan_set_shadow_f8,
+            [(at.cast_signed() >> GRANULE_SHIFT).cast_unsigned(), 4, 0, 0, 0],
+        ),
         "drain" => (drain, [0; 5]),
         _ => return None,
     })
@@ -173,7 +185,8 @@ fn chunks(rounds: u64, used: bool) -> Option<()> {
     Some(())
 }
 
-/// Takes all blocks that are free, and writes a byte of each page. Two pages are free afterwards, for other benchmarks.
+/// Takes all blocks that are free, and writes a byte of each page. Two pages are free afterwards,
+/// for other benchmarks.
 fn touch() -> Option<()> {
     let left = page::alloc(1)?;
     for order in (0..=CHUNK_ORDER).rev() {
@@ -232,7 +245,9 @@ fn bench(word: &str, initrd: &[u8]) -> Option<()> {
 
 /// Does what the command line asks for.
 pub fn run(info: &BootInfo) {
-    for word in info.command_line.split_ascii_whitespace().filter_map(|word| word.strip_prefix("bench=")) {
+    for word in
+        info.command_line.split_ascii_whitespace().filter_map(|word| word.strip_prefix("bench="))
+    {
         if bench(word, info.initrd).is_none() {
             println!("bench={word}: there is no such benchmark, or too little memory");
         }

@@ -1,7 +1,9 @@
-//! From the 64-bit boot protocol's entry to Rust code in the higher half, and the page tables for that.
+//! From the 64-bit boot protocol's entry to Rust code in the higher half, and the page tables for
+//! that.
 //!
-//! The VMM enters in long mode with memory mapped one to one and `rsi` pointing to the boot parameters. The first page
-//! tables stand ready in the image: the first GiB at 0 (until the jump is made), as direct map and as kernel image.
+//! The VMM enters in long mode with memory mapped one to one and `rsi` pointing to the boot
+//! parameters. The first page tables stand ready in the image: the first GiB at 0 (until the jump
+//! is made), as direct map and as kernel image.
 
 use core::arch::{asm, global_asm};
 use core::ptr::{read_unaligned, write_volatile};
@@ -89,7 +91,8 @@ pub fn image_end() -> u64 {
     (&raw const __image_end) as u64 - IMAGE_MAP
 }
 
-/// Runs the constructors that the compiler made: each registers the globals of one compilation unit.
+/// Runs the constructors that the compiler made: each registers the globals of one compilation
+/// unit.
 pub fn run_constructors() {
     let mut f = &raw const __init_array_start;
     while f < &raw const __init_array_end {
@@ -127,9 +130,9 @@ impl BootInfo {
 pub fn boot_info(at: u64) -> BootInfo {
     let zero_page = (DIRECT_MAP + at) as *const u8;
     let mut memory = (0, 0);
-    // SAFETY: the VMM put a `boot_params` there: number of E820 entries at 0x1e8, entries of 20 bytes from 0x2d0
-    // on, address of the zero-terminated command line at 0x228, address and bytes of the initrd at 0x218 and 0x21c
-    // (Documentation/arch/x86/zero-page.rst, boot.rst).
+    // SAFETY: the VMM put a `boot_params` there: number of E820 entries at 0x1e8, entries of 20
+    // bytes from 0x2d0 on, address of the zero-terminated command line at 0x228, address and bytes
+    // of the initrd at 0x218 and 0x21c (Documentation/arch/x86/zero-page.rst, boot.rst).
     unsafe {
         for i in 0..usize::from(*zero_page.add(0x1e8)) {
             let entry = zero_page.add(0x2d0 + 20 * i);
@@ -140,16 +143,20 @@ pub fn boot_info(at: u64) -> BootInfo {
                 memory = (start, start + bytes);
             }
         }
-        let line = (DIRECT_MAP + u64::from(read_unaligned(zero_page.add(0x228).cast::<u32>()))) as *const u8;
+        let line = (DIRECT_MAP + u64::from(read_unaligned(zero_page.add(0x228).cast::<u32>())))
+            as *const u8;
         let mut len = 0;
         while len < 4096 && *line.add(len) != 0 {
             len += 1;
         }
-        let command_line = core::str::from_utf8(core::slice::from_raw_parts(line, len)).unwrap_or("");
+        let command_line =
+            core::str::from_utf8(core::slice::from_raw_parts(line, len)).unwrap_or("");
         let number = |at: usize| u64::from(read_unaligned(zero_page.add(at).cast::<u32>()));
         let initrd = match (number(0x218), number(0x21c)) {
             (0, _) | (_, 0) => &[],
-            (at, bytes) => core::slice::from_raw_parts((DIRECT_MAP + at) as *const u8, bytes as usize),
+            (at, bytes) => {
+                core::slice::from_raw_parts((DIRECT_MAP + at) as *const u8, bytes as usize)
+            }
         };
         BootInfo { memory, command_line, initrd }
     }
@@ -161,8 +168,8 @@ const LARGE: u64 = 0x80;
 const FRAME: u64 = 0x000f_ffff_ffff_f000;
 const LARGE_PAGE: u64 = 2 << 20;
 
-/// Maps `mapping`, in large pages where both addresses allow it. `table` hands out zeroed page frames. What a large page
-/// maps beyond the window is not memory, and reads as such.
+/// Maps `mapping`, in large pages where both addresses allow it. `table` hands out zeroed page
+/// frames. What a large page maps beyond the window is not memory, and reads as such.
 pub fn map(mapping: &Mapping, table: &mut impl FnMut() -> u64) {
     let mut done = 0;
     while done < mapping.bytes {
@@ -171,7 +178,8 @@ pub fn map(mapping: &Mapping, table: &mut impl FnMut() -> u64) {
         let mut entries = &raw mut boot_pml4 as *mut u64;
         let last = if large { 21 } else { 12 };
         for shift in [39, 30, 21, 12] {
-            // SAFETY: `entries` is a page table, in the image or handed out by `table`, and in the direct map.
+            // SAFETY: `entries` is a page table, in the image or handed out by `table`, and in the
+            // direct map.
             let entry = unsafe { entries.add((at >> shift & 511) as usize) };
             if shift == last {
                 let flags = if large { PRESENT_WRITABLE | LARGE } else { PRESENT_WRITABLE };
@@ -214,7 +222,8 @@ pub fn translate(at: u64) -> Option<u64> {
     entry_of(at).map(|entry| unsafe { *entry } & FRAME)
 }
 
-/// Takes the small page at `at` out of the page tables, on this CPU. Returns its guest-physical address.
+/// Takes the small page at `at` out of the page tables, on this CPU. Returns its guest-physical
+/// address.
 pub fn unmap(at: u64) -> Option<u64> {
     let gpa = translate(at)?;
     // SAFETY: whoever mapped it does not use it any more.
@@ -225,13 +234,13 @@ pub fn unmap(at: u64) -> Option<u64> {
     Some(gpa)
 }
 
-/// Maps a page of the direct map again, or no longer. No other CPU may be using the page; what they know of it may be out of
-/// date.
+/// Maps a page of the direct map again, or no longer. No other CPU may be using the page; what they
+/// know of it may be out of date.
 pub fn set_mapped(at: u64, mapped: bool) {
     let mut entries = &raw mut boot_pml4 as *mut u64;
     for shift in [39, 30, 21, 12] {
-        // SAFETY: a page table that the direct map reaches: the first ones, or one that `map` or this function made. What is
-        // changed is the entry of one page.
+        // SAFETY: a page table that the direct map reaches: the first ones, or one that `map` or
+        // this function made. What is changed is the entry of one page.
         unsafe {
             let entry = entries.add((at >> shift & 511) as usize);
             if shift == 12 {
@@ -240,7 +249,10 @@ pub fn set_mapped(at: u64, mapped: bool) {
                 let Some(table) = crate::page::alloc(0) else { return };
                 let first = *entry & !(LARGE_PAGE - 1);
                 for i in 0..512 {
-                    write_volatile((table as *mut u64).add(i), first + i as u64 * 4096 | PRESENT_WRITABLE);
+                    write_volatile(
+                        (table as *mut u64).add(i),
+                        first + i as u64 * 4096 | PRESENT_WRITABLE,
+                    );
                 }
                 write_volatile(entry, table - DIRECT_MAP | PRESENT_WRITABLE);
             }
@@ -251,7 +263,8 @@ pub fn set_mapped(at: u64, mapped: bool) {
     unsafe { asm!("mov {0}, cr3", "mov cr3, {0}", out(reg) _, options(nostack)) };
 }
 
-/// Copies the page table of the highest level to `to`, and has the copy map the first GiB one to one as well.
+/// Copies the page table of the highest level to `to`, and has the copy map the first GiB one to
+/// one as well.
 ///
 /// # Safety
 /// `to` is a page that nobody else uses.
@@ -271,17 +284,22 @@ pub fn use_tables() {
     unsafe { asm!("mov cr3, {}", in(reg) tables, options(nostack)) };
 }
 
-/// Completes the page tables: the rest of the direct map, what `extra` lists, and nothing at 0 any more.
+/// Completes the page tables: the rest of the direct map, what `extra` lists, and nothing at 0 any
+/// more.
 pub fn map_all(memory_end: u64, extra: &[Mapping], mut table: impl FnMut() -> u64) {
     const MAPPED_AT_BOOT: u64 = 1 << 30;
     if memory_end > MAPPED_AT_BOOT {
         let bytes = (memory_end - MAPPED_AT_BOOT).next_multiple_of(LARGE_PAGE);
-        map(&Mapping { start: DIRECT_MAP + MAPPED_AT_BOOT, gpa: MAPPED_AT_BOOT, bytes }, &mut table);
+        map(
+            &Mapping { start: DIRECT_MAP + MAPPED_AT_BOOT, gpa: MAPPED_AT_BOOT, bytes },
+            &mut table,
+        );
     }
     for mapping in extra {
         map(mapping, &mut table);
     }
-    // SAFETY: nothing runs at a low address any more; writing cr3 drops what was cached of the old tables.
+    // SAFETY: nothing runs at a low address any more; writing cr3 drops what was cached of the old
+    // tables.
     unsafe {
         write_volatile(&raw mut boot_pml4 as *mut u64, 0);
         asm!("mov {0}, cr3", "mov cr3, {0}", out(reg) _, options(nostack));

@@ -11,7 +11,9 @@ const COM1: u16 = 0x3f8;
 /// Writes a byte to an I/O port.
 pub fn out8(port: u16, value: u8) {
     // SAFETY: the ports used are the UART's and the reset port; neither touches memory.
-    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) }
+    unsafe {
+        asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags))
+    }
 }
 
 /// The console as a `fmt::Write`.
@@ -32,7 +34,8 @@ impl fmt::Write for Console {
 /// Who prints at the moment: the CPU's number plus 1, or 0.
 static PRINTING: AtomicUsize = AtomicUsize::new(0);
 
-/// Prints a line. Those of several CPUs do not mix; one that comes while this CPU prints (in a panic) is not held up.
+/// Prints a line. Those of several CPUs do not mix; one that comes while this CPU prints (in a
+/// panic) is not held up.
 pub fn print_line(line: fmt::Arguments) {
     let me = cpu::number() + 1;
     let nested = loop {

@@ -1,4 +1,5 @@
-//! Segments, the interrupt table, and what happens on a CPU exception: it is reported through the exit call.
+//! Segments, the interrupt table, and what happens on a CPU exception: it is reported through the
+//! exit call.
 
 use core::arch::{asm, global_asm};
 use core::ptr::addr_of_mut;
@@ -149,7 +150,8 @@ static mut STACK: Stack = Stack([0; FAULT_STACK]);
 
 unsafe extern "C" {
     static fault_stubs: [u8; 16 * (VECTORS + 1)];
-    /// CPU and task that run now, as the ABI wants them. It runs for every allocator event: two instructions.
+    /// CPU and task that run now, as the ABI wants them. It runs for every allocator event: two
+    /// instructions.
     pub safe fn cpu_current() -> u64;
 }
 
@@ -183,13 +185,13 @@ pub fn set_task(id: u32) {
     unsafe { asm!("mov gs:[0], {}", in(reg) current, options(nostack, preserves_flags)) };
 }
 
-/// Sets up the interrupt table, and this CPU, the first. Exceptions run on a stack of their own, so that one that comes
-/// from a broken stack is still told.
+/// Sets up the interrupt table, and this CPU, the first. Exceptions run on a stack of their own, so
+/// that one that comes from a broken stack is still told.
 pub fn init() {
     // SAFETY: runs once, at start, on the only CPU; the tables live as long as the kernel.
     unsafe {
-        // By its address in the direct map, which is below those of all threads' stacks: so the chain of frames rises from
-        // here to what was interrupted.
+        // By its address in the direct map, which is below those of all threads' stacks: so the
+        // chain of frames rises from here to what was interrupted.
         let stack = addr_of_mut!(STACK) as u64 - boot::IMAGE_MAP + boot::DIRECT_MAP;
         umbra_guest::stack_alloc(
             stack & !0xfff,
@@ -198,8 +200,11 @@ pub fn init() {
         for (vector, entry) in (*addr_of_mut!(IDT)).iter_mut().enumerate() {
             let stub = (&raw const fault_stubs) as u64 + 16 * vector as u64;
             // An interrupt gate with the first alternate stack.
-            let low =
-                stub & 0xffff | u64::from(CODE) << 16 | 1 << 32 | 0x8e << 40 | (stub >> 16 & 0xffff) << 48;
+            let low = stub & 0xffff
+                | u64::from(CODE) << 16
+                | 1 << 32
+                | 0x8e << 40
+                | (stub >> 16 & 0xffff) << 48;
             *entry = [low, stub >> 32];
         }
         load_tables(0, stack + FAULT_STACK as u64);
@@ -209,7 +214,8 @@ pub fn init() {
 /// Loads segments and the interrupt table on CPU `cpu`, which runs this.
 ///
 /// # Safety
-/// `fault_stack` is the end of a stack of [`FAULT_STACK`] bytes for this CPU's exceptions, and [`init`] has run.
+/// `fault_stack` is the end of a stack of [`FAULT_STACK`] bytes for this CPU's exceptions, and
+/// [`init`] has run.
 pub unsafe fn load_tables(cpu: usize, fault_stack: u64) {
     let at = per_cpu(cpu);
     // SAFETY: this CPU's own data, which live as long as the kernel.
@@ -223,7 +229,8 @@ pub unsafe fn load_tables(cpu: usize, fault_stack: u64) {
             | (size_of::<TaskState>() as u64 - 1);
         gdt[3] = task >> 32;
         let gdt = Pointer { limit: size_of_val(gdt) as u16 - 1, base: gdt.as_ptr() as u64 };
-        let idt = Pointer { limit: (16 * (VECTORS + 1) - 1) as u16, base: addr_of_mut!(IDT) as u64 };
+        let idt =
+            Pointer { limit: (16 * (VECTORS + 1) - 1) as u16, base: addr_of_mut!(IDT) as u64 };
         asm!(
             "lgdt [{gdt}]", "push {code}", "lea {scratch}, [rip + 3f]", "push {scratch}", "retfq", "3:",
             "mov ds, {zero:e}", "mov es, {zero:e}", "mov ss, {zero:e}", "ltr {tss:x}", "lidt [{idt}]",
@@ -233,9 +240,11 @@ pub unsafe fn load_tables(cpu: usize, fault_stack: u64) {
     }
 }
 
-/// Waits for an interrupt, unless `ready` says that what would be waited for has happened. Interrupts are on only here.
+/// Waits for an interrupt, unless `ready` says that what would be waited for has happened.
+/// Interrupts are on only here.
 pub fn idle_unless(ready: impl Fn() -> bool) {
-    // SAFETY: the only interrupt is the one that wakes an idle CPU; `sti` lets it in after the `hlt` has begun.
+    // SAFETY: the only interrupt is the one that wakes an idle CPU; `sti` lets it in after the
+    // `hlt` has begun.
     unsafe {
         if !ready() {
             asm!("sti", "hlt", "cli", options(nostack));
@@ -257,7 +266,8 @@ extern "C" fn fault(frame: &mut Frame) {
         }
         if let Some(exit) = thread::overflowed(address) {
             const WRITE: u64 = 2;
-            // How much the instruction was about to write is not known; pushes are most of what there is.
+            // How much the instruction was about to write is not known; pushes are most of what
+            // there is.
             umbra_guest::report(address, 8, frame.error & WRITE != 0, &trap);
             (frame.rip, frame.rsp) = exit;
             frame.rbp = 0;
@@ -272,7 +282,8 @@ extern "C" fn fault(frame: &mut Frame) {
     reset()
 }
 
-/// Resets the machine, through the keyboard controller: how the kernel ends where there is no Umbra.
+/// Resets the machine, through the keyboard controller: how the kernel ends where there is no
+/// Umbra.
 pub fn reset() -> ! {
     crate::console::out8(0x64, 0xfe);
     loop {

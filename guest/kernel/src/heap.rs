@@ -1,5 +1,5 @@
-//! The kernel's heaps for Rust collections: `kmalloc` as the global allocator, and a small allocator that knows
-//! nothing of Umbra, to try `Checked` on.
+//! The kernel's heaps for Rust collections: `kmalloc` as the global allocator, and a small
+//! allocator that knows nothing of Umbra, to try `Checked` on.
 
 use core::alloc::{GlobalAlloc, Layout};
 use core::cell::UnsafeCell;
@@ -13,8 +13,9 @@ pub struct Kmalloc;
 #[global_allocator]
 static HEAP: Kmalloc = Kmalloc;
 
-// SAFETY: `kmalloc` hands out distinct memory of the size asked for, aligned to 8 bytes, to 16 from 16 bytes on, and
-// to a page above 4096 bytes, which is what is asked for when the alignment is larger.
+// SAFETY: `kmalloc` hands out distinct memory of the size asked for, aligned to 8 bytes, to 16 from
+// 16 bytes on, and to a page above 4096 bytes, which is what is asked for when the alignment is
+// larger.
 unsafe impl GlobalAlloc for Kmalloc {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let size = match layout.align() {
@@ -32,12 +33,13 @@ unsafe impl GlobalAlloc for Kmalloc {
 
     unsafe fn realloc(&self, object: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         let size = if layout.align() > 16 { size.max(4097) } else { size };
-        krealloc(object as u64, layout.size() as u64, size as u64).map_or(null_mut(), |at| at as *mut u8)
+        krealloc(object as u64, layout.size() as u64, size as u64)
+            .map_or(null_mut(), |at| at as *mut u8)
     }
 }
 
-/// A first-fit allocator over fixed memory whose free list lies *inside* the free blocks, as is common in small
-/// kernels. It does not know that it is being checked.
+/// A first-fit allocator over fixed memory whose free list lies *inside* the free blocks, as is
+/// common in small kernels. It does not know that it is being checked.
 pub struct FirstFit<const N: usize> {
     memory: UnsafeCell<Memory<N>>,
 }
@@ -68,7 +70,8 @@ fn block_size(layout: Layout) -> usize {
     layout.size().max(size_of::<Block>()).next_multiple_of(16)
 }
 
-// SAFETY: blocks are cut from the memory without overlap, in multiples of 16 bytes from a 16-byte aligned start.
+// SAFETY: blocks are cut from the memory without overlap, in multiples of 16 bytes from a 16-byte
+// aligned start.
 unsafe impl<const N: usize> GlobalAlloc for FirstFit<N> {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         if layout.align() > 16 {

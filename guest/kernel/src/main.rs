@@ -1,10 +1,10 @@
-//! Umbra's test kernel: boots, sets up its allocators and threads, and runs the scenarios that its command line
-//! names. It is an ordinary small kernel, instrumented as any other would be.
+//! Umbra's test kernel: boots, sets up its allocators and threads, and runs the scenarios that its
+//! command line names. It is an ordinary small kernel, instrumented as any other would be.
 //!
-//! Command line: `scenarios=a,b` (default: all; `-`: none), `without=a,b` (all others), `churn=N` (operations of the churn scenarios),
-//! `keep` (a churn leaves what is live),
-//! `bench=...` (see [`bench`]), `smp=N` (see [`stress`]), `random=...` (see [`random`]), `slots` (prints how far apart objects
-//! of each cache lie).
+//! Command line: `scenarios=a,b` (default: all; `-`: none), `without=a,b` (all others), `churn=N`
+//! (operations of the churn scenarios), `keep` (a churn leaves what is live), `bench=...` (see
+//! [`bench`]), `smp=N` (see [`stress`]), `random=...` (see [`random`]), `slots` (prints how far
+//! apart objects of each cache lie).
 #![no_std]
 #![no_main]
 #![allow(

@@ -1,5 +1,5 @@
-//! The kernel's allocators as the rest of it sees them. They live in a crate of their own (`guest/kernel/memory`), which
-//! is compiled without the sanitizer, and have C names.
+//! The kernel's allocators as the rest of it sees them. They live in a crate of their own
+//! (`guest/kernel/memory`), which is compiled without the sanitizer, and have C names.
 
 /// Pages.
 pub mod page {
@@ -19,7 +19,8 @@ pub mod page {
         fn kernel_pages_free(at: u64);
     }
 
-    /// Takes over the memory from `start` to `end` (guest-physical), and poisons all of it that is free.
+    /// Takes over the memory from `start` to `end` (guest-physical), and poisons all of it that is
+    /// free.
     pub fn init(start: u64, end: u64) {
         END.store(DIRECT_MAP + end / PAGE_SIZE * PAGE_SIZE, Relaxed);
         // SAFETY: called once, with memory that nobody uses.
@@ -100,7 +101,8 @@ pub mod slab {
         Some(unsafe { ffi::krealloc(at, old, new) }).filter(|&at| at != 0)
     }
 
-    /// All the bytes that an allocation may use, which it may from now on. 0, after a report, if it was freed.
+    /// All the bytes that an allocation may use, which it may from now on. 0, after a report, if it
+    /// was freed.
     #[inline(always)]
     pub fn ksize(at: u64) -> u64 {
         // SAFETY: as told.
@@ -132,7 +134,8 @@ pub mod slab {
             Some(unsafe { ffi::kmem_cache_alloc(self.0) }).filter(|&at| at != 0)
         }
 
-        /// Allocates `objects.len()` objects at once. False if there is not enough memory; then it keeps none.
+        /// Allocates `objects.len()` objects at once. False if there is not enough memory; then it
+        /// keeps none.
         pub fn alloc_bulk(self, objects: &mut [u64]) -> bool {
             for i in 0..objects.len() {
                 let Some(object) = self.alloc() else {

@@ -1,10 +1,12 @@
-//! Random allocator operations with accesses at every edge: `random=OPERATIONS:SEED:TOLD` on the command line.
+//! Random allocator operations with accesses at every edge: `random=OPERATIONS:SEED:TOLD` on the
+//! command line.
 //!
-//! What an operation makes valid is accessed and checked at both ends, by several widths; none of that may be a violation. Then bugs
-//! are planted: accesses that reach over an edge, uses after free, frees of freed memory and of addresses inside; each must
-//! be one. Most are only counted (`umbra_violations`), with reports off; one in `TOLD` is reported, so that the host sees as
-//! many findings of each kind as the kernel says it planted. Whatever is not as it must be is counted, printed, and no
-//! reason to stop.
+//! What an operation makes valid is accessed and checked at both ends, by several widths; none of
+//! that may be a violation. Then bugs are planted: accesses that reach over an edge, uses after
+//! free, frees of freed memory and of addresses inside; each must be one. Most are only counted
+//! (`umbra_violations`), with reports off; one in `TOLD` is reported, so that the host sees as many
+//! findings of each kind as the kernel says it planted. Whatever is not as it must be is counted,
+//! printed, and no reason to stop.
 
 use umbra_guest::{suppressed, violations};
 
@@ -74,7 +76,8 @@ struct Run {
     corrupt: u64,
 }
 
-static mut ALLOCATIONS: [Allocation; LIVE] = [Allocation { kind: Kind::Nothing, at: 0, bytes: 0 }; LIVE];
+static mut ALLOCATIONS: [Allocation; LIVE] =
+    [Allocation { kind: Kind::Nothing, at: 0, bytes: 0 }; LIVE];
 
 /// Runs what the command line asks for.
 pub fn run(command_line: &str) {
@@ -90,7 +93,8 @@ pub fn run(command_line: &str) {
 fn random(operations: u64, seed: u64, tell_each: u64) {
     let checks = CHECKS.map(|(name, bytes)| {
         let Some(check) = bench::entry(name) else { panic!("there is no check {name}") };
-        // SAFETY: all checks are C functions of an address and, some, a length. They read shadow only.
+        // SAFETY: all checks are C functions of an address and, some, a length. They read shadow
+        // only.
         (unsafe { core::mem::transmute::<bench::Function, Check>(check) }, bytes)
     });
     let mut run = Run {
@@ -143,7 +147,11 @@ impl Run {
             (Kind::Nothing, 0) => {
                 let order = (r >> 8 & 3) as usize;
                 if let Some(at) = page::alloc(order) {
-                    self.came(allocation, Allocation { kind: Kind::Pages, at, bytes: PAGE << order }, r);
+                    self.came(
+                        allocation,
+                        Allocation { kind: Kind::Pages, at, bytes: PAGE << order },
+                        r,
+                    );
                 }
             }
             (Kind::Nothing, _) => {
@@ -196,9 +204,13 @@ impl Run {
         if kind != Kind::Object {
             return;
         }
-        // An object always has its redzone, in its slot; what has pages of its own has one if they are more than it needs.
-        let room =
-            if bytes > PAGE { bytes.div_ceil(PAGE).next_power_of_two() * PAGE - bytes } else { REDZONE };
+        // An object always has its redzone, in its slot; what has pages of its own has one if they
+        // are more than it needs.
+        let room = if bytes > PAGE {
+            bytes.div_ceil(PAGE).next_power_of_two() * PAGE - bytes
+        } else {
+            REDZONE
+        };
         if room > 0 {
             self.plant(Bug::OutOfBounds, at + bytes, room.min(REDZONE), r, true);
             self.plant_across(at + bytes, r >> 5);
@@ -213,8 +225,9 @@ impl Run {
         let Allocation { at, bytes, .. } = *allocation;
         let before = violations();
         // SAFETY: the first and the last byte of an allocation.
-        let tags =
-            unsafe { [(at as *const u8).read_volatile(), ((at + bytes - 1) as *const u8).read_volatile()] };
+        let tags = unsafe {
+            [(at as *const u8).read_volatile(), ((at + bytes - 1) as *const u8).read_volatile()]
+        };
         self.good += 2;
         self.wrong += violations() - before;
         self.corrupt += u64::from(tags != [tag(at, bytes); 2]);

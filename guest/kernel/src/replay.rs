@@ -1,8 +1,10 @@
-//! Replays allocator events, which the host has put into memory as an initrd, through this kernel's allocators.
+//! Replays allocator events, which the host has put into memory as an initrd, through this kernel's
+//! allocators.
 //!
-//! The file, little endian, in units of 4 bytes: `UREP`; the number of places, of caches, and of events; for each cache the bytes of an
-//! object; then the events, three units each: what (the first byte, as below) and a cache's number or a page order (the second
-//! byte); bytes; and the place that holds the address meanwhile. `benches/src/replay/guest.rs` makes it.
+//! The file, little endian, in units of 4 bytes: `UREP`; the number of places, of caches, and of
+//! events; for each cache the bytes of an object; then the events, three units each: what (the
+//! first byte, as below) and a cache's number or a page order (the second byte); bytes; and the
+//! place that holds the address meanwhile. `benches/src/replay/guest.rs` makes it.
 
 use umbra_guest::codes::PAGE_SIZE;
 
@@ -36,7 +38,8 @@ pub fn run(mut file: &[u8]) -> Option<()> {
     if number(&mut file)? != MAGIC {
         return None;
     }
-    let (places, count, events) = (number(&mut file)?, number(&mut file)? as usize, number(&mut file)?);
+    let (places, count, events) =
+        (number(&mut file)?, number(&mut file)? as usize, number(&mut file)?);
     let mut caches = [None; CACHES];
     for cache in caches.get_mut(..count)? {
         *cache = Some(Cache::new("replay", number(&mut file)?.into())?);
@@ -48,7 +51,9 @@ pub fn run(mut file: &[u8]) -> Option<()> {
     let mut failed = 0u32;
     println!("bench begin");
     for event in file.chunks_exact(EVENT) {
-        let word = |at: usize| u32::from_le_bytes([event[at], event[at + 1], event[at + 2], event[at + 3]]);
+        let word = |at: usize| {
+            u32::from_le_bytes([event[at], event[at + 1], event[at + 2], event[at + 3]])
+        };
         let (bytes, place) = (word(4), word(8));
         if place >= places {
             return None;

@@ -1,7 +1,7 @@
 //! The other CPUs: found in the MP table, started through the local APIC, and given work.
 //!
-//! Each starts in real mode at a page of low memory ([`TRAMPOLINE`]), goes straight to long mode, and waits for work. CPUs
-//! that wait are halted, and are woken by an interrupt.
+//! Each starts in real mode at a page of low memory ([`TRAMPOLINE`]), goes straight to long mode,
+//! and waits for work. CPUs that wait are halted, and are woken by an interrupt.
 
 use core::arch::{asm, global_asm};
 use core::ptr::{addr_of_mut, copy_nonoverlapping, read_unaligned, write_unaligned};
@@ -15,7 +15,8 @@ use umbra_guest::codes::PAGE_SIZE;
 use crate::boot::DIRECT_MAP;
 use crate::{boot, cpu, page, println, thread};
 
-/// Guest-physical address of the local APIC's registers: where each CPU finds its own after a reset.
+/// Guest-physical address of the local APIC's registers: where each CPU finds its own after a
+/// reset.
 pub const LOCAL_APIC_GPA: u64 = 0xfee0_0000;
 /// Where they are mapped.
 pub const LOCAL_APIC: u64 = DIRECT_MAP + LOCAL_APIC_GPA;
@@ -29,12 +30,13 @@ const FIXED: u32 = 0x4000;
 const INIT: u32 = 0x4500;
 const STARTUP: u32 = 0x4600;
 
-/// Two pages of low memory that neither the kernel nor its boot loader uses: code, and a page table of the highest level
-/// that maps that code where it lies.
+/// Two pages of low memory that neither the kernel nor its boot loader uses: code, and a page table
+/// of the highest level that maps that code where it lies.
 const TRAMPOLINE: u64 = 0x9_0000;
 /// A CPU's stacks, one block of pages: that of its work, then that of its exceptions.
 const STACK_ORDER: usize = 3;
-/// Pages of another CPU's ring, as a power of two. It is small, so that it is drained while all CPUs are busy.
+/// Pages of another CPU's ring, as a power of two. It is small, so that it is drained while all
+/// CPUs are busy.
 const RING_ORDER: usize = 0;
 /// How long a CPU may take to start, in loops of a few instructions.
 const PATIENCE: u32 = 4 << 20;
@@ -46,7 +48,8 @@ global_asm!(
     "cli",
     "mov ax, cs",
     "mov ds, ax",
-    // Long mode at once (Intel SDM volume 3, 10.8.5): page tables, PAE, LME, then protection and paging.
+    // Long mode at once (Intel SDM volume 3, 10.8.5): page tables, PAE, LME, then protection and
+    // paging.
     "mov eax, dword ptr ds:[192]",
     "mov cr3, eax",
     "mov eax, 0x20",
@@ -72,7 +75,8 @@ global_asm!(
     "xor ebp, ebp",
     "movabs rax, offset ap_high",
     "jmp rax",
-    // The code above uses these by their numbers: the assembler allows no difference of symbols there.
+    // The code above uses these by their numbers: the assembler allows no difference of symbols
+    // there.
     ".globl ap_start, ap_tables, ap_stack, ap_end",
     ".org ap_start + 192",
     "ap_tables: .quad 0",
@@ -98,14 +102,16 @@ unsafe extern "C" {
     static ap_end: u8;
 }
 
-/// The APIC ids of all CPUs, the first of which runs now. One, of an id that does not matter, where there is no MP table.
+/// The APIC ids of all CPUs, the first of which runs now. One, of an id that does not matter, where
+/// there is no MP table.
 #[derive(Clone, Copy)]
 pub struct Cpus {
     ids: [u8; cpu::CPUS],
     count: usize,
 }
 
-/// Looks for the MP table (MultiProcessor Specification 1.4, chapter 4), on machines that have a local APIC.
+/// Looks for the MP table (MultiProcessor Specification 1.4, chapter 4), on machines that have a
+/// local APIC.
 pub fn find() -> Cpus {
     const APIC: u32 = 1 << 9;
     let mut cpus = Cpus { ids: [0; cpu::CPUS], count: 1 };
@@ -153,8 +159,11 @@ impl Cpus {
 }
 
 fn apic_write(register: u64, value: u32) {
-    // SAFETY: the local APIC is mapped there, where `find` found other CPUs. Not checked: it is no memory.
-    unsafe { asm!("mov [{}], {:e}", in(reg) LOCAL_APIC + register, in(reg) value, options(nostack)) };
+    // SAFETY: the local APIC is mapped there, where `find` found other CPUs. Not checked: it is no
+    // memory.
+    unsafe {
+        asm!("mov [{}], {:e}", in(reg) LOCAL_APIC + register, in(reg) value, options(nostack))
+    };
 }
 
 /// Turns this CPU's local APIC on.
@@ -182,8 +191,8 @@ pub fn running() -> usize {
 
 /// A task's name for each CPU.
 const NAMES: [&str; cpu::CPUS] = [
-    "cpu0", "cpu1", "cpu2", "cpu3", "cpu4", "cpu5", "cpu6", "cpu7", "cpu8", "cpu9", "cpu10", "cpu11",
-    "cpu12", "cpu13", "cpu14", "cpu15",
+    "cpu0", "cpu1", "cpu2", "cpu3", "cpu4", "cpu5", "cpu6", "cpu7", "cpu8", "cpu9", "cpu10",
+    "cpu11", "cpu12", "cpu13", "cpu14", "cpu15",
 ];
 
 /// Starts all CPUs. Checks are on, memory is there.

@@ -1,12 +1,14 @@
 //! What all CPUs do at once: `smp=OPERATIONS` on the command line.
 //!
-//! First a stress that is all legal: each CPU allocates, uses and frees, and swaps objects with the others through a few
-//! common places, so that most objects are freed by another CPU than allocated them. How many there were is printed: as
-//! many must have been told. Then a race, legal too: all make their parts of the same pages accessible at once. Then for each two
-//! CPUs a planted bug: what the one frees the other uses.
+//! First a stress that is all legal: each CPU allocates, uses and frees, and swaps objects with the
+//! others through a few common places, so that most objects are freed by another CPU than allocated
+//! them. How many there were is printed: as many must have been told. Then a race, legal too: all
+//! make their parts of the same pages accessible at once. Then for each two CPUs a planted bug:
+//! what the one frees the other uses.
 
 use core::sync::atomic::{
-    AtomicU64, AtomicUsize, Ordering::AcqRel, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
+    AtomicU64, AtomicUsize, Ordering::AcqRel, Ordering::Acquire, Ordering::Relaxed,
+    Ordering::Release,
 };
 
 use umbra_guest::codes::{PAGE_SIZE, SLAB_REDZONE};
@@ -81,7 +83,8 @@ fn fill(at: u64, size: u64) {
     }
 }
 
-/// Uses an object at its edges, and makes sure that nobody else has written to it. Returns its size.
+/// Uses an object at its edges, and makes sure that nobody else has written to it. Returns its
+/// size.
 fn check_object(at: u64) -> u64 {
     // SAFETY: `new_object` made it, and who has its address has it alone.
     unsafe {
@@ -111,7 +114,8 @@ fn stress(number: usize) {
         let r = random.next();
         let mine = &mut own[(r % OWN as u64) as usize];
         match r >> 8 & 15 {
-            // Pages come and go as wholes, and are slabs in between: their shadow is promoted and demoted.
+            // Pages come and go as wholes, and are slabs in between: their shadow is promoted and
+            // demoted.
             0 => {
                 if let Some(at) = page::alloc((r >> 12 & 1) as usize) {
                     ALLOCATIONS.fetch_add(1, Relaxed);
@@ -167,8 +171,9 @@ fn barrier(time: usize) {
 /// Pages that the race is about, as a power of two.
 const RACE_ORDER: usize = 5;
 
-/// All CPUs go through the same pages, which are poisoned as wholes until then, and make their parts of each accessible: who
-/// comes first promotes the page, and the others catch up meanwhile. A part that is lost makes a false finding.
+/// All CPUs go through the same pages, which are poisoned as wholes until then, and make their
+/// parts of each accessible: who comes first promotes the page, and the others catch up meanwhile.
+/// A part that is lost makes a false finding.
 fn race(number: usize) {
     const ROUNDS: usize = 4;
     const SLOT: u64 = 128;
@@ -207,8 +212,8 @@ fn wait_for(step: usize) {
     }
 }
 
-/// The last CPU but the two allocates, if there is one; the one frees; the other uses, all the time from before the free
-/// until after it, so that the first bad use comes at once.
+/// The last CPU but the two allocates, if there is one; the one frees; the other uses, all the time
+/// from before the free until after it, so that the first bad use comes at once.
 fn plant(number: usize) {
     let turn = TURN.load(Relaxed);
     let (a, b) = (turn / PLANTED, turn % PLANTED);

@@ -1,4 +1,5 @@
-//! Kernel threads of the first CPU: cooperative, each on a stack of its own, each a task with a name in reports.
+//! Kernel threads of the first CPU: cooperative, each on a stack of its own, each a task with a
+//! name in reports.
 
 use core::arch::global_asm;
 use core::ptr::addr_of_mut;
@@ -41,7 +42,8 @@ static RUNNING: AtomicUsize = AtomicUsize::new(0);
 static NEXT_ID: AtomicU32 = AtomicU32::new(1);
 
 global_asm!(
-    // Saves what the C ABI has a callee save, changes stacks, restores. rdi: where to keep rsp, rsi: the other rsp.
+    // Saves what the C ABI has a callee save, changes stacks, restores. rdi: where to keep rsp,
+    // rsi: the other rsp.
     ".globl switch_stacks",
     "switch_stacks:",
     "push rbp",
@@ -78,7 +80,8 @@ unsafe extern "C" {
 }
 
 fn table() -> &'static mut [Thread; THREADS] {
-    // SAFETY: only the first CPU has threads, which are cooperative: no two users at a time, and no reference is kept across a switch.
+    // SAFETY: only the first CPU has threads, which are cooperative: no two users at a time, and no
+    // reference is kept across a switch.
     unsafe { &mut *addr_of_mut!(TABLE) }
 }
 
@@ -115,7 +118,8 @@ pub fn new_task(name: &str) -> u32 {
     id
 }
 
-/// Starts a thread; it first runs at the next [`yield_now`]. `None` when the table or memory is full.
+/// Starts a thread; it first runs at the next [`yield_now`]. `None` when the table or memory is
+/// full.
 pub fn spawn(name: &str, entry: fn()) -> Option<usize> {
     spawn_with(name, entry, 0)
 }
@@ -129,7 +133,8 @@ fn spawn_with(name: &str, entry: fn(), guard: u64) -> Option<usize> {
         boot::set_mapped(start, false);
     }
     let id = new_task(name);
-    // From the top: a word that keeps the stack aligned, the address to return to, six saved registers.
+    // From the top: a word that keeps the stack aligned, the address to return to, six saved
+    // registers.
     let top = start + STACK_BYTES - 8;
     // SAFETY: the stack is this thread's own.
     unsafe { ((top - 8) as *mut u64).write(start_thread as *const () as u64) };
@@ -141,7 +146,8 @@ fn spawn_with(name: &str, entry: fn(), guard: u64) -> Option<usize> {
 /// Lets the next thread run.
 pub fn yield_now() {
     let me = RUNNING.load(Relaxed);
-    let next = (1..=THREADS).map(|i| (me + i) % THREADS).find(|&i| table()[i].state == State::Ready);
+    let next =
+        (1..=THREADS).map(|i| (me + i) % THREADS).find(|&i| table()[i].state == State::Ready);
     let Some(next) = next.filter(|&next| next != me) else { return };
     RUNNING.store(next, Relaxed);
     cpu::set_task(table()[next].id);
@@ -166,8 +172,8 @@ pub fn join(slot: usize) {
     page::give(start);
 }
 
-/// Where the thread that runs goes on, as instruction and stack pointer, if a fault at `address` says that its stack has
-/// overflowed into its guard page.
+/// Where the thread that runs goes on, as instruction and stack pointer, if a fault at `address`
+/// says that its stack has overflowed into its guard page.
 pub fn overflowed(address: u64) -> Option<(u64, u64)> {
     let thread = &table()[RUNNING.load(Relaxed)];
     let in_guard = address.checked_sub(thread.stack).is_some_and(|offset| offset < thread.guard);
@@ -186,7 +192,8 @@ pub fn run_named_task(name: &str, work: impl FnOnce()) {
     cpu::set_task(table()[RUNNING.load(Relaxed)].id);
 }
 
-/// [`run`], where the page below the thread's stack is not mapped. It ends the thread to touch that.
+/// [`run`], where the page below the thread's stack is not mapped. It ends the thread to touch
+/// that.
 pub fn run_guarded(name: &str, entry: fn()) {
     run_with(name, entry, GUARD_BYTES);
 }

@@ -1,8 +1,8 @@
-//! Memory that is contiguous in virtual addresses only: single pages, mapped side by side, with a page that is not mapped
-//! behind each area. Its shadow is its own, by virtual address.
+//! Memory that is contiguous in virtual addresses only: single pages, mapped side by side, with a
+//! page that is not mapped behind each area. Its shadow is its own, by virtual address.
 //!
-//! Addresses are handed out once, from below, so no CPU needs to forget a translation before they are used again; there are
-//! enough for what the scenarios do. Only one CPU calls this.
+//! Addresses are handed out once, from below, so no CPU needs to forget a translation before they
+//! are used again; there are enough for what the scenarios do. Only one CPU calls this.
 
 use core::ptr::addr_of_mut;
 
@@ -78,7 +78,8 @@ pub fn vmalloc(bytes: u64) -> Option<u64> {
 
 /// Frees what [`vmalloc`] handed out; a bad address is reported.
 pub fn vfree(at: u64) {
-    let Some(area) = all().areas.iter_mut().find(|area| area.is_some_and(|area| area.start == at)) else {
+    let Some(area) = all().areas.iter_mut().find(|area| area.is_some_and(|area| area.start == at))
+    else {
         return umbra_guest::invalid_free(at);
     };
     let Some(Area { start, pages }) = area.take() else { return };

@@ -1,5 +1,5 @@
-//! The calls a kernel makes: start-up, allocators, stacks, names, the end. All of them are C functions named
-//! `umbra_*`; without Umbra underneath each is a quick no-op.
+//! The calls a kernel makes: start-up, allocators, stacks, names, the end. All of them are C
+//! functions named `umbra_*`; without Umbra underneath each is a quick no-op.
 
 use core::ffi::c_void;
 
@@ -30,8 +30,8 @@ pub struct Offer {
     pub virtual_bytes: u64,
 }
 
-/// Looks for Umbra and says hello. Returns the features in `offer`, and 0 where there is no Umbra, or one of
-/// another ABI version (then `offer.version` tells).
+/// Looks for Umbra and says hello. Returns the features in `offer`, and 0 where there is no Umbra,
+/// or one of another ABI version (then `offer.version` tells).
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_discover(offer: &mut Offer) -> u32 {
     *offer = Offer::default();
@@ -48,8 +48,8 @@ pub extern "C" fn umbra_discover(offer: &mut Offer) -> u32 {
     offer.features
 }
 
-/// Says that `bytes` of guest-physical memory from `gpa` on are mapped one to one at `start`. Its shadow must be
-/// mapped as well. False when a table is full or a value is refused.
+/// Says that `bytes` of guest-physical memory from `gpa` on are mapped one to one at `start`. Its
+/// shadow must be mapped as well. False when a table is full or a value is refused.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_region_add(start: u64, bytes: u64, gpa: u64) -> bool {
     bytes != 0
@@ -57,10 +57,11 @@ pub extern "C" fn umbra_region_add(start: u64, bytes: u64, gpa: u64) -> bool {
         && state::add_region(start, bytes)
 }
 
-/// Asks for shadow of its own for virtual memory that maps single pages, which come and go: `bytes` from `start` on, both
-/// multiples of 4096. All of it is poisoned with `VMALLOC_INVALID` until an allocator hands it out. Returns a guest-physical
-/// address that stands for `start`, and 0 when it is refused: the windows are mapped for it before the memory is used, as for a
-/// region that begins there. Also after [`umbra_activate`].
+/// Asks for shadow of its own for virtual memory that maps single pages, which come and go: `bytes`
+/// from `start` on, both multiples of 4096. All of it is poisoned with `VMALLOC_INVALID` until an
+/// allocator hands it out. Returns a guest-physical address that stands for `start`, and 0 when it
+/// is refused: the windows are mapped for it before the memory is used, as for a region that begins
+/// there. Also after [`umbra_activate`].
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_virtual_add(start: u64, bytes: u64) -> u64 {
     if !state::has_room() {
@@ -73,8 +74,9 @@ pub extern "C" fn umbra_virtual_add(start: u64, bytes: u64) -> u64 {
     key
 }
 
-/// Hands over 64-byte aligned, zeroed memory for a CPU's ring, in an added region. `text_start` is where the kernel's code
-/// starts, the same for all rings: stacks are recorded as distances from it. Only needed when `features` has `RING`.
+/// Hands over 64-byte aligned, zeroed memory for a CPU's ring, in an added region. `text_start` is
+/// where the kernel's code starts, the same for all rings: stacks are recorded as distances from
+/// it. Only needed when `features` has `RING`.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_ring_setup(
     cpu: u64,
@@ -85,13 +87,17 @@ pub extern "C" fn umbra_ring_setup(
     !host::is_error(ring::set_up(cpu, memory, bytes, text_start))
 }
 
-/// Turns the checks on. Windows are mapped, regions added and rings set up by now. The kernel's code ends at `text_end`;
-/// `current` tells CPU and task (may be null).
+/// Turns the checks on. Windows are mapped, regions added and rings set up by now. The kernel's
+/// code ends at `text_end`; `current` tells CPU and task (may be null).
 ///
 /// # Safety
 /// Shadow is mapped for all regions, and no other CPU runs yet.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn umbra_activate(offered: u32, text_end: u64, current: Option<state::CurrentFn>) {
+pub unsafe extern "C" fn umbra_activate(
+    offered: u32,
+    text_end: u64,
+    current: Option<state::CurrentFn>,
+) {
     ring::set_text_end(text_end);
     state::set_current(current);
     state::set_mode(offered);
@@ -122,14 +128,16 @@ pub extern "C" fn umbra_check(address: u64, bytes: u64, write: bool) -> bool {
     checks::check_range(address, bytes, if write { access::WRITE } else { access::READ }, ip)
 }
 
-/// Whether the byte at `address` is known to be inaccessible. Nothing is reported. False where there is no shadow.
+/// Whether the byte at `address` is known to be inaccessible. Nothing is reported. False where
+/// there is no shadow.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_is_poisoned(address: u64) -> bool {
     shadow::value(address) >= codes::POISON_MIN
 }
 
-/// An allocator hands out `bytes` at `address`, at the start of a slot of `slot` bytes: the object becomes accessible,
-/// the rest of the slot gets `redzone` as code. `cache` is an id named by [`umbra_name_cache`], or 0.
+/// An allocator hands out `bytes` at `address`, at the start of a slot of `slot` bytes: the object
+/// becomes accessible, the rest of the slot gets `redzone` as code. `cache` is an id named by
+/// [`umbra_name_cache`], or 0.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn umbra_alloc(address: u64, bytes: u64, slot: u64, redzone: u8, cache: u16) {
@@ -170,9 +178,9 @@ fn allocated_slowly(address: u64, bytes: u64, slot: u64, redzone: u8) -> (u8, u3
     }
 }
 
-/// An allocator takes back what was at `address`: the slot of `slot` bytes becomes inaccessible with `code`. Returns
-/// false, after a report, when that memory is free already or `address` is not the object's start (`start`); the
-/// allocator must leave it alone then.
+/// An allocator takes back what was at `address`: the slot of `slot` bytes becomes inaccessible
+/// with `code`. Returns false, after a report, when that memory is free already or `address` is not
+/// the object's start (`start`); the allocator must leave it alone then.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn umbra_free(address: u64, start: u64, slot: u64, code: u8) -> bool {
@@ -201,15 +209,23 @@ fn free_now(mode: u32, address: u64, start: u64, slot: u64, code: u8, fp: u64) -
 
 /// [`free_now`] where there might have been a quarantine.
 #[inline(never)]
-fn free_without_quarantine(mode: u32, address: u64, start: u64, slot: u64, code: u8, fp: u64) -> bool {
+fn free_without_quarantine(
+    mode: u32,
+    address: u64,
+    start: u64,
+    slot: u64,
+    code: u8,
+    fp: u64,
+) -> bool {
     free_now(mode, address, start, slot, code, fp)
 }
 
 /// As [`umbra_free`], but the memory waits in the quarantine, if there is one for `allocator`
-/// ([`umbra_quarantine_add`]): then the result is false too, and the allocator's release function gets `start`, `slot` and `note`
-/// later. True: the allocator takes it back now.
+/// ([`umbra_quarantine_add`]): then the result is false too, and the allocator's release function
+/// gets `start`, `slot` and `note` later. True: the allocator takes it back now.
 ///
-/// Release functions are called from here, for other memory: the caller holds no lock that they take.
+/// Release functions are called from here, for other memory: the caller holds no lock that they
+/// take.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn umbra_free_later(
@@ -234,11 +250,13 @@ pub extern "C" fn umbra_free_later(
     {
         let head = ring::head(record::FREED, wait);
         let fp = frame_pointer();
-        // Both together: the VMM may hand the memory out again as soon as something else follows on this CPU.
+        // Both together: the VMM may hand the memory out again as soon as something else follows on
+        // this CPU.
         let due = without_interrupts(|| {
             let who = state::current();
             let ring = ring::of(who);
-            // SAFETY: the frame is this function's own; interrupts are off, and it is this CPU's ring.
+            // SAFETY: the frame is this function's own; interrupts are off, and it is this CPU's
+            // ring.
             let tell = || unsafe { ring.write(who, head, start, slot as u32, fp) };
             (ring.exists() && memory.freed(code, tell)).then(|| ring.waits(who, slot))
         });
@@ -252,10 +270,19 @@ pub extern "C" fn umbra_free_later(
     freed_slowly(mode, address, start, slot, code, wait, frame_pointer())
 }
 
-/// Both of these where the short way is closed, or where something is wrong. `fp` is their frame; memory waits if `wait` is not 0.
+/// Both of these where the short way is closed, or where something is wrong. `fp` is their frame;
+/// memory waits if `wait` is not 0.
 #[cold]
 #[inline(never)]
-fn freed_slowly(mode: u32, address: u64, start: u64, slot: u64, code: u8, wait: u16, fp: u64) -> bool {
+fn freed_slowly(
+    mode: u32,
+    address: u64,
+    start: u64,
+    slot: u64,
+    code: u8,
+    wait: u16,
+    fp: u64,
+) -> bool {
     if mode & (features::PER_PAGE | features::FULL) == 0 {
         return true;
     }
@@ -265,7 +292,13 @@ fn freed_slowly(mode: u32, address: u64, start: u64, slot: u64, code: u8, wait: 
         return false;
     }
     if mode & features::SYNC != 0 {
-        let due = ring::call(call::FREED, start, 0, wait, if slot == 0 { 0 } else { abi::slot(slot, code) });
+        let due = ring::call(
+            call::FREED,
+            start,
+            0,
+            wait,
+            if slot == 0 { 0 } else { abi::slot(slot, code) },
+        );
         // Not an error, in which case the VMM has not taken it.
         let waits = wait != 0 && !host::is_error(due);
         if waits && due != 0 {
@@ -282,7 +315,8 @@ fn freed_slowly(mode: u32, address: u64, start: u64, slot: u64, code: u8, wait: 
     true
 }
 
-/// A free of what the short way is closed for, and that waits. Its result is that of [`umbra_free_later`].
+/// A free of what the short way is closed for, and that waits. Its result is that of
+/// [`umbra_free_later`].
 fn waits_slowly(start: u64, slot: u64, code: u8, wait: u16, fp: u64) -> bool {
     let due = without_interrupts(|| {
         let who = state::current();
@@ -302,24 +336,27 @@ fn waits_slowly(start: u64, slot: u64, code: u8, wait: u16, fp: u64) -> bool {
     due.is_none()
 }
 
-/// Numbers an allocator whose memory shall wait before it is handed out again. `release` gets what has waited long enough: the
-/// start of the object, the bytes of its slot and the note that [`umbra_free_later`] got, and `context`. It runs on any CPU, in
-/// whatever calls [`umbra_free_later`] or [`umbra_quarantine_drain`]. 0, which is no allocator's number, where there is no
-/// quarantine. To be called after [`umbra_activate`].
+/// Numbers an allocator whose memory shall wait before it is handed out again. `release` gets what
+/// has waited long enough: the start of the object, the bytes of its slot and the note that
+/// [`umbra_free_later`] got, and `context`. It runs on any CPU, in whatever calls
+/// [`umbra_free_later`] or [`umbra_quarantine_drain`]. 0, which is no allocator's number, where
+/// there is no quarantine. To be called after [`umbra_activate`].
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_quarantine_add(release: quarantine::ReleaseFn, context: *mut c_void) -> u8 {
     quarantine::add(release, context)
 }
 
-/// Gives all that waits back to its allocators, for one that has no memory left: it tries again then. Returns how many objects
-/// came back. The caller holds no lock that a release function takes.
+/// Gives all that waits back to its allocators, for one that has no memory left: it tries again
+/// then. Returns how many objects came back. The caller holds no lock that a release function
+/// takes.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_quarantine_drain() -> u64 {
     if quarantine::batch() == 0 { 0 } else { quarantine::release(true) }
 }
 
-/// Work is made that has to do with the object that holds `address`, and will run later: it may free it, for instance. A finding
-/// on the object tells the stack of the caller. The last two are kept.
+/// Work is made that has to do with the object that holds `address`, and will run later: it may
+/// free it, for instance. A finding on the object tells the stack of the caller. The last two are
+/// kept.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn umbra_aux_stack(address: u64) {
@@ -332,14 +369,15 @@ pub extern "C" fn umbra_aux_stack(address: u64) {
     }
 }
 
-/// Bytes of redzone that an allocator shall put behind objects of `object` bytes. 0 where there is no Umbra, or where redzones
-/// are switched off: then memory is laid out as without checks.
+/// Bytes of redzone that an allocator shall put behind objects of `object` bytes. 0 where there is
+/// no Umbra, or where redzones are switched off: then memory is laid out as without checks.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_redzone(object: u64) -> u64 {
     quarantine::redzone_of(object)
 }
 
-/// What is wrong with a free of `address`, where the allocator says that the object starts at `start`.
+/// What is wrong with a free of `address`, where the allocator says that the object starts at
+/// `start`.
 fn bad_free(address: u64, start: u64) -> Option<u16> {
     match shadow::value(start) {
         _ if address != start => Some(access::INVALID_FREE),
@@ -391,8 +429,8 @@ fn named(kind: u64, id: u64, name: *const u8, len: u64, object: u64) {
     }
 }
 
-/// Turns reports on this CPU off, nesting: for code that works on poisoned memory on purpose, such as an allocator
-/// that keeps its free list inside freed objects.
+/// Turns reports on this CPU off, nesting: for code that works on poisoned memory on purpose, such
+/// as an allocator that keeps its free list inside freed objects.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_suppress_begin() {
     state::suppress(true);
@@ -404,16 +442,17 @@ pub extern "C" fn umbra_suppress_end() {
     state::suppress(false);
 }
 
-/// Bad accesses and frees seen so far on all CPUs, those included that were not reported because reports were off. For a kernel's
-/// tests of its own: what must be caught moves it.
+/// Bad accesses and frees seen so far on all CPUs, those included that were not reported because
+/// reports were off. For a kernel's tests of its own: what must be caught moves it.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_violations() -> u64 {
     state::violations()
 }
 
-/// Reports a bad access that the kernel found itself, by a fault: a stack that has grown into its guard page, say. What kind
-/// of bug it is, the shadow at `address` tells: that of a guard page is poisoned as a stack. `trap` holds the registers at the
-/// fault, from which the stack of the report begins.
+/// Reports a bad access that the kernel found itself, by a fault: a stack that has grown into its
+/// guard page, say. What kind of bug it is, the shadow at `address` tells: that of a guard page is
+/// poisoned as a stack. `trap` holds the registers at the fault, from which the stack of the report
+/// begins.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn umbra_report(address: u64, bytes: u64, write: bool, trap: &Trap) {
@@ -441,9 +480,9 @@ pub struct Trap {
     pub rsp: u64,
 }
 
-/// To be called by the kernel's page-fault handler first. When the fault happened in a check's shadow lookup, the
-/// access it checked is to an address without shadow: that is reported, `trap` is set so that the check returns, and
-/// true comes back. The access itself then faults on its own.
+/// To be called by the kernel's page-fault handler first. When the fault happened in a check's
+/// shadow lookup, the access it checked is to an address without shadow: that is reported, `trap`
+/// is set so that the check returns, and true comes back. The access itself then faults on its own.
 ///
 /// # Safety
 /// `trap` holds the registers at the fault.
@@ -451,15 +490,14 @@ pub struct Trap {
 #[inline(never)]
 pub unsafe extern "C" fn umbra_page_fault(trap: &mut Trap) -> bool {
     let Some((size, access)) = checks::running(trap.rip, trap.rsi) else { return false };
-    // SAFETY: the fast paths push nothing, so the return address is on top of the stack; the slow paths take
-    // no fault, since they look at regions first.
+    // SAFETY: the fast paths push nothing, so the return address is on top of the stack; the slow
+    // paths take no fault, since they look at regions first.
     let ip = unsafe { *(trap.rsp as *const u64) };
-    // The fast paths have no frame. It is made here, where their `push rbp` would have put it, so that the chain
-    // goes on in the interrupted stack.
+    // The fast paths have no frame. It is made here, where their `push rbp` would have put it, so
+    // that the chain goes on in the interrupted stack.
     let fp = trap.rsp - 8;
-    // What lies there now is put back: where exceptions run on the stack that they interrupt, it is the CPU's own
-    // frame.
-    // SAFETY: mapped stack, below the word that was read above.
+    // What lies there now is put back: where exceptions run on the stack that they interrupt, it is
+    // the CPU's own frame. SAFETY: mapped stack, below the word that was read above.
     let kept = unsafe { core::ptr::replace(fp as *mut u64, trap.rbp) };
     // A look-up may also have gone one byte beyond a region's shadow for an access that is good.
     if !shadow::check(trap.rdi, size) {
@@ -482,7 +520,12 @@ const _: () = {
     assert!(size_of::<Trap>() == 40 && offset_of!(Trap, rsi) == 8 && offset_of!(Trap, rbp) == 16);
     assert!(offset_of!(Trap, rip) == 24 && offset_of!(Trap, rsp) == 32);
     assert!(size_of::<abi::RingHeader>() == 64 && abi::VERSION == 1 && abi::NAME_MAX == 64);
-    assert!(features::PER_PAGE == 1 && features::FULL == 2 && features::RING == 4 && features::SYNC == 8);
+    assert!(
+        features::PER_PAGE == 1
+            && features::FULL == 2
+            && features::RING == 4
+            && features::SYNC == 8
+    );
 };
 
 /// Ends the guest: it is done. 0 is success.

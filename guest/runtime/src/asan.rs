@@ -1,7 +1,9 @@
-//! The rest of what compilers emit for `-fsanitize=kernel-address`: globals, stack frames, `alloca`, scopes.
+//! The rest of what compilers emit for `-fsanitize=kernel-address`: globals, stack frames,
+//! `alloca`, scopes.
 //!
-//! Names and meaning are LLVM's and gcc's (`llvm/lib/Transforms/Instrumentation/AddressSanitizer.cpp`); the
-//! redzones of `alloca` are those of `mm/kasan/generic.c`.
+//! Names and meaning are LLVM's and gcc's
+//! (`llvm/lib/Transforms/Instrumentation/AddressSanitizer.cpp`); the redzones of `alloca` are those
+//! of `mm/kasan/generic.c`.
 
 use umbra_shadow::abi::{Global, call};
 use umbra_shadow::codes;
@@ -23,7 +25,11 @@ pub unsafe extern "C" fn __asan_register_globals(globals: *const Global, n: u64)
         // SAFETY: the caller's promise; the compiler's constructors make the call.
         let global = unsafe { &*globals.add(i) };
         let (start, size) = (global.start, global.size);
-        shadow::poison(start + size, global.size_with_redzone.saturating_sub(size), codes::GLOBAL_REDZONE);
+        shadow::poison(
+            start + size,
+            global.size_with_redzone.saturating_sub(size),
+            codes::GLOBAL_REDZONE,
+        );
     }
 }
 
@@ -44,9 +50,10 @@ pub unsafe extern "C" fn __asan_unregister_globals(globals: *const Global, n: u6
 const LEFT_FRAMES: usize = 256;
 const LEFT_BYTES: u64 = 1 << 20;
 
-/// A function that will not return is about to be called: the frames that are on the stack may never be returned from, and
-/// their memory used again by code that does not know of their redzones. So these go, from here to the outermost frame that
-/// the chain of frame pointers leads to. (Linux leaves it to who frees the stack.)
+/// A function that will not return is about to be called: the frames that are on the stack may
+/// never be returned from, and their memory used again by code that does not know of their
+/// redzones. So these go, from here to the outermost frame that the chain of frame pointers leads
+/// to. (Linux leaves it to who frees the stack.)
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn __asan_handle_no_return() {
@@ -56,8 +63,8 @@ pub extern "C" fn __asan_handle_no_return() {
     let start = frame_pointer();
     let mut top = start;
     for _ in 0..LEFT_FRAMES {
-        // SAFETY: the first is this function's own frame, all others lie in regions, which are mapped; what is read may be
-        // anything.
+        // SAFETY: the first is this function's own frame, all others lie in regions, which are
+        // mapped; what is read may be anything.
         let next = unsafe { (top as *const u64).read_volatile() };
         let rises = next > top && next - start < LEFT_BYTES && next.is_multiple_of(8);
         if !rises || !state::in_region(next, next.wrapping_add(15)) {
@@ -103,7 +110,8 @@ const ALLOCA_REDZONE: u64 = 32;
 #[unsafe(no_mangle)]
 pub extern "C" fn __asan_alloca_poison(address: u64, size: u64) {
     let granules = size.div_ceil(codes::GRANULE);
-    let right = size.div_ceil(ALLOCA_REDZONE) * ALLOCA_REDZONE + ALLOCA_REDZONE - granules * codes::GRANULE;
+    let right =
+        size.div_ceil(ALLOCA_REDZONE) * ALLOCA_REDZONE + ALLOCA_REDZONE - granules * codes::GRANULE;
     unpoison_on_stack(address, size);
     let left = address.wrapping_sub(ALLOCA_REDZONE);
     shadow::set_on_stack(left, ALLOCA_REDZONE / codes::GRANULE, codes::ALLOCA_LEFT);

@@ -1,9 +1,9 @@
 //! The checks that instrumented code calls: `__asan_load8_noabort` and its kin.
 //!
-//! They run for every memory access of the guest, so their fast paths are assembly, and there is one *slot* of
-//! [`SLOT`] bytes for each of them: first a patchable part that starts out as a bare `ret`, then what it
-//! jumps to. [`activate`] copies in one of two fast paths, for the two-level or the full shadow, so that neither
-//! pays for the other (as the kernel's static calls do).
+//! They run for every memory access of the guest, so their fast paths are assembly, and there is
+//! one *slot* of [`SLOT`] bytes for each of them: first a patchable part that starts out as a bare
+//! `ret`, then what it jumps to. [`activate`] copies in one of two fast paths, for the two-level or
+//! the full shadow, so that neither pays for the other (as the kernel's static calls do).
 //!
 //! Instructions from entry to return, the `ret` included:
 //!
@@ -16,13 +16,14 @@
 //! | 16 bytes, unaligned | 7 (12) | model | model |
 //! | up to 8 bytes, by `__asan_loadN` | 11 | 23 to 25 | 28 |
 //!
-//! Two-level: `rax` is the page shadow's address, one unsigned comparison with `PAGE_BYTES` tells the three cases
-//! apart. An aligned access lies in one page and one granule (two granules for 16 bytes). An unaligned one of up to 8 bytes looks at two
-//! granules at once, unless it begins in the last one of its page: then it takes up to five more, or the model if it goes on in the next
-//! page and not both are untyped.
+//! Two-level: `rax` is the page shadow's address, one unsigned comparison with `PAGE_BYTES` tells
+//! the three cases apart. An aligned access lies in one page and one granule (two granules for 16
+//! bytes). An unaligned one of up to 8 bytes looks at two granules at once, unless it begins in the
+//! last one of its page: then it takes up to five more, or the model if it goes on in the next page
+//! and not both are untyped.
 //!
-//! A wild address has no shadow mapped: the lookup itself faults, and [`crate::api::umbra_page_fault`] finds the
-//! access by the slot that `rip` lies in.
+//! A wild address has no shadow mapped: the lookup itself faults, and
+//! [`crate::api::umbra_page_fault`] finds the access by the slot that `rip` lies in.
 
 use core::arch::{asm, global_asm};
 
@@ -53,8 +54,8 @@ const SLOTS: [(u64, u16); 12] = [
     (0, WRITE),
 ];
 
-// Displacements in the templates are written out by hand, since they run in another place than where they stand:
-// a jump's target is the offset in the slot less the offset behind the jump.
+// Displacements in the templates are written out by hand, since they run in another place than
+// where they stand: a jump's target is the offset in the slot less the offset behind the jump.
 global_asm!(
     // Offsets in a slot.
     ".set UMBRA_PATCH, 64",
@@ -84,8 +85,9 @@ global_asm!(
     "\\name:",
     "ret",
     ".org \\name + UMBRA_BYTES, 0xcc",
-    // Page shadow was not below PAGE_BYTES; the flags are still those of that comparison. The address is shifted in
-    // place, which saves a copy: no look-up in the byte shadow of a byte-checked page faults.
+    // Page shadow was not below PAGE_BYTES; the flags are still those of that comparison. The
+    // address is shifted in place, which saves a copy: no look-up in the byte shadow of a
+    // byte-checked page faults.
     "8:",
     "jne 9f",
     ".if \\size < 8",
@@ -115,8 +117,8 @@ global_asm!(
     "jmp 9f",
     ".org \\name + UMBRA_UNALIGNED, 0xcc",
     ".if \\size > 1",
-    // This page and the next at once, which are neighbours in the page shadow; behind the last page of a region
-    // that may fault, and then `umbra_page_fault` has the model decide.
+    // This page and the next at once, which are neighbours in the page shadow; behind the last page
+    // of a region that may fault, and then `umbra_page_fault` has the model decide.
     "cmp word ptr [rax], 0",
     "jne 2f",
     "ret",
@@ -124,7 +126,8 @@ global_asm!(
     ".if \\size == 16",
     "cmp byte ptr [rax], 1",
     "jae 9f",
-    // An untyped page beside one of another kind. The access's last byte is one of the first of a page if it goes on there.
+    // An untyped page beside one of another kind. The access's last byte is one of the first of a
+    // page if it goes on there.
     "lea ecx, [rdi + \\size - 1]",
     "test ecx, 0x1000 - \\size",
     "je 9f",
@@ -219,8 +222,8 @@ global_asm!(
     "\\name:",
     "ret",
     ".org \\name + UMBRA_BYTES, 0xcc",
-    // Two-level, all in one page that is not untyped; the flags are those of the comparison with PAGE_BYTES. Up to 8
-    // bytes lie in the first or in the last granule.
+    // Two-level, all in one page that is not untyped; the flags are those of the comparison with
+    // PAGE_BYTES. Up to 8 bytes lie in the first or in the last granule.
     "jne 9f",
     "cmp rsi, 8",
     "ja 9f",
@@ -324,7 +327,8 @@ global_asm!(
     "umbra_slot __asan_store8_noabort, 8, 1",
     "umbra_slot __asan_store16_noabort, 16, 1",
     "umbra_slot_any __asan_storeN_noabort, 1",
-    // With `-fno-sanitize-recover` compilers leave the suffix off. Whether to stop is the VMM's choice here.
+    // With `-fno-sanitize-recover` compilers leave the suffix off. Whether to stop is the VMM's
+    // choice here.
     ".irp name, load1, load2, load4, load8, load16, loadN, store1, store2, store4, store8, store16, storeN",
     ".globl __asan_\\name",
     ".set __asan_\\name, __asan_\\name\\()_noabort",
@@ -375,8 +379,9 @@ unsafe extern "C" {
 /// No other CPU runs instrumented code, and the shadow windows are mapped for all regions.
 pub unsafe fn activate(features: u32) {
     let write_protect = 1u64 << 16;
-    // SAFETY: the slots are this module's own code, and with CR0.WP clear ring 0 may write a read-only page;
-    // interrupts stay off for as long as that lasts. A `cpuid` makes the CPU drop what it fetched before.
+    // SAFETY: the slots are this module's own code, and with CR0.WP clear ring 0 may write a
+    // read-only page; interrupts stay off for as long as that lasts. A `cpuid` makes the CPU drop
+    // what it fetched before.
     unsafe {
         let (flags, cr0): (u64, u64);
         asm!("pushfq", "pop {}", "cli", "mov {}, cr0", out(reg) flags, out(reg) cr0);

@@ -2,11 +2,13 @@
 
 use core::arch::asm;
 
-/// Runs `work` with interrupts off on this CPU, so that it is neither interrupted nor moved to another.
+/// Runs `work` with interrupts off on this CPU, so that it is neither interrupted nor moved to
+/// another.
 #[inline(always)]
 pub fn without_interrupts<T>(work: impl FnOnce() -> T) -> T {
     let flags: u64;
-    // SAFETY: ring 0 may turn interrupts off. The compiler takes it for an access to all memory, so nothing moves out.
+    // SAFETY: ring 0 may turn interrupts off. The compiler takes it for an access to all memory, so
+    // nothing moves out.
     unsafe { asm!("pushfq", "pop {}", "cli", out(reg) flags) };
     let result = work();
     // SAFETY: as they were.

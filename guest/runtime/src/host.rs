@@ -31,14 +31,16 @@ fn pair(leaf: CpuidResult) -> (u64, u64) {
 
 /// Looks for Umbra's CPUID block. `None` on any other machine.
 pub fn discover() -> Option<Offer> {
-    // ECX bit 31 of leaf 1 says that a hypervisor is there; without it the leaves below mean nothing.
+    // ECX bit 31 of leaf 1 says that a hypervisor is there; without it the leaves below mean
+    // nothing.
     if __cpuid(1).ecx & 1 << 31 == 0 {
         return None;
     }
-    let base = (0..abi::CPUID_BLOCKS).map(|i| abi::CPUID_FIRST + i * abi::CPUID_STEP).find(|&base| {
-        let leaf = __cpuid(base);
-        [leaf.ebx, leaf.ecx, leaf.edx] == abi::CPUID_SIGNATURE
-    })?;
+    let base =
+        (0..abi::CPUID_BLOCKS).map(|i| abi::CPUID_FIRST + i * abi::CPUID_STEP).find(|&base| {
+            let leaf = __cpuid(base);
+            [leaf.ebx, leaf.ecx, leaf.edx] == abi::CPUID_SIGNATURE
+        })?;
     let about = __cpuid(base + abi::CPUID_LEAF_FEATURES);
     let settings = if __cpuid(base).eax >= base + abi::CPUID_LEAF_SETTINGS {
         __cpuid(base + abi::CPUID_LEAF_SETTINGS)
@@ -56,13 +58,14 @@ pub fn discover() -> Option<Offer> {
     })
 }
 
-/// Makes one hypercall. Callers have found Umbra by [`discover`] before; elsewhere this would be a write to an
-/// unused port. Always inlined: the VMM takes the caller's frame for the first of the stack.
+/// Makes one hypercall. Callers have found Umbra by [`discover`] before; elsewhere this would be a
+/// write to an unused port. Always inlined: the VMM takes the caller's frame for the first of the
+/// stack.
 #[inline(always)]
 pub fn hypercall(number: u32, rdi: u64, rsi: u64, rcx: u64, r8: u64) -> u64 {
     let result;
-    // SAFETY: an `out` to Umbra's port reads the named registers and changes rax only; memory that the VMM
-    // writes (shadow, ring header) is accessed by volatile or atomic accesses on this side.
+    // SAFETY: an `out` to Umbra's port reads the named registers and changes rax only; memory that
+    // the VMM writes (shadow, ring header) is accessed by volatile or atomic accesses on this side.
     unsafe {
         asm!("out dx, eax", inout("rax") u64::from(number) => result, in("dx") abi::PORT,
              in("rdi") rdi, in("rsi") rsi, in("rcx") rcx, in("r8") r8, options(nostack));
@@ -70,7 +73,8 @@ pub fn hypercall(number: u32, rdi: u64, rsi: u64, rcx: u64, r8: u64) -> u64 {
     result
 }
 
-/// Reports a violation: [`call::REPORT`] with `fp` as the frame pointer, for the VMM to walk the stack from.
+/// Reports a violation: [`call::REPORT`] with `fp` as the frame pointer, for the VMM to walk the
+/// stack from.
 pub fn report(fp: u64, address: u64, size: u64, word: u64, ip: u64) {
     // SAFETY: as in `hypercall`; rbp is back before anything else uses it.
     unsafe {

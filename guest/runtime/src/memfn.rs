@@ -1,7 +1,7 @@
 //! The memory functions, checked: what instrumented code calls for copies, fills and compares.
 //!
-//! `cargo xtask guest` renames the `umbra_checked_*` symbols to their C names after it has made the runtime's own
-//! unchecked ones local, so the runtime never checks itself.
+//! `cargo xtask guest` renames the `umbra_checked_*` symbols to their C names after it has made the
+//! runtime's own unchecked ones local, so the runtime never checks itself.
 
 use core::arch::asm;
 use core::ffi::c_void;
@@ -20,8 +20,8 @@ macro_rules! caller {
 
 #[inline]
 unsafe fn copy_up(to: *mut u8, from: *const u8, n: usize) {
-    // SAFETY: the caller of the C function vouches for both ranges. Eight bytes a step: each step of a string
-    // instruction costs an instruction's time on hosts that emulate ring 0.
+    // SAFETY: the caller of the C function vouches for both ranges. Eight bytes a step: each step
+    // of a string instruction costs an instruction's time on hosts that emulate ring 0.
     unsafe {
         asm!("rep movsq", "mov rcx, {rest}", "rep movsb", rest = in(reg) n % 8,
              inout("rcx") n / 8 => _, inout("rdi") to => _, inout("rsi") from => _, options(nostack));
@@ -47,7 +47,11 @@ unsafe fn copy_down(to: *mut u8, from: *const u8, n: usize) {
 /// As C's.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub unsafe extern "C" fn umbra_checked_memcpy(to: *mut u8, from: *const u8, n: usize) -> *mut c_void {
+pub unsafe extern "C" fn umbra_checked_memcpy(
+    to: *mut u8,
+    from: *const u8,
+    n: usize,
+) -> *mut c_void {
     let ip = caller!();
     // SAFETY: the caller's promise.
     unsafe { copy(to, from, n, ip) }
@@ -68,7 +72,11 @@ unsafe fn copy(to: *mut u8, from: *const u8, n: usize, ip: u64) -> *mut c_void {
 /// As C's.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub unsafe extern "C" fn umbra_checked_memmove(to: *mut u8, from: *const u8, n: usize) -> *mut c_void {
+pub unsafe extern "C" fn umbra_checked_memmove(
+    to: *mut u8,
+    from: *const u8,
+    n: usize,
+) -> *mut c_void {
     let ip = caller!();
     // SAFETY: the caller's promise.
     unsafe { copy_either_way(to, from, n, ip) }
@@ -77,7 +85,8 @@ pub unsafe extern "C" fn umbra_checked_memmove(to: *mut u8, from: *const u8, n: 
 #[inline]
 unsafe fn copy_either_way(to: *mut u8, from: *const u8, n: usize, ip: u64) -> *mut c_void {
     if check_range(from as u64, n as u64, READ, ip) && check_range(to as u64, n as u64, WRITE, ip) {
-        // SAFETY: the caller's promise; the direction is chosen so that an overlap is read before it is written.
+        // SAFETY: the caller's promise; the direction is chosen so that an overlap is read before
+        // it is written.
         unsafe {
             if (to as usize).wrapping_sub(from as usize) < n {
                 copy_down(to, from, n)
@@ -170,8 +179,8 @@ pub unsafe extern "C" fn umbra_checked_strlen(text: *const u8) -> usize {
     len
 }
 
-/// `memcpy`, by the name that compilers use on request (`asan-kernel-mem-intrinsic-prefix`) so that a kernel's own
-/// `memcpy` may stay unchecked.
+/// `memcpy`, by the name that compilers use on request (`asan-kernel-mem-intrinsic-prefix`) so that
+/// a kernel's own `memcpy` may stay unchecked.
 ///
 /// # Safety
 /// As C's.

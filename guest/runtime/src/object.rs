@@ -1,7 +1,8 @@
-//! The short way for what happens most: one object of a slab comes or goes, on pages that are byte-checked already.
+//! The short way for what happens most: one object of a slab comes or goes, on pages that are
+//! byte-checked already.
 //!
-//! All of it is a few stores to byte shadow. Whatever else there is (other pages, whole pages, odd slots) goes through the
-//! model (`shadow`), with the same result.
+//! All of it is a few stores to byte shadow. Whatever else there is (other pages, whole pages, odd
+//! slots) goes through the model (`shadow`), with the same result.
 
 use umbra_shadow::abi::features;
 use umbra_shadow::codes::{GRANULE, GRANULE_SHIFT, PAGE_BYTES, PAGE_SIZE, POISON_MIN};
@@ -9,7 +10,8 @@ use umbra_shadow::codes::{GRANULE, GRANULE_SHIFT, PAGE_BYTES, PAGE_SIZE, POISON_
 use crate::shadow::{byte_shadow, fill, page_shadow};
 use crate::state;
 
-/// The byte shadow of a slot, if the short way is open for it: whole granules, mapped, on byte-checked pages.
+/// The byte shadow of a slot, if the short way is open for it: whole granules, mapped, on
+/// byte-checked pages.
 #[inline(always)]
 fn slot_shadow(mode: u32, address: u64, slot: u64) -> Option<*mut u8> {
     let last = address.wrapping_add(slot.wrapping_sub(1));
@@ -21,7 +23,8 @@ fn slot_shadow(mode: u32, address: u64, slot: u64) -> Option<*mut u8> {
     }
     if mode & features::PER_PAGE != 0 {
         // SAFETY: both addresses are in a region, so their shadow is mapped.
-        let pages = unsafe { (page_shadow(address).read_volatile(), page_shadow(last).read_volatile()) };
+        let pages =
+            unsafe { (page_shadow(address).read_volatile(), page_shadow(last).read_volatile()) };
         if pages != (PAGE_BYTES, PAGE_BYTES) {
             return None;
         }
@@ -31,8 +34,8 @@ fn slot_shadow(mode: u32, address: u64, slot: u64) -> Option<*mut u8> {
     Some(byte_shadow(address))
 }
 
-/// Makes `bytes` at the start of a slot of at most a page accessible, and poisons the rest of it. False if the short way is
-/// closed; then nothing was done.
+/// Makes `bytes` at the start of a slot of at most a page accessible, and poisons the rest of it.
+/// False if the short way is closed; then nothing was done.
 #[inline(always)]
 pub fn allocated(mode: u32, address: u64, bytes: u64, slot: u64, redzone: u8) -> bool {
     if bytes > slot || redzone < POISON_MIN {
@@ -40,7 +43,8 @@ pub fn allocated(mode: u32, address: u64, bytes: u64, slot: u64, redzone: u8) ->
     }
     let Some(shadow) = slot_shadow(mode, address, slot) else { return false };
     let (whole, rest) = (bytes >> GRANULE_SHIFT, (bytes & (GRANULE - 1)) as u8);
-    // SAFETY: the shadow of the slot is mapped. What is poisoned first and made accessible then belongs to nobody yet.
+    // SAFETY: the shadow of the slot is mapped. What is poisoned first and made accessible then
+    // belongs to nobody yet.
     unsafe {
         fill(shadow.add(whole as usize), (slot >> GRANULE_SHIFT) - whole, redzone);
         if rest != 0 {
@@ -58,7 +62,8 @@ pub struct Slot {
     granules: u64,
 }
 
-/// The slot at `start`, which gets `code` when its object is freed. None if the short way is closed.
+/// The slot at `start`, which gets `code` when its object is freed. None if the short way is
+/// closed.
 #[inline(always)]
 pub fn slot(mode: u32, start: u64, slot: u64, code: u8) -> Option<Slot> {
     if code < POISON_MIN {
@@ -68,7 +73,8 @@ pub fn slot(mode: u32, start: u64, slot: u64, code: u8) -> Option<Slot> {
 }
 
 impl Slot {
-    /// Poisons it, after `tell` has told of it. False if the object is not accessible; then nothing was done.
+    /// Poisons it, after `tell` has told of it. False if the object is not accessible; then nothing
+    /// was done.
     #[inline(always)]
     pub fn freed(self, code: u8, tell: impl FnOnce()) -> bool {
         // SAFETY: the shadow of the slot is mapped.

@@ -1,17 +1,21 @@
-//! Freed memory that waits before its allocator gets it back, so that uses of it are found for longer.
+//! Freed memory that waits before its allocator gets it back, so that uses of it are found for
+//! longer.
 //!
-//! The VMM keeps the queue: it hears of each free anyway, and costs the guest neither memory nor instructions. A free that
-//! waits is told with the bytes of its slot and the number of its allocator. From time to time, at drains of the
-//! ring, the VMM says that some of it is due; the guest then fetches a list, and calls the allocators' release functions.
+//! The VMM keeps the queue: it hears of each free anyway, and costs the guest neither memory nor
+//! instructions. A free that waits is told with the bytes of its slot and the number of its
+//! allocator. From time to time, at drains of the ring, the VMM says that some of it is due; the
+//! guest then fetches a list, and calls the allocators' release functions.
 //!
-//! Memory must not come out before its free has poisoned it. So a CPU tells of a free and poisons the memory with interrupts
-//! off, and the VMM keeps back the last free of every CPU but the one that asks for a drain.
+//! Memory must not come out before its free has poisoned it. So a CPU tells of a free and poisons
+//! the memory with interrupts off, and the VMM keeps back the last free of every CPU but the one
+//! that asks for a drain.
 
 use core::cell::UnsafeCell;
 use core::ffi::c_void;
 use core::ptr::null_mut;
 use core::sync::atomic::{
-    AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
+    AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering::Acquire, Ordering::Relaxed,
+    Ordering::Release,
 };
 
 use umbra_shadow::abi::{Released, call, features, redzone};
@@ -20,7 +24,8 @@ use crate::cpu::without_interrupts;
 use crate::host::Offer;
 use crate::{host, ring, state};
 
-/// Gives memory back to its allocator: address, bytes of the slot, the note of the free, and the allocator's context.
+/// Gives memory back to its allocator: address, bytes of the slot, the note of the free, and the
+/// allocator's context.
 pub type ReleaseFn = extern "C" fn(u64, u64, u8, *mut c_void);
 
 /// Most allocators, number 0 included, which is none.
@@ -38,9 +43,9 @@ struct Allocator {
     context: AtomicPtr<c_void>,
 }
 
-static ALLOCATOR: [Allocator; ALLOCATORS] =
-    [const { Allocator { release: AtomicPtr::new(null_mut()), context: AtomicPtr::new(null_mut()) } };
-        ALLOCATORS];
+static ALLOCATOR: [Allocator; ALLOCATORS] = [const {
+    Allocator { release: AtomicPtr::new(null_mut()), context: AtomicPtr::new(null_mut()) }
+}; ALLOCATORS];
 static ALLOCATOR_COUNT: AtomicUsize = AtomicUsize::new(0);
 
 struct Fetched(UnsafeCell<[Released; FEW]>);
@@ -48,9 +53,9 @@ struct Fetched(UnsafeCell<[Released; FEW]>);
 // SAFETY: each is used by whoever has set its CPU's `releasing`.
 unsafe impl Sync for Fetched {}
 
-static FETCHED: [Fetched; state::CPUS] =
-    [const { Fetched(UnsafeCell::new([Released { address: 0, slot: 0, wait: 0, reserved: 0 }; FEW])) };
-        state::CPUS];
+static FETCHED: [Fetched; state::CPUS] = [const {
+    Fetched(UnsafeCell::new([Released { address: 0, slot: 0, wait: 0, reserved: 0 }; FEW]))
+}; state::CPUS];
 
 /// Takes note of the settings that the VMM tells, if there is one that keeps shadow.
 pub fn set(offer: Option<&Offer>) {
@@ -71,14 +76,22 @@ pub fn takes(allocator: u8, slot: u64) -> bool {
     allocator != 0 && slot.wrapping_sub(1) < batch()
 }
 
-/// Bytes of redzone behind an object. By default KASAN's (`optimal_redzone`, `mm/kasan/common.c`): objects with their
-/// redzones fill 32, 64, 128, ... bytes, where a redzone is a quarter of that, or less for large ones.
+/// Bytes of redzone behind an object. By default KASAN's (`optimal_redzone`, `mm/kasan/common.c`):
+/// objects with their redzones fill 32, 64, 128, ... bytes, where a redzone is a quarter of that,
+/// or less for large ones.
 ///
-/// The setting holds for the whole run, also for what is allocated before checks are on: an allocator may compute it again when
-/// the object is freed.
+/// The setting holds for the whole run, also for what is allocated before checks are on: an
+/// allocator may compute it again when the object is freed.
 pub fn redzone_of(object: u64) -> u64 {
-    const MOST: [(u64, u64); 7] =
-        [(64, 16), (128, 32), (512, 64), (4096, 128), (1 << 14, 256), (1 << 15, 512), (1 << 16, 1024)];
+    const MOST: [(u64, u64); 7] = [
+        (64, 16),
+        (128, 32),
+        (512, 64),
+        (4096, 128),
+        (1 << 14, 256),
+        (1 << 15, 512),
+        (1 << 16, 1024),
+    ];
     if REDZONE.load(Relaxed) == UNKNOWN {
         set(host::discover().as_ref());
     }
@@ -96,7 +109,8 @@ pub fn add(release: ReleaseFn, context: *mut c_void) -> u8 {
     if batch() == 0 || host::is_error(host::hypercall(call::QUARANTINE, 0, to as u64, 0, 0)) {
         return 0;
     }
-    let taken = ALLOCATOR_COUNT.fetch_update(Relaxed, Relaxed, |n| (n + 1 < ALLOCATORS).then_some(n + 1));
+    let taken =
+        ALLOCATOR_COUNT.fetch_update(Relaxed, Relaxed, |n| (n + 1 < ALLOCATORS).then_some(n + 1));
     let Ok(n) = taken else { return 0 };
     let allocator = &ALLOCATOR[n + 1];
     allocator.context.store(context, Relaxed);
@@ -113,8 +127,8 @@ pub fn fetched(cpu: usize) -> (*mut Released, u64) {
     }
 }
 
-/// Gives what was fetched, what is due, or all that can be had, back to its allocators. Returns how many objects. The caller holds
-/// no lock that a release function takes.
+/// Gives what was fetched, what is due, or all that can be had, back to its allocators. Returns how
+/// many objects. The caller holds no lock that a release function takes.
 #[cold]
 #[inline(never)]
 pub fn release(all: bool) -> u64 {
@@ -128,7 +142,8 @@ pub fn release(all: bool) -> u64 {
         });
     }
     if ring.releasing.swap(true, Acquire) {
-        // A release function has freed something, or an interrupt's handler has; or another CPU has taken this thread over.
+        // A release function has freed something, or an interrupt's handler has; or another CPU has
+        // taken this thread over.
         return 0;
     }
     let (to, fit) = fetched(cpu);
@@ -136,12 +151,14 @@ pub fn release(all: bool) -> u64 {
     let mut n = ring.due.swap(0, Relaxed);
     loop {
         for i in 0..n.min(fit) {
-            // SAFETY: the VMM has filled so many of them, and nobody else works on them until `releasing` is false again.
+            // SAFETY: the VMM has filled so many of them, and nobody else works on them until
+            // `releasing` is false again.
             let memory = unsafe { to.add(i as usize).read_volatile() };
             give_back(memory);
         }
         released += n;
-        // After a drain there is more only if this was all that fits. In `sync` mode nothing is fetched before.
+        // After a drain there is more only if this was all that fits. In `sync` mode nothing is
+        // fetched before.
         if released != 0 && n < fit && !all {
             break;
         }

@@ -1,9 +1,11 @@
-//! Telling the VMM about allocations and frees: records in a ring (`ring`), or a call each (`sync`).
+//! Telling the VMM about allocations and frees: records in a ring (`ring`), or a call each
+//! (`sync`).
 
 use core::arch::asm;
 use core::ptr::null_mut;
 use core::sync::atomic::{
-    AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
+    AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed,
+    Ordering::Release,
 };
 
 use umbra_shadow::abi::{
@@ -45,20 +47,26 @@ static TEXT_BASE: AtomicU64 = AtomicU64::new(0);
 static TEXT_BYTES: AtomicU64 = AtomicU64::new(0);
 static SEQUENCE: AtomicU32 = AtomicU32::new(0);
 
-/// Hands a CPU's ring memory to the runtime and the VMM. Returns the hypercall's result. With a quarantine, the last quarter
-/// of it is where the VMM puts what leaves that.
+/// Hands a CPU's ring memory to the runtime and the VMM. Returns the hypercall's result. With a
+/// quarantine, the last quarter of it is where the VMM puts what leaves that.
 pub fn set_up(cpu: u64, memory: *mut RingHeader, bytes: u64, text_start: u64) -> u64 {
     let Some(ring) = RINGS.get(cpu as usize) else { return umbra_shadow::abi::ERR_ARGUMENT };
     let all = (bytes / RECORD_BYTES).saturating_sub(1);
     let kept = if quarantine::batch() != 0 { all / 4 } else { 0 };
-    let result =
-        host::hypercall(call::RING_SETUP, memory as u64, bytes - kept * RECORD_BYTES, cpu, text_start);
+    let result = host::hypercall(
+        call::RING_SETUP,
+        memory as u64,
+        bytes - kept * RECORD_BYTES,
+        cpu,
+        text_start,
+    );
     if !host::is_error(result) {
         TEXT_BASE.store(text_start, Relaxed);
         ring.records.store(all - kept, Relaxed);
         if kept != 0 {
             ring.released.store(memory.wrapping_add((1 + all - kept) as usize).cast(), Relaxed);
-            ring.released_fit.store((kept * RECORD_BYTES / RELEASED_BYTES).min(RELEASED_MAX), Relaxed);
+            ring.released_fit
+                .store((kept * RECORD_BYTES / RELEASED_BYTES).min(RELEASED_MAX), Relaxed);
         }
         ring.header.store(memory, Release);
     }
@@ -139,17 +147,19 @@ macro_rules! ends_with {
     };
 }
 
-/// Fills `frames` with return addresses as distances from the text base, innermost first; returns how many.
+/// Fills `frames` with return addresses as distances from the text base, innermost first; returns
+/// how many.
 ///
-/// It runs for every event and is most of what one costs: ten instructions a frame, the two registers taking turns.
+/// It runs for every event and is most of what one costs: ten instructions a frame, the two
+/// registers taking turns.
 ///
 /// # Safety
 /// As [`return_address`].
 #[inline(always)]
 unsafe fn walk(fp: u64, frames: *mut u32) -> u64 {
     let depth: u64;
-    // SAFETY: reads the given frame, and each that it leads to a short way up the same stack; writes at most
-    // `RECORD_FRAMES` frames.
+    // SAFETY: reads the given frame, and each that it leads to a short way up the same stack;
+    // writes at most `RECORD_FRAMES` frames.
     unsafe {
         asm!(
             frame!(0, "{a}", "{b}", 1),
@@ -174,8 +184,8 @@ unsafe fn walk(fp: u64, frames: *mut u32) -> u64 {
 }
 const _: () = assert!(RECORD_FRAMES == 10);
 
-/// Tells of an event at `address`, by a call that changes the shadow of `slot` too. `low` is what the ABI has in the lowest 16
-/// bits of who did it. Returns the call's result. For `sync` mode.
+/// Tells of an event at `address`, by a call that changes the shadow of `slot` too. `low` is what
+/// the ABI has in the lowest 16 bits of who did it. Returns the call's result. For `sync` mode.
 #[inline(always)]
 pub fn call(number: u32, address: u64, size: u64, low: u16, slot: u64) -> u64 {
     let word = state::current() & !0xffff | u64::from(low);
@@ -187,11 +197,12 @@ pub const fn head(kind: u8, low: u16) -> u64 {
     kind as u64 | (low as u64) << 16
 }
 
-/// Tells of an event at `address`, with a record's [`head`] and size; `fp` is the frame whose caller is the first of the stack.
-/// For `ring` mode.
+/// Tells of an event at `address`, with a record's [`head`] and size; `fp` is the frame whose
+/// caller is the first of the stack. For `ring` mode.
 ///
-/// Another CPU may take the record for true as soon as it is in the ring. So an allocation is told of before anyone is
-/// told its address, and a free before the memory is poisoned: whoever finds it poisoned finds out who freed it.
+/// Another CPU may take the record for true as soon as it is in the ring. So an allocation is told
+/// of before anyone is told its address, and a free before the memory is poisoned: whoever finds it
+/// poisoned finds out who freed it.
 ///
 /// # Safety
 /// As [`return_address`].
@@ -222,8 +233,9 @@ impl Ring {
         if header.is_null() {
             return;
         }
-        // SAFETY: `set_up` got memory of `records` records behind the header for this CPU alone, and `count` is below
-        // `records`: it is raised by one below, and the VMM sets it to 0 in a drain that this CPU asks for only.
+        // SAFETY: `set_up` got memory of `records` records behind the header for this CPU alone,
+        // and `count` is below `records`: it is raised by one below, and the VMM sets it to 0 in a
+        // drain that this CPU asks for only.
         unsafe {
             let count = &raw mut (*header).count;
             let mut n = count.read_volatile();
@@ -244,7 +256,8 @@ impl Ring {
         }
     }
 
-    /// Empties the ring of the CPU that runs, with interrupts off, and fetches what is due to leave the quarantine.
+    /// Empties the ring of the CPU that runs, with interrupts off, and fetches what is due to leave
+    /// the quarantine.
     #[cold]
     #[inline(never)]
     pub fn drain(&self, who: u64) {
@@ -263,8 +276,9 @@ impl Ring {
         }
     }
 
-    /// Counts memory that goes into the quarantine, whose record and poison are in place; with interrupts off. Empties the ring
-    /// after a batch, so that the VMM can keep to the quarantine's size. Returns whether memory is due to leave it.
+    /// Counts memory that goes into the quarantine, whose record and poison are in place; with
+    /// interrupts off. Empties the ring after a batch, so that the VMM can keep to the quarantine's
+    /// size. Returns whether memory is due to leave it.
     #[inline(always)]
     pub fn waits(&self, who: u64, slot: u64) -> bool {
         let waiting = self.waiting.load(Relaxed) + slot;
@@ -290,7 +304,9 @@ pub unsafe fn tell_slowly(head: u64, address: u64, size: u32, fp: u64) {
 const _: () = {
     use core::mem::offset_of;
     assert!(
-        offset_of!(Record, kind) == 0 && offset_of!(Record, depth) == 1 && offset_of!(Record, cache) == 2
+        offset_of!(Record, kind) == 0
+            && offset_of!(Record, depth) == 1
+            && offset_of!(Record, cache) == 2
     );
     assert!(offset_of!(Record, task) == 4 && offset_of!(Record, address) == 8);
     assert!(offset_of!(Record, size) == 16 && offset_of!(Record, sequence) == 20);

@@ -1,4 +1,5 @@
-//! The shadow as the guest sees it: windows at fixed virtual offsets, changed directly or by hypercall.
+//! The shadow as the guest sees it: windows at fixed virtual offsets, changed directly or by
+//! hypercall.
 
 use core::arch::asm;
 use core::hint::spin_loop;
@@ -34,10 +35,11 @@ pub(crate) fn byte_shadow(address: u64) -> *mut u8 {
 #[inline]
 pub(crate) unsafe fn fill(mut at: *mut u8, mut n: u64, value: u8) {
     let word = u64::from(value) * 0x0101_0101_0101_0101;
-    // Stores before (a page marked busy) and after (the page marked byte-checked) must not move across.
+    // Stores before (a page marked busy) and after (the page marked byte-checked) must not move
+    // across.
     compiler_fence(Ordering::SeqCst);
-    // SAFETY: the caller vouches for the range; x86 allows unaligned stores, which is why they are written
-    // in assembly, where the language has no say in alignment.
+    // SAFETY: the caller vouches for the range; x86 allows unaligned stores, which is why they are
+    // written in assembly, where the language has no say in alignment.
     unsafe {
         if n >= 128 {
             asm!("rep stosq", inout("rcx") n / 8 => _, inout("rdi") at => at, in("rax") word, options(nostack));
@@ -129,7 +131,8 @@ fn covered(address: u64, len: u64) -> bool {
         && address.checked_add(len - 1).is_some_and(|last| state::in_region(address, last))
 }
 
-/// Poisons memory, by whichever way this run uses. Memory outside all regions has no shadow and is left alone.
+/// Poisons memory, by whichever way this run uses. Memory outside all regions has no shadow and is
+/// left alone.
 pub fn poison(address: u64, len: u64, code: u8) {
     if !covered(address, len) {
         return;
@@ -139,7 +142,8 @@ pub fn poison(address: u64, len: u64, code: u8) {
     } else if full() {
         let _ = Full::new(Windows).poison(address, len, code);
     } else {
-        // An interrupt's handler that met a page in the midst of its promotion would wait for what it interrupted.
+        // An interrupt's handler that met a page in the midst of its promotion would wait for what
+        // it interrupted.
         let _ = without_interrupts(|| TwoLevel::new(Windows).poison(address, len, code));
     }
 }
@@ -165,14 +169,16 @@ pub fn unpoison_for(address: u64, len: u64, purpose: u64) {
 
 /// Makes pages byte-checked, for memory whose shadow the compiler's code stores directly (stacks).
 pub fn promote(address: u64, len: u64) {
-    // In `sync` mode the first poisoning promotes, on the VMM's side; `full` has nothing to promote.
+    // In `sync` mode the first poisoning promotes, on the VMM's side; `full` has nothing to
+    // promote.
     if covered(address, len) && state::rings() && !full() {
         let _ = without_interrupts(|| TwoLevel::new(Windows).promote(address, len));
     }
 }
 
-/// Gives `granules` of a stack a byte-shadow value. Other than [`poison`] and [`unpoison`] it never makes a page
-/// untyped: the compiler's next store to the stack's shadow must find the page byte-checked.
+/// Gives `granules` of a stack a byte-shadow value. Other than [`poison`] and [`unpoison`] it never
+/// makes a page untyped: the compiler's next store to the stack's shadow must find the page
+/// byte-checked.
 pub fn set_on_stack(address: u64, granules: u64, value: u8) {
     let len = granules << codes::GRANULE_SHIFT;
     if !covered(address, len) {

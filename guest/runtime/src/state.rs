@@ -1,6 +1,8 @@
 //! What the runtime knows: the mode, the regions, and whom to ask for the current task.
 
-use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use core::sync::atomic::{
+    AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed,
+};
 
 use umbra_shadow::abi::features;
 
@@ -71,7 +73,8 @@ pub fn has_room() -> bool {
     REGION_COUNT.load(Relaxed) < REGIONS
 }
 
-/// Remembers a region, of memory that is mapped one to one or of virtual memory; false when the table is full.
+/// Remembers a region, of memory that is mapped one to one or of virtual memory; false when the
+/// table is full.
 pub fn add_region(start: u64, bytes: u64) -> bool {
     let n = REGION_COUNT.load(Relaxed);
     let Some((s, e)) = REGION.get(n) else { return false };
@@ -86,7 +89,10 @@ pub fn add_region(start: u64, bytes: u64) -> bool {
 #[inline]
 pub fn in_region(first: u64, last: u64) -> bool {
     let n = REGION_COUNT.load(Relaxed);
-    REGION.iter().take(n).any(|(s, e)| s.load(Relaxed) <= first && last <= e.load(Relaxed) && first <= last)
+    REGION
+        .iter()
+        .take(n)
+        .any(|(s, e)| s.load(Relaxed) <= first && last <= e.load(Relaxed) && first <= last)
 }
 
 /// [`in_region`] for the first region only, which is where most objects are.
@@ -112,7 +118,8 @@ pub fn violations() -> u64 {
     VIOLATIONS.load(Relaxed)
 }
 
-/// Counts a bad access, and runs `report` unless reports are off on this CPU or one is being made already.
+/// Counts a bad access, and runs `report` unless reports are off on this CPU or one is being made
+/// already.
 pub fn reporting(who: u64, report: impl FnOnce()) {
     VIOLATIONS.fetch_add(1, Relaxed);
     let cpu = cpu_of(who);

@@ -12,14 +12,15 @@ const REDZONE: usize = 16;
 /// What the last eight bytes before an object hold, combined with its address.
 const MARK: u64 = 0x5eed_0b1e_c7ed_0b1e;
 
-/// Makes an allocator checked: redzones before and behind every object, freed memory poisoned until it is handed out
-/// again, double and invalid frees reported and not passed on.
+/// Makes an allocator checked: redzones before and behind every object, freed memory poisoned until
+/// it is handed out again, double and invalid frees reported and not passed on.
 ///
-/// With [`Checked::quarantine`], what is freed waits before the inner allocator gets it back. Where redzones are switched off, or
-/// where there is no Umbra, the inner allocator is asked for exactly what the kernel asks for.
+/// With [`Checked::quarantine`], what is freed waits before the inner allocator gets it back. Where
+/// redzones are switched off, or where there is no Umbra, the inner allocator is asked for exactly
+/// what the kernel asks for.
 ///
-/// The inner allocator stays as it is. Since it may keep its own data in free memory, it runs with this CPU's
-/// reports off.
+/// The inner allocator stays as it is. Since it may keep its own data in free memory, it runs with
+/// this CPU's reports off.
 pub struct Checked<A> {
     inner: A,
     /// Its number for the quarantine, if it has one.
@@ -39,7 +40,8 @@ impl<A> Checked<A> {
 }
 
 impl<A: GlobalAlloc + Sync> Checked<A> {
-    /// From now on freed memory goes through the quarantine, if this run has one. To be called once, after [`crate::start`].
+    /// From now on freed memory goes through the quarantine, if this run has one. To be called
+    /// once, after [`crate::start`].
     pub fn quarantine(&'static self) {
         let context = core::ptr::from_ref(self).cast_mut().cast();
         // SAFETY: `release` is made for this type, and `self` stays.
@@ -65,7 +67,8 @@ impl<A: GlobalAlloc> Checked<A> {
 
 /// Memory comes out of the quarantine. The note is the alignment's logarithm.
 extern "C" fn release<A: GlobalAlloc>(object: u64, rest: u64, note: u8, context: *mut c_void) {
-    // SAFETY: `quarantine` gave this context; a free told the object, once, of a slot with such a rest and alignment.
+    // SAFETY: `quarantine` gave this context; a free told the object, once, of a slot with such a
+    // rest and alignment.
     unsafe {
         let this = &*context.cast::<Checked<A>>();
         this.give_back(object, &Slot::with_rest(rest as usize, 1 << note));
@@ -81,7 +84,8 @@ struct Slot {
 }
 
 impl Slot {
-    /// The slot of an object: whole granules between two redzones, or just the object. `None` if that overflows.
+    /// The slot of an object: whole granules between two redzones, or just the object. `None` if
+    /// that overflows.
     fn of(object: Layout) -> Option<Self> {
         let behind = crate::redzone(object.size() as u64) as usize;
         if behind == 0 {
@@ -125,7 +129,9 @@ fn before(align: usize) -> usize {
 /// The eight bytes before `object` are the wrapper's.
 unsafe fn mark(object: u64, mark: u64) {
     // SAFETY: the caller's promise.
-    unsafe { asm!("mov [{} - 8], {}", in(reg) object, in(reg) mark, options(nostack, preserves_flags)) };
+    unsafe {
+        asm!("mov [{} - 8], {}", in(reg) object, in(reg) mark, options(nostack, preserves_flags))
+    };
 }
 
 /// Whether an object starts at an address.
@@ -141,8 +147,9 @@ unsafe fn is_marked(object: u64) -> bool {
     found == MARK ^ object
 }
 
-// SAFETY: memory comes from the inner allocator, with at least the size and alignment asked for; what is given back
-// to it is what it handed out, with the same layout, at once or later, or (a bad free) nothing.
+// SAFETY: memory comes from the inner allocator, with at least the size and alignment asked for;
+// what is given back to it is what it handed out, with the same layout, at once or later, or (a bad
+// free) nothing.
 unsafe impl<A: GlobalAlloc> GlobalAlloc for Checked<A> {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let Some(slot) = Slot::of(layout) else { return core::ptr::null_mut() };

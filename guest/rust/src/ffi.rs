@@ -43,15 +43,16 @@ pub struct Trap {
 /// Tells CPU (bits 16..32) and task (bits 32..64) that run now.
 pub type CurrentFn = extern "C" fn() -> u64;
 
-/// Gives memory that has left the quarantine back to its allocator: start of the object, bytes of the slot, the note of
-/// its free, and the allocator's context.
+/// Gives memory that has left the quarantine back to its allocator: start of the object, bytes of
+/// the slot, the note of its free, and the allocator's context.
 pub type ReleaseFn = extern "C" fn(u64, u64, u8, *mut c_void);
 
 unsafe extern "C" {
     pub fn umbra_discover(offer: &mut Offer) -> u32;
     pub fn umbra_region_add(start: u64, bytes: u64, gpa: u64) -> bool;
     pub fn umbra_virtual_add(start: u64, bytes: u64) -> u64;
-    pub fn umbra_ring_setup(cpu: u64, memory: *mut RingHeader, bytes: u64, text_start: u64) -> bool;
+    pub fn umbra_ring_setup(cpu: u64, memory: *mut RingHeader, bytes: u64, text_start: u64)
+    -> bool;
     pub fn umbra_activate(features: u32, text_end: u64, current: Option<CurrentFn>);
     pub fn umbra_poison(address: u64, bytes: u64, code: u8);
     pub fn umbra_unpoison(address: u64, bytes: u64);
@@ -59,7 +60,14 @@ unsafe extern "C" {
     pub fn umbra_is_poisoned(address: u64) -> bool;
     pub fn umbra_alloc(address: u64, bytes: u64, slot: u64, redzone: u8, cache: u16);
     pub fn umbra_free(address: u64, start: u64, slot: u64, code: u8) -> bool;
-    pub fn umbra_free_later(address: u64, start: u64, slot: u64, code: u8, allocator: u8, note: u8) -> bool;
+    pub fn umbra_free_later(
+        address: u64,
+        start: u64,
+        slot: u64,
+        code: u8,
+        allocator: u8,
+        note: u8,
+    ) -> bool;
     pub fn umbra_quarantine_add(release: ReleaseFn, context: *mut c_void) -> u8;
     pub fn umbra_quarantine_drain() -> u64;
     pub fn umbra_redzone(object: u64) -> u64;

@@ -1,8 +1,8 @@
 //! Umbra for Rust kernels: a safe face of the guest runtime.
 //!
-//! A kernel [`discover`]s Umbra, maps what [`Offer::mappings`] lists for each of its linear regions, calls
-//! [`start`], and lets its allocators say what they do ([`alloc`], [`free`]), or wraps a `GlobalAlloc`
-//! in [`Checked`]. On a machine without Umbra all of this does nothing.
+//! A kernel [`discover`]s Umbra, maps what [`Offer::mappings`] lists for each of its linear
+//! regions, calls [`start`], and lets its allocators say what they do ([`alloc`], [`free`]), or
+//! wraps a `GlobalAlloc` in [`Checked`]. On a machine without Umbra all of this does nothing.
 #![no_std]
 
 mod checked;
@@ -15,15 +15,16 @@ pub use umbra_shadow::{abi, codes};
 use umbra_shadow::abi::features;
 use umbra_shadow::codes::{GRANULE_SHIFT, PAGE_SHIFT, PAGE_SIZE};
 
-/// Memory that a kernel maps one to one: `bytes` of guest-physical memory from `gpa` on, at `start`. Or virtual memory with
-/// shadow of its own, by [`add_virtual`].
+/// Memory that a kernel maps one to one: `bytes` of guest-physical memory from `gpa` on, at
+/// `start`. Or virtual memory with shadow of its own, by [`add_virtual`].
 #[derive(Clone, Copy, Debug)]
 pub struct Region {
     /// Virtual start, a multiple of 4096 in the upper half.
     pub start: u64,
     /// Bytes, a multiple of 4096.
     pub bytes: u64,
-    /// Guest-physical start, a multiple of 4096. Of virtual memory, an address that stands for its start.
+    /// Guest-physical start, a multiple of 4096. Of virtual memory, an address that stands for its
+    /// start.
     pub gpa: u64,
 }
 
@@ -44,12 +45,15 @@ impl Offer {
         self.features & (features::PER_PAGE | features::FULL) != 0
     }
 
-    /// What to map, read-write and cached, so that the shadow of `region` is where the checks look: its page shadow
-    /// and its byte shadow. Pieces of a window that does not exist in this mode have 0 bytes.
+    /// What to map, read-write and cached, so that the shadow of `region` is where the checks look:
+    /// its page shadow and its byte shadow. Pieces of a window that does not exist in this mode
+    /// have 0 bytes.
     pub fn mappings(&self, region: &Region) -> [Mapping; 2] {
         let piece = |shift: u32, window: u64, window_bytes: u64| {
             let first = region.gpa >> shift & !(PAGE_SIZE - 1);
-            let end = ((region.gpa + region.bytes) >> shift).next_multiple_of(PAGE_SIZE).min(window_bytes);
+            let end = ((region.gpa + region.bytes) >> shift)
+                .next_multiple_of(PAGE_SIZE)
+                .min(window_bytes);
             Mapping {
                 start: (region.start.cast_signed() >> shift).cast_unsigned() & !(PAGE_SIZE - 1),
                 gpa: window + first,
@@ -112,7 +116,12 @@ pub unsafe fn start(offer: &Offer, config: Config) -> Result<(), StartError> {
         }
         let ring = config.ring;
         if offer.features & features::RING != 0
-            && !ffi::umbra_ring_setup(0, ring.as_mut_ptr().cast(), ring.len() as u64, config.text.start)
+            && !ffi::umbra_ring_setup(
+                0,
+                ring.as_mut_ptr().cast(),
+                ring.len() as u64,
+                config.text.start,
+            )
         {
             return Err(StartError::Ring);
         }
@@ -121,22 +130,25 @@ pub unsafe fn start(offer: &Offer, config: Config) -> Result<(), StartError> {
     Ok(())
 }
 
-/// Asks for shadow of its own for virtual memory that maps single pages, which come and go (vmalloc): `bytes` from `start` on,
-/// both multiples of 4096; at most [`Offer::virtual_bytes`] in all. All of it is poisoned with [`codes::VMALLOC_INVALID`]
-/// until an allocator hands it out by [`alloc`]. Returns it as a region, whose [`Offer::mappings`] are to be mapped before
-/// the memory is used: once, for all that ever comes and goes there. `None` when it is refused, or `offer` has no checks.
+/// Asks for shadow of its own for virtual memory that maps single pages, which come and go
+/// (vmalloc): `bytes` from `start` on, both multiples of 4096; at most [`Offer::virtual_bytes`] in
+/// all. All of it is poisoned with [`codes::VMALLOC_INVALID`] until an allocator hands it out by
+/// [`alloc`]. Returns it as a region, whose [`Offer::mappings`] are to be mapped before the memory
+/// is used: once, for all that ever comes and goes there. `None` when it is refused, or `offer` has
+/// no checks.
 pub fn add_virtual(offer: &Offer, start: u64, bytes: u64) -> Option<Region> {
     // SAFETY: takes any values.
     let gpa = if offer.checks() { unsafe { ffi::umbra_virtual_add(start, bytes) } } else { 0 };
     (gpa != 0).then_some(Region { start, bytes, gpa })
 }
 
-/// Gives another CPU its ring. To be called before that CPU runs code that allocates; without a ring its allocations and
-/// frees are not told. False when it was refused. Does nothing when `offer` wants no rings.
+/// Gives another CPU its ring. To be called before that CPU runs code that allocates; without a
+/// ring its allocations and frees are not told. False when it was refused. Does nothing when
+/// `offer` wants no rings.
 ///
 /// # Safety
-/// [`start`] was called, with the same `text`. `ring` is 64-byte aligned, zeroed memory in a region, and used for nothing
-/// else.
+/// [`start`] was called, with the same `text`. `ring` is 64-byte aligned, zeroed memory in a
+/// region, and used for nothing else.
 pub unsafe fn add_cpu(
     offer: &Offer,
     cpu: u16,
@@ -147,7 +159,12 @@ pub unsafe fn add_cpu(
     !offer.checks()
         || offer.features & features::RING == 0
         || unsafe {
-            ffi::umbra_ring_setup(cpu.into(), ring.as_mut_ptr().cast(), ring.len() as u64, text.start)
+            ffi::umbra_ring_setup(
+                cpu.into(),
+                ring.as_mut_ptr().cast(),
+                ring.len() as u64,
+                text.start,
+            )
         }
 }
 
@@ -156,7 +173,8 @@ macro_rules! safe_face {
         $(#[$doc])*
         #[inline(always)]
         pub fn $name($($arg: $type),*) $(-> $result)? {
-            // SAFETY: the function takes any values; it touches shadow of added regions and the ring only.
+            // SAFETY: the function takes any values; it touches shadow of added regions and the
+            // ring only.
             unsafe { ffi::$ffi($($arg),*) }
         }
     )*};
@@ -169,31 +187,39 @@ safe_face! {
     unpoison = umbra_unpoison(address: u64, bytes: u64);
     /// Checks a range by hand; false when it was reported.
     check = umbra_check(address: u64, bytes: u64, write: bool) -> bool;
-    /// Whether the byte at `address` is known to be inaccessible. Nothing is reported. False where there is no shadow.
+    /// Whether the byte at `address` is known to be inaccessible. Nothing is reported. False where
+    /// there is no shadow.
     is_poisoned = umbra_is_poisoned(address: u64) -> bool;
     /// An allocator hands out `bytes` at `address`, the start of a slot of `slot` bytes.
     alloc = umbra_alloc(address: u64, bytes: u64, slot: u64, redzone: u8, cache: u16);
-    /// An allocator takes back `address`, whose object starts at `start` in a slot of `slot` bytes. False, after a
-    /// report, when that is a double or an invalid free: the allocator must leave it alone then.
+    /// An allocator takes back `address`, whose object starts at `start` in a slot of `slot` bytes.
+    /// False, after a report, when that is a double or an invalid free: the allocator must leave it
+    /// alone then.
     free = umbra_free(address: u64, start: u64, slot: u64, code: u8) -> bool;
-    /// As [`free`], but the memory waits in the quarantine, if there is one for `allocator` ([`quarantine_add`]): then the
-    /// result is false too, and the allocator's release function gets `start`, `slot` and `note` later. Release functions are
-    /// called from here, for other memory: the caller holds no lock that they take.
+    /// As [`free`], but the memory waits in the quarantine, if there is one for `allocator`
+    /// ([`quarantine_add`]): then the result is false too, and the allocator's release function
+    /// gets `start`, `slot` and `note` later. Release functions are called from here, for other
+    /// memory: the caller holds no lock that they take.
     free_later = umbra_free_later(address: u64, start: u64, slot: u64, code: u8, allocator: u8, note: u8) -> bool;
-    /// Gives all that waits in the quarantine back to its allocators, for one that has no memory left. Returns how many
-    /// objects came back. The caller holds no lock that a release function takes.
+    /// Gives all that waits in the quarantine back to its allocators, for one that has no memory
+    /// left. Returns how many objects came back. The caller holds no lock that a release function
+    /// takes.
     quarantine_drain = umbra_quarantine_drain() -> u64;
-    /// Bytes of redzone that an allocator shall put behind objects of `object` bytes: the same during a whole run. 0 without
-    /// Umbra, or where redzones are switched off; then memory is laid out as without checks.
+    /// Bytes of redzone that an allocator shall put behind objects of `object` bytes: the same
+    /// during a whole run. 0 without Umbra, or where redzones are switched off; then memory is laid
+    /// out as without checks.
     redzone = umbra_redzone(object: u64) -> u64;
-    /// Work is made that has to do with the object that holds `address`, and will run later: it may free it, for instance. A
-    /// finding on the object tells the stack of the caller. The last two are kept.
+    /// Work is made that has to do with the object that holds `address`, and will run later: it may
+    /// free it, for instance. A finding on the object tells the stack of the caller. The last two
+    /// are kept.
     aux_stack = umbra_aux_stack(address: u64);
     /// Reports a free of something that no allocator knows.
     invalid_free = umbra_invalid_free(address: u64);
-    /// Reports a bad access that the kernel found itself, by a fault; `trap` holds the registers at the fault.
+    /// Reports a bad access that the kernel found itself, by a fault; `trap` holds the registers at
+    /// the fault.
     report = umbra_report(address: u64, bytes: u64, write: bool, trap: &Trap);
-    /// Bad accesses and frees seen so far on all CPUs, reported or not: for a kernel's tests of its own.
+    /// Bad accesses and frees seen so far on all CPUs, reported or not: for a kernel's tests of its
+    /// own.
     violations = umbra_violations() -> u64;
     /// A thread's stack comes into being.
     stack_alloc = umbra_stack_alloc(start: u64, bytes: u64);
@@ -219,8 +245,9 @@ pub fn name_task(id: u32, name: &str) {
     unsafe { ffi::umbra_name_task(id, name.as_ptr(), name.len() as u64) }
 }
 
-/// Numbers an allocator for [`free_later`]. `release` gets what has waited long enough, on any CPU, in whatever frees. 0, which
-/// is no allocator's number, where there is no quarantine. To be called after [`start`].
+/// Numbers an allocator for [`free_later`]. `release` gets what has waited long enough, on any CPU,
+/// in whatever frees. 0, which is no allocator's number, where there is no quarantine. To be called
+/// after [`start`].
 ///
 /// # Safety
 /// `release` may be called with `context` until the guest ends.
@@ -239,8 +266,8 @@ pub fn suppressed<T>(work: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Lets a page-fault handler ask whether the fault was a check's, of an address without shadow. If so the access has
-/// been reported, `trap` is where to go on, and true comes back.
+/// Lets a page-fault handler ask whether the fault was a check's, of an address without shadow. If
+/// so the access has been reported, `trap` is where to go on, and true comes back.
 ///
 /// # Safety
 /// `trap` holds the registers at the fault.

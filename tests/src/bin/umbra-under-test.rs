@@ -1,4 +1,5 @@
-//! The program `umbra`, built once more as part of this package: so that its tests always run the present one.
+//! The program `umbra`, built once more as part of this package: so that its tests always run the
+//! present one.
 
 use std::process::ExitCode;
 

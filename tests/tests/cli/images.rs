@@ -3,7 +3,10 @@
 use super::*;
 
 pub fn files_that_are_no_kernels() {
-    umbra().arg("/nonexistent/kernel").run().expect_refusal(&["/nonexistent/kernel", "No such file"]);
+    umbra()
+        .arg("/nonexistent/kernel")
+        .run()
+        .expect_refusal(&["/nonexistent/kernel", "No such file"]);
     umbra().arg("/").run().expect_refusal(&["/", "not a regular file"]);
     umbra().arg("/dev/zero").run().expect_refusal(&["not a regular file"]);
     umbra().arg("").run().expect_usage(&["KERNEL"]);
@@ -42,7 +45,10 @@ pub fn segments_that_do_not_fit() {
     refused(&with(|s| s.memory_size = Some(u64::MAX - BASE)), &["outside of guest memory"]);
     refused(&with(|s| s.memory_size = Some(1 << 40)), &["outside of guest memory"]);
     refused(&with(|s| s.memory_size = Some(0)), &["more than its 0x0 bytes"]);
-    refused(&with(|s| (s.file_size, s.memory_size) = (Some(u64::MAX), Some(u64::MAX))), &["cut off"]);
+    refused(
+        &with(|s| (s.file_size, s.memory_size) = (Some(u64::MAX), Some(u64::MAX))),
+        &["cut off"],
+    );
     refused(&with(|s| s.file_size = Some(1 << 40)), &["cut off"]);
     refused(&with(|s| s.offset = Some(u64::MAX)), &["cut off"]);
     refused(&with(|s| s.offset = Some(1 << 32)), &["cut off"]);
@@ -58,7 +64,8 @@ pub fn segments_that_do_not_fit() {
 pub fn kernels_cut_off_anywhere() {
     let image = kernel(&[0xf4; 40]).segment(BASE + 0x1000, [1; 40]).build();
     let headers = HEADER + 2 * PROGRAM_HEADER;
-    let lengths = [1, 3, 4, 15, 16, 40, HEADER - 1, HEADER, HEADER + 1, headers - 1, headers, headers + 40];
+    let lengths =
+        [1, 3, 4, 15, 16, 40, HEADER - 1, HEADER, HEADER + 1, headers - 1, headers, headers + 40];
     for length in lengths.into_iter().chain([image.len() - 1]) {
         let run = umbra().file(&image[..length]).run();
         run.expect_refusal(&[]);

@@ -74,7 +74,11 @@ fn status_2_is_a_host_or_usage_problem() {
 fn status_3_is_a_crash() {
     let run = umbra().file(&kernel(&CRASH).build()).run();
     run.expect(3);
-    assert!(run.stderr.starts_with("umbra: the guest triple-faulted at rip 0x100000"), "{}", run.stderr);
+    assert!(
+        run.stderr.starts_with("umbra: the guest triple-faulted at rip 0x100000"),
+        "{}",
+        run.stderr
+    );
 }
 
 fn status_4_is_the_time_limit() {
@@ -125,7 +129,10 @@ fn files_that_cannot_be_written() {
     let run = umbra().file(&good()).args("--stats /dev/full").run();
     run.expect(2);
     assert!(
-        run.stderr.lines().last().is_some_and(|l| l.starts_with("umbra: ") && l.contains("No space")),
+        run.stderr
+            .lines()
+            .last()
+            .is_some_and(|l| l.starts_with("umbra: ") && l.contains("No space")),
         "{}",
         run.stderr
     );
@@ -144,7 +151,9 @@ fn in_a_namespace(command: &str) -> Run {
     let mut umbra = umbra().file(&good());
     let arguments: Vec<_> = umbra.command().get_args().map(ToOwned::to_owned).collect();
     let mut shell = Command::new("unshare");
-    shell.args(["--mount", "sh", "-c", &format!("{command} && exec \"$0\" \"$@\""), PROGRAM]).args(arguments);
+    shell
+        .args(["--mount", "sh", "-c", &format!("{command} && exec \"$0\" \"$@\""), PROGRAM])
+        .args(arguments);
     *umbra.command() = shell;
     umbra.run()
 }
@@ -172,7 +181,8 @@ fn no_permission() {
     fs::copy(PROGRAM, &program).expect("a copy of the program");
     fs::write(&image, good()).expect("a kernel");
     for path in [dir.path(), &program] {
-        fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("permissions");
+        fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+            .expect("permissions");
     }
     let output = Command::new(&program)
         .arg("run")
@@ -192,8 +202,11 @@ fn no_permission() {
 
 /// The device is open to its owner alone.
 fn kvm_is_guarded() -> Need {
-    let mode = fs::metadata("/dev/kvm").map(|m| std::os::unix::fs::PermissionsExt::mode(&m.permissions()));
-    Need::unless((!mode.is_ok_and(|mode| mode & 6 == 0)).then(|| "everybody may open /dev/kvm here".into()))
+    let mode =
+        fs::metadata("/dev/kvm").map(|m| std::os::unix::fs::PermissionsExt::mode(&m.permissions()));
+    Need::unless(
+        (!mode.is_ok_and(|mode| mode & 6 == 0)).then(|| "everybody may open /dev/kvm here".into()),
+    )
 }
 
 // What is written.
@@ -233,7 +246,8 @@ fn has_fields(value: &Value, fields: &str) {
 #[track_caller]
 fn has_exactly(value: &Value, fields: &str) {
     has_fields(value, fields);
-    let expected: Vec<_> = fields.split_ascii_whitespace().filter_map(|f| f.split(':').next()).collect();
+    let expected: Vec<_> =
+        fields.split_ascii_whitespace().filter_map(|f| f.split(':').next()).collect();
     for key in keys(value) {
         assert!(expected.contains(&key), "{key} is not documented");
     }
@@ -269,10 +283,14 @@ fn stats_have_the_documented_fields() {
         &s["host"],
         "rss_peak_bytes:n vmm_overhead_bytes:n start_seconds:f seconds:f outside_seconds:f",
     );
-    assert_eq!((run.outcome(), run.figure("/findings"), run.figure("/findings_total")), ("done", 1, 2));
+    assert_eq!(
+        (run.outcome(), run.figure("/findings"), run.figure("/findings_total")),
+        ("done", 1, 2)
+    );
     assert_eq!(s["shadow"]["mode"], "per-page");
     assert_eq!(run.figure("/guest/memory_bytes"), 256 << 20);
-    let kinds = ["hypercall", "shadow_fault", "io", "mmio"].map(|kind| run.figure(&format!("/exits/{kind}")));
+    let kinds = ["hypercall", "shadow_fault", "io", "mmio"]
+        .map(|kind| run.figure(&format!("/exits/{kind}")));
     assert!(run.figure("/exits/total") >= kinds.iter().sum());
 }
 
@@ -320,7 +338,8 @@ fn text_is_a_kasan_report() {
     let run = scenarios("kmalloc_uaf").collect().run();
     run.expect(1);
     let finding = &run.findings[0];
-    let address = finding["address"].as_str().and_then(|a| a.strip_prefix("0x")).expect("an address");
+    let address =
+        finding["address"].as_str().and_then(|a| a.strip_prefix("0x")).expect("an address");
     let text = &run.stderr;
     for part in [
         "==================================================================\nBUG: KASAN: slab-use-after-free in ",
@@ -346,7 +365,11 @@ fn dashes_are_pure_json() {
         .map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}")))
         .collect();
     assert_eq!(lines.len(), 1);
-    assert!(run.stderr.contains("ran exact_fit"), "the console went to standard error:\n{}", run.stderr);
+    assert!(
+        run.stderr.contains("ran exact_fit"),
+        "the console went to standard error:\n{}",
+        run.stderr
+    );
     let run = scenarios("exact_fit").args("--stats -").run();
     run.expect(0);
     let stats: Value = serde_json::from_slice(&run.stdout).expect("JSON and nothing else");
@@ -372,7 +395,10 @@ fn it_stops_after_the_first_finding() {
 fn repeats_are_counted() {
     let run = scenarios("kmalloc_uaf,kmalloc_uaf,kmalloc_uaf").args("--keep-going").collect().run();
     run.expect(1);
-    assert_eq!((run.findings.len(), run.figure("/findings"), run.figure("/findings_total")), (1, 1, 3));
+    assert_eq!(
+        (run.findings.len(), run.figure("/findings"), run.figure("/findings_total")),
+        (1, 1, 3)
+    );
     assert_eq!(run.stderr.matches("Read of size 1").count(), 1);
     assert!(run.stderr.contains("2 more of: BUG: KASAN: slab-use-after-free"), "{}", run.stderr);
 }

@@ -24,7 +24,8 @@ pub fn one_finding_and_no_end() -> Vec<u8> {
 
 pub fn ctrl_c_ends_it_in_order() {
     for signal in [libc::SIGINT, libc::SIGTERM] {
-        let mut started = umbra().file(&one_finding_and_no_end()).args("--keep-going").collect().start();
+        let mut started =
+            umbra().file(&one_finding_and_no_end()).args("--keep-going").collect().start();
         started.wait_for("stderr", "BUG: KASAN");
         let begin = Instant::now();
         started.signal(signal);
@@ -47,8 +48,10 @@ pub fn a_kill_leaves_nothing_behind() {
         fs::read_dir("/proc").into_iter().flatten().flatten().any(|entry| {
             let maps = fs::read_link(entry.path().join("exe")).unwrap_or_default();
             let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
-            let in_group =
-                stat.rsplit(')').next().and_then(|rest| rest.split_ascii_whitespace().nth(2)?.parse().ok());
+            let in_group = stat
+                .rsplit(')')
+                .next()
+                .and_then(|rest| rest.split_ascii_whitespace().nth(2)?.parse().ok());
             maps == Path::new(PROGRAM) && in_group == Some(group)
         })
     };
@@ -71,8 +74,8 @@ pub fn pipe() -> (OwnedFd, OwnedFd) {
     ends.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).into()
 }
 
-/// Runs a command whose standard output, or error, is a pipe that nobody reads. Returns the exit status and what came
-/// on the other one.
+/// Runs a command whose standard output, or error, is a pipe that nobody reads. Returns the exit
+/// status and what came on the other one.
 pub fn with_closed(which: &str, args: &[&str]) -> (Option<i32>, String) {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let path = dir.path().join("kernel");
@@ -89,10 +92,16 @@ pub fn with_closed(which: &str, args: &[&str]) -> (Option<i32>, String) {
     let (read, write) = pipe();
     let mut command = Command::new(PROGRAM);
     command.args(args).stdin(Stdio::null()).env_remove("RUST_LOG");
-    let (stdout, stderr) =
-        if which == "stdout" { (write.into(), Stdio::piped()) } else { (Stdio::piped(), write.into()) };
-    let mut child =
-        command.stdout::<Stdio>(stdout).stderr::<Stdio>(stderr).spawn().expect("the program starts");
+    let (stdout, stderr) = if which == "stdout" {
+        (write.into(), Stdio::piped())
+    } else {
+        (Stdio::piped(), write.into())
+    };
+    let mut child = command
+        .stdout::<Stdio>(stdout)
+        .stderr::<Stdio>(stderr)
+        .spawn()
+        .expect("the program starts");
     // The command holds the pipe's end until it is dropped.
     drop((read, command));
     let mut text = String::new();
@@ -126,7 +135,8 @@ pub fn closed_pipes() {
     assert_eq!(status, Some(2));
 }
 
-/// Both outputs are one pipe that fills up: the guest's findings cannot be written, and the time limit holds all the same.
+/// Both outputs are one pipe that fills up: the guest's findings cannot be written, and the time
+/// limit holds all the same.
 pub fn a_full_pipe() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let path = dir.path().join("kernel");
@@ -179,8 +189,12 @@ pub fn on_a_terminal(no_color: bool) -> String {
     if no_color {
         command.env("NO_COLOR", "1");
     }
-    let mut child =
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(other).spawn().expect("the program starts");
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(other)
+        .spawn()
+        .expect("the program starts");
     drop(command);
     let mut text = Vec::new();
     // A terminal whose other side is closed reads as an error.

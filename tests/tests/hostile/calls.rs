@@ -1,4 +1,5 @@
-//! Hypercalls with wild values, rings with garbage, floods of reports, names that want to steer a terminal.
+//! Hypercalls with wild values, rings with garbage, floods of reports, names that want to steer a
+//! terminal.
 
 use umbra_shadow::abi::{RECORD_BYTES, RECORD_NAME_MAX, access, call, exit, name, record};
 use umbra_shadow::codes::{PAGE_BYTES, SLAB_FREE};
@@ -68,7 +69,9 @@ impl Random {
             0..=4 => EDGES[(r >> 8) as usize % EDGES.len()],
             5 => self.next(),
             6 => self.next() % (2 * RAM),
-            _ => EDGES[(r >> 8) as usize % EDGES.len()].wrapping_add((r >> 40) % 17).wrapping_sub(8),
+            _ => {
+                EDGES[(r >> 8) as usize % EDGES.len()].wrapping_add((r >> 40) % 17).wrapping_sub(8)
+            }
         }
     }
 }
@@ -116,8 +119,10 @@ fn wild_calls(mode: &str) {
 }
 
 fn unknown_calls() {
-    let rows: Vec<Row> =
-        (16..22).chain([0, 255, 0x8000_0000, 0xffff_ffff]).map(|number| [number, 1, 2, 3, 4]).collect();
+    let rows: Vec<Row> = (16..22)
+        .chain([0, 255, 0x8000_0000, 0xffff_ffff])
+        .map(|number| [number, 1, 2, 3, 4])
+        .collect();
     let made = rows.len() as u64;
     let guest = Guest::new(|g| {
         g.calls(&rows)?;
@@ -145,7 +150,11 @@ fn wild_exit_reasons() {
     });
     let run = quiet(guest, "");
     run.expect(0);
-    assert_eq!(run.figure("/events/refused"), reasons.len() as u64, "and the guest went on after each");
+    assert_eq!(
+        run.figure("/events/refused"),
+        reasons.len() as u64,
+        "and the guest went on after each"
+    );
 }
 
 fn exits_with_wild_values() {
@@ -228,8 +237,9 @@ fn garbage_in_the_ring() {
     }
     // Names are taken, and not counted.
     let named = |records: &[[u8; RECORD_BYTES as usize]]| {
-        let named =
-            |r: &&[u8; RECORD_BYTES as usize]| r[0] == record::CACHE && usize::from(r[1]) <= RECORD_NAME_MAX;
+        let named = |r: &&[u8; RECORD_BYTES as usize]| {
+            r[0] == record::CACHE && usize::from(r[1]) <= RECORD_NAME_MAX
+        };
         records.iter().filter(named).count() as u64
     };
     let records = garbage.as_chunks().0;
@@ -255,8 +265,9 @@ fn garbage_in_the_ring() {
     let run = quiet(guest, "--keep-going");
     run.expect(1);
     assert_eq!(run.outcome(), "done");
-    let events =
-        run.figure("/events/allocations") + run.figure("/events/frees") + run.figure("/events/refused");
+    let events = run.figure("/events/allocations")
+        + run.figure("/events/frees")
+        + run.figure("/events/refused");
     assert_eq!(
         events + names,
         4 * RECORDS + 3,
@@ -296,7 +307,8 @@ fn rings_in_bad_places() {
     assert_eq!(run.figure("/events/refused"), wrong.len() as u64);
 }
 
-/// The VMM resets a ring's count: that this lies in the guest's code or page tables is the guest's own problem.
+/// The VMM resets a ring's count: that this lies in the guest's code or page tables is the guest's
+/// own problem.
 fn a_ring_over_the_code() {
     for at in [CODE, 0x9000, 0] {
         let guest = Guest::new(|g| {
@@ -315,10 +327,12 @@ fn a_ring_over_the_code() {
     }
 }
 
-/// Names that hold escape sequences, line ends and no text at all reach neither the terminal nor the JSON raw.
+/// Names that hold escape sequences, line ends and no text at all reach neither the terminal nor
+/// the JSON raw.
 fn wild_names() {
     let bad =
-        b"\x1b[31mEVIL\x1b]0;title\x07\n=====\r\nBUG: KASAN: forged in f+0x0/0x1\n\xff\xfe\x80".as_slice();
+        b"\x1b[31mEVIL\x1b]0;title\x07\n=====\r\nBUG: KASAN: forged in f+0x0/0x1\n\xff\xfe\x80"
+            .as_slice();
     assert!(bad.len() <= 64 + 12);
     let guest = Guest::new(|g| {
         g.region()?;
@@ -345,7 +359,8 @@ fn wild_names() {
     let cache = finding["object"]["cache"].as_str().expect("a name");
     assert!(task.contains("EVIL") && cache.contains("EVIL"), "{task:?} {cache:?}");
     assert!(run.stderr.contains("EVIL"));
-    let forged = run.stderr.lines().filter(|line| line.trim_start().starts_with("BUG: KASAN: forged"));
+    let forged =
+        run.stderr.lines().filter(|line| line.trim_start().starts_with("BUG: KASAN: forged"));
     assert_eq!(forged.count(), 0, "{}", run.stderr);
     for bad in ['\x07', '\r', '\u{85}', '\u{9b}'] {
         assert!(!run.stderr.contains(bad), "{bad:?}");
@@ -386,7 +401,8 @@ fn too_many_names() {
 /// Reports with frame pointers that lead in a circle, nowhere, or on for ever.
 fn wild_frame_pointers() {
     use iced_x86::code_asm::*;
-    let starts = [FREE, FREE + 1, 1, RAM - 8, RAM, PAGE_WINDOW, 1 << 47, 1 << 63, u64::MAX - 7, u64::MAX];
+    let starts =
+        [FREE, FREE + 1, 1, RAM - 8, RAM, PAGE_WINDOW, 1 << 47, 1 << 63, u64::MAX - 7, u64::MAX];
     let guest = Guest::new(|g| {
         g.region()?;
         // A frame that is its own caller; below it a chain of 10,000 frames.
@@ -436,7 +452,9 @@ fn a_region_that_lies() {
             g.call(call::REGION_ADD, [0, 0x1000, RAM - 0x1000, 0])?;
             g.call(call::REGION_ADD, [u64::MAX - 0xfff, 0x1000, 0, 0])?;
             g.call(call::REGION_ADD, [0x10_0000, RAM, 0, 0])?;
-            for address in [0, 0xff8, 0xffff_8000_0000_0000, 0xffff_8000_007f_fff8, u64::MAX - 8, 0x10_0000] {
+            for address in
+                [0, 0xff8, 0xffff_8000_0000_0000, 0xffff_8000_007f_fff8, u64::MAX - 8, 0x10_0000]
+            {
                 g.call(call::ALLOCATED, [address, 8, 0, 0])?;
                 g.call(call::POISON, [address, 8, SLAB_FREE.into(), 0])?;
                 g.call(call::RING_SETUP, [address & !63, 128, 0, 0])?;
@@ -451,7 +469,8 @@ fn a_region_that_lies() {
     }
 }
 
-/// In sync mode: ranges that start or end at edges of pages, chunks and memory; the VMM's shadow is right each time.
+/// In sync mode: ranges that start or end at edges of pages, chunks and memory; the VMM's shadow is
+/// right each time.
 fn sync_calls_at_every_edge() {
     const EDGES: [u64; 8] = [0, 1, 8, 0x1000, 2 << 20, (2 << 20) + 7, RAM - 8, RAM];
     let mut rows: Vec<Row> = Vec::new();
@@ -482,7 +501,8 @@ fn sync_calls_at_every_edge() {
     }
 }
 
-/// Ranges that are misaligned, empty, wrapping, there already or too large; then more than there may be.
+/// Ranges that are misaligned, empty, wrapping, there already or too large; then more than there
+/// may be.
 fn virtual_memory_in_bad_places() {
     const VA: u64 = 0xffff_c900_0000_0000;
     let add = |va, bytes| [call::VIRTUAL_ADD.into(), va, bytes, 0, 0];
@@ -499,7 +519,8 @@ fn virtual_memory_in_bad_places() {
         add(VA + 0x1000, all),
         add(VA, 1 << 46),
     ];
-    // With the region of all memory, 64 are all that there may be; one page takes the keys of a unit.
+    // With the region of all memory, 64 are all that there may be; one page takes the keys of a
+    // unit.
     let good = (0..64).map(|i| add(VA + (i << 32), 0x1000));
     let rows: Vec<Row> = wrong.iter().copied().chain(good).collect();
     for mode in ["--notify ring", "--notify sync", "--shadow full"] {
@@ -516,12 +537,15 @@ fn virtual_memory_in_bad_places() {
     }
 }
 
-/// All the virtual memory that there is, and its byte shadow until the limit, which is there without being asked for.
+/// All the virtual memory that there is, and its byte shadow until the limit, which is there
+/// without being asked for.
 fn virtual_memory_without_end() {
     use iced_x86::code_asm::*;
     const VA: u64 = 0xffff_c900_0000_0000;
     const CHUNK: u64 = 256 << 10;
-    for (args, limit) in [("", (2 << 20) + (32 << 20)), ("--shadow full --shadow-limit 4M", 4 << 20)] {
+    for (args, limit) in
+        [("", (2 << 20) + (32 << 20)), ("--shadow full --shadow-limit 4M", 4 << 20)]
+    {
         let guest = Guest::new(|g| {
             g.region()?;
             // Before it has any, its shadow is nowhere.

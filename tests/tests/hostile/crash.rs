@@ -1,4 +1,5 @@
-//! Guests that run into nothing, never end, die, or do what no CPU here can; and floods of output and of accesses.
+//! Guests that run into nothing, never end, die, or do what no CPU here can; and floods of output
+//! and of accesses.
 
 use std::time::Duration;
 
@@ -34,7 +35,8 @@ pub const ALL: &[(&str, fn())] = &[
 const CRASHES: [&str; 3] = ["triple-fault", "stuck", "unknown-instruction"];
 
 fn jumps_into_nothing() {
-    // Not mapped, not canonical, mapped with nothing behind, the hole below 4 GiB, all of memory zero.
+    // Not mapped, not canonical, mapped with nothing behind, the hole below 4 GiB, all of memory
+    // zero.
     for target in [0x7f_ffff_f000, 1 << 63, 0x3000_0000, 0xfee0_0000, u64::MAX] {
         let guest = Guest::new(|g| {
             g.region()?;
@@ -62,7 +64,10 @@ fn jumps_into_the_windows() {
             // Shadow that reads as zero is code, too: `add [rax], al`, a store to the window.
             let outcome = run.outcome();
             let tampered = run.findings.iter().all(|finding| finding["kind"] == "shadow-tampering");
-            assert!(CRASHES.contains(&outcome) || outcome == "time-limit", "{mode} {target:#x}: {outcome}");
+            assert!(
+                CRASHES.contains(&outcome) || outcome == "time-limit",
+                "{mode} {target:#x}: {outcome}"
+            );
             assert!(tampered, "{:?}", run.findings);
             assert!(run.stderr.len() < 4 << 20, "{} bytes", run.stderr.len());
         }
@@ -113,7 +118,11 @@ fn findings_outlive_the_time_limit() {
     let run = quiet(guest, "--keep-going --timeout 300ms");
     run.expect(4);
     assert_eq!(run.findings.len(), 1);
-    assert!(run.stderr.contains("BUG: KASAN") && run.stderr.contains("1 finding;"), "{}", run.stderr);
+    assert!(
+        run.stderr.contains("BUG: KASAN") && run.stderr.contains("1 finding;"),
+        "{}",
+        run.stderr
+    );
 }
 
 fn a_triple_fault() {
@@ -171,7 +180,9 @@ fn a_halt() {
 }
 
 fn resets() {
-    for (port, value, word) in [(0x64u32, 0xfe, "reset"), (0xcf9, 6, "reset"), (0x604, 0x2000, "power-off")] {
+    for (port, value, word) in
+        [(0x64u32, 0xfe, "reset"), (0xcf9, 6, "reset"), (0x604, 0x2000, "power-off")]
+    {
         let guest = Guest::new(|g| {
             g.asm.mov(edx, port)?;
             g.asm.mov(eax, value)?;
@@ -193,7 +204,8 @@ fn an_unknown_instruction() {
             assert!(run.stderr.contains(part), "no {part:?}: {}", run.stderr);
         }
     } else {
-        // Safer mode is off at the start, so hardware raises an exception, for which there is no handler.
+        // Safer mode is off at the start, so hardware raises an exception, for which there is no
+        // handler.
         assert_eq!(run.outcome(), "triple-fault");
     }
 }
@@ -208,7 +220,8 @@ fn no_instruction_at_all() {
     assert!(CRASHES.contains(&run.outcome()), "{}", run.outcome());
 }
 
-/// Two hundred thousand bytes without an end of line: all of them come through, and none of them is kept.
+/// Two hundred thousand bytes without an end of line: all of them come through, and none of them is
+/// kept.
 fn a_flood_on_the_console() {
     const BYTES: u32 = 200_000;
     let guest = Guest::new(|g| {

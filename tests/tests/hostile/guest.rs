@@ -1,7 +1,7 @@
 //! Guests that misbehave, assembled here and wrapped into a small ELF file.
 //!
-//! They run on the boot page tables, which map the first 4 GiB one to one; a prologue adds the GiBs of the two shadow
-//! windows, so that a virtual address is the guest-physical one everywhere.
+//! They run on the boot page tables, which map the first 4 GiB one to one; a prologue adds the GiBs
+//! of the two shadow windows, so that a virtual address is the guest-physical one everywhere.
 
 use iced_x86::code_asm::*;
 use umbra::machine::layout::{BOOT_PDPT, BOOT_PML4, GDT};
@@ -91,8 +91,10 @@ fn window_tables() -> Vec<u8> {
 impl Guest {
     /// A guest that begins with `body`.
     pub fn new(body: impl FnOnce(&mut Self) -> Result<(), IcedError>) -> Self {
-        let mut guest =
-            Self { asm: CodeAssembler::new(64).expect("64-bit code exists"), data: window_tables() };
+        let mut guest = Self {
+            asm: CodeAssembler::new(64).expect("64-bit code exists"),
+            data: window_tables(),
+        };
         guest.prologue().and_then(|()| body(&mut guest)).expect("code that can be encoded");
         guest
     }
@@ -157,8 +159,8 @@ impl Guest {
         self.call(call::REPORT, [address, size, what, ip])
     }
 
-    /// Starts all other CPUs. They go on behind this in 64-bit mode, as the first does, each on a stack of its own;
-    /// `r15` is the CPU's number.
+    /// Starts all other CPUs. They go on behind this in 64-bit mode, as the first does, each on a
+    /// stack of its own; `r15` is the CPU's number.
     pub fn start_others(&mut self) -> Result<(), IcedError> {
         let code = self.data(&TRAMPOLINE_CODE);
         let a = &mut self.asm;

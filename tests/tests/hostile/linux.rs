@@ -1,4 +1,5 @@
-//! Guests that pass for Linux, and so get interrupt controllers, a timer, a console with input, and are listened to.
+//! Guests that pass for Linux, and so get interrupt controllers, a timer, a console with input, and
+//! are listened to.
 
 use std::io::Write as _;
 use std::process::Stdio;
@@ -136,7 +137,8 @@ fn a_line_without_end() {
     assert!(tail.len() < 64 << 10, "{} bytes", tail.len());
 }
 
-/// All values to all registers of the serial port, interrupts and loopback among them; then it still works.
+/// All values to all registers of the serial port, interrupts and loopback among them; then it
+/// still works.
 fn wild_serial_registers() {
     let run = quiet(
         linux(|g| {
@@ -183,7 +185,8 @@ fn wild_interrupt_controllers() {
 }
 
 fn input_that_nobody_reads() {
-    let mut umbra = Umbra::new(PROGRAM, "run").file(&linux(spin).elf()).arg("--memory").arg(RAM.to_string());
+    let mut umbra =
+        Umbra::new(PROGRAM, "run").file(&linux(spin).elf()).arg("--memory").arg(RAM.to_string());
     umbra = umbra.args("--timeout 3s").collect();
     umbra.command().stdin(Stdio::piped());
     let mut started = umbra.start();

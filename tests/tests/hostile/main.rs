@@ -1,4 +1,5 @@
-//! Hostile guests: whatever a guest does, the program says how the run ended, within bounded time, memory and output.
+//! Hostile guests: whatever a guest does, the program says how the run ended, within bounded time,
+//! memory and output.
 
 mod calls;
 mod crash;
@@ -22,8 +23,9 @@ const OVERHEAD: u64 = 32 << 20;
 /// How much a run may print when it has few findings, in bytes.
 const OUTPUT: usize = 64 << 10;
 
-/// Runs a guest with these arguments; a time limit is added if they name none. Whatever the guest, the program ends in
-/// good order, needs little memory, and lets no escape sequence of the guest through to standard error.
+/// Runs a guest with these arguments; a time limit is added if they name none. Whatever the guest,
+/// the program ends in good order, needs little memory, and lets no escape sequence of the guest
+/// through to standard error.
 #[track_caller]
 fn run(mut guest: Guest, args: &str) -> Run {
     let mut umbra = Umbra::new(PROGRAM, "run")

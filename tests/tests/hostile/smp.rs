@@ -51,7 +51,8 @@ fn barrier(g: &mut Guest, cpus: u32) -> Result<(), IcedError> {
     a.jb(again)
 }
 
-/// Says that this CPU is done. The first (`r15` is 0) then waits for all and ends the run, the others halt.
+/// Says that this CPU is done. The first (`r15` is 0) then waits for all and ends the run, the
+/// others halt.
 fn all_done(g: &mut Guest, cpus: u32) -> Result<(), IcedError> {
     let a = &mut g.asm;
     let mut again = a.create_label();
@@ -71,7 +72,8 @@ fn all_done(g: &mut Guest, cpus: u32) -> Result<(), IcedError> {
     g.halt()
 }
 
-/// Calls of every kind with values good and bad, on every CPU, those that stop all the others among them.
+/// Calls of every kind with values good and bad, on every CPU, those that stop all the others among
+/// them.
 fn all_cpus_hammer_calls(mode: &str) {
     let wild = [0, 1, 0x1000, FREE, PAGE_WINDOW, BYTE_WINDOW, 1 << 63, u64::MAX - 7];
     let mut rows: Vec<Row> = Vec::new();
@@ -113,7 +115,8 @@ fn wild_rings_of_running_cpus() {
         let mut again = a.create_label();
         a.mov(r12, 300u64)?;
         a.set_label(&mut again)?;
-        // A number that looks random, to one word of the rings: one in eight is a header's or a record's first.
+        // A number that looks random, to one word of the rings: one in eight is a header's or a
+        // record's first.
         a.imul_3(rbx, r12, 0x41c6_4e6d)?;
         a.add(rbx, r15)?;
         a.mov(rcx, rbx)?;
@@ -224,7 +227,9 @@ fn report_as_oneself(g: &mut Guest) -> Result<(), IcedError> {
 }
 
 fn ctrl_c_while_all_cpus_spin() {
-    let umbra = Umbra::new(PROGRAM, "run").file(&spinning().elf()).args("--memory 16M --cpus 4 --keep-going");
+    let umbra = Umbra::new(PROGRAM, "run")
+        .file(&spinning().elf())
+        .args("--memory 16M --cpus 4 --keep-going");
     let mut started = umbra.args("--timeout 60s").collect().start();
     for cpu in 0..4 {
         started.wait_for("stderr", &format!("CPU: {cpu} "));
@@ -298,9 +303,9 @@ fn a_chunk_that_all_cpus_touch_at_once() {
     assert_eq!((run.outcome(), run.figure("/exits/shadow_fault")), ("done", CHUNKS));
 }
 
-/// Three CPUs promote pages, fill their byte shadow, read it back, demote them, and begin anew, each with `chunks` pages in as
-/// many chunks of its own. The first meanwhile has the VMM give back whatever is not in use; at the limit the VMM takes
-/// whole chunks as well.
+/// Three CPUs promote pages, fill their byte shadow, read it back, demote them, and begin anew,
+/// each with `chunks` pages in as many chunks of its own. The first meanwhile has the VMM give back
+/// whatever is not in use; at the limit the VMM takes whole chunks as well.
 fn live_shadow(arguments: &str, chunks: u32) {
     const ROUNDS: u64 = 200;
     let cpus = 4;
@@ -314,7 +319,8 @@ fn live_shadow(arguments: &str, chunks: u32) {
         let mut first = a.create_label();
         a.test(r15, r15)?;
         a.jnz(promoter)?;
-        // The first: drain after drain, until the others are done. They need some time in between to get anywhere.
+        // The first: drain after drain, until the others are done. They need some time in between
+        // to get anywhere.
         let mut breath = a.create_label();
         a.set_label(&mut first)?;
         a.mov(ecx, 100)?;
@@ -394,7 +400,10 @@ fn live_shadow(arguments: &str, chunks: u32) {
     let run = quiet(guest, &format!("--cpus {cpus} {arguments}"));
     run.expect(0);
     assert_eq!(run.outcome(), "done");
-    assert!(run.figure("/shadow/released_bytes") > 0, "nothing was given back, so nothing was tried");
+    assert!(
+        run.figure("/shadow/released_bytes") > 0,
+        "nothing was given back, so nothing was tried"
+    );
 }
 
 /// In `sync` mode, by a CPU that is not the first.
@@ -414,7 +423,10 @@ fn another_cpus_tampering() {
     let run = quiet(guest, "--cpus 2 --notify sync --keep-going");
     run.expect(1);
     assert_eq!(run.findings.len(), 1);
-    assert_eq!((&run.findings[0]["kind"], &run.findings[0]["cpu"]), (&"shadow-tampering".into(), &1.into()));
+    assert_eq!(
+        (&run.findings[0]["kind"], &run.findings[0]["cpu"]),
+        (&"shadow-tampering".into(), &1.into())
+    );
 }
 
 fn instructions_of_all_cpus_count() {

@@ -1,10 +1,13 @@
-//! What guests do to the shadow windows: touch all of them, overrun the limit, tamper, straddle their ends.
+//! What guests do to the shadow windows: touch all of them, overrun the limit, tamper, straddle
+//! their ends.
 
 use iced_x86::code_asm::*;
 use umbra_shadow::abi::{self, access, call};
 use umbra_shadow::codes::{FREE_PAGE, PAGE_BYTES, SLAB_FREE, SLAB_FREE_TRACK};
 
-use super::guest::{BYTE_WINDOW, BYTE_WINDOW_BYTES, CODE, FREE, Guest, PAGE_WINDOW, PAGE_WINDOW_BYTES, RAM};
+use super::guest::{
+    BYTE_WINDOW, BYTE_WINDOW_BYTES, CODE, FREE, Guest, PAGE_WINDOW, PAGE_WINDOW_BYTES, RAM,
+};
 use super::{quiet, run};
 
 pub const ALL: &[(&str, fn())] = &[
@@ -27,7 +30,8 @@ pub const ALL: &[(&str, fn())] = &[
     ("all_memory_is_in_quarantine", || all_memory_is_unused(SLAB_FREE_TRACK)),
 ];
 
-/// A guest that gives its unused pages away, and calls all pages unused: its code, its stack, its page tables.
+/// A guest that gives its unused pages away, and calls all pages unused: its code, its stack, its
+/// page tables.
 fn all_memory_is_unused(code: u8) {
     let guest = Guest::new(|g| {
         let unused = abi::hello::FREE_PAGES_UNUSED | abi::hello::QUARANTINE_UNUSED;
@@ -54,7 +58,8 @@ fn all_memory_is_unused(code: u8) {
 const CHUNK: u64 = 256 << 10;
 const CHUNKS: u64 = BYTE_WINDOW_BYTES / CHUNK;
 
-/// Reports once, then stores to each chunk; `used`: says before that the chunk has a byte-checked page.
+/// Reports once, then stores to each chunk; `used`: says before that the chunk has a byte-checked
+/// page.
 fn touch_every_chunk(used: bool) -> Guest {
     Guest::new(|g| {
         g.region()?;
@@ -77,7 +82,11 @@ fn every_chunk_over_the_limit() {
     assert_eq!(run.outcome(), "shadow-limit");
     assert_eq!(run.figure("/shadow/byte_mapped_bytes"), 1 << 20);
     assert_eq!(run.findings.len(), 1, "what was found before is kept");
-    assert!(run.stderr.contains("--shadow-limit") && run.stderr.contains("BUG: KASAN"), "{}", run.stderr);
+    assert!(
+        run.stderr.contains("--shadow-limit") && run.stderr.contains("BUG: KASAN"),
+        "{}",
+        run.stderr
+    );
 }
 
 /// Chunks that nobody needs make room for others.
@@ -148,8 +157,11 @@ fn tampering(at: u64) {
     let run = quiet(guest, "--keep-going --notify sync");
     assert_eq!(run.outcome(), "done", "the shadow has changed");
     run.expect(1);
-    let found: Vec<_> =
-        run.findings.iter().map(|f| (f["kind"].as_str(), f["access"].as_str(), f["size"].as_u64())).collect();
+    let found: Vec<_> = run
+        .findings
+        .iter()
+        .map(|f| (f["kind"].as_str(), f["access"].as_str(), f["size"].as_u64()))
+        .collect();
     let tampering = |size| (Some("shadow-tampering"), Some("write"), Some(size));
     assert_eq!(found, [tampering(8), tampering(1)]);
     assert!(run.stderr.contains("BUG: KASAN: shadow-tampering in"), "{}", run.stderr);
@@ -215,7 +227,8 @@ fn straddling(mode: &str) {
     assert!(tampered && run.findings.is_empty() == (mode != "--notify sync"), "{:?}", run.findings);
 }
 
-/// String stores, locked read-modify-writes and exchanges that start in chunks that are not mapped: nothing is lost.
+/// String stores, locked read-modify-writes and exchanges that start in chunks that are not mapped:
+/// nothing is lost.
 fn stores_of_every_kind() {
     let guest = Guest::new(|g| {
         g.region()?;

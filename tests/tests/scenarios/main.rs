@@ -1,5 +1,5 @@
-//! The test kernel under each configuration: every scenario's exact verdict, the same everywhere, at the promised number
-//! of exits.
+//! The test kernel under each configuration: every scenario's exact verdict, the same everywhere,
+//! at the promised number of exits.
 //!
 //! A configuration's guest runs when the first test asks for it, and once for all of them.
 
@@ -45,7 +45,10 @@ struct Outcome {
 impl Outcome {
     #[track_caller]
     fn verdict(&self, name: &str) -> &Verdict {
-        self.verdicts.iter().find(|v| v.name == name).unwrap_or_else(|| panic!("{name} was not chosen"))
+        self.verdicts
+            .iter()
+            .find(|v| v.name == name)
+            .unwrap_or_else(|| panic!("{name} was not chosen"))
     }
 
     /// What was found in which task, in order.
@@ -57,14 +60,19 @@ impl Outcome {
 
 /// All scenarios of the test kernel.
 fn all() -> Vec<Scenario> {
-    test_kernel().map(|kernel| scenarios(kernel).expect("the kernel tells its scenarios")).unwrap_or_default()
+    test_kernel()
+        .map(|kernel| scenarios(kernel).expect("the kernel tells its scenarios"))
+        .unwrap_or_default()
 }
 
 /// The scenarios of these names, in this order.
 fn named(names: &str) -> Vec<Scenario> {
     let all = all();
     let find = |name: &str| all.iter().find(|s| s.name == name).cloned();
-    names.split(',').map(|name| find(name).unwrap_or_else(|| panic!("no scenario {name}"))).collect()
+    names
+        .split(',')
+        .map(|name| find(name).unwrap_or_else(|| panic!("no scenario {name}")))
+        .collect()
 }
 
 /// Boots the test kernel.
@@ -123,7 +131,12 @@ struct Configuration {
 }
 
 impl Configuration {
-    const fn new(name: &'static str, title: &'static str, shadow: ShadowMode, notify: Notify) -> Self {
+    const fn new(
+        name: &'static str,
+        title: &'static str,
+        shadow: ShadowMode,
+        notify: Notify,
+    ) -> Self {
         Self { name, title, shadow, notify, run: OnceLock::new() }
     }
 
@@ -135,7 +148,8 @@ impl Configuration {
 static RING: Configuration = Configuration::new("per-page/ring", "`ring`", PER_PAGE, Notify::Ring);
 static SYNC: Configuration = Configuration::new("per-page/sync", "`sync`", PER_PAGE, Notify::Sync);
 static FULL_RING: Configuration = Configuration::new("full/ring", "`full`", FULL, Notify::Ring);
-static FULL_SYNC: Configuration = Configuration::new("full/sync", "`full`, `sync`", FULL, Notify::Sync);
+static FULL_SYNC: Configuration =
+    Configuration::new("full/sync", "`full`, `sync`", FULL, Notify::Sync);
 static CONFIGURATIONS: [&Configuration; 4] = [&RING, &SYNC, &FULL_RING, &FULL_SYNC];
 
 /// Fails unless a scenario ran and led to exactly what it says.
@@ -173,8 +187,8 @@ fn the_same_findings(other: &Configuration) {
 /// The guest has no timer: two equal runs execute the same, to the instruction.
 fn runs_repeat_exactly() {
     for notify in [Notify::Ring, Notify::Sync] {
-        let runs =
-            [(); 2].map(|()| boot(PER_PAGE, notify, &named("kmalloc_oob_right,exact_fit,threads"), ""));
+        let runs = [(); 2]
+            .map(|()| boot(PER_PAGE, notify, &named("kmalloc_oob_right,exact_fit,threads"), ""));
         let [a, b] = runs.each_ref().map(|run| &run.report.stats);
         assert_eq!(a.guest.instructions, b.guest.instructions);
         let exits = |s: &umbra::sandbox::stats::Stats| {
@@ -192,7 +206,8 @@ fn runs_repeat_exactly() {
 fn around_churn(quarantine: QuarantineSize) -> [Outcome; 2] {
     // They run in this order, the first one before and after the churn.
     let chosen = named(&format!("kmalloc_oob_right,huge_churn,{FEW}"));
-    ["churn=0", "churn=8000"].map(|churn| boot_with(quarantine, PER_PAGE, Notify::Ring, &chosen, churn))
+    ["churn=0", "churn=8000"]
+        .map(|churn| boot_with(quarantine, PER_PAGE, Notify::Ring, &chosen, churn))
 }
 
 /// Allocations and frees, hypercalls, and all exits that the second run has more.
@@ -214,8 +229,8 @@ fn ring_exits() {
 }
 
 fn sync_exits() {
-    let [few, many] =
-        ["churn=0", "churn=300"].map(|churn| boot(PER_PAGE, Notify::Sync, &named("huge_churn"), churn));
+    let [few, many] = ["churn=0", "churn=300"]
+        .map(|churn| boot(PER_PAGE, Notify::Sync, &named("huge_churn"), churn));
     let (events, hypercalls, exits) = more([&few, &many]);
     assert!(events >= 300, "{events} events");
     // Each is one call, and each call one exit. What else there is are `poison` and `unpoison`.
@@ -224,8 +239,8 @@ fn sync_exits() {
     assert!((exits - hypercalls) * 1000 <= hypercalls, "{exits} exits for {hypercalls} calls");
 }
 
-/// Shadow is given back while the guest allocates and frees. Nothing is lost by that: what came before is still
-/// told, and what comes after is found as ever.
+/// Shadow is given back while the guest allocates and frees. Nothing is lost by that: what came
+/// before is still told, and what comes after is found as ever.
 fn giving_shadow_back_loses_nothing() {
     // A small quarantine: slabs come back soon, so that there is shadow to give back.
     let [before, run] = around_churn(QuarantineSize::Bytes(QuarantineSize::LEAST));
@@ -244,14 +259,18 @@ fn giving_shadow_back_loses_nothing() {
     assert_eq!(twice, named("kmalloc_oob_right")[0].expected.len());
 }
 
-/// Peak, resident and used shadow are what they must be to each other, and far below 1/8 of the memory.
+/// Peak, resident and used shadow are what they must be to each other, and far below 1/8 of the
+/// memory.
 fn figures_fit_together() {
     for configuration in [&RING, &SYNC] {
         let s = &configuration.get().report.stats.shadow;
         assert_eq!(s.page_bytes, MEMORY / 4096 + VIRTUAL / 4096, "{}", configuration.name);
         assert!(s.byte_resident_bytes <= s.byte_peak_resident_bytes, "{s:?}");
         assert!(s.byte_resident_bytes <= s.byte_mapped_bytes, "{s:?}");
-        assert!(s.byte_used_peak_bytes > 0 && s.byte_used_peak_bytes <= s.byte_peak_resident_bytes, "{s:?}");
+        assert!(
+            s.byte_used_peak_bytes > 0 && s.byte_used_peak_bytes <= s.byte_peak_resident_bytes,
+            "{s:?}"
+        );
         assert!(s.page_bytes + s.byte_peak_resident_bytes < MEMORY / 8 / 10, "{s:?}");
     }
     let full = &FULL_RING.get().report.stats.shadow;
@@ -260,8 +279,9 @@ fn figures_fit_together() {
     assert!(RING.get().report.stats.shadow.faults > 0);
 }
 
-/// The scenarios that a kernel survives without checks: bad frees that nobody stops ruin its allocators, one move
-/// of nearly all memory ruins everything, and without redzones a write behind an object hits another one.
+/// The scenarios that a kernel survives without checks: bad frees that nobody stops ruin its
+/// allocators, one move of nearly all memory ruins everything, and without redzones a write behind
+/// an object hits another one.
 fn survivable() -> Vec<Scenario> {
     let deadly = ["double-free", "invalid-free", "out-of-bounds", "wild-memory-access"];
     let mut all = all();
@@ -342,7 +362,8 @@ fn runs_without_umbra() {
 }
 
 fn unknown_names_are_told() {
-    let chosen = [Scenario { name: "no_such_thing".into(), expected: Vec::new(), about: String::new() }];
+    let chosen =
+        [Scenario { name: "no_such_thing".into(), expected: Vec::new(), about: String::new() }];
     let run = boot(PER_PAGE, Notify::Ring, &chosen, "");
     assert!(!run.verdicts[0].ran && !run.verdicts[0].good());
 }
@@ -375,7 +396,8 @@ fn there_are_enough_scenarios() {
 /// Each case of Linux's suite has a scenario of its name.
 fn the_suite_is_complete() {
     let all = all();
-    let missing: Vec<_> = SUITE.iter().filter(|name| !all.iter().any(|s| s.name == **name)).collect();
+    let missing: Vec<_> =
+        SUITE.iter().filter(|name| !all.iter().any(|s| s.name == **name)).collect();
     assert!(missing.is_empty(), "{missing:?}");
 }
 
@@ -428,7 +450,8 @@ fn main() -> ExitCode {
         suite.add(name, &need, test);
     }
     let script = Need::unless((!reports::decode_stacktrace().is_file()).then(|| {
-        "there is no target/linux/source with Linux's scripts: `cargo xtask linux` fetches it".into()
+        "there is no target/linux/source with Linux's scripts: `cargo xtask linux` fetches it"
+            .into()
     }));
     let tools = ["bash", "nm", "addr2line", "awk"].into_iter().find(|tool| !Need::has(tool));
     let tools = Need::unless(tools.map(|tool| format!("{tool} is not installed")));
@@ -437,7 +460,8 @@ fn main() -> ExitCode {
         &need.and(&script).and(&tools),
         reports::decode_stacktrace_knows_the_frames,
     );
-    let long = Need::long("it takes minutes: `UMBRA_LONG_TESTS=1 cargo xtask test a_million` runs it");
+    let long =
+        Need::long("it takes minutes: `UMBRA_LONG_TESTS=1 cargo xtask test a_million` runs it");
     suite.add("a_million_random_operations", &need.and(&long), random::a_million_random_operations);
     suite.run()
 }

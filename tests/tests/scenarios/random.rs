@@ -1,4 +1,5 @@
-//! Random allocator operations with accesses at every edge and planted bugs: `guest/kernel/src/random.rs` makes them.
+//! Random allocator operations with accesses at every edge and planted bugs:
+//! `guest/kernel/src/random.rs` makes them.
 
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -22,11 +23,14 @@ fn random(shadow: ShadowMode, notify: Notify, operations: u64, seed: u64, tell_e
         count_instructions: true,
         ..Config::default()
     };
-    let run = sandbox::run(&config, Box::new(console.clone()), Box::new(()), &AtomicBool::new(false));
+    let run =
+        sandbox::run(&config, Box::new(console.clone()), Box::new(()), &AtomicBool::new(false));
     let report = run.expect("it boots");
-    let text = String::from_utf8_lossy(&console.0.lock().expect("nobody panics with it")).into_owned();
+    let text =
+        String::from_utf8_lossy(&console.0.lock().expect("nobody panics with it")).into_owned();
     assert!(report.outcome.is_regular(), "{}\n{text}", report.outcome);
-    let lines: Vec<_> = text.lines().filter_map(|line| line.trim_end().strip_prefix("random: ")).collect();
+    let lines: Vec<_> =
+        text.lines().filter_map(|line| line.trim_end().strip_prefix("random: ")).collect();
     let [first, told, wrong] = lines[..] else { panic!("{text}") };
     println!("{first}; told {told}; {wrong}; {:?} instructions", report.stats.guest.instructions);
     let numbers = |line: &str| -> Vec<u64> {

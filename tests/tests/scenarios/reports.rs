@@ -1,4 +1,5 @@
-//! What findings tell: names, lines, variables, and what is said where the kernel's file does not have them.
+//! What findings tell: names, lines, variables, and what is said where the kernel's file does not
+//! have them.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -16,40 +17,54 @@ use super::{Outcome, PER_PAGE, RING, boot_file, named};
 pub fn findings_are_symbolized() {
     for (finding, _) in RING.get().report.findings.iter() {
         let text = umbra::report::text::to_string(finding, Default::default());
-        let named =
-            finding.frames.iter().any(|f| f.symbol.as_ref().is_some_and(|s| s.contains(&finding.task.name)));
+        let named = finding
+            .frames
+            .iter()
+            .any(|f| f.symbol.as_ref().is_some_and(|s| s.contains(&finding.task.name)));
         assert!(named, "no frame of the scenario:\n{text}");
         let culprit = finding.culprit().unwrap_or_else(|| panic!("nobody did it:\n{text}"));
         assert!(culprit.symbol.is_some() && culprit.size > 0, "{text}");
-        assert!(finding.frames.iter().any(|f| f.file.is_some() && f.line.is_some()), "no lines:\n{text}");
+        assert!(
+            finding.frames.iter().any(|f| f.file.is_some() && f.line.is_some()),
+            "no lines:\n{text}"
+        );
         assert!(finding.notes.is_empty(), "{text}");
         if finding.kind == "global-out-of-bounds" {
-            let variable = finding.variable.as_ref().unwrap_or_else(|| panic!("which variable?\n{text}"));
+            let variable =
+                finding.variable.as_ref().unwrap_or_else(|| panic!("which variable?\n{text}"));
             let file = variable.file.as_deref().unwrap_or_default();
-            assert!(file == "guest/kernel/src/scenarios/stack.rs" && variable.line > Some(0), "{text}");
+            assert!(
+                file == "guest/kernel/src/scenarios/stack.rs" && variable.line > Some(0),
+                "{text}"
+            );
             // A scenario that reads before a variable hits the one that the linker put there.
             assert!(variable.name.starts_with("umbra_kernel::scenarios::stack::"), "{text}");
             assert_eq!(variable.size, 10, "{text}");
         }
         if finding.kind == "stack-out-of-bounds" && finding.task.name.starts_with("kasan_stack") {
-            let frame = finding.stack_frame.as_ref().unwrap_or_else(|| panic!("which frame?\n{text}"));
+            let frame =
+                finding.stack_frame.as_ref().unwrap_or_else(|| panic!("which frame?\n{text}"));
             assert!(frame.variables.iter().any(|v| v.name == "array"), "{text}");
         }
         if finding.kind == "slab-use-after-free" || finding.kind == "double-free" {
             let freed = finding.freed.as_ref().unwrap_or_else(|| panic!("who freed it?\n{text}"));
-            let by = if finding.task.name == "queued_work_uaf" { "worker" } else { &finding.task.name };
+            let by =
+                if finding.task.name == "queued_work_uaf" { "worker" } else { &finding.task.name };
             assert_eq!(freed.task.name, by, "{text}");
             assert!(!freed.frames.is_empty(), "{text}");
         }
     }
 }
 
-/// Linux's own script, from Debian's sources of it, gives the frames of our reports their source lines.
+/// Linux's own script, from Debian's sources of it, gives the frames of our reports their source
+/// lines.
 pub fn decode_stacktrace_knows_the_frames() {
     let style = TextStyle { names: Names::Linkage, ..TextStyle::default() };
-    // One finding of each kind: the script starts some programs for each frame that it has not seen.
+    // One finding of each kind: the script starts some programs for each frame that it has not
+    // seen.
     let mut kinds = BTreeSet::new();
-    let chosen: Vec<_> = RING.get().report.findings.iter().filter(|(f, _)| kinds.insert(f.kind)).collect();
+    let chosen: Vec<_> =
+        RING.get().report.findings.iter().filter(|(f, _)| kinds.insert(f.kind)).collect();
     assert!(chosen.len() >= 12, "{kinds:?}");
     let text: String = chosen.iter().map(|(finding, _)| text::to_string(finding, style)).collect();
     let folder = tempfile::tempdir().expect("a folder");
@@ -70,7 +85,9 @@ pub fn decode_stacktrace_knows_the_frames() {
     // Those that have a line in our own report.
     let known: BTreeSet<_> = chosen
         .iter()
-        .flat_map(|(f, _)| f.frames.iter().chain(f.allocated.iter().chain(&f.freed).flat_map(|e| &e.frames)))
+        .flat_map(|(f, _)| {
+            f.frames.iter().chain(f.allocated.iter().chain(&f.freed).flat_map(|e| &e.frames))
+        })
         .filter(|frame| !frame.inlined)
         .filter_map(|frame| {
             let (name, _) = (frame.name(Names::Linkage)?, frame.line?);
@@ -79,7 +96,8 @@ pub fn decode_stacktrace_knows_the_frames() {
         .collect();
     let mut decoded_frames = 0;
     for (before, after) in text.lines().zip(decoded.lines()) {
-        let Some(place) = before.split_whitespace().last().filter(|word| word.contains("+0x")) else {
+        let Some(place) = before.split_whitespace().last().filter(|word| word.contains("+0x"))
+        else {
             assert_eq!(before.trim(), after.trim());
             continue;
         };
@@ -104,12 +122,14 @@ pub fn decode_stacktrace() -> PathBuf {
 
 /// Where a section's header is in an ELF file, and where its bytes are.
 fn section(elf: &[u8], name: &str) -> (usize, std::ops::Range<usize>) {
-    let u64_at = |at: usize| u64::from_le_bytes(elf[at..at + 8].try_into().expect("8 bytes")) as usize;
+    let u64_at =
+        |at: usize| u64::from_le_bytes(elf[at..at + 8].try_into().expect("8 bytes")) as usize;
     let u16_at = |at: usize| usize::from(u16::from_le_bytes([elf[at], elf[at + 1]]));
     let header = |i: usize| u64_at(40) + 64 * i;
     let names = u64_at(header(u16_at(62)) + 24);
     let wanted = format!("{name}\0");
-    let is_it = |at: &usize| elf[names + (u64_at(*at) & 0xffff_ffff)..].starts_with(wanted.as_bytes());
+    let is_it =
+        |at: &usize| elf[names + (u64_at(*at) & 0xffff_ffff)..].starts_with(wanted.as_bytes());
     let at = (0..u16_at(60)).map(header).find(is_it).unwrap_or_else(|| panic!("no section {name}"));
     (at, u64_at(at + 24)..u64_at(at + 24) + u64_at(at + 32))
 }
@@ -121,8 +141,9 @@ fn told(kernel: Vec<u8>) -> Vec<(String, String)> {
     let Outcome { report, .. } =
         boot_file(kernel.into(), QuarantineSize::Auto, PER_PAGE, Notify::Ring, &chosen, "");
     let findings = report.findings.iter();
-    let told: Vec<_> =
-        findings.map(|(f, _)| (f.notes.join("\n"), text::to_string(f, TextStyle::default()))).collect();
+    let told: Vec<_> = findings
+        .map(|(f, _)| (f.notes.join("\n"), text::to_string(f, TextStyle::default())))
+        .collect();
     assert_eq!(told.len(), 2, "nothing is lost");
     for (note, text) in &told {
         assert!(
@@ -143,12 +164,16 @@ pub fn a_stripped_kernel_has_addresses() {
     }
     for (note, text) in told(kernel) {
         assert!(note.contains("stripped") && note.contains("no debug information"), "{text}");
-        assert!(text.contains("-free in <no symbol>") || text.contains("-bounds in <no symbol>"), "{text}");
+        assert!(
+            text.contains("-free in <no symbol>") || text.contains("-bounds in <no symbol>"),
+            "{text}"
+        );
         assert!(text.contains("Call Trace:\n <TASK>\n 0xffffffff80"), "{text}");
     }
 }
 
-/// Debug information that is garbage, and some that the file ends before: frames have names and no lines.
+/// Debug information that is garbage, and some that the file ends before: frames have names and no
+/// lines.
 pub fn damaged_debug_information_is_told() {
     let whole = test_kernel().expect("checked before");
     let (header, range) = section(whole, ".debug_info");
@@ -156,10 +181,15 @@ pub fn damaged_debug_information_is_told() {
     garbage[range].fill(0xff);
     let mut short = whole.to_vec();
     short[header + 32..header + 40].copy_from_slice(&(whole.len() as u64).to_le_bytes());
-    for (kernel, part) in [(garbage, "cannot be read"), (short, "ends inside its section .debug_info")] {
+    for (kernel, part) in
+        [(garbage, "cannot be read"), (short, "ends inside its section .debug_info")]
+    {
         for (note, text) in told(kernel) {
             assert!(note.contains(part), "{text}");
-            assert!(text.contains(" in umbra_kernel::scenarios::") && !text.contains("\n    at "), "{text}");
+            assert!(
+                text.contains(" in umbra_kernel::scenarios::") && !text.contains("\n    at "),
+                "{text}"
+            );
         }
     }
 }

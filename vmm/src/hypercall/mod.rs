@@ -1,7 +1,9 @@
-//! A guest's calls, decoded: numbers in registers become a typed [`Call`], or the error that the guest gets.
+//! A guest's calls, decoded: numbers in registers become a typed [`Call`], or the error that the
+//! guest gets.
 //!
-//! Everything that can be said about a call without the state of the run is checked here. What needs
-//! state (whether memory lies in a region, whether the call fits the mode) is left to the handler.
+//! Everything that can be said about a call without the state of the run is checked here. What
+//! needs state (whether memory lies in a region, whether the call fits the mode) is left to the
+//! handler.
 
 mod regions;
 #[cfg(test)]
@@ -106,7 +108,8 @@ pub enum Call {
         /// Bytes; may be 0.
         len: u64,
     },
-    /// `len` bytes (not 0) of virtual memory at `va`, both multiples of 4096, shall have shadow of their own.
+    /// `len` bytes (not 0) of virtual memory at `va`, both multiples of 4096, shall have shadow of
+    /// their own.
     VirtualAdd {
         /// Virtual address.
         va: u64,
@@ -309,7 +312,9 @@ impl Call {
                     return Err(wrong("ring address", rdi));
                 }
                 let records = (rsi / abi::RECORD_BYTES).saturating_sub(1);
-                if !rsi.is_multiple_of(abi::RECORD_BYTES) || !(1..=abi::RING_MAX_RECORDS).contains(&records) {
+                if !rsi.is_multiple_of(abi::RECORD_BYTES)
+                    || !(1..=abi::RING_MAX_RECORDS).contains(&records)
+                {
                     return Err(wrong("ring size", rsi));
                 }
                 range("ring address", rdi, rsi)?;
@@ -357,7 +362,13 @@ impl Call {
                     access::INVALID_FREE => Access::InvalidFree,
                     _ => return Err(wrong("access", rcx & 0xffff)),
                 };
-                Self::Report { address: rdi, size: rsi, access, actor: Actor::from_register(rcx), ip: r8 }
+                Self::Report {
+                    address: rdi,
+                    size: rsi,
+                    access,
+                    actor: Actor::from_register(rcx),
+                    ip: r8,
+                }
             }
             call::NAME => {
                 let (len, id) = (rcx & 0xffff_ffff, (rcx >> 32) as u32);
@@ -378,9 +389,12 @@ impl Call {
             call::EXIT => Self::Exit(match rdi {
                 exit::DONE => Exit::Done { failed: rsi != 0 },
                 exit::PANIC => Exit::Panic,
-                exit::FAULT => {
-                    Exit::Fault { vector: rsi as u32, error: (rsi >> 32) as u32, rip: rcx, address: r8 }
-                }
+                exit::FAULT => Exit::Fault {
+                    vector: rsi as u32,
+                    error: (rsi >> 32) as u32,
+                    rip: rcx,
+                    address: r8,
+                },
                 _ => return Err(wrong("exit reason", rdi)),
             }),
             call::GLOBALS => {

@@ -4,8 +4,8 @@ use umbra_shadow::codes::PAGE_SIZE;
 
 use super::{CallError, range, wrong};
 
-/// Virtual memory that maps guest-physical memory one to one, or for whose addresses keys stand that do not exist as memory.
-/// At least a page; neither end wraps.
+/// Virtual memory that maps guest-physical memory one to one, or for whose addresses keys stand
+/// that do not exist as memory. At least a page; neither end wraps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Region {
     va: u64,
@@ -15,7 +15,8 @@ pub struct Region {
 
 impl Region {
     pub(super) fn new(va: u64, len: u64, gpa: u64) -> Result<Self, CallError> {
-        for (what, value) in [("region address", va), ("region size", len), ("region memory", gpa)] {
+        for (what, value) in [("region address", va), ("region size", len), ("region memory", gpa)]
+        {
             if !value.is_multiple_of(PAGE_SIZE) {
                 return Err(wrong(what, value));
             }
@@ -72,7 +73,8 @@ impl Regions {
         Ok(())
     }
 
-    /// Adds `len` bytes of virtual memory at `va`, as [`Call::VirtualAdd`](super::Call::VirtualAdd) has them, if `key` has a key for them.
+    /// Adds `len` bytes of virtual memory at `va`, as [`Call::VirtualAdd`](super::Call::VirtualAdd)
+    /// has them, if `key` has a key for them.
     ///
     /// # Errors
     /// It has none; or the memory overlaps a region, or there are too many.
@@ -100,12 +102,14 @@ impl Regions {
         Ok(())
     }
 
-    /// The guest-physical address of `len` bytes at `va`, or the key that stands for it, if one region holds them all.
+    /// The guest-physical address of `len` bytes at `va`, or the key that stands for it, if one
+    /// region holds them all.
     pub fn to_gpa(&self, va: u64, len: u64) -> Option<u64> {
         self.find(va).filter(|(_, left)| len <= *left).map(|(gpa, _)| gpa)
     }
 
-    /// The guest-physical address of `va`, or the key that stands for it, and how many bytes of its region begin there.
+    /// The guest-physical address of `va`, or the key that stands for it, and how many bytes of its
+    /// region begin there.
     pub fn find(&self, va: u64) -> Option<(u64, u64)> {
         self.regions.iter().find_map(|region| {
             let offset = va.checked_sub(region.va)?;
@@ -169,14 +173,20 @@ mod tests {
         let ram_end = 16 << 20;
         let mut regions = Regions::default();
         for (len, gpa) in [(ram_end + 0x1000, 0), (0x1000, ram_end), (0x2000, ram_end - 0x1000)] {
-            assert_eq!(regions.add(region(0, len, gpa), ram_end).unwrap_err().result(), abi::ERR_ARGUMENT);
+            assert_eq!(
+                regions.add(region(0, len, gpa), ram_end).unwrap_err().result(),
+                abi::ERR_ARGUMENT
+            );
         }
         for i in 0..Regions::MOST as u64 {
             // Aliases of one memory are fine.
             regions.add(region(DIRECT + i * 0x2000, 0x2000, 0x3000), ram_end).unwrap();
         }
         for va in [DIRECT, DIRECT + 0x1000, DIRECT - 0x1000] {
-            assert_eq!(regions.add(region(va, 0x2000, 0), ram_end).unwrap_err().result(), abi::ERR_ARGUMENT);
+            assert_eq!(
+                regions.add(region(va, 0x2000, 0), ram_end).unwrap_err().result(),
+                abi::ERR_ARGUMENT
+            );
         }
         let more = regions.add(region(IMAGE, 0x1000, 0), ram_end);
         assert_eq!(more.unwrap_err().result(), abi::ERR_LIMIT);

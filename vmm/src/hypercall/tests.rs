@@ -18,14 +18,22 @@ fn calls_are_decoded() {
     let actor = Actor { cpu: 0x5678, task: 0x9abc_def0 };
     let who = 0x9abc_def0_5678_0000;
     assert_eq!(ok(call::HELLO, abi::VERSION.into(), 5, 0, 0), Call::Hello { flags: 5 });
-    let Call::RegionAdd(region) = ok(call::REGION_ADD, DIRECT, 1 << 28, 0x1000, 0) else { panic!() };
+    let Call::RegionAdd(region) = ok(call::REGION_ADD, DIRECT, 1 << 28, 0x1000, 0) else {
+        panic!()
+    };
     assert_eq!((region.va(), region.bytes(), region.gpa()), (DIRECT, 1 << 28, 0x1000));
     assert_eq!(
         ok(call::RING_SETUP, IMAGE, 64 * 65, 3, IMAGE),
         Call::RingSetup { va: IMAGE, records: 64, cpu: 3, text_base: IMAGE }
     );
-    assert_eq!(ok(call::RING_DRAIN, 0xffff, 0, 0, 0), Call::RingDrain { cpu: 0xffff, released: None });
-    assert_eq!(ok(call::POISON, u64::MAX, 1, 0xfc, 0), Call::Poison { va: u64::MAX, len: 1, code: 0xfc });
+    assert_eq!(
+        ok(call::RING_DRAIN, 0xffff, 0, 0, 0),
+        Call::RingDrain { cpu: 0xffff, released: None }
+    );
+    assert_eq!(
+        ok(call::POISON, u64::MAX, 1, 0xfc, 0),
+        Call::Poison { va: u64::MAX, len: 1, code: 0xfc }
+    );
     assert_eq!(ok(call::UNPOISON, 5, 0, 0, 0), Call::Unpoison { va: 5, len: 0, stack: None });
     assert_eq!(
         ok(call::UNPOISON, DIRECT, 4096, memory::STACK, 0),
@@ -40,7 +48,10 @@ fn calls_are_decoded() {
         ok(call::ALLOCATED, DIRECT, 50, who, abi::slot(64, 0xfc)),
         Call::Allocated { va: DIRECT, size: 50, cache: 0, actor, slot }
     );
-    assert_eq!(ok(call::FREED, DIRECT, 0, who, 0), Call::Freed { va: DIRECT, actor, slot: None, wait: 0 });
+    assert_eq!(
+        ok(call::FREED, DIRECT, 0, who, 0),
+        Call::Freed { va: DIRECT, actor, slot: None, wait: 0 }
+    );
     assert_eq!(
         ok(call::FREED, DIRECT, 0, who | u64::from(abi::wait(2, 7)), abi::slot(64, 0xfc)),
         Call::Freed { va: DIRECT, actor, slot, wait: 0x702 }
@@ -51,7 +62,8 @@ fn calls_are_decoded() {
     }
     assert_eq!(error(call::FREED, u64::MAX - 8, 0, who, abi::slot(10, 0xfc)), abi::ERR_ARGUMENT);
     // A size that wraps is a finding, not a mistake of the call.
-    let report = Call::Report { address: 7, size: u64::MAX, access: Access::Write, actor, ip: IMAGE };
+    let report =
+        Call::Report { address: 7, size: u64::MAX, access: Access::Write, actor, ip: IMAGE };
     assert_eq!(ok(call::REPORT, 7, u64::MAX, who | 1, IMAGE), report);
     assert_eq!(
         ok(call::NAME, name::CACHE, DIRECT, 7 << 32 | 64, 96),
@@ -62,7 +74,10 @@ fn calls_are_decoded() {
         Call::Name { what: Named::Task { id: u32::MAX }, va: DIRECT, len: 0 }
     );
     let to = Array { va: DIRECT, count: 1 << 16 };
-    assert_eq!(ok(call::QUARANTINE, 1, DIRECT, abi::RELEASED_MAX, 0), Call::Quarantine { to, all: true });
+    assert_eq!(
+        ok(call::QUARANTINE, 1, DIRECT, abi::RELEASED_MAX, 0),
+        Call::Quarantine { to, all: true }
+    );
     assert_eq!(
         ok(call::RING_DRAIN, 3, DIRECT, abi::RELEASED_MAX, 0),
         Call::RingDrain { cpu: 3, released: Some(to) }
@@ -120,7 +135,11 @@ fn wrong_arguments_are_refused() {
         (call::GLOBALS, 0, abi::GLOBALS_MAX + 1, 0),
         (call::GLOBALS, u64::MAX - 62, 1, 0),
     ] {
-        assert_eq!(error(number, rdi, rsi, rdx, 0), abi::ERR_ARGUMENT, "{number} {rdi:#x} {rsi:#x} {rdx:#x}");
+        assert_eq!(
+            error(number, rdi, rsi, rdx, 0),
+            abi::ERR_ARGUMENT,
+            "{number} {rdi:#x} {rsi:#x} {rdx:#x}"
+        );
     }
     assert_eq!(error(call::UNPOISON, DIRECT, 4096, 3, 0), abi::ERR_ARGUMENT);
     assert_eq!(CallError::Mode(5).result(), abi::ERR_MODE);

@@ -1,5 +1,6 @@
-//! The ACPI tables by which a kernel finds its CPUs, its interrupt lines, and how to switch the machine off (ACPI
-//! Specification 6.5). Kernels that do without them have the MP table (`mptable.rs`), which says the same of CPUs.
+//! The ACPI tables by which a kernel finds its CPUs, its interrupt lines, and how to switch the
+//! machine off (ACPI Specification 6.5). Kernels that do without them have the MP table
+//! (`mptable.rs`), which says the same of CPUs.
 
 use acpi_tables::aml::{Name, Package};
 use acpi_tables::facs::FACS;
@@ -23,10 +24,12 @@ const REVISION: u32 = 1;
 const HEADER: u32 = 36;
 /// The interrupt of power management, as on a PC. It never comes.
 const SCI: u8 = 9;
-/// What is written to the sleep type field to switch the machine off; the only state it has beside working.
+/// What is written to the sleep type field to switch the machine off; the only state it has beside
+/// working.
 const SLEEP_TYPE_OFF: u8 = 5;
-/// FADT, IA-PC boot architecture flags (table 5.11): there are devices at their old places, among them no VGA; no
-/// message-signalled interrupts. (8042 is not set: all that is there of it is its reset.)
+/// FADT, IA-PC boot architecture flags (table 5.11): there are devices at their old places, among
+/// them no VGA; no message-signalled interrupts. (8042 is not set: all that is there of it is its
+/// reset.)
 const BOOT_ARCHITECTURE: u16 = 1 | 1 << 2 | 1 << 3;
 /// No C2 and C3 states: latencies beyond what they may have (section 5.2.9).
 const NO_C2: u16 = 101;
@@ -51,19 +54,25 @@ fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
     table.p_lvl2_lat = NO_C2.into();
     table.p_lvl3_lat = NO_C3.into();
     table.iapc_boot_arch = BOOT_ARCHITECTURE.into();
-    table.reset_reg = GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, RESET_CONTROL.into());
+    table.reset_reg =
+        GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, RESET_CONTROL.into());
     table.reset_value = RESET_CPU;
     // `wbinvd` and `hlt` work; there are neither buttons nor a clock that wakes.
-    for flag in
-        [Flags::Wbinvd, Flags::ProcC1, Flags::PwrButton, Flags::SlpButton, Flags::FixRtc, Flags::ResetRegSup]
-    {
+    for flag in [
+        Flags::Wbinvd,
+        Flags::ProcC1,
+        Flags::PwrButton,
+        Flags::SlpButton,
+        Flags::FixRtc,
+        Flags::ResetRegSup,
+    ] {
         table = table.flag(flag);
     }
     bytes(&table.finalize())
 }
 
-/// The CPUs and interrupt controllers (section 5.2.12), as KVM has them: line n goes to pin n. (The crate's own MADT knows
-/// neither its flags nor all of these entries.)
+/// The CPUs and interrupt controllers (section 5.2.12), as KVM has them: line n goes to pin n. (The
+/// crate's own MADT knows neither its flags nor all of these entries.)
 fn madt(cpus: u8) -> Vec<u8> {
     const PCAT_COMPAT: u32 = 1;
     const ENABLED: u8 = 1;
@@ -114,8 +123,8 @@ fn tables(cpus: u8) -> Vec<u8> {
     all
 }
 
-/// Writes the tables for a machine with `cpus` CPUs, whose APIC ids are 0 to `cpus` - 1. Returns where their root pointer
-/// is.
+/// Writes the tables for a machine with `cpus` CPUs, whose APIC ids are 0 to `cpus` - 1. Returns
+/// where their root pointer is.
 pub(super) fn write(ram: &Ram, cpus: u8) -> Result<GuestAddress, NotRam> {
     let root = GuestAddress(layout::ACPI);
     ram.write(root, &tables(cpus))?;
@@ -194,7 +203,10 @@ mod tests {
     #[test]
     fn they_fit_below_the_mp_table() {
         let most = tables(layout::MAX_CPUS).len() as u64;
-        assert!(layout::ACPI >= layout::LOW_RAM_END && layout::ACPI + most <= layout::MP_TABLE, "{most}");
+        assert!(
+            layout::ACPI >= layout::LOW_RAM_END && layout::ACPI + most <= layout::MP_TABLE,
+            "{most}"
+        );
         assert!(layout::ACPI.is_multiple_of(16), "where kernels look");
     }
 }

@@ -1,6 +1,9 @@
-//! What the guest sees through `cpuid`: what KVM supports, a few bits changed, and the caller's leaves.
+//! What the guest sees through `cpuid`: what KVM supports, a few bits changed, and the caller's
+//! leaves.
 
-use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_bindings::{
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
+};
 use thiserror::Error;
 
 /// One CPUID leaf of the caller's own, without sub-leaves.
@@ -36,9 +39,10 @@ const LEAF1_EDX_APIC: u32 = 1 << 9;
 const LEAF1_EDX_HTT: u32 = 1 << 28;
 /// KVM's own features (Linux, Documentation/virt/kvm/x86/cpuid.rst).
 const KVM_FEATURES: u32 = 0x4000_0001;
-/// Those that a guest is told of: its clock, which needs no calibration; that ports need no delay; and that the end of
-/// an interrupt needs no exit. The others are hypercalls, which never return on a host that emulates ring 0 (between them
-/// `KVM_FEATURE_PV_SEND_IPI` and `PV_UNHALT`, without which Linux uses its local APIC), or go with a host that swaps guests out.
+/// Those that a guest is told of: its clock, which needs no calibration; that ports need no delay;
+/// and that the end of an interrupt needs no exit. The others are hypercalls, which never return on
+/// a host that emulates ring 0 (between them `KVM_FEATURE_PV_SEND_IPI` and `PV_UNHALT`, without
+/// which Linux uses its local APIC), or go with a host that swaps guests out.
 const KVM_FEATURES_KEPT: u32 = 1 | 1 << 1 | 1 << 3 | 1 << 6 | 1 << 24;
 
 /// Which of how many CPUs a table is for. They are the cores of one package, one thread each.
@@ -68,12 +72,14 @@ pub fn table(
     let ids = 1 << place.core_bits();
     let mut entries = supported.as_slice().to_vec();
     // The topology leaves are those of the host's CPU, or empty; ours are added below.
-    let topology = [0xb, 0x1f].map(|leaf| entries.iter().any(|e| e.function == leaf).then_some(leaf));
+    let topology =
+        [0xb, 0x1f].map(|leaf| entries.iter().any(|e| e.function == leaf).then_some(leaf));
     entries.retain(|e| !matches!(e.function, 0xb | 0x1f));
     for entry in &mut entries {
         match entry.function {
             1 => {
-                // The APIC id tells a kernel's CPUs apart; in bits 16..24 stands how many ids the package has.
+                // The APIC id tells a kernel's CPUs apart; in bits 16..24 stands how many ids the
+                // package has.
                 entry.ebx = entry.ebx & 0x0000_ffff | id << 24 | ids << 16;
                 // Those bits count, if there is more than one.
                 entry.edx &= !LEAF1_EDX_HTT;
@@ -82,7 +88,8 @@ pub fn table(
                 }
                 // A guest shall look for hypervisor leaves.
                 entry.ecx |= LEAF1_ECX_HYPERVISOR;
-                // KVM's instruction emulator has no cmpxchg16b: on a host that emulates ring 0 each is an exit.
+                // KVM's instruction emulator has no cmpxchg16b: on a host that emulates ring 0 each
+                // is an exit.
                 entry.ecx &= !LEAF1_ECX_CX16;
                 if !irqchip {
                     // Without the in-kernel interrupt controller there is no local APIC,
@@ -93,7 +100,8 @@ pub fn table(
                     entry.ecx &= !LEAF1_ECX_TSC_DEADLINE;
                 }
             }
-            // Intel's caches: how many APIC ids share each (the last level: all), and how many cores the package has.
+            // Intel's caches: how many APIC ids share each (the last level: all), and how many
+            // cores the package has.
             4 if entry.eax & 0x1f != 0 => {
                 let shared = if entry.eax >> 5 & 7 >= 3 { ids } else { 1 };
                 entry.eax = entry.eax & 0x3fff | (shared - 1) << 14 | (ids - 1) << 26;
@@ -106,7 +114,8 @@ pub fn table(
             _ => {}
         }
     }
-    // One thread in each core, `cpus` cores (Intel SDM volume 2, CPUID leaf 0BH: level types 1 and 2).
+    // One thread in each core, `cpus` cores (Intel SDM volume 2, CPUID leaf 0BH: level types 1 and
+    // 2).
     for function in topology.into_iter().flatten() {
         for (index, eax, ebx, ecx) in [
             (0, 0, 1, 1 << 8),
@@ -142,12 +151,13 @@ pub fn table(
     CpuId::from_entries(&entries).map_err(|_| CpuidError::TooMany(entries.len()))
 }
 
-/// Where `got` has other values than `wanted`, as "leaf 0x1.0 ecx 0x2000", for the log. Hosts that run the
-/// guest's user mode natively bring back bits that were cleared.
+/// Where `got` has other values than `wanted`, as "leaf 0x1.0 ecx 0x2000", for the log. Hosts that
+/// run the guest's user mode natively bring back bits that were cleared.
 pub fn differences(wanted: &CpuId, got: &CpuId) -> Vec<String> {
     let mut found = Vec::new();
     for want in wanted.as_slice() {
-        let Some(have) = got.as_slice().iter().find(|e| e.function == want.function && e.index == want.index)
+        let Some(have) =
+            got.as_slice().iter().find(|e| e.function == want.function && e.index == want.index)
         else {
             found.push(format!("leaf {:#x}.{} is missing", want.function, want.index));
             continue;
@@ -171,9 +181,11 @@ mod tests {
     use super::*;
 
     fn supported() -> CpuId {
-        let leaf = |function, ecx, edx| kvm_cpuid_entry2 { function, ecx, edx, ..Default::default() };
+        let leaf =
+            |function, ecx, edx| kvm_cpuid_entry2 { function, ecx, edx, ..Default::default() };
         let kvm = kvm_cpuid_entry2 { function: KVM_FEATURES, eax: !0, ..Default::default() };
-        CpuId::from_entries(&[leaf(1, !0, !0), leaf(0xb, 0, 0), leaf(0x4000_0000, 0, 0), kvm]).unwrap()
+        CpuId::from_entries(&[leaf(1, !0, !0), leaf(0xb, 0, 0), leaf(0x4000_0000, 0, 0), kvm])
+            .unwrap()
     }
 
     const ALONE: Place = Place { id: 0, cpus: 1 };
@@ -194,7 +206,8 @@ mod tests {
     #[test]
     fn every_cpu_is_a_core_with_an_id() {
         let table = super::table(&supported(), &[], true, Place { id: 5, cpus: 6 }).unwrap();
-        let find = |f, i| *table.as_slice().iter().find(|e| (e.function, e.index) == (f, i)).unwrap();
+        let find =
+            |f, i| *table.as_slice().iter().find(|e| (e.function, e.index) == (f, i)).unwrap();
         assert_eq!((find(1, 0).ebx >> 24, find(1, 0).ebx >> 16 & 0xff), (5, 8));
         assert_ne!(find(1, 0).edx & LEAF1_EDX_HTT, 0);
         // A core's bits are those above a thread's, a package's those above the cores'.
@@ -210,8 +223,9 @@ mod tests {
         let extra = [CpuidLeaf { function: 0x4000_0000, ..Default::default() }];
         let taken = table(&supported(), &extra, false, ALONE).unwrap_err();
         assert_eq!(taken, CpuidError::Taken(0x4000_0000));
-        let many: Vec<_> =
-            (0..300).map(|i| CpuidLeaf { function: 0x4000_0100 + i, ..Default::default() }).collect();
+        let many: Vec<_> = (0..300)
+            .map(|i| CpuidLeaf { function: 0x4000_0100 + i, ..Default::default() })
+            .collect();
         assert_eq!(table(&supported(), &many, false, ALONE).unwrap_err(), CpuidError::TooMany(306));
     }
 

@@ -1,5 +1,5 @@
-//! The devices of a PC that a kernel cannot do without: a serial port for its console, the date, and ways to reset.
-//! Everything else reads as all ones and swallows writes.
+//! The devices of a PC that a kernel cannot do without: a serial port for its console, the date,
+//! and ways to reset. Everything else reads as all ones and swallows writes.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Write};
@@ -24,7 +24,8 @@ const I8042_COMMAND: u16 = 0x64;
 const I8042_RESET: u8 = 0xfe;
 /// Progress codes of firmware; kernels write here to wait about a microsecond.
 const POST: u16 = 0x80;
-/// ACPI power management events: two bytes of status, two that enable them. There are none, so nothing is done with either.
+/// ACPI power management events: two bytes of status, two that enable them. There are none, so
+/// nothing is done with either.
 pub const ACPI_PM1_EVENT: u16 = 0x600;
 /// ACPI power management control, two bytes, as on QEMU's PC.
 pub const ACPI_PM1_CONTROL: u16 = 0x604;
@@ -58,7 +59,8 @@ pub enum DeviceEvent {
     PowerOff,
 }
 
-/// Collects a line before it is written, so that a console costs one write per line and not one per byte.
+/// Collects a line before it is written, so that a console costs one write per line and not one per
+/// byte.
 struct LineWriter {
     out: Box<dyn Write + Send>,
     line: Vec<u8>,
@@ -120,7 +122,8 @@ pub struct Devices {
     serial: Serial<SerialInterrupt, vm_superio::serial::NoEvents, LineWriter>,
     /// Bytes typed that the port has no room for, and a break among them.
     typed: VecDeque<u8>,
-    /// The next byte that the guest reads is a break, which vm-superio does not know: a zero with this bit in the status.
+    /// The next byte that the guest reads is a break, which vm-superio does not know: a zero with
+    /// this bit in the status.
     break_next: bool,
     /// What was written to the ACPI registers: events to enable, and control.
     power: [u8; 4],
@@ -131,15 +134,19 @@ pub struct Devices {
 
 impl std::fmt::Debug for Devices {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Devices").field("ignored", &self.ignored).field("ports", &self.ports).finish()
+        f.debug_struct("Devices")
+            .field("ignored", &self.ignored)
+            .field("ports", &self.ports)
+            .finish()
     }
 }
 
 impl Devices {
-    /// `console` gets what the guest writes to COM1, line by line. `irq` is COM1's interrupt line, if there is an
-    /// interrupt controller.
+    /// `console` gets what the guest writes to COM1, line by line. `irq` is COM1's interrupt line,
+    /// if there is an interrupt controller.
     pub fn new(console: Box<dyn Write + Send>, irq: Option<IrqLine>) -> Self {
-        let writer = LineWriter { out: console, line: Vec::new(), written: 0, ended: None, failed: false };
+        let writer =
+            LineWriter { out: console, line: Vec::new(), written: 0, ended: None, failed: false };
         Self {
             serial: Serial::new(SerialInterrupt(irq), writer),
             typed: VecDeque::new(),
@@ -194,7 +201,9 @@ impl Devices {
     fn power_out(&mut self, port: u16, data: &[u8]) -> DeviceEvent {
         for (port, byte) in (port..).zip(data) {
             match port {
-                ACPI_PM1_CONTROL_LAST if byte & ACPI_SLEEP_ENABLE != 0 => return DeviceEvent::PowerOff,
+                ACPI_PM1_CONTROL_LAST if byte & ACPI_SLEEP_ENABLE != 0 => {
+                    return DeviceEvent::PowerOff;
+                }
                 // The status takes ones to clear bits, of which none is set.
                 _ => {
                     if let Some(at) = port.checked_sub(ACPI_PM1_EVENT + 2)
@@ -240,8 +249,8 @@ impl Devices {
         const DIVISOR_LATCH: u8 = 1 << 7;
         let value = self.serial.read((port - COM1) as u8);
         match port {
-            // A look takes it away from the real port, so that Linux loses it if it comes while a message is printed.
-            // Here it stays with its byte.
+            // A look takes it away from the real port, so that Linux loses it if it comes while a
+            // message is printed. Here it stays with its byte.
             COM1_STATUS if self.break_next => value | BREAK,
             COM1 => {
                 self.break_next &= self.serial.state().line_control & DIVISOR_LATCH != 0;
@@ -282,7 +291,8 @@ impl Devices {
     /// A break for the guest. False if there is still something else that it has not read.
     pub fn input_break(&mut self) -> bool {
         const DATA_READY: u8 = 1;
-        let idle = self.typed.is_empty() && self.serial.read((COM1_STATUS - COM1) as u8) & DATA_READY == 0;
+        let idle =
+            self.typed.is_empty() && self.serial.read((COM1_STATUS - COM1) as u8) & DATA_READY == 0;
         let sent = idle && self.input(0);
         self.break_next |= sent;
         sent

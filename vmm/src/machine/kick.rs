@@ -1,8 +1,8 @@
 //! Gets a vCPU out of guest mode from another thread.
 //!
-//! A kick sets a flag and sends the vCPU's thread a signal. [`super::vcpu::Vcpu::run`] looks at the flag before
-//! it enters the guest, and the signal's handler sets `immediate_exit`, so a signal that arrives between the
-//! look and the entry is not lost either.
+//! A kick sets a flag and sends the vCPU's thread a signal. [`super::vcpu::Vcpu::run`] looks at the
+//! flag before it enters the guest, and the signal's handler sets `immediate_exit`, so a signal
+//! that arrives between the look and the entry is not lost either.
 
 use std::cell::Cell;
 use std::io;
@@ -26,8 +26,8 @@ extern "C" fn on_signal(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c
     let _ = RUNNING.try_with(|byte| {
         let byte = byte.load(Ordering::Relaxed);
         if !byte.is_null() {
-            // SAFETY: `Running` put the address there; it takes it away before the vCPU's mapping can go,
-            // on the thread that this handler interrupts.
+            // SAFETY: `Running` put the address there; it takes it away before the vCPU's mapping
+            // can go, on the thread that this handler interrupts.
             unsafe { byte.write_volatile(1) };
         }
     });
@@ -116,8 +116,8 @@ impl Kicker {
     fn signal(&self) {
         let thread = self.0.thread.load(Ordering::SeqCst);
         if thread != 0 {
-            // A failure means that the thread is gone, and there is nothing to stop.
-            // SAFETY: tgkill takes plain numbers; the handler was installed before the vCPU existed.
+            // A failure means that the thread is gone, and there is nothing to stop. SAFETY: tgkill
+            // takes plain numbers; the handler was installed before the vCPU existed.
             unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, SIGRTMIN()) };
         }
     }

@@ -1,4 +1,5 @@
-//! Where things lie in guest-physical memory: the boot structures below 1 MiB, RAM, and the hole below 4 GiB.
+//! Where things lie in guest-physical memory: the boot structures below 1 MiB, RAM, and the hole
+//! below 4 GiB.
 
 use vm_memory::GuestAddress;
 
@@ -9,7 +10,8 @@ const GIB: u64 = 1 << 30;
 
 /// Boot GDT: null, unused, flat 64-bit code, flat data.
 pub const GDT: u64 = 0x500;
-/// Top of the stack that the guest starts on. The boot protocol promises none; it grows down to 0x1000.
+/// Top of the stack that the guest starts on. The boot protocol promises none; it grows down to
+/// 0x1000.
 pub const BOOT_STACK: u64 = 0x6ff0;
 /// Linux's `boot_params` ("zero page"), one page. `rsi` points here at the start.
 pub const BOOT_PARAMS: u64 = 0x7000;
@@ -27,11 +29,13 @@ pub const CMDLINE: u64 = 0x2_0000;
 pub const CMDLINE_BYTES: u64 = 2048;
 /// End of usable low memory in the E820 map; a PC keeps its extended BIOS data area from here on.
 pub const LOW_RAM_END: u64 = 0x9_fc00;
-/// The ACPI tables, their root pointer first, where a PC has its BIOS (`acpi.rs`). Not usable in the E820 map.
+/// The ACPI tables, their root pointer first, where a PC has its BIOS (`acpi.rs`). Not usable in
+/// the E820 map.
 pub const ACPI: u64 = 0xe_0000;
 /// The MP table, where a PC has its BIOS (`mptable.rs`). Not usable in the E820 map.
 pub const MP_TABLE: u64 = 0xf_0000;
-/// Kernels are loaded here or higher. Everything below belongs to the boot structures and to legacy devices.
+/// Kernels are loaded here or higher. Everything below belongs to the boot structures and to legacy
+/// devices.
 pub const KERNEL_START: u64 = MIB;
 /// The I/O APIC's registers. KVM has them here; they lie in the hole.
 pub const IO_APIC: u32 = 0xfec0_0000;
@@ -49,7 +53,8 @@ pub const HOLE_END: u64 = 4 * GIB;
 pub const MIN_MEMORY: u64 = 2 * MIB;
 /// Most RAM of a machine.
 pub const MAX_MEMORY: u64 = 64 * GIB;
-/// Most CPUs of a machine. Their APIC ids are their numbers, in 8 bits, of which some mean more than one CPU.
+/// Most CPUs of a machine. Their APIC ids are their numbers, in 8 bits, of which some mean more
+/// than one CPU.
 pub const MAX_CPUS: u8 = 64;
 
 /// The RAM of a machine with `memory_bytes` of it, as (start, bytes), split around the hole.
@@ -82,7 +87,10 @@ mod tests {
         assert_eq!(ram_ranges(HOLE_START), [(GuestAddress(0), HOLE_START)]);
         assert_eq!(ram_end(HOLE_START), HOLE_START);
         let more = HOLE_START + PAGE;
-        assert_eq!(ram_ranges(more), [(GuestAddress(0), HOLE_START), (GuestAddress(HOLE_END), PAGE)]);
+        assert_eq!(
+            ram_ranges(more),
+            [(GuestAddress(0), HOLE_START), (GuestAddress(HOLE_END), PAGE)]
+        );
         assert_eq!(ram_end(more), HOLE_END + PAGE);
         assert_eq!(ram_ranges(MAX_MEMORY).iter().map(|r| r.1).sum::<u64>(), MAX_MEMORY);
     }

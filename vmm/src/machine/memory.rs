@@ -1,4 +1,5 @@
-//! Guest RAM: host memory that is reserved at once and becomes resident page by page as the guest uses it.
+//! Guest RAM: host memory that is reserved at once and becomes resident page by page as the guest
+//! uses it.
 
 use std::io;
 use std::ops::Range;
@@ -115,8 +116,8 @@ impl Ram {
         Ok(u64::from_le_bytes(bytes))
     }
 
-    /// Sets bits of the little-endian number at `gpa`, a multiple of 8, at once as vCPUs see it. Does nothing
-    /// elsewhere.
+    /// Sets bits of the little-endian number at `gpa`, a multiple of 8, at once as vCPUs see it.
+    /// Does nothing elsewhere.
     pub fn set_bits(&self, gpa: GuestAddress, bits: u64) {
         if let Ok(slice) = self.mem.get_slice(gpa, 8)
             && let Ok(number) = slice.get_atomic_ref::<AtomicU64>(0)
@@ -125,8 +126,9 @@ impl Ram {
         }
     }
 
-    /// Gives the host memory behind `pages` (guest-physical, multiples of 4096) back as far as they are RAM and resident; they
-    /// read as zero from then on. Returns the bytes that went. No vCPU runs meanwhile.
+    /// Gives the host memory behind `pages` (guest-physical, multiples of 4096) back as far as they
+    /// are RAM and resident; they read as zero from then on. Returns the bytes that went. No vCPU
+    /// runs meanwhile.
     ///
     /// # Errors
     /// The host refuses.
@@ -139,14 +141,16 @@ impl Ram {
                 continue;
             }
             let mut resident = vec![0u8; bytes.div_ceil(layout::PAGE as usize)];
-            // SAFETY: `start` is at most `bytes` before the end of the region, whose mapping lives as long as `self`.
+            // SAFETY: `start` is at most `bytes` before the end of the region, whose mapping lives
+            // as long as `self`.
             let at = unsafe { host.add((start - gpa.0) as usize) };
             // SAFETY: it writes a byte for each page of the range, and there is room for so many.
             if unsafe { libc::mincore(at.cast(), bytes, resident.as_mut_ptr()) } != 0 {
                 return Err(io::Error::last_os_error());
             }
             let held = |page: &u8| page & 1 != 0;
-            let (Some(first), Some(last)) = (resident.iter().position(held), resident.iter().rposition(held))
+            let (Some(first), Some(last)) =
+                (resident.iter().position(held), resident.iter().rposition(held))
             else {
                 continue;
             };
@@ -154,8 +158,11 @@ impl Ram {
             let page = layout::PAGE as usize;
             // SAFETY: both pages lie in the range above.
             let from = unsafe { at.add(first * page) };
-            // SAFETY: a part of the range above. No references into guest memory exist, and KVM keeps vCPUs coherent.
-            if unsafe { libc::madvise(from.cast(), (last + 1 - first) * page, libc::MADV_DONTNEED) } != 0 {
+            // SAFETY: a part of the range above. No references into guest memory exist, and KVM
+            // keeps vCPUs coherent.
+            if unsafe { libc::madvise(from.cast(), (last + 1 - first) * page, libc::MADV_DONTNEED) }
+                != 0
+            {
                 return Err(io::Error::last_os_error());
             }
             went += (resident.iter().filter(|page| held(page)).count() * page) as u64;
@@ -193,7 +200,11 @@ mod tests {
         for at in pages {
             ram.write(GuestAddress(at), &7u64.to_le_bytes()).unwrap();
         }
-        assert_eq!(ram.give_back(&(0x2000..0x4000)).unwrap(), 0x1000, "the other page was never touched");
+        assert_eq!(
+            ram.give_back(&(0x2000..0x4000)).unwrap(),
+            0x1000,
+            "the other page was never touched"
+        );
         assert_eq!(pages.map(value), [7, 0, 7, 7, 7, 7]);
         assert_eq!(ram.give_back(&(layout::HOLE_START - 0x1000..high + 0x1000)).unwrap(), 0x2000);
         assert_eq!(pages.map(value), [7, 0, 7, 0, 0, 7]);

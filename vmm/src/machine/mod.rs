@@ -1,5 +1,5 @@
-//! A plain KVM machine: RAM, vCPUs, a kernel loader, and the few devices that a kernel cannot do without. It
-//! knows nothing of shadow memory.
+//! A plain KVM machine: RAM, vCPUs, a kernel loader, and the few devices that a kernel cannot do
+//! without. It knows nothing of shadow memory.
 
 mod acpi;
 pub mod complete;
@@ -25,8 +25,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
-    KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, kvm_enable_cap, kvm_pit_config,
+    CpuId, KVM_API_VERSION, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MAX_CPUID_ENTRIES,
+    KVM_PIT_SPEAKER_DUMMY, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS,
+    kvm_enable_cap, kvm_pit_config,
 };
 use kvm_ioctls::Cap;
 use thiserror::Error;
@@ -137,15 +138,16 @@ impl Kvm {
 pub struct MachineConfig {
     /// Bytes of RAM, a multiple of 4096 from [`layout::MIN_MEMORY`] to [`layout::MAX_MEMORY`].
     pub memory_bytes: u64,
-    /// How many vCPUs it will have, 1 to [`layout::MAX_CPUS`]. More than one need the interrupt controllers, which come
-    /// with them.
+    /// How many vCPUs it will have, 1 to [`layout::MAX_CPUS`]. More than one need the interrupt
+    /// controllers, which come with them.
     pub cpus: u8,
     /// CPUID leaves beside KVM's own.
     pub extra_cpuid: Vec<CpuidLeaf>,
-    /// KVM's interrupt controllers, and an MP table and ACPI tables that tell of them. Without them `hlt` ends the run with an exit;
-    /// with them it waits for an interrupt in the kernel.
+    /// KVM's interrupt controllers, and an MP table and ACPI tables that tell of them. Without them
+    /// `hlt` ends the run with an exit; with them it waits for an interrupt in the kernel.
     pub irqchip: bool,
-    /// KVM's programmable interval timer, on line 0 of the interrupt controllers, which come with it.
+    /// KVM's programmable interval timer, on line 0 of the interrupt controllers, which come with
+    /// it.
     pub pit: bool,
 }
 
@@ -184,7 +186,8 @@ impl Machine {
         let fd = kvm.fd.create_vm().map_err(refused("create a VM"))?;
         fd.set_tss_address(layout::KVM_TSS as usize).map_err(refused("set the TSS address"))?;
         if kvm.emulation_exits {
-            // An instruction that KVM cannot emulate shall end up here from ring 3 too, not as #UD in the guest.
+            // An instruction that KVM cannot emulate shall end up here from ring 3 too, not as #UD
+            // in the guest.
             let cap = kvm_enable_cap {
                 cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE,
                 args: [1, 0, 0, 0],
@@ -200,8 +203,10 @@ impl Machine {
             let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
             fd.create_pit2(pit).map_err(refused("create a timer"))?;
         }
-        kick::install_handler()
-            .map_err(|source| MachineError::Kvm { operation: "install a signal handler", source })?;
+        kick::install_handler().map_err(|source| MachineError::Kvm {
+            operation: "install a signal handler",
+            source,
+        })?;
         let vm = Arc::new(Vm::new(fd, ram, kvm.fd.get_nr_memslots())?);
         Ok(Self { vm, supported, config, sync_regs: kvm.sync_regs, kernel: None })
     }
@@ -223,18 +228,27 @@ impl Machine {
         Ok(kernel)
     }
 
-    /// Creates a vCPU. Number 0 starts at the loaded kernel's entry. The others, up to the configured number less one,
-    /// wait in [`Vcpu::run`] until the guest starts them through its local APIC (INIT, then SIPI).
+    /// Creates a vCPU. Number 0 starts at the loaded kernel's entry. The others, up to the
+    /// configured number less one, wait in [`Vcpu::run`] until the guest starts them through its
+    /// local APIC (INIT, then SIPI).
     pub fn create_vcpu(&self, id: u8) -> Result<Vcpu, MachineError> {
         if id >= self.config.cpus {
-            return Err(MachineError::Cpus { cpus: id.saturating_add(1), most: self.config.cpus.into() });
+            return Err(MachineError::Cpus {
+                cpus: id.saturating_add(1),
+                most: self.config.cpus.into(),
+            });
         }
         let fd = self.vm.fd().create_vcpu(u64::from(id)).map_err(refused("create a vCPU"))?;
         let place = cpuid::Place { id, cpus: self.config.cpus };
-        let wanted =
-            cpuid::table(&self.supported, &self.config.extra_cpuid, self.config.has_irqchip(), place)?;
+        let wanted = cpuid::table(
+            &self.supported,
+            &self.config.extra_cpuid,
+            self.config.has_irqchip(),
+            place,
+        )?;
         fd.set_cpuid2(&wanted).map_err(refused("set CPUID"))?;
-        // Once: the other vCPUs differ from it in their own number only, and probe guests have no kernel.
+        // Once: the other vCPUs differ from it in their own number only, and probe guests have no
+        // kernel.
         if id == 0
             && self.kernel.is_some()
             && log::log_enabled!(log::Level::Info)
@@ -242,7 +256,10 @@ impl Machine {
         {
             let differences = cpuid::differences(&wanted, &got);
             if !differences.is_empty() {
-                log::info!("the host's KVM did not take all CPUID bits as set: {}", differences.join(", "));
+                log::info!(
+                    "the host's KVM did not take all CPUID bits as set: {}",
+                    differences.join(", ")
+                );
             }
         }
         let mut vcpu = Vcpu::new(fd, id, self.sync_regs, self.vm.clone());
@@ -259,8 +276,9 @@ impl Machine {
     /// [`vcpu::VmExit::MmioWrite`].
     ///
     /// # Safety
-    /// The `len` bytes at `host` are mapped, belong to nobody who would mind that the guest writes them (unless
-    /// `readonly`), and stay so until [`Machine::unmap`], or until the machine and all its vCPUs are dropped.
+    /// The `len` bytes at `host` are mapped, belong to nobody who would mind that the guest writes
+    /// them (unless `readonly`), and stay so until [`Machine::unmap`], or until the machine and all
+    /// its vCPUs are dropped.
     pub unsafe fn map(
         &self,
         gpa: GuestAddress,

@@ -1,5 +1,6 @@
-//! The table by which a kernel finds its CPUs and interrupt lines, as the Intel MultiProcessor Specification 1.4 has it
-//! (document 242016-006). A kernel without ACPI looks for its *floating pointer* in a few places of low memory.
+//! The table by which a kernel finds its CPUs and interrupt lines, as the Intel MultiProcessor
+//! Specification 1.4 has it (document 242016-006). A kernel without ACPI looks for its *floating
+//! pointer* in a few places of low memory.
 
 use kvm_bindings::CpuId;
 use vm_memory::GuestAddress;
@@ -31,8 +32,8 @@ fn checksum(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)).wrapping_neg()
 }
 
-/// The configuration table (section 4.2) for CPUs with the local APIC ids 0 to `cpus` - 1, of which 0 boots. `signature`
-/// and `features` are `eax` and `edx` of CPUID leaf 1.
+/// The configuration table (section 4.2) for CPUs with the local APIC ids 0 to `cpus` - 1, of which
+/// 0 boots. `signature` and `features` are `eax` and `edx` of CPUID leaf 1.
 fn configuration(cpus: u8, signature: u32, features: u32) -> Vec<u8> {
     let mut entries = Vec::new();
     let mut count = 0u16;
@@ -58,7 +59,8 @@ fn configuration(cpus: u8, signature: u32, features: u32) -> Vec<u8> {
     for irq in (0..ISA_IRQS).filter(|irq| *irq != CASCADE) {
         add(&[3, INT, 0, 0, ISA, irq, io_apic, irq]);
     }
-    // The old interrupt controllers come in at the first CPU's pin 0, NMI at everyone's pin 1 (4.3.5).
+    // The old interrupt controllers come in at the first CPU's pin 0, NMI at everyone's pin 1
+    // (4.3.5).
     add(&[4, EXT_INT, 0, 0, ISA, 0, 0, 0]);
     add(&[4, NMI, 0, 0, ISA, 0, ALL_CPUS, 1]);
 
@@ -87,7 +89,8 @@ fn floating_pointer(at: u32) -> [u8; 16] {
     pointer
 }
 
-/// Writes pointer and table to [`layout::MP_TABLE`] for a machine with `cpus` CPUs of the kind that `cpuid` describes.
+/// Writes pointer and table to [`layout::MP_TABLE`] for a machine with `cpus` CPUs of the kind that
+/// `cpuid` describes.
 pub(super) fn write(ram: &Ram, cpus: u8, cpuid: &CpuId) -> Result<(), NotRam> {
     let leaf = cpuid.as_slice().iter().find(|entry| entry.function == 1);
     let (signature, features) = leaf.map_or((0, 0), |leaf| (leaf.eax, leaf.edx));
@@ -129,7 +132,10 @@ mod tests {
     #[test]
     fn it_fits_between_the_boot_structures_and_the_kernel() {
         let most = 16 + configuration(layout::MAX_CPUS, 0, 0).len() as u64;
-        assert!(layout::MP_TABLE >= layout::LOW_RAM_END && layout::MP_TABLE + most <= layout::KERNEL_START);
+        assert!(
+            layout::MP_TABLE >= layout::LOW_RAM_END
+                && layout::MP_TABLE + most <= layout::KERNEL_START
+        );
         assert!(layout::MP_TABLE.is_multiple_of(16), "where kernels look");
         assert_eq!(sum(&floating_pointer(0xf_0010)), 0);
     }

@@ -17,14 +17,16 @@ const RESULT: u16 = 0x80;
 /// ([`super::layout::KERNEL_START`]) and starts in the boot state.
 fn system_call() -> &'static [u8] {
     let (start, end): (*const u8, *const u8);
-    // SAFETY: two address calculations; the code goes to a section of its own and is not executed here.
+    // SAFETY: two address calculations; the code goes to a section of its own and is not executed
+    // here.
     unsafe {
         std::arch::asm!(
             "lea {0}, [rip + 220f]",
             "lea {1}, [rip + 221f]",
             ".pushsection .rodata.probe, \"a\"",
             "220:",
-            // The first 2 MiB for ring 3: the PML4, the page-directory-pointer table, the first directory.
+            // The first 2 MiB for ring 3: the PML4, the page-directory-pointer table, the first
+            // directory.
             "or byte ptr [0x9000], 4",
             "or byte ptr [0xa000], 4",
             "or byte ptr [0xb000], 4",
@@ -77,8 +79,8 @@ fn system_call() -> &'static [u8] {
     }
 }
 
-/// Whether programs in ring 3 can call the guest's kernel. On some hosts that run ring 3 natively and emulate ring 0,
-/// `syscall` stays in ring 3.
+/// Whether programs in ring 3 can call the guest's kernel. On some hosts that run ring 3 natively
+/// and emulate ring 0, `syscall` stays in ring 3.
 pub fn runs_programs(kvm: &Kvm) -> Result<bool, StatsError> {
     let (_machine, mut vcpu) = raw_guest(kvm, system_call())?;
     let (kicker, begin) = (vcpu.kicker(), Instant::now());

@@ -1,5 +1,6 @@
-//! The clock of a PC's CMOS (Motorola MC146818): tells a kernel without another clock the date. It cannot be set and wakes
-//! nobody. Without it Linux waits a second for an update to end that never began.
+//! The clock of a PC's CMOS (Motorola MC146818): tells a kernel without another clock the date. It
+//! cannot be set and wakes nobody. Without it Linux waits a second for an update to end that never
+//! began.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -58,7 +59,8 @@ fn register(index: u8, seconds: u64) -> u8 {
 
 /// Year, month and day of month, `days` after 1 January 1970.
 fn date(mut days: u64) -> (u64, u64, u64) {
-    let leap = |year: u64| year.is_multiple_of(4) && !year.is_multiple_of(100) || year.is_multiple_of(400);
+    let leap =
+        |year: u64| year.is_multiple_of(4) && !year.is_multiple_of(100) || year.is_multiple_of(400);
     // The calendar repeats after 400 years.
     let mut year = 1970 + days / 146_097 * 400;
     days %= 146_097;
@@ -104,7 +106,10 @@ mod tests {
     fn registers() {
         // 9 February 2009, 23:31:30 UTC was a Monday.
         let at = |index| register(index, 1_234_222_290);
-        assert_eq!([0x32, 9, 8, 7, 6, 4, 2, 0].map(at), [0x20, 0x09, 0x02, 0x09, 0x02, 0x23, 0x31, 0x30]);
+        assert_eq!(
+            [0x32, 9, 8, 7, 6, 4, 2, 0].map(at),
+            [0x20, 0x09, 0x02, 0x09, 0x02, 0x23, 0x31, 0x30]
+        );
         assert_eq!([0xa, 0xb, 0xc, 0xd].map(at), [0x26, 2, 0, 0x80]);
         let mut rtc = Rtc::default();
         rtc.select(0x8d);

@@ -74,7 +74,10 @@ impl VcpuStats {
             .chunks_exact(each)
             .map(|d| {
                 let name = d[DESCRIPTOR_BYTES..].split(|b| *b == 0).next().unwrap_or_default();
-                (String::from_utf8_lossy(name).into_owned(), u64::from(data) + u64::from(u32_at(d, 8)))
+                (
+                    String::from_utf8_lossy(name).into_owned(),
+                    u64::from(data) + u64::from(u32_at(d, 8)),
+                )
             })
             .collect();
         Ok(Self { file, offsets })
@@ -129,8 +132,8 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 }
 
 /// Whether this host emulates ring 0 instruction by instruction, so that
-/// [`VcpuStats::instructions_emulated`] counts what a kernel executes. Found out by a guest that executes a known
-/// number of instructions.
+/// [`VcpuStats::instructions_emulated`] counts what a kernel executes. Found out by a guest that
+/// executes a known number of instructions.
 pub fn emulates_ring0(kvm: &Kvm) -> Result<bool, StatsError> {
     const ROUNDS: u32 = 1000;
     // mov ecx, ROUNDS; 1: dec ecx; jnz 1b; out 0x80, al
@@ -157,14 +160,17 @@ pub fn tsc_khz(kvm: &Kvm) -> Result<u32, StatsError> {
     Ok(vcpu.tsc_khz()?)
 }
 
-/// A small machine whose vCPU 0 is about to execute `code` at [`layout::KERNEL_START`] in the boot state.
+/// A small machine whose vCPU 0 is about to execute `code` at [`layout::KERNEL_START`] in the boot
+/// state.
 pub(super) fn raw_guest(kvm: &Kvm, code: &[u8]) -> Result<(Machine, Vcpu), MachineError> {
     let refused = |e: super::memory::NotRam| MachineError::Kvm {
         operation: "hold a probe guest",
         source: io::Error::other(e),
     };
-    let machine =
-        Machine::new(kvm, MachineConfig { memory_bytes: layout::MIN_MEMORY, ..Default::default() })?;
+    let machine = Machine::new(
+        kvm,
+        MachineConfig { memory_bytes: layout::MIN_MEMORY, ..Default::default() },
+    )?;
     loader::write_boot_tables(machine.ram()).map_err(refused)?;
     machine.ram().write(GuestAddress(layout::KERNEL_START), code).map_err(refused)?;
     let mut vcpu = machine.create_vcpu(0)?;

@@ -30,7 +30,8 @@ fn kvm(test: &str) -> Option<Kvm> {
 macro_rules! guest {
     ($($line:literal),+ $(,)?) => {{
         let (start, end): (*const u8, *const u8);
-        // SAFETY: two address calculations; the code goes to a section of its own and is not executed here.
+        // SAFETY: two address calculations; the code goes to a section of its own and is not
+        // executed here.
         unsafe {
             std::arch::asm!(
                 "lea {0}, [rip + 220f]", "lea {1}, [rip + 221f]",
@@ -184,7 +185,8 @@ fn cpuid_has_the_extra_leaves_beside_kvms_own() {
         "hlt",
     );
     let leaf = CpuidLeaf { function: 0x4000_0100, eax: 0x4000_0103, ebx: 77, ecx: 1, edx: 2 };
-    let config = MachineConfig { memory_bytes: 4 << 20, extra_cpuid: vec![leaf], ..Default::default() };
+    let config =
+        MachineConfig { memory_bytes: 4 << 20, extra_cpuid: vec![leaf], ..Default::default() };
     let mut machine = Machine::new(&kvm, config).unwrap();
     machine.load(&Boot::new(&elf(1 << 20, &[(1 << 20, 0, code, 4096)]), "")).unwrap();
     let mut vcpu = machine.create_vcpu(0).unwrap();
@@ -207,7 +209,9 @@ fn mmio_reads_and_writes_are_exits() {
     let (machine, mut vcpu) = raw_guest(&kvm, code).unwrap();
     let mut completer = Completer::default();
     let exit = next(&machine, &mut vcpu, &mut completer);
-    let VmExit::MmioWrite { gpa: GuestAddress(0x4000_0004), data } = exit else { panic!("{exit:?}") };
+    let VmExit::MmioWrite { gpa: GuestAddress(0x4000_0004), data } = exit else {
+        panic!("{exit:?}")
+    };
     assert_eq!(data.as_slice(), 0x1234_5678u32.to_le_bytes());
     let exit = next(&machine, &mut vcpu, &mut completer);
     assert_eq!(exit, VmExit::MmioRead { gpa: GuestAddress(0x4000_0008), len: 8 });
@@ -246,10 +250,15 @@ fn slots_come_go_and_can_be_read_only() {
     };
     assert!(matches!(map(GuestAddress(gpa.0 + 1), 4096, false), Err(MapError::Unaligned { .. })));
     assert!(matches!(map(gpa, 0, false), Err(MapError::Unaligned { .. })));
-    assert!(matches!(map(GuestAddress(0x1000), 4096, false), Err(MapError::Kvm { .. })), "overlaps RAM");
+    assert!(
+        matches!(map(GuestAddress(0x1000), 4096, false), Err(MapError::Kvm { .. })),
+        "overlaps RAM"
+    );
     let slot = map(gpa, 4096, true).unwrap();
     let exit = next(&machine, &mut vcpu, &mut completer);
-    let VmExit::MmioWrite { gpa: GuestAddress(0x4000_0001), data } = exit else { panic!("{exit:?}") };
+    let VmExit::MmioWrite { gpa: GuestAddress(0x4000_0001), data } = exit else {
+        panic!("{exit:?}")
+    };
     assert_eq!(data.as_slice(), [9]);
     assert_eq!(next(&machine, &mut vcpu, &mut completer), VmExit::Hlt);
     assert_eq!(vcpu.regs().unwrap().rcx, 0x1111_1111_1111_1111, "the write had no effect");
@@ -388,7 +397,8 @@ fn a_busy_guest_is_kicked_out() {
 #[test]
 fn a_guest_in_vmcall_is_kicked_out() {
     let Some(kvm) = kvm("kick from vmcall") else { return };
-    // Where KVM emulates ring 0, this instruction is emulated again and again, and KVM_RUN does not return.
+    // Where KVM emulates ring 0, this instruction is emulated again and again, and KVM_RUN does not
+    // return.
     let (_machine, mut vcpu) = raw_guest(&kvm, guest!("2: vmcall", "jmp 2b")).unwrap();
     let kicker = vcpu.kicker();
     let thread = std::thread::spawn(move || vcpu.run().unwrap());
@@ -440,7 +450,8 @@ fn with_interrupt_controller() {
     assert!(matches!(exit, VmExit::IoOut { port: 0x80, .. }), "{exit:?}");
 }
 
-/// A guest of several CPUs: the first starts the second through its local APIC, and both say who they are.
+/// A guest of several CPUs: the first starts the second through its local APIC, and both say who
+/// they are.
 #[test]
 fn a_second_cpu_starts() {
     let Some(kvm) = kvm("second CPU") else { return };
@@ -449,9 +460,9 @@ fn a_second_cpu_starts() {
         "mov dword ptr [0x10000], 0xe60001b8",
         "mov dword ptr [0x10004], 0xf4fa80",
         "mov ebx, 0xfee00000",
-        "mov dword ptr [rbx + 0xf0], 0x1ff",      // software enable
+        "mov dword ptr [rbx + 0xf0], 0x1ff", // software enable
         "mov dword ptr [rbx + 0x310], 0x1000000", // to APIC 1:
-        "mov dword ptr [rbx + 0x300], 0x4500",    // INIT
+        "mov dword ptr [rbx + 0x300], 0x4500", // INIT
         "mov dword ptr [rbx + 0x310], 0x1000000",
         "mov dword ptr [rbx + 0x300], 0x4610", // SIPI, vector 0x10
         "mov eax, 1",
@@ -476,7 +487,9 @@ fn a_second_cpu_starts() {
             scope.spawn(move || {
                 loop {
                     match vcpu.run().unwrap() {
-                        VmExit::IoOut { port: 0x80, data } => tell.send((vcpu.id(), data.value())).unwrap(),
+                        VmExit::IoOut { port: 0x80, data } => {
+                            tell.send((vcpu.id(), data.value())).unwrap()
+                        }
                         // Only so: whoever kicks waits until a run has seen it.
                         VmExit::Interrupted if stop.load(Ordering::SeqCst) => break,
                         VmExit::Interrupted => {}
@@ -485,8 +498,9 @@ fn a_second_cpu_starts() {
                 }
             });
         }
-        let said: Vec<_> =
-            std::iter::from_fn(|| told.recv_timeout(Duration::from_secs(10)).ok()).take(2).collect();
+        let said: Vec<_> = std::iter::from_fn(|| told.recv_timeout(Duration::from_secs(10)).ok())
+            .take(2)
+            .collect();
         // Both halt, or wait to be started: in the kernel, either way.
         stop.store(true, Ordering::SeqCst);
         assert!(kickers.iter().all(|kicker| kicker.kick_and_wait(PATIENCE)));
@@ -507,7 +521,8 @@ fn user_guest(kvm: &Kvm, code: &[u8]) -> (Machine, Vcpu) {
         }
     }
     let mut sregs = vcpu.sregs().unwrap();
-    for segment in [&mut sregs.cs, &mut sregs.ss, &mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs]
+    for segment in
+        [&mut sregs.cs, &mut sregs.ss, &mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs]
     {
         (segment.dpl, segment.selector) = (3, segment.selector | 3);
     }
@@ -535,14 +550,21 @@ fn ring_3_exits_like_ring_0() {
     assert_eq!(next(&machine, &mut vcpu, &mut completer), write);
     // KVM's emulator knows plain SSE moves, and gives them out in halves.
     for half in [gpa, GuestAddress(0x4000_0008)] {
-        assert_eq!(next(&machine, &mut vcpu, &mut completer), VmExit::MmioRead { gpa: half, len: 8 });
+        assert_eq!(
+            next(&machine, &mut vcpu, &mut completer),
+            VmExit::MmioRead { gpa: half, len: 8 }
+        );
     }
     let exit = vcpu.run().unwrap();
     let VmExit::EmulationFailed { bytes, len } = exit else { panic!("{exit:?}") };
-    let error = completer.complete(&mut vcpu, machine.ram(), &bytes[..usize::from(len)]).unwrap_err();
+    let error =
+        completer.complete(&mut vcpu, machine.ram(), &bytes[..usize::from(len)]).unwrap_err();
     // Such an instruction is completed in RAM only.
     let text = error.to_string();
-    assert!(text.starts_with("addps (0f 58 03) at rip") && text.contains("which is not RAM"), "{error}");
+    assert!(
+        text.starts_with("addps (0f 58 03) at rip") && text.contains("which is not RAM"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -8,8 +8,9 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_INTERNAL_ERROR_EMULATION,
-    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED,
-    KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
+    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_MP_STATE_HALTED,
+    KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_fpu, kvm_msr_entry, kvm_regs,
+    kvm_segment, kvm_sregs,
 };
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use thiserror::Error;
@@ -72,8 +73,8 @@ impl std::fmt::Debug for Data {
 
 /// Why the guest stopped.
 ///
-/// After [`VmExit::IoIn`] and [`VmExit::MmioRead`] the caller gives the value with [`Vcpu::complete_read`];
-/// otherwise the guest reads zeroes.
+/// After [`VmExit::IoIn`] and [`VmExit::MmioRead`] the caller gives the value with
+/// [`Vcpu::complete_read`]; otherwise the guest reads zeroes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VmExit {
     /// The guest reads `len` bytes (1, 2 or 4) from a port.
@@ -97,14 +98,16 @@ pub enum VmExit {
         /// Bytes wanted, 1 to 8.
         len: u8,
     },
-    /// The guest writes memory that has no memslot, or a read-only one. The write has no effect but this exit.
+    /// The guest writes memory that has no memslot, or a read-only one. The write has no effect but
+    /// this exit.
     MmioWrite {
         /// Where.
         gpa: GuestAddress,
         /// 1 to 8 bytes.
         data: Data,
     },
-    /// The guest touched memory whose backing is missing; the access runs again on the next [`Vcpu::run`].
+    /// The guest touched memory whose backing is missing; the access runs again on the next
+    /// [`Vcpu::run`].
     MemoryFault {
         /// Start of the range.
         gpa: GuestAddress,
@@ -129,7 +132,8 @@ pub enum VmExit {
         /// How many of `bytes` are set. 0: KVM gave none.
         len: u8,
     },
-    /// A kick, another signal, or the start of a vCPU that waited for it; nothing happened in the guest.
+    /// A kick, another signal, or the start of a vCPU that waited for it; nothing happened in the
+    /// guest.
     Interrupted,
     /// The vCPU cannot go on: the guest's state is not valid for the hardware.
     FailEntry {
@@ -148,8 +152,8 @@ pub enum VmExit {
     },
 }
 
-/// A port access that is not finished: `ins` and `outs` exit once for many items, and `run` hands them out one
-/// by one.
+/// A port access that is not finished: `ins` and `outs` exit once for many items, and `run` hands
+/// them out one by one.
 #[derive(Clone, Copy, Debug)]
 struct PortAccess {
     port: u16,
@@ -279,18 +283,23 @@ impl Vcpu {
                 self.next_port_item().unwrap_or(VmExit::Unsupported { reason: KVM_EXIT_IO })
             }
             Raw::Internal => {
-                // SAFETY: KVM says that this is an internal error; all its variants start with `suberror`.
+                // SAFETY: KVM says that this is an internal error; all its variants start with
+                // `suberror`.
                 let internal = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
                 if internal.suberror != KVM_INTERNAL_ERROR_EMULATION {
                     return VmExit::InternalError { suberror: internal.suberror };
                 }
-                // SAFETY: with this suberror the member is `emulation_failure`; every bit pattern is valid.
+                // SAFETY: with this suberror the member is `emulation_failure`; every bit pattern
+                // is valid.
                 let failure = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.emulation_failure };
                 let with_bytes = failure.ndata >= 3
-                    && failure.flags & u64::from(KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES) != 0;
+                    && failure.flags
+                        & u64::from(KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES)
+                        != 0;
                 // SAFETY: plain bytes.
                 let instruction = unsafe { failure.__bindgen_anon_1.__bindgen_anon_1 };
-                let len = if with_bytes { instruction.insn_size.min(MAX_INSTRUCTION as u8) } else { 0 };
+                let len =
+                    if with_bytes { instruction.insn_size.min(MAX_INSTRUCTION as u8) } else { 0 };
                 VmExit::EmulationFailed { bytes: instruction.insn_bytes, len }
             }
         }
@@ -323,13 +332,16 @@ impl Vcpu {
             return None;
         }
         let start = (&raw mut *self.fd.get_kvm_run()).cast::<u8>();
-        // SAFETY: kvm-ioctls maps `run_bytes` from `start` on for as long as `fd` lives, the range lies within,
-        // and nothing else uses it while `self` is borrowed.
-        Some(unsafe { std::slice::from_raw_parts_mut(start.add(offset as usize), usize::from(len)) })
+        // SAFETY: kvm-ioctls maps `run_bytes` from `start` on for as long as `fd` lives, the range
+        // lies within, and nothing else uses it while `self` is borrowed.
+        Some(unsafe {
+            std::slice::from_raw_parts_mut(start.add(offset as usize), usize::from(len))
+        })
     }
 
-    /// Gives the value of the read that the last exit was ([`VmExit::IoIn`], [`VmExit::MmioRead`]): missing bytes
-    /// are zero, those beyond its length are dropped. After any other exit it does nothing.
+    /// Gives the value of the read that the last exit was ([`VmExit::IoIn`], [`VmExit::MmioRead`]):
+    /// missing bytes are zero, those beyond its length are dropped. After any other exit it does
+    /// nothing.
     pub fn complete_read(&mut self, value: &[u8]) {
         let (to, len) = match self.read {
             PendingRead::None => return,
@@ -390,8 +402,8 @@ impl Vcpu {
         Ok(())
     }
 
-    /// Where the vCPU is, if nothing but another vCPU can make it go on: it waits to be started, or has halted with
-    /// interrupts off. Only interrupt controllers let a vCPU stay in such a state.
+    /// Where the vCPU is, if nothing but another vCPU can make it go on: it waits to be started, or
+    /// has halted with interrupts off. Only interrupt controllers let a vCPU stay in such a state.
     pub fn halted_for_good(&self) -> Option<u64> {
         const INTERRUPTS_ON: u64 = 1 << 9;
         let state = self.fd.get_mp_state().ok()?.mp_state;
@@ -425,9 +437,9 @@ impl Vcpu {
         }
     }
 
-    /// Puts the vCPU where the Linux 64-bit boot protocol starts a kernel: long mode, the first 4 GiB mapped one
-    /// to one, flat segments, interrupts off, `rsi` at `boot_params`. The tables must be in RAM
-    /// ([`super::loader::load`] writes them).
+    /// Puts the vCPU where the Linux 64-bit boot protocol starts a kernel: long mode, the first 4
+    /// GiB mapped one to one, flat segments, interrupts off, `rsi` at `boot_params`. The tables
+    /// must be in RAM ([`super::loader::load`] writes them).
     pub fn set_boot_state(&mut self, entry: GuestAddress) -> Result<(), VcpuError> {
         let mut sregs = self.sregs()?;
         let flat = kvm_segment { limit: 0xffff_ffff, present: 1, s: 1, g: 1, ..Default::default() };
@@ -455,11 +467,13 @@ impl Vcpu {
         self.set_fpu_state()
     }
 
-    /// Puts the vCPU where PVH starts a kernel (Xen, docs/misc/pvh.pandoc): 32-bit protected mode without paging, flat
-    /// segments, interrupts off, `ebx` at `hvm_start_info`, which is in RAM like the GDT.
+    /// Puts the vCPU where PVH starts a kernel (Xen, docs/misc/pvh.pandoc): 32-bit protected mode
+    /// without paging, flat segments, interrupts off, `ebx` at `hvm_start_info`, which is in RAM
+    /// like the GDT.
     pub fn set_pvh_state(&mut self, entry: GuestAddress) -> Result<(), VcpuError> {
         let mut sregs = self.sregs()?;
-        let flat = kvm_segment { limit: 0xffff_ffff, present: 1, s: 1, g: 1, db: 1, ..Default::default() };
+        let flat =
+            kvm_segment { limit: 0xffff_ffff, present: 1, s: 1, g: 1, db: 1, ..Default::default() };
         sregs.cs = kvm_segment { selector: 0x10, type_: 0xb, ..flat };
         let data = kvm_segment { selector: 0x18, type_: 3, ..flat };
         (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
@@ -474,7 +488,12 @@ impl Vcpu {
         sregs.cr4 = 0;
         sregs.efer = 0;
         self.set_sregs(&sregs)?;
-        self.set_regs(&kvm_regs { rip: entry.0, rbx: layout::BOOT_PARAMS, rflags: 2, ..Default::default() })?;
+        self.set_regs(&kvm_regs {
+            rip: entry.0,
+            rbx: layout::BOOT_PARAMS,
+            rflags: 2,
+            ..Default::default()
+        })?;
         self.set_fpu_state()
     }
 
@@ -484,9 +503,11 @@ impl Vcpu {
         const FAST_STRINGS: u64 = 1;
         let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
         self.fd.set_fpu(&fpu).map_err(|e| self.error("KVM_SET_FPU", e))?;
-        // Linux takes `rep stos` and `rep movs` for slow without it. Not every host has the register.
-        if let Err(e) =
-            self.msr(IA32_MISC_ENABLE).and_then(|v| self.set_msr(IA32_MISC_ENABLE, v | FAST_STRINGS))
+        // Linux takes `rep stos` and `rep movs` for slow without it. Not every host has the
+        // register.
+        if let Err(e) = self
+            .msr(IA32_MISC_ENABLE)
+            .and_then(|v| self.set_msr(IA32_MISC_ENABLE, v | FAST_STRINGS))
         {
             log::debug!("fast strings stay off: {e}");
         }
@@ -505,7 +526,8 @@ fn one_msr(index: u32, data: u64) -> Result<Msrs, VcpuError> {
         .map_err(|_| VcpuError::NoMsr { index })
 }
 
-/// An exit without the borrow of the vCPU. Those that need more of `kvm_run` are decoded after it has ended.
+/// An exit without the borrow of the vCPU. Those that need more of `kvm_run` are decoded after it
+/// has ended.
 enum Raw {
     Done(VmExit),
     Port,
@@ -517,7 +539,9 @@ impl From<VcpuExit<'_>> for Raw {
     fn from(exit: VcpuExit<'_>) -> Self {
         Raw::Done(match exit {
             VcpuExit::IoIn(..) | VcpuExit::IoOut(..) => return Raw::Port,
-            VcpuExit::MmioRead(gpa, data) => return Raw::MmioRead(GuestAddress(gpa), data.len() as u8),
+            VcpuExit::MmioRead(gpa, data) => {
+                return Raw::MmioRead(GuestAddress(gpa), data.len() as u8);
+            }
             VcpuExit::InternalError => return Raw::Internal,
             VcpuExit::MmioWrite(gpa, data) => {
                 VmExit::MmioWrite { gpa: GuestAddress(gpa), data: Data::new(data) }
@@ -533,7 +557,9 @@ impl From<VcpuExit<'_>> for Raw {
             VcpuExit::Unsupported(reason) => VmExit::Unsupported { reason },
             VcpuExit::Unknown => VmExit::Unsupported { reason: kvm_bindings::KVM_EXIT_UNKNOWN },
             VcpuExit::Exception => VmExit::Unsupported { reason: kvm_bindings::KVM_EXIT_EXCEPTION },
-            VcpuExit::Hypercall(_) => VmExit::Unsupported { reason: kvm_bindings::KVM_EXIT_HYPERCALL },
+            VcpuExit::Hypercall(_) => {
+                VmExit::Unsupported { reason: kvm_bindings::KVM_EXIT_HYPERCALL }
+            }
             VcpuExit::Debug(_) => VmExit::Unsupported { reason: kvm_bindings::KVM_EXIT_DEBUG },
             VcpuExit::Nmi => VmExit::Unsupported { reason: kvm_bindings::KVM_EXIT_NMI },
             _ => VmExit::Unsupported { reason: u32::MAX },

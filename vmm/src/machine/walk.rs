@@ -1,7 +1,7 @@
 //! Walks the guest's page tables, and reads guest-virtual memory through them.
 //!
-//! The tables are the guest's and may hold anything: each step reads one bounded entry, and the number of steps
-//! is the number of levels.
+//! The tables are the guest's and may hold anything: each step reads one bounded entry, and the
+//! number of steps is the number of levels.
 
 use kvm_bindings::kvm_sregs;
 use thiserror::Error;
@@ -30,7 +30,9 @@ pub enum WalkError {
     NotPresent { gva: u64, level: u8 },
     #[error("the level {level} entry for guest-virtual {gva:#x} has reserved bits set")]
     Reserved { gva: u64, level: u8 },
-    #[error("the level {level} page table for guest-virtual {gva:#x} is at {gpa:#x}, which is not RAM")]
+    #[error(
+        "the level {level} page table for guest-virtual {gva:#x} is at {gpa:#x}, which is not RAM"
+    )]
     TableNotRam { gva: u64, gpa: u64, level: u8 },
     #[error("guest-virtual {gva:#x} is guest-physical {gpa:#x}, which is not RAM")]
     NotRam { gva: u64, gpa: u64 },
@@ -87,8 +89,8 @@ impl AddressSpace {
         self.walk(ram, gva, |_, _, _| {})
     }
 
-    /// Sets the accessed bits on the way to an address, and the page's dirty bit if it is `written`, as the
-    /// hardware does it.
+    /// Sets the accessed bits on the way to an address, and the page's dirty bit if it is
+    /// `written`, as the hardware does it.
     pub fn mark(&self, ram: &Ram, gva: u64, written: bool) -> Result<(), WalkError> {
         self.walk(ram, gva, |gpa, entry, last| {
             let wanted = ACCESSED | if last && written { DIRTY } else { 0 };
@@ -99,8 +101,8 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Translates one address. `visit` is told each entry on the way: where it is, what it is, whether it is the
-    /// last.
+    /// Translates one address. `visit` is told each entry on the way: where it is, what it is,
+    /// whether it is the last.
     fn walk(
         &self,
         ram: &Ram,
@@ -108,7 +110,12 @@ impl AddressSpace {
         mut visit: impl FnMut(GuestAddress, u64, bool),
     ) -> Result<Translation, WalkError> {
         if self.levels == 0 {
-            return Ok(Translation { gpa: GuestAddress(gva), page: 4096, writable: true, user: true });
+            return Ok(Translation {
+                gpa: GuestAddress(gva),
+                page: 4096,
+                writable: true,
+                user: true,
+            });
         }
         if !self.long {
             return Err(WalkError::NotLongMode);
@@ -121,8 +128,11 @@ impl AddressSpace {
         for level in (1..=self.levels).rev() {
             let shift = 12 + 9 * (u32::from(level) - 1);
             let gpa = table + 8 * (gva >> shift & 0x1ff);
-            let entry =
-                ram.read_u64(GuestAddress(gpa)).map_err(|_| WalkError::TableNotRam { gva, gpa, level })?;
+            let entry = ram.read_u64(GuestAddress(gpa)).map_err(|_| WalkError::TableNotRam {
+                gva,
+                gpa,
+                level,
+            })?;
             if entry & PRESENT == 0 {
                 return Err(WalkError::NotPresent { gva, level });
             }
@@ -147,7 +157,8 @@ impl AddressSpace {
         Err(WalkError::NotPresent { gva, level: 0 })
     }
 
-    /// Copies guest-virtual memory out. It may cross pages; an error names the first byte that cannot be read.
+    /// Copies guest-virtual memory out. It may cross pages; an error names the first byte that
+    /// cannot be read.
     pub fn read(&self, ram: &Ram, gva: u64, to: &mut [u8]) -> Result<(), WalkError> {
         let mut done = 0;
         while done < to.len() {
@@ -175,7 +186,8 @@ impl AddressSpace {
         Ok(u64::from_le_bytes(bytes))
     }
 
-    /// Reads up to the end of the 4 KiB page of `gva`; returns how much (not 0 unless `to` is empty).
+    /// Reads up to the end of the 4 KiB page of `gva`; returns how much (not 0 unless `to` is
+    /// empty).
     fn read_page(&self, ram: &Ram, gva: u64, to: &mut [u8]) -> Result<usize, WalkError> {
         let gpa = self.translate(ram, gva)?.gpa;
         let len = to.len().min((4096 - (gva & 4095)) as usize);
@@ -193,7 +205,8 @@ mod tests {
 
     fn space() -> (Ram, AddressSpace) {
         let ram = Ram::new(layout::MIN_MEMORY).unwrap();
-        let sregs = kvm_sregs { cr0: CR0_PG, cr3: ROOT | 0xfff, efer: EFER_LMA, ..Default::default() };
+        let sregs =
+            kvm_sregs { cr0: CR0_PG, cr3: ROOT | 0xfff, efer: EFER_LMA, ..Default::default() };
         (ram, AddressSpace::new(&sregs))
     }
 
@@ -217,17 +230,33 @@ mod tests {
         );
         assert_eq!(
             at(0x20_0000 + 0x12_3456),
-            Translation { gpa: GuestAddress(0x32_3456), page: 2 << 20, writable: true, user: false }
+            Translation {
+                gpa: GuestAddress(0x32_3456),
+                page: 2 << 20,
+                writable: true,
+                user: false
+            }
         );
         assert_eq!(
             at(0x4000_0000 + 0x123_4567),
-            Translation { gpa: GuestAddress(0x4123_4567), page: 1 << 30, writable: false, user: true }
+            Translation {
+                gpa: GuestAddress(0x4123_4567),
+                page: 1 << 30,
+                writable: false,
+                user: true
+            }
         );
         assert_eq!(space.translate(&ram, 0), Err(WalkError::NotPresent { gva: 0, level: 1 }));
         assert_eq!(space.translate(&ram, 1 << 47), Err(WalkError::NotCanonical { gva: 1 << 47 }));
-        assert!(matches!(space.translate(&ram, u64::MAX), Err(WalkError::NotPresent { level: 4, .. })));
+        assert!(matches!(
+            space.translate(&ram, u64::MAX),
+            Err(WalkError::NotPresent { level: 4, .. })
+        ));
         assert!(matches!(space.read_u64(&ram, 0x4000_0000), Err(WalkError::NotRam { .. })));
-        assert_eq!(space.read_u64(&ram, 0x1ffc), Err(WalkError::NotPresent { gva: 0x2000, level: 1 }));
+        assert_eq!(
+            space.read_u64(&ram, 0x1ffc),
+            Err(WalkError::NotPresent { gva: 0x2000, level: 1 })
+        );
         assert_eq!(space.read_some(&ram, 0x1ffc, &mut [0; 8]), 4);
     }
 
@@ -274,6 +303,9 @@ mod tests {
             efer: EFER_LMA,
             ..Default::default()
         });
-        assert_eq!(five.translate(&ram, 1 << 47), Err(WalkError::NotPresent { gva: 1 << 47, level: 5 }));
+        assert_eq!(
+            five.translate(&ram, 1 << 47),
+            Err(WalkError::NotPresent { gva: 1 << 47, level: 5 })
+        );
     }
 }

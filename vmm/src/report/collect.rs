@@ -8,14 +8,15 @@ use super::{Access, Finding, Names};
 /// Different findings that are kept by default.
 pub const DEFAULT_LIMIT: usize = 1000;
 
-/// What makes two findings the same bug: what it is, where, and who called that. The caller tells apart what is wrong
-/// in one function for the fault of several, such as a double free.
+/// What makes two findings the same bug: what it is, where, and who called that. The caller tells
+/// apart what is wrong in one function for the fault of several, such as a double free.
 #[derive(PartialEq, Eq, Hash)]
 struct Identity {
     headline: String,
     access: Access,
     caller: Option<String>,
-    /// Without symbols all headlines of a kind are equal, and only the address tells two bugs apart.
+    /// Without symbols all headlines of a kind are equal, and only the address tells two bugs
+    /// apart.
     ip: Option<u64>,
 }
 

@@ -14,15 +14,15 @@ pub const ROW_MEMORY: u64 = ROW_SHADOW as u64 * umbra_shadow::codes::GRANULE;
 /// Rows before, and rows after, the row of the first bad address.
 pub const ROWS_AROUND: u64 = 2;
 
-/// What stands in a headline where the kernel's ELF has no symbol. An address would make equal bugs differ
-/// between two builds of the same kernel, so there is none even then.
+/// What stands in a headline where the kernel's ELF has no symbol. An address would make equal bugs
+/// differ between two builds of the same kernel, so there is none even then.
 const NO_SYMBOL: &str = "<no symbol>";
 
 /// One memory error of the guest.
 ///
-/// As JSON, addresses (`address`, `ip`, `start`, `first_bad`, the address of a row) are strings such as
-/// `"0xffff888000001073"`: a kernel's addresses are beyond 2^53, where many JSON readers lose digits. All other
-/// numbers are numbers.
+/// As JSON, addresses (`address`, `ip`, `start`, `first_bad`, the address of a row) are strings
+/// such as `"0xffff888000001073"`: a kernel's addresses are beyond 2^53, where many JSON readers
+/// lose digits. All other numbers are numbers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Finding {
     /// KASAN's name of the bug, such as `slab-out-of-bounds`.
@@ -55,7 +55,8 @@ pub struct Finding {
     pub allocated: Option<Event>,
     /// Who freed the object.
     pub freed: Option<Event>,
-    /// Who made work that had to do with the object, such as the work that freed it: the last one first.
+    /// Who made work that had to do with the object, such as the work that freed it: the last one
+    /// first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub related_work: Vec<Event>,
     /// The object that the address belonged to before, and that was freed.
@@ -130,8 +131,9 @@ pub enum Names {
     /// The name as it stands in the source.
     #[default]
     Demangled,
-    /// The name as it stands in the ELF. Linux's `decode_stacktrace.sh` looks it up there, and syzkaller's
-    /// parser takes no other characters than those of a C name. For a C kernel there is no difference.
+    /// The name as it stands in the ELF. Linux's `decode_stacktrace.sh` looks it up there, and
+    /// syzkaller's parser takes no other characters than those of a C name. For a C kernel there is
+    /// no difference.
     Linkage,
 }
 
@@ -188,7 +190,8 @@ pub struct Variable {
     /// Its guest-virtual address.
     #[serde(serialize_with = "hex")]
     pub start: u64,
-    /// Its bytes. If only the ELF's symbol is known, with the redzone that an instrumenting compiler put behind it.
+    /// Its bytes. If only the ELF's symbol is known, with the redzone that an instrumenting
+    /// compiler put behind it.
     pub size: u64,
     /// The source file or compilation unit that defines it, as the compiler names it.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -239,8 +242,8 @@ impl Row {
 }
 
 impl ShadowDump {
-    /// Collects the rows around `first_bad`. `read` is asked for the shadow of the [`ROW_MEMORY`] bytes at an
-    /// address and says `None` where there is no shadow.
+    /// Collects the rows around `first_bad`. `read` is asked for the shadow of the [`ROW_MEMORY`]
+    /// bytes at an address and says `None` where there is no shadow.
     pub fn around(first_bad: u64, mut read: impl FnMut(u64) -> Option<[u8; ROW_SHADOW]>) -> Self {
         let middle = first_bad & !(ROW_MEMORY - 1);
         let before = (1..=ROWS_AROUND).rev().map(|i| middle.checked_sub(i * ROW_MEMORY));
@@ -264,14 +267,14 @@ impl ShadowDump {
 }
 
 impl Finding {
-    /// The function that made the access: the frame of [`Finding::ip`] that is a function of the ELF and not an
-    /// inlined one.
+    /// The function that made the access: the frame of [`Finding::ip`] that is a function of the
+    /// ELF and not an inlined one.
     pub fn culprit(&self) -> Option<&Frame> {
         self.frames.iter().find(|frame| !frame.inlined && frame.ip == self.ip)
     }
 
-    /// The finding in one line, as KASAN prints it: `BUG: KASAN: kind in func+0xoff/0xsize`. It holds no
-    /// address, so that equal bugs have equal headlines in every run.
+    /// The finding in one line, as KASAN prints it: `BUG: KASAN: kind in func+0xoff/0xsize`. It
+    /// holds no address, so that equal bugs have equal headlines in every run.
     pub fn headline(&self, names: Names) -> String {
         let place = self.culprit().and_then(|frame| place(frame, names));
         format!("BUG: KASAN: {} in {}", self.kind, place.as_deref().unwrap_or(NO_SYMBOL))
@@ -284,8 +287,8 @@ pub(super) fn place(frame: &Frame, names: Names) -> Option<String> {
     Some(format!("{}+{:#x}/{:#x}", printable(name), frame.offset, frame.size))
 }
 
-/// A name out of the guest or its ELF, without the characters that could forge lines of a report or steer a
-/// terminal: control characters, and those that hide or reorder text.
+/// A name out of the guest or its ELF, without the characters that could forge lines of a report or
+/// steer a terminal: control characters, and those that hide or reorder text.
 pub(super) fn printable(name: &str) -> String {
     let bad = |c: char| {
         c.is_control()
@@ -334,13 +337,28 @@ pub(super) mod tests {
     pub fn finding() -> Finding {
         let culprit = Frame {
             linkage: Some("_RNvCs1_6kernel17kmalloc_oob_right".into()),
-            ..frame(0xffff_ffff_8000_101d, "kernel::kmalloc_oob_right", 0x1d, 0x80, "kernel/src/oob.rs", 21)
+            ..frame(
+                0xffff_ffff_8000_101d,
+                "kernel::kmalloc_oob_right",
+                0x1d,
+                0x80,
+                "kernel/src/oob.rs",
+                21,
+            )
         };
         let inlined = Frame {
             inlined: true,
-            ..frame(culprit.ip, "core::ptr::write_volatile::<u8>", 0, 0, "library/core/src/ptr/mod.rs", 2201)
+            ..frame(
+                culprit.ip,
+                "core::ptr::write_volatile::<u8>",
+                0,
+                0,
+                "library/core/src/ptr/mod.rs",
+                2201,
+            )
         };
-        let thread = frame(0xffff_ffff_8000_2044, "thread_main", 0x44, 0x60, "kernel/src/thread.rs", 7);
+        let thread =
+            frame(0xffff_ffff_8000_2044, "thread_main", 0x44, 0x60, "kernel/src/thread.rs", 7);
         let alloc = frame(0xffff_ffff_8000_3010, "kmalloc", 0x10, 0x90, "kernel/src/slab.rs", 50);
         let object = 0xffff_8000_0020_1000;
         let first_bad = object + 115;
@@ -389,7 +407,8 @@ pub(super) mod tests {
         let value: Value = serde_json::from_slice(&line).unwrap();
         let task = json!({"id": 12, "name": "kmalloc_oob_right"});
         let fields: Vec<_> = value.as_object().unwrap().keys().map(String::as_str).collect();
-        for field in ["kind", "access", "size", "address", "ip", "cpu", "task", "frames", "object"] {
+        for field in ["kind", "access", "size", "address", "ip", "cpu", "task", "frames", "object"]
+        {
             assert!(fields.contains(&field), "{field} in {fields:?}");
         }
         assert_eq!(value["kind"], "slab-out-of-bounds");

@@ -1,9 +1,9 @@
 //! The variables of a stack frame, as an instrumenting compiler describes them in memory.
 //!
-//! A frame with redzones begins with three words: a magic number, the address of a description, and the function.
-//! The description is text: the number of variables, then for each its offset from the frame's start, its bytes, the
-//! length of its name, and the name, which may end in `:line` (LLVM's `ComputeASanStackFrameDescription`, gcc's
-//! `asan_emit_stack_protection`).
+//! A frame with redzones begins with three words: a magic number, the address of a description, and
+//! the function. The description is text: the number of variables, then for each its offset from
+//! the frame's start, its bytes, the length of its name, and the name, which may end in `:line`
+//! (LLVM's `ComputeASanStackFrameDescription`, gcc's `asan_emit_stack_protection`).
 
 use serde::Serialize;
 
@@ -48,7 +48,8 @@ pub fn parse(description: &[u8]) -> Option<Vec<StackVariable>> {
         let (name, behind) = rest.split_at_checked(usize::try_from(len).ok()?)?;
         rest = behind.strip_prefix(b" ").unwrap_or(behind);
         let name = String::from_utf8_lossy(name);
-        let (name, line) = match name.rsplit_once(':').map(|(name, line)| (name, line.parse().ok())) {
+        let (name, line) = match name.rsplit_once(':').map(|(name, line)| (name, line.parse().ok()))
+        {
             Some((name, Some(line))) => (name, Some(line)),
             _ => (&*name, None),
         };
@@ -78,7 +79,11 @@ mod tests {
         let llvm = b"2 32 10 8 array:12 64 4 1 x";
         let expected = [variable(32, 10, "array", Some(12)), variable(64, 4, "x", None)];
         assert_eq!(parse(llvm).as_deref(), Some(&expected[..]));
-        assert_eq!(parse(b"1 32 16 10 buffer:77"), None, "the name is shorter than its length says");
+        assert_eq!(
+            parse(b"1 32 16 10 buffer:77"),
+            None,
+            "the name is shorter than its length says"
+        );
         let gcc = b"1 32 16 9 buffer:77";
         assert_eq!(parse(gcc), Some(vec![variable(32, 16, "buffer", Some(77))]));
         // C++ and Rust have names with colons in them.

@@ -6,7 +6,8 @@ use super::Finding;
 
 /// Writes `finding` as one line of JSON, with its line end.
 ///
-/// Fields are those of [`Finding`]; see there for how addresses are written. A field may be added at any time.
+/// Fields are those of [`Finding`]; see there for how addresses are written. A field may be added
+/// at any time.
 ///
 /// # Errors
 /// What `out` says.

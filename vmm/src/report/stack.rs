@@ -65,7 +65,10 @@ impl Stack {
     pub fn notes(&self) -> Vec<String> {
         let mut notes = Vec::new();
         if !self.start_found {
-            notes.push("the instruction is not on the stack: all frames are shown, the runtime's too".into());
+            notes.push(
+                "the instruction is not on the stack: all frames are shown, the runtime's too"
+                    .into(),
+            );
         }
         if self.end != StackEnd::Complete {
             notes.push(self.end.to_string());
@@ -74,16 +77,22 @@ impl Stack {
     }
 }
 
-/// Walks the chain of frames from the frame pointer `rbp` on. `read` gives the 8 bytes at a guest-virtual
-/// address, or `None` where there are none.
+/// Walks the chain of frames from the frame pointer `rbp` on. `read` gives the 8 bytes at a
+/// guest-virtual address, or `None` where there are none.
 ///
-/// With `start_ip` the stack begins with the frame that returns there, and what lies further inside is left
-/// out; if there is no such frame, the stack is `start_ip` and everything found. At most `max` addresses are
-/// returned, and at most that many frames and a few more are read, whatever the memory holds.
+/// With `start_ip` the stack begins with the frame that returns there, and what lies further inside
+/// is left out; if there is no such frame, the stack is `start_ip` and everything found. At most
+/// `max` addresses are returned, and at most that many frames and a few more are read, whatever the
+/// memory holds.
 ///
-/// A chain is followed only while it leads to higher addresses, so a walk does not cross from an interrupt
-/// stack to one that lies below it.
-pub fn walk(read: &mut dyn FnMut(u64) -> Option<u64>, rbp: u64, start_ip: Option<u64>, max: usize) -> Stack {
+/// A chain is followed only while it leads to higher addresses, so a walk does not cross from an
+/// interrupt stack to one that lies below it.
+pub fn walk(
+    read: &mut dyn FnMut(u64) -> Option<u64>,
+    rbp: u64,
+    start_ip: Option<u64>,
+    max: usize,
+) -> Stack {
     let steps = max.saturating_add(if start_ip.is_some() { SKIP_MAX } else { 0 });
     let (mut ips, mut end) = chain(read, rbp, steps);
     let mut start_found = true;
@@ -118,7 +127,8 @@ fn chain(read: &mut dyn FnMut(u64) -> Option<u64>, rbp: u64, steps: usize) -> (V
         if !frame.is_multiple_of(8) {
             return (ips, broken(Break::Misaligned));
         }
-        let (Some(next), Some(ip)) = (read(frame), frame.checked_add(8).and_then(&mut *read)) else {
+        let (Some(next), Some(ip)) = (read(frame), frame.checked_add(8).and_then(&mut *read))
+        else {
             return (ips, broken(Break::Unreadable));
         };
         if ip == 0 {
@@ -148,9 +158,14 @@ mod tests {
         move |at| memory.get(&at).copied()
     }
 
-    const GOOD: [(u64, u64, u64); 3] = [(0x100, 0x140, 0xa1), (0x140, 0x180, 0xa2), (0x180, 0, 0xa3)];
+    const GOOD: [(u64, u64, u64); 3] =
+        [(0x100, 0x140, 0xa1), (0x140, 0x180, 0xa2), (0x180, 0, 0xa3)];
 
-    fn walked(frames: &[(u64, u64, u64)], start: Option<u64>, max: usize) -> (Vec<u64>, StackEnd, bool) {
+    fn walked(
+        frames: &[(u64, u64, u64)],
+        start: Option<u64>,
+        max: usize,
+    ) -> (Vec<u64>, StackEnd, bool) {
         let stack = walk(&mut memory(frames), 0x100, start, max);
         (stack.ips, stack.end, stack.start_found)
     }
@@ -190,10 +205,16 @@ mod tests {
             (0x1000, Break::Unreadable),
             (u64::MAX - 7, Break::Unreadable), // the return address would wrap
         ] {
-            assert_eq!(walked(&[(0x100, saved, 0xa1)], None, 16), (vec![0xa1], broken(saved, why), true));
+            assert_eq!(
+                walked(&[(0x100, saved, 0xa1)], None, 16),
+                (vec![0xa1], broken(saved, why), true)
+            );
         }
         let cycle = [GOOD[0], (0x140, 0x100, 0xa2)];
-        assert_eq!(walked(&cycle, None, 16), (vec![0xa1, 0xa2], broken(0x100, Break::NotRising), true));
+        assert_eq!(
+            walked(&cycle, None, 16),
+            (vec![0xa1, 0xa2], broken(0x100, Break::NotRising), true)
+        );
     }
 
     #[test]
@@ -204,7 +225,10 @@ mod tests {
             Some(at + 16)
         };
         let stack = walk(&mut endless, 0x100, Some(1), 10);
-        assert_eq!((stack.ips.len(), stack.end, stack.start_found), (10, StackEnd::Truncated, false));
+        assert_eq!(
+            (stack.ips.len(), stack.end, stack.start_found),
+            (10, StackEnd::Truncated, false)
+        );
         assert!(reads <= 2 * (10 + SKIP_MAX), "{reads} reads");
     }
 }

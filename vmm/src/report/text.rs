@@ -1,12 +1,13 @@
 //! A finding as a KASAN report, for people and for the tools that read such reports.
 //!
-//! Order and wording are those of Linux 6.1 (`mm/kasan/report.c`), with the `Free of addr` line of newer kernels.
-//! Two rules keep syzkaller's parser and `scripts/decode_stacktrace.sh` working: a function of the ELF is a
-//! line of its own with one leading blank and `func+0xoff/0xsize` last; and what we add to it (its line in the
-//! source, the functions inlined into it) stands on lines below it that hold no such text.
+//! Order and wording are those of Linux 6.1 (`mm/kasan/report.c`), with the `Free of addr` line of
+//! newer kernels. Two rules keep syzkaller's parser and `scripts/decode_stacktrace.sh` working: a
+//! function of the ELF is a line of its own with one leading blank and `func+0xoff/0xsize` last;
+//! and what we add to it (its line in the source, the functions inlined into it) stands on lines
+//! below it that hold no such text.
 //!
-//! Names out of the guest are printed without control characters, so that a guest cannot forge a report or
-//! steer a terminal.
+//! Names out of the guest are printed without control characters, so that a guest cannot forge a
+//! report or steer a terminal.
 
 use std::io::{self, Write};
 
@@ -49,8 +50,8 @@ pub fn to_string(finding: &Finding, style: TextStyle) -> String {
     String::from_utf8_lossy(&text).into_owned()
 }
 
-/// Writes one line for each finding that was seen more than once, and one for those that were only counted;
-/// nothing if there are none.
+/// Writes one line for each finding that was seen more than once, and one for those that were only
+/// counted; nothing if there are none.
 ///
 /// # Errors
 /// What `out` says.
@@ -60,7 +61,10 @@ pub fn write_repeats(out: &mut dyn Write, findings: &Findings, style: TextStyle)
     }
     if findings.dropped() > 0 {
         let (kept, dropped) = (findings.distinct(), findings.dropped());
-        writeln!(out, "{dropped} more of other kinds: only the first {kept} different ones are kept")?;
+        writeln!(
+            out,
+            "{dropped} more of other kinds: only the first {kept} different ones are kept"
+        )?;
     }
     Ok(())
 }
@@ -107,7 +111,10 @@ impl Printer<'_> {
         }
         if let Some(previous) = &finding.previous {
             let (size, start) = (previous.size, previous.start);
-            writeln!(self.out, "Before, the address belonged to an object of {size} bytes at {start:016x}")?;
+            writeln!(
+                self.out,
+                "Before, the address belonged to an object of {size} bytes at {start:016x}"
+            )?;
             if let Some(event) = &previous.allocated {
                 self.event("Previously allocated", event)?;
             }
@@ -123,7 +130,8 @@ impl Printer<'_> {
             writeln!(self.out, "The buggy address belongs to the variable:")?;
             writeln!(self.out, " {name}{sign}{offset:#x}/{:#x}", variable.size)?;
             // On a line of its own: parsers take the last word of the one above.
-            let place = source(variable.file.as_deref(), variable.line).map(|place| format!(" at {place}"));
+            let place =
+                source(variable.file.as_deref(), variable.line).map(|place| format!(" at {place}"));
             let module = || Some(format!(" of {}", printable(variable.module.as_deref()?)));
             let place = place.or_else(module).unwrap_or_default();
             let aside = self.paint(ASIDE);
@@ -151,8 +159,9 @@ impl Printer<'_> {
         writeln!(self.out)
     }
 
-    /// A function of the ELF first, then what was inlined into it, innermost first as in the stack, then the
-    /// function's own line. Parsers want the function near the heading, and inlined frames can be many.
+    /// A function of the ELF first, then what was inlined into it, innermost first as in the stack,
+    /// then the function's own line. Parsers want the function near the heading, and inlined frames
+    /// can be many.
     fn frames(&mut self, frames: &[Frame]) -> io::Result<()> {
         if frames.is_empty() {
             return writeln!(self.out, "(stack is not available)");
@@ -170,7 +179,11 @@ impl Printer<'_> {
                 if frame.inlined {
                     let symbol = frame.symbol.as_deref().unwrap_or("a function");
                     let source = source.map(|s| format!(" at {s}")).unwrap_or_default();
-                    writeln!(self.out, "{aside}    inlined: {}{source}{aside:#}", printable(symbol))?;
+                    writeln!(
+                        self.out,
+                        "{aside}    inlined: {}{source}{aside:#}",
+                        printable(symbol)
+                    )?;
                 } else if let Some(source) = source {
                     writeln!(self.out, "{aside}    at {source}{aside:#}")?;
                 }
@@ -190,14 +203,20 @@ impl Printer<'_> {
         let place = relation(i128::from(object.offset), object.size);
         writeln!(self.out, "The buggy address is located {place} of\n {region}")?;
         if finding.address != finding.shadow.first_bad {
-            let place = relation(i128::from(finding.address) - i128::from(object.start), object.size);
+            let place =
+                relation(i128::from(finding.address) - i128::from(object.start), object.size);
             writeln!(self.out, " (the access begins {place} of it)")?;
         }
         writeln!(self.out)
     }
 
     fn stack_frame(&mut self, task: &Task, frame: &StackFrame) -> io::Result<()> {
-        writeln!(self.out, "The buggy address belongs to stack of task {}/{}", name(task), task.id)?;
+        writeln!(
+            self.out,
+            "The buggy address belongs to stack of task {}/{}",
+            name(task),
+            task.id
+        )?;
         if let Some(function) = &frame.function {
             writeln!(self.out, " and is located at offset {} in frame:", frame.offset)?;
             writeln!(self.out, " {}", printable(function))?;
@@ -209,7 +228,12 @@ impl Printer<'_> {
         for variable in &frame.variables {
             let end = variable.offset.saturating_add(variable.size);
             let line = variable.line.map(|line| format!(" (line {line})")).unwrap_or_default();
-            writeln!(self.out, " [{}, {end}) '{}'{line}", variable.offset, printable(&variable.name))?;
+            writeln!(
+                self.out,
+                " [{}, {end}) '{}'{line}",
+                variable.offset,
+                printable(&variable.name)
+            )?;
         }
         writeln!(self.out)
     }

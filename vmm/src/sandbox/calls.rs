@@ -1,7 +1,9 @@
 //! What each hypercall does.
 
 use umbra_shadow::Shadow;
-use umbra_shadow::abi::{self, RECORD_BYTES, RECORD_FRAMES, RELEASED_BYTES, Released, features, record};
+use umbra_shadow::abi::{
+    self, RECORD_BYTES, RECORD_FRAMES, RELEASED_BYTES, Released, features, record,
+};
 use vm_memory::GuestAddress;
 
 use super::investigate::Place;
@@ -17,8 +19,13 @@ use crate::shadow::{Notify, Objects, ShadowError, quarantine, release_unused};
 const SYNC_RELEASE: u64 = 4096;
 
 impl Monitor {
-    /// Decodes and handles call `number`; its arguments are in the vCPU's registers, its result goes there.
-    pub(super) fn hypercall(&mut self, number: u32, machine: &mut Machine) -> Result<Flow, Outcome> {
+    /// Decodes and handles call `number`; its arguments are in the vCPU's registers, its result
+    /// goes there.
+    pub(super) fn hypercall(
+        &mut self,
+        number: u32,
+        machine: &mut Machine,
+    ) -> Result<Flow, Outcome> {
         let mut regs = machine.cpu.regs()?;
         let handled = Call::decode(number, regs.rdi, regs.rsi, regs.rcx, regs.r8)
             .map_err(Refused::from)
@@ -36,7 +43,12 @@ impl Monitor {
         Ok(Flow::Continue)
     }
 
-    fn handle(&mut self, number: u32, call: Call, machine: &mut Machine) -> Result<Answer, Refused> {
+    fn handle(
+        &mut self,
+        number: u32,
+        call: Call,
+        machine: &mut Machine,
+    ) -> Result<Answer, Refused> {
         let notify = self.windows.as_ref().map(|windows| windows.notify());
         let needed = match call {
             Call::RingSetup { .. } | Call::RingDrain { .. } => Some(Notify::Ring),
@@ -80,7 +92,9 @@ impl Monitor {
             Call::Poison { va, len, code } => {
                 let gpa = to_gpa(&self.regions, va, len)?;
                 if let Some(windows) = &mut self.windows {
-                    windows.poison(gpa, len, code, machine.slots).map_err(|e| shadow_error(e, va))?;
+                    windows
+                        .poison(gpa, len, code, machine.slots)
+                        .map_err(|e| shadow_error(e, va))?;
                 }
             }
             Call::Unpoison { va, len, stack } => {
@@ -93,7 +107,8 @@ impl Monitor {
                 }
             }
             Call::Allocated { va, size, cache, actor, slot } => {
-                let gpa = to_gpa(&self.regions, va, slot.map_or(size, |slot| slot.bytes.max(size)))?;
+                let gpa =
+                    to_gpa(&self.regions, va, slot.map_or(size, |slot| slot.bytes.max(size)))?;
                 if let (Some(windows), Some(slot)) = (&mut self.windows, slot) {
                     windows.unpoison(gpa, size, machine.slots).map_err(|e| shadow_error(e, va))?;
                     let rest = slot.bytes.saturating_sub(size);
@@ -174,12 +189,15 @@ impl Monitor {
                     }
                 }
                 match what {
-                    Named::Cache { id, object_size } => self.objects.name_cache(id, name, object_size),
+                    Named::Cache { id, object_size } => {
+                        self.objects.name_cache(id, name, object_size)
+                    }
                     Named::Task { id } => self.objects.name_task(id, name),
                 }
             }
             Call::Globals { va, count } => {
-                // Read through the guest's page tables, when it is: virtual memory (a module's) will do.
+                // Read through the guest's page tables, when it is: virtual memory (a module's)
+                // will do.
                 to_gpa(&self.regions, va, count * abi::GLOBAL_BYTES)?;
                 self.globals.add(va, count)?;
             }
@@ -213,7 +231,8 @@ impl Monitor {
         let gpa = in_ram(&self.regions, ram, to.va, room, what)?;
         let taken = self.quarantine.take(to.count as usize, all);
         let bytes: Vec<u8> = taken.iter().flat_map(|memory| memory.to_bytes()).collect();
-        ram.write(GuestAddress(gpa), &bytes).map_err(|_| CallError::Argument { what, value: to.va })?;
+        ram.write(GuestAddress(gpa), &bytes)
+            .map_err(|_| CallError::Argument { what, value: to.va })?;
         Ok(taken.len() as u64)
     }
 
@@ -245,15 +264,16 @@ impl Monitor {
                 _ => {}
             }
             // The CPU that asks is done with all that it told, since it tells and poisons at once.
-            refused += u64::from(!quarantine.told(event.cpu, waits, last && asked != Some(event.cpu)));
+            refused +=
+                u64::from(!quarantine.told(event.cpu, waits, last && asked != Some(event.cpu)));
         });
         if refused > 0 {
             self.refuse(refused, &format_args!("{refused} records in rings make no sense"));
         }
     }
 
-    /// Gives host memory behind unused shadow back. In `ring` mode every vCPU stands still. In `sync` mode only the VMM
-    /// changes shadow, so the others cannot make use of what goes.
+    /// Gives host memory behind unused shadow back. In `ring` mode every vCPU stands still. In
+    /// `sync` mode only the VMM changes shadow, so the others cannot make use of what goes.
     fn give_back(&mut self) -> Result<(), Outcome> {
         if let Some(windows) = &mut self.windows {
             release_unused(windows)?;
@@ -305,7 +325,13 @@ fn to_gpa(regions: &Regions, va: u64, len: u64) -> Result<u64, CallError> {
     regions.to_gpa(va, len.max(1)).ok_or(CallError::Argument { what: "address", value: va })
 }
 
-fn in_ram(regions: &Regions, ram: &Ram, va: u64, len: u64, what: &'static str) -> Result<u64, CallError> {
+fn in_ram(
+    regions: &Regions,
+    ram: &Ram,
+    va: u64,
+    len: u64,
+    what: &'static str,
+) -> Result<u64, CallError> {
     regions
         .to_gpa(va, len)
         .filter(|gpa| ram.contains(GuestAddress(*gpa), len))
@@ -318,7 +344,8 @@ const QUARANTINE_FULL: CallError =
 
 /// Freed memory, as the quarantine keeps it.
 fn released(va: u64, slot: u64, wait: u16) -> Result<Released, CallError> {
-    let slot = u32::try_from(slot).map_err(|_| CallError::Argument { what: "slot", value: slot })?;
+    let slot =
+        u32::try_from(slot).map_err(|_| CallError::Argument { what: "slot", value: slot })?;
     Ok(Released { address: va, slot, wait, reserved: 0 })
 }
 

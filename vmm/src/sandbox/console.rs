@@ -1,5 +1,5 @@
-//! What the guest's console says about how the guest fares: its last lines, and, if the guest is Linux, that it panicked
-//! or stopped on purpose.
+//! What the guest's console says about how the guest fares: its last lines, and, if the guest is
+//! Linux, that it panicked or stopped on purpose.
 
 use std::collections::VecDeque;
 
@@ -7,7 +7,8 @@ use std::collections::VecDeque;
 const LINES: usize = 64;
 /// Bytes of each that are kept.
 pub(super) const LINE_BYTES: usize = 400;
-/// What Linux says (kernel/panic.c, kernel/reboot.c). Without a way to switch the machine off it halts instead.
+/// What Linux says (kernel/panic.c, kernel/reboot.c). Without a way to switch the machine off it
+/// halts instead.
 const PANIC: &str = "Kernel panic - not syncing: ";
 const PANIC_END: &str = "---[ end Kernel panic - not syncing: ";
 const STOPS: [&str; 2] = ["reboot: Power down", "reboot: System halted"];
@@ -40,7 +41,8 @@ impl ConsoleWatch {
     /// Takes in a line, without its end.
     pub(super) fn line(&mut self, line: &[u8]) -> Sign {
         let line = String::from_utf8_lossy(&line[..line.len().min(LINE_BYTES)]);
-        let line: String = line.trim_end().chars().filter(|c| !c.is_control() || *c == '\t').collect();
+        let line: String =
+            line.trim_end().chars().filter(|c| !c.is_control() || *c == '\t').collect();
         let sign = if self.linux { self.sign(&line) } else { Sign::None };
         if self.lines.len() >= LINES {
             self.lines.pop_front();
@@ -78,7 +80,8 @@ impl ConsoleWatch {
     }
 }
 
-/// A line without the time stamp and the caller that Linux may print in front: `[    1.234567][    T1] `.
+/// A line without the time stamp and the caller that Linux may print in front: `[    1.234567][
+/// T1] `.
 fn without_stamps(mut line: &str) -> &str {
     while let Some((_, rest)) = line.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
         line = rest.trim_start();
@@ -94,11 +97,17 @@ mod tests {
     fn linux_says_how_it_ends() {
         let mut watch = ConsoleWatch::new(true);
         assert_eq!(watch.line(b"[    1.234567] Run /init as init process\r"), Sign::None);
-        assert_eq!(watch.line(b"[    1.5][    T1] Kernel panic - not syncing: no init\r"), Sign::None);
+        assert_eq!(
+            watch.line(b"[    1.5][    T1] Kernel panic - not syncing: no init\r"),
+            Sign::None
+        );
         assert_eq!(watch.panic(), Some("no init"));
         assert_eq!(watch.line(b"Kernel panic - not syncing: another"), Sign::None);
         assert_eq!(watch.panic(), Some("no init"));
-        assert_eq!(watch.line(b"---[ end Kernel panic - not syncing: no init ]---"), Sign::PanicEnd);
+        assert_eq!(
+            watch.line(b"---[ end Kernel panic - not syncing: no init ]---"),
+            Sign::PanicEnd
+        );
         assert_eq!(watch.line(b"[  2.0] reboot: Power down"), Sign::Stopped);
         assert_eq!(watch.line(b"reboot: System halted\r"), Sign::Stopped);
         assert_eq!(watch.line(b"echo reboot: Power down"), Sign::None);

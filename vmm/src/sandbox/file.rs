@@ -1,5 +1,6 @@
-//! Kernels and initrds. They are needed once, when they are copied into guest memory, and a kernel again for its symbols if
-//! there is something to report: those that are files on disk are not kept in memory meanwhile.
+//! Kernels and initrds. They are needed once, when they are copied into guest memory, and a kernel
+//! again for its symbols if there is something to report: those that are files on disk are not kept
+//! in memory meanwhile.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -73,7 +74,8 @@ impl GuestFile {
         match self {
             Self::Memory(bytes) => Ok(bytes.clone().into()),
             Self::Disk(file) => {
-                let fail = |source| LoadError::Read { what: file.what, path: file.path.clone(), source };
+                let fail =
+                    |source| LoadError::Read { what: file.what, path: file.path.clone(), source };
                 let opened = File::open(&file.path).map_err(fail)?;
                 file.is_the_same(&opened.metadata().map_err(fail)?)?;
                 Contents::disk(opened).map_err(fail)
@@ -90,7 +92,8 @@ impl GuestFile {
             Self::Memory(bytes) => Ok(bytes.clone()),
             Self::Disk(file) => {
                 let contents = read_file(file.what, &file.path)?;
-                let fail = |source| LoadError::Read { what: file.what, path: file.path.clone(), source };
+                let fail =
+                    |source| LoadError::Read { what: file.what, path: file.path.clone(), source };
                 file.is_the_same(&file.path.metadata().map_err(fail)?)?;
                 Ok(contents.into())
             }

@@ -1,6 +1,7 @@
 //! The guest's global variables that have redzones, as its compiler described them.
 //!
-//! Only where the descriptions lie is kept; they are read from guest memory when a finding needs them.
+//! Only where the descriptions lie is kept; they are read from guest memory when a finding needs
+//! them.
 
 use umbra_shadow::abi::GLOBAL_BYTES;
 
@@ -50,13 +51,17 @@ impl Globals {
             let text = bytes.get(..len)?.split(|byte| *byte == 0).next()?;
             (!text.is_empty()).then(|| String::from_utf8_lossy(text).into_owned())
         };
-        let all = self.arrays.iter().flat_map(|&(va, count)| (0..count).map(move |i| va + i * GLOBAL_BYTES));
+        let all = self
+            .arrays
+            .iter()
+            .flat_map(|&(va, count)| (0..count).map(move |i| va + i * GLOBAL_BYTES));
         for at in all {
             let (Some(start), Some(whole)) = (word(at), word(at + 16)) else { continue };
             if address.checked_sub(start).is_some_and(|offset| offset < whole) {
                 let name = word(at + 24).and_then(text)?;
                 let module = word(at + 32).and_then(text);
-                // gcc, and clang before version 15, say where it is declared: the file's name, line and column.
+                // gcc, and clang before version 15, say where it is declared: the file's name, line
+                // and column.
                 let place = word(at + 48).filter(|place| *place != 0);
                 let file = place.and_then(word).and_then(text).map(Into::into);
                 let line = place.and_then(|place| word(place.checked_add(8)?));

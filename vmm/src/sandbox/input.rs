@@ -1,5 +1,5 @@
-//! Input for the guest's console: a thread reads it and gives it to the serial port. Ctrl-A is the key that commands
-//! to Umbra itself begin with.
+//! Input for the guest's console: a thread reads it and gives it to the serial port. Ctrl-A is the
+//! key that commands to Umbra itself begin with.
 
 use std::io::Read;
 use std::sync::Weak;
@@ -54,7 +54,8 @@ impl Keys {
     }
 }
 
-/// Starts the threads. The one that reads ends with the input, or with the run once something is typed after that.
+/// Starts the threads. The one that reads ends with the input, or with the run once something is
+/// typed after that.
 pub(super) fn spawn(mut input: Box<dyn Read + Send>, shared: Weak<Shared>) -> std::io::Result<()> {
     let flushed = shared.clone();
     let run = move || {
@@ -80,7 +81,8 @@ pub(super) fn spawn(mut input: Box<dyn Read + Send>, shared: Weak<Shared>) -> st
     thread::Builder::new().name("console".into()).spawn(move || keep_flushing(&flushed)).map(drop)
 }
 
-/// Shows what the guest has written without a line end, such as a prompt. In a thread of its own, since output may block.
+/// Shows what the guest has written without a line end, such as a prompt. In a thread of its own,
+/// since output may block.
 fn keep_flushing(shared: &Weak<Shared>) {
     while let Some(shared) = shared.upgrade().filter(|shared| !shared.stop.load(SeqCst)) {
         if let Some(mut monitor) = shared.monitor.try_lock() {
@@ -130,7 +132,16 @@ mod tests {
         let byte = Key::Byte;
         assert_eq!(
             typed,
-            [byte(b'a'), Key::Quit, byte(b'b'), byte(1), Key::Break, Key::Help, byte(b'c'), byte(1)]
+            [
+                byte(b'a'),
+                Key::Quit,
+                byte(b'b'),
+                byte(1),
+                Key::Break,
+                Key::Help,
+                byte(b'c'),
+                byte(1)
+            ]
         );
     }
 }

@@ -1,11 +1,11 @@
-//! From a reported access to a finding: what the shadow says about the address, what object it belongs to, who
-//! allocated and freed that, and which code was at it.
+//! From a reported access to a finding: what the shadow says about the address, what object it
+//! belongs to, who allocated and freed that, and which code was at it.
 
 use std::fmt;
 
 use umbra_shadow::codes::{
-    GRANULE, GRANULE_SHIFT, LARGE_REDZONE, PAGE_SHIFT, PAGE_SIZE, SLAB_REDZONE, STACK_LEFT, UNKNOWN,
-    VMALLOC_INVALID,
+    GRANULE, GRANULE_SHIFT, LARGE_REDZONE, PAGE_SHIFT, PAGE_SIZE, SLAB_REDZONE, STACK_LEFT,
+    UNKNOWN, VMALLOC_INVALID,
 };
 use umbra_shadow::{BugKind, Cause, Shadow, Violation, abi, classify};
 
@@ -42,7 +42,8 @@ impl Place {
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "rip {:#x}", self.rip)?;
-        let Some((frame, symbol)) = self.frame.as_ref().and_then(|f| Some((f, f.symbol.as_ref()?))) else {
+        let Some((frame, symbol)) = self.frame.as_ref().and_then(|f| Some((f, f.symbol.as_ref()?)))
+        else {
             return Ok(());
         };
         write!(f, ", in {symbol}+{:#x}", frame.offset)
@@ -51,7 +52,8 @@ impl fmt::Display for Place {
 
 /// The stack that begins at the vCPU's frame pointer.
 pub(super) fn stack(machine: &Machine, start_ip: Option<u64>, most: usize) -> Stack {
-    let (regs, sregs) = (machine.cpu.regs().unwrap_or_default(), machine.cpu.sregs().unwrap_or_default());
+    let (regs, sregs) =
+        (machine.cpu.regs().unwrap_or_default(), machine.cpu.sregs().unwrap_or_default());
     let space = AddressSpace::new(&sregs);
     walk(&mut |at| space.read_u64(machine.ram, at).ok(), regs.rbp, start_ip, most)
 }
@@ -77,11 +79,19 @@ impl Monitor {
         let gpa = region.map(|(gpa, _)| gpa);
         let violation = match (&self.windows, region) {
             // A free has no size; its address is what is wrong.
-            (Some(windows), Some((gpa, left))) => access_violation(windows.model(), gpa, size.max(1), left),
-            _ => Some(Violation { address: gpa.unwrap_or(address), code: UNKNOWN, cause: Cause::Outside }),
+            (Some(windows), Some((gpa, left))) => {
+                access_violation(windows.model(), gpa, size.max(1), left)
+            }
+            _ => Some(Violation {
+                address: gpa.unwrap_or(address),
+                code: UNKNOWN,
+                cause: Cause::Outside,
+            }),
         };
         let kind = BugKind::of_free(number).unwrap_or_else(|| match (&violation, &self.windows) {
-            (Some(violation), Some(windows)) => classify(windows.model(), violation, address, size, number),
+            (Some(violation), Some(windows)) => {
+                classify(windows.model(), violation, address, size, number)
+            }
             _ => BugKind::Unknown,
         });
         // The shadow is keyed by guest-physical address; the guest knows the virtual one.
@@ -95,7 +105,9 @@ impl Monitor {
         let bad_gpa = if BugKind::of_free(number).is_some() { gpa } else { bad_gpa };
 
         let stack_frame = match kind {
-            BugKind::StackOutOfBounds | BugKind::UseAfterScope => self.stack_frame(first_bad, machine),
+            BugKind::StackOutOfBounds | BugKind::UseAfterScope => {
+                self.stack_frame(first_bad, machine)
+            }
             _ => None,
         };
         // One code says both, of virtual memory. Of a stack there, the frame is known.
@@ -136,14 +148,17 @@ impl Monitor {
             }
             Event { task: task(event.task, event.name), frames: self.symbols.stack(event.frames) }
         };
-        let (mut allocated, mut freed, mut related_work, mut previous) = (None, None, Vec::new(), None);
+        let (mut allocated, mut freed, mut related_work, mut previous) =
+            (None, None, Vec::new(), None);
         if let Some((gpa, found)) = &found {
             allocated = found.allocated.as_ref().map(&mut event);
             freed = found.freed.as_ref().map(&mut event);
             related_work.extend(found.related.iter().map(&mut event));
             // Only if the pointer may have been to that object.
-            let before =
-                found.previous.as_ref().filter(|p| (p.start..p.start.saturating_add(p.size)).contains(gpa));
+            let before = found
+                .previous
+                .as_ref()
+                .filter(|p| (p.start..p.start.saturating_add(p.size)).contains(gpa));
             previous = before.map(|before| report::Previous {
                 start: first_bad.wrapping_sub(gpa - before.start),
                 size: before.size,
@@ -162,7 +177,8 @@ impl Monitor {
             }
         });
         let variable = match kind {
-            // The compiler's description knows the size without the redzone; the symbol table does not.
+            // The compiler's description knows the size without the redzone; the symbol table does
+            // not.
             BugKind::GlobalOutOfBounds => {
                 let sregs = machine.cpu.sregs().unwrap_or_default();
                 let mut variable = self
@@ -184,7 +200,9 @@ impl Monitor {
             if object.as_ref().filter(sure).is_none() {
                 notes.push("the table of objects was full: the object may be missing in it".into());
             } else if allocated.is_none() {
-                notes.push("the table of objects was full: who allocated the object was forgotten".into());
+                notes.push(
+                    "the table of objects was full: who allocated the object was forgotten".into(),
+                );
             }
         }
         Finding {
@@ -215,7 +233,9 @@ impl Monitor {
 
     /// Whether a key stands for virtual memory.
     fn is_virtual(&self, key: u64) -> bool {
-        self.windows.as_ref().is_some_and(|windows| key >= windows.model().memory().layout().virtual_start)
+        self.windows
+            .as_ref()
+            .is_some_and(|windows| key >= windows.model().memory().layout().virtual_start)
     }
 
     /// Whether all of the page of `gpa` belongs to no allocation of virtual memory: a guard page.
@@ -226,8 +246,9 @@ impl Monitor {
         self.is_virtual(gpa) && granules.all(|at| windows.model().state(at) == VMALLOC_INVALID)
     }
 
-    /// The frame that `first_bad` lies in. Its start is that of the nearest left redzone below, if what the compiler
-    /// puts there is there (as `kasan_get_stack_frame_info` finds it, `mm/kasan/report_generic.c`).
+    /// The frame that `first_bad` lies in. Its start is that of the nearest left redzone below, if
+    /// what the compiler puts there is there (as `kasan_get_stack_frame_info` finds it,
+    /// `mm/kasan/report_generic.c`).
     fn stack_frame(&self, first_bad: u64, machine: &Machine) -> Option<StackFrame> {
         let model = self.windows.as_ref()?.model();
         let state = |at| Some(model.state(self.regions.to_gpa(at, GRANULE)?));
@@ -256,10 +277,9 @@ impl Monitor {
         let len = space.read_some(machine.ram, word(1)?, &mut text);
         let text = text.get(..len)?.split(|byte| *byte == 0).next()?;
         let pc = word(2)?;
-        let function = self
-            .symbols
-            .lookup(pc)
-            .map(|symbol| format!("{}+{:#x}/{:#x}", symbol.name, pc.wrapping_sub(symbol.start), symbol.size));
+        let function = self.symbols.lookup(pc).map(|symbol| {
+            format!("{}+{:#x}/{:#x}", symbol.name, pc.wrapping_sub(symbol.start), symbol.size)
+        });
         Some(StackFrame { offset: first_bad - base, function, variables: frame::parse(text)? })
     }
 
@@ -272,12 +292,17 @@ impl Monitor {
     }
 
     /// Makes a finding of a guest's own store into a read-only window, which had no effect.
-    pub(super) fn tampering(&mut self, gpa: u64, size: u64, machine: &mut Machine) -> Result<Flow, Outcome> {
+    pub(super) fn tampering(
+        &mut self,
+        gpa: u64,
+        size: u64,
+        machine: &mut Machine,
+    ) -> Result<Flow, Outcome> {
         machine.others.stop()?;
         self.drain_all(machine.ram);
         let ip = machine.cpu.regs()?.rip;
-        // Through which address of its own the guest came is not known; it has the shadow of its regions mapped where
-        // the checks look.
+        // Through which address of its own the guest came is not known; it has the shadow of its
+        // regions mapped where the checks look.
         let address = self.windows.as_ref().and_then(|windows| {
             let in_page = windows.page_window().and_then(|window| window.offset(gpa, 1));
             let (offset, shift) = match in_page {
@@ -292,7 +317,9 @@ impl Monitor {
         frames.extend(self.symbols.stack(&stack.ips));
         let mut notes = self.symbols.notes();
         if address.is_none() {
-            notes.push("the address is the guest-physical one: no region belongs to this shadow".into());
+            notes.push(
+                "the address is the guest-physical one: no region belongs to this shadow".into(),
+            );
         }
         let finding = Finding {
             kind: BugKind::ShadowTampering.as_str(),
@@ -331,14 +358,15 @@ impl Monitor {
     }
 }
 
-/// What is wrong with an access to `size` bytes at `gpa`, whose region ends `left` bytes behind it. What follows there is other
-/// memory to the guest.
+/// What is wrong with an access to `size` bytes at `gpa`, whose region ends `left` bytes behind it.
+/// What follows there is other memory to the guest.
 fn access_violation(model: &Model, gpa: u64, size: u64, left: u64) -> Option<Violation> {
     // A negative size is wrong wherever it is.
     if size <= left || size > i64::MAX as u64 {
         return model.check(gpa, size).err();
     }
-    let behind = Violation { address: gpa.saturating_add(left), code: UNKNOWN, cause: Cause::Outside };
+    let behind =
+        Violation { address: gpa.saturating_add(left), code: UNKNOWN, cause: Cause::Outside };
     model.check(gpa, left).err().or(Some(behind))
 }
 

@@ -88,14 +88,18 @@ impl Marks {
             text: self.wanted.swap_remove(at),
             line: line.trim_end().chars().filter(|c| !c.is_control()).collect(),
             seconds: self.start.elapsed().as_secs_f64(),
-            instructions: self.counters.as_ref().and_then(|counters| counters.instructions_emulated()),
+            instructions: self
+                .counters
+                .as_ref()
+                .and_then(|counters| counters.instructions_emulated()),
             exits: exits.total,
             hypercalls: exits.hypercall,
             shadow_faults: exits.shadow_fault,
             allocations: events.allocations,
             rss_bytes: memory.resident,
             rss_peak_bytes: memory.resident_peak,
-            shadow_peak_bytes: shadow.map_or(0, |shadow| shadow.page_bytes + shadow.byte_peak_resident_bytes),
+            shadow_peak_bytes: shadow
+                .map_or(0, |shadow| shadow.page_bytes + shadow.byte_peak_resident_bytes),
         });
     }
 
@@ -113,14 +117,18 @@ mod tests {
     fn each_text_is_marked_once() {
         let mut marks = Marks::new(vec!["end of boot".into(), "never".into()], None);
         let exits = |total| ExitStats { total, ..ExitStats::default() };
-        let mut line = |text: &[u8], total| marks.line(text, &exits(total), &EventStats::default(), None);
+        let mut line =
+            |text: &[u8], total| marks.line(text, &exits(total), &EventStats::default(), None);
         line(b"[ 1.0] begin of boot\r", 1);
         line(b"[ 2.0] the end of boot\x1b, or not\r", 2);
         line(b"the end of boot", 3);
         line(b"\xffnev\xffer", 4);
         let passed = marks.passed();
         assert_eq!(passed.len(), 1);
-        assert_eq!((passed[0].exits, passed[0].line.as_str()), (2, "[ 2.0] the end of boot, or not"));
+        assert_eq!(
+            (passed[0].exits, passed[0].line.as_str()),
+            (2, "[ 2.0] the end of boot, or not")
+        );
         assert!(passed[0].rss_bytes > 0 && passed[0].instructions.is_none());
     }
 }

@@ -1,9 +1,9 @@
-//! The sandbox: a machine, its shadow and its findings, joined for one run of one kernel. The library's entry point
-//! is [`run`].
+//! The sandbox: a machine, its shadow and its findings, joined for one run of one kernel. The
+//! library's entry point is [`run`].
 //!
-//! Each vCPU runs in a thread of its own. The calling thread waits for them, watches the time limit and the request
-//! to stop, and gets the vCPUs out of the guest for either. If the host does not let go of one, the run
-//! still ends, with all that was found.
+//! Each vCPU runs in a thread of its own. The calling thread waits for them, watches the time limit
+//! and the request to stop, and gets the vCPUs out of the guest for either. If the host does not
+//! let go of one, the run still ends, with all that was found.
 
 mod calls;
 mod console;
@@ -35,7 +35,9 @@ use vm_memory::GuestAddress;
 
 use crate::machine::cpuid::CpuidLeaf;
 use crate::machine::devices::{COM1_IRQ, Devices};
-use crate::machine::loader::{Boot, Emulated, LoadError, Protocol, is_bzimage, is_linux, with_defaults};
+use crate::machine::loader::{
+    Boot, Emulated, LoadError, Protocol, is_bzimage, is_linux, with_defaults,
+};
 use crate::machine::memory::Ram;
 use crate::machine::stats::{Counters, emulates_ring0, tsc_khz};
 use crate::machine::{Kvm, Machine, MachineConfig, MachineError, SlotId, layout};
@@ -43,8 +45,8 @@ use crate::report::symbols::Symbols;
 use crate::report::{Finding, Findings};
 use crate::shadow::accounting::resident_bytes;
 use crate::shadow::{
-    self, Notify, ObjectLimits, Objects, PageMap, ProcessMemory, Quarantine, QuarantineSize, ShadowError,
-    SlotError, Slots, Windows,
+    self, Notify, ObjectLimits, Objects, PageMap, ProcessMemory, Quarantine, QuarantineSize,
+    ShadowError, SlotError, Slots, Windows,
 };
 use console::ConsoleWatch;
 pub use file::GuestFile;
@@ -118,10 +120,11 @@ pub struct Config {
     pub memory: u64,
     /// CPUs, 1 to [`layout::MAX_CPUS`].
     pub cpus: u8,
-    /// Give the guest interrupt controllers even if it has one CPU; a Linux guest gets them anyway. With them `hlt` does not end the run: an interrupt
-    /// may follow.
+    /// Give the guest interrupt controllers even if it has one CPU; a Linux guest gets them anyway.
+    /// With them `hlt` does not end the run: an interrupt may follow.
     pub irqchip: bool,
-    /// Give the guest a timer, and the interrupt controllers that it needs. A Linux guest gets it anyway.
+    /// Give the guest a timer, and the interrupt controllers that it needs. A Linux guest gets it
+    /// anyway.
     pub pit: bool,
     /// Which shadow.
     pub shadow: ShadowMode,
@@ -139,14 +142,15 @@ pub struct Config {
     pub timeout: Option<Duration>,
     /// After how many different findings to stop; never if none.
     pub stop_at: Option<usize>,
-    /// Find out whether the host counts guest instructions, and read the count. Costs a probe guest.
+    /// Find out whether the host counts guest instructions, and read the count. Costs a probe
+    /// guest.
     pub count_instructions: bool,
     /// Watch the run for [`Report::picture`]. Without it nothing is sampled.
     pub picture: bool,
     /// Texts on the console at whose first line [`Stats::marks`] tells what the run had cost.
     pub marks: Vec<String>,
-    /// Changes what the guest finds by CPUID: how tests show a guest an Umbra that is not this one. What it is told and what there
-    /// is are then two things.
+    /// Changes what the guest finds by CPUID: how tests show a guest an Umbra that is not this one.
+    /// What it is told and what there is are then two things.
     #[doc(hidden)]
     pub discovery: Option<fn(&mut [CpuidLeaf])>,
 }
@@ -198,7 +202,8 @@ pub trait Observer: Send {
     /// A finding that is the first of its kind.
     fn finding(&mut self, finding: &Finding);
 
-    /// The guest is about to run; `counters` are its vCPUs', if they were asked for and KVM has them.
+    /// The guest is about to run; `counters` are its vCPUs', if they were asked for and KVM has
+    /// them.
     fn starts(&mut self, counters: Option<Arc<Counters>>) {
         let _ = counters;
     }
@@ -260,20 +265,22 @@ struct MachineSlots<'a>(&'a Machine);
 
 impl Slots for MachineSlots<'_> {
     fn map(&mut self, gpa: u64, host: *mut u8, len: u64, readonly: bool) -> Result<u32, SlotError> {
-        // SAFETY: `Shared` drops the machine before the windows, and the vCPUs' threads hold both; shadow is
-        // memory that is meant for the guest to write. Should the windows fail half made, they go first, but no vCPU
-        // runs then or later.
+        // SAFETY: `Shared` drops the machine before the windows, and the vCPUs' threads hold both;
+        // shadow is memory that is meant for the guest to write. Should the windows fail half made,
+        // they go first, but no vCPU runs then or later.
         let slot = unsafe { self.0.map(GuestAddress(gpa), host, len, readonly) };
         slot.map(SlotId::into_raw).map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
     }
 
     fn unmap(&mut self, slot: u32) -> Result<(), SlotError> {
-        self.0.unmap(SlotId::from_raw(slot)).map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
+        self.0
+            .unmap(SlotId::from_raw(slot))
+            .map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
     }
 }
 
-/// What all threads hold. The order of the fields is the order in which they are dropped: the machine, whose memory
-/// slots lie in the windows, before them.
+/// What all threads hold. The order of the fields is the order in which they are dropped: the
+/// machine, whose memory slots lie in the windows, before them.
 struct Shared {
     machine: Machine,
     vcpus: Vcpus,
@@ -281,8 +288,9 @@ struct Shared {
     stop: AtomicBool,
     /// The user typed that the run shall end.
     quit: AtomicBool,
-    /// The state. The lock is passed on to who waits for it: a vCPU that makes one exit after the other keeps no other waiting.
-    /// It is not lost by a panic, which is told when that thread is joined; the findings are still good.
+    /// The state. The lock is passed on to who waits for it: a vCPU that makes one exit after the
+    /// other keeps no other waiting. It is not lost by a panic, which is told when that thread is
+    /// joined; the findings are still good.
     monitor: Mutex<Monitor>,
 }
 
@@ -291,16 +299,19 @@ impl Shared {
         self.monitor.lock()
     }
 
-    /// The state, unless a vCPU's thread holds on to it: it may be writing to a pipe that nobody reads.
+    /// The state, unless a vCPU's thread holds on to it: it may be writing to a pipe that nobody
+    /// reads.
     fn monitor_in_time(&self) -> Option<MutexGuard<'_, Monitor>> {
         self.monitor.try_lock_for(PATIENCE)
     }
 }
 
-/// Runs a kernel to its end. `console` is its serial port, `observer` gets its findings; `stop` ends it from outside.
+/// Runs a kernel to its end. `console` is its serial port, `observer` gets its findings; `stop`
+/// ends it from outside.
 ///
 /// # Errors
-/// The run could not begin: no KVM, a bad kernel, no memory. Once it has begun, everything is an [`Outcome`].
+/// The run could not begin: no KVM, a bad kernel, no memory. Once it has begun, everything is an
+/// [`Outcome`].
 pub fn run(
     config: &Config,
     console: impl Into<Console>,
@@ -338,8 +349,10 @@ pub fn run(
     let emulated = (linux || config.count_instructions) && is_emulated(&kvm);
     let cmdline = if linux {
         // Where it is not known, nothing is made of it.
-        let host =
-            emulated.then(|| Emulated { tsc_khz: tsc_khz(&kvm).unwrap_or(0), bzimage: is_bzimage(&kernel) });
+        let host = emulated.then(|| Emulated {
+            tsc_khz: tsc_khz(&kvm).unwrap_or(0),
+            bzimage: is_bzimage(&kernel),
+        });
         with_defaults(&config.cmdline, host)
     } else {
         config.cmdline.clone()
@@ -354,7 +367,8 @@ pub fn run(
     })?;
     // They are in guest memory now.
     drop((kernel, initrd));
-    let vcpus = (0..config.cpus).map(|id| machine.create_vcpu(id)).collect::<Result<Vec<_>, _>>()?;
+    let vcpus =
+        (0..config.cpus).map(|id| machine.create_vcpu(id)).collect::<Result<Vec<_>, _>>()?;
     // Last of what can fail: if it does, no vCPU has run on the slots that it made.
     let mode = match config.shadow {
         ShadowMode::PerPage => Some(shadow::Mode::PerPage),
@@ -362,9 +376,12 @@ pub fn run(
         ShadowMode::Off => None,
     };
     let windows = mode.map(|mode| {
-        let ram =
-            layout::ram_ranges(config.memory).into_iter().map(|(gpa, len)| gpa.0..gpa.0 + len).collect();
-        let windows = shadow::Config { ram, mode, notify: config.notify, limit: config.shadow_limit };
+        let ram = layout::ram_ranges(config.memory)
+            .into_iter()
+            .map(|(gpa, len)| gpa.0..gpa.0 + len)
+            .collect();
+        let windows =
+            shadow::Config { ram, mode, notify: config.notify, limit: config.shadow_limit };
         Windows::new(&windows, &mut MachineSlots(&machine))
     });
     let windows = windows.transpose()?;
@@ -417,16 +434,19 @@ pub fn run(
         input::spawn(input, Arc::downgrade(&shared)).map_err(RunError::Thread)?;
     }
     // A limit beyond what the clock can tell is none.
-    let deadline = config.timeout.and_then(|limit| Some((Instant::now().checked_add(limit)?, limit)));
+    let deadline =
+        config.timeout.and_then(|limit| Some((Instant::now().checked_add(limit)?, limit)));
     let (mut looked, mut halted) = (Instant::now(), false);
     let mut outcome = loop {
-        let tick = deadline.map_or(TICK, |(at, _)| TICK.min(at.saturating_duration_since(Instant::now())));
+        let tick =
+            deadline.map_or(TICK, |(at, _)| TICK.min(at.saturating_duration_since(Instant::now())));
         match wait.recv_timeout(tick) {
             Ok(outcome) => break outcome,
             Err(RecvTimeoutError::Disconnected) => break None,
             Err(RecvTimeoutError::Timeout) => {}
         }
-        // A guest that makes no exits is looked after from here. While it handles one, the other threads do it.
+        // A guest that makes no exits is looked after from here. While it handles one, the other
+        // threads do it.
         if config.picture
             && let Some(mut monitor) = shared.monitor.try_lock()
         {
@@ -464,7 +484,9 @@ pub fn run(
     let mut outcome = outcome.ok_or(RunError::Panicked)?;
     let counted = shared.counters.as_ref().and_then(|counters| counters.instructions_emulated());
     let instructions = counted.filter(|_| emulated);
-    let Some(mut monitor) = shared.monitor_in_time() else { return Err(RunError::Abandoned(outcome)) };
+    let Some(mut monitor) = shared.monitor_in_time() else {
+        return Err(RunError::Abandoned(outcome));
+    };
     if left_behind {
         log::warn!("the host does not let go of a vCPU; its thread is left behind");
     }
@@ -472,11 +494,16 @@ pub fn run(
     monitor.flush();
     outcome = monitor.console_knows(outcome);
     let picture = monitor.timeline.take().map(|timeline| {
-        let ram: Vec<_> =
-            layout::ram_ranges(config.memory).into_iter().map(|(gpa, len)| gpa.0..gpa.0 + len).collect();
+        let ram: Vec<_> = layout::ram_ranges(config.memory)
+            .into_iter()
+            .map(|(gpa, len)| gpa.0..gpa.0 + len)
+            .collect();
         Picture {
             samples: timeline.finish(monitor.windows.as_mut()),
-            pages: monitor.windows.as_ref().map(|windows| PageMap::of(windows, &ram, picture::CELLS)),
+            pages: monitor
+                .windows
+                .as_ref()
+                .map(|windows| PageMap::of(windows, &ram, picture::CELLS)),
             console: tail.take(),
         }
     });

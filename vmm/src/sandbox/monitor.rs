@@ -1,7 +1,7 @@
 //! The state of a run, and what each exit of the guest does to it.
 //!
-//! [`Monitor::dispatch`] is a plain function of an exit: it takes registers, RAM and memory slots through
-//! traits and references, so tests feed it with exits that no guest made.
+//! [`Monitor::dispatch`] is a plain function of an exit: it takes registers, RAM and memory slots
+//! through traits and references, so tests feed it with exits that no guest made.
 
 use umbra_shadow::abi::{self, CPUID_FIRST, CPUID_STEP, PORT, features};
 use vm_memory::GuestAddress;
@@ -23,7 +23,9 @@ use crate::machine::memory::Ram;
 use crate::machine::vcpu::{Vcpu, VmExit};
 use crate::report::Findings;
 use crate::report::symbols::Symbols;
-use crate::shadow::{FaultOutcome, Layout, Mode, Notify, Objects, Quarantine, ShadowError, Slots, Windows};
+use crate::shadow::{
+    FaultOutcome, Layout, Mode, Notify, Objects, Quarantine, ShadowError, Slots, Windows,
+};
 
 /// A vCPU as the dispatcher needs it.
 pub trait GuestCpu: Cpu {
@@ -71,7 +73,8 @@ pub enum Flow {
 
 /// The state of a run.
 pub struct Monitor {
-    /// Holds on to the machine for its interrupts: dropped before the windows, which the machine's slots lie in.
+    /// Holds on to the machine for its interrupts: dropped before the windows, which the machine's
+    /// slots lie in.
     devices: Devices,
     /// The shadow; none with `--shadow off`.
     pub windows: Option<Windows>,
@@ -153,7 +156,8 @@ impl Monitor {
             VmExit::IoOut { port, data } => {
                 self.exits.io += 1;
                 let event = self.devices.io_out(port, data.as_slice());
-                let sign = self.devices.take_line().map(|line| self.line(&line, machine)).transpose();
+                let sign =
+                    self.devices.take_line().map(|line| self.line(&line, machine)).transpose();
                 sign.map(|sign| match (event, sign.unwrap_or(Sign::None)) {
                     (DeviceEvent::Reset, _) => Flow::End(Outcome::Reset),
                     (DeviceEvent::PowerOff, _) | (_, Sign::Stopped) => Flow::End(Outcome::PowerOff),
@@ -179,18 +183,25 @@ impl Monitor {
                 match self.completer.complete(machine.cpu, machine.ram, bytes) {
                     Ok(_) => Ok(Flow::Continue),
                     Err(CompleteError::Vcpu(error)) => Err(error.into()),
-                    Err(error) => {
-                        Ok(Flow::End(Outcome::Instruction { error, place: self.place(machine).to_string() }))
-                    }
+                    Err(error) => Ok(Flow::End(Outcome::Instruction {
+                        error,
+                        place: self.place(machine).to_string(),
+                    })),
                 }
             }
             VmExit::Shutdown => {
                 Ok(Flow::End(Outcome::TripleFault { place: self.place(machine).to_string() }))
             }
             VmExit::SystemEvent { .. } => Ok(Flow::End(Outcome::Reset)),
-            VmExit::FailEntry { reason } => self.stuck(format!("entry fails with {reason:#x}"), machine),
-            VmExit::InternalError { suberror } => self.stuck(format!("internal error {suberror}"), machine),
-            VmExit::Unsupported { reason } => self.stuck(format!("unexpected exit {reason}"), machine),
+            VmExit::FailEntry { reason } => {
+                self.stuck(format!("entry fails with {reason:#x}"), machine)
+            }
+            VmExit::InternalError { suberror } => {
+                self.stuck(format!("internal error {suberror}"), machine)
+            }
+            VmExit::Unsupported { reason } => {
+                self.stuck(format!("unexpected exit {reason}"), machine)
+            }
         };
         flow.unwrap_or_else(Flow::End)
     }
@@ -230,7 +241,8 @@ impl Monitor {
         self.completer.counts()
     }
 
-    /// What the end of a guest really was, by what it said before: Linux resets or halts the machine when it has panicked.
+    /// What the end of a guest really was, by what it said before: Linux resets or halts the
+    /// machine when it has panicked.
     pub fn console_knows(&self, outcome: Outcome) -> Outcome {
         match (outcome, self.console.panic()) {
             (
@@ -288,7 +300,12 @@ impl Monitor {
         Place::new(machine.cpu.regs().map(|regs| regs.rip).unwrap_or_default(), &self.symbols)
     }
 
-    fn mmio_read(&mut self, gpa: GuestAddress, len: usize, machine: &mut Machine) -> Result<Flow, Outcome> {
+    fn mmio_read(
+        &mut self,
+        gpa: GuestAddress,
+        len: usize,
+        machine: &mut Machine,
+    ) -> Result<Flow, Outcome> {
         let mut data = [0; 8];
         let data = &mut data[..len];
         match self.windows.as_mut().filter(|windows| windows.contains(gpa.0)) {
@@ -313,7 +330,12 @@ impl Monitor {
         Ok(Flow::Continue)
     }
 
-    fn mmio_write(&mut self, gpa: GuestAddress, data: &[u8], machine: &mut Machine) -> Result<Flow, Outcome> {
+    fn mmio_write(
+        &mut self,
+        gpa: GuestAddress,
+        data: &[u8],
+        machine: &mut Machine,
+    ) -> Result<Flow, Outcome> {
         let Some(windows) = self.windows.as_mut().filter(|windows| windows.contains(gpa.0)) else {
             self.exits.mmio += 1;
             self.devices.mmio_write(gpa, data);
@@ -321,7 +343,9 @@ impl Monitor {
         };
         match shadow_fault(windows, gpa.0, data.len() as u64, true, machine)? {
             Ok(FaultOutcome::Tampering) if windows.stack_store(gpa.0, data, machine.slots)? => {}
-            Ok(FaultOutcome::Tampering) => return self.tampering(gpa.0, data.len() as u64, machine),
+            Ok(FaultOutcome::Tampering) => {
+                return self.tampering(gpa.0, data.len() as u64, machine);
+            }
             Ok(outcome) => {
                 self.exits.shadow_fault += u64::from(outcome == FaultOutcome::Mapped);
                 windows.apply_write(gpa.0, data)?;
@@ -334,7 +358,12 @@ impl Monitor {
     }
 
     /// The access runs again afterwards.
-    fn memory_fault(&mut self, gpa: GuestAddress, size: u64, machine: &mut Machine) -> Result<Flow, Outcome> {
+    fn memory_fault(
+        &mut self,
+        gpa: GuestAddress,
+        size: u64,
+        machine: &mut Machine,
+    ) -> Result<Flow, Outcome> {
         let Some(windows) = self.windows.as_mut().filter(|windows| windows.contains(gpa.0)) else {
             return self.stuck(format!("no memory behind guest-physical {:#x}", gpa.0), machine);
         };
@@ -361,8 +390,8 @@ impl Monitor {
     }
 }
 
-/// [`Windows::fault`]. At the limit, unused chunks make room; but while other vCPUs go from chunk to chunk, each may look
-/// used when it is looked at. So the limit counts when they stand still.
+/// [`Windows::fault`]. At the limit, unused chunks make room; but while other vCPUs go from chunk
+/// to chunk, each may look used when it is looked at. So the limit counts when they stand still.
 fn shadow_fault(
     windows: &mut Windows,
     gpa: u64,
@@ -403,14 +432,27 @@ pub struct Settings {
     pub redzone: Redzone,
 }
 
-/// The CPUID leaves that a guest finds Umbra by (see [`umbra_shadow::abi`]). One block beyond KVM's own.
-pub fn discovery(mode: ShadowMode, notify: Notify, settings: Settings, layout: &Layout) -> Vec<CpuidLeaf> {
+/// The CPUID leaves that a guest finds Umbra by (see [`umbra_shadow::abi`]). One block beyond KVM's
+/// own.
+pub fn discovery(
+    mode: ShadowMode,
+    notify: Notify,
+    settings: Settings,
+    layout: &Layout,
+) -> Vec<CpuidLeaf> {
     let base = CPUID_FIRST + CPUID_STEP;
     let offered = offer(mode, notify);
-    let leaf = |function, [eax, ebx, ecx, edx]: [u32; 4]| CpuidLeaf { function, eax, ebx, ecx, edx };
-    let window = |gpa: u64, bytes: u64| [gpa as u32, (gpa >> 32) as u32, bytes as u32, (bytes >> 32) as u32];
-    let page = if mode == ShadowMode::PerPage { window(layout.page.gpa, layout.page.bytes) } else { [0; 4] };
-    let byte = if mode == ShadowMode::Off { [0; 4] } else { window(layout.byte.gpa, layout.byte.bytes) };
+    let leaf =
+        |function, [eax, ebx, ecx, edx]: [u32; 4]| CpuidLeaf { function, eax, ebx, ecx, edx };
+    let window =
+        |gpa: u64, bytes: u64| [gpa as u32, (gpa >> 32) as u32, bytes as u32, (bytes >> 32) as u32];
+    let page = if mode == ShadowMode::PerPage {
+        window(layout.page.gpa, layout.page.bytes)
+    } else {
+        [0; 4]
+    };
+    let byte =
+        if mode == ShadowMode::Off { [0; 4] } else { window(layout.byte.gpa, layout.byte.bytes) };
     let keys = if mode == ShadowMode::Off { 0 } else { layout.virtual_bytes() };
     let settings = match mode {
         ShadowMode::Off => [0, abi::redzone::OFF, 0, 0],

@@ -1,5 +1,6 @@
-//! What a run looked like, for a page about it: the shadow's memory over time, the page map at the end, and the end
-//! of the console. Nothing of it is done unless it was asked for, and all of it is bounded.
+//! What a run looked like, for a page about it: the shadow's memory over time, the page map at the
+//! end, and the end of the console. Nothing of it is done unless it was asked for, and all of it is
+//! bounded.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -14,7 +15,8 @@ pub(super) const CELLS: usize = 8192;
 const SAMPLES: usize = 512;
 /// Time between two samples at first.
 const FIRST_GAP: Duration = Duration::from_micros(100);
-/// A sample is followed by so many times what it took without one: sampling costs a hundredth at most.
+/// A sample is followed by so many times what it took without one: sampling costs a hundredth at
+/// most.
 const REST: u32 = 100;
 /// Bytes of the console that are kept.
 const CONSOLE: usize = 32 << 10;
@@ -33,7 +35,8 @@ pub struct Picture {
 /// The shadow's host memory at a moment. Sizes are bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sample {
-    /// Since the first sample, which the first exit of the guest brings, or the first tick without one.
+    /// Since the first sample, which the first exit of the guest brings, or the first tick without
+    /// one.
     pub at: Duration,
     /// Page shadow.
     pub page: u64,
@@ -95,10 +98,12 @@ impl Timeline {
 
     fn add(&mut self, sample: Sample) {
         if self.samples.len() >= SAMPLES {
-            // Of two samples the higher one stays, so that no peak is lost. The first one, where it began, stays too.
+            // Of two samples the higher one stays, so that no peak is lost. The first one, where it
+            // began, stays too.
             let rest = self.samples.split_off(1);
-            let higher =
-                |pair: &[Sample]| pair.iter().copied().max_by_key(|sample| (sample.resident, sample.mapped));
+            let higher = |pair: &[Sample]| {
+                pair.iter().copied().max_by_key(|sample| (sample.resident, sample.mapped))
+            };
             self.samples.extend(rest.chunks(2).filter_map(higher));
             self.gap = self.gap.saturating_mul(2);
         }

@@ -1,13 +1,15 @@
-//! The rings in which a guest records its allocations and frees: one for each CPU, drained all at once.
+//! The rings in which a guest records its allocations and frees: one for each CPU, drained all at
+//! once.
 //!
-//! The records carry numbers that count across all CPUs. A record is complete before what it tells of can matter to another
-//! CPU (memory is told to be free before it can be handed out again), so whenever a record is there, all that led to it
-//! is there too, in this drain or an earlier one. Merging a drain's records by their numbers therefore
-//! puts all events of one piece of memory in their true order.
+//! The records carry numbers that count across all CPUs. A record is complete before what it tells
+//! of can matter to another CPU (memory is told to be free before it can be handed out again), so
+//! whenever a record is there, all that led to it is there too, in this drain or an earlier one.
+//! Merging a drain's records by their numbers therefore puts all events of one piece of memory in
+//! their true order.
 //!
-//! A CPU may be stopped anywhere, also between its look at its ring's count and the store of the count that is one more.
-//! So nobody changes that count but the CPU itself, and the drain that it asks for; what other drains have taken is
-//! remembered here.
+//! A CPU may be stopped anywhere, also between its look at its ring's count and the store of the
+//! count that is one more. So nobody changes that count but the CPU itself, and the drain that it
+//! asks for; what other drains have taken is remembered here.
 
 use std::ops::Range;
 
@@ -49,7 +51,8 @@ pub struct Event {
 impl Event {
     fn new(record: Record, cpu: u16, text_base: u64) -> Self {
         let depth = usize::from(record.depth).min(RECORD_FRAMES);
-        let frames = record.frames.map(|f| if f == 0 { 0 } else { text_base.wrapping_add(f.into()) });
+        let frames =
+            record.frames.map(|f| if f == 0 { 0 } else { text_base.wrapping_add(f.into()) });
         Self { cpu, record, frames, depth }
     }
 }
@@ -70,8 +73,8 @@ struct Reader {
 }
 
 impl Reader {
-    /// Looks how many records there are, all of which will be taken. If the ring's CPU is `asked`, the ring will be empty then.
-    /// Without any records there is no reader.
+    /// Looks how many records there are, all of which will be taken. If the ring's CPU is `asked`,
+    /// the ring will be empty then. Without any records there is no reader.
     fn new(cpu: u16, ring: &mut Ring, asked: bool, ram: &Ram) -> Option<Self> {
         let header = GuestAddress(ring.gpa);
         // Copied once, and bounded: the guest may have written anything.
@@ -131,12 +134,19 @@ pub struct Rings {
 }
 
 impl Rings {
-    /// Takes note of a ring: a header at `gpa` and `records` records behind it, all of which is RAM (the caller has
-    /// checked that).
+    /// Takes note of a ring: a header at `gpa` and `records` records behind it, all of which is RAM
+    /// (the caller has checked that).
     ///
     /// # Errors
-    /// There are no rings for CPUs with such a number, too many records in all rings, or another ring in that place.
-    pub fn set_up(&mut self, cpu: u16, gpa: u64, records: u64, text_base: u64) -> Result<(), CallError> {
+    /// There are no rings for CPUs with such a number, too many records in all rings, or another
+    /// ring in that place.
+    pub fn set_up(
+        &mut self,
+        cpu: u16,
+        gpa: u64,
+        records: u64,
+        text_base: u64,
+    ) -> Result<(), CallError> {
         let at = usize::from(cpu);
         if at >= CPUS {
             return Err(CallError::Limit { what: "rings", most: CPUS as u64 });
@@ -165,8 +175,8 @@ impl Rings {
         matches!(self.rings.get(usize::from(cpu)), Some(Some(_)))
     }
 
-    /// The pages of rings in which there are no records, by guest-physical address. Every CPU stands still, perhaps in the
-    /// middle of its next record.
+    /// The pages of rings in which there are no records, by guest-physical address. Every CPU
+    /// stands still, perhaps in the middle of its next record.
     pub fn unused_pages(&self, ram: &Ram) -> impl Iterator<Item = Range<u64>> {
         self.rings.iter().flatten().filter_map(|ring| {
             let count = ram.read_u64(GuestAddress(ring.gpa)).ok()?.min(ring.records);
@@ -177,18 +187,26 @@ impl Rings {
         })
     }
 
-    /// Takes all new records out of all rings, in the order of their numbers. Every CPU stands still. The ring of the CPU that
-    /// asked for it, if one did, is empty afterwards. `take` also hears whether a record is the last of its CPU. Returns how many
-    /// rings there are.
-    pub fn drain(&mut self, asked: Option<u16>, ram: &Ram, mut take: impl FnMut(&Event, bool)) -> u64 {
+    /// Takes all new records out of all rings, in the order of their numbers. Every CPU stands
+    /// still. The ring of the CPU that asked for it, if one did, is empty afterwards. `take` also
+    /// hears whether a record is the last of its CPU. Returns how many rings there are.
+    pub fn drain(
+        &mut self,
+        asked: Option<u16>,
+        ram: &Ram,
+        mut take: impl FnMut(&Event, bool),
+    ) -> u64 {
         let there = self.rings.iter().flatten().count() as u64;
-        let rings = (0..).zip(&mut self.rings).filter_map(|(cpu, ring)| Some((cpu, ring.as_mut()?)));
-        let mut readers: Vec<_> =
-            rings.filter_map(|(cpu, ring)| Reader::new(cpu, ring, asked == Some(cpu), ram)).collect();
-        // From the record taken last on, since the numbers wrap. Nothing depends on what a guest makes of them but the
-        // order of its own events.
+        let rings =
+            (0..).zip(&mut self.rings).filter_map(|(cpu, ring)| Some((cpu, ring.as_mut()?)));
+        let mut readers: Vec<_> = rings
+            .filter_map(|(cpu, ring)| Reader::new(cpu, ring, asked == Some(cpu), ram))
+            .collect();
+        // From the record taken last on, since the numbers wrap. Nothing depends on what a guest
+        // makes of them but the order of its own events.
         let begin = self.taken;
-        let distance = |reader: &Reader| reader.event().record.sequence.wrapping_sub(begin).cast_signed();
+        let distance =
+            |reader: &Reader| reader.event().record.sequence.wrapping_sub(begin).cast_signed();
         while let Some(next) = (0..readers.len()).min_by_key(|at| distance(&readers[*at])) {
             let reader = &mut readers[next];
             self.taken = reader.event().record.sequence;
@@ -230,7 +248,10 @@ mod tests {
             }
             let mut kinds = Vec::new();
             rings.drain(asked, &ram, |event, _| {
-                assert_eq!((event.depth, event.frames[0], event.frames[1]), (10, 0xffff_ffff_8010_0000, 0));
+                assert_eq!(
+                    (event.depth, event.frames[0], event.frames[1]),
+                    (10, 0xffff_ffff_8010_0000, 0)
+                );
                 kinds.push(event.record.kind);
             });
             (kinds, ram.read_u64(header).expect("inside RAM"))
@@ -297,7 +318,9 @@ mod tests {
         let ram = Ram::new(4 << 20).expect("4 MiB of guest memory");
         let mut rings = Rings::default();
         for cpu in 0..3u16 {
-            rings.set_up(cpu, 0x10_0000 + u64::from(cpu) * 0x4_0000, 1000, 0).expect("a ring for each");
+            rings
+                .set_up(cpu, 0x10_0000 + u64::from(cpu) * 0x4_0000, 1000, 0)
+                .expect("a ring for each");
         }
         let mut drain = |numbers: [&[u32]; 3]| {
             for (cpu, numbers) in (0u16..).zip(numbers) {
@@ -322,7 +345,10 @@ mod tests {
         let [even, odd] = [0u32, 1].map(|from| (from + 6..500).step_by(2).collect::<Vec<_>>());
         let taken = drain([&even, &[4], &odd]);
         assert_eq!(taken[0], (1, 4));
-        assert_eq!(taken[1..].iter().map(|t| t.1).collect::<Vec<_>>(), (6..500).collect::<Vec<_>>());
+        assert_eq!(
+            taken[1..].iter().map(|t| t.1).collect::<Vec<_>>(),
+            (6..500).collect::<Vec<_>>()
+        );
         // They wrap.
         drain([&[u32::MAX / 2], &[], &[]]);
         drain([&[u32::MAX - 2], &[], &[]]);

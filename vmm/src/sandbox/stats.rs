@@ -65,8 +65,8 @@ pub struct ShadowStats {
     pub released_bytes: u64,
 }
 
-/// What redzones cost: what the slots of live objects have beyond what their caches hand out. At most 2,040 bytes of each are
-/// counted, and none in slots of whole pages.
+/// What redzones cost: what the slots of live objects have beyond what their caches hand out. At
+/// most 2,040 bytes of each are counted, and none in slots of whole pages.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct RedzoneStats {
     /// At the end.

@@ -1,4 +1,5 @@
-//! The dispatcher, fed with exits that no guest made, over a vCPU and memory slots that do not exist.
+//! The dispatcher, fed with exits that no guest made, over a vCPU and memory slots that do not
+//! exist.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -19,7 +20,9 @@ use crate::machine::memory::Ram;
 use crate::machine::vcpu::{Data, VcpuError, VmExit, XsaveArea};
 use crate::report::Finding;
 use crate::report::symbols::Symbols;
-use crate::shadow::{self, CHUNK_BYTES, Layout, Mode, Notify, Quarantine, SlotError, Slots, Windows};
+use crate::shadow::{
+    self, CHUNK_BYTES, Layout, Mode, Notify, Quarantine, SlotError, Slots, Windows,
+};
 
 mod bench;
 mod keys;
@@ -42,9 +45,13 @@ fn hello_tells_the_features_that_cpuid_tells() {
         for (notify, how) in [(Notify::Ring, features::RING), (Notify::Sync, features::SYNC)] {
             let mut bench = Bench::new(mode, notify, None, None);
             let expected = if bit == 0 { 0 } else { bit | how };
-            assert_eq!(bench.call(call::HELLO, [abi::VERSION.into(), 0, 0, 0]), u64::from(expected));
+            assert_eq!(
+                bench.call(call::HELLO, [abi::VERSION.into(), 0, 0, 0]),
+                u64::from(expected)
+            );
             assert_eq!(bench.call(call::HELLO, [9, 0, 0, 0]), abi::ERR_VERSION);
-            let settings = Settings { quarantine: 5 << 32 | 7, quarantine_batch: 9, ..Settings::default() };
+            let settings =
+                Settings { quarantine: 5 << 32 | 7, quarantine_batch: 9, ..Settings::default() };
             let leaves = discovery(shadow, notify, settings, &bench.layout);
             let told = if bit == 0 { (0, 0, 0) } else { (9, 7, 5) };
             assert_eq!((leaves[5].eax, leaves[5].ecx, leaves[5].edx), told);
@@ -99,20 +106,30 @@ fn calls_of_the_other_mode_are_refused() {
         call::RING_DRAIN => [0; 4],
         _ => [0x1000, 8, 0, 0],
     };
-    for (notify, fits, others) in [(Notify::Ring, &ring[..], &sync[..]), (Notify::Sync, &sync, &ring)] {
+    for (notify, fits, others) in
+        [(Notify::Ring, &ring[..], &sync[..]), (Notify::Sync, &sync, &ring)]
+    {
         for mode in [Mode::PerPage, Mode::Full] {
             let mut bench = Bench::new(Some(mode), notify, None, None).with_region();
             for number in fits {
                 assert_eq!(bench.call(*number, arguments(*number)), 0, "{number} in {notify:?}");
             }
             for number in others {
-                assert_eq!(bench.call(*number, arguments(*number)), abi::ERR_MODE, "{number} in {notify:?}");
+                assert_eq!(
+                    bench.call(*number, arguments(*number)),
+                    abi::ERR_MODE,
+                    "{number} in {notify:?}"
+                );
             }
         }
     }
     let mut off = Bench::new(None, Notify::Ring, None, None).with_region();
     for number in ring.iter().chain(&sync).chain(&[call::REPORT]) {
-        assert_eq!(off.call(*number, arguments(*number)), abi::ERR_MODE, "{number} with shadow off");
+        assert_eq!(
+            off.call(*number, arguments(*number)),
+            abi::ERR_MODE,
+            "{number} with shadow off"
+        );
     }
 }
 
@@ -124,7 +141,10 @@ fn exits_of_the_guest_end_the_run() {
     assert!(matches!(end([exit::PANIC, 0, 0, 0]), Outcome::Panic));
     let fault = end([exit::FAULT, 14 | 2 << 32, 0xabc, 0xdef]);
     let text = fault.to_string();
-    assert!(matches!(fault, Outcome::Fault { vector: 14, error: 2, address: 0xdef, .. }), "{fault:?}");
+    assert!(
+        matches!(fault, Outcome::Fault { vector: 14, error: 2, address: 0xdef, .. }),
+        "{fault:?}"
+    );
     assert!(text.contains("page fault") && text.contains("rip 0xabc"), "{text}");
     assert_eq!(Bench::ring().call(call::EXIT, [3, 0, 0, 0]), abi::ERR_ARGUMENT);
 }
@@ -133,8 +153,13 @@ fn exits_of_the_guest_end_the_run() {
 fn sync_calls_write_the_shadow() {
     let mut bench = Bench::sync();
     assert_eq!(bench.call(call::POISON, [0x3000, 0x1008, SLAB_FREE.into(), 0]), 0);
-    let bad = |bench: &Bench, at| bench.monitor.windows.as_ref().unwrap().model().first_bad(at, 1).is_some();
-    assert_eq!([0x2fff, 0x3000, 0x4007, 0x4008].map(|at| bad(&bench, at)), [false, true, true, false]);
+    let bad = |bench: &Bench, at| {
+        bench.monitor.windows.as_ref().unwrap().model().first_bad(at, 1).is_some()
+    };
+    assert_eq!(
+        [0x2fff, 0x3000, 0x4007, 0x4008].map(|at| bad(&bench, at)),
+        [false, true, true, false]
+    );
     assert_eq!(bench.call(call::UNPOISON, [0x3000, 5, 0, 0]), 0);
     assert_eq!([0x3000, 0x3004, 0x3005].map(|at| bad(&bench, at)), [false, false, true]);
     for (va, len) in [(RAM, 1), (RAM - 8, 9), (u64::MAX, 1), (0, RAM + 1)] {
@@ -149,7 +174,8 @@ fn sync_calls_write_the_shadow() {
 #[test]
 fn one_call_allocates_and_one_frees() {
     let mut bench = Bench::sync();
-    let state = |bench: &Bench, at| bench.monitor.windows.as_ref().map(|windows| windows.model().state(at));
+    let state =
+        |bench: &Bench, at| bench.monitor.windows.as_ref().map(|windows| windows.model().state(at));
     assert_eq!(bench.call(call::POISON, [0x5000, 4096, 0xff, 0]), 0);
     assert_eq!(bench.call(call::ALLOCATED, [0x5000, 50, 0, abi::slot(64, 0xfc)]), 0);
     let states: Vec<_> = [0x5000, 0x5030, 0x5038, 0x5040].map(|at| state(&bench, at)).into();
@@ -220,7 +246,11 @@ fn rings_are_drained_before_a_report() {
     assert_eq!((object.start, object.size, object.offset), (0x6000, 40, 8));
     let events = &bench.monitor.events;
     assert_eq!((events.allocations, events.frees, events.refused), (1, 0, 1));
-    assert_eq!(bench.ram.read_u64(GuestAddress(0x8000)).unwrap(), 2, "its CPU may be about to store a 3");
+    assert_eq!(
+        bench.ram.read_u64(GuestAddress(0x8000)).unwrap(),
+        2,
+        "its CPU may be about to store a 3"
+    );
     // None is taken twice; its CPU's own call empties the ring.
     assert_eq!(bench.call(call::RING_DRAIN, [0, 0, 0, 0]), 0);
     assert_eq!(bench.ram.read_u64(GuestAddress(0x8000)).unwrap(), 0);
@@ -310,7 +340,8 @@ fn stores_to_read_only_windows_are_found_and_have_no_effect() {
 
 #[test]
 fn the_shadow_limit_ends_the_run() {
-    let mut bench = Bench::new(Some(Mode::PerPage), Notify::Ring, Some(CHUNK_BYTES), None).with_region();
+    let mut bench =
+        Bench::new(Some(Mode::PerPage), Notify::Ring, Some(CHUNK_BYTES), None).with_region();
     let byte = bench.layout.byte.gpa;
     // The chunk's first page is byte-checked, so it stays.
     goes_on(bench.write(bench.layout.page.gpa, &[PAGE_BYTES]));
@@ -320,7 +351,8 @@ fn the_shadow_limit_ends_the_run() {
         assert!(matches!(outcome, Outcome::ShadowLimit(_)), "{outcome:?}");
         assert_eq!((outcome.word(), outcome.status(true)), ("shadow-limit", 2));
     }
-    let memory_fault = VmExit::MemoryFault { gpa: GuestAddress(byte + CHUNK_BYTES), size: 4096, flags: 0 };
+    let memory_fault =
+        VmExit::MemoryFault { gpa: GuestAddress(byte + CHUNK_BYTES), size: 4096, flags: 0 };
     assert!(matches!(ended(bench.exit(memory_fault)), Outcome::ShadowLimit(_)));
     assert_eq!(bench.others.stops, 3, "the last look was taken while nothing changed");
     let mut sync = Bench::new(Some(Mode::PerPage), Notify::Sync, Some(0), None).with_region();
@@ -481,8 +513,12 @@ fn what_waits_is_fetched_when_it_is_due() {
     for i in 0..5u64 {
         let mut bytes = [0; 16];
         bench.ram.read(GuestAddress(to + 16 * i), &mut bytes).unwrap();
-        let expected =
-            abi::Released { address: 0x2_0000 + 1024 * i, slot: 1024, wait: wait as u16, reserved: 0 };
+        let expected = abi::Released {
+            address: 0x2_0000 + 1024 * i,
+            slot: 1024,
+            wait: wait as u16,
+            reserved: 0,
+        };
         assert_eq!(bytes, expected.to_bytes());
     }
     assert_eq!(bench.call(call::QUARANTINE, [0, to, 100, 0]), 0);
@@ -497,7 +533,9 @@ fn what_waits_is_fetched_when_it_is_due() {
 #[test]
 fn arrays_for_what_leaves_the_quarantine_lie_in_ram() {
     let mut bench = Bench::ring();
-    for (at, count) in [(RAM - 8, 0), (RAM - 16, 2), (RAM, 1), (u64::MAX, 0), (0, abi::RELEASED_MAX + 1)] {
+    for (at, count) in
+        [(RAM - 8, 0), (RAM - 16, 2), (RAM, 1), (u64::MAX, 0), (0, abi::RELEASED_MAX + 1)]
+    {
         assert_eq!(bench.call(call::QUARANTINE, [1, at, count, 0]), abi::ERR_ARGUMENT, "{at:#x}");
     }
     assert_eq!(bench.call(call::QUARANTINE, [1, RAM - 16, 1, 0]), 0);
@@ -526,11 +564,20 @@ fn a_vcpu_that_fails_is_a_host_error() {
 /// Guest-physical addresses near everything there is.
 fn addresses() -> impl Strategy<Value = u64> {
     let layout = Layout::new(RAM).unwrap();
-    let edges =
-        [0, RAM, layout.page.gpa, layout.page.end(), layout.byte.gpa, layout.byte.end(), 1 << 47, 1 << 63];
+    let edges = [
+        0,
+        RAM,
+        layout.page.gpa,
+        layout.page.end(),
+        layout.byte.gpa,
+        layout.byte.end(),
+        1 << 47,
+        1 << 63,
+    ];
     prop_oneof![
         any::<u64>(),
-        (prop::sample::select(edges.to_vec()), -9..10i64).prop_map(|(at, more)| at.wrapping_add_signed(more)),
+        (prop::sample::select(edges.to_vec()), -9..10i64)
+            .prop_map(|(at, more)| at.wrapping_add_signed(more)),
         (0..layout.byte.bytes).prop_map(move |at| layout.byte.gpa + at),
         0..RAM,
     ]

@@ -1,12 +1,14 @@
-//! Gives host memory back that lies behind free pages of the guest, behind freed objects that wait in its quarantine, and behind
-//! what is empty of its rings.
+//! Gives host memory back that lies behind free pages of the guest, behind freed objects that wait
+//! in its quarantine, and behind what is empty of its rings.
 //!
-//! Which pages these are the shadow tells. That it matters to nobody what lies in them, the guest says once, in its first call
-//! ([`hello`]). For free pages this comes to what the free page reporting of a balloon does, without a driver.
+//! Which pages these are the shadow tells. That it matters to nobody what lies in them, the guest
+//! says once, in its first call ([`hello`]). For free pages this comes to what the free page
+//! reporting of a balloon does, without a driver.
 //!
-//! **Why nothing is lost.** It is done while every vCPU stands still. An allocator unpoisons a page before anybody stores to it
-//! for good, and poisons it after the last one did: so of a page that is poisoned as free at that moment nothing is missed,
-//! wherever its vCPU was stopped. Then it reads as zero. The same goes for an object that is poisoned as one in quarantine.
+//! **Why nothing is lost.** It is done while every vCPU stands still. An allocator unpoisons a page
+//! before anybody stores to it for good, and poisons it after the last one did: so of a page that
+//! is poisoned as free at that moment nothing is missed, wherever its vCPU was stopped. Then it
+//! reads as zero. The same goes for an object that is poisoned as one in quarantine.
 
 use std::time::{Duration, Instant};
 
@@ -21,14 +23,16 @@ use crate::shadow::Windows;
 const PAUSE: Duration = Duration::from_secs(1);
 /// Guest memory that is looked at at a time.
 const PART: u64 = 4 << 30;
-/// Most runs of unused pages that are looked at at a time, whatever the guest has made of its page shadow.
+/// Most runs of unused pages that are looked at at a time, whatever the guest has made of its page
+/// shadow.
 const RUNS: usize = 1024;
 
 /// What is given back when.
 #[derive(Debug)]
 pub(super) struct UnusedPages {
-    /// The [`hello`] bits of the guest; `None` before its first call. A second first call is that of another kernel, which may live
-    /// in pages that are free to the one before it: nothing is given back from then on.
+    /// The [`hello`] bits of the guest; `None` before its first call. A second first call is that
+    /// of another kernel, which may live in pages that are free to the one before it: nothing is
+    /// given back from then on.
     allowed: Option<u64>,
     /// Where the next look begins.
     next: u64,
@@ -77,8 +81,8 @@ impl UnusedPages {
         }
     }
 
-    /// Looks at a part of guest memory and gives back what is unused in it. Every vCPU stands still. A host that refuses is asked
-    /// no more.
+    /// Looks at a part of guest memory and gives back what is unused in it. Every vCPU stands
+    /// still. A host that refuses is asked no more.
     pub(super) fn give_back(&mut self, windows: &Windows, rings: &Rings, ram: &Ram) {
         let start = if self.next < ram.end() { self.next } else { 0 };
         let end = ram.end().min(start + PART);

@@ -1,10 +1,12 @@
-//! The vCPUs of a run, each in a thread of its own: how they are started, stopped for a moment, and ended.
+//! The vCPUs of a run, each in a thread of its own: how they are started, stopped for a moment, and
+//! ended.
 //!
-//! **Stopping for a moment.** What must not happen while the guest runs (taking records out of rings, giving shadow back)
-//! is done by the vCPU that handles an exit, and so holds the state's lock. It says that the others shall stay out
-//! of the guest, kicks those that are inside, and waits for them ([`Others::stop`]). Each says that it goes in *before*
-//! it looks whether it may, so either it sees that it may not, or it is seen and kicked. Those that are out wait for
-//! the lock, which is free when that exit has been handled.
+//! **Stopping for a moment.** What must not happen while the guest runs (taking records out of
+//! rings, giving shadow back) is done by the vCPU that handles an exit, and so holds the state's
+//! lock. It says that the others shall stay out of the guest, kicks those that are inside, and
+//! waits for them ([`Others::stop`]). Each says that it goes in *before* it looks whether it may,
+//! so either it sees that it may not, or it is seen and kicked. Those that are out wait for the
+//! lock, which is free when that exit has been handled.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::mpsc::SyncSender;
@@ -19,9 +21,10 @@ use crate::machine::vcpu::{Vcpu, VmExit};
 
 /// How long a kick is given before the next.
 const RETRY: Duration = Duration::from_millis(5);
-/// How many kicks a vCPU is given to come out: for the end of a run some seconds, after which it is left behind; and while
-/// the run goes on as long as a host may take that has far more to do than CPUs, for without it the run ends. Not times, since
-/// a host that stands still for so long should not count.
+/// How many kicks a vCPU is given to come out: for the end of a run some seconds, after which it is
+/// left behind; and while the run goes on as long as a host may take that has far more to do than
+/// CPUs, for without it the run ends. Not times, since a host that stands still for so long should
+/// not count.
 const KICKS: u32 = 400;
 const HOLD_KICKS: u32 = 10 * KICKS;
 /// Looks at what is waited for, before it is slept for.
@@ -68,7 +71,8 @@ impl Vcpus {
     /// The first vCPU's instruction pointer, if at the last look all of them had halted for good.
     pub(super) fn halted_for_good(&self) -> Option<u64> {
         let look = self.looks.load(SeqCst);
-        let mut all = self.halted.iter().map(|state| *state.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut all =
+            self.halted.iter().map(|state| *state.lock().unwrap_or_else(PoisonError::into_inner));
         let (first, rip) = all.next()?;
         (look > 0 && first == look && all.all(|(at, _)| at == look)).then_some(rip)
     }
@@ -101,8 +105,8 @@ impl Vcpus {
         self.inside[id].store(false, SeqCst);
     }
 
-    /// Keeps all vCPUs but `me` out of the guest until [`Self::let_go`]. The number of one that does not come out is
-    /// the error. When the run shall `stop`, patience ends sooner.
+    /// Keeps all vCPUs but `me` out of the guest until [`Self::let_go`]. The number of one that
+    /// does not come out is the error. When the run shall `stop`, patience ends sooner.
     fn hold(&self, me: usize, stop: &AtomicBool) -> Result<(), usize> {
         self.hold.store(true, SeqCst);
         let others = || self.inside.iter().enumerate().filter(|(id, _)| *id != me);
@@ -125,14 +129,16 @@ impl Vcpus {
         self.hold.store(false, SeqCst);
     }
 
-    /// Gets all vCPUs out of the guest, whose threads were told to end, and waits until they have. False if some do not.
+    /// Gets all vCPUs out of the guest, whose threads were told to end, and waits until they have.
+    /// False if some do not.
     pub(super) fn end(&self, threads: &[JoinHandle<()>]) -> bool {
         let over = || threads.iter().all(JoinHandle::is_finished);
         for _ in 0..KICKS {
             if over() {
                 return true;
             }
-            let running = threads.iter().zip(&self.kickers).filter(|(thread, _)| !thread.is_finished());
+            let running =
+                threads.iter().zip(&self.kickers).filter(|(thread, _)| !thread.is_finished());
             running.for_each(|(_, kicker)| kicker.kick());
             wait_for(over);
         }
@@ -189,8 +195,8 @@ impl Drop for Farewell {
     }
 }
 
-/// Starts a thread that runs `vcpu` until the run ends. What it ended with goes to `tell`, which holds two values for each
-/// vCPU; then `None`, which all others end with.
+/// Starts a thread that runs `vcpu` until the run ends. What it ended with goes to `tell`, which
+/// holds two values for each vCPU; then `None`, which all others end with.
 pub(super) fn spawn(
     mut vcpu: Vcpu,
     shared: Arc<Shared>,

@@ -1,12 +1,12 @@
 //! What shadow memory costs, by the kernel's figures rather than by book-keeping of our own.
 //!
-//! Resident memory only grows between two releases, so a sample right before each release and one at the
-//! end give the exact peak.
+//! Resident memory only grows between two releases, so a sample right before each release and one
+//! at the end give the exact peak.
 //!
-//! The kernel tells it in two places. `/proc/self/smaps` has a line for the whole byte shadow that anybody can
-//! check, but its price is a walk over all memory of this process, the guest's included: the final figures come
-//! from there. `/proc/self/pagemap` tells it page by page, for the chunks that are mapped: it decides what to release,
-//! and gives the samples.
+//! The kernel tells it in two places. `/proc/self/smaps` has a line for the whole byte shadow that
+//! anybody can check, but its price is a walk over all memory of this process, the guest's
+//! included: the final figures come from there. `/proc/self/pagemap` tells it page by page, for the
+//! chunks that are mapped: it decides what to release, and gives the samples.
 
 use std::{
     fs::File,
@@ -17,8 +17,9 @@ use std::{
 
 use super::{layout::CHUNK_BYTES, mapping::HOST_PAGE, memory::HostShadow};
 
-/// Bytes of private memory that the kernel holds for the addresses `range` of this process, swapped-out
-/// pages included. The shared page of zeroes, which reads of untouched memory get, is not counted.
+/// Bytes of private memory that the kernel holds for the addresses `range` of this process,
+/// swapped-out pages included. The shared page of zeroes, which reads of untouched memory get, is
+/// not counted.
 ///
 /// Only mappings that lie inside `range` as a whole count.
 pub fn resident_bytes(range: &Range<u64>) -> io::Result<u64> {
@@ -43,7 +44,8 @@ impl PageMap {
         File::open("/proc/self/pagemap").map(Self)
     }
 
-    /// Whether the kernel holds private memory for each page of `range`, whose ends are multiples of 4096.
+    /// Whether the kernel holds private memory for each page of `range`, whose ends are multiples
+    /// of 4096.
     pub(super) fn held(&self, range: Range<u64>) -> io::Result<Vec<bool>> {
         let pages = (range.end.saturating_sub(range.start) / HOST_PAGE) as usize;
         let mut entries = vec![0; pages * Self::ENTRY as usize];
@@ -73,7 +75,9 @@ fn parse_smaps(mut smaps: impl BufRead, range: &Range<u64>) -> io::Result<u64> {
                 return Ok(total); // They come in order.
             }
             inside = mapping.start >= range.start && mapping.end <= range.end;
-        } else if inside && let Some(bytes) = field(&text, "Anonymous").or_else(|| field(&text, "Swap")) {
+        } else if inside
+            && let Some(bytes) = field(&text, "Anonymous").or_else(|| field(&text, "Swap"))
+        {
             total = total.saturating_add(bytes);
         }
     }
@@ -138,8 +142,8 @@ pub(super) struct Accounting {
 /// What the shadow costs. All sizes in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Figures {
-    /// Page shadow, in whole pages: that of RAM, resident from the start, and that of the virtual memory which the guest
-    /// asked for, resident from then on.
+    /// Page shadow, in whole pages: that of RAM, resident from the start, and that of the virtual
+    /// memory which the guest asked for, resident from then on.
     pub page_bytes: u64,
     /// Byte shadow mapped now, whole chunks: what could become resident without a further exit.
     pub byte_mapped_bytes: u64,
@@ -147,14 +151,15 @@ pub struct Figures {
     pub byte_mapped_peak_bytes: u64,
     /// Byte shadow resident now.
     pub byte_resident_bytes: u64,
-    /// The most that was resident. Exact, but where the limit made the VMM take chunks from a guest with several
-    /// CPUs: what the others stored in those microseconds may be missing.
+    /// The most that was resident. Exact, but where the limit made the VMM take chunks from a guest
+    /// with several CPUs: what the others stored in those microseconds may be missing.
     pub byte_peak_resident_bytes: u64,
     /// Byte shadow of byte-checked pages now.
     pub byte_used_bytes: u64,
     /// The most that byte-checked pages used. Exact in `sync` mode, else the largest sample.
     pub byte_used_peak_bytes: u64,
-    /// Byte shadow that is resident now and that no byte-checked page uses: one shadow page serves eight pages.
+    /// Byte shadow that is resident now and that no byte-checked page uses: one shadow page serves
+    /// eight pages.
     pub byte_unused_bytes: u64,
     /// Chunks that were mapped because the guest touched them.
     pub faults: u64,
@@ -173,10 +178,19 @@ impl Figures {
 }
 
 impl Accounting {
-    /// Accounts for the byte shadow at the addresses `range` of this process, beside `page_bytes` of page shadow.
+    /// Accounts for the byte shadow at the addresses `range` of this process, beside `page_bytes`
+    /// of page shadow.
     pub(super) fn new(range: Range<u64>, page_bytes: u64) -> io::Result<Self> {
         let pages = PageMap::open()?;
-        Ok(Self { range, pages, page_bytes, faults: 0, released_bytes: 0, peak_resident: 0, peak_used: 0 })
+        Ok(Self {
+            range,
+            pages,
+            page_bytes,
+            faults: 0,
+            released_bytes: 0,
+            peak_resident: 0,
+            peak_used: 0,
+        })
     }
 
     /// Bytes of page shadow.
@@ -199,8 +213,8 @@ impl Accounting {
         self.pages.held(start..start + CHUNK_BYTES)
     }
 
-    /// Takes a sample of all mapped chunks; to be called before any host memory is given back. Returns the
-    /// resident bytes.
+    /// Takes a sample of all mapped chunks; to be called before any host memory is given back.
+    /// Returns the resident bytes.
     pub(super) fn sample(&mut self, shadow: &HostShadow) -> io::Result<u64> {
         let mut resident = 0;
         for chunk in shadow.mapped_chunks() {
@@ -275,7 +289,11 @@ mod tests {
         let pages = PageMap::open().unwrap();
         let resident = |mapping: &Mapping| {
             let held = count(&pages.held(mapping.range()).unwrap());
-            assert_eq!(held, resident_bytes(&mapping.range()).unwrap(), "the kernel contradicts itself");
+            assert_eq!(
+                held,
+                resident_bytes(&mapping.range()).unwrap(),
+                "the kernel contradicts itself"
+            );
             held
         };
         assert_eq!(resident(&mappings[1]), 0);
@@ -288,7 +306,10 @@ mod tests {
         assert_eq!(mappings.iter().map(resident).collect::<Vec<_>>(), [0, 3 * HOST_PAGE, 0]);
         let held = pages.held(mappings[1].range()).unwrap();
         assert_eq!(
-            held.iter().enumerate().filter_map(|(page, held)| held.then_some(page)).collect::<Vec<_>>(),
+            held.iter()
+                .enumerate()
+                .filter_map(|(page, held)| held.then_some(page))
+                .collect::<Vec<_>>(),
             [0, 5, 63]
         );
         mappings[1].discard(0, 64 * HOST_PAGE).unwrap();

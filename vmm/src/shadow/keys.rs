@@ -1,9 +1,9 @@
-//! Keys for virtual memory: memory that a guest maps page by page (vmalloc) has shadow of its own, which is looked up by
-//! addresses above RAM that stand for it and for nothing else.
+//! Keys for virtual memory: memory that a guest maps page by page (vmalloc) has shadow of its own,
+//! which is looked up by addresses above RAM that stand for it and for nothing else.
 //!
-//! To the shadow, to provenance and to reports a key is a guest-physical address like any other. Keys are handed out
-//! in units of [`VIRTUAL_UNIT`], so that no page of page shadow serves two ranges, and only once: what a range's
-//! shadow is stays as long as the guest runs.
+//! To the shadow, to provenance and to reports a key is a guest-physical address like any other.
+//! Keys are handed out in units of [`VIRTUAL_UNIT`], so that no page of page shadow serves two
+//! ranges, and only once: what a range's shadow is stays as long as the guest runs.
 
 use umbra_shadow::{
     Shadow,
@@ -14,19 +14,25 @@ use umbra_shadow::{
 use super::windows::{Notify, ShadowError, Slots, Windows};
 
 impl Windows {
-    /// The key that `len` bytes (not 0) of virtual memory at `va` would get; none if there are not enough left.
+    /// The key that `len` bytes (not 0) of virtual memory at `va` would get; none if there are not
+    /// enough left.
     pub fn next_key(&self, va: u64, len: u64) -> Option<u64> {
         let key = self.next_key.checked_add(va % VIRTUAL_UNIT)?;
         (key.checked_add(len)? <= self.model.memory().layout().keys_end).then_some(key)
     }
 
-    /// Hands out the key of `len` bytes (not 0), which [`Self::next_key`] told: all of the memory is poisoned, and the guest
-    /// sees its shadow from now on. Its page shadow is resident at once; its byte shadow comes on demand, in a full
-    /// shadow too.
+    /// Hands out the key of `len` bytes (not 0), which [`Self::next_key`] told: all of the memory
+    /// is poisoned, and the guest sees its shadow from now on. Its page shadow is resident at once;
+    /// its byte shadow comes on demand, in a full shadow too.
     ///
     /// # Errors
     /// A slot could not be added.
-    pub fn add_virtual(&mut self, key: u64, len: u64, slots: &mut dyn Slots) -> Result<(), ShadowError> {
+    pub fn add_virtual(
+        &mut self,
+        key: u64,
+        len: u64,
+        slots: &mut dyn Slots,
+    ) -> Result<(), ShadowError> {
         let (start, end) = (self.next_key, key.saturating_add(len).next_multiple_of(VIRTUAL_UNIT));
         let window = self.model.memory().layout().page;
         let (at, bytes) = (start >> PAGE_SHIFT, end.saturating_sub(start) >> PAGE_SHIFT);

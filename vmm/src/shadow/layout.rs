@@ -1,13 +1,14 @@
-//! Where the shadow windows lie in guest-physical memory: above RAM, the page window first. And the *keys* that shadow is
-//! looked up by: the addresses of RAM, then those that stand for virtual memory with shadow of its own.
+//! Where the shadow windows lie in guest-physical memory: above RAM, the page window first. And the
+//! *keys* that shadow is looked up by: the addresses of RAM, then those that stand for virtual
+//! memory with shadow of its own.
 
 use umbra_shadow::{
     abi::VIRTUAL_UNIT,
     codes::{GRANULE_SHIFT, PAGE_SHIFT, PAGE_SIZE},
 };
 
-/// Bytes of byte shadow that are mapped at once: 64 shadow pages, for 2 MiB of guest memory. One exit then
-/// serves a large page of the guest, and a 4 GiB guest needs at most 2,048 memory slots.
+/// Bytes of byte shadow that are mapped at once: 64 shadow pages, for 2 MiB of guest memory. One
+/// exit then serves a large page of the guest, and a 4 GiB guest needs at most 2,048 memory slots.
 pub const CHUNK_BYTES: u64 = 256 << 10;
 /// Bytes of guest memory whose byte shadow is one chunk.
 pub const CHUNK_COVERS: u64 = CHUNK_BYTES << GRANULE_SHIFT;
@@ -16,13 +17,14 @@ pub const CHUNK_COVERS: u64 = CHUNK_BYTES << GRANULE_SHIFT;
 const WINDOW_ALIGN: u64 = 1 << 30;
 /// No window below this address, where devices and the interrupt controllers are.
 const LOWEST_WINDOW: u64 = 4 << 30;
-/// The end of the largest guest memory that is accepted. It keeps the tables of this module small whatever a
-/// command line asks for.
+/// The end of the largest guest memory that is accepted. It keeps the tables of this module small
+/// whatever a command line asks for.
 const MAX_RAM_END: u64 = 4 << 40;
-/// Virtual memory that there are keys for, in bytes: as much as guest memory, but at least this. A key costs nothing until
-/// the guest asks for it.
+/// Virtual memory that there are keys for, in bytes: as much as guest memory, but at least this. A
+/// key costs nothing until the guest asks for it.
 const LEAST_VIRTUAL: u64 = 4 << 30;
-/// By how much byte shadow may grow for virtual memory if nobody says: as much as RAM has, but at least this.
+/// By how much byte shadow may grow for virtual memory if nobody says: as much as RAM has, but at
+/// least this.
 const LEAST_VIRTUAL_SHADOW: u64 = 32 << 20;
 
 /// A guest-physical range that shows shadow memory.
@@ -49,7 +51,9 @@ impl Window {
 
 /// Guest memory that no windows can be laid out for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("guest memory that ends at {ram_end:#x} is not a multiple of 4 KiB between 4 KiB and 4 TiB")]
+#[error(
+    "guest memory that ends at {ram_end:#x} is not a multiple of 4 KiB between 4 KiB and 4 TiB"
+)]
 pub struct LayoutError {
     /// The end of guest memory that was asked for.
     pub ram_end: u64,
@@ -82,8 +86,10 @@ impl Layout {
             gpa: ram_end.max(LOWEST_WINDOW).next_multiple_of(WINDOW_ALIGN),
             bytes: keys_end >> PAGE_SHIFT,
         };
-        let byte =
-            Window { gpa: page.end().next_multiple_of(WINDOW_ALIGN), bytes: keys_end >> GRANULE_SHIFT };
+        let byte = Window {
+            gpa: page.end().next_multiple_of(WINDOW_ALIGN),
+            bytes: keys_end >> GRANULE_SHIFT,
+        };
         Ok(Self { ram_end, virtual_start, keys_end, page, byte })
     }
 
@@ -107,14 +113,15 @@ impl Layout {
         (self.virtual_start / CHUNK_COVERS) as usize
     }
 
-    /// The most byte shadow that may be mapped if nobody says otherwise, in bytes. RAM bounds its own shadow; without this,
-    /// virtual memory would let a small guest take any amount.
+    /// The most byte shadow that may be mapped if nobody says otherwise, in bytes. RAM bounds its
+    /// own shadow; without this, virtual memory would let a small guest take any amount.
     pub fn default_limit(&self) -> u64 {
         let ram = self.ram_chunks() as u64 * CHUNK_BYTES;
         ram + ram.max(LEAST_VIRTUAL_SHADOW)
     }
 
-    /// The first guest-physical address above everything: the guest's physical addresses must reach it.
+    /// The first guest-physical address above everything: the guest's physical addresses must reach
+    /// it.
     pub fn end(&self) -> u64 {
         self.byte.end()
     }
@@ -132,16 +139,30 @@ mod tests {
 
     #[test]
     fn windows_lie_above_ram_and_cover_it() {
-        for ram_end in
-            [4096, 5 << 20, 128 << 20, 256 << 20, 3 << 30, 4 << 30, (5 << 30) + 4096, 1 << 40, MAX_RAM_END]
-        {
+        for ram_end in [
+            4096,
+            5 << 20,
+            128 << 20,
+            256 << 20,
+            3 << 30,
+            4 << 30,
+            (5 << 30) + 4096,
+            1 << 40,
+            MAX_RAM_END,
+        ] {
             let layout = Layout::new(ram_end).unwrap();
             assert!(layout.page.gpa >= ram_end && layout.page.gpa >= LOWEST_WINDOW, "{layout:x?}");
-            assert_eq!(layout.byte.gpa, layout.page.end().next_multiple_of(WINDOW_ALIGN), "{layout:x?}");
+            assert_eq!(
+                layout.byte.gpa,
+                layout.page.end().next_multiple_of(WINDOW_ALIGN),
+                "{layout:x?}"
+            );
             assert!(layout.ram_page_bytes() >= ram_end / 4096);
             assert!(layout.ram_page_bytes() < ram_end / 4096 + 4096);
             assert!(layout.ram_chunks() as u64 * CHUNK_COVERS >= ram_end);
-            assert!(layout.virtual_start >= ram_end && layout.virtual_start < ram_end + VIRTUAL_UNIT);
+            assert!(
+                layout.virtual_start >= ram_end && layout.virtual_start < ram_end + VIRTUAL_UNIT
+            );
             assert!(layout.virtual_bytes() >= LEAST_VIRTUAL && layout.virtual_bytes() >= ram_end);
             assert!(layout.keys_end.is_multiple_of(VIRTUAL_UNIT));
             assert_eq!(layout.page.bytes, layout.keys_end / 4096);
@@ -175,9 +196,14 @@ mod tests {
         let window = Window { gpa: 0x1000, bytes: 0x100 };
         assert_eq!(window.offset(0x1000, 0x100), Some(0));
         assert_eq!(window.offset(0x10ff, 1), Some(0xff));
-        for (gpa, len) in
-            [(0xfff, 1), (0x1000, 0x101), (0x10ff, 2), (0x1100, 1), (u64::MAX, 8), (0x1001, u64::MAX)]
-        {
+        for (gpa, len) in [
+            (0xfff, 1),
+            (0x1000, 0x101),
+            (0x10ff, 2),
+            (0x1100, 1),
+            (u64::MAX, 8),
+            (0x1001, u64::MAX),
+        ] {
             assert_eq!(window.offset(gpa, len), None, "{gpa:#x}+{len:#x}");
         }
     }

@@ -1,7 +1,8 @@
-//! Host memory that guest and VMM share: the one place with raw pointers, behind bounds-checked offsets.
+//! Host memory that guest and VMM share: the one place with raw pointers, behind bounds-checked
+//! offsets.
 //!
-//! A guest's vCPUs read and write this memory at any time. So no reference into it is ever made, every
-//! access is volatile, and a value is read once and then used.
+//! A guest's vCPUs read and write this memory at any time. So no reference into it is ever made,
+//! every access is volatile, and a value is read once and then used.
 
 use std::{
     io,
@@ -13,10 +14,11 @@ use std::{
 /// Size of a host page. Umbra runs on x86_64 only.
 pub const HOST_PAGE: u64 = 4096;
 
-/// Address space of this process, with an inaccessible page before and behind the part that is used.
+/// Address space of this process, with an inaccessible page before and behind the part that is
+/// used.
 ///
-/// The guard pages keep the kernel from merging the part with a neighbour, so that it has lines of its own in
-/// `/proc/self/smaps`; and they turn a stray access into a fault.
+/// The guard pages keep the kernel from merging the part with a neighbour, so that it has lines of
+/// its own in `/proc/self/smaps`; and they turn a stray access into a fault.
 #[derive(Debug)]
 pub struct Reservation {
     start: NonNull<u8>,
@@ -30,8 +32,9 @@ unsafe impl Sync for Reservation {}
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        // SAFETY: the range is exactly what `mmap` gave `Mapping::new`, and nothing points into it any more:
-        // `Mapping`s hold this value alive, and so do those whom it was handed to as keep-alive.
+        // SAFETY: the range is exactly what `mmap` gave `Mapping::new`, and nothing points into it
+        // any more: `Mapping`s hold this value alive, and so do those whom it was handed to as
+        // keep-alive.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.bytes) };
     }
 }
@@ -44,7 +47,8 @@ pub struct Mapping {
     bytes: u64,
 }
 
-// SAFETY: a `Mapping` is the only one in this process that accesses its memory, and writes need `&mut`.
+// SAFETY: a `Mapping` is the only one in this process that accesses its memory, and writes need
+// `&mut`.
 unsafe impl Send for Mapping {}
 // SAFETY: `&self` only reads, with volatile accesses.
 unsafe impl Sync for Mapping {}
@@ -57,7 +61,8 @@ impl Mapping {
             .checked_add(2 * HOST_PAGE)
             .and_then(|total| usize::try_from(total).ok())
             .ok_or(io::ErrorKind::InvalidInput)?;
-        // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no existing memory.
+        // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no existing
+        // memory.
         let raw = unsafe {
             libc::mmap(
                 ptr::null_mut(),
@@ -77,14 +82,18 @@ impl Mapping {
         let start = unsafe { base.add(HOST_PAGE as usize) };
         // SAFETY: start and length lie inside the mapping made above, which nobody else uses yet.
         if unsafe {
-            libc::mprotect(start.as_ptr().cast(), bytes as usize, libc::PROT_READ | libc::PROT_WRITE)
+            libc::mprotect(
+                start.as_ptr().cast(),
+                bytes as usize,
+                libc::PROT_READ | libc::PROT_WRITE,
+            )
         } != 0
         {
             return Err(io::Error::last_os_error());
         }
-        // Where huge pages are always on, one written byte would cost 2 MiB. A kernel built without them
-        // refuses the advice, and then there is nothing to refuse.
-        // SAFETY: as above; the advice changes no contents.
+        // Where huge pages are always on, one written byte would cost 2 MiB. A kernel built without
+        // them refuses the advice, and then there is nothing to refuse. SAFETY: as above; the
+        // advice changes no contents.
         unsafe { libc::madvise(start.as_ptr().cast(), bytes as usize, libc::MADV_NOHUGEPAGE) };
         Ok(Self { reservation, start, bytes })
     }
@@ -105,14 +114,16 @@ impl Mapping {
         if at.checked_add(len)? > self.bytes {
             return None;
         }
-        // SAFETY: `at` is at most `bytes`, so the result points into the mapping or to its trailing guard page.
+        // SAFETY: `at` is at most `bytes`, so the result points into the mapping or to its trailing
+        // guard page.
         Some(unsafe { self.start.as_ptr().add(at as usize) })
     }
 
     /// Reads one byte.
     pub fn load(&self, at: u64) -> Option<u8> {
         let pointer = self.pointer(at, 1)?;
-        // SAFETY: one readable byte inside the mapping; volatile because a guest may write it meanwhile.
+        // SAFETY: one readable byte inside the mapping; volatile because a guest may write it
+        // meanwhile.
         Some(unsafe { pointer.read_volatile() })
     }
 
@@ -122,8 +133,9 @@ impl Mapping {
             return None;
         }
         let pointer = self.pointer(at, 8)?.cast::<u64>();
-        // SAFETY: eight readable bytes inside the mapping, aligned because its start is page-aligned and `at` is
-        // a multiple of 8; volatile because a guest may write them meanwhile.
+        // SAFETY: eight readable bytes inside the mapping, aligned because its start is
+        // page-aligned and `at` is a multiple of 8; volatile because a guest may write them
+        // meanwhile.
         Some(unsafe { pointer.read_volatile() })
     }
 
@@ -131,7 +143,8 @@ impl Mapping {
     pub fn read(&self, at: u64, to: &mut [u8]) -> Option<()> {
         let pointer = self.pointer(at, to.len() as u64)?;
         for (i, byte) in to.iter_mut().enumerate() {
-            // SAFETY: `i` is below the length that was checked; volatile because a guest may write meanwhile.
+            // SAFETY: `i` is below the length that was checked; volatile because a guest may write
+            // meanwhile.
             *byte = unsafe { pointer.add(i).read_volatile() };
         }
         Some(())
@@ -141,7 +154,8 @@ impl Mapping {
     pub fn write(&mut self, at: u64, from: &[u8]) -> Option<()> {
         let pointer = self.pointer(at, from.len() as u64)?;
         for (i, byte) in from.iter().enumerate() {
-            // SAFETY: `i` is below the length that was checked; volatile because a guest may access it meanwhile.
+            // SAFETY: `i` is below the length that was checked; volatile because a guest may access
+            // it meanwhile.
             unsafe { pointer.add(i).write_volatile(*byte) };
         }
         Some(())
@@ -154,11 +168,13 @@ impl Mapping {
         let words = (len - head) / 8;
         let word = u64::from_ne_bytes([value; 8]);
         for i in (0..head).chain(head + words * 8..len) {
-            // SAFETY: `i` is below `len`, which was checked; volatile because a guest may access it meanwhile.
+            // SAFETY: `i` is below `len`, which was checked; volatile because a guest may access it
+            // meanwhile.
             unsafe { pointer.add(i as usize).write_volatile(value) };
         }
         for i in 0..words {
-            // SAFETY: `head + 8 * words` is at most `len`; behind the head the address is a multiple of 8.
+            // SAFETY: `head + 8 * words` is at most `len`; behind the head the address is a
+            // multiple of 8.
             unsafe { pointer.add((head + 8 * i) as usize).cast::<u64>().write_volatile(word) };
         }
         Some(())
@@ -169,8 +185,9 @@ impl Mapping {
         let pointer = self.pointer(at, len)?;
         let mut offset = 0;
         while offset < len {
-            // SAFETY: `offset` is below `len`, which was checked. No guest runs on memory that is made resident
-            // (it is done before the memory gets a slot), so that reading and writing back loses no store.
+            // SAFETY: `offset` is below `len`, which was checked. No guest runs on memory that is
+            // made resident (it is done before the memory gets a slot), so that reading and writing
+            // back loses no store.
             unsafe {
                 let byte = pointer.add(offset as usize);
                 byte.write_volatile(byte.read_volatile());
@@ -180,14 +197,15 @@ impl Mapping {
         Some(())
     }
 
-    /// Gives the host memory of `[at, at + len)` back; it reads as zero from then on. Both are multiples of 4096.
+    /// Gives the host memory of `[at, at + len)` back; it reads as zero from then on. Both are
+    /// multiples of 4096.
     pub fn discard(&mut self, at: u64, len: u64) -> io::Result<()> {
         if !at.is_multiple_of(HOST_PAGE) || !len.is_multiple_of(HOST_PAGE) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         let pointer = self.pointer(at, len).ok_or(io::ErrorKind::InvalidInput)?;
-        // SAFETY: the range is page-aligned and inside the mapping; no references into it exist. A guest that has
-        // it in a slot is kept coherent by KVM.
+        // SAFETY: the range is page-aligned and inside the mapping; no references into it exist. A
+        // guest that has it in a slot is kept coherent by KVM.
         if unsafe { libc::madvise(pointer.cast(), len as usize, libc::MADV_DONTNEED) } != 0 {
             return Err(io::Error::last_os_error());
         }
@@ -239,6 +257,9 @@ mod tests {
         let mut mapping = Mapping::new(4 * HOST_PAGE).unwrap();
         mapping.fill(0, 3 * HOST_PAGE, 7).unwrap();
         mapping.discard(HOST_PAGE, HOST_PAGE).unwrap();
-        assert_eq!([0, 1, 2].map(|page| mapping.load(page * HOST_PAGE)), [Some(7), Some(0), Some(7)]);
+        assert_eq!(
+            [0, 1, 2].map(|page| mapping.load(page * HOST_PAGE)),
+            [Some(7), Some(0), Some(7)]
+        );
     }
 }

@@ -1,11 +1,12 @@
-//! The shadow bytes themselves, as the model of `umbra-shadow` wants them: by guest-physical address.
+//! The shadow bytes themselves, as the model of `umbra-shadow` wants them: by guest-physical
+//! address.
 
 use std::{iter, ops::Range};
 
 use umbra_shadow::{
     codes::{
-        FREE_PAGE, GRANULE_SHIFT, PAGE_BUSY, PAGE_BYTES, PAGE_SHIFT, SHADOW_PER_PAGE, SLAB_FREE_TRACK,
-        SLAB_REDZONE, VMALLOC_INVALID,
+        FREE_PAGE, GRANULE_SHIFT, PAGE_BUSY, PAGE_BYTES, PAGE_SHIFT, SHADOW_PER_PAGE,
+        SLAB_FREE_TRACK, SLAB_REDZONE, VMALLOC_INVALID,
     },
     memory::ShadowMemory,
 };
@@ -18,16 +19,17 @@ use super::{
 /// Pages of guest memory behind one chunk of byte shadow.
 const CHUNK_PAGES: u64 = CHUNK_COVERS >> PAGE_SHIFT;
 
-/// Page shadow and byte shadow of a whole guest in host memory. It is keyed by guest-physical address; the keys of
-/// virtual memory ([`Layout`]) are addresses to it like any other.
+/// Page shadow and byte shadow of a whole guest in host memory. It is keyed by guest-physical
+/// address; the keys of virtual memory ([`Layout`]) are addresses to it like any other.
 ///
-/// Reads are safe while guest vCPUs run; each value is read once. Byte shadow of a chunk that was never
-/// mapped reads as zero and costs nothing. A write to such a chunk maps it as far as accounting goes;
-/// [`super::Windows`] makes sure beforehand that the limit allows it.
+/// Reads are safe while guest vCPUs run; each value is read once. Byte shadow of a chunk that was
+/// never mapped reads as zero and costs nothing. A write to such a chunk maps it as far as
+/// accounting goes; [`super::Windows`] makes sure beforehand that the limit allows it.
 #[derive(Debug)]
 pub struct HostShadow {
     layout: Layout,
-    /// The first address without shadow: the end of RAM, or of the virtual memory that the guest has keys for.
+    /// The first address without shadow: the end of RAM, or of the virtual memory that the guest
+    /// has keys for.
     end: u64,
     /// `None` for a full shadow, where every page is byte-checked.
     pub(super) page: Option<Mapping>,
@@ -36,7 +38,8 @@ pub struct HostShadow {
     mapped: Vec<bool>,
     mapped_chunks: u64,
     mapped_peak_chunks: u64,
-    /// Byte-checked pages, as far as the VMM itself changed the page shadow: all of them in `sync` mode.
+    /// Byte-checked pages, as far as the VMM itself changed the page shadow: all of them in `sync`
+    /// mode.
     tracked_pages: i64,
     tracked_peak_pages: i64,
 }
@@ -71,8 +74,8 @@ impl HostShadow {
         self.mapped.get(chunk).copied().unwrap_or(false)
     }
 
-    /// Counts `chunk` as mapped, or no longer. In a full shadow, one for virtual memory is filled when it comes into being;
-    /// no vCPU can reach it yet.
+    /// Counts `chunk` as mapped, or no longer. In a full shadow, one for virtual memory is filled
+    /// when it comes into being; no vCPU can reach it yet.
     pub(super) fn set_mapped(&mut self, chunk: usize, mapped: bool) {
         match self.mapped.get_mut(chunk) {
             Some(was) if *was != mapped => {
@@ -108,11 +111,12 @@ impl HostShadow {
 
     /// Whether any page of `chunk` is byte-checked or on its way to be.
     pub(super) fn chunk_in_use(&self, chunk: usize) -> bool {
-        (0..CHUNK_BYTES / super::mapping::HOST_PAGE).any(|page| self.shadow_page_in_use(chunk, page))
+        (0..CHUNK_BYTES / super::mapping::HOST_PAGE)
+            .any(|page| self.shadow_page_in_use(chunk, page))
     }
 
-    /// Whether any of the eight guest pages behind shadow page `page` of `chunk` is byte-checked or on its way
-    /// to be.
+    /// Whether any of the eight guest pages behind shadow page `page` of `chunk` is byte-checked or
+    /// on its way to be.
     pub(super) fn shadow_page_in_use(&self, chunk: usize, page: u64) -> bool {
         match &self.page {
             None => true,
@@ -125,7 +129,8 @@ impl HostShadow {
     /// Bytes of byte shadow that byte-checked pages in mapped chunks use now.
     pub fn used_bytes(&self) -> u64 {
         let Some(mapping) = &self.page else {
-            let more = self.mapped_bytes().saturating_sub(self.layout.ram_chunks() as u64 * CHUNK_BYTES);
+            let more =
+                self.mapped_bytes().saturating_sub(self.layout.ram_chunks() as u64 * CHUNK_BYTES);
             return (self.layout.ram_end >> GRANULE_SHIFT) + more;
         };
         let pages: u64 = self
@@ -135,17 +140,24 @@ impl HostShadow {
                 (first..first + CHUNK_PAGES)
                     .step_by(8)
                     .filter_map(|at| mapping.load_u64(at))
-                    .map(|word| word.to_ne_bytes().iter().filter(|byte| **byte == PAGE_BYTES).count() as u64)
+                    .map(|word| {
+                        word.to_ne_bytes().iter().filter(|byte| **byte == PAGE_BYTES).count() as u64
+                    })
                     .sum::<u64>()
             })
             .sum();
         pages * SHADOW_PER_PAGE
     }
 
-    /// The free pages between two guest-physical addresses, multiples of 4096, by rising address; neighbours together. With
-    /// `objects` also those that hold nothing but freed objects whose frees are known ([`SLAB_FREE_TRACK`]), or parts of such
-    /// and redzones. A full shadow does not tell them.
-    pub fn unused_pages(&self, range: Range<u64>, objects: bool) -> impl Iterator<Item = Range<u64>> {
+    /// The free pages between two guest-physical addresses, multiples of 4096, by rising address;
+    /// neighbours together. With `objects` also those that hold nothing but freed objects whose
+    /// frees are known ([`SLAB_FREE_TRACK`]), or parts of such and redzones. A full shadow does not
+    /// tell them.
+    pub fn unused_pages(
+        &self,
+        range: Range<u64>,
+        objects: bool,
+    ) -> impl Iterator<Item = Range<u64>> {
         let mut at = range.start >> PAGE_SHIFT;
         let end = range.end >> PAGE_SHIFT;
         let word = move |page: u64| self.page.as_ref()?.load_u64(page & !7).filter(|_| page < end);
@@ -172,7 +184,8 @@ impl HostShadow {
         })
     }
 
-    /// Whether a byte-checked page holds nothing but freed objects whose frees are known, and redzones.
+    /// Whether a byte-checked page holds nothing but freed objects whose frees are known, and
+    /// redzones.
     fn holds_freed_objects(&self, page: u64) -> bool {
         let first = page * SHADOW_PER_PAGE;
         let fits = |byte: u8| matches!(byte, SLAB_FREE_TRACK | SLAB_REDZONE);
@@ -186,8 +199,8 @@ impl HostShadow {
             && freed
     }
 
-    /// The most that byte-checked pages have used, as far as the VMM itself changed the page shadow. Exact in
-    /// `sync` mode, where nobody else does.
+    /// The most that byte-checked pages have used, as far as the VMM itself changed the page
+    /// shadow. Exact in `sync` mode, where nobody else does.
     pub(super) fn tracked_peak_bytes(&self) -> u64 {
         self.tracked_peak_pages.max(0) as u64 * SHADOW_PER_PAGE
     }
@@ -220,7 +233,8 @@ impl ShadowMemory for HostShadow {
         if mapping.pointer(first, pages).is_none() {
             return;
         }
-        let before = (first..first + pages).filter(|at| mapping.load(*at) == Some(PAGE_BYTES)).count();
+        let before =
+            (first..first + pages).filter(|at| mapping.load(*at) == Some(PAGE_BYTES)).count();
         mapping.fill(first, pages, value);
         let after = if value == PAGE_BYTES { pages } else { 0 };
         self.tracked_pages += after as i64 - before as i64;
@@ -286,7 +300,9 @@ mod tests {
         for page in 512..1024u64 {
             for (value, used) in [(PAGE_BYTES, SHADOW_PER_PAGE), (PAGE_BUSY, 0)] {
                 shadow.set_pages(page << 12, 1, value);
-                assert!(shadow.chunk_in_use(1) && !shadow.chunk_in_use(0) && !shadow.chunk_in_use(2));
+                assert!(
+                    shadow.chunk_in_use(1) && !shadow.chunk_in_use(0) && !shadow.chunk_in_use(2)
+                );
                 assert!(shadow.shadow_page_in_use(1, (page - 512) / 8));
                 assert_eq!(shadow.used_bytes(), used);
             }

@@ -1,7 +1,8 @@
-//! The host side of shadow memory: the windows a guest sees it through, what they cost, giving host memory
-//! back, and who allocated and freed the memory that the shadow describes.
+//! The host side of shadow memory: the windows a guest sees it through, what they cost, giving host
+//! memory back, and who allocated and freed the memory that the shadow describes.
 //!
-//! Everything is keyed by guest-physical address, so that aliases of a page share one shadow and one history.
+//! Everything is keyed by guest-physical address, so that aliases of a page share one shadow and
+//! one history.
 
 pub mod accounting;
 mod heap;

@@ -4,7 +4,8 @@ use std::collections::{HashMap, VecDeque};
 
 use umbra_shadow::abi::NAME_MAX;
 
-/// A guest's name as printable ASCII, at most 64 characters. Everything else becomes `?`, an empty name too.
+/// A guest's name as printable ASCII, at most 64 characters. Everything else becomes `?`, an empty
+/// name too.
 pub fn sanitize(name: &[u8]) -> String {
     let printable =
         |byte: &u8| if byte.is_ascii_graphic() || *byte == b' ' { char::from(*byte) } else { '?' };

@@ -1,10 +1,13 @@
-//! What each part of guest memory is at one moment, in as few cells as a picture has: the page map of a run.
+//! What each part of guest memory is at one moment, in as few cells as a picture has: the page map
+//! of a run.
 
 use std::ops::Range;
 
 use umbra_shadow::{
     Shadow,
-    codes::{FREE_PAGE, GRANULE_SHIFT, PAGE_BUSY, PAGE_BYTES, PAGE_SHIFT, PAGE_VALID, SHADOW_PER_PAGE},
+    codes::{
+        FREE_PAGE, GRANULE_SHIFT, PAGE_BUSY, PAGE_BYTES, PAGE_SHIFT, PAGE_VALID, SHADOW_PER_PAGE,
+    },
 };
 
 use super::{memory::HostShadow, windows::Windows};
@@ -48,10 +51,11 @@ pub struct PageMap {
 }
 
 impl PageMap {
-    /// Looks at all pages of `ram` (guest-physical, in order) and puts them into at most `most` cells. Safe while
-    /// vCPUs run, but what they change meanwhile may be seen or not.
+    /// Looks at all pages of `ram` (guest-physical, in order) and puts them into at most `most`
+    /// cells. Safe while vCPUs run, but what they change meanwhile may be seen or not.
     ///
-    /// With page shadow it reads one byte for each page; with a full shadow it has to read all of that.
+    /// With page shadow it reads one byte for each page; with a full shadow it has to read all of
+    /// that.
     pub fn of(windows: &Windows, ram: &[Range<u64>], most: usize) -> Self {
         let shadow = windows.model().memory();
         let pages = ram.last().map_or(0, |last| last.end >> PAGE_SHIFT);

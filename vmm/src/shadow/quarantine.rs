@@ -1,23 +1,26 @@
 //! The quarantine: freed memory that waits before the guest's allocators get it back, oldest first.
 //!
-//! The queue is here and not in the guest: the VMM hears of each free anyway, and no wild write of the guest can break it. The
-//! guest fetches what is due when a drain says that there is some (`guest/runtime/src/quarantine.rs`).
+//! The queue is here and not in the guest: the VMM hears of each free anyway, and no wild write of
+//! the guest can break it. The guest fetches what is due when a drain says that there is some
+//! (`guest/runtime/src/quarantine.rs`).
 //!
-//! What comes in is bounded by what a guest can free between two drains, and by [`MOST`]; what a hostile guest makes of it
-//! concerns its own allocators only.
+//! What comes in is bounded by what a guest can free between two drains, and by [`MOST`]; what a
+//! hostile guest makes of it concerns its own allocators only.
 
 use std::collections::VecDeque;
 
 use umbra_shadow::abi::{RING_MAX_RECORDS, Released};
 
-/// How much of guest memory it takes unless a setting says otherwise: as KASAN's (`mm/kasan/quarantine.c`).
+/// How much of guest memory it takes unless a setting says otherwise: as KASAN's
+/// (`mm/kasan/quarantine.c`).
 const SHARE: u64 = 32;
 /// Most that a CPU frees between two drains: as KASAN's queue of a CPU.
 const BATCH_MAX: u64 = 1 << 20;
 /// Batches of each CPU that fit into the quarantine.
 const BATCHES: u64 = 16;
-/// Of these, how many are kept free: what one CPU has freed since what is due was last fetched, and for all of them what lies in
-/// their rings, twice, since the last object of a batch may be as large as the batch.
+/// Of these, how many are kept free: what one CPU has freed since what is due was last fetched, and
+/// for all of them what lies in their rings, twice, since the last object of a batch may be as
+/// large as the batch.
 const BATCHES_FREE: u64 = 5;
 /// Objects that are kept; over it the oldest are due whatever their size. 16 bytes each.
 pub const MOST: usize = 1 << 20;
@@ -107,7 +110,8 @@ impl Quarantine {
         (self.queue.capacity() * size_of::<Released>()) as u64
     }
 
-    /// The memory of a free is poisoned, and waits from now on. False if a guest that fetches nothing has filled the queue.
+    /// The memory of a free is poisoned, and waits from now on. False if a guest that fetches
+    /// nothing has filled the queue.
     pub fn hold(&mut self, memory: Released) -> bool {
         let good = self.count(memory);
         if good {
@@ -129,8 +133,8 @@ impl Quarantine {
         true
     }
 
-    /// A CPU has told of something, which was a free of `memory` or something else. What it told before is done with. `last`: nothing
-    /// shows that it is done with this, too.
+    /// A CPU has told of something, which was a free of `memory` or something else. What it told
+    /// before is done with. `last`: nothing shows that it is done with this, too.
     pub fn told(&mut self, cpu: u16, memory: Option<Released>, last: bool) -> bool {
         self.settled(cpu);
         let Some(memory) = memory else { return true };
@@ -228,7 +232,8 @@ mod tests {
     #[test]
     fn a_guest_that_fetches_nothing_fills_a_bounded_queue() {
         let mut quarantine = Quarantine::new(1 << 30, 1);
-        let held = (0..2 * MOST as u64 + MORE as u64).filter(|i| quarantine.hold(memory(*i, 0))).count();
+        let held =
+            (0..2 * MOST as u64 + MORE as u64).filter(|i| quarantine.hold(memory(*i, 0))).count();
         assert_eq!(held, MOST + MORE);
         assert!(quarantine.is_due() && quarantine.take(usize::MAX, false).len() == MORE);
     }
@@ -246,7 +251,8 @@ mod tests {
     }
 
     proptest! {
-        /// CPUs that free as the guest's runtime does, in any order, never have more waiting than the limit.
+        /// CPUs that free as the guest's runtime does, in any order, never have more waiting than
+        /// the limit.
         #[test]
         fn the_limit_holds(
             cpus in 1..5u8,

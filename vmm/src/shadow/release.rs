@@ -1,17 +1,19 @@
 //! Gives host memory back that lies behind byte shadow nobody looks at any more.
 //!
-//! One 4 KiB page of byte shadow serves eight guest pages, whose eight page-shadow values are one aligned
-//! `u64`. When none of them is `PAGE_BYTES` or `PAGE_BUSY`, the byte shadow is garbage and can go.
+//! One 4 KiB page of byte shadow serves eight guest pages, whose eight page-shadow values are one
+//! aligned `u64`. When none of them is `PAGE_BYTES` or `PAGE_BUSY`, the byte shadow is garbage and
+//! can go.
 //!
-//! **Why nothing live is lost.** It runs while every vCPU is stopped, so the page shadow does not change
-//! under it. A vCPU may have been stopped anywhere:
-//! - *inside a promotion*: it set `PAGE_BUSY` before its first store to the byte shadow and sets `PAGE_BYTES`
-//!   after the last one, so the page counts as used;
-//! - *before a promotion's first store*: the page is not used yet, and a promotion writes all 512 bytes;
+//! **Why nothing live is lost.** It runs while every vCPU is stopped, so the page shadow does not
+//! change under it. A vCPU may have been stopped anywhere:
+//! - *inside a promotion*: it set `PAGE_BUSY` before its first store to the byte shadow and sets
+//!   `PAGE_BYTES` after the last one, so the page counts as used;
+//! - *before a promotion's first store*: the page is not used yet, and a promotion writes all 512
+//!   bytes;
 //! - *after a demotion*: the guest changed the page shadow and will not read the byte shadow again;
-//! - *in a check, between its two loads*, while another vCPU demoted the page: it then reads zeroes, "accessible",
-//!   where it would have read garbage. The page has just been freed or handed out as a whole; which of the two the
-//!   check sees was a race in the guest already.
+//! - *in a check, between its two loads*, while another vCPU demoted the page: it then reads
+//!   zeroes, "accessible", where it would have read garbage. The page has just been freed or handed
+//!   out as a whole; which of the two the check sees was a race in the guest already.
 
 use umbra_shadow::{Shadow, codes::PAGE_SHIFT};
 
@@ -27,8 +29,8 @@ const _: () = assert!(CHUNK_COVERS >> PAGE_SHIFT == CHUNK_BYTES / HOST_PAGE * 8)
 
 /// Gives back the host memory of all byte shadow that no page uses. Returns the bytes that went.
 ///
-/// Call it only while no vCPU runs guest code. The chunks stay mapped. It reads the page shadow of mapped
-/// chunks and asks the kernel about their pages: a few microseconds for each chunk.
+/// Call it only while no vCPU runs guest code. The chunks stay mapped. It reads the page shadow of
+/// mapped chunks and asks the kernel about their pages: a few microseconds for each chunk.
 pub fn release_unused(windows: &mut Windows) -> Result<u64, ShadowError> {
     let (resident, runs) = scan(windows)?;
     // The most that is resident until the next release is resident right now.
@@ -56,7 +58,8 @@ fn scan(windows: &Windows) -> Result<(u64, Vec<Run>), ShadowError> {
     let mut resident = 0;
     let mut runs: Vec<Run> = Vec::new();
     for chunk in shadow.mapped_chunks() {
-        let held = windows.accounting.held(chunk).map_err(ShadowError::host("read /proc/self/pagemap"))?;
+        let held =
+            windows.accounting.held(chunk).map_err(ShadowError::host("read /proc/self/pagemap"))?;
         resident += count(&held);
         for (page, _) in (0u64..).zip(held).filter(|(_, held)| *held) {
             if shadow.shadow_page_in_use(chunk, page) {

@@ -1,8 +1,8 @@
-//! Which guest memory is stack, in `sync` mode: there the compiler's own stores to a stack's shadow come to the VMM, and
-//! are carried out instead of being taken for tampering.
+//! Which guest memory is stack, in `sync` mode: there the compiler's own stores to a stack's shadow
+//! come to the VMM, and are carried out instead of being taken for tampering.
 //!
-//! This weakens `sync` for stacks: a wild store to their shadow goes unseen if each of its bytes is one that a stack's
-//! shadow may hold. All other shadow stays out of the guest's reach.
+//! This weakens `sync` for stacks: a wild store to their shadow goes unseen if each of its bytes is
+//! one that a stack's shadow may hold. All other shadow stays out of the guest's reach.
 
 use umbra_shadow::{
     Shadow, ShadowMemory,
@@ -21,7 +21,8 @@ pub(super) struct StackPages {
 }
 
 impl StackPages {
-    /// Puts the whole pages of `len` bytes at `gpa` in, or takes them out. The range lies in guest memory.
+    /// Puts the whole pages of `len` bytes at `gpa` in, or takes them out. The range lies in guest
+    /// memory.
     pub fn set(&mut self, gpa: u64, len: u64, stack: bool) {
         for page in gpa.div_ceil(PAGE_SIZE)..gpa.saturating_add(len) >> PAGE_SHIFT {
             let at = (page / 64) as usize;
@@ -41,27 +42,36 @@ impl StackPages {
     /// Whether all pages that `len` bytes (not 0) at `gpa` touch are in the set.
     pub fn hold(&self, gpa: u64, len: u64) -> bool {
         let mut pages = gpa >> PAGE_SHIFT..=(gpa + (len - 1)) >> PAGE_SHIFT;
-        pages.all(|page| self.bits.get((page / 64) as usize).is_some_and(|word| word >> (page % 64) & 1 != 0))
+        pages.all(|page| {
+            self.bits.get((page / 64) as usize).is_some_and(|word| word >> (page % 64) & 1 != 0)
+        })
     }
 }
 
 impl Windows {
-    /// The whole pages of `len` bytes at `gpa` become a stack of the guest, or cease to be one. The range lies in guest
-    /// memory. Means something in `sync` mode only.
+    /// The whole pages of `len` bytes at `gpa` become a stack of the guest, or cease to be one. The
+    /// range lies in guest memory. Means something in `sync` mode only.
     pub fn mark_stack(&mut self, gpa: u64, len: u64, stack: bool) {
         self.stack_pages.set(gpa, len, stack);
     }
 
-    /// A guest stored `data` to a read-only window at `gpa`: carries that out if it is what a compiler stores to
-    /// the shadow of a stack. Tells whether it did.
+    /// A guest stored `data` to a read-only window at `gpa`: carries that out if it is what a
+    /// compiler stores to the shadow of a stack. Tells whether it did.
     ///
     /// # Errors
     /// The limit is reached: the shadow is unchanged then.
-    pub fn stack_store(&mut self, gpa: u64, data: &[u8], slots: &mut dyn Slots) -> Result<bool, ShadowError> {
+    pub fn stack_store(
+        &mut self,
+        gpa: u64,
+        data: &[u8],
+        slots: &mut dyn Slots,
+    ) -> Result<bool, ShadowError> {
         let bytes = data.len() as u64;
         let Ok(Place::Byte(at)) = self.place(gpa, bytes) else { return Ok(false) };
         let (start, covered) = (at << GRANULE_SHIFT, bytes << GRANULE_SHIFT);
-        if !data.iter().all(|value| codes::on_stack(*value)) || !self.stack_pages.hold(start, covered) {
+        if !data.iter().all(|value| codes::on_stack(*value))
+            || !self.stack_pages.hold(start, covered)
+        {
             return Ok(false);
         }
         let chunk = |address: u64| (address / CHUNK_COVERS) as usize;

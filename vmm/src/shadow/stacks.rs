@@ -56,7 +56,8 @@ impl Stacks {
         heap::of_vec(&self.frames) + heap::of_vec(&self.ends) + heap::of_map(&self.index)
     }
 
-    /// The id of the stack with these return addresses, innermost first. A new one may take up to `room` bytes, or is lost.
+    /// The id of the stack with these return addresses, innermost first. A new one may take up to
+    /// `room` bytes, or is lost.
     pub fn intern(&mut self, frames: &[u64], room: usize) -> StackId {
         let frames = &frames[..frames.len().min(MAX_FRAMES)];
         if frames.is_empty() {

@@ -38,7 +38,11 @@ impl Slots for FakeSlots {
         }
         let overlaps = |slot: &Slot| slot.gpa < gpa + len && gpa < slot.gpa + slot.len;
         assert!(!self.slots.iter().flatten().any(overlaps), "KVM refuses slots that overlap");
-        assert!(gpa.is_multiple_of(4096) && (host as u64).is_multiple_of(4096) && len.is_multiple_of(4096));
+        assert!(
+            gpa.is_multiple_of(4096)
+                && (host as u64).is_multiple_of(4096)
+                && len.is_multiple_of(4096)
+        );
         self.slots.push(Some(Slot { gpa, host, len, readonly }));
         Ok(self.slots.len() as u32 - 1)
     }
@@ -59,7 +63,11 @@ impl FakeSlots {
     }
 
     fn pointer(&self, gpa: u64, write: bool) -> Option<*mut u8> {
-        let slot = self.slots.iter().flatten().find(|slot| (slot.gpa..slot.gpa + slot.len).contains(&gpa))?;
+        let slot = self
+            .slots
+            .iter()
+            .flatten()
+            .find(|slot| (slot.gpa..slot.gpa + slot.len).contains(&gpa))?;
         // SAFETY: inside the slot, which lies inside a window's mapping.
         (!write || !slot.readonly).then(|| unsafe { slot.host.add((gpa - slot.gpa) as usize) })
     }
@@ -172,7 +180,10 @@ fn chunks_are_mapped_at_the_first_touch() {
     assert_eq!(guest.slots.live(), 2);
 
     // Another vCPU had the same exit.
-    assert_eq!(guest.windows.fault(gpa, 8, true, &mut guest.slots).unwrap(), FaultOutcome::AlreadyMapped);
+    assert_eq!(
+        guest.windows.fault(gpa, 8, true, &mut guest.slots).unwrap(),
+        FaultOutcome::AlreadyMapped
+    );
     // A store across two chunks.
     let edge = guest.byte_gpa(6 * MIB) - 3;
     assert_eq!(guest.windows.fault(edge, 8, true, &mut guest.slots).unwrap(), FaultOutcome::Mapped);
@@ -206,12 +217,18 @@ fn accesses_outside_change_nothing() {
         (byte.gpa, 0),
     ] {
         let result = guest.windows.fault(gpa, len, true, &mut guest.slots);
-        assert!(matches!(result, Err(ShadowError::OutsideWindow { .. })), "{gpa:#x}+{len}: {result:?}");
+        assert!(
+            matches!(result, Err(ShadowError::OutsideWindow { .. })),
+            "{gpa:#x}+{len}: {result:?}"
+        );
     }
     assert!(guest.windows.apply_write(byte.end() - 4, &[0; 8]).is_err());
     assert!(guest.windows.read(page.end() - 4, &mut [0; 8]).is_err());
     let unmapped = guest.windows.apply_write(byte.gpa + 5, &[0; 8]);
-    assert!(matches!(unmapped, Err(ShadowError::Unmapped { gpa }) if gpa == byte.gpa + 5), "{unmapped:?}");
+    assert!(
+        matches!(unmapped, Err(ShadowError::Unmapped { gpa }) if gpa == byte.gpa + 5),
+        "{unmapped:?}"
+    );
     assert_eq!(guest.slots.live(), 1);
     assert_eq!(guest.windows.figures().unwrap().byte_resident_bytes, 0);
     assert!(guest.windows.contains(byte.gpa) && !guest.windows.contains(byte.end()));
@@ -264,7 +281,11 @@ fn sync_windows_are_read_only() {
 
     guest.windows.unpoison(0x5000, 0x1000, &mut guest.slots).unwrap();
     let figures = guest.windows.figures().unwrap();
-    assert_eq!((figures.byte_used_bytes, figures.byte_used_peak_bytes), (0, 512), "never sampled between");
+    assert_eq!(
+        (figures.byte_used_bytes, figures.byte_used_peak_bytes),
+        (0, 512),
+        "never sampled between"
+    );
     assert_eq!((figures.byte_resident_bytes, figures.faults), (4096, 1));
     assert_eq!(release_unused(&mut guest.windows).unwrap(), 4096);
 }
@@ -274,8 +295,9 @@ fn compilers_may_store_the_shadow_of_stacks() {
     let mut guest = Guest::new(8 * MIB, Mode::PerPage, Notify::Sync, None);
     let (page, byte) = (guest.page_gpa(0x5000), guest.byte_gpa(0x5000));
     let frame = [0xf1, 0xf1, 0, 2, 0xf2, 0xf3, 0xf8, 0];
-    let store =
-        |guest: &mut Guest, gpa, data: &[u8]| guest.windows.stack_store(gpa, data, &mut guest.slots).unwrap();
+    let store = |guest: &mut Guest, gpa, data: &[u8]| {
+        guest.windows.stack_store(gpa, data, &mut guest.slots).unwrap()
+    };
     assert!(!store(&mut guest, byte, &frame), "no stack yet");
     guest.windows.mark_stack(0x5000, 0x2000, true);
     assert!(store(&mut guest, byte + 508, &frame), "across two pages of the stack");
@@ -303,7 +325,10 @@ fn full_shadow_is_resident_from_the_start() {
     let mut windows = Windows::new(&config, &mut slots).unwrap();
     assert_eq!((windows.mode(), windows.page_window(), slots.live()), (Mode::Full, None, 1));
     let byte = windows.byte_window();
-    assert!(slots.pointer(byte.gpa, true).is_some() && slots.pointer(byte.gpa + 2 * MIB - 1, true).is_some());
+    assert!(
+        slots.pointer(byte.gpa, true).is_some()
+            && slots.pointer(byte.gpa + 2 * MIB - 1, true).is_some()
+    );
     let figures = windows.figures().unwrap();
     assert_eq!((figures.byte_resident_bytes, figures.page_bytes), (MIB, 0));
     assert_eq!(windows.fault(byte.gpa, 8, true, &mut slots).unwrap(), FaultOutcome::AlreadyMapped);
@@ -320,7 +345,8 @@ fn full_shadow_is_resident_from_the_start() {
 #[test]
 fn release_takes_only_what_nobody_uses() {
     let mut guest = Guest::new(8 * MIB, Mode::PerPage, Notify::Ring, None);
-    // Eight shadow pages across the edge of two chunks; behind each, one guest page of another class.
+    // Eight shadow pages across the edge of two chunks; behind each, one guest page of another
+    // class.
     let start = CHUNK_COVERS - 4 * 8 * 4096;
     let classes = [PAGE_BYTES, PAGE_BUSY, FREE_PAGE, 0, 0xfe, FREE_PAGE, PAGE_BUSY, PAGE_BYTES];
     let shadow_pages: Vec<u64> = (0..8).map(|i| start + i * 8 * 4096).collect();
@@ -413,7 +439,8 @@ fn a_promotion_that_starts_during_eviction_is_not_lost() {
 fn the_limit_binds_the_vmm_too() {
     let mut guest = Guest::new(16 * MIB, Mode::PerPage, Notify::Sync, Some(CHUNK_BYTES));
     let (windows, slots) = (&mut guest.windows, &mut guest.slots);
-    // Whole pages need no byte shadow, and neither does what is accessible or poisoned alike already.
+    // Whole pages need no byte shadow, and neither does what is accessible or poisoned alike
+    // already.
     windows.poison(0, 16 * MIB, FREE_PAGE, slots).unwrap();
     windows.poison(0x3000, 0x1000, SLAB_FREE, slots).unwrap();
     windows.poison(0x3000, 0x1000, FREE_PAGE, slots).unwrap();
@@ -450,7 +477,8 @@ fn keep_alive_outlives_the_windows() {
     let Guest { windows, slots, .. } = guest;
     drop(windows);
     // SAFETY: slots of windows that are gone, but whose memory is kept.
-    let values = [page, byte].map(|gpa| unsafe { slots.pointer(gpa, false).unwrap().read_volatile() });
+    let values =
+        [page, byte].map(|gpa| unsafe { slots.pointer(gpa, false).unwrap().read_volatile() });
     assert_eq!(values, [0, SLAB_FREE]);
     drop(keep_alive);
 }
@@ -465,7 +493,8 @@ enum Step {
 
 const RAM: u64 = 8 * MIB;
 
-/// Ranges that often share pages, cover pages as a whole, or lie at the edge of a chunk or of memory.
+/// Ranges that often share pages, cover pages as a whole, or lie at the edge of a chunk or of
+/// memory.
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let start = prop_oneof![
         (0..4u64, 0..0x6000u64).prop_map(|(chunk, at)| chunk * CHUNK_COVERS + at),
@@ -485,8 +514,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
 
-    /// Whatever is taken back when, and whoever writes: the shadow says what a plain one says, the limit
-    /// holds, and no more is resident than is mapped.
+    /// Whatever is taken back when, and whoever writes: the shadow says what a plain one says, the
+    /// limit holds, and no more is resident than is mapped.
     #[test]
     fn nothing_live_is_ever_taken(steps in steps(), sync: bool, chunks in 1..=4u64) {
         let notify = if sync { Notify::Sync } else { Notify::Ring };

@@ -43,18 +43,19 @@ pub struct Config {
     pub mode: Mode,
     /// Who writes it.
     pub notify: Notify,
-    /// The most byte shadow that may be mapped at a time, in bytes. Less than a chunk allows none. Without a limit it is
-    /// [`Layout::default_limit`], which only virtual memory can come to.
+    /// The most byte shadow that may be mapped at a time, in bytes. Less than a chunk allows none.
+    /// Without a limit it is [`Layout::default_limit`], which only virtual memory can come to.
     pub limit: Option<u64>,
 }
 
 /// The memory slots of a virtual machine.
 pub trait Slots {
-    /// Shows `len` bytes of host memory at `host` to the guest at `gpa`. Returns a handle for [`Self::unmap`].
+    /// Shows `len` bytes of host memory at `host` to the guest at `gpa`. Returns a handle for
+    /// [`Self::unmap`].
     ///
-    /// The memory stays valid until the slot is unmapped and longer: as long as the [`Windows`] that pass it or
-    /// a [`Windows::keep_alive`] of them exist. Whoever implements this must not let the guest run on
-    /// it for longer.
+    /// The memory stays valid until the slot is unmapped and longer: as long as the [`Windows`]
+    /// that pass it or a [`Windows::keep_alive`] of them exist. Whoever implements this must not
+    /// let the guest run on it for longer.
     fn map(&mut self, gpa: u64, host: *mut u8, len: u64, readonly: bool) -> Result<u32, SlotError>;
 
     /// Takes a slot away. When it returns no vCPU can reach the memory any more.
@@ -186,8 +187,8 @@ pub struct Windows {
 }
 
 impl Windows {
-    /// Reserves the shadow and maps what is there from the start: the page window, or the whole of a full
-    /// shadow, which is made resident too.
+    /// Reserves the shadow and maps what is there from the start: the page window, or the whole of
+    /// a full shadow, which is made resident too.
     pub fn new(config: &Config, slots: &mut dyn Slots) -> Result<Self, ShadowError> {
         let mut ram_end = 0;
         for Range { start, end } in &config.ram {
@@ -197,7 +198,8 @@ impl Windows {
             ram_end = *end;
         }
         let layout = Layout::new(ram_end)?;
-        let reserve = |bytes| Mapping::new(bytes).map_err(|source| ShadowError::Reserve { bytes, source });
+        let reserve =
+            |bytes| Mapping::new(bytes).map_err(|source| ShadowError::Reserve { bytes, source });
         let limit = config.limit.unwrap_or(layout.default_limit());
         let readonly = config.notify == Notify::Sync;
         let mut byte = reserve(layout.byte.bytes)?;
@@ -209,7 +211,9 @@ impl Windows {
                 let bytes = layout.ram_page_bytes();
                 page.touch(0, bytes);
                 let host = page.range().start as *mut u8;
-                slots.map(layout.page.gpa, host, bytes, readonly).map_err(slot_error(layout.page.gpa))?;
+                slots
+                    .map(layout.page.gpa, host, bytes, readonly)
+                    .map_err(slot_error(layout.page.gpa))?;
                 Some(page)
             }
             Mode::Full => {
@@ -221,7 +225,9 @@ impl Windows {
                     byte.touch(start / 8, (end - start) / 8);
                 }
                 let host = byte.range().start as *mut u8;
-                slots.map(layout.byte.gpa, host, bytes, readonly).map_err(slot_error(layout.byte.gpa))?;
+                slots
+                    .map(layout.byte.gpa, host, bytes, readonly)
+                    .map_err(slot_error(layout.byte.gpa))?;
                 None
             }
         };
@@ -274,24 +280,31 @@ impl Windows {
         self.place(gpa, 1).is_ok()
     }
 
-    /// Whether `gpa` lies in or between the windows, where a look-up for an address beyond memory lands.
+    /// Whether `gpa` lies in or between the windows, where a look-up for an address beyond memory
+    /// lands.
     pub fn is_reserved(&self, gpa: u64) -> bool {
         let layout = self.model.memory().layout();
         (layout.page.gpa..layout.end()).contains(&gpa)
     }
 
-    /// The shadow, for checks and reports, by guest-physical address. Safe while vCPUs run, but what they
-    /// write in ring mode may change from one question to the next.
+    /// The shadow, for checks and reports, by guest-physical address. Safe while vCPUs run, but
+    /// what they write in ring mode may change from one question to the next.
     pub fn model(&self) -> &Model {
         &self.model
     }
 
-    /// Poisons guest memory on the guest's behalf, in sync mode. In ring mode guests write the shadow
-    /// themselves and promotions of theirs could be under way: do not call it then.
+    /// Poisons guest memory on the guest's behalf, in sync mode. In ring mode guests write the
+    /// shadow themselves and promotions of theirs could be under way: do not call it then.
     ///
     /// # Errors
     /// The range or the code is wrong, or the limit is reached: the shadow is unchanged then.
-    pub fn poison(&mut self, gpa: u64, len: u64, code: u8, slots: &mut dyn Slots) -> Result<(), ShadowError> {
+    pub fn poison(
+        &mut self,
+        gpa: u64,
+        len: u64,
+        code: u8,
+        slots: &mut dyn Slots,
+    ) -> Result<(), ShadowError> {
         self.make_room_for_change(gpa, len, code, slots)?;
         self.model.poison(gpa, len, code)?;
         if !codes::on_stack(code) {
@@ -304,7 +317,12 @@ impl Windows {
     ///
     /// # Errors
     /// The range is wrong, or the limit is reached: the shadow is unchanged then.
-    pub fn unpoison(&mut self, gpa: u64, len: u64, slots: &mut dyn Slots) -> Result<(), ShadowError> {
+    pub fn unpoison(
+        &mut self,
+        gpa: u64,
+        len: u64,
+        slots: &mut dyn Slots,
+    ) -> Result<(), ShadowError> {
         self.make_room_for_change(gpa, len, PAGE_VALID, slots)?;
         Ok(self.model.unpoison(gpa, len)?)
     }
@@ -317,8 +335,8 @@ impl Windows {
         ))
     }
 
-    /// A guest touched `len` bytes of a window at `gpa` and had no slot there, or no right to write. Maps all
-    /// chunks of the access. Safe while other vCPUs run.
+    /// A guest touched `len` bytes of a window at `gpa` and had no slot there, or no right to
+    /// write. Maps all chunks of the access. Safe while other vCPUs run.
     pub fn fault(
         &mut self,
         gpa: u64,
@@ -347,25 +365,31 @@ impl Windows {
         Ok(outcome)
     }
 
-    /// Completes a guest's store of `data` to a window at `gpa`, which [`Self::fault`] was called for. Nothing else
-    /// may have been done to the windows between the two: it could have unmapped the chunk.
+    /// Completes a guest's store of `data` to a window at `gpa`, which [`Self::fault`] was called
+    /// for. Nothing else may have been done to the windows between the two: it could have unmapped
+    /// the chunk.
     pub fn apply_write(&mut self, gpa: u64, data: &[u8]) -> Result<(), ShadowError> {
         if self.notify == Notify::Sync {
             return Err(ShadowError::ReadOnly { gpa });
         }
         let outside = ShadowError::OutsideWindow { gpa, len: data.len() as u64 };
         match self.mapped_place(gpa, data.len() as u64)? {
-            Place::Page(at) => self.model.memory_mut().page.as_mut().and_then(|page| page.write(at, data)),
+            Place::Page(at) => {
+                self.model.memory_mut().page.as_mut().and_then(|page| page.write(at, data))
+            }
             Place::Byte(at) => self.model.memory_mut().byte.write(at, data),
         }
         .ok_or(outside)
     }
 
-    /// Completes a guest's load of `data` from a window at `gpa`, which [`Self::fault`] was called for.
+    /// Completes a guest's load of `data` from a window at `gpa`, which [`Self::fault`] was called
+    /// for.
     pub fn read(&self, gpa: u64, data: &mut [u8]) -> Result<(), ShadowError> {
         let outside = ShadowError::OutsideWindow { gpa, len: data.len() as u64 };
         match self.mapped_place(gpa, data.len() as u64)? {
-            Place::Page(at) => self.model.memory().page.as_ref().and_then(|page| page.read(at, data)),
+            Place::Page(at) => {
+                self.model.memory().page.as_ref().and_then(|page| page.read(at, data))
+            }
             Place::Byte(at) => self.model.memory().byte.read(at, data),
         }
         .ok_or(outside)
@@ -373,36 +397,43 @@ impl Windows {
 
     /// Asks the kernel how much byte shadow is resident, in bytes, and keeps the peak.
     pub fn sample(&mut self) -> Result<u64, ShadowError> {
-        self.accounting.sample(self.model.memory()).map_err(ShadowError::host("read /proc/self/pagemap"))
+        self.accounting
+            .sample(self.model.memory())
+            .map_err(ShadowError::host("read /proc/self/pagemap"))
     }
 
-    /// What the shadow holds of host memory at this moment: page shadow, byte shadow that is mapped, resident, and
-    /// used by byte-checked pages, in bytes. As quick as [`Self::sample`].
+    /// What the shadow holds of host memory at this moment: page shadow, byte shadow that is
+    /// mapped, resident, and used by byte-checked pages, in bytes. As quick as [`Self::sample`].
     pub fn sample_all(&mut self) -> Result<[u64; 4], ShadowError> {
         let resident = self.sample()?;
         let shadow = self.model.memory();
         Ok([self.accounting.page_bytes(), shadow.mapped_bytes(), resident, shadow.used_bytes()])
     }
 
-    /// Notes how much byte shadow is used now, for the peak. In `ring` mode the VMM does not see changes: call it
-    /// at ring drains. Returns the bytes.
+    /// Notes how much byte shadow is used now, for the peak. In `ring` mode the VMM does not see
+    /// changes: call it at ring drains. Returns the bytes.
     pub fn sample_used(&mut self) -> u64 {
         self.accounting.sample_used(self.model.memory())
     }
 
     /// What the shadow costs, as of now.
     pub fn figures(&mut self) -> Result<Figures, ShadowError> {
-        self.accounting.figures(self.model.memory()).map_err(ShadowError::host("read /proc/self/smaps"))
+        self.accounting
+            .figures(self.model.memory())
+            .map_err(ShadowError::host("read /proc/self/smaps"))
     }
 
-    /// Where an access to `len` bytes at `gpa` goes, if all of it is shadow of RAM, or of virtual memory that the guest has.
+    /// Where an access to `len` bytes at `gpa` goes, if all of it is shadow of RAM, or of virtual
+    /// memory that the guest has.
     pub(super) fn place(&self, gpa: u64, len: u64) -> Result<Place, ShadowError> {
         let layout = self.model.memory().layout();
         let shadow = |at: &u64, ram: u64, shift: u32| {
-            at + len <= ram || *at >= layout.virtual_start >> shift && at + len <= self.next_key >> shift
+            at + len <= ram
+                || *at >= layout.virtual_start >> shift && at + len <= self.next_key >> shift
         };
         let page = self.page_window().and_then(|window| window.offset(gpa, len));
-        let page = page.filter(|at| shadow(at, layout.ram_page_bytes(), PAGE_SHIFT)).map(Place::Page);
+        let page =
+            page.filter(|at| shadow(at, layout.ram_page_bytes(), PAGE_SHIFT)).map(Place::Page);
         let byte = || {
             let ram = layout.ram_chunks() as u64 * CHUNK_BYTES;
             let at = self.byte_window().offset(gpa, len)?;
@@ -411,7 +442,8 @@ impl Windows {
         page.or_else(byte).filter(|_| len > 0).ok_or(ShadowError::OutsideWindow { gpa, len })
     }
 
-    /// Whether `chunk` is mapped when it is touched. Not so those of a full shadow that are for RAM.
+    /// Whether `chunk` is mapped when it is touched. Not so those of a full shadow that are for
+    /// RAM.
     fn on_demand(&self, chunk: usize) -> bool {
         self.mode() == Mode::PerPage || chunk >= self.model.memory().layout().first_virtual_chunk()
     }
@@ -419,7 +451,8 @@ impl Windows {
     fn mapped_place(&self, gpa: u64, len: u64) -> Result<Place, ShadowError> {
         let place = self.place(gpa, len)?;
         if let Place::Byte(at) = place
-            && let Some(chunk) = chunks_of(at, len).find(|chunk| !self.model.memory().is_mapped(*chunk))
+            && let Some(chunk) =
+                chunks_of(at, len).find(|chunk| !self.model.memory().is_mapped(*chunk))
         {
             let first = self.byte_window().gpa + chunk as u64 * CHUNK_BYTES;
             return Err(ShadowError::Unmapped { gpa: first.max(gpa) });
@@ -449,8 +482,9 @@ impl Windows {
         }
     }
 
-    /// Counts those chunks as mapped that setting `len` bytes at `gpa` to `value` will write. Only pages that the
-    /// range covers in part get byte shadow, so there are at most two; in a full shadow all pages do.
+    /// Counts those chunks as mapped that setting `len` bytes at `gpa` to `value` will write. Only
+    /// pages that the range covers in part get byte shadow, so there are at most two; in a full
+    /// shadow all pages do.
     fn make_room_for_change(
         &mut self,
         gpa: u64,
@@ -462,7 +496,9 @@ impl Windows {
         if value != PAGE_VALID && value < POISON_MIN {
             return Ok(());
         }
-        let Some(last) = len.checked_sub(1).and_then(|more| gpa.checked_add(more)) else { return Ok(()) };
+        let Some(last) = len.checked_sub(1).and_then(|more| gpa.checked_add(more)) else {
+            return Ok(());
+        };
         if last >= self.model.memory().limit() {
             return Ok(());
         }
@@ -486,8 +522,8 @@ impl Windows {
         Ok(())
     }
 
-    /// Sees to it that `chunk` may be mapped within the limit; takes unused chunks other than `keep` away if
-    /// that is needed.
+    /// Sees to it that `chunk` may be mapped within the limit; takes unused chunks other than
+    /// `keep` away if that is needed.
     pub(super) fn make_room(
         &mut self,
         chunk: usize,
@@ -507,13 +543,18 @@ impl Windows {
         Ok(())
     }
 
-    /// Unmaps all chunks other than `keep` in which no page is byte-checked, and gives their host memory back.
+    /// Unmaps all chunks other than `keep` in which no page is byte-checked, and gives their host
+    /// memory back.
     ///
-    /// Other vCPUs may run meanwhile. One of them may start a promotion after a chunk was looked at: so the page
-    /// shadow is looked at again once the chunk is out of the guest's reach. Byte shadow is only stored to
-    /// after the page was marked `PAGE_BUSY`; what was stored before the slot went is therefore seen now, and
-    /// what comes later faults and waits for us.
-    fn evict_unused(&mut self, keep: &Range<usize>, slots: &mut dyn Slots) -> Result<(), ShadowError> {
+    /// Other vCPUs may run meanwhile. One of them may start a promotion after a chunk was looked
+    /// at: so the page shadow is looked at again once the chunk is out of the guest's reach. Byte
+    /// shadow is only stored to after the page was marked `PAGE_BUSY`; what was stored before the
+    /// slot went is therefore seen now, and what comes later faults and waits for us.
+    fn evict_unused(
+        &mut self,
+        keep: &Range<usize>,
+        slots: &mut dyn Slots,
+    ) -> Result<(), ShadowError> {
         let unused: Vec<usize> = self
             .model
             .memory()
@@ -534,7 +575,10 @@ impl Windows {
                     continue;
                 }
             }
-            let held = self.accounting.held(chunk).map_err(ShadowError::host("read /proc/self/pagemap"))?;
+            let held = self
+                .accounting
+                .held(chunk)
+                .map_err(ShadowError::host("read /proc/self/pagemap"))?;
             self.accounting.count_released(count(&held));
             self.model
                 .memory_mut()
@@ -547,7 +591,8 @@ impl Windows {
     }
 }
 
-/// The chunks that `len` bytes at `at` of the byte window touch. `len` is not 0, and the end inside the window.
+/// The chunks that `len` bytes at `at` of the byte window touch. `len` is not 0, and the end inside
+/// the window.
 fn chunks_of(at: u64, len: u64) -> Range<usize> {
     (at / CHUNK_BYTES) as usize..((at + len - 1) / CHUNK_BYTES + 1) as usize
 }

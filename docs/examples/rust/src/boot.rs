@@ -1,4 +1,5 @@
-//! From the Linux 64-bit boot protocol's entry (long mode, memory mapped one to one) to Rust code in the higher half.
+//! From the Linux 64-bit boot protocol's entry (long mode, memory mapped one to one) to Rust code
+//! in the higher half.
 
 use core::arch::{asm, global_asm};
 use core::ops::Range;

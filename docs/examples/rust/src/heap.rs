@@ -1,4 +1,5 @@
-//! The heap: one MiB of the direct map, handed out from below. What is freed is handed out again if it was the last.
+//! The heap: one MiB of the direct map, handed out from below. What is freed is handed out again if
+//! it was the last.
 
 use core::alloc::{GlobalAlloc, Layout};
 use core::ptr::null_mut;

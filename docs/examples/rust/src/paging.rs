@@ -27,7 +27,8 @@ fn new_table() -> u64 {
     }
 }
 
-/// Maps `bytes` of physical memory from `physical` on at `virt`, writable, in large pages where both addresses allow it.
+/// Maps `bytes` of physical memory from `physical` on at `virt`, writable, in large pages where
+/// both addresses allow it.
 pub fn map(virt: u64, physical: u64, bytes: u64) {
     let mut done = 0;
     while done < bytes {

@@ -1,8 +1,9 @@
 //! The test kernel's allocators: pages, slabs, and `kmalloc` over both.
 //!
-//! They are compiled *without* the sanitizer, as Linux compiles `mm/slub.c` where KASAN is on, and linked as one
-//! object: an allocator has nothing to check on its own data, works on freed memory on purpose, and would pay for both. Whoever
-//! uses what it hands out is checked as ever. `guest/kernel/src/memory.rs` is its face in the kernel.
+//! They are compiled *without* the sanitizer, as Linux compiles `mm/slub.c` where KASAN is on, and
+//! linked as one object: an allocator has nothing to check on its own data, works on freed memory
+//! on purpose, and would pay for both. Whoever uses what it hands out is checked as ever.
+//! `guest/kernel/src/memory.rs` is its face in the kernel.
 #![no_std]
 
 mod lock;

@@ -1,6 +1,7 @@
 //! The page allocator: a binary buddy system over one range of memory.
 //!
-//! Nothing is kept in free pages themselves: one [`Page`] describes each page, so free memory stays poisoned.
+//! Nothing is kept in free pages themselves: one [`Page`] describes each page, so free memory stays
+//! poisoned.
 
 use core::ptr::addr_of_mut;
 
@@ -56,11 +57,12 @@ struct Buddy {
     heads: [u32; ORDERS],
 }
 
-static mut BUDDY: Buddy = Buddy { pages: core::ptr::null_mut(), start: 0, end: 0, heads: [NONE; ORDERS] };
+static mut BUDDY: Buddy =
+    Buddy { pages: core::ptr::null_mut(), start: 0, end: 0, heads: [NONE; ORDERS] };
 
 fn buddy() -> &'static mut Buddy {
-    // SAFETY: at start, or with the lock held: no two callers at a time, and none keeps the reference across a call of
-    // another public function.
+    // SAFETY: at start, or with the lock held: no two callers at a time, and none keeps the
+    // reference across a call of another public function.
     unsafe { &mut *addr_of_mut!(BUDDY) }
 }
 
@@ -96,14 +98,15 @@ impl Buddy {
     }
 }
 
-/// Takes over the memory from `start` to `end` (guest-physical). The first part of it holds the descriptions. Returns
-/// where what is left begins (as an address of the direct map).
+/// Takes over the memory from `start` to `end` (guest-physical). The first part of it holds the
+/// descriptions. Returns where what is left begins (as an address of the direct map).
 #[unsafe(no_mangle)]
 pub extern "C" fn kernel_memory_init(start: u64, end: u64) -> u64 {
     let b = buddy();
     b.pages = (DIRECT_MAP + start.next_multiple_of(PAGE_SIZE)) as *mut Page;
     b.end = (end / PAGE_SIZE) as u32;
-    let descriptions_end = b.pages as u64 - DIRECT_MAP + u64::from(b.end) * size_of::<Page>() as u64;
+    let descriptions_end =
+        b.pages as u64 - DIRECT_MAP + u64::from(b.end) * size_of::<Page>() as u64;
     b.start = descriptions_end.div_ceil(PAGE_SIZE) as u32;
     let mut at = b.start;
     while at < b.end {
@@ -138,7 +141,8 @@ pub fn page(number: u32) -> &'static mut Page {
     buddy().page(number)
 }
 
-/// With the lock held: takes a block of `1 << order` pages, still poisoned, and notes its use. `None` when there is none.
+/// With the lock held: takes a block of `1 << order` pages, still poisoned, and notes its use.
+/// `None` when there is none.
 pub fn take(order: usize, used: Use) -> Option<u32> {
     let b = buddy();
     let mut from = (order..ORDERS).find(|&o| b.heads[o] != NONE)?;

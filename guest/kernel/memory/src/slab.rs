@@ -1,8 +1,9 @@
-//! The slab allocator: caches of equal objects, `kmalloc` over a row of caches, and large allocations.
+//! The slab allocator: caches of equal objects, `kmalloc` over a row of caches, and large
+//! allocations.
 //!
-//! A slab is a block of pages; the bitmap of its free objects is in its first page's description. Every object is
-//! followed by as much redzone as this run wants. What is freed waits in the quarantine, if there is one, before its slot can be
-//! taken again.
+//! A slab is a block of pages; the bitmap of its free objects is in its first page's description.
+//! Every object is followed by as much redzone as this run wants. What is freed waits in the
+//! quarantine, if there is one, before its slot can be taken again.
 
 use core::ffi::c_void;
 use core::ptr::addr_of_mut;
@@ -37,10 +38,11 @@ struct CacheData {
     slot: u64,
     order: u8,
     slots: u8,
-    /// Slabs of this cache, with free objects first in line. A small array: what does not fit stays findable
-    /// through its objects, and comes back when one of them is freed.
+    /// Slabs of this cache, with free objects first in line. A small array: what does not fit stays
+    /// findable through its objects, and comes back when one of them is freed.
     partial: [u32; 8],
-    /// An object that stands for the cache, so that its use after [`Cache::destroy`] is found; 0 for `kmalloc`'s.
+    /// An object that stands for the cache, so that its use after [`Cache::destroy`] is found; 0
+    /// for `kmalloc`'s.
     descriptor: u64,
 }
 
@@ -53,8 +55,8 @@ static mut CACHE_COUNT: usize = 0;
 static mut QUARANTINE: u8 = 0;
 
 fn data(cache: usize) -> &'static mut CacheData {
-    // SAFETY: when a cache is made or given up, which is one CPU's business at a time, or with the lock held; no reference is
-    // kept across a call that asks for another.
+    // SAFETY: when a cache is made or given up, which is one CPU's business at a time, or with the
+    // lock held; no reference is kept across a call that asks for another.
     unsafe { &mut (*addr_of_mut!(CACHE_DATA))[cache] }
 }
 
@@ -177,7 +179,8 @@ fn free_in_slab(at: u64, number: u32, cache: Cache) {
     let index = (at - slab) / slot;
     // SAFETY: written at the start only.
     let quarantine = unsafe { *addr_of_mut!(QUARANTINE) };
-    if umbra_guest::free_later(at, slab + index * slot, slot, SLAB_FREE, quarantine, cache.0 as u8) {
+    if umbra_guest::free_later(at, slab + index * slot, slot, SLAB_FREE, quarantine, cache.0 as u8)
+    {
         locked(|| cache.give(number, index));
     }
 }
@@ -207,13 +210,16 @@ pub extern "C" fn kernel_slab_slot(cache: usize) -> u64 {
 /// Makes `kmalloc`'s caches.
 pub fn init() {
     // SAFETY: `release` takes any context; nobody frees anything yet.
-    unsafe { *addr_of_mut!(QUARANTINE) = umbra_guest::quarantine_add(release, core::ptr::null_mut()) };
+    unsafe {
+        *addr_of_mut!(QUARANTINE) = umbra_guest::quarantine_add(release, core::ptr::null_mut())
+    };
     for (object, name) in KMALLOC {
         Cache::without_descriptor(name, object).expect("kmalloc's caches fit the table");
     }
 }
 
-/// Makes a cache for objects of `object` bytes (at most 4096), and returns its number; `u32::MAX` if it cannot.
+/// Makes a cache for objects of `object` bytes (at most 4096), and returns its number; `u32::MAX`
+/// if it cannot.
 ///
 /// # Safety
 /// `name` points to `len` bytes of UTF-8.
@@ -252,15 +258,16 @@ fn alloc(bytes: u64) -> Option<u64> {
             if order >= page::ORDERS {
                 return None;
             }
-            let at = page::address(or_after_quarantine(|| locked(|| page::take(order, Use::Large)))?);
+            let at =
+                page::address(or_after_quarantine(|| locked(|| page::take(order, Use::Large)))?);
             umbra_guest::alloc(at, bytes, PAGE_SIZE << order, LARGE_REDZONE, 0);
             Some(at)
         }
     }
 }
 
-/// A block of pages: its first page, what it is used for, its order, and its cache if it is a slab. The block of a live
-/// allocation stays what it is.
+/// A block of pages: its first page, what it is used for, its order, and its cache if it is a slab.
+/// The block of a live allocation stays what it is.
 struct Block {
     number: u32,
     used: Use,
@@ -291,18 +298,25 @@ pub extern "C" fn kfree(at: u64) {
     match block.used {
         Use::Slab => free_in_slab(at, block.number, Cache(block.cache.into())),
         Use::Large => {
-            if umbra_guest::free(at, page::address(block.number), PAGE_SIZE << block.order, FREE_PAGE) {
+            if umbra_guest::free(
+                at,
+                page::address(block.number),
+                PAGE_SIZE << block.order,
+                FREE_PAGE,
+            ) {
                 locked(|| page::give(block.number));
             }
         }
-        // Freed memory: Umbra tells which kind of bad free this is. Without it there is nothing to do.
+        // Freed memory: Umbra tells which kind of bad free this is. Without it there is nothing to
+        // do.
         Use::Free | Use::Pages | Use::Tail => {
             umbra_guest::free(at, at, 0, FREE_PAGE);
         }
     }
 }
 
-/// All the bytes that an allocation may use, which it may from now on. 0, after a report, if it was freed.
+/// All the bytes that an allocation may use, which it may from now on. 0, after a report, if it was
+/// freed.
 #[unsafe(no_mangle)]
 pub extern "C" fn ksize(at: u64) -> u64 {
     if !umbra_guest::check(at, 1, false) {
@@ -333,8 +347,8 @@ impl Block {
     }
 }
 
-/// Changes an allocation's size, in place where its slot allows it. 0 if there is no memory, or, after a report, if it was
-/// freed.
+/// Changes an allocation's size, in place where its slot allows it. 0 if there is no memory, or,
+/// after a report, if it was freed.
 #[unsafe(no_mangle)]
 pub extern "C" fn krealloc(at: u64, old: u64, new: u64) -> u64 {
     if !umbra_guest::check(at, 1, false) {
@@ -344,14 +358,18 @@ pub extern "C" fn krealloc(at: u64, old: u64, new: u64) -> u64 {
     let room = block.as_ref().map_or(0, Block::room);
     if new <= room {
         let redzone = if room > 4096 { LARGE_REDZONE } else { SLAB_REDZONE };
-        let cache = block.map_or(0, |block| if block.used == Use::Slab { block.cache + 1 } else { 0 });
-        // As a new allocation in the same place, with the stack of this call (as KASAN's `kasan_krealloc`).
+        let cache =
+            block.map_or(0, |block| if block.used == Use::Slab { block.cache + 1 } else { 0 });
+        // As a new allocation in the same place, with the stack of this call (as KASAN's
+        // `kasan_krealloc`).
         umbra_guest::alloc(at, new, room, redzone, cache.into());
         return at;
     }
     let Some(to) = alloc(new) else { return 0 };
     // SAFETY: both are allocations of at least that size, and distinct.
-    unsafe { core::ptr::copy_nonoverlapping(at as *const u8, to as *mut u8, old.min(new) as usize) };
+    unsafe {
+        core::ptr::copy_nonoverlapping(at as *const u8, to as *mut u8, old.min(new) as usize)
+    };
     kfree(at);
     to
 }

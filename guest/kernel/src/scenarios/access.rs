@@ -1,4 +1,5 @@
-//! The checks' entry points themselves: at every alignment, and at addresses that are no memory at all.
+//! The checks' entry points themselves: at every alignment, and at addresses that are no memory at
+//! all.
 
 use super::{opaque, read, scenarios};
 use crate::page;
@@ -91,8 +92,8 @@ scenarios! {
     "every check, unaligned: first where nothing is valid, then by one byte too far", {
         let Some(p) = kmalloc(16) else { return };
         let p = opaque(p);
-        // Where nothing is valid, a report tells exactly which address a check that has shifted it hands on.
-        // SAFETY: these look at shadow only.
+        // Where nothing is valid, a report tells exactly which address a check that has shifted it
+        // hands on. SAFETY: these look at shadow only.
         unsafe {
             __asan_load2_noabort(p + 17);
             __asan_load2_noabort(p + 23);
@@ -123,7 +124,8 @@ scenarios! {
 
     beyond_memory, "wild-memory-access Write 8 -;wild-memory-access Read 8 -",
     "writes and reads guest-physical memory that does not exist, through the direct map", {
-        // The large page that maps it begins with memory or is the first GiB's, which is mapped whatever there is.
+        // The large page that maps it begins with memory or is the first GiB's, which is mapped
+        // whatever there is.
         let at = page::end() + 64;
         // SAFETY: mapped, to where nothing is: the write is lost, and the read gives all ones.
         unsafe {

@@ -1,5 +1,5 @@
-//! The checked wrapper around allocators that others wrote, as a kernel would use them: each on memory of its own, none of
-//! them changed.
+//! The checked wrapper around allocators that others wrote, as a kernel would use them: each on
+//! memory of its own, none of them changed.
 
 use core::alloc::{GlobalAlloc, Layout};
 use core::sync::atomic::{AtomicBool, Ordering::Relaxed};

@@ -9,7 +9,8 @@ use crate::{bench, page};
 /// A block of pages is laid out for it.
 const ORDER: usize = 3;
 const BYTES: usize = (PAGE_SIZE as usize) << ORDER;
-/// Byte-checked pages hold pieces of this size. The first bytes of each are valid, one more than of the piece before.
+/// Byte-checked pages hold pieces of this size. The first bytes of each are valid, one more than of
+/// the piece before.
 const PIECE: u64 = 16;
 
 /// A check: its name, and the bytes that it is asked about.
@@ -35,8 +36,9 @@ enum Kind {
     ByteChecked,
 }
 
-/// The kind of each page, and the valid bytes of its first piece. Pages of the other kinds were byte-checked, and what their
-/// byte shadow still says must not count. Pages whose first piece is wholly valid end with such a piece, too.
+/// The kind of each page, and the valid bytes of its first piece. Pages of the other kinds were
+/// byte-checked, and what their byte shadow still says must not count. Pages whose first piece is
+/// wholly valid end with such a piece, too.
 const PAGES: [(Kind, u64); 1 << ORDER] = [
     (Kind::Untyped, 0),
     (Kind::ByteChecked, PIECE),
@@ -78,14 +80,18 @@ fn try_all(block: u64, offsets: core::ops::Range<u64>) {
     let valid = unsafe { &*(&raw const VALID) };
     for (name, bytes) in CHECKS {
         let Some(check) = bench::entry(name) else { panic!("there is no check {name}") };
-        // SAFETY: all checks are C functions of an address and, some, a length. They read shadow only.
+        // SAFETY: all checks are C functions of an address and, some, a length. They read shadow
+        // only.
         let check: extern "C" fn(u64, u64) = unsafe { core::mem::transmute(check) };
         for offset in offsets.clone() {
             let good = valid[offset as usize..(offset + bytes) as usize].iter().all(|&byte| byte);
             let before = violations();
             check(block + offset, bytes);
             let seen = violations() != before;
-            assert!(seen != good, "{name} of {bytes} bytes at {offset:#x}: reported {seen}, valid {good}");
+            assert!(
+                seen != good,
+                "{name} of {bytes} bytes at {offset:#x}: reported {seen}, valid {good}"
+            );
         }
     }
 }

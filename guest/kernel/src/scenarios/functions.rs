@@ -1,5 +1,5 @@
-//! Bugs through memory and string functions and atomic operations. Names as in Linux's KASAN test suite where it has
-//! the same case.
+//! Bugs through memory and string functions and atomic operations. Names as in Linux's KASAN test
+//! suite where it has the same case.
 
 use core::ffi::CStr;
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
@@ -105,7 +105,8 @@ scenarios! {
         // SAFETY: mapped memory; being caught is what this is for.
         unsafe { core::ptr::write_bytes(p as *mut u8, 0, 24) };
         kfree(p);
-        // What an allocator may keep in a freed object is not touched: each function stops at its first byte.
+        // What an allocator may keep in a freed object is not touched: each function stops at its
+        // first byte.
         let text = opaque(p + 16);
         opaque(strings::chr(text, b'1'));
         opaque(strings::rchr(text, b'1'));
@@ -124,7 +125,8 @@ scenarios! {
      slab-out-of-bounds Write 8 9",
     "sets, clears, flips and tests bits behind the 9 bytes of a bitmap, atomically and not", {
         let Some(p) = kmalloc(9) else { return };
-        // The first bit of the second word is allocated, but the word is not; the ninth is not either.
+        // The first bit of the second word is allocated, but the word is not; the ninth is not
+        // either.
         let (inside, behind) = (opaque(p + 8), 8);
         bits::atomic(inside).fetch_or(1, Relaxed);
         bits::plain::<{ bits::SET }>(inside, 0);
@@ -206,8 +208,9 @@ mod strings {
     }
 }
 
-/// Operations on one bit of a word, as Linux has them: the atomic ones are checked by the compiler, the others are
-/// assembly and check for themselves (`include/asm-generic/bitops/instrumented-non-atomic.h`).
+/// Operations on one bit of a word, as Linux has them: the atomic ones are checked by the compiler,
+/// the others are assembly and check for themselves
+/// (`include/asm-generic/bitops/instrumented-non-atomic.h`).
 mod bits {
     use core::arch::asm;
     use core::sync::atomic::AtomicU64;
@@ -218,7 +221,8 @@ mod bits {
     pub const CLEAR: u8 = 1;
     pub const CHANGE: u8 = 2;
 
-    /// A word as an atomic one. The compiler checks an address that it knows once, so each time it is hidden anew.
+    /// A word as an atomic one. The compiler checks an address that it knows once, so each time it
+    /// is hidden anew.
     #[inline(always)]
     pub fn atomic(at: u64) -> &'static AtomicU64 {
         // SAFETY: mapped memory, 8-byte aligned; being caught is what this is for.
@@ -239,7 +243,9 @@ mod bits {
                 CLEAR => {
                     asm!("btr qword ptr [{}], {}", "setc {}", in(reg) at, in(reg) bit, out(reg_byte) before)
                 }
-                _ => asm!("btc qword ptr [{}], {}", "setc {}", in(reg) at, in(reg) bit, out(reg_byte) before),
+                _ => {
+                    asm!("btc qword ptr [{}], {}", "setc {}", in(reg) at, in(reg) bit, out(reg_byte) before)
+                }
             }
         }
         before != 0

@@ -1,4 +1,5 @@
-//! Bugs through Rust's own collections, and through a wrapped allocator that knows nothing of Umbra.
+//! Bugs through Rust's own collections, and through a wrapped allocator that knows nothing of
+//! Umbra.
 
 use alloc::boxed::Box;
 use alloc::vec;

@@ -1,4 +1,5 @@
-//! Bugs on allocations that are too large for a slab and have pages of their own. Names as in Linux's KASAN test suite.
+//! Bugs on allocations that are too large for a slab and have pages of their own. Names as in
+//! Linux's KASAN test suite.
 
 use super::slab::realloc_oob;
 use super::{opaque, read, scenarios, write};

@@ -1,10 +1,10 @@
-//! What the kernel does right and wrong on request. Each scenario runs in a thread of its own name, so a finding
-//! tells which one caused it.
+//! What the kernel does right and wrong on request. Each scenario runs in a thread of its own name,
+//! so a finding tells which one caused it.
 //!
-//! What each is expected to lead to stands beside it, in a section of the kernel's ELF that the host reads:
-//! one line each, `name|verdict|description`. A verdict is `silent`, or findings separated by `;`, each
-//! `kind access size offset`, where the offset is that of the first bad byte from the start of the object or variable, `-` if
-//! there is none.
+//! What each is expected to lead to stands beside it, in a section of the kernel's ELF that the
+//! host reads: one line each, `name|verdict|description`. A verdict is `silent`, or findings
+//! separated by `;`, each `kind access size offset`, where the offset is that of the first bad byte
+//! from the start of the object or variable, `-` if there is none.
 
 mod access;
 mod allocators;
@@ -105,7 +105,9 @@ pub fn run(command_line: &'static str) {
         .flatten()
     };
     if chosen.is_empty() {
-        all().filter(|(name, _)| !without.split(',').any(|left_out| left_out == *name)).for_each(run_one);
+        all()
+            .filter(|(name, _)| !without.split(',').any(|left_out| left_out == *name))
+            .for_each(run_one);
     }
     // In the order in which they are named, and as often.
     for name in chosen.split(',').filter(|name| !name.is_empty() && *name != NONE) {

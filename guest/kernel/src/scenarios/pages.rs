@@ -5,8 +5,8 @@ use alloc::vec::Vec;
 use super::{opaque, read, scenarios, write};
 use crate::page;
 
-/// Two pages that are neighbours, the lower one's address, and what else was allocated until there were two, that one
-/// included.
+/// Two pages that are neighbours, the lower one's address, and what else was allocated until there
+/// were two, that one included.
 pub fn neighbours() -> Option<(u64, Vec<u64>)> {
     // Sooner or later a larger block is split, and two neighbours come one after the other.
     let mut pages = Vec::new();

@@ -1,4 +1,5 @@
-//! Freed memory that waits: uses of it are found though others want memory, and it comes back when it is needed.
+//! Freed memory that waits: uses of it are found though others want memory, and it comes back when
+//! it is needed.
 
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -8,7 +9,8 @@ use super::{opaque, read, scenarios, write};
 use crate::slab::{kfree, kmalloc};
 use crate::{page, thread};
 
-/// Objects of 64 bytes, so many that without a quarantine the one that was freed last is among them.
+/// Objects of 64 bytes, so many that without a quarantine the one that was freed last is among
+/// them.
 fn others() -> [u64; 100] {
     let mut objects = [0; 100];
     for object in &mut objects {
@@ -85,7 +87,8 @@ scenarios! {
                 blocks.push((block, order));
             }
         }
-        // 1 MiB of it, for objects of 4 MiB in all. Blocks of that size are there: memory was more than 4 MiB.
+        // 1 MiB of it, for objects of 4 MiB in all. Blocks of that size are there: memory was more
+        // than 4 MiB.
         let mut left = 256;
         while left > 0
             && let Some((block, order)) = blocks.pop()

@@ -46,12 +46,14 @@ extern "C" fn fill(buffer: u64, bytes: u64) {
     (buffer..buffer + bytes).for_each(|at| write(at, 0xaa));
 }
 
-/// Leaving frames without returning from them, as `longjmp` does, and memory on the stack that no compiler knows.
+/// Leaving frames without returning from them, as `longjmp` does, and memory on the stack that no
+/// compiler knows.
 mod jump {
     use core::arch::global_asm;
 
     global_asm!(
-        // rdi: a function, which may end by `throw`. What the C ABI has a callee save is on the stack meanwhile.
+        // rdi: a function, which may end by `throw`. What the C ABI has a callee save is on the
+        // stack meanwhile.
         ".globl jump_catch",
         "jump_catch:",
         "push rbp",

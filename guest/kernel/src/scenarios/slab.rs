@@ -200,7 +200,8 @@ scenarios! {
     }
 }
 
-/// Allocates `old` bytes, changes that to `new`, writes at `good` offsets, then behind the end and at `bad` ones.
+/// Allocates `old` bytes, changes that to `new`, writes at `good` offsets, then behind the end and
+/// at `bad` ones.
 #[inline(always)]
 pub fn realloc_oob(old: u64, new: u64, good: &[u64], bad: &[u64]) {
     let Some(p) = kmalloc(old) else { return };

@@ -1,4 +1,5 @@
-//! Bugs on stack and global variables. Names as in Linux's KASAN test suite where it has the same case.
+//! Bugs on stack and global variables. Names as in Linux's KASAN test suite where it has the same
+//! case.
 
 use core::arch::global_asm;
 
@@ -9,8 +10,9 @@ static mut GLOBAL: [u8; 10] = [7; 10];
 static mut FIRST: [u8; 10] = [1; 10];
 static mut SECOND: [u8; 10] = [2; 10];
 
-// Rust has no arrays of variable length: this is what a C compiler makes of one. rdi: its bytes; rsi: a function of its address
-// and its bytes. There are 32 bytes before it, and at least as many behind.
+// Rust has no arrays of variable length: this is what a C compiler makes of one. rdi: its bytes;
+// rsi: a function of its address and its bytes. There are 32 bytes before it, and at least as many
+// behind.
 global_asm!(
     ".globl with_alloca",
     ".type with_alloca, @function",

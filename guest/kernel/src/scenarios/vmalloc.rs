@@ -1,4 +1,5 @@
-//! Bugs on memory that is contiguous in virtual addresses only. Names as in Linux's KASAN test suite where it has them.
+//! Bugs on memory that is contiguous in virtual addresses only. Names as in Linux's KASAN test
+//! suite where it has them.
 //!
 //! What is not mapped is only checked: the access itself would fault, as it does in Linux.
 

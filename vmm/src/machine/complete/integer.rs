@@ -157,7 +157,9 @@ pub(super) fn rorx(c: &mut Context) -> Result<Effect, Stop> {
 pub(super) fn sarx(c: &mut Context) -> Result<Effect, Stop> {
     shift(
         c,
-        |value, bits, by| if bits == 32 { (value as i32 >> by) as u64 } else { (value as i64 >> by) as u64 },
+        |value, bits, by| {
+            if bits == 32 { (value as i32 >> by) as u64 } else { (value as i64 >> by) as u64 }
+        },
     )
 }
 

@@ -1,9 +1,10 @@
 //! Completes instructions that KVM's emulator gives up on.
 //!
-//! A host without hardware virtualisation for the guest's ring 0 emulates every kernel instruction, and its
-//! emulator lacks some that kernels use. Those are done here, on the vCPU's registers and the guest's memory.
-//! `table.rs` says which; SSE and AVX instructions the host's CPU executes (`native/`). An instruction either takes its whole effect, or raises the exception that the hardware
-//! would raise, or ends the run with an error; then nothing has changed.
+//! A host without hardware virtualisation for the guest's ring 0 emulates every kernel instruction,
+//! and its emulator lacks some that kernels use. Those are done here, on the vCPU's registers and
+//! the guest's memory. `table.rs` says which; SSE and AVX instructions the host's CPU executes
+//! (`native/`). An instruction either takes its whole effect, or raises the exception that the
+//! hardware would raise, or ends the run with an error; then nothing has changed.
 //!
 //! Semantics are those of Intel's and AMD's manuals (Intel SDM volumes 1 and 2).
 
@@ -103,7 +104,8 @@ pub trait Cpu {
     fn xcr0(&self) -> Result<u64, VcpuError>;
     /// Sets it.
     fn set_xcr0(&mut self, value: u64) -> Result<(), VcpuError>;
-    /// The extended state: x87, SSE, AVX and what else there is, in the standard format of `xsave64`.
+    /// The extended state: x87, SSE, AVX and what else there is, in the standard format of
+    /// `xsave64`.
     fn xsave(&self) -> Result<Box<XsaveArea>, VcpuError>;
     /// Sets it.
     fn set_xsave(&mut self, area: &XsaveArea) -> Result<(), VcpuError>;
@@ -203,7 +205,8 @@ impl Stop {
     const PROTECTION: Self = Self::Fault { vector: GENERAL_PROTECTION, error: Some(0) };
 }
 
-/// An instruction, and all that it may look at and change. What it did to `regs` counts only if it takes effect.
+/// An instruction, and all that it may look at and change. What it did to `regs` counts only if it
+/// takes effect.
 struct Context<'a> {
     cpu: &'a mut dyn Cpu,
     ram: &'a Ram,
@@ -287,7 +290,8 @@ impl Context<'_> {
     fn next_native(&self) -> Option<Fetched> {
         let next = fetch(self.ram, &self.space, &self.sregs, self.regs.rip, &[]).ok()?;
         let instruction = &next.instruction;
-        (table::handler(instruction.mnemonic()).is_none() && native::knows(instruction)).then_some(next)
+        (table::handler(instruction.mnemonic()).is_none() && native::knows(instruction))
+            .then_some(next)
     }
 }
 
@@ -310,14 +314,16 @@ impl Completer {
         &self.counts
     }
 
-    /// Completes the instruction at `rip`, of which KVM gave `bytes` (none: they are read from memory). The next
-    /// run goes on after it, or in the handler of the exception that it raised. Returns its mnemonic.
+    /// Completes the instruction at `rip`, of which KVM gave `bytes` (none: they are read from
+    /// memory). The next run goes on after it, or in the handler of the exception that it raised.
+    /// Returns its mnemonic.
     ///
-    /// After an SSE or AVX instruction those that follow directly are done, too: they seldom come alone, and the
-    /// exit and the exchange of the extended state cost many times the instruction.
+    /// After an SSE or AVX instruction those that follow directly are done, too: they seldom come
+    /// alone, and the exit and the exchange of the extended state cost many times the instruction.
     ///
     /// # Errors
-    /// The instruction is not known, it or its operand cannot be read, or KVM refuses the registers.
+    /// The instruction is not known, it or its operand cannot be read, or KVM refuses the
+    /// registers.
     pub fn complete(
         &mut self,
         cpu: &mut dyn Cpu,
@@ -344,7 +350,10 @@ impl Completer {
         match context.step(&fetched) {
             Ok(effect) => {
                 *self.counts.entry(mnemonic).or_default() += 1;
-                if effect == Effect::Next && context.extended.is_some() && regs.rflags & RFLAGS_TF == 0 {
+                if effect == Effect::Next
+                    && context.extended.is_some()
+                    && regs.rflags & RFLAGS_TF == 0
+                {
                     for _ in 1..MAX_AT_ONCE {
                         let Some(next) = context.next_native() else { break };
                         // What stops an instruction here, it meets again as the first.
@@ -431,7 +440,8 @@ fn fetch(
         let mut decoder = Decoder::with_ip(bits, from, rip, DecoderOptions::NONE);
         let instruction = decoder.decode();
         let cut_off = decoder.last_error() == DecoderError::NoMoreBytes;
-        let len = if instruction.is_invalid() { from.len() } else { instruction.len().min(from.len()) };
+        let len =
+            if instruction.is_invalid() { from.len() } else { instruction.len().min(from.len()) };
         let mut bytes = [0; MAX_INSTRUCTION];
         bytes[..len].copy_from_slice(&from[..len]);
         (Fetched { instruction, bytes, len }, cut_off)
@@ -444,7 +454,8 @@ fn fetch(
     let linear = if long { rip } else { sregs.cs.base.wrapping_add(rip) };
     let len = space.read_some(ram, linear, &mut read);
     if len == 0 {
-        let source = space.translate(ram, linear).err().unwrap_or(WalkError::NotRam { gva: linear, gpa: 0 });
+        let source =
+            space.translate(ram, linear).err().unwrap_or(WalkError::NotRam { gva: linear, gpa: 0 });
         return Err(CompleteError::Fetch { rip, source });
     }
     Ok(decode(&read[..len]).0)

@@ -1,5 +1,5 @@
-//! The operands of an instruction: general registers, and memory through the guest's page tables with the faults
-//! that the hardware would raise.
+//! The operands of an instruction: general registers, and memory through the guest's page tables
+//! with the faults that the hardware would raise.
 
 use std::arch::asm;
 
@@ -78,19 +78,21 @@ impl Place {
         })
     }
 
-    /// Replaces its 16 bytes, which are aligned, with `new` if they are `expected`; at once, as other vCPUs see
-    /// it. Returns what was there.
+    /// Replaces its 16 bytes, which are aligned, with `new` if they are `expected`; at once, as
+    /// other vCPUs see it. Returns what was there.
     pub fn compare_exchange(&self, ram: &Ram, expected: u128, new: u128) -> Result<u128, Stop> {
         let [(gpa, 16)] = self.parts[..] else { return Err(Stop::Unknown) };
-        let slice = ram.inner().get_slice(gpa, 16).map_err(|_| self.outside(NotRam { gpa, len: 16 }))?;
+        let slice =
+            ram.inner().get_slice(gpa, 16).map_err(|_| self.outside(NotRam { gpa, len: 16 }))?;
         let guard = slice.ptr_guard_mut();
         let to = guard.as_ptr().cast::<u128>();
         if !to.is_aligned() || !std::is_x86_feature_detected!("cmpxchg16b") {
             return Err(Stop::Unknown);
         }
         let (mut low, mut high) = (expected as u64, (expected >> 64) as u64);
-        // SAFETY: the CPU has the instruction; `to` is aligned and points to 16 bytes of guest memory, which no
-        // reference of ours exists to. rbx, which cannot be an operand, is put back.
+        // SAFETY: the CPU has the instruction; `to` is aligned and points to 16 bytes of guest
+        // memory, which no reference of ours exists to. rbx, which cannot be an operand, is put
+        // back.
         unsafe {
             asm!(
                 "xchg rbx, {new}", "lock cmpxchg16b [rdi]", "mov rbx, {new}",
@@ -116,7 +118,10 @@ impl Context<'_> {
     pub fn address(&self) -> Result<u64, Stop> {
         let operand = self.memory_index().ok_or(Stop::Unknown)?;
         let linear = self.instruction.virtual_address(operand, 0, |register, _, _| {
-            Some(segment_base(&self.sregs, register).unwrap_or_else(|| register_value(&self.regs, register)))
+            Some(
+                segment_base(&self.sregs, register)
+                    .unwrap_or_else(|| register_value(&self.regs, register)),
+            )
         });
         linear.ok_or(Stop::Unknown)
     }
@@ -135,7 +140,8 @@ impl Context<'_> {
         self.place_at(self.address()?, len, access)
     }
 
-    /// Memory that the memory operand stands before or around: `len` bytes at the linear address `gva`.
+    /// Memory that the memory operand stands before or around: `len` bytes at the linear address
+    /// `gva`.
     pub fn place_at(&self, gva: u64, len: usize, access: Access) -> Result<Place, Stop> {
         let mut parts = Vec::with_capacity(2);
         let mut done = 0;
@@ -159,8 +165,8 @@ impl Context<'_> {
         Ok(Place { gva, parts })
     }
 
-    /// Translates an address for an access of the guest's current privilege (Intel SDM volume 3, 4.6 and 4.7).
-    /// Protection keys are not looked at: they matter for user pages only.
+    /// Translates an address for an access of the guest's current privilege (Intel SDM volume 3,
+    /// 4.6 and 4.7). Protection keys are not looked at: they matter for user pages only.
     fn translate(&self, gva: u64, access: Access) -> Result<GuestAddress, Stop> {
         let user = self.sregs.ss.dpl == 3;
         let write = access == Access::Write;
@@ -168,8 +174,9 @@ impl Context<'_> {
         match self.space.translate(self.ram, gva) {
             Ok(to) => {
                 let smap = self.sregs.cr4 & CR4_SMAP != 0 && self.regs.rflags & RFLAGS_AC == 0;
-                let refused = if user { !to.user } else { to.user && smap && self.space.is_paged() }
-                    || write && !to.writable && (user || self.sregs.cr0 & CR0_WP != 0);
+                let refused =
+                    if user { !to.user } else { to.user && smap && self.space.is_paged() }
+                        || write && !to.writable && (user || self.sregs.cr0 & CR0_WP != 0);
                 if refused {
                     error |= fault::PRESENT;
                     return Err(Stop::PageFault { address: gva, error });
@@ -281,7 +288,8 @@ pub(super) fn register_value(regs: &kvm_regs, register: Register) -> u64 {
     }
 }
 
-/// Writes a general register as an instruction does: 4 bytes clear the upper half, 2 bytes leave the rest.
+/// Writes a general register as an instruction does: 4 bytes clear the upper half, 2 bytes leave
+/// the rest.
 pub(super) fn set_register(regs: &mut kvm_regs, register: Register, value: u64) {
     if let Some(slot) = slot(regs, register) {
         *slot = match register.size() {

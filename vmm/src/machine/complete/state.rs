@@ -1,8 +1,9 @@
 //! The extended state: `xsave` and `xrstor` in all their forms, `fxsave`, MXCSR and PKRU.
 //!
-//! KVM gives the state in the standard format of `xsave64` (Intel SDM volume 1, chapter 13); from there it is written
-//! to the guest's memory in the format of the instruction, and back. State components of the supervisor (IA32_XSS)
-//! are taken to be in their initial configuration: KVM does not give them.
+//! KVM gives the state in the standard format of `xsave64` (Intel SDM volume 1, chapter 13); from
+//! there it is written to the guest's memory in the format of the instruction, and back. State
+//! components of the supervisor (IA32_XSS) are taken to be in their initial configuration: KVM does
+//! not give them.
 
 use std::arch::x86_64::__cpuid_count;
 use std::ops::Range;
@@ -11,7 +12,9 @@ use std::sync::LazyLock;
 use iced_x86::{Code, EncodingKind, Mnemonic};
 
 use super::operand::{Access, Place};
-use super::{CR0_EM, CR0_TS, CR4_OSXSAVE, CR4_PKE, Context, DEVICE_NOT_AVAILABLE, Effect, Stop, native};
+use super::{
+    CR0_EM, CR0_TS, CR4_OSXSAVE, CR4_PKE, Context, DEVICE_NOT_AVAILABLE, Effect, Stop, native,
+};
 use crate::machine::vcpu::XsaveArea;
 
 /// Where things lie in the area.
@@ -52,8 +55,11 @@ struct Component {
 static COMPONENTS: LazyLock<[Option<Component>; 63]> = LazyLock::new(|| {
     std::array::from_fn(|i| {
         let leaf = __cpuid_count(0xd, i as u32);
-        let component =
-            Component { size: leaf.eax as usize, offset: leaf.ebx as usize, aligned: leaf.ecx & 2 != 0 };
+        let component = Component {
+            size: leaf.eax as usize,
+            offset: leaf.ebx as usize,
+            aligned: leaf.ecx & 2 != 0,
+        };
         (i >= 2 && leaf.eax != 0).then_some(component)
     })
 });
@@ -113,8 +119,8 @@ pub(super) fn fill_in(area: &mut XsaveArea) {
     }
 }
 
-/// The x87 instruction and data pointers have 64 bits in the forms with REX.W, else 32 and a selector, which
-/// CPUs have given up on.
+/// The x87 instruction and data pointers have 64 bits in the forms with REX.W, else 32 and a
+/// selector, which CPUs have given up on.
 fn narrow_pointers(area: &mut XsaveArea) {
     area.0[12..16].fill(0);
     area.0[20..24].fill(0);
@@ -144,8 +150,13 @@ fn layout(mask: u64, compact: bool) -> Result<Vec<(usize, usize, usize)>, Stop> 
 fn in_area(i: usize) -> Result<Range<usize>, Stop> {
     let component = COMPONENTS.get(i).copied().flatten().ok_or(Stop::Unknown)?;
     let range = component.offset..component.offset + component.size;
-    // Beyond it is only what a process must ask for beforehand; a supervisor's component has no place at all.
-    if range.start < EXTENDED || range.end > size_of::<XsaveArea>() { Err(Stop::Unknown) } else { Ok(range) }
+    // Beyond it is only what a process must ask for beforehand; a supervisor's component has no
+    // place at all.
+    if range.start < EXTENDED || range.end > size_of::<XsaveArea>() {
+        Err(Stop::Unknown)
+    } else {
+        Ok(range)
+    }
 }
 
 /// What is common to the forms of `xsave` and `xrstor`: may it be used, and for which components.
@@ -217,7 +228,8 @@ fn image(c: &mut Context, wide: bool) -> Result<Box<XsaveArea>, Stop> {
     Ok(image)
 }
 
-/// `xsave` and `xsaveopt`: the standard format. The latter leaves out what is in its initial configuration.
+/// `xsave` and `xsaveopt`: the standard format. The latter leaves out what is in its initial
+/// configuration.
 pub(super) fn xsave(c: &mut Context) -> Result<Effect, Stop> {
     let request = Request::new(c, false)?;
     let wanted = request.wanted;
@@ -271,7 +283,8 @@ fn save_legacy(
     saved: u64,
     with_mxcsr: bool,
 ) -> Result<(), Stop> {
-    let mut write = |range: Range<usize>| place.write_at(c.ram, range.start, &image.0[range.clone()]);
+    let mut write =
+        |range: Range<usize>| place.write_at(c.ram, range.start, &image.0[range.clone()]);
     if saved & X87_BIT != 0 {
         X87.into_iter().try_for_each(&mut write)?;
     }
@@ -286,7 +299,8 @@ fn save_legacy(
 
 /// `xrstor` from either format, and `xrstors`.
 pub(super) fn xrstor(c: &mut Context) -> Result<Effect, Stop> {
-    let with_supervisor = matches!(c.instruction.mnemonic(), Mnemonic::Xrstors | Mnemonic::Xrstors64);
+    let with_supervisor =
+        matches!(c.instruction.mnemonic(), Mnemonic::Xrstors | Mnemonic::Xrstors64);
     let request = Request::new(c, with_supervisor)?;
     let wanted = request.wanted;
     let mut from = XsaveArea::default();
@@ -298,7 +312,10 @@ pub(super) fn xrstor(c: &mut Context) -> Result<Effect, Stop> {
     let good = if compact {
         format & !COMPACT & !possible == 0 && there & !format == 0 && rest.iter().all(|b| *b == 0)
     } else {
-        !with_supervisor && there & !possible == 0 && format == 0 && rest[..8].iter().all(|b| *b == 0)
+        !with_supervisor
+            && there & !possible == 0
+            && format == 0
+            && rest[..8].iter().all(|b| *b == 0)
     };
     if !good {
         return Err(Stop::PROTECTION);

@@ -4,8 +4,8 @@ use iced_x86::Mnemonic;
 
 use super::operand::Access;
 use super::{
-    BREAKPOINT, CR4_FSGSBASE, CR4_OSXSAVE, CR4_PGE, CR4_TSD, Context, DEBUG, Effect, RFLAGS_AC, RFLAGS_CF,
-    RFLAGS_STATUS, RFLAGS_ZF, Stop,
+    BREAKPOINT, CR4_FSGSBASE, CR4_OSXSAVE, CR4_PGE, CR4_TSD, Context, DEBUG, Effect, RFLAGS_AC,
+    RFLAGS_CF, RFLAGS_STATUS, RFLAGS_ZF, Stop,
 };
 use crate::machine::walk::WalkError;
 
@@ -48,8 +48,11 @@ pub(super) fn nothing(_: &mut Context) -> Result<Effect, Stop> {
 }
 
 pub(super) fn nothing_in_ring0(c: &mut Context) -> Result<Effect, Stop> {
-    let otherwise =
-        if c.instruction.mnemonic() == Mnemonic::Wbnoinvd { Stop::PROTECTION } else { Stop::UNDEFINED };
+    let otherwise = if c.instruction.mnemonic() == Mnemonic::Wbnoinvd {
+        Stop::PROTECTION
+    } else {
+        Stop::UNDEFINED
+    };
     c.only_ring0(otherwise)?;
     Ok(Effect::Next)
 }
@@ -102,7 +105,8 @@ pub(super) fn rdpid(c: &mut Context) -> Result<Effect, Stop> {
 pub(super) fn random(c: &mut Context) -> Result<Effect, Stop> {
     let mut bytes = [0; 8];
     // SAFETY: the buffer has the length that is given.
-    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), libc::GRND_NONBLOCK) };
+    let got =
+        unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), libc::GRND_NONBLOCK) };
     let good = got == bytes.len() as isize;
     // Without entropy the instruction says so: zero and no carry.
     c.set_value(0, if good { u64::from_le_bytes(bytes) } else { 0 })?;
@@ -121,7 +125,8 @@ pub(super) fn swapgs(c: &mut Context) -> Result<Effect, Stop> {
 
 pub(super) fn read_base(c: &mut Context) -> Result<Effect, Stop> {
     c.only_with_cr4(CR4_FSGSBASE)?;
-    let segment = if c.instruction.mnemonic() == Mnemonic::Rdfsbase { &c.sregs.fs } else { &c.sregs.gs };
+    let segment =
+        if c.instruction.mnemonic() == Mnemonic::Rdfsbase { &c.sregs.fs } else { &c.sregs.gs };
     let base = segment.base;
     c.set_value(0, base)?;
     Ok(Effect::Next)
@@ -133,8 +138,11 @@ pub(super) fn write_base(c: &mut Context) -> Result<Effect, Stop> {
     if !c.space.is_canonical(base) {
         return Err(Stop::PROTECTION);
     }
-    let segment =
-        if c.instruction.mnemonic() == Mnemonic::Wrfsbase { &mut c.sregs.fs } else { &mut c.sregs.gs };
+    let segment = if c.instruction.mnemonic() == Mnemonic::Wrfsbase {
+        &mut c.sregs.fs
+    } else {
+        &mut c.sregs.gs
+    };
     segment.base = base;
     c.cpu.set_sregs(&c.sregs)?;
     Ok(Effect::Next)
@@ -174,7 +182,8 @@ pub(super) fn invpcid(c: &mut Context) -> Result<Effect, Stop> {
     if kind > 3 || pcid_used && pcid > 0xfff || kind == 0 && !c.space.is_canonical(address) {
         return Err(Stop::PROTECTION);
     }
-    // As a kernel does it that has no such instruction: a change of CR4.PGE flushes all translations.
+    // As a kernel does it that has no such instruction: a change of CR4.PGE flushes all
+    // translations.
     let mut flush = c.sregs;
     flush.cr4 ^= CR4_PGE;
     c.cpu.set_sregs(&flush)?;

@@ -33,7 +33,9 @@ pub(super) fn handler(mnemonic: Mnemonic) -> Option<Handler> {
         // Flushes buffers of the host's CPU, which is the host's affair.
         M::Verw => system::verw,
         // Hints; and the shadow stack of a guest that has none.
-        M::Pause | M::Nop | M::Tpause | M::Endbr64 | M::Endbr32 | M::Rdsspd | M::Rdsspq => system::nothing,
+        M::Pause | M::Nop | M::Tpause | M::Endbr64 | M::Endbr32 | M::Rdsspd | M::Rdsspq => {
+            system::nothing
+        }
         M::Prefetchnta
         | M::Prefetcht0
         | M::Prefetcht1

@@ -1,4 +1,5 @@
-//! Linux's bzImage: a setup header (Linux, Documentation/x86/boot.rst), and code that unpacks the kernel.
+//! Linux's bzImage: a setup header (Linux, Documentation/x86/boot.rst), and code that unpacks the
+//! kernel.
 
 use std::io::Cursor;
 
@@ -47,7 +48,8 @@ pub(super) fn check(ram: &Ram, image: &[u8]) -> Result<BzImage, LoadError> {
     if !is_one(image) {
         return Err(LoadError::NotBzImage(foreign_format(image)));
     }
-    let cut_off = |what: &str, need: u64| LoadError::CutOff { what: what.into(), need: need.into(), have };
+    let cut_off =
+        |what: &str, need: u64| LoadError::CutOff { what: what.into(), need: need.into(), have };
     let end = MAGIC + usize::from(image[HEADER_LENGTH]);
     if image.len() < end.max(HEADER_END) {
         return Err(cut_off("the setup header", end.max(HEADER_END) as u64));
@@ -85,7 +87,8 @@ pub(super) fn check(ram: &Ram, image: &[u8]) -> Result<BzImage, LoadError> {
     if start < layout::KERNEL_START || !start.is_multiple_of(layout::PAGE) {
         return Err(LoadError::BadHeader("its preferred address is not one to load at"));
     }
-    // The boot page tables reach as far as the hole; and what is appended to the code is loaded with it.
+    // The boot page tables reach as far as the hole; and what is appended to the code is loaded
+    // with it.
     let end = start.checked_add(init.max(have - setup)).filter(|end| *end <= layout::HOLE_START);
     let Some(end) = end else {
         return Err(LoadError::BadHeader("its preferred address is not one to load at"));

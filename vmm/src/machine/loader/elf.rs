@@ -152,7 +152,8 @@ fn parts(image: &[u8], kind: u32) -> impl Iterator<Item = &[u8]> {
 /// Whether an ELF file carries the line that Linux prints first.
 pub(super) fn has_linux_banner(image: &[u8]) -> bool {
     is_one(image)
-        && parts(image, SEGMENT_LOAD).any(|part| memchr::memmem::find(part, b"Linux version ").is_some())
+        && parts(image, SEGMENT_LOAD)
+            .any(|part| memchr::memmem::find(part, b"Linux version ").is_some())
 }
 
 /// The entry point that an ELF file's PVH note tells, if it has one.
@@ -173,7 +174,8 @@ pub(super) fn pvh_entry(image: &[u8]) -> Option<u64> {
                     _ => None,
                 };
             }
-            notes = body.get(name.checked_next_multiple_of(4)? + bytes.checked_next_multiple_of(4)?..)?;
+            notes =
+                body.get(name.checked_next_multiple_of(4)? + bytes.checked_next_multiple_of(4)?..)?;
         }
     })
 }

@@ -1,25 +1,29 @@
 //! What Linux is told on its command line.
 
-/// Linux parameters that a run wants, unless the command line has the parameter already: the console on the serial
-/// port; a reset by the keyboard controller, first thing; and after a panic at once. Each of them ends the run.
+/// Linux parameters that a run wants, unless the command line has the parameter already: the
+/// console on the serial port; a reset by the keyboard controller, first thing; and after a panic
+/// at once. Each of them ends the run.
 const DEFAULTS: [&str; 3] = ["console=ttyS0", "reboot=k", "panic=-1"];
-/// The same where each instruction of the kernel is emulated, so that those count which nobody needs: mitigations, from which
-/// each call and each return is longer and which protect nobody in a guest with one user; and the self-tests of ciphers, which are
-/// more than all else that a distribution's kernel does until its first program. Nor is what takes long stuck there.
+/// The same where each instruction of the kernel is emulated, so that those count which nobody
+/// needs: mitigations, from which each call and each return is longer and which protect nobody in a
+/// guest with one user; and the self-tests of ciphers, which are more than all else that a
+/// distribution's kernel does until its first program. Nor is what takes long stuck there.
 const EMULATED: [&str; 3] = ["mitigations=off", "cryptomgr.notests", "nosoftlockup"];
-/// And what only bzImages get, which are distributions' kernels more often than not. In front of their first program nearly half of all
-/// instructions are for who will trace functions and events: weak functions are looked for, the names of constants put into
-/// formats, and thousands of files made. A kernel without these has nothing of it but the work of a look at the list.
+/// And what only bzImages get, which are distributions' kernels more often than not. In front of
+/// their first program nearly half of all instructions are for who will trace functions and events:
+/// weak functions are looked for, the names of constants put into formats, and thousands of files
+/// made. A kernel without these has nothing of it but the work of a look at the list.
 const EMULATED_BZIMAGE: &str =
     "initcall_blacklist=ftrace_check_for_weak_functions,trace_eval_init,tracer_init_tracefs";
-/// And a clock that is slower than the world's, so that ticks and time-outs come at a rate that fits the instructions: the
-/// time-stamp counter, taken for faster than it is.
+/// And a clock that is slower than the world's, so that ticks and time-outs come at a rate that
+/// fits the instructions: the time-stamp counter, taken for faster than it is.
 const SLOW_CLOCK: [&str; 2] = ["no-kvmclock", "tsc=reliable"];
 /// Who names one of these chooses the clock, and gets nothing of that.
 const CLOCK: [&str; 4] = ["clocksource", "no-kvmclock", "tsc", "tsc_early_khz"];
 /// At most so much slower; instructions take some hundred times as long as on hardware.
 const SLOWER: u32 = 6;
-/// The fastest counter whose delays Linux computes without overflow: four times 2^32 Hz (arch/x86/lib/delay.c).
+/// The fastest counter whose delays Linux computes without overflow: four times 2^32 Hz
+/// (arch/x86/lib/delay.c).
 const MAX_TSC_KHZ: u32 = 17_000_000;
 
 /// A host that emulates ring 0, and what it is to run.
@@ -44,10 +48,11 @@ fn name(word: &str) -> &str {
     word.split_once('=').map_or(word, |(name, _)| name)
 }
 
-/// `cmdline` with the defaults for a Linux kernel in front, so that what the user says comes last. Arguments after `--`
-/// belong to init.
+/// `cmdline` with the defaults for a Linux kernel in front, so that what the user says comes last.
+/// Arguments after `--` belong to init.
 pub fn with_defaults(cmdline: &str, emulated: Option<Emulated>) -> String {
-    let given: Vec<_> = cmdline.split_ascii_whitespace().take_while(|word| *word != "--").map(name).collect();
+    let given: Vec<_> =
+        cmdline.split_ascii_whitespace().take_while(|word| *word != "--").map(name).collect();
     let mut words: Vec<_> = DEFAULTS.map(str::to_owned).into();
     if let Some(host) = emulated {
         words.extend(EMULATED.map(str::to_owned));
@@ -84,8 +89,10 @@ mod tests {
 
     #[test]
     fn an_emulated_kernel_gets_more() {
-        let given = |cmdline, tsc_khz| with_defaults(cmdline, Some(Emulated { tsc_khz, bzimage: false }));
-        let first = "console=ttyS0 reboot=k panic=-1 mitigations=off cryptomgr.notests nosoftlockup";
+        let given =
+            |cmdline, tsc_khz| with_defaults(cmdline, Some(Emulated { tsc_khz, bzimage: false }));
+        let first =
+            "console=ttyS0 reboot=k panic=-1 mitigations=off cryptomgr.notests nosoftlockup";
         let slow = "no-kvmclock tsc=reliable tsc_early_khz";
         assert_eq!(given("", 2_600_000), format!("{first} {slow}=15600000"));
         assert_eq!(given("", 4_000_000), format!("{first} {slow}=16000000"));
@@ -97,10 +104,13 @@ mod tests {
             "console=ttyS0 reboot=k panic=-1 cryptomgr.notests no-kvmclock tsc=reliable tsc_early_khz=6 \
              mitigations=auto nosoftlockup a"
         );
-        for chosen in ["clocksource=kvm-clock", "tsc_early_khz=5", "tsc=nowatchdog a", "no-kvmclock"] {
+        for chosen in
+            ["clocksource=kvm-clock", "tsc_early_khz=5", "tsc=nowatchdog a", "no-kvmclock"]
+        {
             assert_eq!(given(chosen, 1), format!("{first} {chosen}"));
         }
-        let bzimage = |cmdline| with_defaults(cmdline, Some(Emulated { tsc_khz: 0, bzimage: true }));
+        let bzimage =
+            |cmdline| with_defaults(cmdline, Some(Emulated { tsc_khz: 0, bzimage: true }));
         assert_eq!(bzimage("a"), format!("{first} {EMULATED_BZIMAGE} a"));
         assert_eq!(bzimage("initcall_blacklist= a"), format!("{first} initcall_blacklist= a"));
     }

@@ -1,8 +1,10 @@
-//! Loads a kernel, its initrd and its command line into guest RAM, with the structures that the kernel starts from.
+//! Loads a kernel, its initrd and its command line into guest RAM, with the structures that the
+//! kernel starts from.
 //!
-//! Three ways to boot: a 64-bit ELF file or a Linux bzImage, entered as the Linux 64-bit boot protocol says, and a
-//! 64-bit ELF file with a PVH note, entered in 32-bit mode. Every field of the file that loading depends on is checked
-//! first, so that a file that is no kernel, or not one for this machine, is refused with the value that is wrong.
+//! Three ways to boot: a 64-bit ELF file or a Linux bzImage, entered as the Linux 64-bit boot
+//! protocol says, and a 64-bit ELF file with a PVH note, entered in 32-bit mode. Every field of the
+//! file that loading depends on is checked first, so that a file that is no kernel, or not one for
+//! this machine, is refused with the value that is wrong.
 
 mod bzimage;
 mod elf;
@@ -59,15 +61,24 @@ pub enum LoadError {
     NotExecutable(u16),
     #[error("the ELF program headers ({count} of {size} bytes at {offset:#x}) are not valid")]
     BadProgramHeaders { offset: u64, size: u16, count: u16 },
-    #[error("the kernel file is cut off: {what} needs bytes up to {need:#x}, the file has {have:#x}")]
+    #[error(
+        "the kernel file is cut off: {what} needs bytes up to {need:#x}, the file has {have:#x}"
+    )]
     CutOff { what: String, need: u128, have: u64 },
     #[error("the kernel has no segment to load")]
     NoSegment,
-    #[error("segment {index}: {file:#x} bytes in the file are more than its {memory:#x} bytes in memory")]
+    #[error(
+        "segment {index}: {file:#x} bytes in the file are more than its {memory:#x} bytes in memory"
+    )]
     FileLargerThanMemory { index: usize, file: u64, memory: u64 },
-    #[error("segment {index} ({bytes:#x} bytes at {gpa:#x}) wraps around the end of the address space")]
+    #[error(
+        "segment {index} ({bytes:#x} bytes at {gpa:#x}) wraps around the end of the address space"
+    )]
     Wraps { index: usize, gpa: u64, bytes: u64 },
-    #[error("segment {index} starts at {gpa:#x}: kernels are loaded at {:#x} or above", layout::KERNEL_START)]
+    #[error(
+        "segment {index} starts at {gpa:#x}: kernels are loaded at {:#x} or above",
+        layout::KERNEL_START
+    )]
     BootArea { index: usize, gpa: u64 },
     #[error("segment {index} ({bytes:#x} bytes at {gpa:#x}) lies outside of guest memory")]
     OutsideMemory { index: usize, gpa: u64, bytes: u64 },
@@ -79,7 +90,9 @@ pub enum LoadError {
     EntryOutside(u64),
     #[error("the kernel has no PVH note: it cannot be booted that way")]
     NoPvhNote,
-    #[error("the bzImage has boot protocol {0:#x}: at least 0x20c is needed, which came with Linux 3.8")]
+    #[error(
+        "the bzImage has boot protocol {0:#x}: at least 0x20c is needed, which came with Linux 3.8"
+    )]
     OldProtocol(u16),
     #[error("the bzImage's header is not valid: {0}")]
     BadHeader(&'static str),
@@ -104,8 +117,8 @@ pub enum LoadError {
 /// How to boot a kernel file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Protocol {
-    /// As the file wants: a bzImage as such; an ELF file by the Linux protocol, unless it is not Linux and has a PVH
-    /// note.
+    /// As the file wants: a bzImage as such; an ELF file by the Linux protocol, unless it is not
+    /// Linux and has a PVH note.
     #[default]
     Auto,
     /// An ELF file, entered by the Linux 64-bit boot protocol.
@@ -127,7 +140,8 @@ pub struct Boot<'a> {
     pub initrd: Option<&'a [u8]>,
     /// How to boot.
     pub protocol: Protocol,
-    /// Unpack the kernel of a bzImage and start it without the code that does so in the guest, if `protocol` leaves the choice.
+    /// Unpack the kernel of a bzImage and start it without the code that does so in the guest, if
+    /// `protocol` leaves the choice.
     pub unpack: bool,
 }
 
@@ -173,7 +187,9 @@ pub fn read_file(what: &'static str, path: &Path) -> Result<Vec<u8>, LoadError> 
     }
     // As large as it will be: growing would take twice as much for a while.
     let mut image = Vec::new();
-    image.try_reserve_exact(meta.len() as usize + 1).map_err(|error| fail(io::Error::other(error)))?;
+    image
+        .try_reserve_exact(meta.len() as usize + 1)
+        .map_err(|error| fail(io::Error::other(error)))?;
     file.take(MAX_IMAGE).read_to_end(&mut image).map_err(fail)?;
     Ok(image)
 }
@@ -197,8 +213,12 @@ pub fn load(ram: &Ram, boot: &Boot) -> Result<LoadedKernel, LoadError> {
     let unpack = unpack && protocol == Protocol::Auto;
     let protocol = match protocol {
         Protocol::Auto if bzimage::is_one(image) => Protocol::BzImage,
-        Protocol::Auto if !elf::is_one(image) => return Err(LoadError::NotKernel(foreign_format(image))),
-        Protocol::Auto if elf::pvh_entry(image).is_some() && !elf::has_linux_banner(image) => Protocol::Pvh,
+        Protocol::Auto if !elf::is_one(image) => {
+            return Err(LoadError::NotKernel(foreign_format(image)));
+        }
+        Protocol::Auto if elf::pvh_entry(image).is_some() && !elf::has_linux_banner(image) => {
+            Protocol::Pvh
+        }
         Protocol::Auto => Protocol::Elf,
         forced => forced,
     };
@@ -206,13 +226,15 @@ pub fn load(ram: &Ram, boot: &Boot) -> Result<LoadedKernel, LoadError> {
     let kernel = match protocol {
         Protocol::BzImage => {
             let mut found = bzimage::check(ram, image)?;
-            let unpacked = if unpack { unpack::kernel(image, found.code, &found.header) } else { None };
+            let unpacked =
+                if unpack { unpack::kernel(image, found.code, &found.header) } else { None };
             // What is not as expected inside is left to its own code.
             let unpacked = unpacked.and_then(|elf| Some((elf::check(ram, &elf).ok()?, elf)));
             if let Some((kernel, _)) = &unpacked {
                 found.kernel = *kernel;
             }
-            let initrd = initrd.map(|initrd| place_initrd(ram, initrd, &found.kernel, found.initrd_end));
+            let initrd =
+                initrd.map(|initrd| place_initrd(ram, initrd, &found.kernel, found.initrd_end));
             let initrd = initrd.transpose()?;
             match unpacked {
                 Some((_, elf)) => elf::load(ram, &elf)?,
@@ -223,7 +245,8 @@ pub fn load(ram: &Ram, boot: &Boot) -> Result<LoadedKernel, LoadError> {
         }
         Protocol::Auto | Protocol::Elf | Protocol::Pvh => {
             let mut kernel = elf::check(ram, image)?;
-            let initrd = initrd.map(|initrd| place_initrd(ram, initrd, &kernel, layout::HOLE_START));
+            let initrd =
+                initrd.map(|initrd| place_initrd(ram, initrd, &kernel, layout::HOLE_START));
             let initrd = initrd.transpose()?;
             if protocol == Protocol::Pvh {
                 (kernel.entry, kernel.state) = (elf::check_pvh_entry(ram, image)?, StartState::Pvh);
@@ -248,7 +271,11 @@ pub fn load(ram: &Ram, boot: &Boot) -> Result<LoadedKernel, LoadError> {
 }
 
 /// Tells a loaded kernel that starts in `state` where the root pointer of the ACPI tables is.
-pub(super) fn tell_acpi_root(ram: &Ram, state: StartState, root: GuestAddress) -> Result<(), NotRam> {
+pub(super) fn tell_acpi_root(
+    ram: &Ram,
+    state: StartState,
+    root: GuestAddress,
+) -> Result<(), NotRam> {
     let field = match state {
         StartState::Linux64 => params::ACPI_ROOT,
         StartState::Pvh => pvh::ACPI_ROOT,
@@ -263,7 +290,12 @@ struct Initrd {
 }
 
 /// Copies an initrd to the end of the RAM below `limit` and below the hole, above the kernel.
-fn place_initrd(ram: &Ram, initrd: &[u8], kernel: &LoadedKernel, limit: u64) -> Result<Initrd, LoadError> {
+fn place_initrd(
+    ram: &Ram,
+    initrd: &[u8],
+    kernel: &LoadedKernel,
+    limit: u64,
+) -> Result<Initrd, LoadError> {
     let bytes = initrd.len() as u64;
     if bytes == 0 {
         return Err(LoadError::EmptyInitrd);

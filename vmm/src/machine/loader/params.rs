@@ -9,7 +9,8 @@ use super::{Initrd, layout};
 use crate::machine::memory::{NotRam, Ram};
 
 /// The field of `boot_params` for the ACPI root pointer's address, 8 bytes.
-pub(super) const ACPI_ROOT: u64 = layout::BOOT_PARAMS + offset_of!(boot_params, acpi_rsdp_addr) as u64;
+pub(super) const ACPI_ROOT: u64 =
+    layout::BOOT_PARAMS + offset_of!(boot_params, acpi_rsdp_addr) as u64;
 
 /// The E820 memory map of `ram`: (start, bytes, is usable).
 pub(super) fn e820(ram: &Ram) -> Vec<(u64, u64, bool)> {
@@ -51,13 +52,15 @@ pub(super) fn write_boot_params(
     params.hdr.cmdline_size = cmdline.len() as u32;
     if let Some(initrd) = initrd {
         // Below the hole, so 32 bits are enough.
-        (params.hdr.ramdisk_image, params.hdr.ramdisk_size) = (initrd.gpa as u32, initrd.bytes as u32);
+        (params.hdr.ramdisk_image, params.hdr.ramdisk_size) =
+            (initrd.gpa as u32, initrd.bytes as u32);
     }
     let map = e820(ram);
     params.e820_entries = map.len() as u8;
     let mut table = params.e820_table;
     for (entry, (addr, size, usable)) in table.iter_mut().zip(map) {
-        *entry = boot_e820_entry { addr, size, r#type: if usable { E820_RAM } else { E820_RESERVED } };
+        *entry =
+            boot_e820_entry { addr, size, r#type: if usable { E820_RAM } else { E820_RESERVED } };
     }
     params.e820_table = table;
     let gpa = GuestAddress(layout::BOOT_PARAMS);

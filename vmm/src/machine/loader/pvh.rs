@@ -14,7 +14,8 @@ pub(super) const ACPI_ROOT: u64 = layout::BOOT_PARAMS + 32;
 const MODULES: u64 = layout::BOOT_PARAMS + 0x40;
 const MEMORY_MAP: u64 = layout::BOOT_PARAMS + 0x80;
 
-/// Writes `hvm_start_info` to the page that is otherwise `boot_params`, with the module list and the memory map.
+/// Writes `hvm_start_info` to the page that is otherwise `boot_params`, with the module list and
+/// the memory map.
 pub(super) fn write_start_info(ram: &Ram, initrd: Option<&Initrd>) -> Result<(), NotRam> {
     let map = e820(ram);
     let mut info = Vec::new();
@@ -28,12 +29,14 @@ pub(super) fn write_start_info(ram: &Ram, initrd: Option<&Initrd>) -> Result<(),
     info.extend((map.len() as u64).to_le_bytes());
     ram.write(GuestAddress(layout::BOOT_PARAMS), &info)?;
     if let Some(Initrd { gpa, bytes }) = initrd {
-        let entry: Vec<_> = [*gpa, *bytes, 0, 0].iter().flat_map(|word| word.to_le_bytes()).collect();
+        let entry: Vec<_> =
+            [*gpa, *bytes, 0, 0].iter().flat_map(|word| word.to_le_bytes()).collect();
         ram.write(GuestAddress(MODULES), &entry)?;
     }
     for (i, (start, bytes, usable)) in map.into_iter().enumerate() {
         let kind = if usable { XEN_HVM_MEMMAP_TYPE_RAM } else { XEN_HVM_MEMMAP_TYPE_RESERVED };
-        let entry: Vec<_> = [start, bytes, kind.into()].iter().flat_map(|word| word.to_le_bytes()).collect();
+        let entry: Vec<_> =
+            [start, bytes, kind.into()].iter().flat_map(|word| word.to_le_bytes()).collect();
         ram.write(GuestAddress(MEMORY_MAP + 24 * i as u64), &entry)?;
     }
     Ok(())

@@ -11,7 +11,8 @@ fn ram() -> Ram {
 
 /// A small valid kernel with `change` applied to its bytes.
 fn broken(change: impl FnOnce(&mut Vec<u8>)) -> LoadError {
-    let mut image = elf(BASE + 4, &[(BASE, BASE, &[0x90; 64], 128), (BASE + 0x1000, 0, &[1; 16], 16)]);
+    let mut image =
+        elf(BASE + 4, &[(BASE, BASE, &[0x90; 64], 128), (BASE + 0x1000, 0, &[1; 16], 16)]);
     super::elf::check(&ram(), &image).expect("valid before the change");
     change(&mut image);
     super::elf::check(&ram(), &image).expect_err("not valid after it")
@@ -44,7 +45,10 @@ fn every_broken_image_is_refused() {
     assert!(matches!(broken(|i| (put(64, [6])(i), put(120, [6])(i)).0), E::NoSegment));
     assert!(matches!(broken(put64(64 + 8, u64::MAX)), E::CutOff { .. }), "p_offset");
     assert!(matches!(broken(|i| i.truncate(i.len() - 1)), E::CutOff { .. }));
-    assert!(matches!(broken(put64(64 + 40, 63)), E::FileLargerThanMemory { file: 64, memory: 63, .. }));
+    assert!(matches!(
+        broken(put64(64 + 40, 63)),
+        E::FileLargerThanMemory { file: 64, memory: 63, .. }
+    ));
     assert!(matches!(broken(put64(64 + 24, u64::MAX - 8)), E::Wraps { .. }));
     assert!(matches!(broken(put64(64 + 40, u64::MAX)), E::Wraps { .. }));
     assert!(matches!(broken(put64(64 + 24, BASE - 1)), E::BootArea { index: 0, .. }));
@@ -55,7 +59,10 @@ fn every_broken_image_is_refused() {
     assert!(matches!(broken(put64(120 + 24, BASE + 127)), E::Overlap { first: 0, second: 1 }));
     assert!(matches!(broken(put64(24, BASE + 128)), E::EntryOutside(_)));
     // A note that lies outside of the file, or is garbage.
-    assert!(matches!(broken(|i| (put(120, [4])(i), put64(120 + 8, 1 << 40)(i)).0), E::CutOff { .. }));
+    assert!(matches!(
+        broken(|i| (put(120, [4])(i), put64(120 + 8, 1 << 40)(i)).0),
+        E::CutOff { .. }
+    ));
 }
 
 #[test]
@@ -96,8 +103,9 @@ fn boot_structures() {
     assert_eq!(page[0x1e8], 4, "E820 entries");
     assert_eq!(&page[0x202..0x206], b"HdrS");
     assert_eq!(u32_at(&page, 0x228), layout::CMDLINE as u32);
-    let entry =
-        |i: usize| (u64_at(&page, 0x2d0 + 20 * i), u64_at(&page, 0x2d8 + 20 * i), page[0x2e0 + 20 * i]);
+    let entry = |i: usize| {
+        (u64_at(&page, 0x2d0 + 20 * i), u64_at(&page, 0x2d8 + 20 * i), page[0x2e0 + 20 * i])
+    };
     assert_eq!(entry(0), (0, 0x9_fc00, 1));
     assert_eq!(entry(1), (0x9_fc00, 0x6_0400, 2));
     assert_eq!(entry(2), (BASE, layout::HOLE_START - BASE, 1));
@@ -195,7 +203,10 @@ fn a_packed_kernel_is_unpacked_if_asked_for() {
     };
     let (image, own) = (packed(|_| {}), BASE + 0x200);
     let kernel = load(&image, true, Protocol::Auto);
-    assert_eq!((kernel.entry.0, kernel.end.0, kernel.state), (BASE + 4, BASE + 128, StartState::Linux64));
+    assert_eq!(
+        (kernel.entry.0, kernel.end.0, kernel.state),
+        (BASE + 4, BASE + 128, StartState::Linux64)
+    );
     let mut code = [0; 2];
     ram.read(GuestAddress(BASE + 63), &mut code).unwrap();
     assert_eq!(code, [0x90, 0]);
@@ -236,7 +247,8 @@ fn every_broken_bzimage_is_refused() {
     use LoadError as E;
     let broken = |change: fn(&mut Vec<u8>)| {
         let image = bzimage(change);
-        load(&ram(), &Boot { protocol: Protocol::BzImage, ..Boot::new(&image, "") }).expect_err("not valid")
+        load(&ram(), &Boot { protocol: Protocol::BzImage, ..Boot::new(&image, "") })
+            .expect_err("not valid")
     };
     assert!(matches!(broken(|i| put(0x202, b"hdrs")(i)), E::NotBzImage(_)));
     assert!(matches!(broken(|i| i.truncate(0x210)), E::CutOff { .. }));
@@ -252,8 +264,10 @@ fn every_broken_bzimage_is_refused() {
     assert!(matches!(broken(|i| put64(0x258, BASE + 1)(i)), E::BadHeader(_)));
     assert!(matches!(broken(|i| put64(0x258, u64::MAX - 4095)(i)), E::BadHeader(_)));
     assert!(matches!(broken(|i| put(0x260, [0xff; 4])(i)), E::BadHeader(_)));
-    assert!(matches!(broken(|i| put(0x260, (4u32 << 20).to_le_bytes())(i)), E::MemoryTooSmall { need, .. }
-        if need == 5 << 20));
+    assert!(
+        matches!(broken(|i| put(0x260, (4u32 << 20).to_le_bytes())(i)), E::MemoryTooSmall { need, .. }
+        if need == 5 << 20)
+    );
     // Any other byte that is wrong shows in the checksum, unless there is a signature behind it.
     let mut image = bzimage(|_| {});
     image[1500] ^= 1;
@@ -278,9 +292,11 @@ fn no_bytes_of_a_bzimage_make_it_panic() {
 /// An ELF kernel with a PVH note.
 fn pvh(entry: u64, change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     let mut notes = Vec::new();
-    for (owner, kind, bytes) in
-        [(&b"GNU\0"[..], 18, &[0u8; 5][..]), (b"Xen\0", 6, b"linux"), (b"Xen\0", 18, &entry.to_le_bytes())]
-    {
+    for (owner, kind, bytes) in [
+        (&b"GNU\0"[..], 18, &[0u8; 5][..]),
+        (b"Xen\0", 6, b"linux"),
+        (b"Xen\0", 18, &entry.to_le_bytes()),
+    ] {
         for word in [owner.len() as u32, bytes.len() as u32, kind] {
             notes.extend(word.to_le_bytes());
         }
@@ -288,7 +304,8 @@ fn pvh(entry: u64, change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
         notes.extend(bytes);
         notes.resize(notes.len().next_multiple_of(4), 0);
     }
-    let mut image = elf(BASE, &[(BASE, BASE, &[0x90; 64], 128), (0, 0, &notes, notes.len() as u64)]);
+    let mut image =
+        elf(BASE, &[(BASE, BASE, &[0x90; 64], 128), (0, 0, &notes, notes.len() as u64)]);
     put(120, [4])(&mut image);
     change(&mut image);
     image
@@ -323,7 +340,8 @@ fn a_pvh_note_is_taken_if_it_is_not_linux_or_if_told() {
 
 #[test]
 fn bad_pvh_notes() {
-    let load = |image: &[u8]| load(&ram(), &Boot { protocol: Protocol::Pvh, ..Boot::new(image, "") });
+    let load =
+        |image: &[u8]| load(&ram(), &Boot { protocol: Protocol::Pvh, ..Boot::new(image, "") });
     assert!(matches!(load(&pvh(BASE + 128, |_| {})), Err(LoadError::EntryOutside(_))));
     assert!(matches!(load(&pvh(1 << 33, |_| {})), Err(LoadError::EntryOutside(_))));
     let plain = elf(BASE, &[(BASE, BASE, &[0x90; 64], 128)]);
@@ -341,12 +359,17 @@ fn bad_pvh_notes() {
 #[test]
 fn initrds_lie_above_the_kernel_and_below_the_hole() {
     let image = elf(BASE, &[(BASE, BASE, b"code", 5000)]);
-    let load = |ram: &Ram, initrd: &[u8]| load(ram, &Boot { initrd: Some(initrd), ..Boot::new(&image, "") });
+    let load = |ram: &Ram, initrd: &[u8]| {
+        load(ram, &Boot { initrd: Some(initrd), ..Boot::new(&image, "") })
+    };
     assert!(matches!(load(&ram(), b""), Err(LoadError::EmptyInitrd)));
     let free = (3 << 20) - 8192;
     load(&ram(), &vec![1; free]).unwrap();
     let error = load(&ram(), &vec![1; free + 1]).unwrap_err();
-    assert!(matches!(error, LoadError::InitrdTooLarge { bytes, free: have } if bytes == have + 1), "{error}");
+    assert!(
+        matches!(error, LoadError::InitrdTooLarge { bytes, free: have } if bytes == have + 1),
+        "{error}"
+    );
     let large = Ram::new(layout::HOLE_START + (8 << 20)).unwrap();
     load(&large, b"x").unwrap();
     let mut place = [0; 8];

@@ -1,7 +1,8 @@
 //! The kernel inside a bzImage, unpacked before the guest runs.
 //!
-//! The code in front of it does the same in the guest, with some 90 million instructions for a distribution's kernel: over a
-//! minute where ring 0 is emulated. Beside that, that code moves the kernel to a random address, which is not done here.
+//! The code in front of it does the same in the guest, with some 90 million instructions for a
+//! distribution's kernel: over a minute where ring 0 is emulated. Beside that, that code moves the
+//! kernel to a random address, which is not done here.
 
 use linux_loader::loader::bootparam::setup_header;
 
@@ -14,8 +15,8 @@ const LZ4_BLOCK: usize = 8 << 20;
 /// Linux puts the unpacked size behind what it packs, 4 bytes (Linux, scripts/Makefile.lib).
 const SIZE: usize = 4;
 
-/// The unpacked kernel of `image`, whose protected-mode code is at `code`; `None` if it is not packed in a way known here, or
-/// not as it says: then its own code may try.
+/// The unpacked kernel of `image`, whose protected-mode code is at `code`; `None` if it is not
+/// packed in a way known here, or not as it says: then its own code may try.
 pub(super) fn kernel(image: &[u8], code: u64, header: &setup_header) -> Option<Vec<u8>> {
     let start = usize::try_from(code).ok()?.checked_add(header.payload_offset as usize)?;
     let payload = image.get(start..)?.get(..header.payload_length as usize)?;

@@ -1,5 +1,5 @@
-//! A guest that executes in ring 0 what some hosts' KVM refuses. The same code, run by this machine's CPU itself,
-//! says what is right.
+//! A guest that executes in ring 0 what some hosts' KVM refuses. The same code, run by this
+//! machine's CPU itself, says what is right.
 
 use vm_memory::GuestAddress;
 
@@ -11,8 +11,8 @@ const OUTPUT: u64 = 0x18_1000;
 /// Of the output, the results; behind them are areas whose contents the test does not compare.
 const RESULTS: usize = 0x400;
 
-/// Where the guest's code has its function: `fn(input: rdi, output: rsi)`, both aligned to 64. It changes rax, rcx,
-/// rdx and r8 to r11, and vector registers.
+/// Where the guest's code has its function: `fn(input: rdi, output: rsi)`, both aligned to 64. It
+/// changes rax, rcx, rdx and r8 to r11, and vector registers.
 const FUNCTION: usize = 0x80;
 
 fn code() -> &'static [u8] {
@@ -154,8 +154,8 @@ fn by_the_cpu(input: &[u8; 4096]) -> Box<[u8; 4096]> {
     #[repr(C, align(64))]
     struct Aligned([u8; 4096]);
     let (input, mut output) = (Aligned(*input), Box::new(Aligned([0; 4096])));
-    // SAFETY: a new mapping, of nobody else's memory, filled while it is writable and then only executed. The function
-    // changes what `clobber_abi` says, and the two buffers.
+    // SAFETY: a new mapping, of nobody else's memory, filled while it is writable and then only
+    // executed. The function changes what `clobber_abi` says, and the two buffers.
     unsafe {
         let flags = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE;
         let memory = libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_WRITE, flags, -1, 0);
@@ -198,8 +198,10 @@ fn a_guest_in_ring_0_gets_what_the_cpu_computes() {
         "xsaveopt",
     );
     if let Some(feature) = lacking {
-        let _ =
-            writeln!(std::io::stderr(), "SKIPPED completed instructions: this machine's CPU lacks {feature}");
+        let _ = writeln!(
+            std::io::stderr(),
+            "SKIPPED completed instructions: this machine's CPU lacks {feature}"
+        );
         return;
     }
     // Numbers without a pattern; as floats they are ordinary.
@@ -224,7 +226,9 @@ fn a_guest_in_ring_0_gets_what_the_cpu_computes() {
     let counts = completer.counts();
     eprintln!("completed: {counts:?}");
     if stats::emulates_ring0(&kvm).unwrap() {
-        for mnemonic in ["popcnt", "addps", "vpermq", "xsave64", "xrstor64", "ldmxcsr", "cmpxchg16b"] {
+        for mnemonic in
+            ["popcnt", "addps", "vpermq", "xsave64", "xrstor64", "ldmxcsr", "cmpxchg16b"]
+        {
             assert!(counts.contains_key(mnemonic), "{mnemonic}");
         }
     }

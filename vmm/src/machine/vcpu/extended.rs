@@ -1,4 +1,5 @@
-//! A vCPU's events and extended state: what completed instructions need beside the ordinary registers.
+//! A vCPU's events and extended state: what completed instructions need beside the ordinary
+//! registers.
 
 use kvm_bindings::{KVM_VCPUEVENT_VALID_SHADOW, kvm_vcpu_events, kvm_xcr, kvm_xcrs, kvm_xsave};
 use kvm_ioctls::SyncReg;
@@ -8,8 +9,8 @@ use super::{Vcpu, VcpuError};
 /// DR6.BS: the debug exception is that of a single step.
 const DR6_SINGLE_STEP: u64 = 1 << 14;
 
-/// The extended state of a vCPU, in the standard format of `xsave64`: KVM's `kvm_xsave` without the state that a
-/// process must ask for beforehand (AMX).
+/// The extended state of a vCPU, in the standard format of `xsave64`: KVM's `kvm_xsave` without the
+/// state that a process must ask for beforehand (AMX).
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub struct XsaveArea(pub [u8; 4096]);
@@ -56,7 +57,8 @@ impl Vcpu {
         for (to, from) in xsave.region.iter_mut().zip(area.0.chunks_exact(4)) {
             *to = u32::from_le_bytes([from[0], from[1], from[2], from[3]]);
         }
-        // SAFETY: KVM reads more than `region` only for state that this process never asked permission for.
+        // SAFETY: KVM reads more than `region` only for state that this process never asked
+        // permission for.
         unsafe { self.fd.set_xsave(&xsave) }.map_err(|e| self.error("KVM_SET_XSAVE", e))
     }
 
@@ -78,7 +80,11 @@ impl Vcpu {
     }
 
     /// Delivers a CPU exception (vector 0 to 31) before the next instruction.
-    pub fn inject_exception(&mut self, vector: u8, error_code: Option<u32>) -> Result<(), VcpuError> {
+    pub fn inject_exception(
+        &mut self,
+        vector: u8,
+        error_code: Option<u32>,
+    ) -> Result<(), VcpuError> {
         let mut events = self.events()?;
         events.exception.injected = 1;
         events.exception.nr = vector;

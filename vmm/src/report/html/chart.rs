@@ -70,8 +70,12 @@ pub fn draw(out: &mut String, samples: &[Sample]) {
     let step = time_step(end);
     for i in 0..=(end / step) as u32 {
         let at = f64::from(i) * step;
-        let _ =
-            write!(out, "<span class=x style='left:{:.2}%'>{}</span>", at * 100.0 / end, seconds_tick(at));
+        let _ = write!(
+            out,
+            "<span class=x style='left:{:.2}%'>{}</span>",
+            at * 100.0 / end,
+            seconds_tick(at)
+        );
     }
     out.push_str(
         "</div><table class='figures series'><tr><td><th scope=col>peak<th scope=col>at the end</tr>",
@@ -100,7 +104,11 @@ fn byte_step(top: u64) -> u64 {
 /// Seconds between two marks: 1, 2 or 5 of some unit, for at most five marks.
 fn time_step(end: f64) -> f64 {
     let unit = 10f64.powf((end / 4.0).log10().floor());
-    [1.0, 2.0, 5.0, 10.0].map(|n| n * unit).into_iter().find(|step| end / step <= 5.0).unwrap_or(end)
+    [1.0, 2.0, 5.0, 10.0]
+        .map(|n| n * unit)
+        .into_iter()
+        .find(|step| end / step <= 5.0)
+        .unwrap_or(end)
 }
 
 fn seconds_tick(at: f64) -> String {

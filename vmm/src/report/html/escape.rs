@@ -4,7 +4,8 @@ use std::fmt::{self, Display, Write};
 
 use super::super::finding::printable;
 
-/// Text that is one line at most: markup is escaped, and characters that could hide or reorder text are replaced.
+/// Text that is one line at most: markup is escaped, and characters that could hide or reorder text
+/// are replaced.
 pub struct Esc<T>(pub T);
 
 impl<T: AsRef<str>> Display for Esc<T> {

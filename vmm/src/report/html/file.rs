@@ -130,7 +130,9 @@ mod tests {
     #[test]
     fn what_cannot_be_written_is_told_before() {
         let folder = tempfile::tempdir().expect("a temporary directory");
-        let error = |path: &Path| Target::new(path).err().map(|error| error.to_string()).unwrap_or_default();
+        let error = |path: &Path| {
+            Target::new(path).err().map(|error| error.to_string()).unwrap_or_default()
+        };
         assert!(error(folder.path()).contains("directory"));
         let nowhere = error(&folder.path().join("none/page.html"));
         assert!(nowhere.contains("No such file") && !nowhere.contains(".umbra-"), "{nowhere}");

@@ -125,24 +125,39 @@ fn facts(out: &mut String, finding: &Finding) {
     let task = if finding.task.name.is_empty() { "unknown" } else { &finding.task.name };
     fact(
         "Task",
-        format_args!("{} <span class=dim>({}), CPU {}</span>", Esc(task), finding.task.id, finding.cpu),
+        format_args!(
+            "{} <span class=dim>({}), CPU {}</span>",
+            Esc(task),
+            finding.task.id,
+            finding.cpu
+        ),
     );
     if let Some(object) = &finding.object {
         let place = relation(object.offset.into(), object.size);
         let cache = match &object.cache {
             Some(cache) => {
-                format!(", of cache {} <span class=dim>({} bytes)</span>", Esc(cache), object.cache_size)
+                format!(
+                    ", of cache {} <span class=dim>({} bytes)</span>",
+                    Esc(cache),
+                    object.cache_size
+                )
             }
             None => String::new(),
         };
         fact(
             "Object",
-            format_args!("{place} {} bytes at <code>{:#x}</code>{cache}", grouped(object.size), object.start),
+            format_args!(
+                "{place} {} bytes at <code>{:#x}</code>{cache}",
+                grouped(object.size),
+                object.start
+            ),
         );
     }
     if let Some(variable) = &finding.variable {
-        let place =
-            relation(i128::from(finding.shadow.first_bad) - i128::from(variable.start), variable.size);
+        let place = relation(
+            i128::from(finding.shadow.first_bad) - i128::from(variable.start),
+            variable.size,
+        );
         fact(
             "Variable",
             format_args!(

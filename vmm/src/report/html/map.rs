@@ -1,4 +1,5 @@
-//! The page map of the guest, drawn: a cell for each block of pages, at most a few thousand of them.
+//! The page map of the guest, drawn: a cell for each block of pages, at most a few thousand of
+//! them.
 
 use std::fmt::Write;
 
@@ -15,7 +16,8 @@ const LABELS: usize = 8;
 /// What a cell looks like, in the order of the paths.
 const CLASSES: [&str; 6] = ["p-valid", "p-free", "p-some", "p-half", "p-most", "p-poison"];
 
-/// The class of a cell, as an index into [`CLASSES`]; none for a hole. What is rare shows before what is not.
+/// The class of a cell, as an index into [`CLASSES`]; none for a hole. What is rare shows before
+/// what is not.
 fn class(cell: &PageCounts) -> Option<usize> {
     let total = cell.total();
     match cell {
@@ -114,7 +116,8 @@ mod tests {
             2 => PageCounts { bytes: 1, valid: 4095, ..PageCounts::default() },
             _ => PageCounts::default(),
         };
-        let map = PageMap { pages_per_cell: 4096, cells: (0..8192).map(cell).collect(), total: cell(0) };
+        let map =
+            PageMap { pages_per_cell: 4096, cells: (0..8192).map(cell).collect(), total: cell(0) };
         let mut out = String::new();
         draw(&mut out, &map);
         assert!(out.len() < 200 << 10, "{} bytes", out.len());

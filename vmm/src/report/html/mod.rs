@@ -1,7 +1,7 @@
 //! A run as one page for a browser, which needs nothing else: no network, no script, no font.
 //!
-//! Everything in it that a guest, its ELF or a file could have written goes through `escape`. Should that fail, a
-//! content security policy in the page forbids scripts and any request.
+//! Everything in it that a guest, its ELF or a file could have written goes through `escape`.
+//! Should that fail, a content security policy in the page forbids scripts and any request.
 //!
 //! Of the report modules only this one knows the sandbox: its subject is the run, not a finding.
 
@@ -69,7 +69,9 @@ pub fn write(out: &mut dyn Write, page: &Page) -> io::Result<()> {
     let mut part = String::new();
     page.head(&mut part);
     page.summary(&mut part);
-    part.push_str("<section id=findings aria-labelledby=h-findings><h2 id=h-findings>Findings</h2>");
+    part.push_str(
+        "<section id=findings aria-labelledby=h-findings><h2 id=h-findings>Findings</h2>",
+    );
     if page.report.stats.shadow.mode == "off" {
         part.push_str("<p>The guest ran unchecked: without a shadow nothing can be found.</p>");
     } else if findings.is_empty() {
@@ -174,7 +176,8 @@ impl Page<'_> {
         );
         out.push_str("<div class=tiles>");
         let mut tile = |value: String, name: &str, more: String| {
-            let _ = write!(out, "<div><b>{value}</b><span>{name}</span><small>{more}</small></div>");
+            let _ =
+                write!(out, "<div><b>{value}</b><span>{name}</span><small>{more}</small></div>");
         };
         let different = stats.findings as u64;
         tile(
@@ -193,7 +196,11 @@ impl Page<'_> {
             "allocations",
             format!("{} frees", grouped(stats.events.frees)),
         );
-        tile(seconds(stats.host.seconds), "run time", format!("{} exits", grouped(stats.exits.total)));
+        tile(
+            seconds(stats.host.seconds),
+            "run time",
+            format!("{} exits", grouped(stats.exits.total)),
+        );
         out.push_str("</div><dl class=facts>");
         let mut fact = |name: &str, value: String| {
             let _ = write!(out, "<div><dt>{name}</dt><dd>{value}</dd></div>");
@@ -212,7 +219,10 @@ impl Page<'_> {
         };
         fact("Command line", cmdline);
         fact("Guest memory", size(config.memory));
-        let limit = config.shadow_limit.map(|limit| format!(", at most {}", size(limit))).unwrap_or_default();
+        let limit = config
+            .shadow_limit
+            .map(|limit| format!(", at most {}", size(limit)))
+            .unwrap_or_default();
         let modes = match stats.shadow.mode {
             "off" => "off".into(),
             mode => format!("{mode}, {}{limit}", stats.shadow.notify),
@@ -267,7 +277,9 @@ impl Page<'_> {
                 out.push_str("<h3>The guest’s pages at the end</h3>");
                 map::draw(out, pages);
             }
-            None => out.push_str("<p>There was no shadow, so nothing is known about the guest’s memory.</p>"),
+            None => out.push_str(
+                "<p>There was no shadow, so nothing is known about the guest’s memory.</p>",
+            ),
         }
         out.push_str("</section>");
     }
@@ -329,10 +341,13 @@ fn figure(out: &mut String, name: &str, value: &Value) {
         return;
     }
     let (label, text) = match (name.strip_suffix("_bytes"), name.strip_suffix("seconds"), value) {
-        (Some(label), _, Value::Number(n)) => (label, n.as_u64().map_or_else(|| n.to_string(), size)),
-        (_, Some(label), Value::Number(n)) => {
-            (if label.is_empty() { "time" } else { label }, n.as_f64().map_or_else(|| n.to_string(), seconds))
+        (Some(label), _, Value::Number(n)) => {
+            (label, n.as_u64().map_or_else(|| n.to_string(), size))
         }
+        (_, Some(label), Value::Number(n)) => (
+            if label.is_empty() { "time" } else { label },
+            n.as_f64().map_or_else(|| n.to_string(), seconds),
+        ),
         (_, _, Value::Number(n)) => (name, n.as_u64().map_or_else(|| n.to_string(), grouped)),
         (_, _, Value::Null) => (name, "not counted".into()),
         (_, _, Value::String(text)) => (name, text.clone()),

@@ -12,13 +12,17 @@ fn meaning(code: u8) -> (&'static str, &'static str) {
         0 => ("valid", "accessible"),
         1..8 => ("part", "first bytes accessible, as many as the digit says"),
         FREE_PAGE => ("freed", "free page"),
-        LARGE_REDZONE => ("zone", "redzone of a large allocation, or an object that was never handed out"),
+        LARGE_REDZONE => {
+            ("zone", "redzone of a large allocation, or an object that was never handed out")
+        }
         SLAB_REDZONE => ("zone", "slab redzone"),
         GLOBAL_REDZONE => ("zone", "redzone of a global variable"),
         SLAB_FREE => ("freed", "freed object"),
         SLAB_FREE_TRACK => ("freed", "freed object, its free recorded"),
         // The same value as `VMALLOC_INVALID`.
-        USE_AFTER_SCOPE => ("stack", "variable out of scope, or virtual memory that is not allocated"),
+        USE_AFTER_SCOPE => {
+            ("stack", "variable out of scope, or virtual memory that is not allocated")
+        }
         STACK_LEFT => ("stack", "stack, left redzone"),
         STACK_MID => ("stack", "stack, middle redzone"),
         STACK_RIGHT => ("stack", "stack, right redzone"),

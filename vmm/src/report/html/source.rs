@@ -1,8 +1,9 @@
 //! Lines of source files, where those are on this machine.
 //!
-//! Which files are read is what the kernel's debug information says, and that may come from anybody; the page may go
-//! to others. So only regular files with the name of a source file are opened, relative names are looked for
-//! in a few places and never above them, and the amount is bounded.
+//! Which files are read is what the kernel's debug information says, and that may come from
+//! anybody; the page may go to others. So only regular files with the name of a source file are
+//! opened, relative names are looked for in a few places and never above them, and the amount is
+//! bounded.
 
 use std::collections::HashMap;
 use std::fs;
@@ -25,7 +26,8 @@ const BUDGET: usize = 4 << 20;
 const ABOVE: usize = 4;
 /// What source files are called.
 const SUFFIXES: [&str; 17] = [
-    "rs", "c", "h", "cc", "cpp", "cxx", "hh", "hpp", "hxx", "inc", "inl", "s", "S", "asm", "zig", "d", "ada",
+    "rs", "c", "h", "cc", "cpp", "cxx", "hh", "hpp", "hxx", "inc", "inl", "s", "S", "asm", "zig",
+    "d", "ada",
 ];
 
 /// Lines of a file.
@@ -52,7 +54,8 @@ pub struct Sources {
 }
 
 impl Sources {
-    /// Looks for relative names in the current directory, in that of `kernel`, and in a few above that.
+    /// Looks for relative names in the current directory, in that of `kernel`, and in a few above
+    /// that.
     pub fn new(kernel: Option<&Path>) -> Self {
         let mut roots: Vec<PathBuf> = std::env::current_dir().into_iter().collect();
         if let Some(kernel) = kernel.and_then(|kernel| kernel.canonicalize().ok()) {
@@ -61,7 +64,8 @@ impl Sources {
         Self { roots, built: kernel.and_then(modified), files: HashMap::new(), left: BUDGET }
     }
 
-    /// The lines around `line` of the file that the debug information calls `path`; `None` if there are none to show.
+    /// The lines around `line` of the file that the debug information calls `path`; `None` if there
+    /// are none to show.
     pub fn excerpt(&mut self, path: &str, line: u32) -> Option<Excerpt<'_>> {
         if !self.files.contains_key(path) {
             if self.files.len() >= FILES {
@@ -73,7 +77,8 @@ impl Sources {
         let source = self.files.get(path)?.as_ref()?;
         let at = usize::try_from(line).ok()?.checked_sub(1)?;
         let skip = at.saturating_sub(AROUND);
-        let lines: Vec<&str> = source.text.lines().skip(skip).take(at - skip + 1 + AROUND).map(cut).collect();
+        let lines: Vec<&str> =
+            source.text.lines().skip(skip).take(at - skip + 1 + AROUND).map(cut).collect();
         let bytes: usize = lines.iter().map(|line| line.len()).sum();
         if lines.len() <= at - skip || bytes > self.left {
             return None;
@@ -153,7 +158,9 @@ mod tests {
         fs::create_dir(folder.path().join("d.rs")).expect("a directory");
         let mut sources = Sources::new(Some(&kernel));
         let mut shown = |path: &str, line| {
-            sources.excerpt(path, line).map(|e| (e.first, e.lines.len(), e.lines[0].to_owned(), e.changed))
+            sources
+                .excerpt(path, line)
+                .map(|e| (e.first, e.lines.len(), e.lines[0].to_owned(), e.changed))
         };
         assert_eq!(shown("a.rs", 10), Some((7, 7, "line 7".into(), true)));
         assert_eq!(shown("./a.rs", 1), Some((1, 4, "line 1".into(), true)));

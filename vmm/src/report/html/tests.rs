@@ -5,7 +5,9 @@ use std::time::Duration;
 use super::super::finding::tests::finding;
 use super::super::{Findings, Frame};
 use super::*;
-use crate::sandbox::stats::{EventStats, ExitStats, GuestStats, HostStats, RedzoneStats, ShadowStats, Stats};
+use crate::sandbox::stats::{
+    EventStats, ExitStats, GuestStats, HostStats, RedzoneStats, ShadowStats, Stats,
+};
 use crate::sandbox::{Picture, Sample, ShadowMode};
 use crate::shadow::{Notify, Objects, PageCounts, PageMap, ProvenanceFigures, QuarantineFigures};
 
@@ -25,8 +27,9 @@ fn config() -> Config {
 
 fn report(outcome: Outcome, findings: Findings) -> Report {
     let cells = vec![PageCounts { valid: 4, free: 4, ..PageCounts::default() }; 8192];
-    let samples =
-        (0..512).map(|i| Sample { at: Duration::from_millis(i), used: i, ..Sample::default() }).collect();
+    let samples = (0..512)
+        .map(|i| Sample { at: Duration::from_millis(i), used: i, ..Sample::default() })
+        .collect();
     let total = PageCounts { valid: 32768, free: 32768, ..PageCounts::default() };
     let stats = Stats {
         outcome: outcome.word(),
@@ -34,11 +37,21 @@ fn report(outcome: Outcome, findings: Findings) -> Report {
         marks: Vec::new(),
         findings: findings.distinct(),
         findings_total: findings.total(),
-        shadow: ShadowStats { mode: "per-page", notify: "ring", page_bytes: 65536, ..ShadowStats::default() },
+        shadow: ShadowStats {
+            mode: "per-page",
+            notify: "ring",
+            page_bytes: 65536,
+            ..ShadowStats::default()
+        },
         quarantine: QuarantineFigures::default(),
         redzones: RedzoneStats::default(),
         provenance: ProvenanceFigures::default(),
-        guest: GuestStats { memory_bytes: 256 << 20, cpus: 1, instructions: None, released_bytes: 0 },
+        guest: GuestStats {
+            memory_bytes: 256 << 20,
+            cpus: 1,
+            instructions: None,
+            released_bytes: 0,
+        },
         exits: ExitStats { completed: [("movdqa", 7)].into(), ..ExitStats::default() },
         events: EventStats::default(),
         host: HostStats::default(),
@@ -62,7 +75,8 @@ fn render(config: &Config, report: &Report, kernel: &str, verdicts: Vec<Verdict>
     text
 }
 
-/// Panics unless every element that needs it is closed, in the right order, and nothing could fetch or run anything.
+/// Panics unless every element that needs it is closed, in the right order, and nothing could fetch
+/// or run anything.
 #[track_caller]
 fn well_formed(page: &str) {
     const EMPTY: [&str; 5] = ["!DOCTYPE", "meta", "link", "path", "br"];
@@ -71,7 +85,8 @@ fn well_formed(page: &str) {
     let body = page.replace(STYLE, "");
     let mut open: Vec<&str> = Vec::new();
     for tag in body.split('<').skip(1) {
-        let (tag, text) = tag.split_once('>').unwrap_or_else(|| panic!("a tag does not end: {tag:.80}"));
+        let (tag, text) =
+            tag.split_once('>').unwrap_or_else(|| panic!("a tag does not end: {tag:.80}"));
         assert!(!text.contains('>'), "stray >: {text:.80}");
         let name = tag.split([' ', '/']).find(|part| !part.is_empty()).unwrap_or_default();
         if EMPTY.contains(&name) || OPTIONAL.contains(&name) {
@@ -99,7 +114,8 @@ fn well_formed(page: &str) {
 
 #[test]
 fn a_clean_run_says_so() {
-    let page = render(&config(), &report(Outcome::Done, Findings::default()), "kernel.elf", Vec::new());
+    let page =
+        render(&config(), &report(Outcome::Done, Findings::default()), "kernel.elf", Vec::new());
     for text in [
         "No findings",
         "The guest is done.",
@@ -178,7 +194,8 @@ fn a_hostile_guest_writes_no_markup() {
     if let Some(picture) = &mut report.picture {
         picture.console = [EVIL.as_bytes(), b"\xff\xfe\0"].concat();
     }
-    let verdict = Verdict { name: EVIL.into(), expected: EVIL.into(), found: EVIL.into(), good: false };
+    let verdict =
+        Verdict { name: EVIL.into(), expected: EVIL.into(), found: EVIL.into(), good: false };
     let page = render(&Config { cmdline: EVIL.into(), ..config() }, &report, EVIL, vec![verdict]);
     for bad in ["<script", "<img", "onerror=y>", "\u{202e}", "\x1b"] {
         assert!(!page.contains(bad), "{bad}");
@@ -194,8 +211,12 @@ fn a_thousand_findings_are_a_page_too() {
         one.frames[1].offset = offset;
         findings.add(one);
     }
-    let page =
-        render(&config(), &report(Outcome::TimeLimit(Duration::from_secs(9)), findings), "k", Vec::new());
+    let page = render(
+        &config(),
+        &report(Outcome::TimeLimit(Duration::from_secs(9)), findings),
+        "k",
+        Vec::new(),
+    );
     assert!(page.contains("id='finding-1000'") && page.contains("200 more of other kinds"));
     assert!(page.contains("The time limit of 9s is over"));
     assert!(page.len() < 16 << 20, "{} bytes", page.len());

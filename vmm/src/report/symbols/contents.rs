@@ -1,5 +1,5 @@
-//! The bytes of the kernel's file: in memory, or on disk, from where they are read as they are needed, since the debug
-//! information of a kernel may be larger than all else that Umbra holds.
+//! The bytes of the kernel's file: in memory, or on disk, from where they are read as they are
+//! needed, since the debug information of a kernel may be larger than all else that Umbra holds.
 
 use std::fs::File;
 use std::io;
@@ -65,9 +65,9 @@ impl Contents {
     pub(super) fn changed(&self) -> bool {
         match self {
             Self::Memory(_) => false,
-            Self::Disk { file, bytes, modified } => {
-                !file.metadata().is_ok_and(|now| now.len() == *bytes && now.modified().ok() == *modified)
-            }
+            Self::Disk { file, bytes, modified } => !file
+                .metadata()
+                .is_ok_and(|now| now.len() == *bytes && now.modified().ok() == *modified),
         }
     }
 
@@ -75,7 +75,8 @@ impl Contents {
     fn read(&self, at: u64, buffer: &mut [u8]) -> io::Result<()> {
         match self {
             Self::Memory(bytes) => {
-                let part = usize::try_from(at).ok().and_then(|at| bytes.get(at..)?.get(..buffer.len()));
+                let part =
+                    usize::try_from(at).ok().and_then(|at| bytes.get(at..)?.get(..buffer.len()));
                 buffer.copy_from_slice(part.ok_or(io::ErrorKind::UnexpectedEof)?);
                 Ok(())
             }
@@ -136,12 +137,16 @@ impl Blocks {
         self.len
     }
 
-    /// Gives `part` what of the file from `at` on lies in one piece, up to `range.end`, as often as it asks for more; until
-    /// it returns false.
+    /// Gives `part` what of the file from `at` on lies in one piece, up to `range.end`, as often as
+    /// it asks for more; until it returns false.
     ///
     /// # Errors
     /// The range is not in the file, or the file cannot be read.
-    pub(super) fn read(&self, range: Range<usize>, mut part: impl FnMut(&[u8]) -> bool) -> io::Result<()> {
+    pub(super) fn read(
+        &self,
+        range: Range<usize>,
+        mut part: impl FnMut(&[u8]) -> bool,
+    ) -> io::Result<()> {
         if range.start > range.end || range.end > self.len {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
@@ -206,11 +211,14 @@ mod tests {
     #[test]
     fn a_file_on_disk_reads_as_it_does_in_memory() {
         // More than is kept, and a short last block.
-        let bytes: Vec<u8> = (0..BLOCK * (BLOCKS + 3) + 17).map(|i| (i / 7 + i / 4099) as u8).collect();
+        let bytes: Vec<u8> =
+            (0..BLOCK * (BLOCKS + 3) + 17).map(|i| (i / 7 + i / 4099) as u8).collect();
         let memory = Blocks::new(Arc::new(bytes.clone().into()));
         let (_, disk) = on_disk(&bytes);
         let len = bytes.len();
-        for range in [0..0, 0..1, 0..len, len - 20..len, BLOCK - 1..BLOCK + 1, 5..3 * BLOCK, len..len] {
+        for range in
+            [0..0, 0..1, 0..len, len - 20..len, BLOCK - 1..BLOCK + 1, 5..3 * BLOCK, len..len]
+        {
             for blocks in [&memory, &disk] {
                 let mut read = Vec::new();
                 blocks

@@ -12,9 +12,11 @@ use super::contents::Blocks;
 use super::reader::{Limits, Reader};
 use super::table::Elf;
 
-/// What one lookup may take. The first in a large unit parses that unit, which takes a part of a second.
+/// What one lookup may take. The first in a large unit parses that unit, which takes a part of a
+/// second.
 const TIME: Duration = Duration::from_secs(5);
-/// Lookups after which what was parsed for them is dropped: it grows with each part of the kernel that one falls into.
+/// Lookups after which what was parsed for them is dropped: it grows with each part of the kernel
+/// that one falls into.
 const LOOKUPS_MAX: u32 = 48;
 /// Inlined functions that are told of one address.
 const DEPTH_MAX: usize = 64;
@@ -54,11 +56,15 @@ impl Dwarf {
     /// # Errors
     /// A sentence that says why there are no lines.
     pub(super) fn open(limits: Arc<Limits>, file: &Blocks, elf: &Elf) -> Result<Self, String> {
-        section(elf, file.len(), ".debug_info")?
-            .ok_or("the kernel has no debug information (.debug_info): frames have no source lines")?;
+        section(elf, file.len(), ".debug_info")?.ok_or(
+            "the kernel has no debug information (.debug_info): frames have no source lines",
+        )?;
         limits.start(TIME);
         let sections = gimli::Dwarf::load(|id| {
-            Ok::<_, String>(Reader::new(&limits, section(elf, file.len(), id.name())?.unwrap_or_default()))
+            Ok::<_, String>(Reader::new(
+                &limits,
+                section(elf, file.len(), id.name())?.unwrap_or_default(),
+            ))
         })?;
         let context = Context::from_dwarf(sections)
             .map_err(|e| format!("the debug information cannot be read: {e}"))?;
@@ -92,8 +98,10 @@ impl Dwarf {
                 if found.sources.len() == DEPTH_MAX {
                     break;
                 }
-                let function =
-                    frame.function.as_ref().and_then(|name| Some(name.raw_name().ok()?.into_owned()));
+                let function = frame
+                    .function
+                    .as_ref()
+                    .and_then(|name| Some(name.raw_name().ok()?.into_owned()));
                 let (file, line) = frame.location.map_or((None, None), |at| (at.file, at.line));
                 found.sources.push(Source { function, file: file.map(str::to_owned), line });
                 die = frame.dw_die_offset;
@@ -109,7 +117,8 @@ impl Dwarf {
                 gimli::Error::Io => "it is nested too deep".to_owned(),
                 other => other.to_string(),
             };
-            found.error = Some(format!("the debug information of {address:#x} cannot be read: {why}"));
+            found.error =
+                Some(format!("the debug information of {address:#x} cannot be read: {why}"));
             // The functions of a unit may be garbage and its lines good.
             if found.sources.is_empty()
                 && let Ok(Some(at)) = self.context.find_location(address)
@@ -160,7 +169,9 @@ pub(super) fn section(elf: &Elf, len: usize, name: &str) -> Result<Option<Range<
         || format!("the kernel's file ends inside its section {name}: frames have no source lines");
     let range = section.compressed_file_range().map_err(|_| truncated())?;
     if range.format != CompressionFormat::None {
-        return Err(format!("the kernel's section {name} is compressed: frames have no source lines"));
+        return Err(format!(
+            "the kernel's section {name} is compressed: frames have no source lines"
+        ));
     }
     let (start, size) = (range.offset, range.compressed_size);
     let end = start.checked_add(size).filter(|end| *end <= len as u64).ok_or_else(truncated)?;

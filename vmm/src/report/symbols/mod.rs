@@ -1,8 +1,9 @@
 //! Names and source lines of guest addresses, out of the kernel's ELF and DWARF.
 //!
-//! The file is a user's, so nothing in it is trusted: a stripped, truncated or corrupt one gives frames with
-//! addresses and a note that says why ([`Symbols::notes`]), and the work on it is bounded (see `reader.rs`).
-//! Nothing is read before the first lookup, since most runs have no finding.
+//! The file is a user's, so nothing in it is trusted: a stripped, truncated or corrupt one gives
+//! frames with addresses and a note that says why ([`Symbols::notes`]), and the work on it is
+//! bounded (see `reader.rs`). Nothing is read before the first lookup, since most runs have no
+//! finding.
 //!
 //! Addresses are those that the kernel was linked at.
 
@@ -47,8 +48,8 @@ const CORRUPT: &str = "the debug information is corrupt: frames may have no sour
 pub enum Position {
     /// The instruction itself, as a fault has it.
     Instruction,
-    /// Where a call, or the instruction asked for, returns to: name and line are those of the byte before it,
-    /// which matters where a call is the last instruction of a function.
+    /// Where a call, or the instruction asked for, returns to: name and line are those of the byte
+    /// before it, which matters where a call is the last instruction of a function.
     Return,
 }
 
@@ -105,8 +106,8 @@ impl Symbols {
         Self::lazy(move || Ok(bytes))
     }
 
-    /// The symbols of an ELF file that `load` opens or reads when the first of them is needed. If it fails, there are no
-    /// symbols and a note says why.
+    /// The symbols of an ELF file that `load` opens or reads when the first of them is needed. If
+    /// it fails, there are no symbols and a note says why.
     pub fn lazy<C: Into<Contents>>(load: impl FnOnce() -> io::Result<C> + Send + 'static) -> Self {
         Self {
             load: Cell::new(Some(Box::new(move || load().map(Into::into)))),
@@ -125,8 +126,8 @@ impl Symbols {
         Some(Symbol { name, linkage, start: entry.start, size: entry.size })
     }
 
-    /// The global variable that holds `address`, or else the last one before it in its section, since an
-    /// overrun lands behind the variable.
+    /// The global variable that holds `address`, or else the last one before it in its section,
+    /// since an overrun lands behind the variable.
     pub fn lookup_data(&self, address: u64) -> Option<Variable> {
         let file = self.file()?;
         let entry = file.symbols.variables.nearest(address)?;
@@ -138,8 +139,9 @@ impl Symbols {
         })
     }
 
-    /// Tells of `variable` where it is declared, if the debug information says it. A compiler that describes its globals may
-    /// have said it already, but calls the file what it was called on the command line.
+    /// Tells of `variable` where it is declared, if the debug information says it. A compiler that
+    /// describes its globals may have said it already, but calls the file what it was called on the
+    /// command line.
     pub fn declare(&self, variable: &mut Variable) {
         let find = || self.variables()?.find(variable.start);
         // As for frames: a panic must not cost the finding.
@@ -152,8 +154,8 @@ impl Symbols {
         variable.line = found.line.filter(|line| *line > 0);
     }
 
-    /// The frames of one address: the functions inlined there, innermost first, and last the function of the
-    /// ELF that holds it. There is always that last one, if only with its address.
+    /// The frames of one address: the functions inlined there, innermost first, and last the
+    /// function of the ELF that holds it. There is always that last one, if only with its address.
     pub fn frames(&self, ip: u64, position: Position) -> Vec<Frame> {
         if let Some(frames) = self.cached.borrow().get(&(ip, position)) {
             return frames.clone();
@@ -171,7 +173,8 @@ impl Symbols {
         ips.iter().flat_map(|ip| self.frames(*ip, Position::Return)).collect()
     }
 
-    /// What the lookups so far did not find because the file lacks it or is damaged, one sentence each.
+    /// What the lookups so far did not find because the file lacks it or is damaged, one sentence
+    /// each.
     pub fn notes(&self) -> Vec<String> {
         self.notes.borrow().clone()
     }
@@ -205,15 +208,23 @@ impl Symbols {
         if let Some(source) = found.sources.pop() {
             self.locate(&mut last, &source, directory);
             // A kernel may have debug information and no symbol table.
-            if let (None, Some(name), Some((start, size))) = (&last.symbol, &source.function, found.function)
+            if let (None, Some(name), Some((start, size))) =
+                (&last.symbol, &source.function, found.function)
             {
                 let (name, linkage) = self.names(name.clone());
-                last = Frame { symbol: Some(name), linkage, offset: ip.saturating_sub(start), size, ..last };
+                last = Frame {
+                    symbol: Some(name),
+                    linkage,
+                    offset: ip.saturating_sub(start),
+                    size,
+                    ..last
+                };
             }
         }
         let inlined = found.sources.iter().map(|source| {
             let named = source.function.clone().map(|name| self.names(name));
-            let (symbol, linkage) = named.map_or((None, None), |(name, linkage)| (Some(name), linkage));
+            let (symbol, linkage) =
+                named.map_or((None, None), |(name, linkage)| (Some(name), linkage));
             let mut frame = Frame { symbol, linkage, inlined: true, ..Frame::unknown(ip) };
             self.locate(&mut frame, source, directory);
             frame
@@ -254,16 +265,21 @@ impl Symbols {
             *lines = Lines::Closed;
         }
         if matches!(*lines, Lines::Closed) {
-            *lines = self.open_dwarf(file).map_or(Lines::Missing, |dwarf| Lines::Open(Box::new(dwarf)));
+            *lines =
+                self.open_dwarf(file).map_or(Lines::Missing, |dwarf| Lines::Open(Box::new(dwarf)));
         }
         let Lines::Open(dwarf) = &*lines else { return Found::default() };
-        // The crates that parse it are made for hostile input, but a panic of theirs must not cost the finding.
+        // The crates that parse it are made for hostile input, but a panic of theirs must not cost
+        // the finding.
         let mut found = catch_unwind(AssertUnwindSafe(|| dwarf.find(probe))).unwrap_or_else(|_| {
             let error = Some(CORRUPT.into());
             Found { error, ..Found::default() }
         });
         if dwarf.exhausted() {
-            self.note("the debug information takes too long to read: frames may have no source lines".into());
+            self.note(
+                "the debug information takes too long to read: frames may have no source lines"
+                    .into(),
+            );
         } else if let Some(error) = found.error.take() {
             self.note(error);
         }
@@ -294,7 +310,10 @@ impl Symbols {
             }
         };
         if symbols.functions.is_empty() {
-            self.note("the kernel has no symbol table (it is stripped): frames have addresses only".into());
+            self.note(
+                "the kernel has no symbol table (it is stripped): frames have addresses only"
+                    .into(),
+            );
         }
         File { contents, blocks, symbols, limits, dwarf, variables: OnceCell::new() }
     }
@@ -308,8 +327,11 @@ impl Symbols {
     }
 
     fn open_dwarf(&self, file: &File) -> Option<Dwarf> {
-        let open = || parse(&file.contents, |elf| Dwarf::open(file.limits.clone(), &file.blocks, elf)).ok();
-        let opened = catch_unwind(AssertUnwindSafe(open)).unwrap_or_else(|_| Some(Err(CORRUPT.into())))?;
+        let open = || {
+            parse(&file.contents, |elf| Dwarf::open(file.limits.clone(), &file.blocks, elf)).ok()
+        };
+        let opened =
+            catch_unwind(AssertUnwindSafe(open)).unwrap_or_else(|_| Some(Err(CORRUPT.into())))?;
         opened.map_err(|why| self.note(why)).ok()
     }
 }
@@ -354,8 +376,8 @@ fn shorten_name(name: &mut String) {
     }
 }
 
-/// The part of a path that tells the file: without the place of the standard library, of Cargo's downloads, or
-/// of the directory that the compiler ran in.
+/// The part of a path that tells the file: without the place of the standard library, of Cargo's
+/// downloads, or of the directory that the compiler ran in.
 fn shorten<'a>(path: &'a str, directory: Option<&str>) -> &'a str {
     let after = |mark: &str, names: usize| {
         let (_, mut rest) = path.split_once(mark)?;

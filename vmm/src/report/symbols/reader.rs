@@ -1,9 +1,10 @@
 //! The bytes of a DWARF section, behind a limit on the work that one can do with them.
 //!
-//! gimli and addr2line refuse what is malformed, but a well-formed file of a few kilobytes can still ask for
-//! unbounded time, memory or recursion: thousands of units that share one line table, abbreviations with
-//! endless empty attributes, inlined functions nested a million deep. So each read is charged to a budget that
-//! grows with the file, a lookup has a deadline, and reads fail once too much of the stack is used.
+//! gimli and addr2line refuse what is malformed, but a well-formed file of a few kilobytes can
+//! still ask for unbounded time, memory or recursion: thousands of units that share one line table,
+//! abbreviations with endless empty attributes, inlined functions nested a million deep. So each
+//! read is charged to a budget that grows with the file, a lookup has a deadline, and reads fail
+//! once too much of the stack is used.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -18,7 +19,8 @@ use super::contents::Blocks;
 
 /// Charged reads that any file may cost, beside [`READS_PER_BYTE`].
 const READS_BASE: u64 = 1 << 20;
-/// Charged reads for each byte of the file. To look up every function of a program takes about a quarter.
+/// Charged reads for each byte of the file. To look up every function of a program takes about a
+/// quarter.
 const READS_PER_BYTE: u64 = 2;
 /// Most reads that any file may cost.
 const READS_MAX: u64 = 256 << 20;

@@ -2,7 +2,9 @@
 
 use object::elf::Sym64;
 use object::read::elf::{ElfFile64, Sym as _};
-use object::{LittleEndian, Object, ObjectSection, ObjectSymbol, ReadCache, SectionKind, SymbolKind};
+use object::{
+    LittleEndian, Object, ObjectSection, ObjectSymbol, ReadCache, SectionKind, SymbolKind,
+};
 
 use super::contents::Cursor;
 
@@ -39,11 +41,13 @@ impl Tables {
     /// The functions and the variables of `elf`.
     pub(super) fn read(elf: &Elf) -> Self {
         let strings = elf.section_by_index(elf.elf_symbol_table().string_section()).ok();
-        let names = strings.as_ref().and_then(|section| Some(section.file_range()?.0)).unwrap_or_default();
+        let names =
+            strings.as_ref().and_then(|section| Some(section.file_range()?.0)).unwrap_or_default();
         let strings = strings.and_then(|section| section.data().ok()).unwrap_or_default();
         let (mut functions, mut variables) = (Vec::new(), Vec::new());
         for symbol in elf.symbols() {
-            let Some(section) = symbol.section_index().and_then(|at| elf.section_by_index(at).ok()) else {
+            let Some(section) = symbol.section_index().and_then(|at| elf.section_by_index(at).ok())
+            else {
                 continue;
             };
             let code = section.kind() == SectionKind::Text;
@@ -66,7 +70,9 @@ impl Tables {
                 size: symbol.size(),
                 limit: section.address().saturating_add(section.size()),
                 name,
-                rank: u8::from(symbol.size() > 0) << 2 | u8::from(typed) << 1 | u8::from(symbol.is_global()),
+                rank: u8::from(symbol.size() > 0) << 2
+                    | u8::from(typed) << 1
+                    | u8::from(symbol.is_global()),
             });
         }
         Self { functions: Table::sorted(functions), variables: Table::sorted(variables), names }
@@ -107,7 +113,8 @@ impl Table {
 
     /// The symbol that holds `address`, or else the last one before it in its section.
     pub(super) fn nearest(&self, address: u64) -> Option<Entry> {
-        self.holding(address).or_else(|| self.before(address).next().filter(|entry| address < entry.limit))
+        self.holding(address)
+            .or_else(|| self.before(address).next().filter(|entry| address < entry.limit))
     }
 
     /// Some entries that begin at or below `address`, nearest first.

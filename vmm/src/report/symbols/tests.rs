@@ -1,5 +1,5 @@
-//! The files are real: this test program itself, and a small kernel-like program that `cc` (which Rust links
-//! with, so it is there) makes of the sources below.
+//! The files are real: this test program itself, and a small kernel-like program that `cc` (which
+//! Rust links with, so it is there) makes of the sources below.
 
 use std::path::Path;
 use std::process::Command;
@@ -51,7 +51,9 @@ fn build(name: &str, source: &str, flags: &[&str]) -> Vec<u8> {
 /// The C kernel, made once.
 fn kernel() -> Vec<u8> {
     static KERNEL: OnceLock<Vec<u8>> = OnceLock::new();
-    KERNEL.get_or_init(|| build("kernel.c", C_SOURCE, &["-g", "-O1", "-fno-toplevel-reorder"])).clone()
+    KERNEL
+        .get_or_init(|| build("kernel.c", C_SOURCE, &["-g", "-O1", "-fno-toplevel-reorder"]))
+        .clone()
 }
 
 /// The symbols of a file on disk, as kernels are.
@@ -151,8 +153,10 @@ fn a_variable_is_found_from_behind_too() {
 
 #[test]
 fn a_variable_is_found_where_it_is_declared() {
-    let source =
-        C_SOURCE.replace("(void) { store(3);", "(void) { static volatile long inner = 3; inner++; store(3);");
+    let source = C_SOURCE.replace(
+        "(void) { store(3);",
+        "(void) { static volatile long inner = 3; inner++; store(3);",
+    );
     for dwarf in ["-gdwarf-4", "-gdwarf-5"] {
         let bytes = build("kernel.c", &source, &[dwarf, "-O1", "-fno-toplevel-reorder"]);
         let symbols = |bytes: &[u8]| Symbols::from_elf(bytes.to_vec());
@@ -219,13 +223,23 @@ fn what_a_file_lacks_is_said() {
     };
     let whole = kernel();
     assert!(notes(vec![]).starts_with("the kernel's file is no complete 64-bit ELF: "));
-    assert!(notes(whole[..whole.len() - 1].to_vec()).contains("no complete"), "{}", notes(whole.clone()));
+    assert!(
+        notes(whole[..whole.len() - 1].to_vec()).contains("no complete"),
+        "{}",
+        notes(whole.clone())
+    );
     let stripped = notes(build("kernel.c", C_SOURCE, &["-s", "-O1"]));
     assert!(stripped.contains("has no symbol table (it is stripped)"), "{stripped}");
     assert!(stripped.contains("has no debug information"), "{stripped}");
-    let compressed =
-        notes(build("kernel.c", C_SOURCE, &["-g", "-gz", "-O1", "-Wl,--compress-debug-sections=zlib"]));
-    assert!(compressed.contains("section .debug_") && compressed.contains("is compressed"), "{compressed}");
+    let compressed = notes(build(
+        "kernel.c",
+        C_SOURCE,
+        &["-g", "-gz", "-O1", "-Wl,--compress-debug-sections=zlib"],
+    ));
+    assert!(
+        compressed.contains("section .debug_") && compressed.contains("is compressed"),
+        "{compressed}"
+    );
     let lost = Symbols::lazy(|| Err::<Vec<u8>, _>(io::Error::from(io::ErrorKind::NotFound)));
     assert_eq!(lost.lookup(1), None);
     assert_eq!(lost.frames(1, Position::Return).len(), 1);
@@ -237,8 +251,13 @@ fn debug_information_names_functions_without_a_symbol_table() {
     let mut bytes = kernel();
     let (start, size) = symbol(&bytes, "leave");
     let headers = u64::from_le_bytes(bytes[40..48].try_into().unwrap()) as usize;
-    let symtab =
-        Elf::parse(&*bytes).unwrap().sections().find(|s| s.name() == Ok(".symtab")).unwrap().index().0;
+    let symtab = Elf::parse(&*bytes)
+        .unwrap()
+        .sections()
+        .find(|s| s.name() == Ok(".symtab"))
+        .unwrap()
+        .index()
+        .0;
     bytes[headers + 64 * symtab + 4] = 0; // sh_type = SHT_NULL
     let symbols = from_disk(bytes);
     assert_eq!(symbols.lookup(start), None);
@@ -271,11 +290,13 @@ fn survives(bytes: Vec<u8>, addresses: &[u64]) {
 fn damaged_files_are_survived() {
     let whole = kernel();
     let (store, table) = (symbol(&whole, "store"), symbol(&whole, "table").0);
-    let addresses = [store.0, store.0 + store.1 / 2, store.0 + store.1, table, table + 60, 0, u64::MAX];
+    let addresses =
+        [store.0, store.0 + store.1 / 2, store.0 + store.1, table, table + 60, 0, u64::MAX];
     for end in (0..whole.len()).step_by(101) {
         survives(whole[..end].to_vec(), &addresses);
     }
-    // A fixed sequence, so that a failure can be repeated; most flips are where the debug information is.
+    // A fixed sequence, so that a failure can be repeated; most flips are where the debug
+    // information is.
     let mut state = 0x2545_f491_4f6c_dd1du64;
     let mut random = |below: usize| {
         state ^= state << 13;
@@ -284,7 +305,8 @@ fn damaged_files_are_survived() {
         (state % below as u64) as usize
     };
     let elf = Elf::parse(&*whole).unwrap();
-    let debug: Vec<_> = elf.sections().filter(|s| s.name().is_ok_and(|n| n.starts_with(".debug_"))).collect();
+    let debug: Vec<_> =
+        elf.sections().filter(|s| s.name().is_ok_and(|n| n.starts_with(".debug_"))).collect();
     for round in 0..1500 {
         let mut bytes = whole.clone();
         for _ in 0..=random(3) {
@@ -298,9 +320,9 @@ fn damaged_files_are_survived() {
     }
 }
 
-/// An ELF with debug information by hand: `lines` go into `.debug_line`, `units` into `.debug_info`.
-/// Abbreviations: 1 a unit, 2 a function, both with low_pc and high_pc; 3 an inlined function; 4 a unit with
-/// the line table at 0.
+/// An ELF with debug information by hand: `lines` go into `.debug_line`, `units` into
+/// `.debug_info`. Abbreviations: 1 a unit, 2 a function, both with low_pc and high_pc; 3 an inlined
+/// function; 4 a unit with the line table at 0.
 fn by_hand(units: &str, lines: &str) -> Vec<u8> {
     let source = format!(
         "
@@ -408,7 +430,10 @@ fn paths_keep_what_tells_the_file() {
         ("/home/me/kernel/src/main.rs", "src/main.rs"),
         ("/home/me/kernel2/src/main.rs", "/home/me/kernel2/src/main.rs"),
         ("/rustc/0123abc/library/core/src/ptr/mod.rs", "library/core/src/ptr/mod.rs"),
-        ("/r/toolchains/x/lib/rustlib/src/rust/library/alloc/src/vec.rs", "library/alloc/src/vec.rs"),
+        (
+            "/r/toolchains/x/lib/rustlib/src/rust/library/alloc/src/vec.rs",
+            "library/alloc/src/vec.rs",
+        ),
         ("/h/.cargo/registry/src/index.crates.io-1/talc-4.0/src/lib.rs", "talc-4.0/src/lib.rs"),
         ("src/main.rs", "src/main.rs"),
         ("/home/me/kernel/", "/home/me/kernel/"),

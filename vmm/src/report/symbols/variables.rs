@@ -1,7 +1,8 @@
 //! Where a global variable is declared, out of the debug information.
 //!
-//! Each look reads the units from the start and keeps nothing: findings on globals are few, and tables of all variables of a
-//! kernel would be large. It has a budget of its own, so that one that takes too long costs no frame its line.
+//! Each look reads the units from the start and keeps nothing: findings on globals are few, and
+//! tables of all variables of a kernel would be large. It has a budget of its own, so that one that
+//! takes too long costs no frame its line.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,12 +40,16 @@ impl Variables {
     pub(super) fn open(file: &Arc<Blocks>, elf: &Elf) -> Result<Self, String> {
         let limits = Arc::new(Limits::new(file.clone()));
         let sections = gimli::Dwarf::load(|id| {
-            Ok::<_, String>(Reader::new(&limits, section(elf, file.len(), id.name())?.unwrap_or_default()))
+            Ok::<_, String>(Reader::new(
+                &limits,
+                section(elf, file.len(), id.name())?.unwrap_or_default(),
+            ))
         })?;
         Ok(Self { sections, limits })
     }
 
-    /// The declaration of the variable that begins at `address`; `None` if there is none, or it cannot be read.
+    /// The declaration of the variable that begins at `address`; `None` if there is none, or it
+    /// cannot be read.
     pub(super) fn find(&self, address: u64) -> Option<Declaration> {
         self.limits.start(TIME);
         let mut units = self.sections.units();
@@ -72,7 +77,9 @@ impl Variables {
             for specification in attributes {
                 let attribute = entries.read_attribute(*specification)?;
                 match attribute.name() {
-                    constants::DW_AT_location => here = self.is_at(unit, attribute.value(), address),
+                    constants::DW_AT_location => {
+                        here = self.is_at(unit, attribute.value(), address)
+                    }
                     constants::DW_AT_decl_file => file = attribute.udata_value(),
                     constants::DW_AT_decl_line => line = attribute.udata_value(),
                     // Where it is only defined, what declares it tells the place.
@@ -110,7 +117,8 @@ impl Variables {
         let entry = header.file(file)?;
         let directory = unit.comp_dir.as_ref().and_then(|dir| Some(lossy(dir)?.into_owned()));
         let mut path = String::new();
-        let parts = [directory.clone(), entry.directory(header).and_then(text), text(entry.path_name())];
+        let parts =
+            [directory.clone(), entry.directory(header).and_then(text), text(entry.path_name())];
         for part in parts.into_iter().flatten() {
             if part.starts_with('/') {
                 path = part;
@@ -126,7 +134,10 @@ impl Variables {
 }
 
 /// File and line of an entry in the same unit.
-fn declared(unit: &Unit<Reader>, at: AttributeValue<Reader>) -> gimli::Result<(Option<u64>, Option<u64>)> {
+fn declared(
+    unit: &Unit<Reader>,
+    at: AttributeValue<Reader>,
+) -> gimli::Result<(Option<u64>, Option<u64>)> {
     let offset = match at {
         AttributeValue::UnitRef(offset) => offset,
         AttributeValue::DebugInfoRef(DebugInfoOffset(offset)) => {

@@ -69,9 +69,9 @@ fn a_free_has_no_size() {
     (one.freed, one.allocated) = (one.allocated.take(), None);
     one.freed.as_mut().unwrap().frames.clear();
     let text = to_string(&one, PLAIN);
-    assert!(
-        text.contains("in kernel::kmalloc_oob_right+0x1d/0x80\nFree of addr ffff800000201073 by task kmal")
-    );
+    assert!(text.contains(
+        "in kernel::kmalloc_oob_right+0x1d/0x80\nFree of addr ffff800000201073 by task kmal"
+    ));
     assert!(text.contains("\nFreed by task 12:\n(stack is not available)\n\nThe buggy"), "{text}");
     assert!(!text.contains("Allocated by"));
 }
@@ -82,7 +82,8 @@ fn related_work_and_what_was_there_before_are_told() {
     let event = one.allocated.clone().unwrap();
     (one.allocated, one.freed) = (None, Some(event.clone()));
     one.related_work = vec![event.clone(), event.clone()];
-    one.previous = Some(Previous { start: 0x1000, size: 64, allocated: Some(event.clone()), freed: event });
+    one.previous =
+        Some(Previous { start: 0x1000, size: 64, allocated: Some(event.clone()), freed: event });
     let text = to_string(&one, PLAIN);
     let stack = " kmalloc+0x10/0x90\n    at kernel/src/slab.rs:50\n thread_main+0x44/0x60\n    at kernel/src/thread.rs:7\n\n";
     let expected = format!(
@@ -104,7 +105,11 @@ fn tells_where_the_address_lies() {
         one.address = object.start.wrapping_add_signed(begins);
         let text = to_string(&one, PLAIN);
         let from = text.find("is located ").unwrap();
-        text[from..].split("\n\n").next().unwrap().replace("[ffff800000201000, ffff800000201073)", "R")
+        text[from..]
+            .split("\n\n")
+            .next()
+            .unwrap()
+            .replace("[ffff800000201000, ffff800000201073)", "R")
     };
     assert_eq!(located(-1, -1), "is located 1 bytes to the left of\n 115-byte region R");
     assert_eq!(located(0, 0), "is located 0 bytes inside of\n 115-byte region R");
@@ -160,16 +165,25 @@ Note: the kernel has no symbols
 fn a_variable_without_a_place_has_its_module() {
     let mut one = finding();
     let module = Some("a.c".into());
-    one.variable =
-        Some(Variable { name: "T".into(), start: one.address, size: 4, module, ..Variable::default() });
-    assert!(to_string(&one, PLAIN).contains("variable:\n T+0x0/0x4\n    4 bytes of a.c\n\nMemory state"));
+    one.variable = Some(Variable {
+        name: "T".into(),
+        start: one.address,
+        size: 4,
+        module,
+        ..Variable::default()
+    });
+    assert!(
+        to_string(&one, PLAIN)
+            .contains("variable:\n T+0x0/0x4\n    4 bytes of a.c\n\nMemory state")
+    );
 }
 
 #[test]
 fn a_stack_finding_names_the_variables() {
     let mut one = finding();
     let variables = frame::parse(b"2 32 10 8 array:12 64 1 3 x\ny").unwrap();
-    one.stack_frame = Some(StackFrame { offset: 42, function: Some("f+0x0/0x90".into()), variables });
+    one.stack_frame =
+        Some(StackFrame { offset: 42, function: Some("f+0x0/0x90".into()), variables });
     let text = to_string(&one, PLAIN);
     let expected = "\
 The buggy address belongs to stack of task kmalloc_oob_right/12
@@ -218,8 +232,9 @@ fn repeats_are_one_line_each() {
     );
 }
 
-/// What the tools look for, in their own expressions: syzkaller's `pkg/report/linux.go` (titles, stack
-/// frames, lines to symbolize), and `scripts/decode_stacktrace.sh`, which looks the last word up in the ELF.
+/// What the tools look for, in their own expressions: syzkaller's `pkg/report/linux.go` (titles,
+/// stack frames, lines to symbolize), and `scripts/decode_stacktrace.sh`, which looks the last word
+/// up in the ELF.
 mod tools {
     use regex::Regex;
 
@@ -227,8 +242,7 @@ mod tools {
 
     const FUNC: &str = r"([a-zA-Z0-9_]+)(?:\.|\+)";
     const STACK_STARTS: &str = "Call Trace|Allocated by task [0-9]+:|Freed by task [0-9]+:";
-    const STACK_FRAME: &str =
-        r"^ *(?:\[<?(?:[0-9a-f]+)>?\] ?){0,2}[ \t]+(?:[0-9]+:)?([a-zA-Z0-9_.]+)\+0x([0-9a-f]+)/0x([0-9a-f]+)";
+    const STACK_FRAME: &str = r"^ *(?:\[<?(?:[0-9a-f]+)>?\] ?){0,2}[ \t]+(?:[0-9]+:)?([a-zA-Z0-9_.]+)\+0x([0-9a-f]+)/0x([0-9a-f]+)";
     const SYMBOLIZE: &str =
         r"(?:\[<(?:[0-9a-f]+)>\])?[ \t]+(?:[0-9]+:)?([a-zA-Z0-9_.]+)\+0x([0-9a-f]+)/0x([0-9a-f]+)";
     const DECODE_STACKTRACE: &str = r"[^+ ]+\+0x[0-9a-f]+/0x[0-9a-f]+";
@@ -240,7 +254,8 @@ mod tools {
     #[test]
     fn syzkaller_finds_the_title() {
         let text = to_string(&finding(), FOR_TOOLS);
-        let access = format!(r"BUG: KASAN: ([a-z\-]+) in {FUNC}(?:.*\n)+?.*(Read|Write) of size (?:[0-9]+)");
+        let access =
+            format!(r"BUG: KASAN: ([a-z\-]+) in {FUNC}(?:.*\n)+?.*(Read|Write) of size (?:[0-9]+)");
         let found = re(&access).captures(&text).unwrap();
         assert_eq!(
             (&found[1], &found[2], &found[3]),
@@ -248,9 +263,13 @@ mod tools {
         );
         for kind in ["double-free", "invalid-free"] {
             let text = to_string(&Finding { kind, access: Access::Free, ..finding() }, FOR_TOOLS);
-            let free =
-                format!("BUG: KASAN: (?:double-free or invalid-free|double-free|invalid-free) in {FUNC}");
-            assert_eq!(&re(&free).captures(&text).unwrap()[1], "_RNvCs1_6kernel17kmalloc_oob_right");
+            let free = format!(
+                "BUG: KASAN: (?:double-free or invalid-free|double-free|invalid-free) in {FUNC}"
+            );
+            assert_eq!(
+                &re(&free).captures(&text).unwrap()[1],
+                "_RNvCs1_6kernel17kmalloc_oob_right"
+            );
             assert!(!re(&access).is_match(&text), "{text}");
         }
     }
@@ -294,7 +313,8 @@ mod tools {
     #[test]
     fn decode_stacktrace_finds_the_symbol_last_on_the_line() {
         let text = to_string(&finding(), FOR_TOOLS);
-        let hits: Vec<_> = text.lines().filter(|line| re(DECODE_STACKTRACE).is_match(line)).collect();
+        let hits: Vec<_> =
+            text.lines().filter(|line| re(DECODE_STACKTRACE).is_match(line)).collect();
         assert_eq!(hits.len(), 5, "{text}");
         for line in hits {
             let last = line.split_whitespace().last().unwrap();
@@ -309,6 +329,10 @@ mod tools {
         one.shadow.rows = vec![Row { address: 0, bytes: [0xff; 16] }];
         let text = to_string(&one, FOR_TOOLS);
         let from = text.find("Memory state").unwrap();
-        assert!(text[from..].lines().all(|l| !re(STACK_FRAME).is_match(l) && !re(SYMBOLIZE).is_match(l)));
+        assert!(
+            text[from..]
+                .lines()
+                .all(|l| !re(STACK_FRAME).is_match(l) && !re(SYMBOLIZE).is_match(l))
+        );
     }
 }

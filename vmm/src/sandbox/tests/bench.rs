@@ -136,7 +136,8 @@ impl Bench {
         stop_at: Option<usize>,
     ) -> Self {
         let mut slots = FakeSlots::default();
-        let config = |mode| shadow::Config { ram: std::iter::once(0..RAM).collect(), mode, notify, limit };
+        let config =
+            |mode| shadow::Config { ram: std::iter::once(0..RAM).collect(), mode, notify, limit };
         let windows = mode.map(|mode| Windows::new(&config(mode), &mut slots).unwrap());
         let heard = Heard::default();
         let devices = Devices::new(Box::new(std::io::sink()), None);

@@ -15,10 +15,18 @@ fn virtual_memory_gets_a_key_once() {
     for mode in [Mode::PerPage, Mode::Full] {
         let mut bench = Bench::new(Some(mode), Notify::Sync, None, None).with_region();
         let all = bench.layout.virtual_bytes();
-        for [va, len] in
-            [[VA + 1, LEN], [VA, LEN + 8], [VA, 0], [u64::MAX - 0xfff, 0x2000], [RAM - 0x1000, 0x2000]]
-        {
-            assert_eq!(bench.call(call::VIRTUAL_ADD, [va, len, 0, 0]), abi::ERR_ARGUMENT, "{va:#x}+{len:#x}");
+        for [va, len] in [
+            [VA + 1, LEN],
+            [VA, LEN + 8],
+            [VA, 0],
+            [u64::MAX - 0xfff, 0x2000],
+            [RAM - 0x1000, 0x2000],
+        ] {
+            assert_eq!(
+                bench.call(call::VIRTUAL_ADD, [va, len, 0, 0]),
+                abi::ERR_ARGUMENT,
+                "{va:#x}+{len:#x}"
+            );
         }
         for len in [all, all + VIRTUAL_UNIT, 1 << 45] {
             assert_eq!(bench.call(call::VIRTUAL_ADD, [VA, len, 0, 0]), abi::ERR_LIMIT, "{len:#x}");
@@ -26,7 +34,10 @@ fn virtual_memory_gets_a_key_once() {
         assert_eq!(bench.call(call::VIRTUAL_ADD, [VA, LEN, 0, 0]), KEY);
         assert_eq!(bench.call(call::VIRTUAL_ADD, [VA, LEN, 0, 0]), abi::ERR_ARGUMENT, "it has one");
         assert_eq!(bench.call(call::REGION_ADD, [VA + 0x1000, 0x1000, 0, 0]), abi::ERR_ARGUMENT);
-        assert_eq!(bench.call(call::VIRTUAL_ADD, [VA + LEN, 0x1000, 0, 0]), RAM + VIRTUAL_UNIT + 0x20_3000);
+        assert_eq!(
+            bench.call(call::VIRTUAL_ADD, [VA + LEN, 0x1000, 0, 0]),
+            RAM + VIRTUAL_UNIT + 0x20_3000
+        );
         // What is no memory holds no rings, and what is not mapped no names.
         assert_eq!(bench.call(call::NAME, [name::TASK, VA, 4 | 8 << 32, 0]), abi::ERR_ARGUMENT);
     }
@@ -59,7 +70,8 @@ fn findings_there_name_the_allocation() {
             reports += 1;
             assert_eq!(bench.call(call::REPORT, [at, size, 0, 0x10_0000 + reports]), 0);
         };
-        // The tail of the last page, the guard page behind it, both from inside, and the end of all.
+        // The tail of the last page, the guard page behind it, both from inside, and the end of
+        // all.
         report(&mut bench, VA + 0x2ff3, 1);
         report(&mut bench, VA + 0x3000, 8);
         report(&mut bench, VA + 0x2000, 0x2000);
@@ -85,13 +97,15 @@ fn findings_there_name_the_allocation() {
     }
 }
 
-/// The code of unallocated virtual memory is that of a variable out of scope. It is the latter where there is a stack frame.
+/// The code of unallocated virtual memory is that of a variable out of scope. It is the latter
+/// where there is a stack frame.
 #[test]
 fn a_stack_there_has_variables_out_of_scope() {
     for mode in [Mode::PerPage, Mode::Full] {
         for (guarded, kind) in [(false, "use-after-scope"), (true, "vmalloc-out-of-bounds")] {
             let mut bench = Bench::new(Some(mode), Notify::Sync, None, None);
-            // Without paging the frame is read where the guest's RAM is, so that is where this guest has it.
+            // Without paging the frame is read where the guest's RAM is, so that is where this
+            // guest has it.
             const STACK: u64 = 0x4_8000;
             assert_eq!(bench.call(call::VIRTUAL_ADD, [0, LEN, 0, 0]), RAM);
             let magic = crate::report::frame::FRAME_MAGIC;
@@ -100,13 +114,18 @@ fn a_stack_there_has_variables_out_of_scope() {
             }
             bench.ram.write(GuestAddress(0x100), b"1 32 8 4 gone\0").unwrap();
             assert_eq!(bench.call(call::UNPOISON, [STACK, 0x4000, abi::memory::STACK, 0]), 0);
-            for (at, code) in [(0x1000, STACK_LEFT), (0x1020, VMALLOC_INVALID), (0x1040, STACK_RIGHT)] {
+            for (at, code) in
+                [(0x1000, STACK_LEFT), (0x1020, VMALLOC_INVALID), (0x1040, STACK_RIGHT)]
+            {
                 assert_eq!(bench.call(call::POISON, [STACK + at, 32, code.into(), 0]), 0);
             }
             let mut at = STACK + 0x1020;
             if guarded {
                 // Behind the stack and a page that belongs to nobody.
-                assert_eq!(bench.call(call::POISON, [STACK + 0x2000, 0x1000, VMALLOC_INVALID.into(), 0]), 0);
+                assert_eq!(
+                    bench.call(call::POISON, [STACK + 0x2000, 0x1000, VMALLOC_INVALID.into(), 0]),
+                    0
+                );
                 at = STACK + 0x3010;
                 assert_eq!(bench.call(call::POISON, [at, 0x18, VMALLOC_INVALID.into(), 0]), 0);
             }

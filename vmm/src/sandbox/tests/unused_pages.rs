@@ -38,7 +38,8 @@ fn pages_of_the_quarantine_are_given_back_where_the_guest_allows_it() {
         for at in (0x4000u64..0x9000).step_by(0x1000) {
             bench.ram.write(GuestAddress(at), &at.to_le_bytes()).unwrap();
         }
-        // An object of a whole page, two that share the next, one with the allocator's own mark in it, one in use, a redzone alone.
+        // An object of a whole page, two that share the next, one with the allocator's own mark in
+        // it, one in use, a redzone alone.
         for (start, bytes, code) in [
             (0x4000u64, 0x1000u64, SLAB_FREE_TRACK),
             (0x5000, 0x700, SLAB_FREE_TRACK),

@@ -1,10 +1,12 @@
-//! Which freed objects are older: frees are counted in ages, so that each object keeps one byte of it.
+//! Which freed objects are older: frees are counted in ages, so that each object keeps one byte of
+//! it.
 
 /// Ages that there are. They are numbered by rising time.
 pub const AGES: usize = 128;
 /// Of so many objects, one is freed before the next age begins.
 const PART: usize = 64;
-/// No age has more than one in so many of the freed objects when ages are merged, but for those that had before.
+/// No age has more than one in so many of the freed objects when ages are merged, but for those
+/// that had before.
 const MERGED: usize = 32;
 
 /// How many freed objects there are of each age.
@@ -52,12 +54,15 @@ impl Ages {
 
     /// One freed object of this age less.
     pub fn remove(&mut self, age: u8) {
-        let Some(count) = self.counts.get_mut(usize::from(age)).filter(|count| **count > 0) else { return };
+        let Some(count) = self.counts.get_mut(usize::from(age)).filter(|count| **count > 0) else {
+            return;
+        };
         *count -= 1;
         self.freed -= 1;
     }
 
-    /// The `most` oldest ones: all that are younger than none, and so many of the age that is returned.
+    /// The `most` oldest ones: all that are younger than none, and so many of the age that is
+    /// returned.
     pub fn oldest(&self, most: usize) -> (u8, usize) {
         let mut left = most;
         for (age, count) in self.counts.iter().enumerate() {

@@ -8,14 +8,16 @@ use crate::shadow::heap;
 pub const LEAF: usize = 32;
 /// Two leaves that have no more are made one.
 const JOINED: usize = LEAF * 3 / 4;
-/// Most leaves in a chunk, for how many room is made at a time, and how many two chunks may have together to be made one.
+/// Most leaves in a chunk, for how many room is made at a time, and how many two chunks may have
+/// together to be made one.
 pub const LEAVES: usize = 64;
 const STEP: usize = 4;
 const LEAVES_JOINED: usize = LEAVES * 3 / 4;
 
 /// Most bytes by which a chunk grows if an object in it changes.
 pub const CHANGE_MOST: usize = MOST_MORE + 16;
-/// Most bytes by which it grows if one is added: the leaf becomes two, the second one told in full; and so does the chunk.
+/// Most bytes by which it grows if one is added: the leaf becomes two, the second one told in full;
+/// and so does the chunk.
 pub const ADD_MOST: usize = CHANGE_MOST + MOST + 32 + STEP * size_of::<Leaf>() + 32;
 
 /// Bytes before those of the objects.
@@ -26,7 +28,8 @@ const HEAD: usize = 2;
 struct Leaf {
     /// The start of the first one.
     first: u64,
-    /// How many there are, how many bytes are left at the end for what comes, and what a [`Writer`] wrote.
+    /// How many there are, how many bytes are left at the end for what comes, and what a [`Writer`]
+    /// wrote.
     bytes: Box<[u8]>,
 }
 
@@ -123,7 +126,8 @@ impl Chunk {
         leaves.flat_map(Leaf::entries).find(|entry| entry.start >= start)
     }
 
-    /// Puts what `change` makes of the object that starts at `start` in its place. It starts there as well.
+    /// Puts what `change` makes of the object that starts at `start` in its place. It starts there
+    /// as well.
     pub fn edit(&mut self, start: u64, change: impl FnOnce(Option<Entry>) -> Option<Entry>) {
         let at = self.find(start);
         let old = self.leaves.get(at);
@@ -198,8 +202,11 @@ impl Chunk {
     /// Makes a leaf and the next one into one, if they are small.
     fn join(&mut self, at: usize) {
         let next = at.wrapping_add(1);
-        let joined =
-            self.leaves.get(at).zip(self.leaves.get(next)).and_then(|(left, right)| left.join(right));
+        let joined = self
+            .leaves
+            .get(at)
+            .zip(self.leaves.get(next))
+            .and_then(|(left, right)| left.join(right));
         if let Some(joined) = joined {
             self.remove(next);
             self.bytes -= self.leaves[at].heap();

@@ -1,24 +1,28 @@
 //! Objects as bytes, in as few as possible: each is told by what sets it apart from the one before.
 //!
-//! An object is a byte of [`flags`], how far behind the last start it starts, and then what no flag says is as before: its size, its
-//! cache, who allocated it, its redzone or who freed it, and its age; numbers in 7 bits a byte, the lowest first. With
-//! [`flags::PREVIOUS`], a byte of [`was`] follows, and what no flag of that says. Most objects lie in a slab among others like
-//! them, and take 3 to 5 bytes; none takes more than [`MOST`].
+//! An object is a byte of [`flags`], how far behind the last start it starts, and then what no flag
+//! says is as before: its size, its cache, who allocated it, its redzone or who freed it, and its
+//! age; numbers in 7 bits a byte, the lowest first. With [`flags::PREVIOUS`], a byte of [`was`]
+//! follows, and what no flag of that says. Most objects lie in a slab among others like them, and
+//! take 3 to 5 bytes; none takes more than [`MOST`].
 //!
-//! Whatever is told by "same" is told in full by the first one, so objects never take more bytes when some of them go.
+//! Whatever is told by "same" is told in full by the first one, so objects never take more bytes
+//! when some of them go.
 
 use umbra_shadow::codes::GRANULE;
 
 use super::entry::{Entry, Previous, State};
 use super::origins::Origin;
 
-/// Most bytes of one object: flags, 48 bits of distance, size, cache, allocation, free, age; and flags, distance, size, allocation and
-/// free of the previous one.
+/// Most bytes of one object: flags, 48 bits of distance, size, cache, allocation, free, age; and
+/// flags, distance, size, allocation and free of the previous one.
 pub const MOST: usize = 1 + 7 + 5 + 3 + 4 + 4 + 1 + (1 + 5 + 5 + 4 + 4);
-/// Most bytes by which objects take more if one is added or changed: itself, and what others shared with it and have to tell now.
+/// Most bytes by which objects take more if one is added or changed: itself, and what others shared
+/// with it and have to tell now.
 pub const MOST_MORE: usize = 2 * MOST;
 
-/// What is so of an object. "Same" is as of the one before, or of the last one before of which it is known.
+/// What is so of an object. "Same" is as of the one before, or of the last one before of which it
+/// is known.
 mod flags {
     pub const FREED: u8 = 1;
     /// The distance is in bytes, because it is not in whole granules.
@@ -61,7 +65,16 @@ impl Last {
     /// Before the first one, which starts at `start`.
     fn new(start: u64) -> Self {
         let none = Origin::NONE;
-        Self { start, size: 0, cache: 0, allocated: none, redzone: 0, by: none, age: 0, was_by: none }
+        Self {
+            start,
+            size: 0,
+            cache: 0,
+            allocated: none,
+            redzone: 0,
+            by: none,
+            age: 0,
+            was_by: none,
+        }
     }
 }
 
@@ -368,19 +381,20 @@ pub mod tests {
         let live = prop_oneof![Just(0), any::<u8>()].prop_map(|redzone| State::Live { redzone });
         let freed = (origin(), any::<u8>()).prop_map(|(by, age)| State::Freed { by, age });
         let offset = prop_oneof![Just(0), Just(i32::MIN), Just(i32::MAX), any::<i32>()];
-        let previous = (offset, size(), origin(), origin())
-            .prop_map(|(offset, size, allocated, freed)| Previous { offset, size, allocated, freed });
+        let previous =
+            (offset, size(), origin(), origin()).prop_map(|(offset, size, allocated, freed)| {
+                Previous { offset, size, allocated, freed }
+            });
         let cache = prop_oneof![Just(0), any::<u16>()];
-        (start, size(), cache, origin(), prop_oneof![live, freed], prop::option::of(previous)).prop_map(
-            |(start, size, cache, allocated, state, previous)| Entry {
+        (start, size(), cache, origin(), prop_oneof![live, freed], prop::option::of(previous))
+            .prop_map(|(start, size, cache, allocated, state, previous)| Entry {
                 start,
                 size,
                 cache,
                 allocated,
                 state,
                 previous,
-            },
-        )
+            })
     }
 
     fn write(entries: &[Entry]) -> Writer {
@@ -430,8 +444,9 @@ pub mod tests {
         let live: Vec<_> = (0..9).map(|i| like(i, State::Live { redzone: 4 })).collect();
         // The first one in full: flags, distance, size, cache, origin, redzone.
         assert_eq!(write(&live).bytes().len(), 6 + 8 * 2);
-        let freed: Vec<_> =
-            (0..9).map(|i| like(i, State::Freed { by: Origin::from_bits(200), age: i as u8 })).collect();
+        let freed: Vec<_> = (0..9)
+            .map(|i| like(i, State::Freed { by: Origin::from_bits(200), age: i as u8 }))
+            .collect();
         assert_eq!(write(&freed).bytes().len(), 7 + 8 * 3);
     }
 
@@ -447,7 +462,8 @@ pub mod tests {
             prop_assert_eq!(writer.len(), entries.len());
             prop_assert!(writer.bytes().len() <= entries.len() * MOST);
             prop_assert_eq!(&read(&writer), &entries);
-            // Without one of them the others take no more than all; with another one they take little more.
+            // Without one of them the others take no more than all; with another one they take
+            // little more.
             for gone in 0..entries.len() {
                 let mut others = entries.clone();
                 others.remove(gone);

@@ -40,11 +40,19 @@ impl Entry {
     /// The last address at which an object may start.
     pub const LAST_START: u64 = u64::MAX >> 16;
 
-    /// A live object with so many granules of redzone. None if it starts behind the last address where one may.
+    /// A live object with so many granules of redzone. None if it starts behind the last address
+    /// where one may.
     pub fn live(start: u64, size: u64, cache: u16, allocated: Origin, redzone: u8) -> Option<Self> {
         let size = u32::try_from(size).unwrap_or(u32::MAX);
         let state = State::Live { redzone };
-        (start <= Self::LAST_START).then_some(Self { start, size, cache, allocated, state, previous: None })
+        (start <= Self::LAST_START).then_some(Self {
+            start,
+            size,
+            cache,
+            allocated,
+            state,
+            previous: None,
+        })
     }
 
     /// The first address behind it. An object of no bytes still has a place of its own.
@@ -73,14 +81,15 @@ impl Entry {
         self.freed().is_some()
     }
 
-    /// For a live one: takes note of an object that it takes the place of. If that was freed, it is the previous one; else this one is
-    /// what became of it, and the previous one is the same.
+    /// For a live one: takes note of an object that it takes the place of. If that was freed, it is
+    /// the previous one; else this one is what became of it, and the previous one is the same.
     pub fn follows(&mut self, old: &Self) {
         if let Some(freed) = old.freed() {
             let offset = old.start.wrapping_sub(self.start).cast_signed();
             // An object that starts so far away was of another kind, and does not help.
             let Ok(offset) = i32::try_from(offset) else { return };
-            self.previous = Some(Previous { offset, size: old.size, allocated: old.allocated, freed });
+            self.previous =
+                Some(Previous { offset, size: old.size, allocated: old.allocated, freed });
         } else if old.start == self.start {
             self.previous = old.previous;
         }

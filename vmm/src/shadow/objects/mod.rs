@@ -1,7 +1,8 @@
-//! Provenance: which objects a guest allocated and freed, where, by which task and from which call stack.
+//! Provenance: which objects a guest allocated and freed, where, by which task and from which call
+//! stack.
 //!
-//! Everything here is told by the guest and bounded: the oldest freed objects are forgotten first, then new
-//! ones are not remembered, and both is counted.
+//! Everything here is told by the guest and bounded: the oldest freed objects are forgotten first,
+//! then new ones are not remembered, and both is counted.
 
 mod ages;
 mod chunk;
@@ -118,7 +119,8 @@ pub enum At {
     Anywhere,
     /// It is a redzone: no freed object explains it.
     Redzone,
-    /// It is the rest of a live object's last granule, or the redzone behind a large one: that object lies before it.
+    /// It is the rest of a live object's last granule, or the redzone behind a large one: that
+    /// object lies before it.
     Behind,
 }
 
@@ -171,15 +173,18 @@ pub struct Previous<'a> {
 
 /// How many stacks are taken in at least between two looks for those that nothing needs any more.
 const COLLECT_PAUSE: usize = 16;
-/// Without room, one in so many freed objects is forgotten, or one in so many of all if that is more, and then there is a pause of as many
-/// events: so that it costs little for each, whatever a guest does.
+/// Without room, one in so many freed objects is forgotten, or one in so many of all if that is
+/// more, and then there is a pause of as many events: so that it costs little for each, whatever a
+/// guest does.
 const EVICTED: usize = 8;
 const EVICTED_OF_ALL: usize = 32;
 
-/// Most objects with related work in so many bytes. When one goes and another one comes, a hash map may grow that is half full.
+/// Most objects with related work in so many bytes. When one goes and another one comes, a hash map
+/// may grow that is half full.
 fn most_related(bytes: usize) -> usize {
     let buckets = (2..40).map(|shift| 1 << shift);
-    let fits = |buckets: &usize| heap::taken(heap::of_buckets::<u64, [Origin; 2]>(*buckets)) <= bytes;
+    let fits =
+        |buckets: &usize| heap::taken(heap::of_buckets::<u64, [Origin; 2]>(*buckets)) <= bytes;
     buckets.take_while(fits).last().map_or(0, |buckets| buckets * 7 / 16)
 }
 
@@ -263,7 +268,8 @@ impl Objects {
         }
     }
 
-    /// Bytes of redzone behind live objects, now and at most: what their slots have beyond what their caches hand out.
+    /// Bytes of redzone behind live objects, now and at most: what their slots have beyond what
+    /// their caches hand out.
     pub fn redzone_bytes(&self) -> (u64, u64) {
         (self.redzones * GRANULE, self.redzones_peak * GRANULE)
     }
@@ -286,14 +292,26 @@ impl Objects {
     /// `size` bytes at `gpa` were allocated. Objects that were there before are forgotten.
     ///
     /// `slot` is what the allocator took for it, 0 if that is not known.
-    pub fn allocated(&mut self, gpa: u64, size: u64, slot: u64, cache: u16, task: u32, frames: &[u64]) {
+    pub fn allocated(
+        &mut self,
+        gpa: u64,
+        size: u64,
+        slot: u64,
+        cache: u16,
+        task: u32,
+        frames: &[u64],
+    ) {
         self.counts.allocations = self.counts.allocations.saturating_add(1);
-        // What the cache would hand out anyway is no redzone, nor the rest of the last page of an object that has pages of its own.
+        // What the cache would hand out anyway is no redzone, nor the rest of the last page of an
+        // object that has pages of its own.
         let object = self.caches.get(&cache).map_or(0, |(_, object_size)| *object_size).max(size);
-        let redzone = if slot.is_multiple_of(PAGE_SIZE) { 0 } else { slot.saturating_sub(object) / GRANULE };
+        let redzone =
+            if slot.is_multiple_of(PAGE_SIZE) { 0 } else { slot.saturating_sub(object) / GRANULE };
         let redzone = redzone.min(u8::MAX.into()) as u8;
         let origin = self.origin(task, frames);
-        let Some(mut entry) = Entry::live(gpa, size, cache, origin, redzone) else { return self.drop_one() };
+        let Some(mut entry) = Entry::live(gpa, size, cache, origin, redzone) else {
+            return self.drop_one();
+        };
         let mut room = self.has_room(INSERT_MOST);
         // Those that overlap come last before its end, one after the other.
         while let Some(old) = self.table.up_to(entry.end() - 1)
@@ -303,7 +321,8 @@ impl Objects {
             entry.follows(&old);
             self.related.remove(&old.start);
             if old.start == gpa {
-                // The usual case: the same slot again. What lies before the same start cannot overlap, as no two objects do.
+                // The usual case: the same slot again. What lies before the same start cannot
+                // overlap, as no two objects do.
                 room |= self.fits(EDIT_MOST);
                 if !room {
                     self.table.remove(gpa);
@@ -367,8 +386,8 @@ impl Objects {
         self.table.up_to(gpa).filter(|entry| entry.end() > gpa)
     }
 
-    /// A task and a stack, as objects keep them. If there is no room for new ones, those that no object needs any more go, and if
-    /// that is not enough, freed objects, the oldest first.
+    /// A task and a stack, as objects keep them. If there is no room for new ones, those that no
+    /// object needs any more go, and if that is not enough, freed objects, the oldest first.
     fn origin(&mut self, task: u32, frames: &[u64]) -> Origin {
         if self.origins.is_full() && self.collect_in == 0 {
             self.collect();
@@ -391,18 +410,20 @@ impl Objects {
         });
     }
 
-    /// The object that explains an access to `gpa`: the one that holds it, rest of its slot included; else
-    /// the closer one of its neighbours, if it is within 4 KiB; the left one if both are as close. What the shadow says
-    /// of `gpa` narrows it.
+    /// The object that explains an access to `gpa`: the one that holds it, rest of its slot
+    /// included; else the closer one of its neighbours, if it is within 4 KiB; the left one if both
+    /// are as close. What the shadow says of `gpa` narrows it.
     pub fn nearest(&self, gpa: u64, at: At) -> Option<Found<'_>> {
-        // A freed object leaves its memory poisoned as freed. Where that is a redzone now, it was before the memory was
-        // cut up anew.
+        // A freed object leaves its memory poisoned as freed. Where that is a redzone now, it was
+        // before the memory was cut up anew.
         let fits = |entry: &Entry| at == At::Anywhere || !entry.is_freed();
         let table = &self.table;
-        let mut before = successors(table.up_to(gpa), |entry| table.up_to(entry.start.checked_sub(1)?));
+        let mut before =
+            successors(table.up_to(gpa), |entry| table.up_to(entry.start.checked_sub(1)?));
         let left = before.by_ref().take(PASSED_OVER).find(fits);
         let right = || {
-            let behind = successors(table.from(gpa.checked_add(1)?), |entry| table.from(entry.start + 1));
+            let behind =
+                successors(table.from(gpa.checked_add(1)?), |entry| table.from(entry.start + 1));
             let entry = behind.take(PASSED_OVER).find(fits)?;
             Some((entry, entry.start - gpa)).filter(|(_, distance)| *distance <= NEARBY)
         };
@@ -410,7 +431,9 @@ impl Objects {
         let slot = match self.caches.get(&left.cache) {
             Some((_, object_size)) => *object_size,
             // Without a cache, an object that starts a page has pages of its own.
-            None if left.start.is_multiple_of(PAGE_SIZE) => u64::from(left.size).next_multiple_of(PAGE_SIZE),
+            None if left.start.is_multiple_of(PAGE_SIZE) => {
+                u64::from(left.size).next_multiple_of(PAGE_SIZE)
+            }
             None => 0,
         };
         let end = left.end().max(left.start.saturating_add(slot));
@@ -420,7 +443,8 @@ impl Objects {
         let distance = gpa - end;
         let page = |gpa: u64| gpa / PAGE_SIZE;
         match right() {
-            // Between two that are as near the one in use is the likelier, and then the one in the same page.
+            // Between two that are as near the one in use is the likelier, and then the one in the
+            // same page.
             Some((right, other))
                 if (other, right.is_freed(), page(right.start) != page(gpa))
                     < (distance, left.is_freed(), page(end.saturating_sub(1)) != page(gpa))
@@ -463,7 +487,13 @@ impl Objects {
                 allocated: some(previous.allocated),
                 freed: event(previous.freed),
             }),
-            related: self.related.get(&start).into_iter().flatten().filter_map(|o| some(*o)).collect(),
+            related: self
+                .related
+                .get(&start)
+                .into_iter()
+                .flatten()
+                .filter_map(|o| some(*o))
+                .collect(),
         }
     }
 

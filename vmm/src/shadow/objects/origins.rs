@@ -130,8 +130,9 @@ impl Origins {
         self.stacks.bytes() + heap::of_vec(&self.pairs) + heap::of_map(&self.index)
     }
 
-    /// Keeps only what `visit` shows to the function that it gets. It is called once more, to change each origin to what it is called
-    /// from now on: none gets more bits, and different ones stay different.
+    /// Keeps only what `visit` shows to the function that it gets. It is called once more, to
+    /// change each origin to what it is called from now on: none gets more bits, and different ones
+    /// stay different.
     pub fn keep(&mut self, mut visit: impl FnMut(&mut dyn FnMut(&mut Origin))) {
         let Self { most, most_pairs, lost, .. } = *self;
         let empty = Self { most, most_pairs, lost, ..Self::default() };
@@ -170,7 +171,8 @@ mod tests {
     #[test]
     fn what_is_kept_keeps_its_meaning() {
         let mut origins = Origins::new(1 << 20);
-        let mut all: Vec<_> = (0..100u32).map(|i| origins.intern(i % 10, &[u64::from(i / 10), 7])).collect();
+        let mut all: Vec<_> =
+            (0..100u32).map(|i| origins.intern(i % 10, &[u64::from(i / 10), 7])).collect();
         assert_eq!((origins.len(), origins.stacks()), (100, 10));
         assert_eq!(origins.intern(3, &[4, 7]), all[43]);
         let mut kept = all.split_off(95);
@@ -195,7 +197,10 @@ mod tests {
         assert!(origins.is_full() && origins.is_crowded() && origins.lost() == 2);
         all.truncate(5);
         origins.keep(|keep| all.iter_mut().for_each(keep));
-        assert!((0..5).all(|task| origins.intern(task, &[]) == all[task as usize]) && !origins.is_full());
+        assert!(
+            (0..5).all(|task| origins.intern(task, &[]) == all[task as usize])
+                && !origins.is_full()
+        );
         // The last one is another than the one that says that it is lost.
         assert_eq!(MOST_PAIRS + 1, Origin::LOST.bits() as usize);
         assert_eq!(Origin::LOST.bits(), u32::MAX >> (32 - Origin::BITS));

@@ -1,5 +1,5 @@
-//! The objects themselves, by address. Made for little memory: an object takes about 4 bytes as [`coding`](super::coding) tells it, and
-//! 2 for its share of what finds it.
+//! The objects themselves, by address. Made for little memory: an object takes about 4 bytes as
+//! [`coding`](super::coding) tells it, and 2 for its share of what finds it.
 
 use super::Origin;
 use super::ages::Ages;
@@ -58,8 +58,13 @@ impl Table {
         self.chunks.get(self.find(start)..)?.iter().take(2).find_map(|chunk| chunk.from(start))
     }
 
-    /// Puts what `change` makes of the object that starts at `start` in its place. Returns what was there.
-    fn edit(&mut self, start: u64, change: impl FnOnce(Option<Entry>) -> Option<Entry>) -> Option<Entry> {
+    /// Puts what `change` makes of the object that starts at `start` in its place. Returns what was
+    /// there.
+    fn edit(
+        &mut self,
+        start: u64,
+        change: impl FnOnce(Option<Entry>) -> Option<Entry>,
+    ) -> Option<Entry> {
         let at = self.find(start);
         let Some(chunk) = self.chunks.get_mut(at) else {
             let first = change(None)?;
@@ -105,7 +110,12 @@ impl Table {
     /// Makes a chunk and the next one into one, if they are small.
     fn join(&mut self, at: usize) {
         let next = at.wrapping_add(1);
-        if self.chunks.get(at).zip(self.chunks.get(next)).is_some_and(|(left, right)| left.fits(right)) {
+        if self
+            .chunks
+            .get(at)
+            .zip(self.chunks.get(next))
+            .is_some_and(|(left, right)| left.fits(right))
+        {
             let right = self.chunks.remove(next);
             let left = &mut self.chunks[at];
             self.bytes -= left.heap() + right.heap();
@@ -136,7 +146,8 @@ impl Table {
         self.bytes = self.chunks.iter().map(Chunk::heap).sum();
     }
 
-    /// Shows each origin of all objects, which may change it. What it becomes takes no more bytes, and is another one for each.
+    /// Shows each origin of all objects, which may change it. What it becomes takes no more bytes,
+    /// and is another one for each.
     pub fn visit(&mut self, visitor: &mut dyn FnMut(&mut Origin)) {
         self.rewrite(&mut |entry| {
             entry.visit(visitor);
@@ -150,7 +161,8 @@ impl Table {
         self.forgotten(was);
     }
 
-    /// Makes a live object a freed one, or forgets it if it is not to be kept. Returns what was there.
+    /// Makes a live object a freed one, or forgets it if it is not to be kept. Returns what was
+    /// there.
     pub fn free(&mut self, start: u64, by: Origin, keep: bool) -> Option<Entry> {
         if self.ages.is_full(self.len) {
             let names = self.ages.merge();
@@ -186,7 +198,8 @@ impl Table {
         }
     }
 
-    /// Forgets the `most` oldest freed objects. `gone` is told where each started. Returns how many there were.
+    /// Forgets the `most` oldest freed objects. `gone` is told where each started. Returns how many
+    /// there were.
     pub fn forget_oldest(&mut self, most: usize, gone: &mut dyn FnMut(u64)) -> usize {
         let before = self.len;
         let (last, mut of_last) = self.ages.oldest(most);
@@ -215,7 +228,10 @@ impl Table {
         assert!(all.is_sorted_by(|a, b| a.start < b.start));
         assert_eq!(self.bytes, self.chunks.iter().map(Chunk::heap).sum::<usize>());
         assert!(self.chunks.capacity() < self.chunks.len() + 3 * STEP);
-        assert_eq!((all.len(), self.ages.freed()), (self.len, all.iter().filter(|e| e.is_freed()).count()));
+        assert_eq!(
+            (all.len(), self.ages.freed()),
+            (self.len, all.iter().filter(|e| e.is_freed()).count())
+        );
         all
     }
 }
@@ -274,14 +290,18 @@ mod tests {
                     }
                 }
             }
-            let nth: BTreeMap<_, _> = (0..objects).map(|i| ((i * 7919 % objects) * 64, i)).collect();
+            let nth: BTreeMap<_, _> =
+                (0..objects).map(|i| ((i * 7919 % objects) * 64, i)).collect();
             let (mut gone, mut last) = (0, 0);
             while table.len() > 0 {
                 let some = table
                     .forget_oldest(objects as usize / 8, &mut |start| last = last.max(nth[&start]))
                     as u64;
                 gone += some;
-                assert!(last < gone + objects / 16, "{objects}: {last} is not among the {gone} oldest");
+                assert!(
+                    last < gone + objects / 16,
+                    "{objects}: {last} is not among the {gone} oldest"
+                );
             }
             assert_eq!((gone, table.bytes()), (objects, heap::of_vec(&table.chunks)));
         }

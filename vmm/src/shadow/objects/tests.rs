@@ -149,10 +149,15 @@ fn a_full_table_forgets_the_oldest_freed_objects() {
     for i in 0..most / 5 {
         objects.allocated(0x100_0000 + i * 64, 8, 0, 0, 0, &[]);
         assert!(objects.holder(0x100_0000 + i * 64).is_some());
-        let gone: Vec<_> =
-            (0..).zip(freed().skip(10)).filter(|(_, i)| objects.holder(start(*i)).is_none()).collect();
+        let gone: Vec<_> = (0..)
+            .zip(freed().skip(10))
+            .filter(|(_, i)| objects.holder(start(*i)).is_none())
+            .collect();
         // The oldest, but for those of the same age.
-        assert!(gone.last().is_none_or(|(nth, _)| *nth < gone.len() as u64 + most / 32), "{gone:?}");
+        assert!(
+            gone.last().is_none_or(|(nth, _)| *nth < gone.len() as u64 + most / 32),
+            "{gone:?}"
+        );
     }
     let counts = objects.counts();
     assert!(counts.evicted >= most / 4 && counts.dropped == 1, "{counts:?}");
@@ -204,7 +209,11 @@ fn stacks_that_nothing_needs_make_room() {
     assert!(!found.live && found.previous.is_some());
     let kept = objects.nearest(0x100_0000, At::Anywhere).unwrap().allocated.unwrap();
     assert_eq!((kept.task, kept.frames), (3, &[1u64, 2, 3] as &[u64]));
-    assert!(objects.counts().lost_stacks == 0 && objects.stacks() < 100, "{:?}", objects.figures(0));
+    assert!(
+        objects.counts().lost_stacks == 0 && objects.stacks() < 100,
+        "{:?}",
+        objects.figures(0)
+    );
 }
 
 #[test]
@@ -232,8 +241,12 @@ fn what_was_there_before_is_told() {
     objects.freed(0x1000, 2, &[0xb]);
     objects.allocated(0x1000, 40, 64, 0, 3, &[0xc]);
     let event = |task, frames: &'static [u64]| Event { task, name: None, frames, lost: false };
-    let first =
-        Previous { start: 0x1000, size: 50, allocated: Some(event(1, &[0xa])), freed: event(2, &[0xb]) };
+    let first = Previous {
+        start: 0x1000,
+        size: 50,
+        allocated: Some(event(1, &[0xa])),
+        freed: event(2, &[0xb]),
+    };
     let found = objects.nearest(0x1000, At::Anywhere).unwrap();
     assert_eq!((found.size, found.freed, &found.previous), (40, None, &Some(first)));
     // Freed as well, it still tells.
@@ -245,7 +258,10 @@ fn what_was_there_before_is_told() {
     assert_eq!((previous.start, previous.size, previous.freed), (0x1000, 40, event(4, &[0xd])));
     // In place, as by realloc: what was before stays what was before.
     objects.allocated(0xff0, 120, 128, 0, 6, &[0xf]);
-    assert_eq!(objects.nearest(0x1000, At::Anywhere).unwrap().previous.unwrap().freed, event(4, &[0xd]));
+    assert_eq!(
+        objects.nearest(0x1000, At::Anywhere).unwrap().previous.unwrap().freed,
+        event(4, &[0xd])
+    );
 }
 
 #[test]
@@ -277,8 +293,9 @@ fn related_work_is_told_the_last_first() {
     assert_eq!(objects.counts().unknown_related, 2 + 97 - 14);
 }
 
-/// A guest that does its worst: addresses far apart, everything different from what was before, stacks that are never the same, related
-/// work, objects in the place of others; first only live ones, so that none can go when those change.
+/// A guest that does its worst: addresses far apart, everything different from what was before,
+/// stacks that are never the same, related work, objects in the place of others; first only live
+/// ones, so that none can go when those change.
 #[test]
 fn it_never_takes_more_than_its_budget() {
     for (budget, far) in
@@ -292,7 +309,11 @@ fn it_never_takes_more_than_its_budget() {
         };
         let events = budget / 8 + 2000;
         for event in 0..events {
-            let at = if far { next(budget + 100) * 77_777_777_777 % Entry::LAST_START } else { event * 64 };
+            let at = if far {
+                next(budget + 100) * 77_777_777_777 % Entry::LAST_START
+            } else {
+                event * 64
+            };
             let (task, frames) = (next(50) as u32, [next(1 << 20); 3]);
             match next(9) {
                 0..2 if event > events / 3 => objects.freed(at, task, &frames),
@@ -416,8 +437,9 @@ proptest! {
         }
     }
 
-    /// What an object tells of itself and of what was freed in its place before, against a plain list. Every event has a task of its own,
-    /// and the table of these is looked through for what nothing needs any more, again and again.
+    /// What an object tells of itself and of what was freed in its place before, against a plain
+    /// list. Every event has a task of its own, and the table of these is looked through for what
+    /// nothing needs any more, again and again.
     #[test]
     fn histories_agree_with_a_plain_list(
         steps in proptest::collection::vec((0..90u64, 1..30u64, 0..5u8), 1..300),
@@ -432,7 +454,8 @@ proptest! {
             if what < 3 {
                 objects.allocated(start, size, 0, 0, task, &[]);
                 let (mut others, mut previous) = (Vec::new(), None);
-                // By falling address, as overlapping ones are forgotten: the last one that says something is kept.
+                // By falling address, as overlapping ones are forgotten: the last one that says
+                // something is kept.
                 plain.sort_by_key(|(object, _)| std::cmp::Reverse(object.0));
                 for (object, before) in plain {
                     if object.1 <= start || end <= object.0 {

@@ -18,7 +18,9 @@ fn add(guest: &mut Guest, va: u64, len: u64) -> u64 {
 }
 
 fn all_modes() -> impl Iterator<Item = (Mode, Notify)> {
-    [Mode::PerPage, Mode::Full].into_iter().flat_map(|mode| [(mode, Notify::Ring), (mode, Notify::Sync)])
+    [Mode::PerPage, Mode::Full]
+        .into_iter()
+        .flat_map(|mode| [(mode, Notify::Ring), (mode, Notify::Sync)])
 }
 
 #[test]
@@ -27,7 +29,11 @@ fn it_is_poisoned_until_it_is_handed_out() {
         let mut guest = Guest::new(RAM, mode, notify, None);
         let before = guest.windows.figures().unwrap();
         let key = add(&mut guest, VA, LEN);
-        assert_eq!(key, VIRTUAL_UNIT + 0x12_3000, "behind RAM, and equal to its address modulo a unit");
+        assert_eq!(
+            key,
+            VIRTUAL_UNIT + 0x12_3000,
+            "behind RAM, and equal to its address modulo a unit"
+        );
         let state = |guest: &Guest, at| guest.windows.model().state(at);
         for at in [key, key + 8, key + LEN - 8] {
             assert_eq!(state(&guest, at), VMALLOC_INVALID, "{mode:?} {notify:?} {at:#x}");
@@ -71,7 +77,10 @@ fn the_guest_reaches_its_shadow_when_it_has_it() {
             pages.into_iter().flatten().chain(bytes).collect::<Vec<_>>()
         };
         for gpa in places(&guest) {
-            assert!(!guest.windows.contains(gpa) && guest.windows.is_reserved(gpa), "{mode:?} {gpa:#x}");
+            assert!(
+                !guest.windows.contains(gpa) && guest.windows.is_reserved(gpa),
+                "{mode:?} {gpa:#x}"
+            );
             assert!(matches!(guest.store(gpa, 1), Err(ShadowError::OutsideWindow { .. })));
         }
         let slots = guest.slots.live();
@@ -97,7 +106,9 @@ fn keys_are_handed_out_once() {
     let second = add(&mut guest, VA + 0x1000, 0x1000);
     assert_eq!((first - 0x12_3000, second - 0x12_4000), (VIRTUAL_UNIT, 2 * VIRTUAL_UNIT));
     assert_eq!(guest.windows.next_key(0, all - VIRTUAL_UNIT), None, "two units are gone");
-    for (va, len) in [(0, u64::MAX), (u64::MAX, u64::MAX), (VA, all - 2 * VIRTUAL_UNIT), (0, all + 1)] {
+    for (va, len) in
+        [(0, u64::MAX), (u64::MAX, u64::MAX), (VA, all - 2 * VIRTUAL_UNIT), (0, all + 1)]
+    {
         assert_eq!(guest.windows.next_key(va, len), None, "{va:#x}+{len:#x}");
     }
     let rest = add(&mut guest, 0, all - 2 * VIRTUAL_UNIT);
@@ -106,7 +117,8 @@ fn keys_are_handed_out_once() {
     assert_eq!(guest.windows.model().state(rest + all - 2 * VIRTUAL_UNIT - 1), VMALLOC_INVALID);
 }
 
-/// RAM bounds its own shadow. Virtual memory has no such bound, so there is one without being asked for.
+/// RAM bounds its own shadow. Virtual memory has no such bound, so there is one without being asked
+/// for.
 #[test]
 fn there_is_a_limit_without_one() {
     for mode in [Mode::PerPage, Mode::Full] {
@@ -114,9 +126,9 @@ fn there_is_a_limit_without_one() {
         let limit = guest.windows.model().memory().layout().default_limit();
         assert_eq!(limit, 3 * CHUNK_BYTES + 32 * MIB);
         let key = add(&mut guest, 0, 1 << 30);
-        let refused = (0..)
-            .map(|chunk| key + chunk * CHUNK_COVERS)
-            .find_map(|at| guest.windows.unpoison(at, 8, &mut guest.slots).err().map(|error| (at, error)));
+        let refused = (0..).map(|chunk| key + chunk * CHUNK_COVERS).find_map(|at| {
+            guest.windows.unpoison(at, 8, &mut guest.slots).err().map(|error| (at, error))
+        });
         let (at, error) = refused.unwrap();
         assert!(matches!(error, ShadowError::Limit { .. }), "{mode:?} {error}");
         let more = if mode == Mode::Full { 0 } else { 3 };

@@ -61,7 +61,8 @@ pub(super) fn plan(instruction: &Instruction) -> Option<Plan> {
         return None;
     }
     let features = instruction.cpuid_features();
-    let avx512 = instruction.encoding() == EncodingKind::EVEX || features.iter().any(|f| is_avx512(*f));
+    let avx512 =
+        instruction.encoding() == EncodingKind::EVEX || features.iter().any(|f| is_avx512(*f));
     let enabled = match instruction.encoding() {
         EncodingKind::Legacy => Enabled::Sse,
         EncodingKind::VEX | EncodingKind::EVEX if avx512 => Enabled::Avx512,
@@ -71,7 +72,9 @@ pub(super) fn plan(instruction: &Instruction) -> Option<Plan> {
     let supported = features.iter().map(|f| support(*f)).collect::<Option<Vec<_>>>()?;
     let mut moved = *instruction;
     let memory = moved.op_kinds().filter(|kind| *kind == OpKind::Memory).count();
-    if moved.op_kinds().any(|kind| !matches!(kind, OpKind::Register | OpKind::Memory | OpKind::Immediate8))
+    if moved
+        .op_kinds()
+        .any(|kind| !matches!(kind, OpKind::Register | OpKind::Memory | OpKind::Immediate8))
         || memory > 1
     {
         return None;
@@ -125,7 +128,8 @@ fn is_plain(instruction: &Instruction) -> bool {
         )
 }
 
-/// Whether the host's CPU has a feature; `None`: not one of those whose instructions are let through.
+/// Whether the host's CPU has a feature; `None`: not one of those whose instructions are let
+/// through.
 fn support(feature: CpuidFeature) -> Option<bool> {
     macro_rules! has {
         ($name:tt) => {
@@ -189,16 +193,23 @@ fn move_operand(instruction: &mut Instruction) -> Option<Register> {
     instruction.set_memory_displ_size(0);
     let mut factory = InstructionInfoFactory::new();
     let info = factory.info_options(instruction, InstructionInfoOptions::NO_MEMORY_USAGE);
-    let used = |r: &Register| info.used_registers().iter().any(|u| u.register().full_register() == *r);
-    let pointer = [Register::RDI, Register::RSI, Register::R8, Register::R9, Register::R10, Register::R11]
-        .into_iter()
-        .find(|r| !used(r))?;
+    let used =
+        |r: &Register| info.used_registers().iter().any(|u| u.register().full_register() == *r);
+    let pointer =
+        [Register::RDI, Register::RSI, Register::R8, Register::R9, Register::R10, Register::R11]
+            .into_iter()
+            .find(|r| !used(r))?;
     instruction.set_memory_base(pointer);
     Some(pointer)
 }
 
 /// Checks what the moved instruction touches, explicitly or not, and tells how it accesses memory.
-fn check(instruction: &Instruction, pointer: Register, memory: usize, avx512: bool) -> Option<OpAccess> {
+fn check(
+    instruction: &Instruction,
+    pointer: Register,
+    memory: usize,
+    avx512: bool,
+) -> Option<OpAccess> {
     let mut factory = InstructionInfoFactory::new();
     let info = factory.info(instruction);
     let allowed = |r: Register| {
@@ -212,7 +223,9 @@ fn check(instruction: &Instruction, pointer: Register, memory: usize, avx512: bo
     match (info.used_memory(), memory) {
         ([], 0) => Some(OpAccess::None),
         ([used], 1)
-            if used.base() == pointer && used.index() == Register::None && used.displacement() == 0 =>
+            if used.base() == pointer
+                && used.index() == Register::None
+                && used.displacement() == 0 =>
         {
             match used.access() {
                 access @ (OpAccess::Read | OpAccess::Write | OpAccess::ReadWrite) => Some(access),
@@ -223,7 +236,8 @@ fn check(instruction: &Instruction, pointer: Register, memory: usize, avx512: bo
     }
 }
 
-/// xmm0 to xmm15, ymm0 to ymm15, and zmm0 to zmm15 whose upper parts instructions with a VEX prefix clear.
+/// xmm0 to xmm15, ymm0 to ymm15, and zmm0 to zmm15 whose upper parts instructions with a VEX prefix
+/// clear.
 fn is_low(register: Register) -> bool {
     register.number() < 16
 }

@@ -1,13 +1,13 @@
 //! SSE, AVX and AVX-512 instructions, which the host's CPU executes itself.
 //!
-//! Those that touch nothing but general and vector registers and at most one memory operand ([`class`]) need no
-//! emulator: the memory operand is copied to a scratch area, the instruction is encoded anew for it, and runs with
-//! the guest's registers ([`stub`]). What comes out is put back. Whatever could raise an exception on the host's
-//! CPU is looked for beforehand and becomes the guest's: a missing feature, an unaligned operand, an unmasked
-//! floating-point exception.
+//! Those that touch nothing but general and vector registers and at most one memory operand
+//! ([`class`]) need no emulator: the memory operand is copied to a scratch area, the instruction is
+//! encoded anew for it, and runs with the guest's registers ([`stub`]). What comes out is put back.
+//! Whatever could raise an exception on the host's CPU is looked for beforehand and becomes the
+//! guest's: a missing feature, an unaligned operand, an unmasked floating-point exception.
 //!
-//! One difference remains: a floating-point underflow that the guest has unmasked is raised only where the result
-//! is also inexact, as if it were masked.
+//! One difference remains: a floating-point underflow that the guest has unmasked is raised only
+//! where the result is also inexact, as if it were masked.
 
 mod class;
 mod stub;
@@ -91,7 +91,8 @@ pub(super) fn execute(c: &mut Context) -> Result<Effect, Stop> {
         if raised & !before != 0 {
             state::set_mxcsr(c.extended_mut()?, before | raised);
         }
-        let vector = if c.sregs.cr4 & CR4_OSXMMEXCPT != 0 { SIMD_EXCEPTION } else { INVALID_OPCODE };
+        let vector =
+            if c.sregs.cr4 & CR4_OSXMMEXCPT != 0 { SIMD_EXCEPTION } else { INVALID_OPCODE };
         return Err(Stop::Fault { vector, error: None });
     }
     if let (Some(place), true) = (&place, plan.writes) {
@@ -106,7 +107,8 @@ pub(super) fn execute(c: &mut Context) -> Result<Effect, Stop> {
     Ok(Effect::Next)
 }
 
-/// Raises what the CPU raises where the guest's kernel did not enable what is needed, or wants to know of its use.
+/// Raises what the CPU raises where the guest's kernel did not enable what is needed, or wants to
+/// know of its use.
 pub(super) fn enabled(c: &mut Context, needed: Enabled) -> Result<(), Stop> {
     let mut has = |bits| Ok::<_, Stop>(c.sregs.cr4 & CR4_OSXSAVE != 0 && c.xcr0()? & bits == bits);
     let on = match needed {

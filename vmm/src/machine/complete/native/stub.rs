@@ -22,7 +22,8 @@ const AREA: usize = 16 << 10;
 /// State components of `xsave`.
 const SSE: u32 = 1 << 1;
 const AVX: u32 = 1 << 2;
-/// The opmask registers; bits 256 and up of zmm0 to zmm15, which instructions with a VEX prefix clear; and zmm16 to zmm31.
+/// The opmask registers; bits 256 and up of zmm0 to zmm15, which instructions with a VEX prefix
+/// clear; and zmm16 to zmm31.
 const OPMASK: u32 = 1 << 5;
 const ZMM_HIGH: u32 = 1 << 6;
 const HIGH_ZMM: u32 = 1 << 7;
@@ -64,8 +65,8 @@ static COMPONENTS: LazyLock<Components> = LazyLock::new(|| {
         place.len() == bytes && place.start >= state::AVX.end && place.end <= XSAVE
     };
     let none = enabled & AVX512 == 0;
-    let all =
-        enabled & AVX512 == AVX512 && avx512.iter().all(|(_, component, bytes)| fits(*component, *bytes));
+    let all = enabled & AVX512 == AVX512
+        && avx512.iter().all(|(_, component, bytes)| fits(*component, *bytes));
     if enabled & (SSE | AVX) == SSE | AVX && at(2) == state::AVX && (none || all) {
         add(AVX, state::AVX);
         if all {
@@ -178,7 +179,8 @@ impl Frame {
         COMPONENTS.places.iter().filter(move |(bit, _)| components & bit != 0).cloned()
     }
 
-    /// Takes the guest's vector registers. Only what `xrstor` accepts is taken over, whatever `area` holds.
+    /// Takes the guest's vector registers. Only what `xrstor` accepts is taken over, whatever
+    /// `area` holds.
     pub fn load(&mut self, area: &XsaveArea) {
         for (_, part) in self.parts() {
             self.guest[part.clone()].copy_from_slice(&area.0[part]);
@@ -203,9 +205,9 @@ impl Frame {
         let (before, after) = (state::xstate_bv(area), self.header());
         state::mxcsr(area) != self.mxcsr()
             || (before ^ after) & u64::from(self.components) != 0
-            || self
-                .parts()
-                .any(|(bit, part)| after & u64::from(bit) != 0 && area.0[part.clone()] != self.guest[part])
+            || self.parts().any(|(bit, part)| {
+                after & u64::from(bit) != 0 && area.0[part.clone()] != self.guest[part]
+            })
     }
 
     fn header(&self) -> u64 {
@@ -226,7 +228,8 @@ impl Frame {
     }
 }
 
-/// Host code: instructions, each followed by a `ret`. Its memory is writable or executable, never both.
+/// Host code: instructions, each followed by a `ret`. Its memory is writable or executable, never
+/// both.
 #[derive(Debug)]
 pub(super) struct Code {
     base: *mut u8,
@@ -259,9 +262,9 @@ impl Code {
         };
         // SAFETY: `offset` is inside the mapping.
         frame.entry = unsafe { self.base.add(offset) };
-        // SAFETY: at `entry` are an instruction that changes nothing but the registers in `frame` and its memory
-        // operand, which is in `frame` as well, and raises no exception; and a `ret`. The components are
-        // those that the CPU and the operating system have.
+        // SAFETY: at `entry` are an instruction that changes nothing but the registers in `frame`
+        // and its memory operand, which is in `frame` as well, and raises no exception; and a
+        // `ret`. The components are those that the CPU and the operating system have.
         unsafe { call(frame) };
         Ok(())
     }
@@ -305,11 +308,12 @@ impl Drop for Code {
 /// Loads the guest's registers, calls `frame.entry`, and stores them again.
 ///
 /// # Safety
-/// `entry` points to code that ends with `ret`, keeps the stack and raises no exception; `components` can be saved
-/// and restored; `guest` is what `xrstor` accepts.
+/// `entry` points to code that ends with `ret`, keeps the stack and raises no exception;
+/// `components` can be saved and restored; `guest` is what `xrstor` accepts.
 unsafe fn call(frame: &mut Frame) {
-    // SAFETY: the caller's promise. All registers are outputs, or put back: rbx, rbp and rsp here, and
-    // the vector registers and MXCSR from `host`. The header of `host` is zero but for what `xsave` writes.
+    // SAFETY: the caller's promise. All registers are outputs, or put back: rbx, rbp and rsp here,
+    // and the vector registers and MXCSR from `host`. The header of `host` is zero but for what
+    // `xsave` writes.
     unsafe {
         asm!(
             "push rbx",

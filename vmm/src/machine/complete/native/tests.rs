@@ -200,8 +200,10 @@ fn what_the_guest_has_not_enabled_is_its_exception() {
         let mut c = vector_cpu();
         setting(&mut c);
         run_in(&mut c, &ram(), bytes).unwrap();
-        let expected =
-            (vector.map(|v| (v, None)), RIP + if vector.is_some() { 0 } else { bytes.len() as u64 });
+        let expected = (
+            vector.map(|v| (v, None)),
+            RIP + if vector.is_some() { 0 } else { bytes.len() as u64 },
+        );
         assert_eq!((c.injected, c.regs.rip), expected, "case {i}");
     }
 }
@@ -288,13 +290,19 @@ fn what_does_not_go_to_the_host() {
         let mut c = vector_cpu();
         let before = c.regs;
         let error = run_in(&mut c, &ram(), bytes).unwrap_err();
-        assert!(matches!(&error, CompleteError::Unknown { mnemonic, .. } if mnemonic == name), "{error}");
+        assert!(
+            matches!(&error, CompleteError::Unknown { mnemonic, .. } if mnemonic == name),
+            "{error}"
+        );
         assert_eq!((c.regs, c.injected), (before, None), "{name}");
     }
     // 32-bit code.
     let mut c = vector_cpu();
     (c.sregs.cs.l, c.sregs.cs.db) = (0, 1);
-    assert!(matches!(run_in(&mut c, &ram(), &[0x0f, 0x58, 0xca]), Err(CompleteError::Unknown { .. })));
+    assert!(matches!(
+        run_in(&mut c, &ram(), &[0x0f, 0x58, 0xca]),
+        Err(CompleteError::Unknown { .. })
+    ));
 }
 
 /// Independent of how [`class`] decides: what is about to run touches nothing but what it may.
@@ -302,10 +310,15 @@ fn check(bytes: &[u8], plan: &Plan) {
     let moved = Decoder::with_ip(64, &plan.bytes, 0, DecoderOptions::NONE).decode();
     assert_eq!(moved.len(), plan.bytes.len(), "{bytes:x?}");
     let evex = moved.encoding() == EncodingKind::EVEX;
-    assert!(evex || matches!(moved.encoding(), EncodingKind::Legacy | EncodingKind::VEX), "{bytes:x?}");
+    assert!(
+        evex || matches!(moved.encoding(), EncodingKind::Legacy | EncodingKind::VEX),
+        "{bytes:x?}"
+    );
     assert!(plan.len == 0 || !moved.has_op_mask(), "{bytes:x?}");
     let text = format!("{:?}", moved.code());
-    for part in ["_mmm", "_mm_", "_sti", "vm32", "vm64", "rel", "moffs", "m80", "Xsave", "Fxsave", "mxcsr"] {
+    for part in
+        ["_mmm", "_mm_", "_sti", "vm32", "vm64", "rel", "moffs", "m80", "Xsave", "Fxsave", "mxcsr"]
+    {
         assert!(!text.contains(part), "{bytes:x?}: {text}");
     }
     assert_eq!(moved.memory_index(), Register::None, "{bytes:x?}");
@@ -327,8 +340,8 @@ fn harmless(ram: &Ram, completer: &mut Completer, bytes: &[u8], c: &mut FakeCpu)
     true
 }
 
-/// Every opcode in every map, with every prefix that selects an instruction: what is let through runs on this CPU
-/// (a signal would end the test), and what comes out is put into the guest.
+/// Every opcode in every map, with every prefix that selects an instruction: what is let through
+/// runs on this CPU (a signal would end the test), and what comes out is put into the guest.
 #[test]
 fn every_allowed_opcode_runs() {
     let ram = ram();
@@ -361,18 +374,32 @@ fn every_allowed_opcode_runs() {
                         run(&[0xc4, 0xe0 | map, last, opcode, modrm, 0x05, 0, 0, 0, 0]);
                     }
                 }
-                // W and pp; then 128, 256 and 512 bits, the first and last with one number for all, with a mask k1, and
-                // zeroes where it has none.
+                // W and pp; then 128, 256 and 512 bits, the first and last with one number for all,
+                // with a mask k1, and zeroes where it has none.
                 for (w, pp) in (0..2).flat_map(|w| (0..4).map(move |pp| (w, pp))) {
                     for last in [0x08, 0x28, 0x48, 0x18, 0x58, 0x49, 0xc9] {
-                        run(&[0x62, 0xf0 | map, w << 7 | 0x74 | pp, last, opcode, modrm, 0x05, 0, 0, 0, 0]);
+                        run(&[
+                            0x62,
+                            0xf0 | map,
+                            w << 7 | 0x74 | pp,
+                            last,
+                            opcode,
+                            modrm,
+                            0x05,
+                            0,
+                            0,
+                            0,
+                            0,
+                        ]);
                     }
                 }
             }
         }
     }
     eprintln!("{} mnemonics run on the host's CPU", seen.len());
-    for expected in [Mnemonic::Addps, Mnemonic::Pshufb, Mnemonic::Movd, Mnemonic::Vpaddb, Mnemonic::Aesenc] {
+    for expected in
+        [Mnemonic::Addps, Mnemonic::Pshufb, Mnemonic::Movd, Mnemonic::Vpaddb, Mnemonic::Aesenc]
+    {
         assert!(seen.contains(&expected), "{expected:?}");
     }
     for expected in [Mnemonic::Vpermi2d, Mnemonic::Vprord, Mnemonic::Kmovw, Mnemonic::Vpternlogd] {
@@ -395,8 +422,12 @@ fn random_bytes_do_no_harm() {
         Just(vec![0xf3, 0x0f]),
         Just(vec![0x62])
     ];
-    let strategy =
-        (opcode, proptest::collection::vec(any::<u8>(), 1..15), any::<[u64; 4]>(), any::<[u8; 4]>());
+    let strategy = (
+        opcode,
+        proptest::collection::vec(any::<u8>(), 1..15),
+        any::<[u64; 4]>(),
+        any::<[u8; 4]>(),
+    );
     proptest!(ProptestConfig::with_cases(20_000), |((start, rest, numbers, modes) in strategy)| {
         let bytes = [start, rest].concat();
         let mut completer = completer.borrow_mut();

@@ -21,7 +21,8 @@ macro_rules! native {
     ($text:literal) => {{
         fn execute(rax: u64, rcx: u64, rdx: u64, rsi: u64, flags: u64, memory: &mut [u64; 2]) -> Result4 {
             let mut r = Result4 { rax, rcx, rdx, rsi, flags: flags | 2 };
-            // SAFETY: the instruction uses the registers named and the memory at rdi, and changes flags.
+            // SAFETY: the instruction uses the registers named and the memory at rdi, and changes
+            // flags.
             unsafe {
                 asm!(
                     "push {flags}", "popfq", $text, "pushfq", "pop {flags}", "cld",
@@ -34,7 +35,8 @@ macro_rules! native {
             r
         }
         let (start, end): (*const u8, *const u8);
-        // SAFETY: two address calculations; the code goes to a section of its own and is not executed here.
+        // SAFETY: two address calculations; the code goes to a section of its own and is not
+        // executed here.
         let bytes = unsafe {
             asm!(
                 "lea {0}, [rip + 230f]", "lea {1}, [rip + 231f]",
@@ -76,8 +78,16 @@ fn instructions() -> Vec<(Native, u64, bool)> {
                 "popcnt cx, [rdi + 3]"
             ]
         ),
-        with!(ZF_CF, "lzcnt", ["lzcnt rax, rcx", "lzcnt eax, ecx", "lzcnt ax, cx", "lzcnt eax, [rdi + 1]"]),
-        with!(ZF_CF, "bmi1", ["tzcnt rax, rcx", "tzcnt eax, ecx", "tzcnt ax, cx", "tzcnt rax, [rdi]"]),
+        with!(
+            ZF_CF,
+            "lzcnt",
+            ["lzcnt rax, rcx", "lzcnt eax, ecx", "lzcnt ax, cx", "lzcnt eax, [rdi + 1]"]
+        ),
+        with!(
+            ZF_CF,
+            "bmi1",
+            ["tzcnt rax, rcx", "tzcnt eax, ecx", "tzcnt ax, cx", "tzcnt rax, [rdi]"]
+        ),
         with!(
             LOGIC,
             "bmi1",
@@ -169,13 +179,23 @@ fn compare(native: &Native, defined: u64, r: [u64; 4], flags: u64, memory: [u64;
     let bytes = |m: [u64; 2]| [m[0].to_le_bytes(), m[1].to_le_bytes()].concat();
     ram.write(GuestAddress(MEMORY), &bytes(memory)).unwrap();
     run_in(&mut c, &ram, native.bytes).unwrap();
-    assert_eq!((c.injected, c.regs.rip), (None, RIP + native.bytes.len() as u64), "{}", native.text);
+    assert_eq!(
+        (c.injected, c.regs.rip),
+        (None, RIP + native.bytes.len() as u64),
+        "{}",
+        native.text
+    );
     let mut expected_memory = memory;
     let mut expected = (native.execute)(r[0], r[1], r[2], r[3], flags, &mut expected_memory);
     // Undefined flags are not changed here, and may be anything there.
     expected.flags = expected.flags & defined | flags & !defined;
-    let got =
-        Result4 { rax: c.regs.rax, rcx: c.regs.rcx, rdx: c.regs.rdx, rsi: c.regs.rsi, flags: c.regs.rflags };
+    let got = Result4 {
+        rax: c.regs.rax,
+        rcx: c.regs.rcx,
+        rdx: c.regs.rdx,
+        rsi: c.regs.rsi,
+        flags: c.regs.rflags,
+    };
     assert_eq!(got, expected, "{} of {r:x?}, {memory:x?}, flags {flags:#x}", native.text);
     let mut after = [0; 16];
     ram.read(GuestAddress(MEMORY), &mut after).unwrap();
@@ -188,7 +208,8 @@ fn integer_instructions_do_what_the_cpu_does() {
     for (native, _, _) in instructions.iter().filter(|(_, _, there)| !there) {
         eprintln!("SKIPPED {}: this machine's CPU lacks it", native.text);
     }
-    let operands = (proptest::array::uniform4(operand()), any::<u64>(), proptest::array::uniform2(operand()));
+    let operands =
+        (proptest::array::uniform4(operand()), any::<u64>(), proptest::array::uniform2(operand()));
     proptest!(ProptestConfig::with_cases(128), |((r, flags, memory) in operands)| {
         for (native, defined, _) in instructions.iter().filter(|(_, _, there)| *there) {
             compare(native, *defined, r, flags & RFLAGS_STATUS, memory);

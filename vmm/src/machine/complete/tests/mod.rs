@@ -109,14 +109,18 @@ fn run(cpu: &mut FakeCpu, bytes: &[u8]) -> Result<&'static str, CompleteError> {
 }
 
 /// Completes `bytes` at [`RIP`].
-pub(super) fn run_in(cpu: &mut FakeCpu, ram: &Ram, bytes: &[u8]) -> Result<&'static str, CompleteError> {
+pub(super) fn run_in(
+    cpu: &mut FakeCpu,
+    ram: &Ram,
+    bytes: &[u8],
+) -> Result<&'static str, CompleteError> {
     cpu.regs.rip = RIP;
     cpu.injected = None;
     Completer::default().complete(cpu, ram, bytes)
 }
 
-/// Page tables for `cpu`: the first 2 MiB are mapped at `base`, 4 KiB each, with `rights` beside present.
-/// Returns where the last-level table is.
+/// Page tables for `cpu`: the first 2 MiB are mapped at `base`, 4 KiB each, with `rights` beside
+/// present. Returns where the last-level table is.
 fn map(cpu: &mut FakeCpu, ram: &Ram, base: u64, rights: u64) -> u64 {
     const TABLES: u64 = 0x18_0000;
     cpu.sregs.cr0 |= 1 << 31 | CR0_WP;
@@ -186,7 +190,13 @@ fn memory_faults_are_the_guests() {
         ("write protected without CR0.WP", 0, |c| c.sregs.cr0 &= !CR0_WP, &MOVBE, None),
         ("user page", USER, |_| {}, &POPCNT, None),
         ("user page under SMAP", USER, |c| c.sregs.cr4 |= CR4_SMAP, &POPCNT, Some(1)),
-        ("written user page under SMAP", USER | WRITE, |c| c.sregs.cr4 |= CR4_SMAP, &MOVBE, Some(3)),
+        (
+            "written user page under SMAP",
+            USER | WRITE,
+            |c| c.sregs.cr4 |= CR4_SMAP,
+            &MOVBE,
+            Some(3),
+        ),
         (
             "user page under SMAP with AC",
             USER,
@@ -231,7 +241,10 @@ fn memory_faults_are_the_guests() {
     c.regs.rbx = 0x4000_0000;
     for bytes in [POPCNT, MOVBE] {
         let error = run_in(&mut c, &ram, &bytes).unwrap_err();
-        assert!(matches!(error, CompleteError::Operand { source: WalkError::NotRam { .. }, .. }), "{error}");
+        assert!(
+            matches!(error, CompleteError::Operand { source: WalkError::NotRam { .. }, .. }),
+            "{error}"
+        );
         assert_eq!((c.regs.rip, c.injected), (RIP, None));
     }
 }

@@ -10,12 +10,13 @@ use super::*;
 /// Where the guest's area is, across pages.
 const AREA: u64 = 0x2fc0;
 
-/// Executes `$save` on this CPU with the extended state `state`, into `to`, for the components in `mask`.
+/// Executes `$save` on this CPU with the extended state `state`, into `to`, for the components in
+/// `mask`.
 macro_rules! on_host {
     ($save:literal, $state:expr, $to:expr, $mask:expr) => {{
         let mut host = XsaveArea::default();
-        // SAFETY: the state of x87, SSE and AVX is put back; the areas are large enough, and their headers are in
-        // order. No x87 exception is pending.
+        // SAFETY: the state of x87, SSE and AVX is put back; the areas are large enough, and their
+        // headers are in order. No x87 exception is pending.
         unsafe {
             asm!(
                 "xsave64 [{host}]",
@@ -110,8 +111,8 @@ fn saves_write_what_the_cpu_writes() {
                 let bytes = (0..4096).filter(|at| got.0[*at] != expected.0[*at]);
                 bytes.map(|at| (at, got.0[at], expected.0[at])).collect()
             };
-            // If the host switches to another thread between the two instructions of the reference, more may count as in
-            // use afterwards. That does not happen each time.
+            // If the host switches to another thread between the two instructions of the reference,
+            // more may count as in use afterwards. That does not happen each time.
             let same = (0..5).any(|_| differ().is_empty());
             prop_assert!(same, "{bytes:x?} mask {mask} in use {}: {:x?}", state.0[512], differ());
             prop_assert_eq!((c.injected, c.regs.rip), (None, RIP + 4));
@@ -188,7 +189,12 @@ fn bad_areas_and_states_are_the_guests_exceptions() {
             |_, a| (a.0[512], a.0[527]) = (1, 0x80),
             protection,
         ),
-        ("a reserved part of a compact one", XRSTOR, |_, a| (a.0[527], a.0[575]) = (0x80, 1), protection),
+        (
+            "a reserved part of a compact one",
+            XRSTOR,
+            |_, a| (a.0[527], a.0[575]) = (0x80, 1),
+            protection,
+        ),
         ("xrstors of the standard format", XRSTORS, |_, _| {}, protection),
         ("xrstors in ring 3", XRSTORS, |c, a| (c.sregs.ss.dpl, a.0[527]) = (3, 0x80), protection),
         ("reserved bits of MXCSR", XRSTOR, |_, a| (a.0[512], a.0[27]) = (2, 0x80), protection),

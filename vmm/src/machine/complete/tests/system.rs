@@ -185,7 +185,9 @@ fn invpcid_flushes_everything_or_faults() {
 
 #[test]
 fn single_steps_and_interrupt_shadows_end() {
-    for (bytes, steps) in [(&[0x0f, 0x01, 0xca][..], true), (&[0xcc], false), (&[0xcd, 0x80], false)] {
+    for (bytes, steps) in
+        [(&[0x0f, 0x01, 0xca][..], true), (&[0xcc], false), (&[0xcd, 0x80], false)]
+    {
         let mut c = cpu();
         (c.regs.rflags, c.shadowed) = (RFLAGS_TF | RFLAGS_RF, true);
         run(&mut c, bytes).unwrap(); // clac, int3, int 0x80
