@@ -120,11 +120,6 @@ fn is_made_from(folder: &Path, wanted: &str) -> bool {
     fs::read_to_string(stamp(folder)).is_ok_and(|made| made == wanted)
 }
 
-fn version(context: &Context, package: &str) -> Result<String> {
-    let version = setup::candidate(context, package)?;
-    version.with_context(|| format!("apt does not offer {package}, a package of Debian 12"))
-}
-
 /// An empty folder in place of whatever there is.
 fn empty(folder: &Path) -> Result<()> {
     if folder.exists() {
@@ -201,7 +196,7 @@ pub fn build_one(context: &Context, kernel: &Kernel) -> Result<PathBuf> {
     for name in kernel.config {
         fragment += &read(&context.root.join(format!("guest/linux/config/{name}.config")))?;
     }
-    let version = version(context, SOURCE)?;
+    let version = setup::version(context, SOURCE)?;
     let mut source_of = format!("{SOURCE} {version}\n");
     if kernel.patched {
         for file in patches(context)? {
@@ -286,19 +281,16 @@ fn lost<'a>(fragment: &'a str, config: &str) -> Vec<&'a str> {
 }
 
 fn stock(context: &Context, folder: &Path) -> Result<()> {
-    let version = version(context, STOCK)?;
+    let version = setup::version(context, STOCK)?;
     let wanted = format!("{STOCK} {version}");
     if is_made_from(folder, &wanted) {
         return Ok(());
     }
-    let mut depends = Command::new("apt-cache", &context.root);
-    let depends = depends.args(["depends", STOCK]).env("LC_ALL", "C").stream(|_| {})?.output;
-    let package = depends.lines().find_map(|line| line.trim().strip_prefix("Depends: "));
-    let package = package.with_context(|| format!("{STOCK} names no kernel"))?;
+    let package = setup::dependency(context, STOCK)?;
     context.progress.step(&format!("fetching {package} {version}: the tests boot it"));
     empty(folder)?;
     let unpacked = folder.join("unpacked");
-    setup::unpack(context, package, &version, &unpacked)?;
+    setup::unpack(context, &package, &version, &unpacked)?;
     let image = fs::read_dir(unpacked.join("boot"))?
         .filter_map(|entry| Some(entry.ok()?.path()))
         .find(|path| {

@@ -6,6 +6,7 @@ mod demo;
 mod guest;
 mod linux;
 mod linux_suite;
+mod nested;
 mod process;
 mod progress;
 mod setup;
@@ -51,6 +52,13 @@ enum Task {
         /// Only the tests whose names contain this, and none of the other checks
         name: Option<String>,
     },
+    /// Run a command on a KVM host like hardware's, which QEMU's software CPU gives on any machine
+    ///
+    /// AMD's SVM with nested paging. The command sees this machine's files, at the same paths:
+    /// `target` of this workspace writable, all else read-only, and a /tmp of its own. It reads
+    /// nothing from standard input. Its exit status is passed on; 2 is a host that does not start,
+    /// and a command that does not end in time. The host has one CPU; guests may have more.
+    Nested(nested::Arguments),
     /// Measure what Umbra costs, and write BENCHMARKS.md
     ///
     /// `cargo xtask bench -- --help` lists the parts and their options. Without arguments it
@@ -137,6 +145,7 @@ fn main() -> ExitCode {
             let outcome = match arguments.task {
                 Task::Demo { arguments } => demo::run(&context, &arguments),
                 Task::Test { name } => Ok(tests::run(&context, name.as_deref())),
+                Task::Nested(arguments) => nested::run(&context, &arguments),
                 Task::Bench { arguments } => bench(&context, &arguments),
                 Task::Scenarios => tests::write_tables(&context),
                 Task::Linux { task: None } => linux::run(&context),
