@@ -67,6 +67,18 @@ impl Summary {
         !harness.passing
     }
 
+    /// Counts of things that are not tests.
+    pub fn of(passed: usize, failed: usize, skipped: usize) -> Self {
+        Self { passed, failed, skipped, ..Self::default() }
+    }
+
+    /// Adds the counts of another.
+    pub fn add(&mut self, other: &Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+    }
+
     /// After the last line; `success` tells whether the program that ran the harnesses said all was
     /// well.
     pub fn end(&mut self, success: bool) {

@@ -68,42 +68,33 @@ pub enum Output<'a> {
     Lines(&'a mut (dyn FnMut(&str) + Send)),
 }
 
-/// A word between the quotes of a shell.
-fn quoted(word: &OsStr) -> Vec<u8> {
-    let mut quoted = vec![b'\''];
-    for byte in word.as_encoded_bytes() {
-        match byte {
-            b'\'' => quoted.extend(b"'\\''"),
-            other => quoted.push(*other),
-        }
-    }
-    quoted.push(b'\'');
-    quoted
+/// A word between the quotes of a shell. A name that is not UTF-8 is not kept.
+pub fn quoted(word: &OsStr) -> String {
+    format!("'{}'", word.to_string_lossy().replace('\'', "'\\''"))
 }
 
 /// A script that runs a command in the current folder, with the current environment.
 pub fn in_this_place(command: &[OsString]) -> Result<Vec<u8>> {
     let folder = std::env::current_dir().context("the current folder is gone")?;
-    let mut script = b"cd ".to_vec();
-    script.extend(quoted(folder.as_os_str()));
-    script.extend(b" || exit 2\nexec env -i");
+    let words: Vec<_> = command.iter().map(|word| quoted(word)).collect();
+    let script = format!("cd {} || exit 2\nexec {}\n", quoted(folder.as_os_str()), words.join(" "));
+    Ok(with_this_environment(script.as_bytes()))
+}
+
+/// A script that runs in the current environment.
+pub fn with_this_environment(script: &[u8]) -> Vec<u8> {
+    let mut whole = String::new();
     for (name, value) in std::env::vars_os() {
+        let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        let name = name.to_string_lossy();
         // There is another /tmp.
-        if name == "TMPDIR" {
-            continue;
+        if name != "TMPDIR" && name.chars().all(is_name) && !name.starts_with(char::is_numeric) {
+            let _ = writeln!(whole, "export {name}={}", quoted(&value));
         }
-        let mut variable = name;
-        variable.push("=");
-        variable.push(value);
-        script.push(b' ');
-        script.extend(quoted(&variable));
     }
-    for word in command {
-        script.push(b' ');
-        script.extend(quoted(word));
-    }
-    script.push(b'\n');
-    Ok(script)
+    let mut whole = whole.into_bytes();
+    whole.extend(script);
+    whole
 }
 
 impl Host {
@@ -423,11 +414,9 @@ mod tests {
         let words: Vec<OsString> =
             ["printf", "%s|", "a b", "it's", "$HOME", "\\", ""].map(Into::into).into();
         let script = in_this_place(&words).unwrap();
-        let run = std::process::Command::new("/bin/sh")
-            .arg("-c")
-            .arg(OsStr::new(std::str::from_utf8(&script).unwrap()));
-        let mut run = run;
-        let output = run.output().unwrap();
+        let script = std::str::from_utf8(&script).unwrap();
+        let mut shell = std::process::Command::new("/bin/sh");
+        let output = shell.arg("-c").arg(script).output().unwrap();
         assert_eq!(String::from_utf8_lossy(&output.stdout), "a b|it's|$HOME|\\||");
     }
 

@@ -17,7 +17,7 @@ use anyhow::{Result, bail};
 
 use crate::Context;
 
-pub use host::{Ended, Host, Job};
+pub use host::{Ended, Host, Job, Output, quoted, with_this_environment};
 
 /// `cargo xtask nested`.
 #[derive(clap::Args)]
@@ -51,7 +51,7 @@ pub fn run(context: &Context, arguments: &Arguments) -> Result<ExitCode> {
         timeout: Duration::from_secs(arguments.timeout),
     };
     context.progress.step("booting the nested host");
-    let ended = host.run(&job, &context.progress, host::Output::PassedOn)?;
+    let ended = host.run(&job, &context.progress, Output::PassedOn)?;
     match ended {
         Ended::Exit(status) => Ok(ExitCode::from(status)),
         Ended::Trouble(reason) => bail!("{reason}"),
