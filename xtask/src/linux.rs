@@ -107,7 +107,7 @@ fn build_these(context: &Context, built: &[Kernel]) -> Result<Vec<PathBuf>> {
 }
 
 fn skipped(context: &Context, name: &str, error: &anyhow::Error) {
-    context.progress.say(&format!("SKIPPED: the Linux kernel {name}: {error:#}"));
+    context.progress.say(&format!("not built: the Linux kernel {name}: {error:#}"));
 }
 
 /// The file that says what the kernel beside it was made from.

@@ -118,6 +118,6 @@ fn check(context: &Context, summary: &mut Summary, command: &mut Command) -> Res
 }
 
 fn skip(context: &Context, summary: &mut Summary, what: &str, why: &str) {
-    context.progress.say(&format!("SKIPPED: {what}: {why}"));
+    context.progress.say(&umbra_skip::line(what, why));
     summary.skipped += 1;
 }
