@@ -178,38 +178,58 @@ pub fn candidate(context: &Context, package: &str) -> Result<Option<String>> {
         return Ok(known);
     }
     // A clean machine has no list of packages.
-    let Some(apt) = Apt::find(context) else { return Ok(None) };
+    if renew_lists(context)? { ask() } else { Ok(None) }
+}
+
+/// Renews apt's lists of packages. False where this user may not.
+pub fn renew_lists(context: &Context) -> Result<bool> {
+    let Some(apt) = Apt::find(context) else { return Ok(false) };
     context.progress.step("updating the list of packages");
     apt.command("apt-get", &context.root).args(["update", "-qq"]).run(&context.progress)?;
-    ask()
+    Ok(true)
+}
+
+/// Downloads a package of a version into an empty folder; `None` if apt cannot.
+pub fn download(
+    context: &Context,
+    package: &str,
+    version: &str,
+    folder: &Path,
+) -> Result<Option<PathBuf>> {
+    std::fs::create_dir_all(folder)
+        .with_context(|| format!("cannot create {}", folder.display()))?;
+    let mut get = Command::new("apt-get", folder);
+    get.args(["download", "-qq", &format!("{package}={version}")]);
+    if !get.run(&context.progress)?.success {
+        return Ok(None);
+    }
+    let mut files = std::fs::read_dir(folder)?.filter_map(|entry| Some(entry.ok()?.path()));
+    let file = files.find(|path| path.extension().is_some_and(|extension| extension == "deb"));
+    file.map(Some).with_context(|| format!("apt-get downloaded no {package}"))
+}
+
+/// Unpacks a package that was downloaded, and removes it. Nothing is installed.
+pub fn unpack_file(context: &Context, file: &Path, folder: &Path) -> Result<()> {
+    Command::new("dpkg-deb", folder)
+        .args([OsStr::new("-x"), file.as_os_str(), OsStr::new(".")])
+        .run_or_fail(&context.progress)?;
+    std::fs::remove_file(file).with_context(|| format!("cannot remove {}", file.display()))
 }
 
 /// Downloads a package of a version into an empty folder, and unpacks it there. Nothing is
 /// installed.
 pub fn unpack(context: &Context, package: &str, version: &str, folder: &Path) -> Result<()> {
-    std::fs::create_dir_all(folder)
-        .with_context(|| format!("cannot create {}", folder.display()))?;
-    let wanted = format!("{package}={version}");
-    let download = || {
-        Command::new("apt-get", folder).args(["download", "-qq", &wanted]).run(&context.progress)
+    let download = || download(context, package, version, folder);
+    let file = match download()? {
+        Some(file) => file,
+        None => {
+            // The list of packages may be old.
+            renew_lists(context)?;
+            download()?
+                .with_context(|| format!("apt-get could not download {package}={version}"))?
+        }
     };
-    if !download()?.success {
-        // The list of packages may be old.
-        if let Some(apt) = Apt::find(context) {
-            apt.command("apt-get", &context.root).args(["update", "-qq"]).run(&context.progress)?;
-        }
-        if !download()?.success {
-            bail!("apt-get could not download {wanted}");
-        }
-    }
-    let archive = std::fs::read_dir(folder)?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
-        .with_context(|| format!("apt-get downloaded no {package}"))?;
-    Command::new("dpkg-deb", folder)
-        .args([OsStr::new("-x"), archive.as_os_str(), OsStr::new(".")])
-        .run_or_fail(&context.progress)?;
-    std::fs::remove_file(&archive).with_context(|| format!("cannot remove {}", archive.display()))
+    unpack_file(context, &file, folder)
 }
 
 /// A browser for the tests of the page that `--html` writes. Without one they are skipped, and say

@@ -11,6 +11,8 @@ pub struct Summary {
     pub failed: usize,
     /// Those that could not run here.
     pub skipped: usize,
+    /// What else nobody may miss, each in a line: it is printed before the counts.
+    pub notices: Vec<String>,
     harness: Option<Harness>,
 }
 

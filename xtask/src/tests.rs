@@ -18,6 +18,9 @@ pub fn run(context: &Context, name: Option<&str>) -> ExitCode {
         summary.failed += 1;
     }
     context.progress.finish();
+    for notice in &summary.notices {
+        println!("{notice}");
+    }
     println!("{summary}");
     if summary.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
@@ -49,7 +52,7 @@ pub fn write_tables(context: &Context) -> Result<ExitCode> {
 fn run_all(context: &Context, name: Option<&str>, summary: &mut Summary) -> Result<()> {
     guest::build(context)?;
     c_kernel::build(context)?;
-    linux::build(context)?;
+    summary.notices = linux::build(context).notices;
     if name.is_none() {
         format(context, summary)?;
         lints(context, summary)?;
