@@ -66,7 +66,7 @@ pub fn run(context: &Context, selection: &Selection) -> Result<Vec<Count>> {
     };
     let host = Host::prepare(context);
     if let Err(error) = &host {
-        context.progress.say(&format!("SKIPPED: the nested host: {error:#}"));
+        context.progress.say(&umbra_skip::line("the nested host", format_args!("{error:#}")));
     }
     context.progress.step("running the tests, on this machine and in the nested host");
     context.progress.finish();
@@ -220,7 +220,10 @@ fn in_nested_host(context: &Context, host: &Host, script: Vec<u8>) -> Summary {
 
 /// A line of a harness with the host in the test's name.
 fn with_prefix(line: &str) -> String {
-    for start in ["test ", "---- ", "SKIPPED: "] {
+    if let Some(said) = umbra_skip::said(line) {
+        return line.replacen(said, &format!("{PREFIX}{said}"), 1);
+    }
+    for start in ["test ", "---- "] {
         if let Some(rest) = line.strip_prefix(start).filter(|rest| !rest.starts_with("result:")) {
             return format!("{start}{PREFIX}{rest}");
         }
@@ -236,7 +239,8 @@ mod tests {
     fn names_say_where_a_test_runs() {
         assert_eq!(with_prefix("test a::b ... ok"), "test svm::a::b ... ok");
         assert_eq!(with_prefix("---- a stdout ----"), "---- svm::a stdout ----");
-        assert_eq!(with_prefix("SKIPPED: a: no such CPU"), "SKIPPED: svm::a: no such CPU");
+        let skipped = umbra_skip::line("a", "no such CPU");
+        assert_eq!(with_prefix(&skipped), umbra_skip::line("svm::a", "no such CPU"));
         assert_eq!(with_prefix("test result: ok. 1 passed"), "test result: ok. 1 passed");
     }
 

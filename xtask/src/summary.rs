@@ -12,6 +12,8 @@ pub struct Summary {
     pub failed: usize,
     /// Those that could not run here, and parts of others that could not.
     pub skipped: usize,
+    /// What else nobody may miss, each in a line: it is printed before the counts.
+    pub notices: Vec<String>,
     harness: Option<Harness>,
     /// What was said to be skipped, `what: why`, since the last harness ended.
     said: BTreeSet<String>,

@@ -22,6 +22,9 @@ pub fn run(context: &Context, selection: &Selection) -> ExitCode {
     });
     let mut all = Summary::default();
     println!();
+    for notice in &checks.notices {
+        println!("{notice}");
+    }
     for count in counts.iter().chain([&Count { host: "checks", summary: checks }]) {
         println!("{:<8} {}", count.host, count.summary);
         all.add(&count.summary);
@@ -57,7 +60,7 @@ pub fn write_tables(context: &Context) -> Result<ExitCode> {
 fn run_all(context: &Context, selection: &Selection, checks: &mut Summary) -> Result<Vec<Count>> {
     guest::build(context)?;
     c_kernel::build(context)?;
-    linux::build(context)?;
+    checks.notices = linux::build(context).notices;
     if selection.name.is_none() {
         format(context, checks)?;
         lints(context, checks)?;

@@ -21,12 +21,13 @@ use crate::progress::Progress;
 /// The first program of the host.
 const INIT: &str = include_str!("init.sh");
 /// What it loads, with parameters: nobody needs a third level of virtual machines.
-const MODULES: [(&str, &str); 5] = [
+const MODULES: [(&str, &str); 6] = [
     ("kvm_amd", "nested=0"),
     ("virtio_pci", ""),
     ("virtio_console", ""),
     ("9pnet_virtio", ""),
     ("9p", ""),
+    ("overlay", ""),
 ];
 /// A host that does not say "ready" within this time never will.
 const BOOT: Duration = Duration::from_secs(300);

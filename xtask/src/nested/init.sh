@@ -37,12 +37,20 @@ share() {
     mount -t 9p -o "trans=virtio,version=9p2000.L,msize=512000,cache=loose,$3" "$1" "$2" ||
         echo "no-files $1" >&3
 }
-share machine /machine ro
+# Writable, and forgotten at the end.
+share machine /lower ro
+mkdir /upper
+mount -t tmpfs tmpfs /upper
+mkdir /upper/files /upper/work
+mount -t overlay -o lowerdir=/lower,upperdir=/upper/files,workdir=/upper/work machine /machine ||
+    echo "no-files overlay" >&3
 for folder in tmp run var/tmp; do
     mount -t tmpfs -o mode=1777 tmpfs /machine/$folder
 done
-share workspace "/machine$(cat /job/workspace)" ro
-share target "/machine$(cat /job/workspace)/target" rw
+workspace=/machine$(cat /job/workspace)
+# One of those folders may have hidden it.
+[ -e "$workspace" ] || share workspace "$workspace" ro
+share target "$workspace/target" rw
 for folder in proc sys dev; do
     mount --rbind /$folder /machine/$folder
 done

@@ -2,8 +2,8 @@
 //!
 //! QEMU's software CPU has AMD's SVM with nested paging. A Debian Linux booted on it loads
 //! `kvm_amd`, and its `/dev/kvm` behaves as on hardware: second-stage faults, exceptions, programs
-//! in guests. A command runs there with this machine's files, read-only, at their usual paths; the
-//! workspace's `target` folder is writable.
+//! in guests. A command runs there with this machine's files at their usual paths. What it writes is
+//! forgotten, but in the workspace's `target` folder.
 
 mod cpio;
 mod host;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 
 use crate::process::{Command, which};
-use crate::{Context, setup};
+use crate::{Context, apt};
 
 /// The package that names Debian's newest kernel with all its modules.
 const KERNEL: &str = "linux-image-amd64";
@@ -63,7 +63,7 @@ pub fn qemu(context: &Context) -> Result<Program> {
 pub fn unpacked_program(context: &Context, package: &str, name: &str) -> Result<Program> {
     let folder = folder(context).join(package);
     if !folder.join(DONE).is_file() {
-        let packages = setup::would_install(context, package)?;
+        let packages = apt::would_install(context, package)?;
         fetch(context, &packages, &folder)?;
     }
     let path = folder.join("usr/bin").join(name);
@@ -83,8 +83,8 @@ pub fn unpacked_program(context: &Context, package: &str, name: &str) -> Result<
 pub fn kernel(context: &Context) -> Result<Kernel> {
     let folder = folder(context).join(KERNEL);
     if !folder.join(DONE).is_file() {
-        let version = setup::version(context, KERNEL)?;
-        let package = setup::dependency(context, KERNEL)?;
+        let version = apt::version(context, KERNEL)?;
+        let package = apt::dependency(context, KERNEL)?;
         fetch(context, &[(package, version)], &folder)?;
     }
     let image = file_in(&folder.join("boot"), |name| name.starts_with("vmlinuz-"))?;
@@ -99,7 +99,7 @@ pub fn kernel(context: &Context) -> Result<Kernel> {
 pub fn busybox(context: &Context) -> Result<PathBuf> {
     let folder = folder(context).join(BUSYBOX.1);
     if !folder.join(DONE).is_file() {
-        let version = setup::version(context, BUSYBOX.1)?;
+        let version = apt::version(context, BUSYBOX.1)?;
         fetch(context, &[(BUSYBOX.1.to_owned(), version)], &folder)?;
     }
     Ok(folder.join(BUSYBOX.0))
@@ -153,7 +153,8 @@ fn fetch(context: &Context, packages: &[(String, String)], folder: &Path) -> Res
         many => format!("{what} and the {} packages it needs", many.len() - 1),
     };
     context.progress.step(&format!("fetching {what} for the nested host"));
-    setup::unpack_all(context, packages, folder)?;
+    let packages: Vec<_> = packages.iter().map(|(name, version)| (&**name, &**version)).collect();
+    apt::unpack(context, &packages, folder)?;
     fs::write(folder.join(DONE), "").with_context(|| format!("cannot write {}", folder.display()))
 }
 
