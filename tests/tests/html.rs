@@ -202,7 +202,7 @@ fn main() -> ExitCode {
         .output()
         .is_ok_and(|output| output.status.success());
     let browser = Need::unless((!browser).then(|| "chromium is not installed".to_owned()));
-    let need = browser.and(&Need::test_kernel());
+    let need = browser.and(&Need::test_kernel()).and(&Need::fast_programs());
     let tests: [Test; 4] = [
         ("a_run_with_findings", a_run_with_findings),
         ("a_clean_run", a_clean_run),

@@ -21,8 +21,11 @@ use crate::{Context, demo};
 const HOST: &str = "UMBRA_TEST_HOST";
 /// What names of tests on the nested host begin with.
 const PREFIX: &str = "svm::";
-/// Packages whose tests boot no guest.
-const WITHOUT_GUESTS: [&str; 2] = ["umbra-shadow", "xtask"];
+/// Packages whose tests boot guests.
+const WITH_GUESTS: [&str; 3] = ["umbra", "umbra-tests", "umbra-benches"];
+/// Unit tests that stay on the machine: completed instructions are compared with what its CPU does,
+/// and QEMU's is wrong in some.
+const COMPLETION: [&str; 2] = ["complete::", "completion::"];
 /// The nested host's memory. Some tests give a guest a few GiB and use little of them.
 const MEMORY_MIB: u32 = 6144;
 /// All tests in the nested host together take minutes.
@@ -49,6 +52,8 @@ struct Binary {
     name: String,
     package: PathBuf,
     executable: PathBuf,
+    /// It holds unit tests.
+    is_libtest: bool,
 }
 
 /// Runs the tests on both hosts. Of a name that begins with the nested host's prefix, only there.
@@ -73,7 +78,7 @@ pub fn run(context: &Context, selection: &Selection) -> Result<Vec<Count>> {
     let filter = only_nested.or(named);
     Ok(std::thread::scope(|scope| {
         let nested = host.ok().map(|host| {
-            let role = if has_kvm { "svm" } else { "svm-only" };
+            let role = if has_kvm { Role::Nested } else { Role::NestedAlone };
             let script = script(&binaries, filter, role, selection.all);
             scope.spawn(move || in_nested_host(context, &host, script))
         });
@@ -81,14 +86,12 @@ pub fn run(context: &Context, selection: &Selection) -> Result<Vec<Count>> {
         let mut counts = Vec::new();
         if only_nested.is_none() {
             let role = match (has_kvm, with_nested) {
-                (true, true) => Some("machine"),
-                (false, true) => Some("machine-without-kvm"),
-                (_, false) => None,
+                (_, false) => Role::Alone,
+                (true, true) => Role::Machine,
+                (false, true) => Role::WithoutKvm,
             };
-            counts.push(Count {
-                host: "machine",
-                summary: here(context, filter, role, selection.all),
-            });
+            let summary = here(context, filter, role, selection.all);
+            counts.push(Count { host: "machine", summary });
         }
         let summary = match nested.map(std::thread::ScopedJoinHandle::join) {
             Some(Ok(summary)) => summary,
@@ -120,61 +123,96 @@ fn binary(message: &serde_json::Value) -> Option<Binary> {
     let package = PathBuf::from(text("/manifest_path")?).parent()?.to_owned();
     let kinds = message.pointer("/target/kind")?.as_array()?;
     let is_bench = kinds.iter().any(|kind| kind == "bench");
+    let is_harness = message.pointer("/target/test")?.as_bool()?;
     // `path+file:///folder#name@version`, or without the name where the folder has it.
     let id = text("/package_id")?;
-    let without_guests = WITHOUT_GUESTS
-        .iter()
-        .any(|name| id.contains(&format!("#{name}@")) || id.contains(&format!("/{name}#")));
-    (is_test && !is_bench && !without_guests).then_some(Binary {
+    let is_package =
+        |name: &&str| id.contains(&format!("#{name}@")) || id.contains(&format!("/{name}#"));
+    let boots_guests = WITH_GUESTS.iter().any(is_package);
+    (is_test && is_harness && !is_bench && boots_guests).then_some(Binary {
         name: text("/target/name")?,
         package,
         executable,
+        is_libtest: kinds.iter().any(|kind| kind == "lib"),
     })
 }
 
-/// On this machine, with documentation tests and those of packages that know no guest.
-fn here(context: &Context, filter: Option<&str>, role: Option<&str>, all: bool) -> Summary {
+/// On this machine, with documentation tests. Without KVM, only what boots no guest.
+fn here(context: &Context, filter: Option<&str>, role: Role, all: bool) -> Summary {
     let mut summary = Summary::default();
-    let mut command = context.cargo();
-    command.args(["test", "--workspace", "--release", "--no-fail-fast"]);
-    // What passing tests print is needed for the reasons of those that skip themselves.
-    command.args(["--", "--show-output"]).args(filter);
-    for (name, value) in variables(role, all) {
-        command.env(name, value);
-    }
-    let finished = command.stream(|line| {
-        if summary.line(line) {
-            println!("{line}");
+    let mut success = true;
+    for arguments in cargo_arguments(role) {
+        let mut command = context.cargo();
+        command.args(["test", "--release", "--no-fail-fast"]).args(arguments);
+        // What passing tests print is needed for the reasons of those that skip themselves.
+        command.args(["--", "--show-output"]).args(filter);
+        for (name, value) in variables(role, all) {
+            command.env(name, value);
         }
-    });
-    match finished {
-        Ok(finished) => summary.end(finished.success),
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            summary.end(false);
+        let finished = command.stream(|line| {
+            if summary.line(line) {
+                println!("{line}");
+            }
+        });
+        match finished {
+            Ok(finished) => success &= finished.success,
+            Err(error) => {
+                eprintln!("error: {error:#}");
+                success = false;
+            }
         }
     }
+    summary.end(success);
     summary
 }
 
-/// Variables for the tests.
-fn variables(role: Option<&str>, all: bool) -> Vec<(&'static str, String)> {
-    // Of `--all`, every host runs all that it can.
-    let role = role.filter(|role| !all || *role == "machine-without-kvm");
-    let mut variables: Vec<_> = role.map(|role| (HOST, role.to_owned())).into_iter().collect();
+/// What cargo is told for the tests on this machine, for each call of it.
+fn cargo_arguments(role: Role) -> Vec<Vec<&'static str>> {
+    if role != Role::WithoutKvm {
+        return vec![vec!["--workspace"]];
+    }
+    let mut others = vec!["--workspace"];
+    others.extend(WITH_GUESTS.iter().flat_map(|name| ["--exclude", *name]));
+    // Its filter is a second one: libtest runs what matches any.
+    vec![others, vec!["--package", "umbra", "--lib", COMPLETION[0]]]
+}
+
+/// What part of the tests a host runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    /// All that it can: there is no other.
+    Alone,
+    /// This machine, beside the nested host.
+    Machine,
+    /// This machine, beside the nested host, which alone has KVM.
+    WithoutKvm,
+    /// The nested host, beside this machine.
+    Nested,
+    /// The nested host, which alone has KVM.
+    NestedAlone,
+}
+
+/// Variables for the tests. With `all` no host leaves anything to the other.
+fn variables(role: Role, all: bool) -> Vec<(&'static str, &'static str)> {
+    let mut variables = Vec::new();
+    match role {
+        Role::Machine if !all => variables.push((HOST, "machine")),
+        Role::Nested if !all => variables.push((HOST, "svm")),
+        _ => {}
+    }
     if all {
-        variables.push(("UMBRA_LONG_TESTS", "1".to_owned()));
+        variables.push(("UMBRA_LONG_TESTS", "1"));
     }
     variables
 }
 
 /// A script that runs test programs one after the other, and ends with 1 if one of them fails.
-fn script(binaries: &[Binary], filter: Option<&str>, role: &str, all: bool) -> Vec<u8> {
+fn script(binaries: &[Binary], filter: Option<&str>, role: Role, all: bool) -> Vec<u8> {
     let mut script = String::from("failed=0\nexport TMPDIR=/tmp\n");
-    for (name, value) in variables(Some(role), all) {
+    for (name, value) in variables(role, all) {
         let _ = writeln!(script, "export {name}={value}");
     }
-    // Those that take longest come last, so that the rest is seen early.
+    // Cargo names a program again if it was built before.
     let mut seen = BTreeSet::new();
     for binary in binaries.iter().filter(|binary| seen.insert(&binary.executable)) {
         let word = |text: &std::ffi::OsStr| nested::quoted(text);
@@ -184,6 +222,9 @@ fn script(binaries: &[Binary], filter: Option<&str>, role: &str, all: bool) -> V
         let _ = write!(script, "{program} --show-output --test-threads=1");
         if let Some(filter) = filter {
             let _ = write!(script, " {}", word(filter.as_ref()));
+        }
+        if binary.is_libtest {
+            let _ = write!(script, " --skip {}", COMPLETION.join(" --skip "));
         }
         let _ = writeln!(script, " 2>&1 || failed=1");
     }
@@ -249,7 +290,7 @@ mod tests {
         let message = |id: &str, kind: &str| {
             serde_json::json!({
                 "reason": "compiler-artifact", "package_id": id, "manifest_path": "/u/tests/Cargo.toml",
-                "target": {"name": "cli", "kind": [kind]}, "profile": {"test": true},
+                "target": {"name": "cli", "kind": [kind], "test": true}, "profile": {"test": true},
                 "executable": "/u/target/release/deps/cli-1"
             })
         };
@@ -258,6 +299,9 @@ mod tests {
         assert!(binary(&message("path+file:///u/xtask#0.1.0", "bin")).is_none());
         assert!(binary(&message("path+file:///u/shadow#umbra-shadow@0.1.0", "lib")).is_none());
         assert!(binary(&message("path+file:///u/benches#umbra-benches@0.1.0", "bench")).is_none());
+        assert!(
+            !binary(&message("path+file:///u/tests#umbra-tests@0.1.0", "test")).unwrap().is_libtest
+        );
         assert!(binary(&serde_json::json!({"reason": "build-finished"})).is_none());
     }
 
@@ -267,9 +311,11 @@ mod tests {
             name: name.into(),
             package: "/".into(),
             executable: format!("/bin/{name}").into(),
+            is_libtest: true,
         });
         let run = |binaries: &[Binary]| {
-            let script = String::from_utf8(script(binaries, Some("it's"), "svm", false)).unwrap();
+            let script =
+                String::from_utf8(script(binaries, Some("it's"), Role::Nested, false)).unwrap();
             let output = std::process::Command::new("/bin/sh").args(["-c", &script]).output();
             output.unwrap().status.code()
         };

@@ -9,6 +9,7 @@ mod hosts;
 mod linux;
 mod nested;
 mod process;
+mod programs;
 mod progress;
 mod setup;
 mod summary;

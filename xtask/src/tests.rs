@@ -7,7 +7,7 @@ use anyhow::Result;
 use crate::hosts::{self, Count, Selection};
 use crate::process::Command;
 use crate::summary::Summary;
-use crate::{Context, c_kernel, guest, linux, setup};
+use crate::{Context, c_kernel, guest, linux, programs, setup};
 
 /// Runs the tests, with the other checks unless only some tests are asked for. Prints the counts of
 /// each host, and last those of all together.
@@ -60,6 +60,7 @@ pub fn write_tables(context: &Context) -> Result<ExitCode> {
 fn run_all(context: &Context, selection: &Selection, checks: &mut Summary) -> Result<Vec<Count>> {
     guest::build(context)?;
     c_kernel::build(context)?;
+    programs::build(context)?;
     checks.notices = linux::build(context).notices;
     if selection.name.is_none() {
         format(context, checks)?;
