@@ -8,9 +8,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use umbra::kernel::test_kernel;
+use umbra::provenance::QuarantineSize;
 use umbra::report::Event;
 use umbra::sandbox::{self, Config, Outcome, Redzone, Report, ShadowMode};
-use umbra::shadow::{Notify, QuarantineSize};
+use umbra::shadow::Notify;
 use umbra_tests::suite::{Need, Suite};
 
 /// Guest memory of these tests, in bytes.

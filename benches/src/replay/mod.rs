@@ -13,7 +13,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result, ensure};
 use serde::Serialize;
 use umbra::shadow::{
-    Config, Figures, Mode, Notify, PageMap, ShadowError, SlotError, Slots, Windows, release_unused,
+    Config, Figures, Mode, Notify, ShadowError, SlotError, Slots, Windows, page_map, release_unused,
 };
 use umbra_shadow::codes::PAGE_SIZE;
 
@@ -160,7 +160,7 @@ fn sample(event: u64, windows: &mut Windows, rules: &Kasan, highest: u64) -> Res
         Mode::PerPage => {
             let cells = highest.div_ceil(PAGES_AT_32 * PAGE_SIZE);
             let ram = 0..cells * PAGES_AT_32 * PAGE_SIZE;
-            let map = PageMap::of(windows, &[ram], cells as usize);
+            let map = page_map(windows, &[ram], cells as usize);
             debug_assert_eq!(map.pages_per_cell, PAGES_AT_32);
             map.cells.iter().filter(|cell| cell.bytes > 0).count() as u64 * PAGE_SIZE
         }

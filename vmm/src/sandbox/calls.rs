@@ -1,5 +1,9 @@
 //! What each hypercall does.
 
+use umbra_machine::memory::Ram;
+use umbra_machine::walk::AddressSpace;
+use umbra_provenance::rings::{Event, RingError};
+use umbra_provenance::{Objects, quarantine};
 use umbra_shadow::Shadow;
 use umbra_shadow::abi::{
     self, RECORD_BYTES, RECORD_FRAMES, RELEASED_BYTES, Released, features, record,
@@ -8,12 +12,10 @@ use vm_memory::GuestAddress;
 
 use super::investigate::Place;
 use super::monitor::{Flow, Machine, Monitor};
-use super::rings::Event;
+use super::ring_memory::RingRam;
 use super::{Outcome, investigate};
 use crate::hypercall::{Array, Call, CallError, Exit, Named, Regions};
-use crate::machine::memory::Ram;
-use crate::machine::walk::AddressSpace;
-use crate::shadow::{Notify, Objects, ShadowError, quarantine, release_unused};
+use crate::shadow::{Notify, ShadowError, release_unused};
 
 /// In `sync` mode, how many events pass between two looks for shadow to give back.
 const SYNC_RELEASE: u64 = 4096;
@@ -253,7 +255,7 @@ impl Monitor {
         if let Some(cpu) = asked {
             quarantine.settled(cpu);
         }
-        events.ring_drains += rings.drain(asked, ram, |event, last| {
+        events.ring_drains += rings.drain(asked, &RingRam(ram), |event, last| {
             let Some(waits) = take(event, regions, objects) else {
                 refused += 1;
                 return;
@@ -304,6 +306,15 @@ enum Refused {
 impl From<CallError> for Refused {
     fn from(error: CallError) -> Self {
         Self::Call(error)
+    }
+}
+
+impl From<RingError> for Refused {
+    fn from(error: RingError) -> Self {
+        Self::Call(match error {
+            RingError::Limit { what, most } => CallError::Limit { what, most },
+            RingError::Overlap { gpa } => CallError::Argument { what: "ring address", value: gpa },
+        })
     }
 }
 

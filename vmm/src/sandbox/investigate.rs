@@ -3,6 +3,14 @@
 
 use std::fmt;
 
+use umbra_machine::walk::AddressSpace;
+use umbra_provenance::{At, objects};
+use umbra_report::frame::{self, DESCRIPTION_MAX, FRAME_MAGIC, StackFrame};
+use umbra_report::stack::{Stack, walk};
+use umbra_report::symbols::{Position, Symbols};
+use umbra_report::{
+    self as report, Added, Event, Finding, Frame, Object, ROW_SHADOW, ShadowDump, Task,
+};
 use umbra_shadow::codes::{
     GRANULE, GRANULE_SHIFT, LARGE_REDZONE, PAGE_SHIFT, PAGE_SIZE, SLAB_REDZONE, STACK_LEFT,
     UNKNOWN, VMALLOC_INVALID,
@@ -12,12 +20,7 @@ use umbra_shadow::{BugKind, Cause, Shadow, Violation, abi, classify};
 use super::Outcome;
 use super::monitor::{Flow, Machine, Monitor};
 use crate::hypercall::{Access, Actor};
-use crate::machine::walk::AddressSpace;
-use crate::report::frame::{self, DESCRIPTION_MAX, FRAME_MAGIC, StackFrame};
-use crate::report::stack::{Stack, walk};
-use crate::report::symbols::{Position, Symbols};
-use crate::report::{self, Added, Event, Finding, Frame, Object, ROW_SHADOW, ShadowDump, Task};
-use crate::shadow::{At, Model, objects};
+use crate::shadow::Model;
 
 /// [`GRANULE`], as shadow bytes count.
 const GRANULE_BYTES: u8 = GRANULE as u8;

@@ -15,8 +15,9 @@ mod marks;
 pub mod monitor;
 mod outcome;
 mod picture;
-mod rings;
+mod ring_memory;
 pub mod stats;
+mod summary;
 #[cfg(test)]
 mod tests;
 mod unused_pages;
@@ -30,23 +31,24 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard};
 use thiserror::Error;
+use umbra_machine::cpuid::CpuidLeaf;
+use umbra_machine::devices::{COM1_IRQ, Devices};
+use umbra_machine::loader::{
+    Boot, Emulated, LoadError, Protocol, is_bzimage, is_linux, with_defaults,
+};
+use umbra_machine::memory::Ram;
+use umbra_machine::stats::{Counters, emulates_ring0, tsc_khz};
+use umbra_machine::{Kvm, Machine, MachineConfig, MachineError, SlotId, layout};
+use umbra_provenance::{ObjectLimits, Objects, Quarantine, QuarantineSize, objects, quarantine};
+use umbra_report::symbols::Symbols;
+use umbra_report::{Finding, Findings};
+pub use umbra_report::{Picture, Sample};
 use umbra_shadow::abi::redzone;
 use vm_memory::GuestAddress;
 
-use crate::machine::cpuid::CpuidLeaf;
-use crate::machine::devices::{COM1_IRQ, Devices};
-use crate::machine::loader::{
-    Boot, Emulated, LoadError, Protocol, is_bzimage, is_linux, with_defaults,
-};
-use crate::machine::memory::Ram;
-use crate::machine::stats::{Counters, emulates_ring0, tsc_khz};
-use crate::machine::{Kvm, Machine, MachineConfig, MachineError, SlotId, layout};
-use crate::report::symbols::Symbols;
-use crate::report::{Finding, Findings};
 use crate::shadow::accounting::resident_bytes;
 use crate::shadow::{
-    self, Notify, ObjectLimits, Objects, PageMap, ProcessMemory, Quarantine, QuarantineSize,
-    ShadowError, SlotError, Slots, Windows,
+    self, Notify, ProcessMemory, ShadowError, SlotError, Slots, Windows, page_map,
 };
 use console::ConsoleWatch;
 pub use file::GuestFile;
@@ -55,7 +57,6 @@ use marks::Marks;
 use monitor::{Monitor, Settings};
 pub use outcome::Outcome;
 use picture::Timeline;
-pub use picture::{Picture, Sample};
 use stats::{GuestStats, HostStats, RedzoneStats, ShadowStats, Stats};
 use vcpus::Vcpus;
 
@@ -172,7 +173,7 @@ impl Default for Config {
             shadow_limit: None,
             quarantine: QuarantineSize::Auto,
             redzone: Redzone::Adaptive,
-            provenance: shadow::objects::DEFAULT_BUDGET,
+            provenance: objects::DEFAULT_BUDGET,
             timeout: None,
             stop_at: None,
             count_instructions: false,
@@ -325,10 +326,10 @@ pub fn run(
     let layout = shadow::Layout::new(layout::ram_end(config.memory)).map_err(ShadowError::from)?;
     let kernel = config.kernel.read()?;
     let linux = is_linux(&kernel);
-    let quarantine = config.quarantine.bytes(config.memory);
+    let quarantine_bytes = config.quarantine.bytes(config.memory);
     let settings = Settings {
-        quarantine,
-        quarantine_batch: shadow::quarantine::batch(quarantine, config.cpus),
+        quarantine: quarantine_bytes,
+        quarantine_batch: quarantine::batch(quarantine_bytes, config.cpus),
         redzone: config.redzone,
     };
     let mut extra_cpuid = monitor::discovery(config.shadow, config.notify, settings, &layout);
@@ -403,7 +404,7 @@ pub fn run(
     monitor.console = ConsoleWatch::new(linux);
     monitor.objects = Objects::new(ObjectLimits::of_budget(config.provenance));
     if monitor.windows.is_some() {
-        monitor.quarantine = Quarantine::new(quarantine, config.cpus);
+        monitor.quarantine = Quarantine::new(quarantine_bytes, config.cpus);
     }
     monitor.timeline = config.picture.then(Timeline::default);
     monitor.marks = Marks::new(config.marks.clone(), counters.clone().filter(|_| emulated));
@@ -500,10 +501,7 @@ pub fn run(
             .collect();
         Picture {
             samples: timeline.finish(monitor.windows.as_mut()),
-            pages: monitor
-                .windows
-                .as_ref()
-                .map(|windows| PageMap::of(windows, &ram, picture::CELLS)),
+            pages: monitor.windows.as_ref().map(|windows| page_map(windows, &ram, picture::CELLS)),
             console: tail.take(),
         }
     });

@@ -3,6 +3,15 @@
 //! [`Monitor::dispatch`] is a plain function of an exit: it takes registers, RAM and memory slots
 //! through traits and references, so tests feed it with exits that no guest made.
 
+use umbra_machine::complete::{CompleteError, Completer, Cpu};
+use umbra_machine::cpuid::CpuidLeaf;
+use umbra_machine::devices::{DeviceEvent, Devices};
+use umbra_machine::memory::Ram;
+use umbra_machine::vcpu::{Vcpu, VmExit};
+use umbra_provenance::rings::Rings;
+use umbra_provenance::{Objects, Quarantine};
+use umbra_report::Findings;
+use umbra_report::symbols::Symbols;
 use umbra_shadow::abi::{self, CPUID_FIRST, CPUID_STEP, PORT, features};
 use vm_memory::GuestAddress;
 
@@ -11,21 +20,11 @@ use super::globals::Globals;
 use super::investigate::Place;
 use super::marks::Marks;
 use super::picture::Timeline;
-use super::rings::Rings;
 use super::stats::{EventStats, ExitStats};
 use super::unused_pages::UnusedPages;
 use super::{Observer, Outcome, Redzone, ShadowMode};
 use crate::hypercall::Regions;
-use crate::machine::complete::{CompleteError, Completer, Cpu};
-use crate::machine::cpuid::CpuidLeaf;
-use crate::machine::devices::{DeviceEvent, Devices};
-use crate::machine::memory::Ram;
-use crate::machine::vcpu::{Vcpu, VmExit};
-use crate::report::Findings;
-use crate::report::symbols::Symbols;
-use crate::shadow::{
-    FaultOutcome, Layout, Mode, Notify, Objects, Quarantine, ShadowError, Slots, Windows,
-};
+use crate::shadow::{FaultOutcome, Layout, Mode, Notify, ShadowError, Slots, Windows};
 
 /// A vCPU as the dispatcher needs it.
 pub trait GuestCpu: Cpu {

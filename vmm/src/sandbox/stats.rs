@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
+use umbra_provenance::{ProvenanceFigures, QuarantineFigures};
 
 use super::Mark;
-use crate::shadow::{ProvenanceFigures, QuarantineFigures};
 
 /// All figures of a run. Sizes are bytes.
 #[derive(Clone, Debug, Serialize)]

@@ -6,6 +6,13 @@ use std::time::Duration;
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use proptest::prelude::*;
+use umbra_machine::complete::Cpu;
+use umbra_machine::devices::{COM1, Devices};
+use umbra_machine::memory::Ram;
+use umbra_machine::vcpu::{Data, VcpuError, VmExit, XsaveArea};
+use umbra_provenance::Quarantine;
+use umbra_report::Finding;
+use umbra_report::symbols::Symbols;
 use umbra_shadow::Shadow as _;
 use umbra_shadow::abi::{self, PORT, access, call, exit, features, name, record};
 use umbra_shadow::codes::{PAGE_BYTES, SLAB_FREE};
@@ -14,15 +21,7 @@ use vm_memory::GuestAddress;
 use super::console::ConsoleWatch;
 use super::monitor::{Flow, GuestCpu, Machine, Monitor, Others, Settings, discovery};
 use super::{Observer, Outcome, ShadowMode};
-use crate::machine::complete::Cpu;
-use crate::machine::devices::{COM1, Devices};
-use crate::machine::memory::Ram;
-use crate::machine::vcpu::{Data, VcpuError, VmExit, XsaveArea};
-use crate::report::Finding;
-use crate::report::symbols::Symbols;
-use crate::shadow::{
-    self, CHUNK_BYTES, Layout, Mode, Notify, Quarantine, SlotError, Slots, Windows,
-};
+use crate::shadow::{self, CHUNK_BYTES, Layout, Mode, Notify, SlotError, Slots, Windows};
 
 mod bench;
 mod keys;

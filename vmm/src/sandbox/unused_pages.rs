@@ -12,11 +12,12 @@
 
 use std::time::{Duration, Instant};
 
+use umbra_machine::memory::Ram;
+use umbra_provenance::rings::Rings;
 use umbra_shadow::Shadow as _;
 use umbra_shadow::abi::hello;
 
-use super::rings::Rings;
-use crate::machine::memory::Ram;
+use super::ring_memory::RingRam;
 use crate::shadow::Windows;
 
 /// How long nothing is looked at after a look.
@@ -90,7 +91,7 @@ impl UnusedPages {
         let objects = self.allows(hello::QUARANTINE_UNUSED);
         let mut runs = windows.model().memory().unused_pages(start..end, objects);
         let some = runs.by_ref().take(RUNS);
-        for run in rings.unused_pages(ram).chain(some) {
+        for run in rings.unused_pages(&RingRam(ram)).chain(some) {
             match ram.give_back(&run) {
                 Ok(bytes) => self.released += bytes,
                 Err(error) => {

@@ -14,10 +14,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use umbra_machine::kick::Kicker;
+use umbra_machine::vcpu::{Vcpu, VmExit};
+
 use super::monitor::{self, Flow, Others};
 use super::{MachineSlots, Outcome, Shared};
-use crate::machine::kick::Kicker;
-use crate::machine::vcpu::{Vcpu, VmExit};
 
 /// How long a kick is given before the next.
 const RETRY: Duration = Duration::from_millis(5);
