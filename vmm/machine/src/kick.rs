@@ -8,12 +8,8 @@ use std::cell::Cell;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
 
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
-
-/// How long one signal is given before the next is sent.
-const RETRY: Duration = Duration::from_millis(5);
 
 thread_local! {
     /// The `immediate_exit` byte of the vCPU that this thread runs at the moment, or null.
@@ -94,8 +90,23 @@ impl Kicker {
         self.signal();
     }
 
+    fn signal(&self) {
+        let thread = self.0.thread.load(Ordering::SeqCst);
+        if thread != 0 {
+            // A failure means that the thread is gone, and there is nothing to stop. SAFETY: tgkill
+            // takes plain numbers; the handler was installed before the vCPU existed.
+            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, SIGRTMIN()) };
+        }
+    }
+}
+
+#[cfg(test)]
+impl Kicker {
     /// Kicks and waits until the vCPU's loop has seen it, at most `limit`. `false`: it has not.
-    pub fn kick_and_wait(&self, limit: Duration) -> bool {
+    pub(crate) fn kick_and_wait(&self, limit: std::time::Duration) -> bool {
+        use std::time::{Duration, Instant};
+        /// How long one signal is given before the next is sent.
+        const RETRY: Duration = Duration::from_millis(5);
         let start = Instant::now();
         self.0.pending.store(true, Ordering::SeqCst);
         loop {
@@ -110,15 +121,6 @@ impl Kicker {
             while self.0.pending.load(Ordering::SeqCst) && wait.elapsed() < RETRY {
                 std::thread::sleep(Duration::from_micros(50));
             }
-        }
-    }
-
-    fn signal(&self) {
-        let thread = self.0.thread.load(Ordering::SeqCst);
-        if thread != 0 {
-            // A failure means that the thread is gone, and there is nothing to stop. SAFETY: tgkill
-            // takes plain numbers; the handler was installed before the vCPU existed.
-            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, SIGRTMIN()) };
         }
     }
 }

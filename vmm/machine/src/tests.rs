@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
+use kvm_bindings::kvm_regs;
 use vm_memory::GuestAddress;
 
 use super::complete::Completer;
@@ -165,7 +166,8 @@ fn a_hypercall_reads_and_writes_registers() {
         let VmExit::IoOut { port: 0xb5e, data } = exit else { panic!("{exit:?}") };
         assert_eq!(data.value(), 5);
         assert_eq!(vcpu.regs().unwrap().rdi, 0x1122_3344_5566_7788);
-        vcpu.set_rax(0xfeed_0000_0000_beef).unwrap();
+        let regs = kvm_regs { rax: 0xfeed_0000_0000_beef, ..vcpu.regs().unwrap() };
+        vcpu.set_regs(&regs).unwrap();
         assert!(matches!(next(&machine, &mut vcpu, &mut completer), VmExit::IoOut { .. }));
         assert_eq!(vcpu.regs().unwrap().rdi, 0xfeed_0000_0000_beef);
         assert_eq!(next(&machine, &mut vcpu, &mut completer), VmExit::Hlt);

@@ -377,13 +377,6 @@ impl Vcpu {
         self.fd.set_regs(regs).map_err(|e| self.error("KVM_SET_REGS", e))
     }
 
-    /// Sets `rax`, the result of a hypercall.
-    pub fn set_rax(&mut self, rax: u64) -> Result<(), VcpuError> {
-        let mut regs = self.regs()?;
-        regs.rax = rax;
-        self.set_regs(&regs)
-    }
-
     /// Control, segment and table registers.
     pub fn sregs(&self) -> Result<kvm_sregs, VcpuError> {
         if self.synced {

@@ -150,10 +150,10 @@ pub struct Config {
     pub picture: bool,
     /// Texts on the console at whose first line [`Stats::marks`] tells what the run had cost.
     pub marks: Vec<String>,
-    /// Changes what the guest finds by CPUID: how tests show a guest an Umbra that is not this one.
-    /// What it is told and what there is are then two things.
-    #[doc(hidden)]
-    pub discovery: Option<fn(&mut [CpuidLeaf])>,
+    /// CPUID leaves for the guest to find. One with the number of a leaf of Umbra's own replaces
+    /// it, which changes only what the guest reads: it can be shown another version of Umbra, or
+    /// smaller windows.
+    pub cpuid: Vec<CpuidLeaf>,
 }
 
 /// An empty kernel with 256 MiB, one CPU and no limits: to name only what is different.
@@ -179,7 +179,7 @@ impl Default for Config {
             count_instructions: false,
             picture: false,
             marks: Vec::new(),
-            discovery: None,
+            cpuid: Vec::new(),
         }
     }
 }
@@ -333,8 +333,9 @@ pub fn run(
         redzone: config.redzone,
     };
     let mut extra_cpuid = monitor::discovery(config.shadow, config.notify, settings, &layout);
-    if let Some(change) = config.discovery {
-        change(&mut extra_cpuid);
+    for leaf in &config.cpuid {
+        extra_cpuid.retain(|own| own.function != leaf.function);
+        extra_cpuid.push(*leaf);
     }
     let mut machine = Machine::new(
         &kvm,

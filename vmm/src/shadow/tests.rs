@@ -468,21 +468,6 @@ fn the_limit_binds_the_vmm_too() {
     windows.poison(u64::MAX, 0, FREE_PAGE, slots).unwrap();
 }
 
-#[test]
-fn keep_alive_outlives_the_windows() {
-    let mut guest = Guest::new(8 * MIB, Mode::PerPage, Notify::Ring, None);
-    guest.set_bytes(0, 1, SLAB_FREE);
-    let (page, byte) = (guest.page_gpa(0), guest.byte_gpa(0));
-    let keep_alive = guest.windows.keep_alive();
-    let Guest { windows, slots, .. } = guest;
-    drop(windows);
-    // SAFETY: slots of windows that are gone, but whose memory is kept.
-    let values =
-        [page, byte].map(|gpa| unsafe { slots.pointer(gpa, false).unwrap().read_volatile() });
-    assert_eq!(values, [0, SLAB_FREE]);
-    drop(keep_alive);
-}
-
 /// One thing that happens to the shadow.
 #[derive(Clone, Debug)]
 enum Step {

@@ -1,6 +1,6 @@
 //! The windows through which a guest sees its shadow, and the policy of what backs them when.
 
-use std::{any::Any, io, ops::Range, sync::Arc};
+use std::{io, ops::Range};
 
 use umbra_shadow::{
     RangeError, Shadow, ShadowMemory,
@@ -53,9 +53,8 @@ pub trait Slots {
     /// Shows `len` bytes of host memory at `host` to the guest at `gpa`. Returns a handle for
     /// [`Self::unmap`].
     ///
-    /// The memory stays valid until the slot is unmapped and longer: as long as the [`Windows`]
-    /// that pass it or a [`Windows::keep_alive`] of them exist. Whoever implements this must not
-    /// let the guest run on it for longer.
+    /// The memory stays valid as long as the [`Windows`] that pass it exist. An implementation must
+    /// not let the guest run on it for longer.
     fn map(&mut self, gpa: u64, host: *mut u8, len: u64, readonly: bool) -> Result<u32, SlotError>;
 
     /// Takes a slot away. When it returns no vCPU can reach the memory any more.
@@ -325,14 +324,6 @@ impl Windows {
     ) -> Result<(), ShadowError> {
         self.make_room_for_change(gpa, len, PAGE_VALID, slots)?;
         Ok(self.model.unpoison(gpa, len)?)
-    }
-
-    /// Keeps all memory that was given to [`Slots`] valid.
-    pub fn keep_alive(&self) -> Arc<dyn Any + Send + Sync> {
-        Arc::new((
-            self.model.memory().page.as_ref().map(Mapping::keep_alive),
-            self.model.memory().byte.keep_alive(),
-        ))
     }
 
     /// A guest touched `len` bytes of a window at `gpa` and had no slot there, or no right to
