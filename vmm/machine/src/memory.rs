@@ -132,7 +132,7 @@ impl Ram {
     ///
     /// # Errors
     /// The host refuses.
-    pub fn give_back(&self, pages: &Range<u64>) -> io::Result<u64> {
+    pub fn discard(&self, pages: &Range<u64>) -> io::Result<u64> {
         let mut went = 0;
         for (gpa, host, len) in self.regions() {
             let start = pages.start.max(gpa.0);
@@ -201,14 +201,14 @@ mod tests {
             ram.write(GuestAddress(at), &7u64.to_le_bytes()).unwrap();
         }
         assert_eq!(
-            ram.give_back(&(0x2000..0x4000)).unwrap(),
+            ram.discard(&(0x2000..0x4000)).unwrap(),
             0x1000,
             "the other page was never touched"
         );
         assert_eq!(pages.map(value), [7, 0, 7, 7, 7, 7]);
-        assert_eq!(ram.give_back(&(layout::HOLE_START - 0x1000..high + 0x1000)).unwrap(), 0x2000);
+        assert_eq!(ram.discard(&(layout::HOLE_START - 0x1000..high + 0x1000)).unwrap(), 0x2000);
         assert_eq!(pages.map(value), [7, 0, 7, 0, 0, 7]);
-        assert_eq!(ram.give_back(&(ram.end()..u64::MAX)).unwrap(), 0);
+        assert_eq!(ram.discard(&(ram.end()..u64::MAX)).unwrap(), 0);
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! The quarantine: freed memory that waits before the guest's allocators get it back, oldest first.
 //!
-//! The queue is here and not in the guest: the VMM hears of each free anyway, and no wild write of
-//! the guest can break it. The guest fetches what is due when a drain says that there is some
-//! (`guest/runtime/src/quarantine.rs`).
+//! The queue is in the VMM and not in the guest: the VMM hears of each free anyway, and no wild
+//! write of the guest can break the queue. When a drain says that objects are to be evicted, the
+//! guest fetches their list (`guest/runtime/src/quarantine.rs`).
 //!
 //! What comes in is bounded by what a guest can free between two drains, and by [`MOST`]; what a
 //! hostile guest makes of it concerns its own allocators only.
@@ -18,11 +18,11 @@ const SHARE: u64 = 32;
 const BATCH_MAX: u64 = 1 << 20;
 /// Batches of each CPU that fit into the quarantine.
 const BATCHES: u64 = 16;
-/// Of these, how many are kept free: what one CPU has freed since what is due was last fetched, and
+/// Of these, how many are kept free: what one CPU has freed since the last eviction, and
 /// for all of them what lies in their rings, twice, since the last object of a batch may be as
 /// large as the batch.
 const BATCHES_FREE: u64 = 5;
-/// Objects that are kept; over it the oldest are due whatever their size. 16 bytes each.
+/// Objects that are kept; beyond it the oldest are evicted whatever their size. 16 bytes each.
 pub const MOST: usize = 1 << 20;
 /// How many more there can be until the guest fetches them: all records of all rings, twice.
 const MORE: usize = 8 * RING_MAX_RECORDS as usize;
@@ -80,7 +80,7 @@ pub struct Quarantine {
     queue: VecDeque<Released>,
     /// The last free of each CPU, if it may not have poisoned the memory yet.
     in_flight: [Option<Released>; CPUS],
-    /// What is kept when the guest fetches what is due, in bytes.
+    /// Bytes that an eviction leaves.
     keep: u64,
     batch: u64,
     figures: QuarantineFigures,
@@ -110,9 +110,9 @@ impl Quarantine {
         (self.queue.capacity() * size_of::<Released>()) as u64
     }
 
-    /// The memory of a free is poisoned, and waits from now on. False if a guest that fetches
+    /// Adds freed memory, which is poisoned already. False if a guest that fetches
     /// nothing has filled the queue.
-    pub fn hold(&mut self, memory: Released) -> bool {
+    pub fn push(&mut self, memory: Released) -> bool {
         let good = self.count(memory);
         if good {
             self.queue.push_back(memory);
@@ -133,47 +133,49 @@ impl Quarantine {
         true
     }
 
-    /// A CPU has told of something, which was a free of `memory` or something else. What it told
-    /// before is done with. `last`: nothing shows that it is done with this, too.
-    pub fn told(&mut self, cpu: u16, memory: Option<Released>, last: bool) -> bool {
-        self.settled(cpu);
+    /// Takes in a CPU's next event: a free of `memory`, or anything else. The CPU's event before
+    /// it is complete now. This one may not be yet if it is `in_flight`: the CPU's last event,
+    /// whose memory it may still be about to poison. False if a guest that fetches nothing has
+    /// filled the queue.
+    pub fn push_or_defer(&mut self, cpu: u16, memory: Option<Released>, in_flight: bool) -> bool {
+        self.complete_in_flight(cpu);
         let Some(memory) = memory else { return true };
-        if !last || usize::from(cpu) >= CPUS {
-            return self.hold(memory);
+        if !in_flight || usize::from(cpu) >= CPUS {
+            return self.push(memory);
         }
         let good = self.count(memory);
         self.in_flight[usize::from(cpu)] = Some(memory).filter(|_| good);
         good
     }
 
-    /// A CPU is done with all that it told.
-    pub fn settled(&mut self, cpu: u16) {
+    /// All events of a CPU are complete: it has poisoned what it freed.
+    pub fn complete_in_flight(&mut self, cpu: u16) {
         let memory = self.in_flight.get_mut(usize::from(cpu)).and_then(Option::take);
-        // It was counted when it was told.
+        // It was counted when it came in.
         self.queue.extend(memory);
     }
 
-    /// Whether the guest shall fetch some: there is a batch more than is kept.
-    pub fn is_due(&self) -> bool {
+    /// Whether the guest has to fetch some: a batch more than the limit allows to keep waits.
+    pub fn needs_eviction(&self) -> bool {
         self.figures.bytes > self.keep + self.batch || self.queue.len() > MOST
     }
 
-    /// Takes out what is due, or `all`, but at most `most` objects; the oldest.
-    pub fn take(&mut self, most: usize, all: bool) -> Vec<Released> {
-        let mut taken = Vec::new();
-        while taken.len() < most
+    /// Evicts the oldest objects, at most `most`: those over the limit, or `all`.
+    pub fn evict(&mut self, most: usize, all: bool) -> Vec<Released> {
+        let mut evicted = Vec::new();
+        while evicted.len() < most
             && (all || self.figures.bytes > self.keep || self.queue.len() > MOST)
             && let Some(memory) = self.queue.pop_front()
         {
             self.figures.objects -= 1;
             self.figures.released += 1;
             self.figures.bytes -= u64::from(memory.slot);
-            taken.push(memory);
+            evicted.push(memory);
         }
         if all && self.queue.is_empty() {
             self.queue.shrink_to(0);
         }
-        taken
+        evicted
     }
 }
 
@@ -192,17 +194,21 @@ mod tests {
         let mut quarantine = Quarantine::new(160 << 10, 1);
         assert_eq!((quarantine.batch, quarantine.keep), (10 << 10, 110 << 10));
         for i in 0..120 {
-            assert!(!quarantine.is_due() && quarantine.hold(memory(i, 1024)));
+            assert!(!quarantine.needs_eviction() && quarantine.push(memory(i, 1024)));
         }
-        assert!(!quarantine.is_due() && quarantine.hold(memory(120, 1)) && quarantine.is_due());
-        let taken = quarantine.take(4, false);
-        assert_eq!(taken.iter().map(|m| m.address).collect::<Vec<_>>(), [0, 1, 2, 3]);
-        assert_eq!(quarantine.take(100, false).len(), 7);
-        assert!(quarantine.take(100, false).is_empty() && !quarantine.is_due());
+        assert!(
+            !quarantine.needs_eviction()
+                && quarantine.push(memory(120, 1))
+                && quarantine.needs_eviction()
+        );
+        let evicted = quarantine.evict(4, false);
+        assert_eq!(evicted.iter().map(|m| m.address).collect::<Vec<_>>(), [0, 1, 2, 3]);
+        assert_eq!(quarantine.evict(100, false).len(), 7);
+        assert!(quarantine.evict(100, false).is_empty() && !quarantine.needs_eviction());
         let figures = quarantine.figures();
         assert_eq!((figures.bytes, figures.peak_bytes), ((109 << 10) + 1, (120 << 10) + 1));
         assert_eq!((figures.objects, figures.held, figures.released), (110, 121, 11));
-        assert_eq!(quarantine.take(1000, true).len(), 110);
+        assert_eq!(quarantine.evict(1000, true).len(), 110);
         assert_eq!((quarantine.figures().bytes, quarantine.host_bytes()), (0, 0));
     }
 
@@ -210,21 +216,21 @@ mod tests {
     fn a_free_that_may_be_under_way_is_kept_back() {
         let mut quarantine = Quarantine::new(1 << 20, 2);
         let out = |quarantine: &mut Quarantine| {
-            quarantine.take(10, true).iter().map(|memory| memory.address).collect::<Vec<_>>()
+            quarantine.evict(10, true).iter().map(|memory| memory.address).collect::<Vec<_>>()
         };
-        assert!(quarantine.told(1, Some(memory(1, 8)), true));
+        assert!(quarantine.push_or_defer(1, Some(memory(1, 8)), true));
         // It waits, but does not come out.
         assert!(out(&mut quarantine).is_empty());
         assert_eq!((quarantine.figures().objects, quarantine.figures().bytes), (1, 8));
         // What comes next from the same CPU shows that it is done; from another CPU nothing does.
-        assert!(quarantine.told(0, None, true));
+        assert!(quarantine.push_or_defer(0, None, true));
         assert!(out(&mut quarantine).is_empty());
-        assert!(quarantine.told(1, Some(memory(2, 8)), true));
+        assert!(quarantine.push_or_defer(1, Some(memory(2, 8)), true));
         assert_eq!(out(&mut quarantine), [1]);
-        quarantine.settled(1);
+        quarantine.complete_in_flight(1);
         assert_eq!(out(&mut quarantine), [2]);
-        quarantine.settled(1);
-        assert!(quarantine.told(99, Some(memory(3, 8)), true));
+        quarantine.complete_in_flight(1);
+        assert!(quarantine.push_or_defer(99, Some(memory(3, 8)), true));
         assert_eq!(out(&mut quarantine), [3]);
         assert_eq!((quarantine.figures().held, quarantine.figures().released), (3, 3));
     }
@@ -233,9 +239,9 @@ mod tests {
     fn a_guest_that_fetches_nothing_fills_a_bounded_queue() {
         let mut quarantine = Quarantine::new(1 << 30, 1);
         let held =
-            (0..2 * MOST as u64 + MORE as u64).filter(|i| quarantine.hold(memory(*i, 0))).count();
+            (0..2 * MOST as u64 + MORE as u64).filter(|i| quarantine.push(memory(*i, 0))).count();
         assert_eq!(held, MOST + MORE);
-        assert!(quarantine.is_due() && quarantine.take(usize::MAX, false).len() == MORE);
+        assert!(quarantine.needs_eviction() && quarantine.evict(usize::MAX, false).len() == MORE);
     }
 
     #[test]
@@ -272,14 +278,14 @@ mod tests {
                 // Another CPU's report drains as well, and nobody fetches anything then.
                 if drain || other {
                     for (at, (ring, waiting)) in rings.iter_mut().enumerate() {
-                        ring.drain(..).for_each(|memory| assert!(quarantine.hold(memory)));
+                        ring.drain(..).for_each(|memory| assert!(quarantine.push(memory)));
                         *waiting = if drain && at == cpu { 0 } else { *waiting };
                     }
                 }
                 let in_rings: u64 = rings.iter().flat_map(|ring| &ring.0).map(|m| u64::from(m.slot)).sum();
                 prop_assert!(quarantine.figures().bytes + in_rings <= LIMIT);
-                if drain && quarantine.is_due() {
-                    quarantine.take(usize::MAX, false);
+                if drain && quarantine.needs_eviction() {
+                    quarantine.evict(usize::MAX, false);
                 }
             }
         }

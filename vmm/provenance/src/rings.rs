@@ -1,15 +1,14 @@
 //! The rings in which a guest records its allocations and frees: one for each CPU, drained all at
 //! once.
 //!
-//! The records carry numbers that count across all CPUs. A record is complete before what it tells
-//! of can matter to another CPU (memory is told to be free before it can be handed out again), so
-//! whenever a record is there, all that led to it is there too, in this drain or an earlier one.
-//! Merging a drain's records by their numbers therefore puts all events of one piece of memory in
-//! their true order.
+//! Records are numbered across all CPUs. A CPU completes a record before its event can affect
+//! another CPU: a free is recorded before the memory can be handed out again. So all records that
+//! led to a record are in the same drain or in an earlier one, and merging a drain's records by
+//! their numbers puts the events of any piece of memory in their true order.
 //!
-//! A CPU may be stopped anywhere, also between its look at its ring's count and the store of the
-//! count that is one more. So nobody changes that count but the CPU itself, and the drain that it
-//! asks for; what other drains have taken is remembered here.
+//! A CPU may be stopped anywhere, also between reading its ring's count and storing the
+//! incremented one. So only the CPU itself changes that count, and the drain that it asks for.
+//! Other drains remember here how far they have read.
 
 use std::ops::Range;
 
@@ -62,13 +61,13 @@ struct Ring {
     gpa: u64,
     records: u64,
     text_base: u64,
-    /// How many of the records that its count tells of were taken already.
-    taken: u64,
+    /// How many of its records were drained already.
+    drained: u64,
 }
 
-/// A record, and the return addresses in it.
+/// A record of a ring, with its return addresses.
 #[derive(Clone, Copy, Debug)]
-pub struct Event {
+pub struct RingRecord {
     /// The CPU that wrote it.
     pub cpu: u16,
     /// What the guest wrote; nothing in it has been checked.
@@ -79,7 +78,7 @@ pub struct Event {
     pub depth: usize,
 }
 
-impl Event {
+impl RingRecord {
     fn new(record: Record, cpu: u16, text_base: u64) -> Self {
         let depth = usize::from(record.depth).min(RECORD_FRAMES);
         let frames =
@@ -95,25 +94,25 @@ const BLOCK: usize = 64;
 struct Reader {
     ring: Ring,
     cpu: u16,
-    /// Records taken or in `block`, those of earlier drains too, and how many there are in all.
+    /// Records drained or in `block`, those of earlier drains too, and how many there are in all.
     read: u64,
     count: u64,
-    block: Vec<Event>,
+    block: Vec<RingRecord>,
     /// The next in `block`.
     next: usize,
 }
 
 impl Reader {
-    /// Looks how many records there are, all of which will be taken. If the ring's CPU is `asked`,
-    /// the ring will be empty then. Without any records there is no reader.
+    /// Reads how many records there are and counts all of them as drained. If the ring's CPU `asked`
+    /// for the drain, its ring is emptied. Without new records there is no reader.
     fn new(cpu: u16, ring: &mut Ring, asked: bool, ram: &dyn RingMemory) -> Option<Self> {
         // Copied once, and bounded: the guest may have written anything.
         let count = ram.read_u64(ring.gpa)?.min(ring.records);
         // A count that is less than it was is the guest's own doing.
-        let read = ring.taken.min(count);
-        ring.taken = count;
+        let read = ring.drained.min(count);
+        ring.drained = count;
         if asked {
-            ring.taken = 0;
+            ring.drained = 0;
             // It was readable, so it is RAM and can be written.
             let _ = ram.write(ring.gpa, &0u64.to_le_bytes());
         }
@@ -132,18 +131,19 @@ impl Reader {
         }
         self.block.clear();
         let records = bytes.as_chunks::<{ RECORD_BYTES as usize }>().0;
-        let event = |bytes| Event::new(Record::from_bytes(bytes), self.cpu, self.ring.text_base);
+        let event =
+            |bytes| RingRecord::new(Record::from_bytes(bytes), self.cpu, self.ring.text_base);
         self.block.extend(records.iter().map(event));
         self.read += some;
         self.next = 0;
         some > 0
     }
 
-    fn event(&self) -> &Event {
+    fn record(&self) -> &RingRecord {
         &self.block[self.next]
     }
 
-    /// Whether there is none behind [`Self::event`].
+    /// Whether there is none behind [`Self::record`].
     fn is_last(&self) -> bool {
         self.next + 1 == self.block.len() && self.read == self.count
     }
@@ -159,12 +159,12 @@ impl Reader {
 #[derive(Debug, Default)]
 pub struct Rings {
     rings: Vec<Option<Ring>>,
-    /// The number of the record that was taken last.
-    taken: u32,
+    /// The number of the record that was drained last.
+    last: u32,
 }
 
 impl Rings {
-    /// Takes note of a ring: a header at `gpa` and `records` records behind it, all of which is RAM
+    /// Sets up a CPU's ring: a header at `gpa` and `records` records behind it, all of which is RAM
     /// (the caller has checked that).
     ///
     /// # Errors
@@ -196,7 +196,7 @@ impl Rings {
         if self.rings.len() <= at {
             self.rings.resize(at + 1, None);
         }
-        self.rings[at] = Some(Ring { gpa, records, text_base, taken: 0 });
+        self.rings[at] = Some(Ring { gpa, records, text_base, drained: 0 });
         Ok(())
     }
 
@@ -217,14 +217,14 @@ impl Rings {
         })
     }
 
-    /// Takes all new records out of all rings, in the order of their numbers. Every CPU stands
-    /// still. The ring of the CPU that asked for it, if one did, is empty afterwards. `take` also
-    /// hears whether a record is the last of its CPU. Returns how many rings there are.
+    /// Drains all rings: passes their new records to `take` in the order of their numbers, each with
+    /// whether it is the last of its CPU. Every CPU stands still. If a CPU `asked` for the drain,
+    /// its ring is empty afterwards. Returns how many rings there are.
     pub fn drain(
         &mut self,
         asked: Option<u16>,
         ram: &dyn RingMemory,
-        mut take: impl FnMut(&Event, bool),
+        mut take: impl FnMut(&RingRecord, bool),
     ) -> u64 {
         let there = self.rings.iter().flatten().count() as u64;
         let rings =
@@ -232,15 +232,15 @@ impl Rings {
         let mut readers: Vec<_> = rings
             .filter_map(|(cpu, ring)| Reader::new(cpu, ring, asked == Some(cpu), ram))
             .collect();
-        // From the record taken last on, since the numbers wrap. Nothing depends on what a guest
+        // From the record that was drained last on, since the numbers wrap. Nothing depends on what a guest
         // makes of them but the order of its own events.
-        let begin = self.taken;
+        let begin = self.last;
         let distance =
-            |reader: &Reader| reader.event().record.sequence.wrapping_sub(begin).cast_signed();
+            |reader: &Reader| reader.record().record.sequence.wrapping_sub(begin).cast_signed();
         while let Some(next) = (0..readers.len()).min_by_key(|at| distance(&readers[*at])) {
             let reader = &mut readers[next];
-            self.taken = reader.event().record.sequence;
-            take(reader.event(), reader.is_last());
+            self.last = reader.record().record.sequence;
+            take(reader.record(), reader.is_last());
             if !reader.advance(ram) {
                 readers.remove(next);
             }
@@ -326,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_without_records_are_told() {
+    fn pages_without_records_are_found() {
         let ram = Ram::new();
         let mut rings = Rings::default();
         // Three pages and a half, and one that fills less than a page.
@@ -357,7 +357,7 @@ mod tests {
         assert!(Rings::default().set_up(64, 0, 1, 0).is_err());
     }
 
-    /// Writes records with these numbers; what they tell is (CPU, number).
+    /// Writes records with these numbers; each is identified by CPU and number.
     fn fill(ram: &Ram, cpu: u16, gpa: u64, numbers: &[u32]) {
         for (i, number) in numbers.iter().enumerate() {
             let mut bytes = [0; 64];

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-use super::{Access, Finding, Names};
+use super::{AccessKind, Finding, Names};
 
 /// Different findings that are kept by default.
 pub const DEFAULT_LIMIT: usize = 1000;
@@ -13,7 +13,7 @@ pub const DEFAULT_LIMIT: usize = 1000;
 #[derive(PartialEq, Eq, Hash)]
 struct Identity {
     headline: String,
-    access: Access,
+    access: AccessKind,
     caller: Option<String>,
     /// Without symbols all headlines of a kind are equal, and only the address tells two bugs
     /// apart.
@@ -130,7 +130,7 @@ mod tests {
         let mut again = finding();
         (again.address, again.cpu, again.task.id, again.size) = (0x1234, 3, 99, 8);
         assert_eq!(findings.add(again.clone()), Added::Repeat(0, 2));
-        again.access = Access::Read;
+        again.access = AccessKind::Read;
         assert_eq!(findings.add(again.clone()), Added::New(1));
         again.kind = "slab-use-after-free";
         assert_eq!(findings.add(again), Added::New(2));

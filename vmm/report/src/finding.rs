@@ -28,7 +28,7 @@ pub struct Finding {
     /// KASAN's name of the bug, such as `slab-out-of-bounds`.
     pub kind: &'static str,
     /// What the guest was about to do.
-    pub access: Access,
+    pub access: AccessKind,
     /// Bytes of the access; 0 for a free.
     pub size: u64,
     /// Guest-virtual address of the access.
@@ -52,13 +52,13 @@ pub struct Finding {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stack_frame: Option<StackFrame>,
     /// Who allocated the object.
-    pub allocated: Option<Event>,
+    pub allocated: Option<Track>,
     /// Who freed the object.
-    pub freed: Option<Event>,
+    pub freed: Option<Track>,
     /// Who made work that had to do with the object, such as the work that freed it: the last one
     /// first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub related_work: Vec<Event>,
+    pub related_work: Vec<Track>,
     /// The object that the address belonged to before, and that was freed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub previous: Option<Previous>,
@@ -71,7 +71,7 @@ pub struct Finding {
 /// What the guest did to the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Access {
+pub enum AccessKind {
     /// It loaded from it.
     Read,
     /// It stored to it.
@@ -80,7 +80,32 @@ pub enum Access {
     Free,
 }
 
-impl std::fmt::Display for Access {
+impl Finding {
+    /// A finding about which nothing but the kind of its access is known.
+    pub fn new(access: AccessKind) -> Self {
+        Self {
+            kind: "",
+            access,
+            size: 0,
+            address: 0,
+            ip: 0,
+            cpu: 0,
+            task: Task::default(),
+            frames: Vec::new(),
+            object: None,
+            variable: None,
+            stack_frame: None,
+            allocated: None,
+            freed: None,
+            related_work: Vec::new(),
+            previous: None,
+            shadow: ShadowDump::default(),
+            notes: Vec::new(),
+        }
+    }
+}
+
+impl std::fmt::Display for AccessKind {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Read => "Read",
@@ -177,9 +202,9 @@ pub struct Previous {
     /// The bytes that were asked for.
     pub size: u64,
     /// Who allocated it.
-    pub allocated: Option<Event>,
+    pub allocated: Option<Track>,
     /// Who freed it.
-    pub freed: Event,
+    pub freed: Track,
 }
 
 /// A global variable.
@@ -204,9 +229,9 @@ pub struct Variable {
     pub line: Option<u32>,
 }
 
-/// An allocation or a free.
+/// Who allocated or freed an object, and from where.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Event {
+pub struct Track {
     /// The task that did it.
     pub task: Task,
     /// Its stack, innermost first; empty where it is not known.
@@ -364,7 +389,7 @@ pub(super) mod tests {
         let first_bad = object + 115;
         Finding {
             kind: "slab-out-of-bounds",
-            access: Access::Write,
+            access: AccessKind::Write,
             size: 1,
             address: first_bad,
             ip: culprit.ip,
@@ -380,7 +405,7 @@ pub(super) mod tests {
             }),
             variable: None,
             stack_frame: None,
-            allocated: Some(Event {
+            allocated: Some(Track {
                 task: Task { id: 12, name: "kmalloc_oob_right".into() },
                 frames: vec![alloc, thread],
             }),

@@ -19,7 +19,7 @@ pub mod text;
 
 pub use collect::{Added, DEFAULT_LIMIT, Findings};
 pub use finding::{
-    Access, Event, Finding, Frame, Names, Object, Previous, ROW_MEMORY, ROW_SHADOW, Row,
-    ShadowDump, Task, Variable,
+    AccessKind, Finding, Frame, Names, Object, Previous, ROW_MEMORY, ROW_SHADOW, Row, ShadowDump,
+    Task, Track, Variable,
 };
 pub use run::{PageCounts, PageMap, Picture, RunSummary, Sample, ShadowSummary};

@@ -15,7 +15,7 @@ use anstyle::{AnsiColor, Style};
 
 use super::finding::{place, printable};
 use super::frame::StackFrame;
-use super::{Access, Event, Finding, Findings, Frame, Names, Object, ShadowDump, Task};
+use super::{AccessKind, Finding, Findings, Frame, Names, Object, ShadowDump, Task, Track};
 
 /// How to print.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -85,7 +85,7 @@ impl Printer<'_> {
         let style = self.paint(HEADLINE);
         writeln!(self.out, "{style}{}{style:#}", finding.headline(self.style.names))?;
         write!(self.out, "{} of ", finding.access)?;
-        if finding.access != Access::Free {
+        if finding.access != AccessKind::Free {
             write!(self.out, "size {} at ", finding.size)?;
         }
         writeln!(self.out, "addr {:016x} by task {}/{}\n", finding.address, name(task), task.id)?;
@@ -153,7 +153,7 @@ impl Printer<'_> {
         writeln!(self.out, "{style}{text}{style:#}")
     }
 
-    fn event(&mut self, what: &str, event: &Event) -> io::Result<()> {
+    fn event(&mut self, what: &str, event: &Track) -> io::Result<()> {
         self.heading(&format!("{what} by task {}:", event.task.id))?;
         self.frames(&event.frames)?;
         writeln!(self.out)

@@ -238,7 +238,7 @@ impl Accounting {
     }
 
     /// Counts bytes that were resident and were given back.
-    pub(super) fn count_released(&mut self, bytes: u64) {
+    pub(super) fn count_reclaimed(&mut self, bytes: u64) {
         self.released_bytes = self.released_bytes.saturating_add(bytes);
     }
 

@@ -10,7 +10,7 @@ mod mapping;
 pub mod memory;
 pub mod model;
 pub mod pages;
-pub mod release;
+pub mod reclaim;
 mod stack_pages;
 pub mod windows;
 
@@ -22,5 +22,7 @@ pub use layout::{CHUNK_BYTES, Layout, LayoutError, Window};
 pub use memory::HostShadow;
 pub use model::Model;
 pub use pages::page_map;
-pub use release::release_unused;
-pub use windows::{Config, FaultOutcome, Mode, Notify, ShadowError, SlotError, Slots, Windows};
+pub use reclaim::reclaim_unused;
+pub use windows::{
+    FaultOutcome, Mode, Notify, ShadowError, SlotError, Slots, Windows, WindowsConfig,
+};

@@ -90,7 +90,7 @@ mod tests {
     use umbra_shadow::codes::{LARGE_REDZONE, SLAB_REDZONE};
 
     use super::*;
-    use crate::shadow::{Config, Mode, Notify, SlotError, Slots};
+    use crate::shadow::{Mode, Notify, SlotError, Slots, WindowsConfig};
 
     struct NoMachine;
 
@@ -108,7 +108,8 @@ mod tests {
     fn both_shadows_give_the_same_map() {
         let ram = vec![0..0x10_0000, 0x20_0000..0x30_0000];
         let maps = [Mode::PerPage, Mode::Full].map(|mode| {
-            let config = Config { ram: ram.clone(), mode, notify: Notify::Sync, limit: None };
+            let config =
+                WindowsConfig { ram: ram.clone(), mode, notify: Notify::Sync, limit: None };
             let mut windows = Windows::new(&config, &mut NoMachine).expect("3 MiB of guest memory");
             for (gpa, len, code) in [
                 (0x1000, 0x2000, FREE_PAGE),

@@ -114,7 +114,7 @@ pub struct Cache<'a> {
 
 /// What the shadow says of an address that [`Objects::nearest`] is to explain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum At {
+pub enum ShadowHint {
     /// Nothing that would help.
     Anywhere,
     /// It is a redzone: no freed object explains it.
@@ -126,7 +126,7 @@ pub enum At {
 
 /// An allocation or a free.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Event<'a> {
+pub struct ObjectEvent<'a> {
     /// The guest's task id.
     pub task: u32,
     /// The task's name, printable ASCII, if the guest told it.
@@ -139,7 +139,7 @@ pub struct Event<'a> {
 
 /// An object that explains an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Found<'a> {
+pub struct FoundObject<'a> {
     /// Guest-physical start.
     pub start: u64,
     /// Bytes that were asked for; 0 if only the free is known.
@@ -149,13 +149,13 @@ pub struct Found<'a> {
     /// Its cache, if it has one that the guest named.
     pub cache: Option<Cache<'a>>,
     /// Its allocation, if known.
-    pub allocated: Option<Event<'a>>,
+    pub allocated: Option<ObjectEvent<'a>>,
     /// Its free, if it was freed.
-    pub freed: Option<Event<'a>>,
+    pub freed: Option<ObjectEvent<'a>>,
     /// What was in its place before, if that was freed.
     pub previous: Option<Previous<'a>>,
     /// Who made work that had to do with it, such as the work that freed it: the last one first.
-    pub related: Vec<Event<'a>>,
+    pub related: Vec<ObjectEvent<'a>>,
 }
 
 /// An object that was freed before another one took its place.
@@ -166,9 +166,9 @@ pub struct Previous<'a> {
     /// Bytes that were asked for.
     pub size: u64,
     /// Its allocation, if known.
-    pub allocated: Option<Event<'a>>,
+    pub allocated: Option<ObjectEvent<'a>>,
     /// Its free.
-    pub freed: Event<'a>,
+    pub freed: ObjectEvent<'a>,
 }
 
 /// How many stacks are taken in at least between two looks for those that nothing needs any more.
@@ -413,10 +413,10 @@ impl Objects {
     /// The object that explains an access to `gpa`: the one that holds it, rest of its slot
     /// included; else the closer one of its neighbours, if it is within 4 KiB; the left one if both
     /// are as close. What the shadow says of `gpa` narrows it.
-    pub fn nearest(&self, gpa: u64, at: At) -> Option<Found<'_>> {
+    pub fn nearest(&self, gpa: u64, hint: ShadowHint) -> Option<FoundObject<'_>> {
         // A freed object leaves its memory poisoned as freed. Where that is a redzone now, it was
         // before the memory was cut up anew.
-        let fits = |entry: &Entry| at == At::Anywhere || !entry.is_freed();
+        let fits = |entry: &Entry| hint == ShadowHint::Anywhere || !entry.is_freed();
         let table = &self.table;
         let mut before =
             successors(table.up_to(gpa), |entry| table.up_to(entry.start.checked_sub(1)?));
@@ -448,7 +448,7 @@ impl Objects {
             Some((right, other))
                 if (other, right.is_freed(), page(right.start) != page(gpa))
                     < (distance, left.is_freed(), page(end.saturating_sub(1)) != page(gpa))
-                    && !(at == At::Behind && distance <= NEARBY) =>
+                    && !(hint == ShadowHint::Behind && distance <= NEARBY) =>
             {
                 Some(self.found(right))
             }
@@ -457,10 +457,10 @@ impl Objects {
         }
     }
 
-    fn found(&self, entry: Entry) -> Found<'_> {
+    fn found(&self, entry: Entry) -> FoundObject<'_> {
         let event = |origin| {
             let (task, stack) = self.origins.get(origin);
-            Event {
+            ObjectEvent {
                 task,
                 name: self.tasks.get(task),
                 frames: self.origins.frames(stack),
@@ -470,7 +470,7 @@ impl Objects {
         let some = |origin: Origin| (origin != Origin::NONE).then(|| event(origin));
         let Entry { start, size, cache, allocated, previous, .. } = entry;
         let freed = entry.freed();
-        Found {
+        FoundObject {
             start,
             size: size.into(),
             live: freed.is_none(),

@@ -8,7 +8,7 @@ fn limits(objects: usize) -> ObjectLimits {
 
 /// Start of the object that explains `gpa`.
 fn nearest(objects: &Objects, gpa: u64) -> Option<u64> {
-    objects.nearest(gpa, At::Anywhere).map(|found| found.start)
+    objects.nearest(gpa, ShadowHint::Anywhere).map(|found| found.start)
 }
 
 #[test]
@@ -17,24 +17,27 @@ fn an_object_tells_its_history() {
     objects.name_cache(3, b"kmalloc-64", 64);
     objects.name_task(7, b"slab_oob");
     objects.allocated(0x1000, 50, 0, 3, 7, &[0xa, 0xb]);
-    let live = objects.nearest(0x1010, At::Anywhere).unwrap();
+    let live = objects.nearest(0x1010, ShadowHint::Anywhere).unwrap();
     assert_eq!((live.start, live.size, live.live, live.freed), (0x1000, 50, true, None));
     assert_eq!(live.cache, Some(Cache { id: 3, name: "kmalloc-64", object_size: 64 }));
-    let event = Event { task: 7, name: Some("slab_oob"), frames: &[0xa, 0xb], lost: false };
+    let event = ObjectEvent { task: 7, name: Some("slab_oob"), frames: &[0xa, 0xb], lost: false };
     assert_eq!(live.allocated, Some(event));
 
     objects.freed(0x1000, 8, &[0xc]);
     objects.freed(0x1000, 9, &[0xd]);
-    let freed = objects.nearest(0x1000, At::Anywhere).unwrap();
+    let freed = objects.nearest(0x1000, ShadowHint::Anywhere).unwrap();
     assert_eq!((freed.live, freed.allocated), (false, Some(event)));
-    assert_eq!(freed.freed, Some(Event { task: 8, name: None, frames: &[0xc], lost: false }));
+    assert_eq!(freed.freed, Some(ObjectEvent { task: 8, name: None, frames: &[0xc], lost: false }));
     assert_eq!(objects.counts().repeated_frees, 1);
 
     // The slot again, for someone else.
     objects.allocated(0x1000, 20, 0, 0, 1, &[]);
-    let again = objects.nearest(0x1000, At::Anywhere).unwrap();
+    let again = objects.nearest(0x1000, ShadowHint::Anywhere).unwrap();
     assert_eq!((again.size, again.live, again.cache, again.freed), (20, true, None, None));
-    assert_eq!(again.allocated, Some(Event { task: 1, name: None, frames: &[], lost: false }));
+    assert_eq!(
+        again.allocated,
+        Some(ObjectEvent { task: 1, name: None, frames: &[], lost: false })
+    );
     assert_eq!(objects.len(), 1);
 }
 
@@ -71,12 +74,12 @@ fn the_closer_neighbour_explains() {
         assert_eq!(nearest(&objects, gpa), expected, "{gpa:#x}");
     }
     // Where the shadow says that it belongs to what lies before it, closeness does not count.
-    let owner = |gpa| objects.nearest(gpa, At::Behind).map(|found| found.start);
+    let owner = |gpa| objects.nearest(gpa, ShadowHint::Behind).map(|found| found.start);
     assert_eq!(owner(0x1007f), Some(0x10000));
     assert_eq!(owner(0x10000 - 1), Some(0x10000));
     // An object that was freed long ago does not explain a redzone.
     objects.freed(0x10080, 0, &[]);
-    let redzone = |gpa| objects.nearest(gpa, At::Redzone).map(|found| found.start);
+    let redzone = |gpa| objects.nearest(gpa, ShadowHint::Redzone).map(|found| found.start);
     assert_eq!((redzone(0x10090), nearest(&objects, 0x10090)), (Some(0x10000), Some(0x10080)));
     assert_eq!((redzone(0x1007f), redzone(0x10000 + 4096 + 64)), (Some(0x10000), Some(0x10000)));
     assert_eq!(redzone(0x10000 + 4096 + 65), None);
@@ -109,13 +112,13 @@ fn the_closer_neighbour_explains() {
 fn frees_of_unknown_objects_are_remembered_where_they_can_be() {
     let mut objects = Objects::default();
     objects.freed(0x1000, 5, &[1]);
-    let found = objects.nearest(0x1000, At::Anywhere).unwrap();
+    let found = objects.nearest(0x1000, ShadowHint::Anywhere).unwrap();
     assert_eq!((found.size, found.live, found.allocated), (0, false, None));
     assert_eq!(found.freed.unwrap().task, 5);
     objects.allocated(0x2000, 100, 0, 0, 0, &[]);
     objects.freed(0x2010, 5, &[1]);
     assert_eq!(
-        objects.nearest(0x2010, At::Anywhere).map(|found| (found.start, found.live)),
+        objects.nearest(0x2010, ShadowHint::Anywhere).map(|found| (found.start, found.live)),
         Some((0x2000, true))
     );
     assert_eq!((objects.counts().unknown_frees, objects.len()), (2, 2));
@@ -176,9 +179,15 @@ fn a_full_table_forgets_the_oldest_freed_objects() {
     let counts = objects.counts();
     assert!(counts.dropped > most / 4 && objects.figures(0).freed == 0, "{counts:?}");
     objects.allocated(start(most - 2), 16, 0, 0, 0, &[]);
-    assert_eq!(objects.nearest(start(most - 2), At::Anywhere).map(|found| found.size), Some(16));
+    assert_eq!(
+        objects.nearest(start(most - 2), ShadowHint::Anywhere).map(|found| found.size),
+        Some(16)
+    );
     objects.freed(start(most - 2), 0, &[]);
-    assert_eq!(objects.nearest(start(most - 2), At::Anywhere).map(|found| found.live), Some(false));
+    assert_eq!(
+        objects.nearest(start(most - 2), ShadowHint::Anywhere).map(|found| found.live),
+        Some(false)
+    );
     objects.table.checked();
 }
 
@@ -190,7 +199,7 @@ fn lost_stacks_say_so() {
     }
     let (kept, lost) = (objects.stacks(), objects.counts().lost_stacks);
     assert!(kept > 35 && kept as u64 + lost == 200, "{kept} {lost}");
-    let event = |gpa| objects.nearest(gpa, At::Anywhere).unwrap().allocated.unwrap();
+    let event = |gpa| objects.nearest(gpa, ShadowHint::Anywhere).unwrap().allocated.unwrap();
     assert_eq!((event(0x700).frames, event(0x700).lost), (&[8u64] as &[u64], false));
     assert!(event(199 * 0x100).frames.is_empty() && event(199 * 0x100).lost);
     assert!(objects.figures(0).bytes < 6_000);
@@ -205,9 +214,9 @@ fn stacks_that_nothing_needs_make_room() {
         objects.allocated(0x1000, 8, 0, 0, 4, &[i + 10]);
         objects.freed(0x1000, 5, &[i + 11]);
     }
-    let found = objects.nearest(0x1000, At::Anywhere).unwrap();
+    let found = objects.nearest(0x1000, ShadowHint::Anywhere).unwrap();
     assert!(!found.live && found.previous.is_some());
-    let kept = objects.nearest(0x100_0000, At::Anywhere).unwrap().allocated.unwrap();
+    let kept = objects.nearest(0x100_0000, ShadowHint::Anywhere).unwrap().allocated.unwrap();
     assert_eq!((kept.task, kept.frames), (3, &[1u64, 2, 3] as &[u64]));
     assert!(
         objects.counts().lost_stacks == 0 && objects.stacks() < 100,
@@ -228,7 +237,10 @@ fn freed_objects_go_before_stacks_are_lost() {
     }
     let counts = objects.counts();
     assert!(counts.evicted > 0 && counts.dropped == 0, "{counts:?}");
-    let (old, new) = (objects.nearest(0, At::Anywhere), objects.nearest(139 * 0x100, At::Anywhere));
+    let (old, new) = (
+        objects.nearest(0, ShadowHint::Anywhere),
+        objects.nearest(139 * 0x100, ShadowHint::Anywhere),
+    );
     assert!(old.is_none());
     assert_eq!(new.unwrap().allocated.unwrap().frames, [140]);
 }
@@ -237,29 +249,30 @@ fn freed_objects_go_before_stacks_are_lost() {
 fn what_was_there_before_is_told() {
     let mut objects = Objects::default();
     objects.allocated(0x1000, 50, 64, 0, 1, &[0xa]);
-    assert_eq!(objects.nearest(0x1000, At::Anywhere).unwrap().previous, None);
+    assert_eq!(objects.nearest(0x1000, ShadowHint::Anywhere).unwrap().previous, None);
     objects.freed(0x1000, 2, &[0xb]);
     objects.allocated(0x1000, 40, 64, 0, 3, &[0xc]);
-    let event = |task, frames: &'static [u64]| Event { task, name: None, frames, lost: false };
+    let event =
+        |task, frames: &'static [u64]| ObjectEvent { task, name: None, frames, lost: false };
     let first = Previous {
         start: 0x1000,
         size: 50,
         allocated: Some(event(1, &[0xa])),
         freed: event(2, &[0xb]),
     };
-    let found = objects.nearest(0x1000, At::Anywhere).unwrap();
+    let found = objects.nearest(0x1000, ShadowHint::Anywhere).unwrap();
     assert_eq!((found.size, found.freed, &found.previous), (40, None, &Some(first)));
     // Freed as well, it still tells.
     objects.freed(0x1000, 4, &[0xd]);
-    assert_eq!(objects.nearest(0x1000, At::Anywhere).unwrap().previous, Some(first));
+    assert_eq!(objects.nearest(0x1000, ShadowHint::Anywhere).unwrap().previous, Some(first));
     // A larger one in the same memory, which starts before it.
     objects.allocated(0xff0, 100, 128, 0, 5, &[0xe]);
-    let previous = objects.nearest(0x1000, At::Anywhere).unwrap().previous.unwrap();
+    let previous = objects.nearest(0x1000, ShadowHint::Anywhere).unwrap().previous.unwrap();
     assert_eq!((previous.start, previous.size, previous.freed), (0x1000, 40, event(4, &[0xd])));
     // In place, as by realloc: what was before stays what was before.
     objects.allocated(0xff0, 120, 128, 0, 6, &[0xf]);
     assert_eq!(
-        objects.nearest(0x1000, At::Anywhere).unwrap().previous.unwrap().freed,
+        objects.nearest(0x1000, ShadowHint::Anywhere).unwrap().previous.unwrap().freed,
         event(4, &[0xd])
     );
 }
@@ -271,7 +284,7 @@ fn related_work_is_told_the_last_first() {
     assert_eq!(objects.counts().unknown_related, 1);
     objects.allocated(0x1000, 50, 64, 0, 1, &[0xa]);
     let related = |objects: &Objects| {
-        let found = objects.nearest(0x1000, At::Anywhere).unwrap();
+        let found = objects.nearest(0x1000, ShadowHint::Anywhere).unwrap();
         found.related.iter().map(|event| (event.task, event.frames[0])).collect::<Vec<_>>()
     };
     for i in 1..4u32 {
@@ -402,7 +415,7 @@ proptest! {
         prop_assert_eq!(objects.len(), plain.len());
         for gpa in base..=base + 699 {
             let inside = plain.iter().find(|object| (object.0..object.1).contains(&gpa));
-            let found = objects.nearest(gpa, At::Anywhere).map(|found| (found.start, found.live));
+            let found = objects.nearest(gpa, ShadowHint::Anywhere).map(|found| (found.start, found.live));
             match inside {
                 Some(object) => prop_assert_eq!(found, Some((object.0, !object.2))),
                 None => {
@@ -448,7 +461,7 @@ proptest! {
         type Known = (u64, u64, Option<u32>, Option<u32>);
         let mut objects = Objects::new(ObjectLimits { stacks: 4096, ..limits(1 << 16) });
         let mut plain: Vec<(Known, Option<Known>)> = Vec::new();
-        let task = |event: Option<Event>| event.map(|event| event.task);
+        let task = |event: Option<ObjectEvent>| event.map(|event| event.task);
         for (task, (start, size, what)) in (0u32..).zip(steps) {
             let (start, end) = (start, start + size);
             if what < 3 {
@@ -483,7 +496,7 @@ proptest! {
         prop_assert_eq!(objects.counts().lost_stacks, 0);
         prop_assert_eq!(objects.len(), plain.len());
         for (object, before) in plain {
-            let found = objects.nearest(object.0, At::Anywhere).unwrap();
+            let found = objects.nearest(object.0, ShadowHint::Anywhere).unwrap();
             let end = found.start + found.size.max(1);
             prop_assert_eq!((found.start, end, task(found.allocated), task(found.freed)), object);
             let previous = found.previous.map(|object| {

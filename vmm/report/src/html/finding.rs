@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::super::text::{self, TextStyle};
-use super::super::{Access, Event, Finding, Frame, Names, Variable};
+use super::super::{AccessKind, Finding, Frame, Names, Track, Variable};
 use super::escape::{Block, Esc, grouped};
 use super::shadow;
 use super::source::Sources;
@@ -71,7 +71,7 @@ pub fn write(
 
 fn access(finding: &Finding) -> String {
     match finding.access {
-        Access::Free => "free".into(),
+        AccessKind::Free => "free".into(),
         // A size that wrapped was meant to be small.
         access if finding.size > i64::MAX as u64 => {
             format!(
@@ -87,7 +87,7 @@ fn access(finding: &Finding) -> String {
     }
 }
 
-fn by(what: &str, event: &Event) -> String {
+fn by(what: &str, event: &Track) -> String {
     match event.task.name.as_str() {
         "" => format!("{what} by task {}", event.task.id),
         name => format!("{what} by task {name} ({})", event.task.id),

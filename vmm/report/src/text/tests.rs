@@ -65,7 +65,7 @@ fn the_caret_points_at_the_byte() {
 #[test]
 fn a_free_has_no_size() {
     let mut one = finding();
-    (one.kind, one.access, one.size) = ("double-free", Access::Free, 0);
+    (one.kind, one.access, one.size) = ("double-free", AccessKind::Free, 0);
     (one.freed, one.allocated) = (one.allocated.take(), None);
     one.freed.as_mut().unwrap().frames.clear();
     let text = to_string(&one, PLAIN);
@@ -222,7 +222,7 @@ fn repeats_are_one_line_each() {
     for _ in 0..3 {
         findings.add(finding());
     }
-    findings.add(Finding { access: Access::Read, ..finding() });
+    findings.add(Finding { access: AccessKind::Read, ..finding() });
     let mut out = Vec::new();
     write_repeats(&mut out, &findings, PLAIN).unwrap();
     assert_eq!(
@@ -262,7 +262,8 @@ mod tools {
             ("slab-out-of-bounds", "_RNvCs1_6kernel17kmalloc_oob_right", "Write")
         );
         for kind in ["double-free", "invalid-free"] {
-            let text = to_string(&Finding { kind, access: Access::Free, ..finding() }, FOR_TOOLS);
+            let text =
+                to_string(&Finding { kind, access: AccessKind::Free, ..finding() }, FOR_TOOLS);
             let free = format!(
                 "BUG: KASAN: (?:double-free or invalid-free|double-free|invalid-free) in {FUNC}"
             );

@@ -31,7 +31,7 @@ const _: () = assert!(CHUNK_COVERS >> PAGE_SHIFT == CHUNK_BYTES / HOST_PAGE * 8)
 ///
 /// Call it only while no vCPU runs guest code. The chunks stay mapped. It reads the page shadow of
 /// mapped chunks and asks the kernel about their pages: a few microseconds for each chunk.
-pub fn release_unused(windows: &mut Windows) -> Result<u64, ShadowError> {
+pub fn reclaim_unused(windows: &mut Windows) -> Result<u64, ShadowError> {
     let (resident, runs) = scan(windows)?;
     // The most that is resident until the next release is resident right now.
     windows.accounting.note_resident(resident);
@@ -42,7 +42,7 @@ pub fn release_unused(windows: &mut Windows) -> Result<u64, ShadowError> {
         byte.discard(run.at, run.len).map_err(ShadowError::host("give back shadow"))?;
         released += run.len;
     }
-    windows.accounting.count_released(released);
+    windows.accounting.count_reclaimed(released);
     Ok(released)
 }
 

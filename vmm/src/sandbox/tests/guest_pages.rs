@@ -1,4 +1,4 @@
-//! Free pages of the guest, and pages of its quarantine, that are given back.
+//! Free pages of the guest, and pages of its quarantine, are reclaimed.
 
 use umbra_shadow::abi::{self, call};
 use umbra_shadow::codes::{FREE_PAGE, SLAB_FREE, SLAB_FREE_TRACK, SLAB_REDZONE};
@@ -8,7 +8,7 @@ use super::RAM;
 use super::bench::*;
 
 #[test]
-fn free_pages_are_given_back_where_the_guest_allows_it() {
+fn free_pages_are_reclaimed_where_the_guest_allows_it() {
     for flags in [0, abi::hello::FREE_PAGES_UNUSED | 1 << 63] {
         let mut bench = Bench::sync();
         assert_ne!(bench.call(call::HELLO, [abi::VERSION.into(), flags, 0, 0]), abi::ERR_VERSION);
@@ -19,18 +19,18 @@ fn free_pages_are_given_back_where_the_guest_allows_it() {
         assert_eq!(bench.call(call::POISON, [0x6000, 0x1000, 0xfe, 0]), 0);
         let stops = bench.others.stops;
         assert_eq!(bench.ram.read_u64(GuestAddress(0x5000)).unwrap(), 0x5000, "not at once");
-        bench.monitor.unused_pages.make_due();
+        bench.state.shadow.skip_reclaim_pause();
         assert_eq!(bench.call(call::POISON, [0x7000, 0x1000, FREE_PAGE.into(), 0]), 0);
         assert_eq!(bench.others.stops > stops, flags != 0, "the other CPUs may be using pages");
         let left = [0x5000, 0x6000, 0x7000].map(|at| bench.ram.read_u64(GuestAddress(at)).unwrap());
         let (gone, released) = if flags == 0 { (0x5000, 0) } else { (0, 0x1000) };
         assert_eq!(left, [gone, 0x6000, 0x7000], "the last one was poisoned after the look");
-        assert_eq!(bench.monitor.unused_pages.released(), released);
+        assert_eq!(bench.state.shadow.reclaimed_guest_bytes(), released);
     }
 }
 
 #[test]
-fn pages_of_the_quarantine_are_given_back_where_the_guest_allows_it() {
+fn pages_of_the_quarantine_are_reclaimed_where_the_guest_allows_it() {
     let free_pages = abi::hello::FREE_PAGES_UNUSED;
     for flags in [free_pages, free_pages | abi::hello::QUARANTINE_UNUSED] {
         let mut bench = Bench::sync();
@@ -52,14 +52,14 @@ fn pages_of_the_quarantine_are_given_back_where_the_guest_allows_it() {
         ] {
             assert_eq!(bench.call(call::POISON, [start, bytes, code.into(), 0]), 0);
         }
-        bench.monitor.unused_pages.make_due();
+        bench.state.shadow.skip_reclaim_pause();
         assert_eq!(bench.call(call::POISON, [0x9000, 0x1000, SLAB_REDZONE.into(), 0]), 0);
         let left: Vec<u64> =
             (4..9u64).map(|page| bench.ram.read_u64(GuestAddress(page << 12)).unwrap()).collect();
         let goes = flags != free_pages;
         let [first, second] = if goes { [0, 0] } else { [0x4000, 0x5000] };
         assert_eq!(left, [first, second, 0x6000, 0x7000, 0x8000]);
-        assert_eq!(bench.monitor.unused_pages.released(), if goes { 0x2000 } else { 0 });
+        assert_eq!(bench.state.shadow.reclaimed_guest_bytes(), if goes { 0x2000 } else { 0 });
     }
 }
 
@@ -71,10 +71,13 @@ fn a_second_kernel_keeps_what_the_first_had_freed() {
     bench.ram.write(GuestAddress(0x5000), &[7]).unwrap();
     assert_eq!(bench.call(call::POISON, [0x5000, 0x1000, FREE_PAGE.into(), 0]), 0);
     bench.call(call::HELLO, hello);
-    bench.monitor.unused_pages.make_due();
+    bench.state.shadow.skip_reclaim_pause();
     assert_eq!(bench.call(call::POISON, [0x9000, 0x1000, FREE_PAGE.into(), 0]), 0);
     assert_eq!(
-        (bench.ram.read_u64(GuestAddress(0x5000)).unwrap(), bench.monitor.unused_pages.released()),
+        (
+            bench.ram.read_u64(GuestAddress(0x5000)).unwrap(),
+            bench.state.shadow.reclaimed_guest_bytes()
+        ),
         (7, 0)
     );
 }
@@ -89,9 +92,9 @@ fn free_pages_in_many_pieces_take_many_looks() {
         goes_on(bench.write(bench.layout.page.gpa + page, &[FREE_PAGE]));
     }
     for looks in 1..=3 {
-        bench.monitor.unused_pages.make_due();
+        bench.state.shadow.skip_reclaim_pause();
         goes_on(bench.read(bench.layout.page.gpa, 1).0);
         let looked = (looks * 1024).min(RAM >> 13);
-        assert_eq!(bench.monitor.unused_pages.released(), looked << 12);
+        assert_eq!(bench.state.shadow.reclaimed_guest_bytes(), looked << 12);
     }
 }
