@@ -9,6 +9,8 @@
 mod recording;
 mod report;
 
+pub(crate) use recording::record;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -28,7 +30,8 @@ use crate::suite::{FOLDER, Host};
 use crate::trace::Trace;
 
 /// The recorded events that are replayed.
-const TRACE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/traces/kernel-build-slice.kmt.zst");
+pub(crate) const TRACE: &str =
+    concat!(env!("CARGO_MANIFEST_DIR"), "/traces/kernel-build-slice.kmt.zst");
 
 /// Boots Linux without KASAN, with its own, and with Umbra's, and compares them. Exit status: 0, 1
 /// when a figure is over its limit and that is not known already, 2 when something cannot be
@@ -62,10 +65,10 @@ const MEMORY: [(&str, u64); 2] = [("1G", 1 << 30), ("4G", 4 << 30)];
 /// The guest in which the suite runs.
 const WITH_SUITE: &str = "1G";
 /// What the console says at the end of the boot, of the workload, and of the suite after it.
-const POINTS: [&str; 3] =
+pub(crate) const POINTS: [&str; 3] =
     ["umbra replay: memory after boot", "umbra replay: memory at the end", "# kasan: pass:"];
 /// The replay restarts the machine, or the suite after it does.
-const REPLAY: &str = "umbra_replay=restart";
+pub(crate) const REPLAY: &str = "umbra_replay=restart";
 const REPLAY_AND_SUITE: &str = "umbra_replay=1 kunit_shutdown=reboot";
 
 /// The exit status of a run that the user ended.
