@@ -63,8 +63,8 @@ impl Need {
 /// A list of tests.
 #[derive(Default)]
 pub struct Suite {
-    trials: Vec<Trial>,
-    skipped: Vec<(String, String)>,
+    /// The tests, and why they cannot run here, if so.
+    trials: Vec<(Trial, Option<String>)>,
 }
 
 impl Suite {
@@ -76,28 +76,29 @@ impl Suite {
         need: &Need,
         test: impl FnOnce() + Send + 'static,
     ) {
-        let name = name.into();
-        let trial = Trial::test(name.clone(), move || {
+        let trial = Trial::test(name, move || {
             test();
             Ok(())
         });
-        match need {
-            Need::There => self.trials.push(trial),
-            Need::Missing(reason) => {
-                self.skipped.push((name, reason.clone()));
-                self.trials.push(trial.with_ignored_flag(true));
-            }
-        }
+        let missing = match need {
+            Need::There => None,
+            Need::Missing(reason) => Some(reason.clone()),
+        };
+        self.trials.push((trial.with_ignored_flag(missing.is_some()), missing));
     }
 
     /// Runs the tests that the command line asks for.
     pub fn run(self) -> ExitCode {
         let arguments = Arguments::from_args();
-        if !arguments.list {
-            for (test, reason) in &self.skipped {
-                println!("SKIPPED: {test}: {reason}");
+        let asked = |trial: &Trial| {
+            !arguments.list && !arguments.is_filtered_out(trial) && arguments.is_ignored(trial)
+        };
+        for (trial, missing) in &self.trials {
+            if let Some(reason) = missing.as_ref().filter(|_| asked(trial)) {
+                println!("{}", umbra_skip::line(trial.name(), reason));
             }
         }
-        libtest_mimic::run(&arguments, self.trials).exit_code()
+        let trials = self.trials.into_iter().map(|(trial, _)| trial).collect();
+        libtest_mimic::run(&arguments, trials).exit_code()
     }
 }

@@ -1,11 +1,11 @@
 //! Installs what a machine lacks, and says in one sentence what to do where it cannot.
 
-use std::ffi::OsStr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 
 use crate::Context;
+use crate::apt::Apt;
 use crate::process::{Command, which};
 use crate::toolchain::{self, Missing, OLDEST, Tools, Version};
 
@@ -161,77 +161,6 @@ pub fn packages(
     Ok(missing())
 }
 
-/// The version of a package that apt would install; `None` where there is no apt, or no such
-/// package.
-pub fn candidate(context: &Context, package: &str) -> Result<Option<String>> {
-    if which("apt-cache").is_none() {
-        return Ok(None);
-    }
-    let ask = || -> Result<Option<String>> {
-        let mut policy = Command::new("apt-cache", &context.root);
-        let policy = policy.args(["policy", package]).env("LC_ALL", "C").stream(|_| {})?.output;
-        let version = policy.lines().find_map(|line| line.trim().strip_prefix("Candidate: "));
-        Ok(version.filter(|version| *version != "(none)").map(str::to_owned))
-    };
-    let known = ask()?;
-    if known.is_some() {
-        return Ok(known);
-    }
-    // A clean machine has no list of packages.
-    if renew_lists(context)? { ask() } else { Ok(None) }
-}
-
-/// Renews apt's lists of packages. False where this user may not.
-pub fn renew_lists(context: &Context) -> Result<bool> {
-    let Some(apt) = Apt::find(context) else { return Ok(false) };
-    context.progress.step("updating the list of packages");
-    apt.command("apt-get", &context.root).args(["update", "-qq"]).run(&context.progress)?;
-    Ok(true)
-}
-
-/// Downloads a package of a version into an empty folder; `None` if apt cannot.
-pub fn download(
-    context: &Context,
-    package: &str,
-    version: &str,
-    folder: &Path,
-) -> Result<Option<PathBuf>> {
-    std::fs::create_dir_all(folder)
-        .with_context(|| format!("cannot create {}", folder.display()))?;
-    let mut get = Command::new("apt-get", folder);
-    get.args(["download", "-qq", &format!("{package}={version}")]);
-    if !get.run(&context.progress)?.success {
-        return Ok(None);
-    }
-    let mut files = std::fs::read_dir(folder)?.filter_map(|entry| Some(entry.ok()?.path()));
-    let file = files.find(|path| path.extension().is_some_and(|extension| extension == "deb"));
-    file.map(Some).with_context(|| format!("apt-get downloaded no {package}"))
-}
-
-/// Unpacks a package that was downloaded, and removes it. Nothing is installed.
-pub fn unpack_file(context: &Context, file: &Path, folder: &Path) -> Result<()> {
-    Command::new("dpkg-deb", folder)
-        .args([OsStr::new("-x"), file.as_os_str(), OsStr::new(".")])
-        .run_or_fail(&context.progress)?;
-    std::fs::remove_file(file).with_context(|| format!("cannot remove {}", file.display()))
-}
-
-/// Downloads a package of a version into an empty folder, and unpacks it there. Nothing is
-/// installed.
-pub fn unpack(context: &Context, package: &str, version: &str, folder: &Path) -> Result<()> {
-    let download = || download(context, package, version, folder);
-    let file = match download()? {
-        Some(file) => file,
-        None => {
-            // The list of packages may be old.
-            renew_lists(context)?;
-            download()?
-                .with_context(|| format!("apt-get could not download {package}={version}"))?
-        }
-    };
-    unpack_file(context, &file, folder)
-}
-
 /// A browser for the tests of the page that `--html` writes. Without one they are skipped, and say
 /// so.
 pub fn browser(context: &Context) -> Result<()> {
@@ -243,40 +172,6 @@ pub fn browser(context: &Context) -> Result<()> {
         .step("installing chromium: the page that --html writes is tested in a browser");
     // Without fonts a page is nearly empty.
     apt_install(context, &["chromium", "fonts-dejavu-core"])
-}
-
-/// The way to install Debian's packages.
-struct Apt {
-    /// Set for a user who is not root.
-    sudo: Option<PathBuf>,
-}
-
-impl Apt {
-    fn find(context: &Context) -> Option<Self> {
-        which("apt-get")?;
-        // SAFETY: geteuid has no preconditions.
-        if unsafe { libc::geteuid() } == 0 {
-            return Some(Self { sudo: None });
-        }
-        let sudo = which("sudo")?;
-        // `-n`: there may be nobody to ask for a password.
-        let may =
-            Command::new(&sudo, &context.root).args(["-n", "true"]).stream(|_| {}).ok()?.success;
-        may.then_some(Self { sudo: Some(sudo) })
-    }
-
-    fn command(&self, program: &str, directory: &Path) -> Command {
-        let mut command = match &self.sudo {
-            None => Command::new(program, directory),
-            Some(sudo) => {
-                let mut command = Command::new(sudo, directory);
-                command.args(["-n", "env", "DEBIAN_FRONTEND=noninteractive", program]);
-                command
-            }
-        };
-        command.env("DEBIAN_FRONTEND", "noninteractive");
-        command
-    }
 }
 
 /// Whether a part of the toolchain that cargo calls (`fmt`, `clippy`) is there; tries to install it

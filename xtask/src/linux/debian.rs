@@ -6,29 +6,23 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 
 use super::{empty, is_made_from, stamp};
-use crate::process::Command;
-use crate::{Context, setup};
+use crate::{Context, apt};
 
 /// The package that names Debian's newest cloud kernel.
 const PACKAGE: &str = "linux-image-cloud-amd64";
 
 /// Puts its bzImage into a folder, unless it is there.
 pub fn fetch(context: &Context, folder: &Path) -> Result<()> {
-    let version = setup::candidate(context, PACKAGE)?;
-    let version =
-        version.with_context(|| format!("apt does not offer {PACKAGE}, a package of Debian 12"))?;
+    let version = apt::version(context, PACKAGE)?;
     let wanted = format!("{PACKAGE} {version}");
     if is_made_from(folder, &wanted) {
         return Ok(());
     }
-    let mut depends = Command::new("apt-cache", &context.root);
-    let depends = depends.args(["depends", PACKAGE]).env("LC_ALL", "C").stream(|_| {})?.output;
-    let package = depends.lines().find_map(|line| line.trim().strip_prefix("Depends: "));
-    let package = package.with_context(|| format!("{PACKAGE} names no kernel"))?;
+    let package = apt::dependency(context, PACKAGE)?;
     context.progress.step(&format!("fetching {package} {version}: the tests boot it"));
     empty(folder)?;
     let unpacked = folder.join("unpacked");
-    setup::unpack(context, package, &version, &unpacked)?;
+    apt::unpack(context, &[(&package, &version)], &unpacked)?;
     let image = fs::read_dir(unpacked.join("boot"))?
         .filter_map(|entry| Some(entry.ok()?.path()))
         .find(|path| {

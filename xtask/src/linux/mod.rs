@@ -115,7 +115,7 @@ impl Made {
 
     fn skipped(&mut self, names: &str, error: &anyhow::Error) {
         self.complete = false;
-        self.notices.push(format!("SKIPPED: the Linux kernel {names}: {error:#}"));
+        self.notices.push(format!("not built: the Linux kernel {names}: {error:#}"));
     }
 }
 

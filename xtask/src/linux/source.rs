@@ -14,7 +14,7 @@ use super::series::Series;
 use super::versions::{self, Choice, Verdict};
 use super::{empty, is_made_from, stamp};
 use crate::process::{Command, which};
-use crate::{Context, setup};
+use crate::{Context, apt, setup};
 
 /// Debian's package with the sources, which is also the name of the archive in it and of the folder
 /// in that.
@@ -49,8 +49,8 @@ impl<'a> Sources<'a> {
     /// The versions that apt offers, the newest first.
     pub fn offered(&self) -> Result<Vec<String>> {
         let ask = || -> Result<Vec<String>> {
-            let mut madison = Command::new("apt-cache", &self.context.root);
-            let madison = madison.args(["madison", PACKAGE]).env("LC_ALL", "C").stream(|_| {})?;
+            let mut madison = apt::reader(self.context, "apt-cache");
+            let madison = madison.args(["madison", PACKAGE]).stream(|_| {})?;
             Ok(versions::offered(&madison.output, PACKAGE))
         };
         let offered = ask()?;
@@ -82,7 +82,7 @@ impl<'a> Sources<'a> {
 
     /// Renews apt's lists, at most once. False where that has been done, or cannot be.
     fn renew(&self) -> Result<bool> {
-        Ok(!self.renewed.replace(true) && setup::renew_lists(self.context)?)
+        Ok(!self.renewed.replace(true) && apt::renew_lists(self.context)?)
     }
 
     /// A folder or file below `target/linux`.
@@ -136,13 +136,15 @@ impl<'a> Sources<'a> {
         if !is_made_from(&folder, version) {
             self.context.progress.step(&format!("fetching {PACKAGE} {version}"));
             empty(&folder)?;
-            let get = || setup::download(self.context, PACKAGE, version, &folder);
+            let get = || apt::download(self.context, &[(PACKAGE, version)], &folder);
             let package = match get()? {
                 None if self.renew()? => get()?,
                 package => package,
             };
             let Some(package) = package else { return Ok(None) };
-            setup::unpack_file(self.context, &package, &folder)?;
+            for package in &package {
+                apt::unpack_file(self.context, package, &folder)?;
+            }
             fs::write(stamp(&folder), version).context("cannot write target/linux/archive")?;
         }
         Ok(Some(archive))
