@@ -48,10 +48,10 @@ pub const SMALL: Kernel = unpatched("small", &["small"]);
 /// The same with ACPI.
 pub const ACPI: Kernel = unpatched("acpi", &["small", "acpi"]);
 /// The one that Umbra checks, with Linux's own tests of KASAN in it.
-pub const UMBRA: Kernel = patched("umbra", &["small", "kasan", "umbra", "replay"]);
+pub const UMBRA: Kernel = patched("umbra", &["small", "kasan", "umbra", "replay", "provoke"]);
 /// The same with shadow for virtual memory: only for its own test.
 pub const UMBRA_VMALLOC: Kernel =
-    patched("umbra-vmalloc", &["small", "kasan", "umbra", "replay", "vmalloc"]);
+    patched("umbra-vmalloc", &["small", "kasan", "umbra", "replay", "provoke", "vmalloc"]);
 /// The same with Linux's own KASAN, and nothing of ours.
 pub const STOCK_KASAN: Kernel = unpatched("kasan", &["small", "kasan"]);
 /// Those that are compared: without KASAN, with Linux's own in both of its forms, with Umbra's.
