@@ -17,7 +17,9 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("umbra-guest", &["umbra-shadow"]),
     ("umbra-kernel", &["umbra-guest"]),
     ("umbra-kernel-memory", &["umbra-guest"]),
-    ("umbra-tests", &["umbra", "umbra-shadow"]),
+    ("umbra-skip", &[]),
+    ("umbra-testkit", &[]),
+    ("umbra-tests", &["umbra", "umbra-shadow", "umbra-skip", "umbra-testkit"]),
     ("umbra-benches", &["umbra", "umbra-shadow", "umbra-tests"]),
     ("xtask", &[]),
 ];
