@@ -20,8 +20,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("umbra-skip", &[]),
     ("umbra-testkit", &[]),
     ("umbra-tests", &["umbra", "umbra-shadow", "umbra-skip", "umbra-testkit"]),
-    ("umbra-benches", &["umbra", "umbra-shadow", "umbra-tests"]),
-    ("xtask", &[]),
+    ("umbra-benches", &["umbra", "umbra-shadow", "umbra-skip", "umbra-tests"]),
+    ("xtask", &["umbra-skip", "umbra-testkit"]),
 ];
 
 /// Libraries of others that only some crates may use.
