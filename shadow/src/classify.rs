@@ -3,7 +3,7 @@
 
 use core::fmt;
 
-use crate::abi::access;
+use crate::abi::Access;
 use crate::codes::{
     ALLOCA_LEFT, ALLOCA_RIGHT, FREE_PAGE, GLOBAL_REDZONE, GRANULE, LARGE_REDZONE, PAGE_SIZE,
     SLAB_FREE, SLAB_FREE_TRACK, SLAB_REDZONE, STACK_LEFT, STACK_MID, STACK_PARTIAL, STACK_RIGHT,
@@ -76,12 +76,12 @@ impl BugKind {
         }
     }
 
-    /// The kind that an [`access`] value alone decides: a bad free, which may be of valid memory.
-    pub const fn of_free(access: u16) -> Option<Self> {
+    /// The kind of a bad free, which the access alone decides; the memory may be valid.
+    pub const fn of_free(access: Access) -> Option<Self> {
         match access {
-            access::DOUBLE_FREE => Some(Self::DoubleFree),
-            access::INVALID_FREE => Some(Self::InvalidFree),
-            _ => None,
+            Access::DoubleFree => Some(Self::DoubleFree),
+            Access::InvalidFree => Some(Self::InvalidFree),
+            Access::Read | Access::Write => None,
         }
     }
 
@@ -113,14 +113,14 @@ impl fmt::Display for BugKind {
 /// Names the bug behind `violation`, which `shadow` found in an access to `len` bytes from `addr`
 /// on.
 ///
-/// `addr` is the address that the guest used. It may be another than the one that the shadow is
-/// keyed by: a null pointer is one by its virtual address. `access` is a value of [`access`].
+/// `addr` is the address that the guest used. The shadow may be keyed by another address: a pointer
+/// is null by its virtual address.
 pub fn classify<S: Shadow>(
     shadow: &S,
     violation: &Violation,
     addr: u64,
     len: u64,
-    access: u16,
+    access: Access,
 ) -> BugKind {
     if let Some(kind) = BugKind::of_free(access) {
         return kind;

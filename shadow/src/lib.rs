@@ -13,6 +13,7 @@ pub mod codes;
 pub mod full;
 pub mod memory;
 pub mod model;
+pub mod runtime;
 mod span;
 pub mod two_level;
 pub mod violation;

@@ -17,7 +17,7 @@
 
 use core::arch::{asm, global_asm};
 
-use umbra_guest::abi::{PORT, call};
+use umbra_guest::abi::{CallNumber, PORT};
 use umbra_guest::codes::{GRANULE_SHIFT, PAGE_SIZE, SLAB_REDZONE};
 
 use crate::boot::BootInfo;
@@ -128,7 +128,7 @@ unsafe extern "C" fn give_and_take(at: u64) {
 unsafe extern "C" fn drain() {
     // SAFETY: a call of the ABI without any effect on this kernel's memory but the ring's count.
     unsafe {
-        asm!("out dx, eax", inout("eax") call::RING_DRAIN => _, in("dx") PORT, in("rdi") 0, options(nostack));
+        asm!("out dx, eax", inout("eax") CallNumber::RingDrain as u32 => _, in("dx") PORT, in("rdi") 0, options(nostack));
     }
 }
 

@@ -5,11 +5,11 @@
 //! (`llvm/lib/Transforms/Instrumentation/AddressSanitizer.cpp`); the redzones of `alloca` are those
 //! of `mm/kasan/generic.c`.
 
-use umbra_shadow::abi::{Global, call};
+use umbra_shadow::abi::{CallNumber, Features, Global};
 use umbra_shadow::codes;
 use umbra_shadow::memory::ShadowMemory;
 
-use crate::ring::frame_pointer;
+use crate::stack::frame_pointer;
 use crate::{host, shadow, state};
 
 /// Poisons the redzones behind globals.
@@ -18,8 +18,8 @@ use crate::{host, shadow, state};
 /// `globals` points to `n` descriptors.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn __asan_register_globals(globals: *const Global, n: u64) {
-    if state::mode() != 0 {
-        host::hypercall(call::GLOBALS, globals as u64, n, 0, 0);
+    if state::mode() != Features::default() {
+        host::hypercall(CallNumber::Globals, globals as u64, n, 0, 0);
     }
     for i in 0..n as usize {
         // SAFETY: the caller's promise; the compiler's constructors make the call.
@@ -57,7 +57,7 @@ const LEFT_BYTES: u64 = 1 << 20;
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn __asan_handle_no_return() {
-    if state::mode() == 0 {
+    if state::mode() == Features::default() {
         return;
     }
     let start = frame_pointer();
@@ -130,11 +130,11 @@ pub extern "C" fn __asan_allocas_unpoison(top: u64, bottom: u64) {
 /// The compiler's stores of stack shadow, as calls: `n` bytes of shadow at `at` become `value`.
 #[inline(always)]
 fn set_shadow(at: u64, n: u64, value: u8) {
-    if n == 0 || state::mode() == 0 {
+    if n == 0 || state::mode() == Features::default() {
         return;
     }
     let address = at << codes::GRANULE_SHIFT;
-    if state::rings() {
+    if state::mode().has(Features::RING) {
         // Stacks are byte-checked from their creation, so this is real shadow.
         if state::in_region(address, address + n * codes::GRANULE - 1) {
             shadow::Windows.set_bytes(address, n, value);

@@ -22,8 +22,11 @@ pub mod host;
 pub mod memfn;
 pub mod object;
 pub mod quarantine;
+pub mod released;
 pub mod ring;
+pub mod settings;
 pub mod shadow;
+pub mod stack;
 pub mod state;
 
 #[cfg(target_os = "none")]
@@ -31,5 +34,5 @@ pub mod state;
 fn panic(_: &core::panic::PanicInfo) -> ! {
     // The runtime has no way to print. Nothing in it is meant to panic; if it does, the guest ends
     // visibly.
-    host::exit(umbra_shadow::abi::exit::PANIC, 0, 0, 0)
+    host::exit(umbra_shadow::abi::ExitReason::Panic, 0, 0, 0)
 }

@@ -5,7 +5,7 @@ use core::arch::asm;
 use core::hint::spin_loop;
 use core::sync::atomic::{AtomicU8, Ordering, compiler_fence};
 
-use umbra_shadow::abi::{call, features, memory};
+use umbra_shadow::abi::{CallNumber, Features, MemoryUse};
 use umbra_shadow::codes;
 use umbra_shadow::full::Full;
 use umbra_shadow::memory::ShadowMemory;
@@ -121,13 +121,13 @@ impl ShadowMemory for Windows {
 }
 
 fn full() -> bool {
-    state::mode() & features::FULL != 0
+    state::mode().has(Features::FULL)
 }
 
 /// Whether shadow exists and covers all of `address..address + len`.
 fn covered(address: u64, len: u64) -> bool {
     len != 0
-        && state::mode() & (features::FULL | features::PER_PAGE) != 0
+        && state::mode().has(Features::SHADOW)
         && address.checked_add(len - 1).is_some_and(|last| state::in_region(address, last))
 }
 
@@ -137,8 +137,8 @@ pub fn poison(address: u64, len: u64, code: u8) {
     if !covered(address, len) {
         return;
     }
-    if state::sync() {
-        host::hypercall(call::POISON, address, len, u64::from(code), 0);
+    if state::mode().has(Features::SYNC) {
+        host::hypercall(CallNumber::Poison, address, len, u64::from(code), 0);
     } else if full() {
         let _ = Full::new(Windows).poison(address, len, code);
     } else {
@@ -150,16 +150,16 @@ pub fn poison(address: u64, len: u64, code: u8) {
 
 /// Unpoisons memory; the counterpart of [`poison`].
 pub fn unpoison(address: u64, len: u64) {
-    unpoison_for(address, len, memory::AS_BEFORE);
+    unpoison_for(address, len, MemoryUse::Unchanged);
 }
 
-/// [`unpoison`], and in `sync` mode tells the VMM what the memory is for ([`memory`]).
-pub fn unpoison_for(address: u64, len: u64, purpose: u64) {
+/// [`unpoison`], and in `sync` mode tells the VMM what the memory is used for.
+pub fn unpoison_for(address: u64, len: u64, memory_use: MemoryUse) {
     if !covered(address, len) {
         return;
     }
-    if state::sync() {
-        host::hypercall(call::UNPOISON, address, len, purpose, 0);
+    if state::mode().has(Features::SYNC) {
+        host::hypercall(CallNumber::Unpoison, address, len, memory_use.into(), 0);
     } else if full() {
         let _ = Full::new(Windows).unpoison(address, len);
     } else {
@@ -171,7 +171,7 @@ pub fn unpoison_for(address: u64, len: u64, purpose: u64) {
 pub fn promote(address: u64, len: u64) {
     // In `sync` mode the first poisoning promotes, on the VMM's side; `full` has nothing to
     // promote.
-    if covered(address, len) && state::rings() && !full() {
+    if covered(address, len) && state::mode().has(Features::RING) && !full() {
         let _ = without_interrupts(|| TwoLevel::new(Windows).promote(address, len));
     }
 }
@@ -184,7 +184,7 @@ pub fn set_on_stack(address: u64, granules: u64, value: u8) {
     if !covered(address, len) {
         return;
     }
-    if !state::sync() {
+    if !state::mode().has(Features::SYNC) {
         promote(address, len);
         Windows.set_bytes(address, granules, value);
     } else if value == 0 {
@@ -202,7 +202,7 @@ pub fn set_on_stack(address: u64, granules: u64, value: u8) {
 
 /// Whether an access is good.
 pub fn check(address: u64, len: u64) -> bool {
-    if len == 0 || state::mode() & (features::FULL | features::PER_PAGE) == 0 {
+    if len == 0 || !state::mode().has(Features::SHADOW) {
         return true;
     }
     if !covered(address, len) {

@@ -9,63 +9,8 @@ mod checked;
 mod ffi;
 
 pub use checked::Checked;
-pub use ffi::{CurrentFn, Offer, ReleaseFn, Trap};
+pub use umbra_shadow::runtime::{CurrentFn, Mapping, Offer, Region, ReleaseFn, Trap};
 pub use umbra_shadow::{abi, codes};
-
-use umbra_shadow::abi::features;
-use umbra_shadow::codes::{GRANULE_SHIFT, PAGE_SHIFT, PAGE_SIZE};
-
-/// Memory that a kernel maps one to one: `bytes` of guest-physical memory from `gpa` on, at
-/// `start`. Or virtual memory with shadow of its own, by [`add_virtual`].
-#[derive(Clone, Copy, Debug)]
-pub struct Region {
-    /// Virtual start, a multiple of 4096 in the upper half.
-    pub start: u64,
-    /// Bytes, a multiple of 4096.
-    pub bytes: u64,
-    /// Guest-physical start, a multiple of 4096. Of virtual memory, an address that stands for its
-    /// start.
-    pub gpa: u64,
-}
-
-/// A piece of a shadow window that the kernel must map, in whole pages.
-#[derive(Clone, Copy, Debug)]
-pub struct Mapping {
-    /// Virtual address.
-    pub start: u64,
-    /// Guest-physical address inside a window.
-    pub gpa: u64,
-    /// Bytes.
-    pub bytes: u64,
-}
-
-impl Offer {
-    /// Whether there is an Umbra underneath that keeps shadow for this run.
-    pub fn checks(&self) -> bool {
-        self.features & (features::PER_PAGE | features::FULL) != 0
-    }
-
-    /// What to map, read-write and cached, so that the shadow of `region` is where the checks look:
-    /// its page shadow and its byte shadow. Pieces of a window that does not exist in this mode
-    /// have 0 bytes.
-    pub fn mappings(&self, region: &Region) -> [Mapping; 2] {
-        let piece = |shift: u32, window: u64, window_bytes: u64| {
-            let first = region.gpa >> shift & !(PAGE_SIZE - 1);
-            let end = ((region.gpa + region.bytes) >> shift)
-                .next_multiple_of(PAGE_SIZE)
-                .min(window_bytes);
-            Mapping {
-                start: (region.start.cast_signed() >> shift).cast_unsigned() & !(PAGE_SIZE - 1),
-                gpa: window + first,
-                bytes: end.saturating_sub(first),
-            }
-        };
-        [
-            piece(PAGE_SHIFT, self.page_window, self.page_window_bytes),
-            piece(GRANULE_SHIFT, self.byte_window, self.byte_window_bytes),
-        ]
-    }
-}
 
 /// Looks for Umbra. `features` is 0 where there is none, or where it keeps no shadow.
 pub fn discover() -> Offer {
@@ -115,7 +60,7 @@ pub unsafe fn start(offer: &Offer, config: Config) -> Result<(), StartError> {
             }
         }
         let ring = config.ring;
-        if offer.features & features::RING != 0
+        if offer.rings()
             && !ffi::umbra_ring_setup(
                 0,
                 ring.as_mut_ptr().cast(),
@@ -157,7 +102,7 @@ pub unsafe fn add_cpu(
 ) -> bool {
     // SAFETY: the caller's promises are those of the C function.
     !offer.checks()
-        || offer.features & features::RING == 0
+        || !offer.rings()
         || unsafe {
             ffi::umbra_ring_setup(
                 cpu.into(),

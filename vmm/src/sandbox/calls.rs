@@ -2,7 +2,8 @@
 
 use umbra_shadow::Shadow;
 use umbra_shadow::abi::{
-    self, RECORD_BYTES, RECORD_FRAMES, RELEASED_BYTES, Released, features, record,
+    self, Features, GuestFlags, Owner, RECORD_BYTES, RECORD_FRAMES, RELEASED_BYTES, RecordBody,
+    Released,
 };
 use vm_memory::GuestAddress;
 
@@ -68,9 +69,9 @@ impl Monitor {
         match call {
             Call::Hello { flags } => {
                 // Without page shadow nothing tells which pages are free.
-                let with_pages = self.features() & features::PER_PAGE != 0;
-                self.unused_pages.hello(if with_pages { flags } else { 0 });
-                value = self.features().into();
+                let with_pages = self.features().has(Features::PER_PAGE);
+                self.unused_pages.hello(if with_pages { flags } else { GuestFlags::default() });
+                value = self.features().bits().into();
             }
             Call::RegionAdd(region) => self.regions.add(region, machine.ram.end())?,
             Call::RingSetup { va, records, cpu, text_base } => {
@@ -128,9 +129,9 @@ impl Monitor {
                 );
                 self.give_back_now_and_then()?;
             }
-            Call::Freed { va, actor, slot, wait } => {
-                let waits = match slot {
-                    Some(slot) if wait != 0 => Some(released(va, slot.bytes, wait)?),
+            Call::Freed { va, actor, slot, owner } => {
+                let waits = match (slot, owner) {
+                    (Some(slot), Some(owner)) => Some(released(va, slot.bytes, owner)?),
                     _ => None,
                 };
                 let gpa = to_gpa(&self.regions, va, slot.map_or(1, |slot| slot.bytes))?;
@@ -230,7 +231,7 @@ impl Monitor {
         let room = to.count.max(1) * RELEASED_BYTES;
         let gpa = in_ram(&self.regions, ram, to.va, room, what)?;
         let taken = self.quarantine.take(to.count as usize, all);
-        let bytes: Vec<u8> = taken.iter().flat_map(|memory| memory.to_bytes()).collect();
+        let bytes: Vec<u8> = taken.iter().flat_map(|memory| memory.encode()).collect();
         ram.write(GuestAddress(gpa), &bytes)
             .map_err(|_| CallError::Argument { what, value: to.va })?;
         Ok(taken.len() as u64)
@@ -258,9 +259,9 @@ impl Monitor {
                 refused += 1;
                 return;
             };
-            match event.record.kind {
-                record::ALLOCATED | record::ALLOCATED_IN_SLOT => events.allocations += 1,
-                record::FREED => events.frees += 1,
+            match event.record.map(|record| record.body) {
+                Ok(RecordBody::Allocated { .. }) => events.allocations += 1,
+                Ok(RecordBody::Freed { .. }) => events.frees += 1,
                 _ => {}
             }
             // The CPU that asks is done with all that it told, since it tells and poisons at once.
@@ -343,33 +344,32 @@ const QUARANTINE_FULL: CallError =
     CallError::Limit { what: "objects in the quarantine", most: quarantine::MOST as u64 };
 
 /// Freed memory, as the quarantine keeps it.
-fn released(va: u64, slot: u64, wait: u16) -> Result<Released, CallError> {
+fn released(va: u64, slot: u64, owner: Owner) -> Result<Released, CallError> {
     let slot =
         u32::try_from(slot).map_err(|_| CallError::Argument { what: "slot", value: slot })?;
-    Ok(Released { address: va, slot, wait, reserved: 0 })
+    Ok(Released::new(va, slot, owner))
 }
 
 /// Takes in one record. Tells what goes into the quarantine; none if the record makes no sense.
 fn take(event: &Event, regions: &Regions, objects: &mut Objects) -> Option<Option<Released>> {
-    let r = &event.record;
-    if r.kind == record::CACHE {
-        objects.name_cache(r.cache, r.name().get(..r.depth.into())?, r.size.into());
-        return Some(None);
-    }
-    let (size, slot) = match r.kind {
-        record::ALLOCATED => (r.size, 0),
-        record::ALLOCATED_IN_SLOT => (r.size & 0xffff, (r.size & 0xffff) + (r.size >> 16)),
-        record::FREED => (r.size, 0),
-        record::RELATED => (0, 0),
-        _ => return None,
-    };
-    let gpa = regions.to_gpa(r.address, u64::from(size.max(slot)).max(1))?;
+    let record = event.record.ok()?;
+    let to_gpa = |address, bytes: u32| regions.to_gpa(address, u64::from(bytes).max(1));
     let frames = event.frames.get(..event.depth).unwrap_or_default();
-    match r.kind {
-        record::FREED => objects.freed(gpa, r.task, frames),
-        record::RELATED => objects.related(gpa, r.task, frames),
-        _ => objects.allocated(gpa, size.into(), slot.into(), r.cache, r.task, frames),
+    match record.body {
+        RecordBody::Allocated { address, bytes, slot, cache, .. } => {
+            let gpa = to_gpa(address, bytes.max(slot))?;
+            objects.allocated(gpa, bytes.into(), slot.into(), cache, record.task, frames);
+        }
+        RecordBody::Freed { address, slot, owner, .. } => {
+            objects.freed(to_gpa(address, slot)?, record.task, frames);
+            return Some(owner.map(|owner| Released::new(address, slot, owner)));
+        }
+        RecordBody::Related { address, .. } => {
+            objects.related(to_gpa(address, 0)?, record.task, frames);
+        }
+        RecordBody::Cache { id, object, name } => {
+            objects.name_cache(id, name.as_bytes(), object.into());
+        }
     }
-    let wait = if r.kind == record::FREED { r.cache } else { 0 };
-    Some((wait != 0).then_some(Released { address: r.address, slot: size, wait, reserved: 0 }))
+    Some(None)
 }

@@ -7,7 +7,7 @@ use umbra_shadow::codes::{
     GRANULE, GRANULE_SHIFT, LARGE_REDZONE, PAGE_SHIFT, PAGE_SIZE, SLAB_REDZONE, STACK_LEFT,
     UNKNOWN, VMALLOC_INVALID,
 };
-use umbra_shadow::{BugKind, Cause, Shadow, Violation, abi, classify};
+use umbra_shadow::{BugKind, Cause, Shadow, Violation, classify};
 
 use super::Outcome;
 use super::monitor::{Flow, Machine, Monitor};
@@ -69,12 +69,6 @@ impl Monitor {
         ip: u64,
         machine: &Machine,
     ) -> Finding {
-        let number = match access {
-            Access::Read => abi::access::READ,
-            Access::Write => abi::access::WRITE,
-            Access::DoubleFree => abi::access::DOUBLE_FREE,
-            Access::InvalidFree => abi::access::INVALID_FREE,
-        };
         let region = self.regions.find(address);
         let gpa = region.map(|(gpa, _)| gpa);
         let violation = match (&self.windows, region) {
@@ -88,21 +82,21 @@ impl Monitor {
                 cause: Cause::Outside,
             }),
         };
-        let kind = BugKind::of_free(number).unwrap_or_else(|| match (&violation, &self.windows) {
+        let kind = BugKind::of_free(access).unwrap_or_else(|| match (&violation, &self.windows) {
             (Some(violation), Some(windows)) => {
-                classify(windows.model(), violation, address, size, number)
+                classify(windows.model(), violation, address, size, access)
             }
             _ => BugKind::Unknown,
         });
         // The shadow is keyed by guest-physical address; the guest knows the virtual one.
         let bad_gpa = violation.map_or(gpa, |v| gpa.map(|_| v.address));
         let first_bad = match (bad_gpa, gpa) {
-            (Some(bad), Some(gpa)) if BugKind::of_free(number).is_none() => {
+            (Some(bad), Some(gpa)) if BugKind::of_free(access).is_none() => {
                 address.wrapping_add(bad.wrapping_sub(gpa))
             }
             _ => address,
         };
-        let bad_gpa = if BugKind::of_free(number).is_some() { gpa } else { bad_gpa };
+        let bad_gpa = if BugKind::of_free(access).is_some() { gpa } else { bad_gpa };
 
         let stack_frame = match kind {
             BugKind::StackOutOfBounds | BugKind::UseAfterScope => {

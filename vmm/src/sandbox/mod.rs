@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard};
 use thiserror::Error;
-use umbra_shadow::abi::redzone;
+pub use umbra_shadow::abi::Redzone;
 use vm_memory::GuestAddress;
 
 use crate::machine::cpuid::CpuidLeaf;
@@ -78,29 +78,6 @@ impl ShadowMode {
             Self::PerPage => "per-page",
             Self::Full => "full",
             Self::Off => "off",
-        }
-    }
-}
-
-/// How much a guest's allocators put behind each object.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Redzone {
-    /// More behind larger objects, as KASAN does.
-    #[default]
-    Adaptive,
-    /// Nothing: objects lie as in a kernel that is not checked.
-    Off,
-    /// So many bytes: a multiple of 8, at most [`redzone::MAX`].
-    Bytes(u32),
-}
-
-impl Redzone {
-    /// As the guest is told ([`redzone`]).
-    fn number(self) -> u32 {
-        match self {
-            Self::Adaptive => redzone::ADAPTIVE,
-            Self::Off => redzone::OFF,
-            Self::Bytes(bytes) => bytes.next_multiple_of(8).min(redzone::MAX),
         }
     }
 }

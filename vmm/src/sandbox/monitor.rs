@@ -3,7 +3,7 @@
 //! [`Monitor::dispatch`] is a plain function of an exit: it takes registers, RAM and memory slots
 //! through traits and references, so tests feed it with exits that no guest made.
 
-use umbra_shadow::abi::{self, CPUID_FIRST, CPUID_STEP, PORT, features};
+use umbra_shadow::abi::{self, CPUID_FIRST, CPUID_STEP, Features, PORT};
 use vm_memory::GuestAddress;
 
 use super::console::{ConsoleWatch, Sign};
@@ -277,8 +277,8 @@ impl Monitor {
     }
 
     /// The feature bits of this run ([`features`]).
-    pub(super) fn features(&self) -> u32 {
-        let Some(windows) = &self.windows else { return 0 };
+    pub(super) fn features(&self) -> Features {
+        let Some(windows) = &self.windows else { return Features::default() };
         let mode = match windows.mode() {
             Mode::PerPage => ShadowMode::PerPage,
             Mode::Full => ShadowMode::Full,
@@ -408,16 +408,16 @@ fn shadow_fault(
     }
 }
 
-/// The feature bits of a run ([`features`]).
-fn offer(mode: ShadowMode, notify: Notify) -> u32 {
+/// What a run offers.
+fn offer(mode: ShadowMode, notify: Notify) -> Features {
     let notify = match notify {
-        Notify::Ring => features::RING,
-        Notify::Sync => features::SYNC,
+        Notify::Ring => Features::RING,
+        Notify::Sync => Features::SYNC,
     };
     match mode {
-        ShadowMode::PerPage => features::PER_PAGE | notify,
-        ShadowMode::Full => features::FULL | notify,
-        ShadowMode::Off => 0,
+        ShadowMode::PerPage => Features::PER_PAGE | notify,
+        ShadowMode::Full => Features::FULL | notify,
+        ShadowMode::Off => Features::default(),
     }
 }
 
@@ -455,10 +455,10 @@ pub fn discovery(
         if mode == ShadowMode::Off { [0; 4] } else { window(layout.byte.gpa, layout.byte.bytes) };
     let keys = if mode == ShadowMode::Off { 0 } else { layout.virtual_bytes() };
     let settings = match mode {
-        ShadowMode::Off => [0, abi::redzone::OFF, 0, 0],
+        ShadowMode::Off => [0, Redzone::Off.to_register(), 0, 0],
         _ => [
             settings.quarantine_batch as u32,
-            settings.redzone.number(),
+            settings.redzone.to_register(),
             settings.quarantine as u32,
             (settings.quarantine >> 32) as u32,
         ],
@@ -466,7 +466,7 @@ pub fn discovery(
     let [s0, s1, s2] = abi::CPUID_SIGNATURE;
     vec![
         leaf(base, [base + abi::CPUID_LEAF_SETTINGS, s0, s1, s2]),
-        leaf(base + abi::CPUID_LEAF_FEATURES, [abi::VERSION, u32::from(PORT), offered, 0]),
+        leaf(base + abi::CPUID_LEAF_FEATURES, [abi::VERSION, u32::from(PORT), offered.bits(), 0]),
         leaf(base + abi::CPUID_LEAF_PAGE_WINDOW, page),
         leaf(base + abi::CPUID_LEAF_BYTE_WINDOW, byte),
         leaf(base + abi::CPUID_LEAF_VIRTUAL, [keys as u32, (keys >> 32) as u32, 0, 0]),

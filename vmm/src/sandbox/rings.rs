@@ -13,7 +13,7 @@
 
 use std::ops::Range;
 
-use umbra_shadow::abi::{RECORD_BYTES, RECORD_FRAMES, RING_MAX_RECORDS, Record};
+use umbra_shadow::abi::{BadRecord, RECORD_BYTES, RECORD_FRAMES, RING_MAX_RECORDS, Record};
 use umbra_shadow::codes::PAGE_SIZE;
 use vm_memory::GuestAddress;
 
@@ -40,8 +40,10 @@ struct Ring {
 pub struct Event {
     /// The CPU that wrote it.
     pub cpu: u16,
-    /// What the guest wrote; nothing in it has been checked.
-    pub record: Record,
+    /// Its place among the records of all CPUs.
+    pub sequence: u32,
+    /// What the guest wrote. The addresses in it have not been checked.
+    pub record: Result<Record, BadRecord>,
     /// Return addresses, innermost first.
     pub frames: [u64; RECORD_FRAMES],
     /// How many of `frames` are set.
@@ -49,11 +51,16 @@ pub struct Event {
 }
 
 impl Event {
-    fn new(record: Record, cpu: u16, text_base: u64) -> Self {
-        let depth = usize::from(record.depth).min(RECORD_FRAMES);
-        let frames =
-            record.frames.map(|f| if f == 0 { 0 } else { text_base.wrapping_add(f.into()) });
-        Self { cpu, record, frames, depth }
+    fn new(bytes: &[u8; RECORD_BYTES as usize], cpu: u16, text_base: u64) -> Self {
+        let record = Record::decode(bytes);
+        let (mut frames, mut depth) = ([0; RECORD_FRAMES], 0);
+        if let Some(stack) = record.as_ref().ok().and_then(|record| record.body.stack()) {
+            for (to, address) in frames.iter_mut().zip(stack.addresses(text_base)) {
+                *to = address;
+                depth += 1;
+            }
+        }
+        Self { cpu, sequence: Record::sequence(bytes), record, frames, depth }
     }
 }
 
@@ -102,7 +109,7 @@ impl Reader {
         }
         self.block.clear();
         let records = bytes.as_chunks::<{ RECORD_BYTES as usize }>().0;
-        let event = |bytes| Event::new(Record::from_bytes(bytes), self.cpu, self.ring.text_base);
+        let event = |bytes| Event::new(bytes, self.cpu, self.ring.text_base);
         self.block.extend(records.iter().map(event));
         self.read += some;
         self.next = 0;
@@ -205,11 +212,10 @@ impl Rings {
         // From the record taken last on, since the numbers wrap. Nothing depends on what a guest
         // makes of them but the order of its own events.
         let begin = self.taken;
-        let distance =
-            |reader: &Reader| reader.event().record.sequence.wrapping_sub(begin).cast_signed();
+        let distance = |reader: &Reader| reader.event().sequence.wrapping_sub(begin).cast_signed();
         while let Some(next) = (0..readers.len()).min_by_key(|at| distance(&readers[*at])) {
             let reader = &mut readers[next];
-            self.taken = reader.event().record.sequence;
+            self.taken = reader.event().sequence;
             take(reader.event(), reader.is_last());
             if !reader.advance(ram) {
                 readers.remove(next);
@@ -222,6 +228,15 @@ impl Rings {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use umbra_shadow::abi::{RecordBody, RecordKind};
+
+    /// Address and cache of an allocation.
+    fn allocation(event: &Event) -> (u64, u16) {
+        match event.record.map(|record| record.body) {
+            Ok(RecordBody::Allocated { address, cache, .. }) => (address, cache),
+            other => panic!("no allocation: {other:?}"),
+        }
+    }
 
     fn ram_with_ring(count: u64) -> (Ram, Rings) {
         let ram = Ram::new(4 << 20).expect("4 MiB of guest memory");
@@ -230,8 +245,9 @@ mod tests {
         ram.write(GuestAddress(0x10_0000), &count.to_le_bytes()).expect("inside RAM");
         for i in 0..4u8 {
             let mut bytes = [0; 64];
-            bytes[0] = i + 1;
+            bytes[0] = RecordKind::Allocated.into();
             bytes[1] = 255;
+            bytes[8] = i + 1;
             bytes[24..28].copy_from_slice(&0x8010_0000u32.to_le_bytes());
             ram.write(GuestAddress(0x10_0040 + 64 * u64::from(i)), &bytes).expect("inside RAM");
         }
@@ -242,32 +258,32 @@ mod tests {
     fn a_drain_takes_what_the_count_says_once() {
         let (ram, mut rings) = ram_with_ring(2);
         let header = GuestAddress(0x10_0000);
-        let mut kinds = |asked, count: Option<u64>| {
+        let mut addresses = |asked, count: Option<u64>| {
             if let Some(count) = count {
                 ram.write(header, &count.to_le_bytes()).expect("inside RAM");
             }
-            let mut kinds = Vec::new();
+            let mut addresses = Vec::new();
             rings.drain(asked, &ram, |event, _| {
                 assert_eq!(
                     (event.depth, event.frames[0], event.frames[1]),
                     (10, 0xffff_ffff_8010_0000, 0)
                 );
-                kinds.push(event.record.kind);
+                addresses.push(allocation(event).0);
             });
-            (kinds, ram.read_u64(header).expect("inside RAM"))
+            (addresses, ram.read_u64(header).expect("inside RAM"))
         };
         // Its CPU may be about to write the third: the count is left alone, and goes on from there.
-        assert_eq!(kinds(None, None), (vec![1, 2], 2));
-        assert_eq!(kinds(Some(0), None), (vec![], 2), "another CPU asks");
-        assert_eq!(kinds(None, Some(3)), (vec![3], 3));
+        assert_eq!(addresses(None, None), (vec![1, 2], 2));
+        assert_eq!(addresses(Some(0), None), (vec![], 2), "another CPU asks");
+        assert_eq!(addresses(None, Some(3)), (vec![3], 3));
         // Its own CPU starts anew.
-        assert_eq!(kinds(Some(1), Some(4)), (vec![4], 0));
-        assert_eq!(kinds(None, Some(1)), (vec![1], 1));
-        assert_eq!(kinds(Some(1), None), (vec![], 0));
+        assert_eq!(addresses(Some(1), Some(4)), (vec![4], 0));
+        assert_eq!(addresses(None, Some(1)), (vec![1], 1));
+        assert_eq!(addresses(Some(1), None), (vec![], 0));
         // Nonsense.
-        assert_eq!(kinds(None, Some(3)).0, [1, 2, 3]);
-        assert!(kinds(None, Some(1)).0.is_empty());
-        assert_eq!(kinds(None, Some(2)).0, [2]);
+        assert_eq!(addresses(None, Some(3)).0, [1, 2, 3]);
+        assert!(addresses(None, Some(1)).0.is_empty());
+        assert_eq!(addresses(None, Some(2)).0, [2]);
     }
 
     #[test]
@@ -306,6 +322,7 @@ mod tests {
     fn fill(ram: &Ram, cpu: u16, gpa: u64, numbers: &[u32]) {
         for (i, number) in numbers.iter().enumerate() {
             let mut bytes = [0; 64];
+            bytes[0] = RecordKind::Allocated.into();
             bytes[2..4].copy_from_slice(&cpu.to_le_bytes());
             bytes[20..24].copy_from_slice(&number.to_le_bytes());
             ram.write(GuestAddress(gpa + 64 * (1 + i as u64)), &bytes).expect("inside RAM");
@@ -334,7 +351,7 @@ mod tests {
                         !std::mem::replace(&mut last[usize::from(event.cpu)], is_last),
                         "once, at the end"
                     );
-                    taken.push((event.record.cache, event.record.sequence));
+                    taken.push((allocation(event).1, event.sequence));
                 });
                 assert_eq!(rings, 3);
             }

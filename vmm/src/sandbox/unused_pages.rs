@@ -2,7 +2,7 @@
 //! in its quarantine, and behind what is empty of its rings.
 //!
 //! Which pages these are the shadow tells. That it matters to nobody what lies in them, the guest
-//! says once, in its first call ([`hello`]). For free pages this comes to what the free page
+//! says once, in its first call ([`GuestFlags`]). For free pages this comes to what the free page
 //! reporting of a balloon does, without a driver.
 //!
 //! **Why nothing is lost.** It is done while every vCPU stands still. An allocator unpoisons a page
@@ -13,7 +13,7 @@
 use std::time::{Duration, Instant};
 
 use umbra_shadow::Shadow as _;
-use umbra_shadow::abi::hello;
+use umbra_shadow::abi::GuestFlags;
 
 use super::rings::Rings;
 use crate::machine::memory::Ram;
@@ -30,10 +30,10 @@ const RUNS: usize = 1024;
 /// What is given back when.
 #[derive(Debug)]
 pub(super) struct UnusedPages {
-    /// The [`hello`] bits of the guest; `None` before its first call. A second first call is that
+    /// What the guest said of itself; `None` before its first call. A second first call is that
     /// of another kernel, which may live in pages that are free to the one before it: nothing is
     /// given back from then on.
-    allowed: Option<u64>,
+    allowed: Option<GuestFlags>,
     /// Where the next look begins.
     next: u64,
     last: Instant,
@@ -48,17 +48,17 @@ impl Default for UnusedPages {
 
 impl UnusedPages {
     /// Takes in what a guest says of itself.
-    pub(super) fn hello(&mut self, flags: u64) {
-        self.allowed = Some(if self.allowed.is_none() { flags } else { 0 });
+    pub(super) fn hello(&mut self, flags: GuestFlags) {
+        self.allowed = Some(if self.allowed.is_none() { flags } else { GuestFlags::default() });
     }
 
     /// Whether free pages may be given back.
     pub(super) fn is_allowed(&self) -> bool {
-        self.allows(hello::FREE_PAGES_UNUSED)
+        self.allows(GuestFlags::FREE_PAGES_UNUSED)
     }
 
-    fn allows(&self, what: u64) -> bool {
-        self.allowed.is_some_and(|allowed| allowed & what != 0)
+    fn allows(&self, what: GuestFlags) -> bool {
+        self.allowed.is_some_and(|allowed| allowed.has(what))
     }
 
     /// Whether it is time for a look.
@@ -87,7 +87,7 @@ impl UnusedPages {
         let start = if self.next < ram.end() { self.next } else { 0 };
         let end = ram.end().min(start + PART);
         self.next = end;
-        let objects = self.allows(hello::QUARANTINE_UNUSED);
+        let objects = self.allows(GuestFlags::QUARANTINE_UNUSED);
         let mut runs = windows.model().memory().unused_pages(start..end, objects);
         let some = runs.by_ref().take(RUNS);
         for run in rings.unused_pages(ram).chain(some) {
@@ -95,7 +95,7 @@ impl UnusedPages {
                 Ok(bytes) => self.released += bytes,
                 Err(error) => {
                     log::warn!("free memory of the guest is not given back any more: {error}");
-                    self.allowed = Some(0);
+                    self.allowed = Some(GuestFlags::default());
                     break;
                 }
             }
