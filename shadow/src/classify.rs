@@ -1,5 +1,4 @@
-//! Names the bug behind a violation, as KASAN does: by what the shadow says lies at the first bad
-//! address.
+//! Names the bug behind a violation, as KASAN does: by the shadow of the first bad address.
 
 use core::fmt;
 
@@ -96,7 +95,7 @@ impl BugKind {
             GLOBAL_REDZONE => Self::GlobalOutOfBounds,
             STACK_LEFT | STACK_MID | STACK_RIGHT | STACK_PARTIAL => Self::StackOutOfBounds,
             ALLOCA_LEFT | ALLOCA_RIGHT => Self::AllocaOutOfBounds,
-            // Or `VMALLOC_INVALID`, which is the same value: the shadow does not know where stacks
+            // Or `VMALLOC_INVALID`, which has the same value: the shadow does not know where stacks
             // are.
             USE_AFTER_SCOPE => Self::UseAfterScope,
             _ => Self::Unknown,
@@ -133,7 +132,7 @@ pub fn classify<S: Shadow>(
         Cause::Outside if addr < USER_END => BugKind::UserMemoryAccess,
         Cause::Outside => BugKind::WildMemoryAccess,
         Cause::Poisoned => match violation.code {
-            // A granule with valid bytes does not say what the others are; the one behind it does.
+            // A granule with valid bytes has no code for the others; the next granule does.
             1..=7 => match violation.address.checked_add(GRANULE) {
                 Some(next) if contains(shadow.memory(), next) => {
                     BugKind::of_state(shadow.state(next))

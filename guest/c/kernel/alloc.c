@@ -135,7 +135,7 @@ static void push_free(struct cache *cache, uint64_t object)
 	cache->free = (void *)object;
 }
 
-/* An object comes out of the quarantine. */
+/* Takes an object back that has left the quarantine. */
 static void release(uint64_t object, uint64_t slot, uint8_t note, void *context)
 {
 	(void)slot;

@@ -51,7 +51,7 @@ probe_done:
 	ret
 	.size probe_read, . - probe_read
 
-/* kernel.h: jump_catch and its kin. What the C ABI has a callee save is on the stack meanwhile. */
+/* kernel.h: jump_catch and the like. The callee-saved registers are on the stack meanwhile. */
 	.globl jump_catch, jump_throw, jump_with_buffer
 	.type jump_catch, @function
 jump_catch:

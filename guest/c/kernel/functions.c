@@ -180,7 +180,7 @@ SCENARIO(kasan_strings,
 	opaque(string_nlen(p, 1));
 }
 
-/* What is not atomic is assembly that checks for itself, as in Linux (asm-generic/bitops/instrumented-non-atomic.h). */
+/* Operations that are not atomic are assembly with their own checks, as in Linux (asm-generic/bitops/instrumented-non-atomic.h). */
 #define plain_bit(instruction, word, bit)                                                                              \
 	({                                                                                                             \
 		bool before;                                                                                           \

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* What the parts of the C test kernel know of each other. */
+/* Declarations that the parts of the C test kernel share. */
 #ifndef KERNEL_H
 #define KERNEL_H
 

@@ -1,4 +1,4 @@
-//! The memory functions, checked: what instrumented code calls for copies, fills and compares.
+//! The checked memory functions: instrumented code calls them for copies, fills and compares.
 //!
 //! `cargo xtask guest` renames the `umbra_checked_*` symbols to their C names after it has made the
 //! runtime's own unchecked ones local, so the runtime never checks itself.
