@@ -6,6 +6,7 @@ mod demo;
 mod guest;
 mod linux;
 mod linux_suite;
+mod picture;
 mod process;
 mod progress;
 mod setup;
@@ -64,6 +65,10 @@ enum Task {
     ///
     /// `cargo xtask test` fails where the file says something else than what was found.
     Scenarios,
+    /// Make the README's picture of the page that `--html` writes
+    ///
+    /// Needs KVM and chromium, which is installed where it is missing.
+    Picture,
     /// Build the Linux kernels that the tests boot and fetch Debian's, into target/linux
     ///
     /// They are Debian's linux-source-6.1 with configurations from guest/linux/config: a small one,
@@ -139,6 +144,7 @@ fn main() -> ExitCode {
                 Task::Test { name } => Ok(tests::run(&context, name.as_deref())),
                 Task::Bench { arguments } => bench(&context, &arguments),
                 Task::Scenarios => tests::write_tables(&context),
+                Task::Picture => picture::run(&context),
                 Task::Linux { task: None } => linux::run(&context),
                 Task::Linux { task: Some(LinuxTask::Test) } => linux_suite::test(&context),
                 Task::Linux { task: Some(LinuxTask::Expected) } => linux_suite::expected(&context),
