@@ -25,6 +25,12 @@ const MORE: f64 = 2.0;
 const UNITS: [&str; 4] = ["instructions", "exits", "exits/call", "KiB"];
 /// Memory of the machine that the trace was recorded on.
 const MEMORY: u64 = 24 << 30;
+/// What the two kinds of figures are called where they are not compared.
+const NATIVELY: &str = "figures without a guest";
+/// The other kind.
+pub const GUESTS: &str = "figures of guests";
+/// What to do where figures are not held.
+const HOLD: &str = "`cargo xtask bench gate --update` holds these";
 
 /// Figures by group and name.
 type Held = BTreeMap<String, f64>;
@@ -48,8 +54,10 @@ pub struct Compared {
     pub better: Vec<String>,
     /// Figures that are as they were.
     pub same: usize,
-    /// Why those of guests were not compared, if so.
-    pub skipped: Option<String>,
+    /// Figures for which one is held: if there are none, nothing was compared.
+    pub compared: usize,
+    /// Which figures were not compared, and why.
+    pub skipped: Vec<(&'static str, String)>,
 }
 
 /// What can be measured here.
@@ -143,17 +151,19 @@ impl Gate {
     /// Compares.
     pub fn compare(&self, measured: &Measured) -> Compared {
         let mut compared = Compared::default();
-        compared.take(&self.natively, &measured.natively);
+        compared.take(NATIVELY, &self.natively, &measured.natively);
         match &measured.guests {
-            Err(why) => compared.skipped = Some(why.clone()),
+            Err(why) => compared.skipped.push((GUESTS, why.clone())),
             Ok((compiler, figures)) => match self.guests.get(compiler) {
-                Some(held) => compared.take(held, figures),
+                Some(held) => compared.take(GUESTS, held, figures),
                 None => {
                     let known: Vec<_> = self.guests.keys().map(String::as_str).collect();
-                    compared.skipped = Some(format!(
-                        "the guest is compiled by {compiler}, and figures are held for {}",
-                        if known.is_empty() { "no compiler".into() } else { known.join(", ") }
-                    ));
+                    let known =
+                        if known.is_empty() { "no compiler".into() } else { known.join(", ") };
+                    let why = format!(
+                        "the guest is compiled by {compiler}, and figures are held for {known}; {HOLD}"
+                    );
+                    compared.skipped.push((GUESTS, why));
                 }
             },
         }
@@ -162,13 +172,15 @@ impl Gate {
 }
 
 impl Compared {
-    fn take(&mut self, held: &Held, measured: &[Figure]) {
+    fn take(&mut self, kind: &'static str, held: &Held, measured: &[Figure]) {
+        let before = self.compared;
         for figure in measured {
             let (key, now) = (key(figure), figure.measured);
             let Some(&held) = held.get(&key) else {
                 self.better.push(format!("new: {key}: {} {}", number(now), figure.unit));
                 continue;
             };
+            self.compared += 1;
             let percent = if held == now { 0.0 } else { (now - held) / held * 100.0 };
             let mut said = String::new();
             // Writing to a string does not fail.
@@ -184,6 +196,9 @@ impl Compared {
         let there = |key: &String| measured.iter().any(|figure| self::key(figure) == *key);
         let gone = held.keys().filter(|key| !there(key));
         self.worse.extend(gone.map(|key| format!("not measured any more: {key}")));
+        if self.compared == before {
+            self.skipped.push((kind, format!("none of them is held; {HOLD}")));
+        }
     }
 }
 
@@ -219,11 +234,11 @@ mod tests {
         let mut measured =
             Measured { natively: vec![figure("bytes", 9.0)], guests: of("rustc version 1") };
         let compared = gate.compare(&measured);
-        const NATIVELY: &str = "worse by 12.5 %: checks: bytes: 9 instructions, 8 held";
+        const BYTES: &str = "worse by 12.5 %: checks: bytes: 9 instructions, 8 held";
         assert_eq!(
             compared.worse,
             [
-                NATIVELY,
+                BYTES,
                 "worse by 2.5 %: checks: b: 102.50 instructions, 100 held",
                 "worse by inf %: checks: zero: 1 instructions, 0 held",
                 "not measured any more: checks: gone",
@@ -236,17 +251,32 @@ mod tests {
                 "new: checks: new: 1 instructions"
             ]
         );
-        assert_eq!((compared.same, compared.skipped), (1, None));
+        assert_eq!((compared.same, compared.compared, compared.skipped.len()), (1, 5, 0));
         measured.guests = of("rustc version 2");
         let compared = gate.compare(&measured);
-        let why = "the guest is compiled by rustc version 2, and figures are held for rustc version 1, rustc version 3";
+        let why = "the guest is compiled by rustc version 2, and figures are held for rustc version 1, rustc version 3; `cargo xtask bench gate --update` holds these";
         assert_eq!(
-            (compared.worse.as_slice(), compared.skipped.as_deref()),
-            ([NATIVELY.into()].as_slice(), Some(why))
+            (compared.worse.as_slice(), compared.skipped),
+            ([BYTES.into()].as_slice(), vec![(GUESTS, why.into())])
         );
         measured.guests = Err("no KVM".into());
         let compared = gate.compare(&measured);
-        assert_eq!((compared.worse.len(), compared.skipped.as_deref()), (1, Some("no KVM")));
+        assert_eq!((compared.worse.len(), compared.compared), (1, 1));
+        assert_eq!(compared.skipped, [(GUESTS, "no KVM".into())]);
+    }
+
+    #[test]
+    fn nothing_compared_is_said() {
+        let guests = [("rustc version 1".to_owned(), Held::new())].into();
+        let natively = vec![figure("bytes", 9.0)];
+        let measured = Measured {
+            natively: natively.clone(),
+            guests: Ok(("rustc version 1".into(), natively)),
+        };
+        let compared = Gate { natively: Held::new(), guests }.compare(&measured);
+        assert_eq!((compared.compared, compared.better.len(), compared.worse.len()), (0, 2, 0));
+        let skipped: Vec<_> = compared.skipped.iter().map(|(kind, _)| *kind).collect();
+        assert_eq!(skipped, [NATIVELY, GUESTS]);
     }
 
     #[test]

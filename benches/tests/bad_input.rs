@@ -85,7 +85,7 @@ fn without_kvm() {
         "no test kernel"
     };
     for part in guests {
-        let line = out.lines().find(|line| line.starts_with(&format!("SKIPPED: {part}: ")));
+        let line = out.lines().find(|line| line.starts_with(&umbra_skip::line(part, "")));
         assert!(line.is_some_and(|line| line.contains(why)), "{part}: {out}");
     }
 }
@@ -94,8 +94,11 @@ fn too_little_memory() {
     let output = on_a_poor_host(true, &["replay", "--memory", "24G"]);
     let out = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{out}");
-    let said = "SKIPPED: the replay with a full shadow: it needs 4096 MiB of host memory, and 4095 MiB are available";
-    assert!(out.contains(said), "{out}");
+    let said = umbra_skip::line(
+        "the replay with a full shadow",
+        "it needs 4096 MiB of host memory, and 4095 MiB are available",
+    );
+    assert!(out.contains(&said), "{out}");
     assert!(out.contains("page shadow and peak resident byte shadow"), "{out}");
 }
 

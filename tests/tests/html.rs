@@ -7,8 +7,9 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, ExitCode, Output, Stdio};
 
-use libtest_mimic::{Arguments, Failed, Trial};
+use libtest_mimic::Failed;
 use tempfile::TempDir;
+use umbra_tests::suite::{Need, Suite};
 
 const CHROMIUM: &str = "chromium";
 /// For root in a container, and without anything that would want the network.
@@ -196,28 +197,25 @@ fn a_path_that_cannot_be_written() -> Tested {
 type Test = (&'static str, fn() -> Tested);
 
 fn main() -> ExitCode {
-    let arguments = Arguments::from_args();
     let browser = Command::new(CHROMIUM)
         .arg("--version")
         .output()
         .is_ok_and(|output| output.status.success());
-    let missing = if !browser {
-        Some("chromium is not installed".to_owned())
-    } else if umbra::kernel::test_kernel().is_none() {
-        Some("the test kernel was not built".to_owned())
-    } else {
-        umbra::machine::Kvm::open().err().map(|error| error.to_string())
-    };
-    if let Some(reason) = missing.as_ref().filter(|_| !arguments.list) {
-        println!("SKIPPED: html: {reason}");
-    }
+    let browser = Need::unless((!browser).then(|| "chromium is not installed".to_owned()));
+    let need = browser.and(&Need::test_kernel()).and(&Need::fast_programs());
     let tests: [Test; 4] = [
         ("a_run_with_findings", a_run_with_findings),
         ("a_clean_run", a_clean_run),
         ("a_run_that_takes_too_long", a_run_that_takes_too_long),
         ("a_path_that_cannot_be_written", a_path_that_cannot_be_written),
     ];
-    let trials =
-        tests.map(|(name, test)| Trial::test(name, test).with_ignored_flag(missing.is_some()));
-    libtest_mimic::run(&arguments, trials.into()).exit_code()
+    let mut suite = Suite::default();
+    for (name, test) in tests {
+        suite.add(name, &need, move || {
+            if let Err(failed) = test() {
+                panic!("{}", failed.message().unwrap_or("without a message"));
+            }
+        });
+    }
+    suite.run()
 }

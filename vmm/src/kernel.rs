@@ -218,12 +218,7 @@ mod tests {
 
     #[test]
     fn the_built_in_kernel_describes_its_scenarios() {
-        let Some(kernel) = test_kernel() else {
-            println!(
-                "SKIPPED: the_built_in_kernel_describes_its_scenarios: built without the test kernel"
-            );
-            return;
-        };
+        let kernel = umbra_skip::need!(test_kernel().ok_or("built without the test kernel"));
         let all = scenarios(kernel).unwrap();
         assert!(all.iter().any(|s| s.name == "kmalloc_oob_right" && !s.expected.is_empty()));
         assert!(all.iter().filter(|s| s.expected.is_empty()).count() >= 10);

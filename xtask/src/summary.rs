@@ -1,5 +1,6 @@
 //! Sums what test harnesses print: libtest's, rustdoc's, libtest-mimic's.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 /// What came of all tests and checks.
@@ -9,62 +10,97 @@ pub struct Summary {
     pub passed: usize,
     /// Those that did not.
     pub failed: usize,
-    /// Those that could not run here.
+    /// Those that could not run here, and parts of others that could not.
     pub skipped: usize,
+    /// What else nobody may miss, each in a line: it is printed before the counts.
+    pub notices: Vec<String>,
     harness: Option<Harness>,
+    /// What was said to be skipped, `what: why`, since the last harness ended.
+    said: BTreeSet<String>,
 }
 
 /// The harness that is running.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Harness {
-    /// Tests that it counts as ignored.
-    ignored: Vec<String>,
-    /// Tests that said themselves that they could not run.
-    skipped: Vec<String>,
-    /// In the part that tells what passing tests printed.
-    passing: bool,
+    /// How many tests it announced; then how many those did whose output one of its tests shows,
+    /// the innermost last.
+    announced: Vec<usize>,
+    section: Section,
+    ended: BTreeMap<String, Verdict>,
+    /// The test whose name is printed, and whose verdict is not.
+    current: Option<String>,
+}
+
+/// Where in its output a harness is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Section {
+    /// It tells how tests end.
+    #[default]
+    Running,
+    /// It shows what passing tests printed.
+    Passing,
+    /// It lists passing tests.
+    Passed,
+    /// It shows what failing tests printed.
+    Failing,
+    /// It lists failing tests.
+    Failed,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    Passed,
+    Failed,
+    Ignored,
+}
+
+/// What a line means to a harness.
+enum Event {
+    /// Another one begins.
+    Begin,
+    /// It ended, with this result.
+    End(Harness),
+    /// Something is skipped.
+    Skip(String),
+    /// Nothing.
+    Other,
 }
 
 impl Summary {
-    /// Takes a line. True if it is worth showing: what passing tests print is not, but for the
-    /// reason of a skip.
+    /// Takes a line. True if it is worth showing: what passing tests print is not, but for what
+    /// they skip.
     pub fn line(&mut self, line: &str) -> bool {
-        if line.starts_with("running ") && (line.ends_with(" tests") || line == "running 1 test") {
-            self.end_harness();
-            self.harness = Some(Harness::default());
-            return true;
-        }
-        let Some(harness) = &mut self.harness else {
-            return true;
+        let event = match &mut self.harness {
+            Some(harness) => harness.read(line),
+            None if announced(line).is_some() => Event::Begin,
+            None => said(line),
         };
-        if let Some(result) = line.strip_prefix("test result: ") {
-            let count = |what: &str| count(result, what);
-            // A test that skipped itself passed, for libtest. One of libtest-mimic may be ignored
-            // besides.
-            let own = harness.skipped.iter().filter(|name| !harness.has_ignored(name)).count();
-            self.passed += count("passed").saturating_sub(own);
-            self.failed += count("failed");
-            self.skipped += count("ignored") + own;
-            self.harness = None;
-            return true;
-        }
-        if let Some((_, skip)) = line.split_once("SKIPPED: ") {
-            let name = skip.split(": ").next().unwrap_or(skip).trim().to_owned();
-            let new = !harness.skipped.contains(&name);
-            if new {
-                harness.skipped.push(name);
+        match event {
+            Event::Begin => {
+                self.end_harness();
+                self.harness = announced(line).map(Harness::new);
+                true
             }
-            return new;
+            Event::End(harness) => {
+                self.harness = None;
+                self.sum(&harness, line);
+                true
+            }
+            Event::Skip(said) => self.said.insert(said),
+            Event::Other => self.harness.as_ref().is_none_or(Harness::is_shown),
         }
-        if let Some(name) = ignored(line) {
-            harness.ignored.push(name.to_owned());
-        }
-        match line {
-            "successes:" => harness.passing = true,
-            "failures:" => harness.passing = false,
-            _ => {}
-        }
-        !harness.passing
+    }
+
+    /// Counts of things that are not tests.
+    pub fn of(passed: usize, failed: usize, skipped: usize) -> Self {
+        Self { passed, failed, skipped, ..Self::default() }
+    }
+
+    /// Adds the counts of another.
+    pub fn add(&mut self, other: &Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
     }
 
     /// After the last line; `success` tells whether the program that ran the harnesses said all was
@@ -72,6 +108,7 @@ impl Summary {
     pub fn end(&mut self, success: bool) {
         let before = self.failed;
         self.end_harness();
+        self.skipped += std::mem::take(&mut self.said).len();
         if !success && before == 0 && self.failed == 0 {
             self.failed = 1;
         }
@@ -79,15 +116,115 @@ impl Summary {
 
     /// A harness that ended without its result has failed.
     fn end_harness(&mut self) {
-        self.failed += usize::from(self.harness.take().is_some());
+        if self.harness.take().is_some() {
+            self.failed += 1;
+            self.said.clear();
+        }
+    }
+
+    /// Adds the result of a harness.
+    fn sum(&mut self, harness: &Harness, result: &str) {
+        let (mut tests, mut parts) = (BTreeSet::new(), BTreeSet::new());
+        for said in std::mem::take(&mut self.said) {
+            match harness.test_of(&said) {
+                // It counts as that.
+                Some((_, Verdict::Failed | Verdict::Ignored, _)) => {}
+                Some((test, Verdict::Passed, None)) => drop(tests.insert(test)),
+                Some((test, Verdict::Passed, Some(part))) => {
+                    parts.insert((test, part.to_owned()));
+                }
+                // Better counted under a wrong name than passed.
+                None => drop(parts.insert(("", said))),
+            }
+        }
+        // A test that skipped itself passed, for its harness.
+        self.passed += count(result, "passed").saturating_sub(tests.len());
+        self.failed += count(result, "failed");
+        self.skipped += count(result, "ignored") + tests.len() + parts.len();
     }
 }
 
 impl Harness {
-    fn has_ignored(&self, name: &str) -> bool {
-        self.ignored
-            .iter()
-            .any(|ignored| ignored == name || ignored.ends_with(&format!("::{name}")))
+    fn new(tests: usize) -> Self {
+        Self { announced: vec![tests], ..Self::default() }
+    }
+
+    /// Takes a line.
+    fn read(&mut self, line: &str) -> Event {
+        use Section::{Failed, Failing, Passed, Passing, Running};
+        if let Some(tests) = announced(line) {
+            if self.section == Running {
+                return Event::Begin;
+            }
+            self.announced.push(tests);
+        } else if line.starts_with("test result: ") {
+            return self.end(line);
+        }
+        if self.announced.len() > 1 {
+            return Event::Other;
+        }
+        match (line, self.section) {
+            ("successes:", Running) => self.section = Passing,
+            ("successes:", Passing) => self.section = Passed,
+            ("failures:", Running | Passed) => self.section = Failing,
+            ("failures:", Failing) => self.section = Failed,
+            (_, Running) => self.verdict(line),
+            _ => {}
+        }
+        if matches!(self.section, Running | Passing) { said(line) } else { Event::Other }
+    }
+
+    /// Takes a line with a result: of this harness, or of one whose output a test shows.
+    fn end(&mut self, result: &str) -> Event {
+        let tests = ["passed", "failed", "ignored", "measured"].map(|what| count(result, what));
+        let tests: usize = tests.iter().sum();
+        let outputs = matches!(self.section, Section::Passing | Section::Failing);
+        match self.announced.iter().rposition(|announced| *announced == tests) {
+            Some(0) if self.announced.len() > 1 || !outputs => Event::End(std::mem::take(self)),
+            Some(0) | None => Event::Other,
+            Some(inner) => {
+                self.announced.truncate(inner);
+                Event::Other
+            }
+        }
+    }
+
+    /// Takes a line that may tell how a test ended: `test NAME ... ok`. A test that prints has its
+    /// name and its verdict on two lines, if it is the only one at that time. libtest-mimic pads
+    /// names.
+    fn verdict(&mut self, line: &str) {
+        let test = line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... "));
+        if let Some((name, _)) = test {
+            self.current = Some(name.trim().to_owned());
+        }
+        let said = test.map_or(line, |(_, said)| said);
+        let verdict = match said.split([',', ' ']).next() {
+            Some("ok") => Verdict::Passed,
+            Some("FAILED") => Verdict::Failed,
+            Some("ignored") => Verdict::Ignored,
+            _ => return,
+        };
+        if let Some(name) = self.current.take() {
+            self.ended.insert(name, verdict);
+        }
+    }
+
+    /// The test that `said` is about (`TEST: why` or `TEST/PART: why`), how it ended, and the part.
+    fn test_of<'a>(&self, said: &'a str) -> Option<(&str, Verdict, Option<&'a str>)> {
+        // The last of them is the longest.
+        self.ended.iter().rev().find_map(|(test, verdict)| {
+            let rest = said.strip_prefix(test.as_str())?;
+            let part = match rest.strip_prefix('/') {
+                Some(rest) => Some(rest.split(": ").next().unwrap_or(rest)),
+                None => rest.starts_with(": ").then_some(None)?,
+            };
+            Some((test.as_str(), *verdict, part))
+        })
+    }
+
+    /// Whether what it prints now is worth showing.
+    fn is_shown(&self) -> bool {
+        !matches!(self.section, Section::Passing | Section::Passed)
     }
 }
 
@@ -97,6 +234,17 @@ impl fmt::Display for Summary {
     }
 }
 
+/// The number in `running 2 tests`, with which a harness begins.
+fn announced(line: &str) -> Option<usize> {
+    let (number, tests) = line.strip_prefix("running ")?.split_once(' ')?;
+    matches!(tests, "test" | "tests").then(|| number.parse().ok())?
+}
+
+/// A line outside of a harness's own.
+fn said(line: &str) -> Event {
+    umbra_skip::said(line).map_or(Event::Other, |said| Event::Skip(said.to_owned()))
+}
+
 /// The number before a word: `2 passed`.
 fn count(result: &str, what: &str) -> usize {
     let words: Vec<&str> = result.split([' ', ';']).filter(|word| !word.is_empty()).collect();
@@ -104,75 +252,5 @@ fn count(result: &str, what: &str) -> usize {
     pair.and_then(|pair| pair[0].parse().ok()).unwrap_or(0)
 }
 
-/// The name in `test NAME ... ignored`, with or without a reason, which libtest-mimic pads.
-fn ignored(line: &str) -> Option<&str> {
-    let (name, result) = line.strip_prefix("test ")?.split_once(" ... ")?;
-    result.starts_with("ignored").then_some(name.trim())
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn sum(text: &str, success: bool) -> (String, Vec<&str>) {
-        let mut summary = Summary::default();
-        let shown = text.lines().map(str::trim).filter(|line| summary.line(line)).collect();
-        summary.end(success);
-        (summary.to_string(), shown)
-    }
-
-    #[test]
-    fn harnesses_are_summed_and_skips_are_not_passes() {
-        let (counts, shown) = sum(
-            "Running unittests src/lib.rs
-             running 4 tests
-             test a::one ... ok
-             test a::two ... ok
-             test a::three ... ignored, takes long
-             test a::four ... ok
-             successes:
-             ---- a::two stdout ----
-             chatter
-             SKIPPED: two: there is no /dev/kvm
-             successes:
-             a::one
-             test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s
-             running 2 tests
-             SKIPPED: boots: there is no /dev/kvm
-             SKIPPED: boots: there is no /dev/kvm
-             test boots    ... ignored
-             test decodes  ... ok
-             test result: ok. 1 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s",
-            true,
-        );
-        assert_eq!(counts, "3 passed, 0 failed, 3 skipped");
-        assert!(shown.contains(&"SKIPPED: two: there is no /dev/kvm"));
-        assert!(!shown.contains(&"chatter") && !shown.contains(&"a::one"));
-        assert_eq!(shown.iter().filter(|line| line.contains("boots:")).count(), 1);
-    }
-
-    #[test]
-    fn failures_are_counted_shown_and_never_lost() {
-        let (counts, shown) = sum(
-            "running 2 tests
-             successes:
-             chatter
-             failures:
-             ---- bad stdout ----
-             thread 'bad' panicked
-             test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s",
-            false,
-        );
-        assert_eq!(counts, "1 passed, 1 failed, 0 skipped");
-        assert!(shown.contains(&"thread 'bad' panicked") && !shown.contains(&"chatter"));
-
-        let died = "running 1 test\nrunning 1 test\ntest result: ok. 1 passed; 0 failed; 0 ignored";
-        assert_eq!(sum(died, false).0, "1 passed, 1 failed, 0 skipped", "a harness that died");
-        assert_eq!(
-            sum("running 1 test", false).0,
-            "0 passed, 1 failed, 0 skipped",
-            "the last one died"
-        );
-        assert_eq!(sum("error: could not compile", false).0, "0 passed, 1 failed, 0 skipped");
-    }
-}
+mod tests;

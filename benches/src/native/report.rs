@@ -33,13 +33,15 @@ pub fn measure(available: u64, folder: &Path, write: bool) -> Result<(Vec<Figure
     );
     for set in SETS.iter().filter(|set| needed(**set) >= available) {
         // Writing to a string does not fail.
-        let _ = writeln!(
-            text,
-            "\nSKIPPED: a working set of {}: its shadow needs {} MiB of host memory, and {} MiB are available.",
-            size(*set),
-            needed(*set) >> 20,
-            available >> 20
+        let skip = umbra_skip::line(
+            format_args!("a working set of {}", size(*set)),
+            format_args!(
+                "its shadow needs {} MiB of host memory, and {} MiB are available.",
+                needed(*set) >> 20,
+                available >> 20
+            ),
         );
+        let _ = writeln!(text, "\n{skip}");
     }
     for pattern in [Pattern::Random, Pattern::Sequential] {
         text.push_str(&table(&times, pattern));

@@ -65,10 +65,8 @@ pub fn measure(
     let figures = figures(&two, memory);
     let mut text = table(&two, &ways, memory, path);
     if let Err(why) = &full {
-        let _ = writeln!(
-            text,
-            "\nSKIPPED: the replay with a full shadow: {why}; its size is computed."
-        );
+        let why = format_args!("{why}; its size is computed.");
+        let _ = writeln!(text, "\n{}", umbra_skip::line("the replay with a full shadow", why));
     }
     if write {
         text.push_str(&plots(&two, memory)?);

@@ -36,7 +36,7 @@ pub(crate) const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/
 
 /// Measures what Umbra promises and prints it beside the promise; BENCHMARKS.md gets it too. Exit
 /// status: 0, 1 when a figure is over its limit and that is not known already, 2 when something
-/// cannot be measured.
+/// cannot be measured, or the gate compares nothing.
 #[derive(Parser)]
 #[command(name = "cargo xtask bench")]
 struct Arguments {
@@ -234,7 +234,6 @@ pub fn main() -> ExitCode {
 #[derive(Default)]
 struct Measured {
     figures: Vec<Figure>,
-    skipped: bool,
 }
 
 fn run(arguments: &Arguments) -> Result<ExitCode> {
@@ -282,26 +281,32 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
 fn compare(measured: &gate::Measured, update: bool) -> Result<ExitCode> {
     if update {
         if let Err(why) = &measured.guests {
-            println!("SKIPPED: the figures of guests: {why}");
+            println!("{}", umbra_skip::line(gate::GUESTS, why));
         }
         Gate::read().unwrap_or_default().update(measured)?;
         println!("{} figures are held in benches/gate.json", measured.count());
         return Ok(ExitCode::SUCCESS);
     }
     let compared = Gate::read()?.compare(measured);
-    if let Some(why) = &compared.skipped {
-        println!(
-            "SKIPPED: the figures of guests: {why} (`cargo xtask bench gate --update` holds those of this one)"
-        );
+    for (figures, why) in &compared.skipped {
+        println!("{}", umbra_skip::line(figures, why));
     }
     compared.worse.iter().chain(&compared.better).for_each(|said| println!("{said}"));
     println!(
-        "{} figures within 2 % of those held, {} worse, {} better or new",
+        "{} figures compared: {} within 2 % of those held, {} worse or gone, {} better or new",
+        compared.compared,
         compared.same,
         compared.worse.len(),
         compared.better.len()
     );
-    Ok(if compared.worse.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) })
+    Ok(match (compared.worse.len(), compared.compared) {
+        (0, 0) => {
+            println!("{}", umbra_skip::line(Part::Gate.word(), "no figure was compared"));
+            ExitCode::from(2)
+        }
+        (0, _) => ExitCode::SUCCESS,
+        _ => ExitCode::from(1),
+    })
 }
 
 /// The figures of guests that have no times in them.
@@ -327,8 +332,10 @@ impl Arguments {
         bar: &ProgressBar,
         to: &mut Measured,
     ) -> Result<()> {
-        let skipped =
-            || body.iter().flat_map(|body| body.lines()).filter(|line| line.contains("SKIPPED"));
+        let skipped = || {
+            let lines = body.iter().flat_map(|body| body.lines());
+            lines.filter(|line| umbra_skip::said(line).is_some())
+        };
         bar.suspend(|| {
             println!("{part:?}: {host}\n{}", table(&figures));
             skipped().for_each(|line| println!("{line}"));
@@ -422,9 +429,9 @@ fn guests(
         Ok(both) => both,
         Err(error) => {
             for part in wanted {
-                bar.suspend(|| println!("SKIPPED: {}: {error:#}", part.word()));
+                let skip = umbra_skip::line(part.word(), format_args!("{error:#}"));
+                bar.suspend(|| println!("{skip}"));
             }
-            measured.skipped = true;
             return Ok(());
         }
     };

@@ -316,12 +316,9 @@ pub fn figures(kernel: &[u8], tick: impl Fn(&str)) -> Result<(Vec<Figure>, Strin
             tick(&format!("checks in ring 3, {name}, in {} KiB", set >> 10));
             let needed = (set >> GRANULE_SHIFT) + 2 * (set >> PAGE_SHIFT) + SPARE;
             if needed > available_memory() {
-                let _ = writeln!(
-                    text,
-                    "| {} | SKIPPED: it needs {} MiB of host memory |",
-                    size(set),
-                    needed >> 20
-                );
+                let why = format!("it needs {} MiB of host memory", needed >> 20);
+                let skip = umbra_skip::line("this working set", why);
+                let _ = writeln!(text, "| {} | {skip} |", size(set));
                 continue;
             }
             let mut guest = Guest::new(&kvm, kernel, set, 0)?;
@@ -416,18 +413,14 @@ fn sizes(guest: &mut Guest) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use umbra_skip::need;
+
     use super::*;
 
     #[test]
     fn what_is_poisoned_does_not_pass() {
-        let Some(kernel) = umbra::kernel::test_kernel() else {
-            println!("SKIPPED: what_is_poisoned_does_not_pass: built without the test kernel");
-            return;
-        };
-        let Ok(kvm) = Kvm::open() else {
-            println!("SKIPPED: what_is_poisoned_does_not_pass: no KVM");
-            return;
-        };
+        let kernel = need!(umbra::kernel::test_kernel().ok_or("built without the test kernel"));
+        let kvm = need!(Kvm::open());
         let run = |last, offset, full| {
             let mut guest = Guest::new(&kvm, kernel, SMALL, last).unwrap();
             let check = guest.check("load4", full).unwrap();

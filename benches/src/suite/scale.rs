@@ -72,13 +72,16 @@ fn sizes(program: &Program, write: bool, tick: &impl Fn(&str)) -> Result<String>
             let needed = if shadow == "full" { memory / 8 } else { 0 } + SPARE;
             if needed > available_memory() {
                 // Writing to a string does not fail.
-                let _ = writeln!(
-                    skipped,
-                    "\nSKIPPED: a guest of {} MiB, shadow {shadow}: it needs {} MiB of host memory, and {} MiB are available.",
-                    number((memory >> 20) as f64),
-                    number((needed >> 20) as f64),
-                    number((available_memory() >> 20) as f64),
+                let mib = |bytes: u64| number((bytes >> 20) as f64);
+                let skip = umbra_skip::line(
+                    format_args!("a guest of {} MiB, shadow {shadow}", mib(memory)),
+                    format_args!(
+                        "it needs {} MiB of host memory, and {} MiB are available.",
+                        mib(needed),
+                        mib(available_memory())
+                    ),
                 );
+                let _ = writeln!(skipped, "\n{skip}");
                 continue;
             }
             let stats = program.bare(memory, shadow)?;
@@ -171,7 +174,8 @@ fn many(
                 running.push(guest);
             }
             if running.is_empty() {
-                let _ = writeln!(text, "| {memory} | {shadow} | SKIPPED: too little host memory |");
+                let skip = umbra_skip::line("these guests", "too little host memory");
+                let _ = writeln!(text, "| {memory} | {shadow} | {skip} |");
                 continue;
             }
             let each = running.iter().map(private).sum::<Result<f64>>()? / running.len() as f64;

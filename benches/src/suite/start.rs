@@ -104,7 +104,8 @@ fn qemu(group: &'static str, kernel: &Path, line: &str, tick: &impl Fn(&str)) ->
         match time {
             Ok(time) => Figure::new(group, name, time.as_secs_f64() * 1e3, "ms"),
             Err(error) => {
-                Figure::new(group, name, f64::NAN, "ms").note(format!("SKIPPED: {error:#}"))
+                let note = umbra_skip::line(&name, format_args!("{error:#}"));
+                Figure::new(group, name, f64::NAN, "ms").note(note)
             }
         }
     })

@@ -4,12 +4,10 @@
 use std::time::Duration;
 
 use iced_x86::code_asm::*;
-use umbra::machine::Kvm;
-use umbra::machine::stats::emulates_ring0;
 use umbra_shadow::abi::Access;
 
 use super::guest::{BYTE_WINDOW, CODE, FREE, Guest, PAGE_WINDOW};
-use super::{OUTPUT, quiet, run};
+use super::{OUTPUT, quiet, ring0_is_emulated, run};
 
 pub const ALL: &[(&str, fn())] = &[
     ("jumps_into_nothing", jumps_into_nothing),
@@ -197,8 +195,7 @@ fn resets() {
 fn an_unknown_instruction() {
     let run = quiet(Guest::new(|g| g.asm.getsec()), "--timeout 3s");
     run.expect(3);
-    let emulated = Kvm::open().is_ok_and(|kvm| emulates_ring0(&kvm).is_ok_and(|all| all));
-    if emulated {
+    if ring0_is_emulated() {
         assert_eq!(run.outcome(), "unknown-instruction");
         for part in ["getsec", "0f 37", "rip 0x1000"] {
             assert!(run.stderr.contains(part), "no {part:?}: {}", run.stderr);

@@ -11,6 +11,8 @@ mod windows;
 use std::process::ExitCode;
 
 use guest::{Guest, RAM};
+use umbra::machine::Kvm;
+use umbra::machine::stats::emulates_ring0;
 use umbra_tests::program::{Run, Umbra};
 use umbra_tests::suite::{Need, Suite};
 
@@ -54,6 +56,12 @@ fn quiet(guest: Guest, args: &str) -> Run {
     let run = run(guest, args);
     assert!(run.stderr.len() < OUTPUT, "{} bytes of output: {}", run.stderr.len(), run.tail());
     run
+}
+
+/// Whether this host's KVM emulates ring 0 instruction by instruction.
+fn ring0_is_emulated() -> bool {
+    let kvm = Kvm::open().expect("checked before");
+    emulates_ring0(&kvm).expect("a probe guest runs")
 }
 
 fn main() -> ExitCode {

@@ -1,8 +1,10 @@
 //! Integer instructions, against this machine's CPU: what it does in the same place is right.
 
 use std::arch::asm;
+use std::collections::BTreeSet;
 
 use proptest::prelude::*;
+use umbra_skip::{need_cpu, skip, skip_part};
 
 use super::*;
 
@@ -58,12 +60,14 @@ struct Native {
 const ZF_CF: u64 = RFLAGS_ZF | RFLAGS_CF;
 const LOGIC: u64 = RFLAGS_ZF | RFLAGS_SF | RFLAGS_CF | RFLAGS_OF;
 
-/// The instructions, the flags that they define, and the CPU's feature.
-fn instructions() -> Vec<(Native, u64, bool)> {
+/// The instructions, the flags that they define, and the CPU's feature that they are of, if it is
+/// lacking.
+fn instructions() -> Vec<(Native, u64, Option<&'static str>)> {
     macro_rules! with {
-        ($defined:expr, $feature:tt, [$($text:literal),+ $(,)?]) => {
-            vec![$((native!($text), $defined, std::is_x86_feature_detected!($feature))),+]
-        };
+        ($defined:expr, $feature:tt, [$($text:literal),+ $(,)?]) => {{
+            let lacking = (!std::is_x86_feature_detected!($feature)).then_some($feature);
+            vec![$((native!($text), $defined, lacking)),+]
+        }};
     }
     let all = RFLAGS_STATUS;
     [
@@ -204,14 +208,19 @@ fn compare(native: &Native, defined: u64, r: [u64; 4], flags: u64, memory: [u64;
 
 #[test]
 fn integer_instructions_do_what_the_cpu_does() {
-    let instructions = instructions();
-    for (native, _, _) in instructions.iter().filter(|(_, _, there)| !there) {
-        eprintln!("SKIPPED {}: this machine's CPU lacks it", native.text);
+    let all = instructions();
+    let lacking: BTreeSet<_> = all.iter().filter_map(|(_, _, lacking)| *lacking).collect();
+    let instructions: Vec<_> = all.iter().filter(|(_, _, lacking)| lacking.is_none()).collect();
+    if instructions.is_empty() {
+        skip!("this machine's CPU lacks all of {lacking:?}");
+    }
+    for feature in lacking {
+        skip_part!(feature, "this machine's CPU lacks it");
     }
     let operands =
         (proptest::array::uniform4(operand()), any::<u64>(), proptest::array::uniform2(operand()));
     proptest!(ProptestConfig::with_cases(128), |((r, flags, memory) in operands)| {
-        for (native, defined, _) in instructions.iter().filter(|(_, _, there)| *there) {
+        for (native, defined, _) in &instructions {
             compare(native, *defined, r, flags & RFLAGS_STATUS, memory);
         }
     });
@@ -219,10 +228,7 @@ fn integer_instructions_do_what_the_cpu_does() {
 
 #[test]
 fn cmpxchg16b_does_what_the_cpu_does() {
-    if !std::is_x86_feature_detected!("cmpxchg16b") {
-        eprintln!("SKIPPED cmpxchg16b: this machine's CPU lacks it");
-        return;
-    }
+    need_cpu!("cmpxchg16b");
     #[repr(align(16))]
     struct Aligned([u64; 2]);
     let ram = ram();

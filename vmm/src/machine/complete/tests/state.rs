@@ -3,6 +3,7 @@
 use std::arch::asm;
 
 use proptest::prelude::*;
+use umbra_skip::{need_cpu, skip};
 
 use super::super::state;
 use super::*;
@@ -31,18 +32,6 @@ macro_rules! on_host {
             );
         }
     }};
-}
-
-/// Why the host cannot be the reference.
-fn host_lacks() -> Option<&'static str> {
-    if !std::is_x86_feature_detected!("avx") {
-        return Some("AVX");
-    }
-    let missing = [
-        ("xsavec", std::is_x86_feature_detected!("xsavec")),
-        ("xsaveopt", std::is_x86_feature_detected!("xsaveopt")),
-    ];
-    missing.into_iter().find(|(_, there)| !there).map(|(name, _)| name)
 }
 
 /// An extended state as KVM gives it.
@@ -78,10 +67,7 @@ fn saving_cpu(area: &XsaveArea) -> FakeCpu {
 
 #[test]
 fn saves_write_what_the_cpu_writes() {
-    if let Some(lacking) = host_lacks() {
-        eprintln!("SKIPPED saves: this machine's CPU lacks {lacking}");
-        return;
-    }
+    need_cpu!("avx", "xsavec", "xsaveopt");
     let ram = ram();
     proptest!(ProptestConfig::with_cases(64), |(state in area(), mask in 0u32..16, old_header in 0u8..8)| {
         let mut before = XsaveArea([0xa5; 4096]);
@@ -122,10 +108,7 @@ fn saves_write_what_the_cpu_writes() {
 
 #[test]
 fn restores_load_what_the_cpu_loads() {
-    if let Some(lacking) = host_lacks() {
-        eprintln!("SKIPPED restores: this machine's CPU lacks {lacking}");
-        return;
-    }
+    need_cpu!("avx", "xsavec", "xsaveopt");
     let ram = ram();
     let masks = (0u32..8, 0u32..8, any::<bool>());
     proptest!(ProptestConfig::with_cases(64), |(old in area(), new in area(), (saved, mask, compact) in masks)| {
@@ -291,9 +274,8 @@ fn protection_keys() {
     match run(&mut c, &[0x0f, 0x01, 0xef]) {
         Ok(_) => {}
         Err(error) => {
-            eprintln!("SKIPPED protection keys: this machine's CPU lacks them");
             assert!(matches!(error, CompleteError::Unknown { .. }), "{error}");
-            return;
+            skip!("this machine's CPU lacks them");
         }
     }
     (c.regs.rax, c.regs.rdx) = (1, 2);

@@ -7,11 +7,12 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::linux::{self, COMPARED, STOCK_KASAN, UMBRA, UMBRA_VMALLOC};
+use super::kernels::{STOCK_KASAN, UMBRA, UMBRA_VMALLOC};
+use super::{build_all, build_compared};
 use crate::process::Command;
 use crate::{Context, setup};
 
-#[path = "../../tests/src/ktap.rs"]
+#[path = "../../../tests/src/ktap.rs"]
 #[allow(dead_code, reason = "the tests use more of it")]
 mod ktap;
 
@@ -22,8 +23,7 @@ const CMDLINE: &str = "console=ttyS0 panic=-1 reboot=k kunit_shutdown=reboot";
 
 /// `cargo xtask linux test`.
 pub fn test(context: &Context) -> Result<ExitCode> {
-    linux::build_one(context, &UMBRA)?;
-    linux::build_one(context, &UMBRA_VMALLOC)?;
+    build_all(context, &[UMBRA, UMBRA_VMALLOC])?;
     context.progress.step("running Linux's tests of KASAN");
     context.progress.finish();
     let arguments = ["test", "--release", "--package", "umbra-tests", "--test", "linux_kasan"];
@@ -33,14 +33,15 @@ pub fn test(context: &Context) -> Result<ExitCode> {
 /// `cargo xtask linux expected`: runs the suite with Linux's own KASAN, on QEMU's software CPU, and
 /// writes the list.
 pub fn expected(context: &Context) -> Result<ExitCode> {
-    let folder = linux::build_one(context, &STOCK_KASAN)?;
+    let folders = build_all(context, &[STOCK_KASAN])?;
+    let folder = folders.first().context("no kernel was built")?;
     setup::packages(
         context,
         &[("qemu-system-x86_64", "qemu-system-x86")],
         "Linux's own KASAN runs on it",
     )?;
     context.progress.step("running Linux's tests of KASAN with Linux's own KASAN, under QEMU");
-    let mut qemu = Command::new("qemu-system-x86_64", &folder);
+    let mut qemu = Command::new("qemu-system-x86_64", folder);
     qemu.args([
         "-accel",
         "tcg",
@@ -77,9 +78,7 @@ pub fn expected(context: &Context) -> Result<ExitCode> {
 
 /// `cargo xtask linux compare`.
 pub fn compare(context: &Context, arguments: &[String]) -> Result<ExitCode> {
-    for kernel in COMPARED.iter().chain([&UMBRA]) {
-        linux::build_one(context, kernel)?;
-    }
+    build_compared(context)?;
     context.progress.step("running the benchmarks");
     context.progress.finish();
     let bench = ["bench", "--package", "umbra-benches", "--bench", "linux-kasan", "--"];

@@ -1,0 +1,89 @@
+//! The one way to say that something was skipped, which `cargo xtask test` counts.
+//!
+//! A test that cannot run here says so with [`need!`], [`need_cpu!`] or [`skip!`] and ends. A test
+//! that lacks a part only says so with [`skip_part!`] and goes on: the part counts as skipped, the
+//! test as passed.
+
+use std::fmt::Display;
+use std::thread;
+
+const WORD: &str = "SKIPPED: ";
+
+/// The line that says what was skipped and why: `SKIPPED: what: why`.
+pub fn line(what: impl Display, why: impl Display) -> String {
+    format!("{WORD}{what}: {why}").replace('\n', " ")
+}
+
+/// The part of a line that says `what: why`, if the line says that something was skipped. It may
+/// begin in the middle, because a harness may print the name of a test without ending the line.
+pub fn said(line: &str) -> Option<&str> {
+    line.split_once(WORD).map(|(_, said)| said)
+}
+
+/// Ends the test as skipped. Takes the reason, like `println!`.
+#[macro_export]
+macro_rules! skip {
+    ($($why:tt)+) => {{
+        println!("{}", $crate::line($crate::test_name!(), format_args!($($why)+)));
+        return;
+    }};
+}
+
+/// Says that a part of the test is skipped. Takes the part's name, and the reason like `println!`.
+#[macro_export]
+macro_rules! skip_part {
+    ($part:expr, $($why:tt)+) => {{
+        let name = format!("{}/{}", $crate::test_name!(), $part);
+        println!("{}", $crate::line(name, format_args!($($why)+)));
+    }};
+}
+
+/// What is in a `Result`. If it is an error, that is why the test ends as skipped.
+#[macro_export]
+macro_rules! need {
+    ($result:expr) => {
+        match $result {
+            Ok(there) => there,
+            Err(why) => $crate::skip!("{why}"),
+        }
+    };
+}
+
+/// Ends the test as skipped if this machine's CPU lacks one of these features.
+#[macro_export]
+macro_rules! need_cpu {
+    ($($feature:tt),+ $(,)?) => {$(
+        if !std::is_x86_feature_detected!($feature) {
+            $crate::skip!("this machine's CPU lacks {}", $feature);
+        }
+    )+};
+}
+
+/// The name of the test that this stands in, as its harness gives it.
+#[macro_export]
+macro_rules! test_name {
+    () => {{
+        fn here() {}
+        $crate::name_of(std::any::type_name_of_val(&here))
+    }};
+}
+
+/// The name of the test in which a function `here` is declared.
+///
+/// The thread has that name too, but not if the harness has a single thread.
+///
+/// # Panics
+/// The thread is another test's: the function is not the test, but called by it, so its name would
+/// mean nothing to the harness.
+#[doc(hidden)]
+pub fn name_of(here: &'static str) -> &'static str {
+    let path = here.strip_suffix("::here").unwrap_or(here);
+    let path = path.split("::{{closure}}").next().unwrap_or(path);
+    let name = path.split_once("::").map_or(path, |(_, name)| name);
+    if let Some(thread) = thread::current().name()
+        && thread != "main"
+    {
+        assert_eq!(thread, name, "only the test itself says that it is skipped");
+    }
+    name
+}
