@@ -14,7 +14,8 @@ use std::time::Duration;
 use serde_json::Value;
 use umbra::machine::cpuid::CpuidLeaf;
 use umbra::sandbox::{self, Config, GuestFile};
-use umbra_shadow::abi;
+use umbra::shadow::Layout;
+use umbra_shadow::abi::{self, Features};
 use umbra_tests::ktap::{self, Case, Verdict};
 use umbra_tests::linux::{kernel, need};
 use umbra_tests::program::{Run, Umbra};
@@ -247,16 +248,19 @@ impl Write for Screen {
 /// What the kernel says last where nothing is left out of its way but a first program.
 const END: &str = "Kernel panic - not syncing: No working init found";
 
+/// Memory of a guest in this process.
+const MEMORY: u64 = 128 << 20;
+
 /// Boots on an Umbra that tells something else by CPUID than the real one: the kernel says why it
 /// is not checked, and goes on without.
-fn told(change: fn(&mut [CpuidLeaf]), why: &str) {
+fn told(leaf: CpuidLeaf, why: &str) {
     let screen = Screen::default();
     let config = Config {
         kernel: GuestFile::open("kernel", &kernel(KERNEL)).expect("it is there"),
         cmdline: NO_SUITE.into(),
-        memory: 128 << 20,
+        memory: MEMORY,
         timeout: Some(LIMIT),
-        discovery: Some(change),
+        cpuid: vec![leaf],
         ..Config::default()
     };
     let stop = AtomicBool::new(false);
@@ -270,28 +274,27 @@ fn told(change: fn(&mut [CpuidLeaf]), why: &str) {
     assert_eq!((report.stats.events.allocations, report.stats.shadow.faults), (0, 0));
 }
 
-/// A leaf of ours, by its distance from the first.
-fn leaf(leaves: &mut [CpuidLeaf], number: u32) -> &mut CpuidLeaf {
-    let first = leaves[0].function;
-    leaves.iter_mut().find(|leaf| leaf.function == first + number).expect("it is offered")
+/// A leaf of Umbra's, by its distance from the first.
+fn leaf(number: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> CpuidLeaf {
+    CpuidLeaf { function: abi::CPUID_FIRST + abi::CPUID_STEP + number, eax, ebx, ecx, edx }
 }
 
 fn another_version() {
+    let offered = (Features::PER_PAGE | Features::RING).bits();
     told(
-        |leaves| leaf(leaves, abi::CPUID_LEAF_FEATURES).eax = abi::VERSION + 1,
+        leaf(abi::CPUID_LEAF_FEATURES, [abi::VERSION + 1, abi::PORT.into(), offered, 0]),
         "this Umbra speaks another version of the interface",
     );
 }
 
 fn windows_too_small() {
-    told(
-        // For half of the memory.
-        |leaves| {
-            let window = leaf(leaves, abi::CPUID_LEAF_BYTE_WINDOW);
-            (window.ecx, window.edx) = (8 << 20, 0);
-        },
-        "the shadow windows are too small for the memory",
+    let window = Layout::new(MEMORY).expect("a layout for so much memory").byte;
+    // For half of the memory.
+    let leaf = leaf(
+        abi::CPUID_LEAF_BYTE_WINDOW,
+        [window.gpa as u32, (window.gpa >> 32) as u32, (MEMORY / 16) as u32, 0],
     );
+    told(leaf, "the shadow windows are too small for the memory");
 }
 
 fn shadow_limit() {

@@ -22,7 +22,7 @@ const HOST: &str = "UMBRA_TEST_HOST";
 /// What names of tests on the nested host begin with.
 const PREFIX: &str = "svm::";
 /// Packages whose tests boot guests.
-const WITH_GUESTS: [&str; 3] = ["umbra", "umbra-tests", "umbra-benches"];
+const WITH_GUESTS: [&str; 4] = ["umbra", "umbra-machine", "umbra-tests", "umbra-benches"];
 /// Unit tests that stay on the machine: completed instructions are compared with what its CPU does,
 /// and QEMU's is wrong in some.
 const COMPLETION: [&str; 2] = ["complete::", "completion::"];
@@ -174,7 +174,7 @@ fn cargo_arguments(role: Role) -> Vec<Vec<&'static str>> {
     let mut others = vec!["--workspace"];
     others.extend(WITH_GUESTS.iter().flat_map(|name| ["--exclude", *name]));
     // Its filter is a second one: libtest runs what matches any.
-    vec![others, vec!["--package", "umbra", "--lib", COMPLETION[0]]]
+    vec![others, vec!["--package", "umbra-machine", "--lib", COMPLETION[0]]]
 }
 
 /// What part of the tests a host runs.

@@ -19,8 +19,9 @@ use umbra::machine::devices::{DeviceEvent, Devices};
 use umbra::machine::loader::Boot;
 use umbra::machine::vcpu::VmExit;
 use umbra::machine::{Kvm, Machine, MachineConfig};
+use umbra::provenance::QuarantineSize;
 use umbra::sandbox::{Config, GuestFile, Report, ShadowMode};
-use umbra::shadow::{CHUNK_BYTES, Notify, QuarantineSize};
+use umbra::shadow::{CHUNK_BYTES, Notify};
 use umbra_tests::suite::{Need, Suite};
 use umbra_tests::table::{SUITE, hold, table};
 

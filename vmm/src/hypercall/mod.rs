@@ -20,22 +20,13 @@ pub use umbra_shadow::abi::{Access, Actor, Slot};
 pub enum Call {
     /// The guest speaks this version of the ABI.
     Hello {
-        /// What it says of itself.
+        /// What it says about itself.
         flags: GuestFlags,
     },
     /// Virtual memory that maps guest-physical memory one to one.
     RegionAdd(Region),
     /// A ring of events.
-    RingSetup {
-        /// Virtual address of the header, a multiple of 64.
-        va: u64,
-        /// Records that fit, 1 to [`abi::RING_MAX_RECORDS`]; they start 64 bytes behind `va`.
-        records: u64,
-        /// The CPU that writes it.
-        cpu: u16,
-        /// What the frames of its records are relative to.
-        text_base: u64,
-    },
+    RingSetup(RingPlace),
     /// Take all records out of a CPU's ring.
     RingDrain {
         /// The CPU.
@@ -86,18 +77,7 @@ pub enum Call {
         owner: Option<Owner>,
     },
     /// A violation.
-    Report {
-        /// Any address, the one of the access.
-        address: u64,
-        /// Any number of bytes; may go past the end of the address space.
-        size: u64,
-        /// What was tried.
-        access: Access,
-        /// Who did it.
-        actor: Actor,
-        /// The instruction after the access.
-        ip: u64,
-    },
+    Report(BadAccess),
     /// A name, `len` bytes (at most [`abi::NAME_MAX`]) at `va`.
     Name {
         /// What it is for.
@@ -140,7 +120,35 @@ pub enum Call {
     },
 }
 
-/// Room for what leaves the quarantine.
+/// Where a CPU's ring is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingPlace {
+    /// Virtual address of the header, a multiple of 64.
+    pub va: u64,
+    /// Records that fit, 1 to [`abi::RING_MAX_RECORDS`]; they start 64 bytes behind `va`.
+    pub records: u64,
+    /// The CPU that writes it.
+    pub cpu: u16,
+    /// What the frames of its records are relative to.
+    pub text_base: u64,
+}
+
+/// An access or a free that the guest's checks found wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BadAccess {
+    /// Any address, the one of the access.
+    pub address: u64,
+    /// Any number of bytes; may go past the end of the address space.
+    pub size: u64,
+    /// What was tried.
+    pub access: Access,
+    /// The task and the CPU that tried it.
+    pub actor: Actor,
+    /// The instruction after the access.
+    pub ip: u64,
+}
+
+/// Room for a list of evicted objects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Array {
     /// Virtual address.
@@ -278,7 +286,7 @@ impl Call {
                     return Err(wrong("ring size", rsi));
                 }
                 range("ring address", rdi, rsi)?;
-                Self::RingSetup { va: rdi, records, cpu: cpu(rcx)?, text_base: r8 }
+                Self::RingSetup(RingPlace { va: rdi, records, cpu: cpu(rcx)?, text_base: r8 })
             }
             CallNumber::RingDrain => {
                 let released = if rcx == 0 { None } else { Some(Array::new(rsi, rcx)?) };
@@ -322,13 +330,13 @@ impl Call {
             CallNumber::Report => {
                 let access = Access::try_from(rcx as u16)
                     .map_err(|number| wrong("access", number.into()))?;
-                Self::Report {
+                Self::Report(BadAccess {
                     address: rdi,
                     size: rsi,
                     access,
                     actor: Actor::from_register(rcx),
                     ip: r8,
-                }
+                })
             }
             CallNumber::Name => {
                 let (len, id) = (rcx & 0xffff_ffff, (rcx >> 32) as u32);
