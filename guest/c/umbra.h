@@ -58,7 +58,7 @@ extern "C" {
 #define UMBRA_LARGE_REDZONE 0xfe /* behind an allocation that has pages of its own */
 #define UMBRA_SLAB_REDZONE 0xfc  /* inside or behind a slab object */
 #define UMBRA_SLAB_FREE 0xfb     /* a freed slab object */
-#define UMBRA_VMALLOC_INVALID 0xf8 /* virtual memory that is not allocated, or behind what was asked for */
+#define UMBRA_VMALLOC_INVALID 0xf8 /* virtual memory: free, or behind what was asked for */
 #define UMBRA_STACK_GUARD 0xf1   /* a page that no stack may grow into */
 
 #define UMBRA_PAGE_SHIFT 12
@@ -78,7 +78,9 @@ struct umbra_offer {
 	uint64_t virtual_bytes;     /* virtual memory that umbra_virtual_add() has shadow for */
 };
 
-/* Memory that the kernel maps one to one: `bytes` from `gpa` on, at `start`. All multiples of 4096. */
+/*
+ * Memory that the kernel maps one to one: `bytes` from `gpa` on, at `start`. All multiples of 4096.
+ */
 struct umbra_region {
 	uint64_t start;
 	uint64_t bytes;
@@ -92,7 +94,9 @@ struct umbra_mapping {
 	uint64_t bytes;
 };
 
-/* First 64 bytes of a ring; records of 64 bytes follow. Only the runtime and the VMM look inside. */
+/*
+ * First 64 bytes of a ring; records of 64 bytes follow. Only the runtime and the VMM look inside.
+ */
 struct umbra_ring_header {
 	uint64_t count;
 	uint64_t reserved[7];
@@ -111,9 +115,9 @@ struct umbra_trap {
 UMBRA_ASSERT(sizeof(struct umbra_offer) == 48, "umbra_offer");
 UMBRA_ASSERT(offsetof(struct umbra_offer, version) == 4, "umbra_offer.version");
 UMBRA_ASSERT(offsetof(struct umbra_offer, page_window) == 8, "umbra_offer.page_window");
-UMBRA_ASSERT(offsetof(struct umbra_offer, page_window_bytes) == 16, "umbra_offer.page_window_bytes");
+UMBRA_ASSERT(offsetof(struct umbra_offer, page_window_bytes) == 16, "page_window_bytes");
 UMBRA_ASSERT(offsetof(struct umbra_offer, byte_window) == 24, "umbra_offer.byte_window");
-UMBRA_ASSERT(offsetof(struct umbra_offer, byte_window_bytes) == 32, "umbra_offer.byte_window_bytes");
+UMBRA_ASSERT(offsetof(struct umbra_offer, byte_window_bytes) == 32, "byte_window_bytes");
 UMBRA_ASSERT(offsetof(struct umbra_offer, virtual_bytes) == 40, "umbra_offer.virtual_bytes");
 UMBRA_ASSERT(sizeof(struct umbra_ring_header) == 64, "umbra_ring_header");
 UMBRA_ASSERT(sizeof(struct umbra_trap) == 40, "umbra_trap");
@@ -122,7 +126,9 @@ UMBRA_ASSERT(offsetof(struct umbra_trap, rbp) == 16, "umbra_trap.rbp");
 UMBRA_ASSERT(offsetof(struct umbra_trap, rip) == 24, "umbra_trap.rip");
 UMBRA_ASSERT(offsetof(struct umbra_trap, rsp) == 32, "umbra_trap.rsp");
 
-/* Returns CPU and task that run now: umbra_who(cpu, task). Called from any context; keep it short. */
+/*
+ * Returns CPU and task that run now: umbra_who(cpu, task). Called from any context; keep it short.
+ */
 typedef uint64_t (*umbra_current_fn)(void);
 
 static inline uint64_t umbra_who(uint16_t cpu, uint32_t task)
@@ -130,9 +136,11 @@ static inline uint64_t umbra_who(uint16_t cpu, uint32_t task)
 	return (uint64_t)cpu << 16 | (uint64_t)task << 32;
 }
 
-/* ---- Start ---------------------------------------------------------------------------------------------------- */
+/* ---- Start ----------------------------------------------------------------------------------- */
 
-/* Looks for Umbra and fills `offer`. Returns its features: 0 means that there is nothing to set up. */
+/*
+ * Looks for Umbra and fills `offer`. Returns its features: 0 means that there is nothing to set up.
+ */
 uint32_t umbra_discover(struct umbra_offer *offer);
 
 /* Whether an Umbra of this header's version is underneath, so that umbra_exit() ends the guest. */
@@ -141,8 +149,9 @@ static inline bool umbra_present(const struct umbra_offer *offer)
 	return offer->version == UMBRA_VERSION;
 }
 
-static inline struct umbra_mapping umbra_mapping_of(const struct umbra_region *region, unsigned shift,
-						    uint64_t window, uint64_t window_bytes)
+static inline struct umbra_mapping
+umbra_mapping_of(const struct umbra_region *region, unsigned shift, uint64_t window,
+		 uint64_t window_bytes)
 {
 	const uint64_t mask = ((uint64_t)1 << UMBRA_PAGE_SHIFT) - 1;
 	uint64_t first = region->gpa >> shift & ~mask;
@@ -159,18 +168,23 @@ static inline struct umbra_mapping umbra_mapping_of(const struct umbra_region *r
 }
 
 /*
- * The mappings, writable and cached, that put the shadow of `region` where the checks look: `out[0]`
- * for its page shadow, `out[1]` for its byte shadow. Map them once, on all CPUs, and never change
- * them: the VMM adds and removes the memory behind them.
+ * The mappings, writable and cached, that put the shadow of `region` where the checks look:
+ * `out[0]` for its page shadow, `out[1]` for its byte shadow. Map them once, on all CPUs, and never
+ * change them: the VMM adds and removes the memory behind them.
  */
-static inline void umbra_mappings(const struct umbra_offer *offer, const struct umbra_region *region,
-				  struct umbra_mapping out[2])
+static inline void umbra_mappings(const struct umbra_offer *offer,
+				  const struct umbra_region *region, struct umbra_mapping out[2])
 {
-	out[0] = umbra_mapping_of(region, UMBRA_PAGE_SHIFT, offer->page_window, offer->page_window_bytes);
-	out[1] = umbra_mapping_of(region, UMBRA_GRANULE_SHIFT, offer->byte_window, offer->byte_window_bytes);
+	out[0] = umbra_mapping_of(region, UMBRA_PAGE_SHIFT, offer->page_window,
+				  offer->page_window_bytes);
+	out[1] = umbra_mapping_of(region, UMBRA_GRANULE_SHIFT, offer->byte_window,
+				  offer->byte_window_bytes);
 }
 
-/* Adds a region whose shadow is mapped. False when a table is full (16 regions) or a value is refused. */
+/*
+ * Adds a region whose shadow is mapped. False when a table is full (16 regions) or a value is
+ * refused.
+ */
 bool umbra_region_add(uint64_t start, uint64_t bytes, uint64_t gpa);
 
 /*
@@ -195,7 +209,8 @@ uint64_t umbra_virtual_add(uint64_t start, uint64_t bytes);
  * the same for all rings: stacks are recorded as distances from it. Only where features has
  * UMBRA_RING.
  */
-bool umbra_ring_setup(uint64_t cpu, struct umbra_ring_header *memory, uint64_t bytes, uint64_t text_start);
+bool umbra_ring_setup(uint64_t cpu, struct umbra_ring_header *memory, uint64_t bytes,
+		      uint64_t text_start);
 
 /*
  * Turns checks on. No other CPU may run yet. The kernel's code ends at `text_end`. `current` may be
@@ -205,12 +220,12 @@ void umbra_activate(uint32_t features, uint64_t text_end, umbra_current_fn curre
 
 /*
  * All steps of the start except the mapping: adds the regions, sets up the first CPU's ring, turns
- * checks on. False when something was refused; checks stay off then. True, without any effect, where
- * there is no Umbra.
+ * checks on. False when something was refused; checks stay off then. True, without any effect,
+ * where there is no Umbra.
  */
-static inline bool umbra_start(const struct umbra_offer *offer, const struct umbra_region *regions, size_t count,
-			       void *ring, uint64_t ring_bytes, uint64_t text_start, uint64_t text_end,
-			       umbra_current_fn current)
+static inline bool umbra_start(const struct umbra_offer *offer, const struct umbra_region *regions,
+			       size_t count, void *ring, uint64_t ring_bytes, uint64_t text_start,
+			       uint64_t text_end, umbra_current_fn current)
 {
 	size_t i;
 
@@ -226,15 +241,17 @@ static inline bool umbra_start(const struct umbra_offer *offer, const struct umb
 	return true;
 }
 
-/* ---- Allocators ----------------------------------------------------------------------------------------------- */
+/* ---- Allocators ------------------------------------------------------------------------------ */
 
-/* Makes memory inaccessible (`code`: 0x80 or more), or accessible. Slots should be 8-byte aligned. */
+/*
+ * Makes memory inaccessible (`code`: 0x80 or more), or accessible. Slots should be 8-byte aligned.
+ */
 void umbra_poison(uint64_t address, uint64_t bytes, uint8_t code);
 void umbra_unpoison(uint64_t address, uint64_t bytes);
 
 /*
- * An allocator hands out an object of `bytes` at `address`, the start of a slot of `slot` bytes. The
- * object becomes accessible, and the rest of the slot gets `redzone`. `cache` is an id that
+ * An allocator hands out an object of `bytes` at `address`, the start of a slot of `slot` bytes.
+ * The object becomes accessible, and the rest of the slot gets `redzone`. `cache` is an id that
  * umbra_name_cache() named, or 0.
  */
 void umbra_alloc(uint64_t address, uint64_t bytes, uint64_t slot, uint8_t redzone, uint16_t cache);
@@ -268,7 +285,8 @@ uint8_t umbra_quarantine_add(umbra_release_fn release, void *context);
  * takes it back now. Release functions are called from here, for other memory, so the caller holds
  * no lock that they take.
  */
-bool umbra_free_later(uint64_t address, uint64_t start, uint64_t slot, uint8_t code, uint8_t allocator, uint8_t note);
+bool umbra_free_later(uint64_t address, uint64_t start, uint64_t slot, uint8_t code,
+		      uint8_t allocator, uint8_t note);
 
 /*
  * Empties the quarantine, for an allocator that has no memory left and tries again afterwards.
@@ -296,17 +314,26 @@ void umbra_invalid_free(uint64_t address);
 /* Checks a range by hand; false when it was reported. */
 bool umbra_check(uint64_t address, uint64_t bytes, bool write);
 
-/* Whether the byte at `address` is known to be inaccessible. Nothing is reported. False where there is no shadow. */
+/*
+ * Whether the byte at `address` is known to be inaccessible. Nothing is reported. False where there
+ * is no shadow.
+ */
 bool umbra_is_poisoned(uint64_t address);
 
-/* Turns reports off and on again on this CPU, around code that uses poisoned memory on purpose. Calls nest. */
+/*
+ * Turns reports off and on again on this CPU, around code that uses poisoned memory on purpose.
+ * Calls nest.
+ */
 void umbra_suppress_begin(void);
 void umbra_suppress_end(void);
 
-/* The number of bad accesses and frees so far on all CPUs, reported or not: for a kernel's own tests. */
+/*
+ * The number of bad accesses and frees so far on all CPUs, reported or not: for a kernel's own
+ * tests.
+ */
 uint64_t umbra_violations(void);
 
-/* ---- Stacks and names ----------------------------------------------------------------------------------------- */
+/* ---- Stacks and names ------------------------------------------------------------------------ */
 
 /* A thread gets a stack, or gives it back. Page-aligned, in a region. */
 void umbra_stack_alloc(uint64_t start, uint64_t bytes);
@@ -316,7 +343,7 @@ void umbra_stack_free(uint64_t start, uint64_t bytes);
 void umbra_name_cache(uint16_t id, const char *name, uint64_t len, uint64_t object);
 void umbra_name_task(uint32_t id, const char *name, uint64_t len);
 
-/* ---- Exceptions and the end ----------------------------------------------------------------------------------- */
+/* ---- Exceptions and the end ------------------------------------------------------------------ */
 
 /*
  * The page-fault handler calls this first, with the registers at the fault. If the fault was a
@@ -328,15 +355,20 @@ bool umbra_page_fault(struct umbra_trap *trap);
 
 /*
  * Reports a bad access that the kernel found itself, by a fault: a stack that has grown into its
- * guard page, for example. The shadow at `address` decides the kind of bug; poison a guard page with
- * UMBRA_STACK_GUARD. `trap` holds the registers at the fault, where the stack of the report begins.
+ * guard page, for example. The shadow at `address` decides the kind of bug; poison a guard page
+ * with UMBRA_STACK_GUARD. `trap` holds the registers at the fault, where the stack of the report
+ * begins.
  */
 void umbra_report(uint64_t address, uint64_t bytes, bool write, const struct umbra_trap *trap);
 
-/* End the guest: done (0 is success), panicked, stopped by a CPU exception. Only if umbra_present(). */
+/*
+ * End the guest: done (0 is success), panicked, stopped by a CPU exception. Only if
+ * umbra_present().
+ */
 UMBRA_NORETURN void umbra_exit(uint64_t code);
 UMBRA_NORETURN void umbra_exit_panic(void);
-UMBRA_NORETURN void umbra_exit_fault(uint32_t vector, uint32_t error, uint64_t rip, uint64_t address);
+UMBRA_NORETURN void umbra_exit_fault(uint32_t vector, uint32_t error, uint64_t rip,
+				     uint64_t address);
 
 #ifdef __cplusplus
 }

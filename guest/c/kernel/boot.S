@@ -33,7 +33,10 @@ boot_high:
 	call kernel_main
 	ud2
 
-/* Reads a byte as instrumented code does: check, then access. kernel.h: probe_read. The fault handler knows the access. */
+/*
+ * Reads a byte as instrumented code does: check, then access. kernel.h: probe_read. The fault
+ * handler knows the access.
+ */
 	.text
 	.globl probe_read, probe_access, probe_done
 	.type probe_read, @function
