@@ -224,7 +224,7 @@ fn parse_quarantine(text: &str) -> Result<QuarantineSize, String> {
 }
 
 fn parse_redzone(text: &str) -> Result<Redzone, String> {
-    const MAX: u64 = umbra_shadow::abi::redzone::MAX as u64;
+    const MAX: u64 = Redzone::MAX as u64;
     match text {
         "auto" => Ok(Redzone::Adaptive),
         "off" => Ok(Redzone::Off),

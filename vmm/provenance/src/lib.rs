@@ -1,6 +1,6 @@
 //! Who allocated and freed what.
 //!
-//! A record goes one way: from its CPU's ring ([`rings`]), decoded once (`records.rs`), through
+//! A record goes one way: from its CPU's ring ([`rings`]), decoded once (`umbra_shadow::abi::Record`), through
 //! [`Provenance::drain`] into the table of objects with their call stacks ([`objects`]) and, if it
 //! is a free, into the quarantine ([`quarantine`]).
 //!
@@ -41,7 +41,6 @@ mod history;
 mod names;
 pub mod objects;
 pub mod quarantine;
-mod records;
 pub mod rings;
 mod stacks;
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use umbra_machine::cpuid::CpuidLeaf;
 use umbra_machine::loader::Protocol;
 use umbra_provenance::{QuarantineSize, objects};
-use umbra_shadow::abi::redzone;
+use umbra_shadow::abi::Redzone;
 
 use super::GuestFile;
 use crate::shadow::{Mode, Notify};
@@ -39,29 +39,6 @@ impl ShadowMode {
             Self::PerPage => "per-page",
             Self::Full => "full",
             Self::Off => "off",
-        }
-    }
-}
-
-/// How much a guest's allocators put behind each object.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Redzone {
-    /// More behind larger objects, as KASAN does.
-    #[default]
-    Adaptive,
-    /// Nothing: objects lie as in a kernel that is not checked.
-    Off,
-    /// So many bytes: a multiple of 8, at most [`redzone::MAX`].
-    Bytes(u32),
-}
-
-impl Redzone {
-    /// The number that the guest gets ([`redzone`]).
-    pub(super) fn number(self) -> u32 {
-        match self {
-            Self::Adaptive => redzone::ADAPTIVE,
-            Self::Off => redzone::OFF,
-            Self::Bytes(bytes) => bytes.next_multiple_of(8).min(redzone::MAX),
         }
     }
 }

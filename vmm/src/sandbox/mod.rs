@@ -40,13 +40,14 @@ use umbra_report::Finding;
 pub use umbra_report::{Picture, Sample};
 
 pub use builder::Sandbox;
-pub use config::{Config, Console, Redzone, ShadowMode};
+pub use config::{Config, Console, ShadowMode};
 pub use file::GuestFile;
 use investigate::CodeLocation;
 pub use marks::Mark;
 pub use outcome::Outcome;
 pub use report::{Report, RunError};
 pub use run::run;
+pub use umbra_shadow::abi::Redzone;
 
 /// Gets each new finding while the guest runs.
 pub trait Observer: Send {
