@@ -103,8 +103,8 @@ struct Reader {
 }
 
 impl Reader {
-    /// Reads how many records there are and counts all of them as drained. If the ring's CPU `asked`
-    /// for the drain, its ring is emptied. Without new records there is no reader.
+    /// Reads how many records there are and counts all of them as drained. If the ring's CPU
+    /// `asked` for the drain, its ring is emptied. Without new records there is no reader.
     fn new(cpu: u16, ring: &mut Ring, asked: bool, ram: &dyn RingMemory) -> Option<Self> {
         // Copied once, and bounded: the guest may have written anything.
         let count = ram.read_u64(ring.gpa)?.min(ring.records);
@@ -217,9 +217,9 @@ impl Rings {
         })
     }
 
-    /// Drains all rings: passes their new records to `take` in the order of their numbers, each with
-    /// whether it is the last of its CPU. Every CPU stands still. If a CPU `asked` for the drain,
-    /// its ring is empty afterwards. Returns how many rings there are.
+    /// Drains all rings: passes their new records to `take` in the order of their numbers, each
+    /// with whether it is the last of its CPU. Every CPU stands still. If a CPU `asked` for the
+    /// drain, its ring is empty afterwards. Returns how many rings there are.
     pub fn drain(
         &mut self,
         asked: Option<u16>,
@@ -232,8 +232,8 @@ impl Rings {
         let mut readers: Vec<_> = rings
             .filter_map(|(cpu, ring)| Reader::new(cpu, ring, asked == Some(cpu), ram))
             .collect();
-        // From the record that was drained last on, since the numbers wrap. Nothing depends on what a guest
-        // makes of them but the order of its own events.
+        // From the record that was drained last on, since the numbers wrap. Nothing depends on what
+        // a guest makes of them but the order of its own events.
         let begin = self.last;
         let distance =
             |reader: &Reader| reader.record().record.sequence.wrapping_sub(begin).cast_signed();
