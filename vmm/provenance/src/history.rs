@@ -121,8 +121,9 @@ impl Provenance {
         self.objects.related(key, task, frames);
     }
 
-    /// Drains all rings; see [`Rings::drain`]. If a CPU `asked` for it, all its events are complete,
-    /// since a CPU records and poisons with interrupts off. Returns how many records made no sense.
+    /// Drains all rings; see [`Rings::drain`]. If a CPU `asked` for it, all its events are
+    /// complete, since a CPU records and poisons with interrupts off. Returns how many records made
+    /// no sense.
     pub fn drain(&mut self, asked: Option<u16>, memory: &dyn RingMemory, key_of: KeyOf<'_>) -> u64 {
         if let Some(cpu) = asked {
             self.quarantine.complete_in_flight(cpu);

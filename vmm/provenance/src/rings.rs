@@ -110,8 +110,8 @@ struct Reader {
 }
 
 impl Reader {
-    /// Reads how many records there are and counts all of them as drained. If the ring's CPU `asked`
-    /// for the drain, its ring is emptied. Without new records there is no reader.
+    /// Reads how many records there are and counts all of them as drained. If the ring's CPU
+    /// `asked` for the drain, its ring is emptied. Without new records there is no reader.
     fn new(cpu: u16, ring: &mut Ring, asked: bool, ram: &dyn RingMemory) -> Option<Self> {
         // Copied once, and bounded: the guest may have written anything.
         let count = ram.read_u64(ring.gpa)?.min(ring.records);
@@ -223,9 +223,9 @@ impl Rings {
         })
     }
 
-    /// Drains all rings: passes their new records to `take` in the order of their numbers, each with
-    /// whether it is the last of its CPU. Every CPU stands still. If a CPU `asked` for the drain,
-    /// its ring is empty afterwards. Returns how many rings there are.
+    /// Drains all rings: passes their new records to `take` in the order of their numbers, each
+    /// with whether it is the last of its CPU. Every CPU stands still. If a CPU `asked` for the
+    /// drain, its ring is empty afterwards. Returns how many rings there are.
     pub fn drain(
         &mut self,
         asked: Option<u16>,

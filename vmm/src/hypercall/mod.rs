@@ -1,9 +1,8 @@
 //! A guest's calls, decoded: numbers in registers become a typed [`Call`], or the error that the
 //! guest gets.
 //!
-//! Everything that can be said about a call without the state of the run is checked here. What
-//! needs state (whether memory lies in a region, whether the call fits the mode) is left to the
-//! handler.
+//! Everything that does not depend on the state of the run is checked here. The handler checks the
+//! rest: whether memory lies in a region, and whether the call fits the mode.
 
 mod regions;
 #[cfg(test)]
@@ -31,7 +30,7 @@ pub enum Call {
     RingDrain {
         /// The CPU.
         cpu: u16,
-        /// Where to put what is due to leave the quarantine, if it fetches that too.
+        /// Room for a list of objects to evict, if the guest wants one.
         released: Option<Array>,
     },
     /// Make memory inaccessible.
@@ -60,18 +59,18 @@ pub enum Call {
         size: u64,
         /// The cache, 0 for none.
         cache: u16,
-        /// Who did it.
+        /// The task that did it.
         actor: Actor,
-        /// The slot that it lies at the start of, if the shadow shall change.
+        /// The slot that starts with it, if the VMM is to change the shadow.
         slot: Option<Slot>,
     },
     /// Memory was freed.
     Freed {
         /// Virtual address.
         va: u64,
-        /// Who did it.
+        /// The task that did it.
         actor: Actor,
-        /// The slot that becomes inaccessible, if the shadow shall change.
+        /// The slot that becomes inaccessible, if the VMM is to change the shadow.
         slot: Option<Slot>,
         /// Who gets it when it leaves the quarantine; none if it does not go there.
         owner: Option<Owner>,
@@ -87,8 +86,8 @@ pub enum Call {
         /// Bytes; may be 0.
         len: u64,
     },
-    /// `len` bytes (not 0) of virtual memory at `va`, both multiples of 4096, shall have shadow of
-    /// their own.
+    /// Give `len` bytes (not 0) of virtual memory at `va` shadow of their own. Both are multiples
+    /// of 4096.
     VirtualAdd {
         /// Virtual address.
         va: u64,
@@ -104,18 +103,18 @@ pub enum Call {
         /// How many.
         count: u64,
     },
-    /// Take memory out of the quarantine.
+    /// Evict objects from the quarantine.
     Quarantine {
-        /// Where to put it.
+        /// Room for the list.
         to: Array,
-        /// All of it, not only what is due.
+        /// Evict everything, not only what is over the limit.
         all: bool,
     },
-    /// Work was made that has to do with the object at an address.
+    /// Work was queued that has to do with the object at an address.
     Related {
         /// Virtual address.
         va: u64,
-        /// Who made it.
+        /// The task that queued it.
         actor: Actor,
     },
 }

@@ -52,7 +52,8 @@ pub struct Config {
     pub boot: Protocol,
     /// A file for the kernel to find in memory.
     pub initrd: Option<GuestFile>,
-    /// Its command line. A Linux kernel's gets some defaults, see [`with_defaults`](umbra_machine::loader::with_defaults).
+    /// Its command line. Linux gets some defaults, see
+    /// [`with_defaults`](umbra_machine::loader::with_defaults).
     pub cmdline: String,
     /// Guest memory in bytes.
     pub memory: u64,
@@ -83,9 +84,11 @@ pub struct Config {
     /// Find out whether the host counts guest instructions, and read the count. Costs a probe
     /// guest.
     pub count_instructions: bool,
-    /// Watch the run for [`Report::picture`](super::Report::picture). Without it nothing is sampled.
+    /// Watch the run for [`Report::picture`](super::Report::picture). Without it nothing is
+    /// sampled.
     pub picture: bool,
-    /// Texts on the console at whose first line [`Stats::marks`](super::stats::Stats::marks) tells what the run had cost.
+    /// Texts to look for on the console. When one first appears, what the run has cost by then goes
+    /// to [`Stats::marks`](super::stats::Stats::marks).
     pub marks: Vec<String>,
     /// CPUID leaves for the guest to find. One with the number of a leaf of Umbra's own replaces
     /// it, which changes only what the guest reads: it can be shown another version of Umbra, or
@@ -93,7 +96,7 @@ pub struct Config {
     pub cpuid: Vec<CpuidLeaf>,
 }
 
-/// An empty kernel with 256 MiB, one CPU and no limits: to name only what is different.
+/// An empty kernel with 256 MiB, one CPU and no limits.
 impl Default for Config {
     fn default() -> Self {
         Self {

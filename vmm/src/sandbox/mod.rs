@@ -54,8 +54,8 @@ pub trait Observer: Send {
     /// A finding that is the first of its kind.
     fn finding(&mut self, finding: &Finding);
 
-    /// Called right before the guest runs. `counters` are its vCPUs', if they were asked for and KVM
-    /// has them.
+    /// Called right before the guest runs. `counters` are its vCPUs', if they were asked for and
+    /// KVM has them.
     fn starts(&mut self, counters: Option<Arc<Counters>>) {
         let _ = counters;
     }
