@@ -35,7 +35,7 @@ const STOCK: &str =
 const ABOUT: &str = "\
 `vmlinux` of `cargo xtask linux` (`guest/linux/config/small.config` on top of `tinyconfig`), started without a boot loader, until its
 console says that it starts `/init`; and Debian's kernel the same way. Umbra's command line is its own default, which is longer where ring 0 is emulated
-(`vmm/src/machine/loader/linux.rs`). QEMU is Debian's, with the same kernel and initrd, and `console=ttyS0 panic=-1`; what it cannot boot
+(`vmm/machine/src/loader/linux.rs`). QEMU is Debian's, with the same kernel and initrd, and `console=ttyS0 panic=-1`; what it cannot boot
 has the reason beside it. All seconds are by the clock, and begin with the program's start.
 ";
 

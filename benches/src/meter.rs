@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use umbra::machine::Kvm;
 use umbra::machine::stats::{Counters, emulates_ring0};
+use umbra::provenance::{Objects, QuarantineSize};
 use umbra::report::{Finding, Findings};
 use umbra::sandbox::{self, Config, Observer, Outcome, ShadowMode};
-use umbra::shadow::{Notify, Objects, QuarantineSize};
+use umbra::shadow::Notify;
 
 /// How long one guest may run.
 const TIMEOUT: Duration = Duration::from_secs(600);

@@ -36,12 +36,18 @@ fn entry(archive: &mut Vec<u8>, name: &str, mode: u32, contents: &[u8]) {
     pad(archive);
 }
 
-/// An initrd with one program, `/init`. `code` is position-independent and starts at its beginning.
+/// An initrd with one small program, `/init`. `code` is position-independent and starts at its
+/// beginning.
 pub fn initrd(code: &[u8]) -> Vec<u8> {
     let at = PROGRAM + (HEADER + PROGRAM_HEADER) as u64;
-    let program = ElfBuilder::new(at).segment(at, code).build();
+    with_program(&ElfBuilder::new(at).segment(at, code).build())
+}
+
+/// An initrd with one program, `/init`: a static ELF file.
+pub fn with_program(program: &[u8]) -> Vec<u8> {
     let mut archive = Vec::new();
-    entry(&mut archive, "init", 0o100_755, &program);
+    entry(&mut archive, "dev", 0o040_755, &[]);
+    entry(&mut archive, "init", 0o100_755, program);
     entry(&mut archive, "TRAILER!!!", 0, &[]);
     archive
 }

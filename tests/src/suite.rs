@@ -3,6 +3,9 @@
 use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Trial};
+use umbra::machine::Kvm;
+use umbra::machine::probe::runs_programs;
+use umbra::machine::stats::emulates_ring0;
 
 /// Something that a test may need and a machine may lack.
 #[derive(Clone, Debug)]
@@ -11,6 +14,22 @@ pub enum Need {
     There,
     /// It is not; why, in a few words.
     Missing(String),
+    /// The test is another host's, which `cargo xtask test` runs too.
+    Elsewhere,
+}
+
+/// The variable in which `cargo xtask test` says on which of its hosts a test runs: `machine`, if
+/// there is a nested host as well, or `svm`, if tests run on the machine as well. Unset, nothing is
+/// left to another host.
+const HOST: &str = "UMBRA_TEST_HOST";
+
+/// Whether KVM emulates ring 0 here.
+fn ring0_is_emulated() -> bool {
+    Kvm::open().is_ok_and(|kvm| emulates_ring0(&kvm).unwrap_or(false))
+}
+
+fn host_is(host: &str) -> bool {
+    std::env::var_os(HOST).is_some_and(|value| value == host)
 }
 
 impl Need {
@@ -24,13 +43,15 @@ impl Need {
     pub fn and(&self, other: &Self) -> Self {
         match self {
             Self::There => other.clone(),
-            Self::Missing(_) => self.clone(),
+            // Nothing is missing here for what is run elsewhere.
+            Self::Missing(_) if matches!(other, Self::Elsewhere) => other.clone(),
+            Self::Missing(_) | Self::Elsewhere => self.clone(),
         }
     }
 
     /// A usable `/dev/kvm`.
     pub fn kvm() -> Self {
-        Self::unless(umbra::machine::Kvm::open().err().map(|error| error.to_string()))
+        Self::unless(Kvm::open().err().map(|error| error.to_string()))
     }
 
     /// A usable `/dev/kvm` and the test kernel.
@@ -41,9 +62,38 @@ impl Need {
         Self::kvm().and(&Self::unless(missing))
     }
 
-    /// The user's wish for tests that take very long; `missing` says how to wish for this one.
-    pub fn long(missing: &str) -> Self {
-        Self::unless(std::env::var_os("UMBRA_LONG_TESTS").is_none().then(|| missing.to_owned()))
+    /// The nested host: the guest executes more than a host that emulates ring 0 does in a minute.
+    pub fn fast_ring0() -> Self {
+        if host_is("machine") && ring0_is_emulated() { Self::Elsewhere } else { Self::There }
+    }
+
+    /// The machine itself: a big program runs besides the guest, which the nested host's emulated
+    /// CPU would take minutes for.
+    pub fn fast_programs() -> Self {
+        if host_is("svm") { Self::Elsewhere } else { Self::There }
+    }
+
+    /// Programs in guests: where KVM emulates ring 0, their system calls do not reach the kernel.
+    pub fn programs() -> Self {
+        let probed = Kvm::open().map_err(|error| error.to_string()).and_then(|kvm| {
+            runs_programs(&kvm).map_err(|error| format!("a probe guest failed: {error}"))
+        });
+        match probed {
+            Ok(true) => Self::There,
+            Ok(false) if host_is("machine") => Self::Elsewhere,
+            Ok(false) => Self::Missing(
+                "a probe guest found that system calls from ring 3 do not reach ring 0 here".into(),
+            ),
+            Err(error) => Self::Missing(error),
+        }
+    }
+
+    /// The user's wish for what takes an hour where ring 0 is emulated; `wish` says how to wish.
+    pub fn long_if_emulated(wish: &str) -> Self {
+        let wished = std::env::var_os("UMBRA_LONG_TESTS").is_some();
+        let missing = (!wished && ring0_is_emulated())
+            .then(|| format!("it takes long where ring 0 is emulated: {wish}"));
+        Self::unless(missing)
     }
 
     /// Whether a program is in the path.
@@ -69,7 +119,7 @@ pub struct Suite {
 
 impl Suite {
     /// Adds a test. Where what it needs is missing, it counts as ignored and its name is printed
-    /// with the reason.
+    /// with the reason. One of another host is left out.
     pub fn add(
         &mut self,
         name: impl Into<String>,
@@ -83,6 +133,7 @@ impl Suite {
         let missing = match need {
             Need::There => None,
             Need::Missing(reason) => Some(reason.clone()),
+            Need::Elsewhere => return,
         };
         self.trials.push((trial.with_ignored_flag(missing.is_some()), missing));
     }

@@ -200,7 +200,7 @@ fn main() -> ExitCode {
         .is_ok_and(|output| output.status.success());
     let browser = Need::unless((!browser).then(|| "chromium is not installed".to_owned()));
     let kernel = Need::test_kernel();
-    let both = browser.and(&kernel);
+    let both = browser.and(&kernel).and(&Need::fast_programs());
     let tests: [(&str, &Need, fn() -> Tested); 4] = [
         ("a_run_with_findings", &both, a_run_with_findings),
         ("a_clean_run", &both, a_clean_run),

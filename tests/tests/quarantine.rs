@@ -8,9 +8,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use umbra::kernel::test_kernel;
-use umbra::report::Event;
+use umbra::provenance::QuarantineSize;
+use umbra::report::Track;
 use umbra::sandbox::{self, Config, Outcome, Redzone, Report, ShadowMode};
-use umbra::shadow::{Notify, QuarantineSize};
+use umbra::shadow::Notify;
 use umbra_tests::suite::{Need, Suite};
 
 /// Guest memory of these tests, in bytes.
@@ -114,7 +115,7 @@ fn tells_both_objects(notify: Notify) {
         run(&Config { notify, ..config("scenarios=stale_pointer_to_reused,queued_work_uaf") });
     let findings: Vec<_> = report.findings.iter().map(|(finding, _)| finding).collect();
     let [reused, queued] = findings[..] else { panic!("{} findings", findings.len()) };
-    let function = |event: &Event, name: &str| {
+    let function = |event: &Track, name: &str| {
         event
             .frames
             .iter()

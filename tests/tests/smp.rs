@@ -82,7 +82,7 @@ fn told(finding: &Finding) -> Bug {
     assert_eq!((finding.kind, finding.size), ("slab-use-after-free", 1), "{}", finding.task.name);
     let object = finding.object.as_ref().expect("an object");
     assert_eq!((object.size, object.cache.as_deref()), (64, Some("kmalloc-64")));
-    let by = |event: &Option<umbra::report::Event>| {
+    let by = |event: &Option<umbra::report::Track>| {
         let event = event.as_ref().expect("who did it");
         assert!(!event.frames.is_empty());
         event.task.name.clone()

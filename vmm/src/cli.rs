@@ -10,16 +10,17 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use umbra_machine::layout;
+use umbra_machine::loader::Protocol;
+use umbra_provenance::QuarantineSize;
+use umbra_report::text::{self, TextStyle};
+use umbra_report::{Finding, Names, html, json};
 
 use crate::demo;
-use crate::machine::layout;
-use crate::machine::loader::Protocol;
-use crate::report::text::{self, TextStyle};
-use crate::report::{Finding, Names, html, json};
 use crate::sandbox::{
     self, Config, Console, GuestFile, Observer, Redzone, Report, RunError, ShadowMode,
 };
-use crate::shadow::{Notify, QuarantineSize};
+use crate::shadow::Notify;
 use crate::terminal;
 
 /// Most CPUs, as clap wants it.
@@ -371,8 +372,7 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
         let page = html::Page {
             kernel: &args.kernel.to_string_lossy(),
             file: Some(&args.kernel),
-            config: &config,
-            report: &report,
+            run: &report.summary(&config),
             names,
             verdicts: Vec::new(),
         };

@@ -8,11 +8,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use umbra_report::frame::StackVariable;
+use umbra_report::{Finding, Names, html};
 
 use crate::cli::{Printer, say};
 use crate::kernel::{self, Expected, Scenario};
-use crate::report::frame::StackVariable;
-use crate::report::{Finding, Names, html};
 use crate::sandbox::{self, Config, Observer, Report, RunError, ShadowMode};
 
 /// How long a demonstration may take.
@@ -281,8 +281,7 @@ fn write_page(
     let page = html::Page {
         kernel: "the built-in test kernel",
         file: None,
-        config,
-        report,
+        run: &report.summary(config),
         names: Names::Demangled,
         verdicts: verdicts.iter().map(row).collect(),
     };

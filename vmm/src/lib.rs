@@ -5,8 +5,10 @@ pub mod cli;
 pub mod demo;
 pub mod hypercall;
 pub mod kernel;
-pub mod machine;
-pub mod report;
 pub mod sandbox;
 pub mod shadow;
 pub mod terminal;
+
+pub use umbra_machine as machine;
+pub use umbra_provenance as provenance;
+pub use umbra_report as report;

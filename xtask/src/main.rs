@@ -1,12 +1,15 @@
 //! Umbra's chores: `cargo xtask demo` and `cargo xtask test` set up what a machine lacks, build the
 //! guest and run.
 
+mod apt;
 mod c_kernel;
 mod demo;
 mod guest;
+mod hosts;
 mod linux;
-mod linux_suite;
+mod nested;
 mod process;
+mod programs;
 mod progress;
 mod setup;
 mod summary;
@@ -45,12 +48,25 @@ enum Task {
     },
     /// Run everything that is checked before a change lands: format, lints, documentation, tests
     ///
-    /// Installs what is missing first. The last line counts what passed, failed, and was skipped; a
-    /// test that needs KVM is skipped where there is none.
+    /// Installs what is missing first. Tests run on this machine and, side by side with it, in the
+    /// nested host (see `cargo xtask nested`), where their names begin with `svm::`. Without KVM
+    /// here, what needs it runs there only. The last lines count what passed, failed, and was
+    /// skipped on each host, and together.
     Test {
-        /// Only the tests whose names contain this, and none of the other checks
+        /// Only the tests whose names contain this, and none of the other checks; only in the
+        /// nested host if it begins with `svm::`
         name: Option<String>,
+        /// Those too that take very long, and on both hosts what belongs to one of them
+        #[arg(long)]
+        all: bool,
     },
+    /// Run a command on a KVM host like hardware's, which QEMU's software CPU gives on any machine
+    ///
+    /// AMD's SVM with nested paging. The command sees this machine's files, at the same paths, and
+    /// a /tmp of its own. What it writes is forgotten, but in `target` of this workspace. It reads
+    /// nothing from standard input. Its exit status is passed on; 2 is a host that does not start,
+    /// and a command that does not end in time. The host has one CPU; guests may have more.
+    Nested(nested::Arguments),
     /// Measure what Umbra costs, and write BENCHMARKS.md
     ///
     /// `cargo xtask bench -- --help` lists the parts and their options. Without arguments it
@@ -68,7 +84,8 @@ enum Task {
     ///
     /// They are Debian's linux-source-6.1 with configurations from guest/linux/config: a small one,
     /// and one with the patches in guest/linux/patches, which Umbra checks. What a build needs is
-    /// installed; the kernels are not.
+    /// installed; the kernels are not. Where the newest version does not work with the patches, one
+    /// that is known to is built, and the last line says so.
     Linux {
         #[command(subcommand)]
         task: Option<LinuxTask>,
@@ -87,6 +104,10 @@ enum Task {
 
 #[derive(Subcommand)]
 enum LinuxTask {
+    /// List the versions of Linux's sources that apt offers, and which of them the patches apply to
+    ///
+    /// Downloads each version once, to look; installs nothing.
+    Status,
     /// Run Linux's own tests of KASAN in the kernel that Umbra checks
     Test,
     /// Write down anew what these tests come to with Linux's own KASAN, under QEMU
@@ -136,14 +157,18 @@ fn main() -> ExitCode {
         .and_then(|context| {
             let outcome = match arguments.task {
                 Task::Demo { arguments } => demo::run(&context, &arguments),
-                Task::Test { name } => Ok(tests::run(&context, name.as_deref())),
+                Task::Test { name, all } => {
+                    Ok(tests::run(&context, &hosts::Selection { name, all }))
+                }
+                Task::Nested(arguments) => nested::run(&context, &arguments),
                 Task::Bench { arguments } => bench(&context, &arguments),
                 Task::Scenarios => tests::write_tables(&context),
                 Task::Linux { task: None } => linux::run(&context),
-                Task::Linux { task: Some(LinuxTask::Test) } => linux_suite::test(&context),
-                Task::Linux { task: Some(LinuxTask::Expected) } => linux_suite::expected(&context),
+                Task::Linux { task: Some(LinuxTask::Status) } => linux::status::run(&context),
+                Task::Linux { task: Some(LinuxTask::Test) } => linux::suite::test(&context),
+                Task::Linux { task: Some(LinuxTask::Expected) } => linux::suite::expected(&context),
                 Task::Linux { task: Some(LinuxTask::Compare { arguments }) } => {
-                    linux_suite::compare(&context, &arguments)
+                    linux::suite::compare(&context, &arguments)
                 }
                 Task::Guest { lib: true, .. } => {
                     guest::library(&context).map(|()| ExitCode::SUCCESS)
@@ -172,7 +197,7 @@ fn bench(context: &Context, arguments: &[String]) -> Result<ExitCode> {
     }
     let (suite, arguments) = match arguments.split_first() {
         Some((first, rest)) if first == "linux" => {
-            linux::build_measured(context)?;
+            linux::build_measured(context);
             let qemu = [("qemu-system-x86_64", "qemu-system-x86")];
             setup::packages(context, &qemu, "its figures stand beside")?;
             ("linux", rest)

@@ -5,6 +5,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead as _, BufReader};
+use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitCode, Stdio};
@@ -15,15 +16,24 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::progress::Progress;
 
-/// The process group of the program that runs now; 0 if none.
-static RUNNING: AtomicI32 = AtomicI32::new(0);
+/// The process groups of the programs that run now; 0 where a place is free.
+static RUNNING: [AtomicI32; 8] = [const { AtomicI32::new(0) }; 8];
+
+/// Takes a place for a process group. With all of them taken, only the kernel ends the program.
+fn remember(group: i32) {
+    let _ = RUNNING.iter().any(|place| place.compare_exchange(0, group, SeqCst, SeqCst).is_ok());
+}
+
+/// Frees the place of a process group.
+fn forget(group: i32) {
+    let _ = RUNNING.iter().any(|place| place.compare_exchange(group, 0, SeqCst, SeqCst).is_ok());
+}
 
 /// Makes Ctrl-C, and the other ways to ask a program to end, end the running child first.
 pub fn forward_signals() -> Result<()> {
     for signal in [SIGINT, SIGTERM, SIGHUP] {
         let forward = move || {
-            let group = RUNNING.load(SeqCst);
-            if group > 0 {
+            for group in RUNNING.iter().map(|place| place.load(SeqCst)).filter(|group| *group > 0) {
                 // SAFETY: `kill` may be called in a signal handler, and takes no memory of ours.
                 unsafe { libc::kill(-group, SIGTERM) };
             }
@@ -85,7 +95,7 @@ impl Command {
         let (reader, writer) = std::io::pipe().context("cannot make a pipe")?;
         let copy = writer.try_clone().context("cannot make a pipe")?;
         self.inner.stdin(Stdio::null()).stdout(writer).stderr(copy);
-        let child = self.spawn();
+        let child = self.spawn(&[]);
         // The command's own ends of the pipe would keep it open.
         self.inner.stdout(Stdio::null()).stderr(Stdio::null());
         let mut child = child?;
@@ -101,7 +111,7 @@ impl Command {
             bytes.clear();
         }
         let status = child.wait();
-        RUNNING.store(0, SeqCst);
+        forget(child.id().cast_signed());
         let status =
             status.with_context(|| format!("cannot wait for {}", self.program.display()))?;
         Ok(Finished { success: status.success(), output })
@@ -134,8 +144,17 @@ impl Command {
         Err(self.inner.exec()).with_context(|| format!("cannot run {}", self.program.display()))
     }
 
-    fn spawn(&mut self) -> Result<Child> {
+    /// Starts it with nothing to read and nothing to print to but `inherited`, which it has under
+    /// the same numbers.
+    pub fn start(&mut self, inherited: &[OwnedFd]) -> Result<Running> {
+        self.inner.stdin(Stdio::null()).stdout(Stdio::null());
+        let inherited: Vec<RawFd> = inherited.iter().map(|fd| fd.as_raw_fd()).collect();
+        Ok(Running { child: self.spawn(&inherited)? })
+    }
+
+    fn spawn(&mut self, inherited: &[RawFd]) -> Result<Child> {
         self.inner.process_group(0);
+        let inherited = inherited.to_owned();
         // SAFETY: getpid has no preconditions.
         let parent = unsafe { libc::getpid() };
         let end_with_parent = move || {
@@ -144,14 +163,47 @@ impl Command {
             let orphaned = unsafe {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) != 0 || libc::getppid() != parent
             };
-            if orphaned { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+            // SAFETY: takes a flag from a file descriptor of this process, and touches no memory.
+            let kept = |fd: &RawFd| unsafe { libc::fcntl(*fd, libc::F_SETFD, 0) } == 0;
+            if orphaned || !inherited.iter().all(kept) {
+                return Err(std::io::Error::last_os_error());
+            }
+            Ok(())
         };
         // SAFETY: the closure allocates nothing and takes no lock.
         unsafe { self.inner.pre_exec(end_with_parent) };
         let child =
             self.inner.spawn().with_context(|| format!("cannot run {}", self.program.display()))?;
-        RUNNING.store(i32::try_from(child.id()).unwrap_or(0), SeqCst);
+        remember(child.id().cast_signed());
         Ok(child)
+    }
+}
+
+/// A program that runs beside this one. Dropped, it ends.
+pub struct Running {
+    child: Child,
+}
+
+impl Running {
+    /// Ends it at once.
+    pub fn kill(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self) -> Result<()> {
+        self.child.wait().context("cannot wait for a program")?;
+        Ok(())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.kill();
+        // Nothing can be done about it here.
+        let _ = self.child.wait();
+        forget(self.child.id().cast_signed());
     }
 }
 

@@ -1,7 +1,7 @@
 //! Tells which step is being done: a spinner on a terminal, one line a step elsewhere.
 
-use std::cell::RefCell;
 use std::io::IsTerminal as _;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 pub struct Progress {
     verbose: bool,
     bar: Option<ProgressBar>,
-    step: RefCell<String>,
+    step: Mutex<String>,
 }
 
 impl Progress {
@@ -33,7 +33,7 @@ impl Progress {
             );
             bar
         });
-        Self { verbose, bar, step: RefCell::default() }
+        Self { verbose, bar, step: Mutex::default() }
     }
 
     /// Whether commands print right away.
@@ -43,7 +43,7 @@ impl Progress {
 
     /// Begins a step.
     pub fn step(&self, what: &str) {
-        what.clone_into(&mut self.step.borrow_mut());
+        what.clone_into(&mut self.step.lock().unwrap_or_else(PoisonError::into_inner));
         match &self.bar {
             Some(bar) => {
                 bar.reset_elapsed();
@@ -57,7 +57,7 @@ impl Progress {
 
     /// The current step, to say in an error what was being done.
     pub fn current(&self) -> String {
-        self.step.borrow().clone()
+        self.step.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Shows what the current step is at; nothing where there is no spinner.

@@ -1,11 +1,11 @@
 //! Installs what a machine lacks, and says in one sentence what to do where it cannot.
 
-use std::ffi::OsStr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 
 use crate::Context;
+use crate::apt::Apt;
 use crate::process::{Command, which};
 use crate::toolchain::{self, Missing, OLDEST, Tools, Version};
 
@@ -161,57 +161,6 @@ pub fn packages(
     Ok(missing())
 }
 
-/// The version of a package that apt would install; `None` where there is no apt, or no such
-/// package.
-pub fn candidate(context: &Context, package: &str) -> Result<Option<String>> {
-    if which("apt-cache").is_none() {
-        return Ok(None);
-    }
-    let ask = || -> Result<Option<String>> {
-        let mut policy = Command::new("apt-cache", &context.root);
-        let policy = policy.args(["policy", package]).env("LC_ALL", "C").stream(|_| {})?.output;
-        let version = policy.lines().find_map(|line| line.trim().strip_prefix("Candidate: "));
-        Ok(version.filter(|version| *version != "(none)").map(str::to_owned))
-    };
-    let known = ask()?;
-    if known.is_some() {
-        return Ok(known);
-    }
-    // A clean machine has no list of packages.
-    let Some(apt) = Apt::find(context) else { return Ok(None) };
-    context.progress.step("updating the list of packages");
-    apt.command("apt-get", &context.root).args(["update", "-qq"]).run(&context.progress)?;
-    ask()
-}
-
-/// Downloads a package of a version into an empty folder, and unpacks it there. Nothing is
-/// installed.
-pub fn unpack(context: &Context, package: &str, version: &str, folder: &Path) -> Result<()> {
-    std::fs::create_dir_all(folder)
-        .with_context(|| format!("cannot create {}", folder.display()))?;
-    let wanted = format!("{package}={version}");
-    let download = || {
-        Command::new("apt-get", folder).args(["download", "-qq", &wanted]).run(&context.progress)
-    };
-    if !download()?.success {
-        // The list of packages may be old.
-        if let Some(apt) = Apt::find(context) {
-            apt.command("apt-get", &context.root).args(["update", "-qq"]).run(&context.progress)?;
-        }
-        if !download()?.success {
-            bail!("apt-get could not download {wanted}");
-        }
-    }
-    let archive = std::fs::read_dir(folder)?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
-        .with_context(|| format!("apt-get downloaded no {package}"))?;
-    Command::new("dpkg-deb", folder)
-        .args([OsStr::new("-x"), archive.as_os_str(), OsStr::new(".")])
-        .run_or_fail(&context.progress)?;
-    std::fs::remove_file(&archive).with_context(|| format!("cannot remove {}", archive.display()))
-}
-
 /// A browser for the tests of the page that `--html` writes. Without one they are skipped, and say
 /// so.
 pub fn browser(context: &Context) -> Result<()> {
@@ -223,40 +172,6 @@ pub fn browser(context: &Context) -> Result<()> {
         .step("installing chromium: the page that --html writes is tested in a browser");
     // Without fonts a page is nearly empty.
     apt_install(context, &["chromium", "fonts-dejavu-core"])
-}
-
-/// The way to install Debian's packages.
-struct Apt {
-    /// Set for a user who is not root.
-    sudo: Option<PathBuf>,
-}
-
-impl Apt {
-    fn find(context: &Context) -> Option<Self> {
-        which("apt-get")?;
-        // SAFETY: geteuid has no preconditions.
-        if unsafe { libc::geteuid() } == 0 {
-            return Some(Self { sudo: None });
-        }
-        let sudo = which("sudo")?;
-        // `-n`: there may be nobody to ask for a password.
-        let may =
-            Command::new(&sudo, &context.root).args(["-n", "true"]).stream(|_| {}).ok()?.success;
-        may.then_some(Self { sudo: Some(sudo) })
-    }
-
-    fn command(&self, program: &str, directory: &Path) -> Command {
-        let mut command = match &self.sudo {
-            None => Command::new(program, directory),
-            Some(sudo) => {
-                let mut command = Command::new(sudo, directory);
-                command.args(["-n", "env", "DEBIAN_FRONTEND=noninteractive", program]);
-                command
-            }
-        };
-        command.env("DEBIAN_FRONTEND", "noninteractive");
-        command
-    }
 }
 
 /// Whether a part of the toolchain that cargo calls (`fmt`, `clippy`) is there; tries to install it

@@ -12,6 +12,8 @@ pub struct Summary {
     pub failed: usize,
     /// Those that could not run here, and parts of others that could not.
     pub skipped: usize,
+    /// What else nobody may miss, each in a line: it is printed before the counts.
+    pub notices: Vec<String>,
     harness: Option<Harness>,
     /// What was said to be skipped, `what: why`, since the last harness ended.
     said: BTreeSet<String>,
@@ -87,6 +89,18 @@ impl Summary {
             Event::Skip(said) => self.said.insert(said),
             Event::Other => self.harness.as_ref().is_none_or(Harness::is_shown),
         }
+    }
+
+    /// Counts of things that are not tests.
+    pub fn of(passed: usize, failed: usize, skipped: usize) -> Self {
+        Self { passed, failed, skipped, ..Self::default() }
+    }
+
+    /// Adds the counts of another.
+    pub fn add(&mut self, other: &Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
     }
 
     /// After the last line; `success` tells whether the program that ran the harnesses said all was

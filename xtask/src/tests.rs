@@ -4,22 +4,33 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
+use crate::hosts::{self, Count, Selection};
 use crate::process::Command;
 use crate::summary::Summary;
-use crate::{Context, c_kernel, demo, guest, linux, setup};
+use crate::{Context, c_kernel, guest, linux, programs, setup};
 
-/// Runs the tests, with the other checks unless only some tests are asked for, and prints the
-/// counts last.
-pub fn run(context: &Context, name: Option<&str>) -> ExitCode {
-    let mut summary = Summary::default();
-    if let Err(error) = run_all(context, name, &mut summary) {
-        context.progress.finish();
-        eprintln!("error: {error:#}");
-        summary.failed += 1;
-    }
+/// Runs the tests, with the other checks unless only some tests are asked for. Prints the counts of
+/// each host, and last those of all together.
+pub fn run(context: &Context, selection: &Selection) -> ExitCode {
+    let mut checks = Summary::default();
+    let counts = run_all(context, selection, &mut checks);
     context.progress.finish();
-    println!("{summary}");
-    if summary.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    let counts = counts.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        checks.failed += 1;
+        Vec::new()
+    });
+    let mut all = Summary::default();
+    println!();
+    for notice in &checks.notices {
+        println!("{notice}");
+    }
+    for count in counts.iter().chain([&Count { host: "checks", summary: checks }]) {
+        println!("{:<8} {}", count.host, count.summary);
+        all.add(&count.summary);
+    }
+    println!("{all}");
+    if all.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// `cargo xtask scenarios`: the tests that make the tables of docs/scenarios.md, told to write
@@ -46,21 +57,25 @@ pub fn write_tables(context: &Context) -> Result<ExitCode> {
         .replace()
 }
 
-fn run_all(context: &Context, name: Option<&str>, summary: &mut Summary) -> Result<()> {
+fn run_all(context: &Context, selection: &Selection, checks: &mut Summary) -> Result<Vec<Count>> {
     guest::build(context)?;
     c_kernel::build(context)?;
-    linux::build(context)?;
-    if name.is_none() {
-        format(context, summary)?;
-        lints(context, summary)?;
+    programs::build(context)?;
+    checks.notices = linux::build(context).notices;
+    if selection.name.is_none() {
+        format(context, checks)?;
+        lints(context, checks)?;
         context.progress.step("checking the documentation");
         let mut doc = context.cargo();
         // In release like everything here: build scripts and macros are compiled once.
         doc.args(["doc", "--workspace", "--no-deps", "--release"])
             .env("RUSTDOCFLAGS", "-Dwarnings");
-        check(context, summary, &mut doc)?;
+        check(context, checks, &mut doc)?;
     }
-    tests(context, name, summary)
+    setup::browser(context)?;
+    let qemu = [("qemu-system-x86_64", "qemu-system-x86")];
+    setup::packages(context, &qemu, "it is the nested host, and boots kernels without Umbra")?;
+    hosts::run(context, selection)
 }
 
 fn format(context: &Context, summary: &mut Summary) -> Result<()> {
@@ -109,33 +124,4 @@ fn check(context: &Context, summary: &mut Summary, command: &mut Command) -> Res
 fn skip(context: &Context, summary: &mut Summary, what: &str, why: &str) {
     context.progress.say(&umbra_skip::line(what, why));
     summary.skipped += 1;
-}
-
-fn tests(context: &Context, name: Option<&str>, summary: &mut Summary) -> Result<()> {
-    if let Some(problem) = demo::kvm_problem() {
-        context.progress.say(&format!("tests that boot guests will be skipped: {problem}"));
-    }
-    let test = || {
-        let mut command = context.cargo();
-        command.args(["test", "--workspace", "--release", "--no-fail-fast"]);
-        command
-    };
-    setup::browser(context)?;
-    setup::packages(
-        context,
-        &[("qemu-system-x86_64", "qemu-system-x86")],
-        "a kernel is booted without Umbra on it",
-    )?;
-    context.progress.step("building the tests");
-    test().args(["--no-run"]).run_or_fail(&context.progress)?;
-    context.progress.step("running the tests");
-    context.progress.finish();
-    // Passing tests' output is needed for the reasons of those that skipped themselves.
-    let finished = test().args(["--", "--show-output"]).args(name).stream(|line| {
-        if summary.line(line) {
-            println!("{line}");
-        }
-    })?;
-    summary.end(finished.success);
-    Ok(())
 }

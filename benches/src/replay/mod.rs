@@ -13,7 +13,8 @@ use std::path::Path;
 use anyhow::{Context as _, Result, ensure};
 use serde::Serialize;
 use umbra::shadow::{
-    Config, Figures, Mode, Notify, PageMap, ShadowError, SlotError, Slots, Windows, release_unused,
+    Figures, Mode, Notify, ShadowError, SlotError, Slots, Windows, WindowsConfig, page_map,
+    reclaim_unused,
 };
 use umbra_shadow::codes::PAGE_SIZE;
 
@@ -110,7 +111,7 @@ pub fn replay(
     let events = trace.events();
     let begin = Moment::now();
     let ram = 0..memory;
-    let config = Config { ram: vec![ram], mode, notify: Notify::Sync, limit: None };
+    let config = WindowsConfig { ram: vec![ram], mode, notify: Notify::Sync, limit: None };
     let mut windows =
         Windows::new(&config, &mut NoGuest).context("no shadow for so much memory")?;
     let start = begin.elapsed();
@@ -137,7 +138,7 @@ pub fn replay(
             .map_err(Problem::from)?;
         done += 1;
         if done % RING_RECORDS == 0 && mode == Mode::PerPage {
-            release_unused(&mut windows)?;
+            reclaim_unused(&mut windows)?;
         }
         if done % TICK == 0 {
             tick(done, events);
@@ -160,7 +161,7 @@ fn sample(event: u64, windows: &mut Windows, rules: &Kasan, highest: u64) -> Res
         Mode::PerPage => {
             let cells = highest.div_ceil(PAGES_AT_32 * PAGE_SIZE);
             let ram = 0..cells * PAGES_AT_32 * PAGE_SIZE;
-            let map = PageMap::of(windows, &[ram], cells as usize);
+            let map = page_map(windows, &[ram], cells as usize);
             debug_assert_eq!(map.pages_per_cell, PAGES_AT_32);
             map.cells.iter().filter(|cell| cell.bytes > 0).count() as u64 * PAGE_SIZE
         }

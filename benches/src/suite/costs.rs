@@ -1,7 +1,7 @@
 //! What allocations, events and calls cost, in guest instructions and exits, or in time.
 
 use anyhow::{Context as _, Result};
-use umbra::shadow::QuarantineSize;
+use umbra::provenance::QuarantineSize;
 
 use crate::figure::Figure;
 use crate::heap;

@@ -74,11 +74,7 @@ fn status_2_is_a_host_or_usage_problem() {
 fn status_3_is_a_crash() {
     let run = umbra().file(&kernel(&CRASH).build()).run();
     run.expect(3);
-    assert!(
-        run.stderr.starts_with("umbra: the guest triple-faulted at rip 0x100000"),
-        "{}",
-        run.stderr
-    );
+    assert!(run.stderr.starts_with("umbra: the guest triple-faulted at rip 0x"), "{}", run.stderr);
 }
 
 fn status_4_is_the_time_limit() {

@@ -19,8 +19,9 @@ use umbra::machine::devices::{DeviceEvent, Devices};
 use umbra::machine::loader::Boot;
 use umbra::machine::vcpu::VmExit;
 use umbra::machine::{Kvm, Machine, MachineConfig};
+use umbra::provenance::QuarantineSize;
 use umbra::sandbox::{Config, GuestFile, Report, ShadowMode};
-use umbra::shadow::{CHUNK_BYTES, Notify, QuarantineSize};
+use umbra::shadow::{CHUNK_BYTES, Notify};
 use umbra_tests::suite::{Need, Suite};
 use umbra_tests::table::{SUITE, hold, table};
 
@@ -457,11 +458,12 @@ fn main() -> ExitCode {
     let tools = Need::unless(tools.map(|tool| format!("{tool} is not installed")));
     suite.add(
         "decode_stacktrace_knows_the_frames",
-        &need.and(&script).and(&tools),
+        &need.and(&script).and(&tools).and(&Need::fast_programs()),
         reports::decode_stacktrace_knows_the_frames,
     );
-    let long =
-        Need::long("it takes minutes: `UMBRA_LONG_TESTS=1 cargo xtask test a_million` runs it");
+    // Where ring 0 is emulated that takes an hour.
+    let long = Need::fast_ring0()
+        .and(&Need::long_if_emulated("`UMBRA_LONG_TESTS=1 cargo xtask test a_million` runs it"));
     suite.add("a_million_random_operations", &need.and(&long), random::a_million_random_operations);
     suite.run()
 }

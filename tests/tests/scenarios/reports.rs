@@ -7,9 +7,10 @@ use std::process::Command;
 use std::sync::Arc;
 
 use umbra::kernel::test_kernel;
+use umbra::provenance::QuarantineSize;
 use umbra::report::Names;
 use umbra::report::text::{self, TextStyle};
-use umbra::shadow::{Notify, QuarantineSize};
+use umbra::shadow::Notify;
 
 use super::{Outcome, PER_PAGE, RING, boot_file, named};
 

@@ -27,16 +27,7 @@ pub enum Call {
     /// Virtual memory that maps guest-physical memory one to one.
     RegionAdd(Region),
     /// A ring of events.
-    RingSetup {
-        /// Virtual address of the header, a multiple of 64.
-        va: u64,
-        /// Records that fit, 1 to [`abi::RING_MAX_RECORDS`]; they start 64 bytes behind `va`.
-        records: u64,
-        /// The CPU that writes it.
-        cpu: u16,
-        /// What the frames of its records are relative to.
-        text_base: u64,
-    },
+    RingSetup(RingPlace),
     /// Take all records out of a CPU's ring.
     RingDrain {
         /// The CPU.
@@ -87,18 +78,7 @@ pub enum Call {
         wait: u16,
     },
     /// A violation.
-    Report {
-        /// Any address, the one of the access.
-        address: u64,
-        /// Any number of bytes; may go past the end of the address space.
-        size: u64,
-        /// What was tried.
-        access: Access,
-        /// Who did it.
-        actor: Actor,
-        /// The instruction after the access.
-        ip: u64,
-    },
+    Report(BadAccess),
     /// A name, `len` bytes (at most [`abi::NAME_MAX`]) at `va`.
     Name {
         /// What it is for.
@@ -141,7 +121,35 @@ pub enum Call {
     },
 }
 
-/// Room for what leaves the quarantine.
+/// Where a CPU's ring is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingPlace {
+    /// Virtual address of the header, a multiple of 64.
+    pub va: u64,
+    /// Records that fit, 1 to [`abi::RING_MAX_RECORDS`]; they start 64 bytes behind `va`.
+    pub records: u64,
+    /// The CPU that writes it.
+    pub cpu: u16,
+    /// What the frames of its records are relative to.
+    pub text_base: u64,
+}
+
+/// An access or a free that the guest's checks found wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BadAccess {
+    /// Any address, the one of the access.
+    pub address: u64,
+    /// Any number of bytes; may go past the end of the address space.
+    pub size: u64,
+    /// What was tried.
+    pub access: Access,
+    /// The task and the CPU that tried it.
+    pub actor: Actor,
+    /// The instruction after the access.
+    pub ip: u64,
+}
+
+/// Room for a list of evicted objects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Array {
     /// Virtual address.
@@ -210,6 +218,29 @@ pub enum Access {
     DoubleFree,
     /// A free of an address that is not the start of an allocation.
     InvalidFree,
+}
+
+impl Access {
+    /// The access with a number of the ABI ([`access`]).
+    pub const fn from_number(number: u16) -> Option<Self> {
+        match number {
+            access::READ => Some(Self::Read),
+            access::WRITE => Some(Self::Write),
+            access::DOUBLE_FREE => Some(Self::DoubleFree),
+            access::INVALID_FREE => Some(Self::InvalidFree),
+            _ => None,
+        }
+    }
+
+    /// Its number in the ABI.
+    pub const fn number(self) -> u16 {
+        match self {
+            Self::Read => access::READ,
+            Self::Write => access::WRITE,
+            Self::DoubleFree => access::DOUBLE_FREE,
+            Self::InvalidFree => access::INVALID_FREE,
+        }
+    }
 }
 
 /// What a name is for.
@@ -318,7 +349,7 @@ impl Call {
                     return Err(wrong("ring size", rsi));
                 }
                 range("ring address", rdi, rsi)?;
-                Self::RingSetup { va: rdi, records, cpu: cpu(rcx)?, text_base: r8 }
+                Self::RingSetup(RingPlace { va: rdi, records, cpu: cpu(rcx)?, text_base: r8 })
             }
             call::RING_DRAIN => {
                 let released = if rcx == 0 { None } else { Some(Array::new(rsi, rcx)?) };
@@ -355,20 +386,14 @@ impl Call {
                 Self::Freed { va: rdi, actor: Actor::from_register(rcx), slot, wait: rcx as u16 }
             }
             call::REPORT => {
-                let access = match rcx as u16 {
-                    access::READ => Access::Read,
-                    access::WRITE => Access::Write,
-                    access::DOUBLE_FREE => Access::DoubleFree,
-                    access::INVALID_FREE => Access::InvalidFree,
-                    _ => return Err(wrong("access", rcx & 0xffff)),
-                };
-                Self::Report {
+                let access = Access::from_number(rcx as u16);
+                Self::Report(BadAccess {
                     address: rdi,
                     size: rsi,
-                    access,
+                    access: access.ok_or(wrong("access", rcx & 0xffff))?,
                     actor: Actor::from_register(rcx),
                     ip: r8,
-                }
+                })
             }
             call::NAME => {
                 let (len, id) = (rcx & 0xffff_ffff, (rcx >> 32) as u32);

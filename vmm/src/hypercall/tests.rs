@@ -24,7 +24,7 @@ fn calls_are_decoded() {
     assert_eq!((region.va(), region.bytes(), region.gpa()), (DIRECT, 1 << 28, 0x1000));
     assert_eq!(
         ok(call::RING_SETUP, IMAGE, 64 * 65, 3, IMAGE),
-        Call::RingSetup { va: IMAGE, records: 64, cpu: 3, text_base: IMAGE }
+        Call::RingSetup(RingPlace { va: IMAGE, records: 64, cpu: 3, text_base: IMAGE })
     );
     assert_eq!(
         ok(call::RING_DRAIN, 0xffff, 0, 0, 0),
@@ -62,8 +62,13 @@ fn calls_are_decoded() {
     }
     assert_eq!(error(call::FREED, u64::MAX - 8, 0, who, abi::slot(10, 0xfc)), abi::ERR_ARGUMENT);
     // A size that wraps is a finding, not a mistake of the call.
-    let report =
-        Call::Report { address: 7, size: u64::MAX, access: Access::Write, actor, ip: IMAGE };
+    let report = Call::Report(BadAccess {
+        address: 7,
+        size: u64::MAX,
+        access: Access::Write,
+        actor,
+        ip: IMAGE,
+    });
     assert_eq!(ok(call::REPORT, 7, u64::MAX, who | 1, IMAGE), report);
     assert_eq!(
         ok(call::NAME, name::CACHE, DIRECT, 7 << 32 | 64, 96),
@@ -181,7 +186,7 @@ proptest! {
                 regions.to_gpa(rcx, rdx);
                 regions.to_va(rcx);
             }
-            Ok(Call::RingSetup { va, records, .. }) => {
+            Ok(Call::RingSetup(RingPlace { va, records, .. })) => {
                 prop_assert!(va.is_multiple_of(64) && (1..=abi::RING_MAX_RECORDS).contains(&records));
                 prop_assert!(holds(va, 64 + records * 64));
             }

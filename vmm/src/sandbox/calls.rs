@@ -1,304 +1,300 @@
-//! What each hypercall does.
+//! Handles hypercalls: one method for each call that does more than change one table.
 
-use umbra_shadow::Shadow;
-use umbra_shadow::abi::{
-    self, RECORD_BYTES, RECORD_FRAMES, RELEASED_BYTES, Released, features, record,
-};
+use umbra_machine::memory::Ram;
+use umbra_provenance::rings::RingError;
+use umbra_provenance::{Allocation, quarantine};
+use umbra_shadow::abi::{self, RECORD_BYTES, RECORD_FRAMES, RELEASED_BYTES, Released};
 use vm_memory::GuestAddress;
 
-use super::investigate::Place;
-use super::monitor::{Flow, Machine, Monitor};
-use super::rings::Event;
+use super::dispatch::{Dispatcher, ExitContext, Flow};
 use super::{Outcome, investigate};
-use crate::hypercall::{Array, Call, CallError, Exit, Named, Regions};
-use crate::machine::memory::Ram;
-use crate::machine::walk::AddressSpace;
-use crate::shadow::{Notify, Objects, ShadowError, quarantine, release_unused};
+use crate::hypercall::{
+    Actor, Array, BadAccess, Call, CallError, Exit, Named, Region, RingPlace, Slot,
+};
+use crate::shadow::{Notify, ShadowError, Windows};
 
-/// In `sync` mode, how many events pass between two looks for shadow to give back.
-const SYNC_RELEASE: u64 = 4096;
+/// In `sync` mode, the number of events between two scans for byte shadow to reclaim.
+const SYNC_RECLAIM: u64 = 4096;
 
-impl Monitor {
-    /// Decodes and handles call `number`; its arguments are in the vCPU's registers, its result
+/// The result of a call, which the guest gets in `rax`.
+type Handled = Result<u64, Refused>;
+
+impl Dispatcher {
+    /// Decodes and handles call `number`. Its arguments are in the vCPU's registers, and its result
     /// goes there.
     pub(super) fn hypercall(
         &mut self,
         number: u32,
-        machine: &mut Machine,
+        context: &mut ExitContext,
     ) -> Result<Flow, Outcome> {
-        let mut regs = machine.cpu.regs()?;
+        let mut regs = context.cpu.regs()?;
         let handled = Call::decode(number, regs.rdi, regs.rsi, regs.rcx, regs.r8)
+            .and_then(|call| self.fits_mode(&call, number).map(|()| call))
             .map_err(Refused::from)
-            .and_then(|call| self.handle(number, call, machine));
+            .and_then(|call| self.call(call, context));
         regs.rax = match handled {
-            Ok(Answer::Value(value)) => value,
-            Ok(Answer::End(outcome)) => return Ok(Flow::End(outcome)),
+            Ok(value) => value,
             Err(Refused::Call(error)) => {
                 self.refuse(1, &error);
                 error.result()
             }
-            Err(Refused::Outcome(outcome)) => return Err(outcome),
+            Err(Refused::End(outcome)) => return Err(outcome),
         };
-        machine.cpu.set_regs(&regs)?;
+        context.cpu.set_regs(&regs)?;
         Ok(Flow::Continue)
     }
 
-    fn handle(
-        &mut self,
-        number: u32,
-        call: Call,
-        machine: &mut Machine,
-    ) -> Result<Answer, Refused> {
-        let notify = self.windows.as_ref().map(|windows| windows.notify());
-        let needed = match call {
-            Call::RingSetup { .. } | Call::RingDrain { .. } => Some(Notify::Ring),
+    /// Refuses a call that does not belong to the mode of the run.
+    fn fits_mode(&self, call: &Call, number: u32) -> Result<(), CallError> {
+        let notify = self.shadow.notify();
+        let fits = match call {
+            Call::RingSetup { .. } | Call::RingDrain { .. } => notify == Some(Notify::Ring),
             Call::Poison { .. }
             | Call::Unpoison { .. }
             | Call::Allocated { .. }
             | Call::Freed { .. }
-            | Call::Related { .. } => Some(Notify::Sync),
-            Call::Report { .. } | Call::Quarantine { .. } => notify,
+            | Call::Related { .. } => notify == Some(Notify::Sync),
+            Call::Report { .. } | Call::Quarantine { .. } | Call::VirtualAdd { .. } => {
+                notify.is_some()
+            }
+            _ => true,
+        };
+        if fits { Ok(()) } else { Err(CallError::Mode(number)) }
+    }
+
+    fn call(&mut self, call: Call, context: &mut ExitContext) -> Handled {
+        match call {
+            Call::Hello { flags } => Ok(self.hello(flags)),
+            Call::RegionAdd(region) => self.region_add(region, context),
+            Call::RingSetup(ring) => self.ring_setup(&ring, context),
+            Call::RingDrain { cpu, released } => self.ring_drain(cpu, released, context),
+            Call::Poison { va, len, code } => self.poison(va, len, code, context),
+            Call::Unpoison { va, len, stack } => self.unpoison(va, len, stack, context),
+            Call::Allocated { va, size, cache, actor, slot } => {
+                self.allocated(va, size, cache, actor, slot, context)
+            }
+            Call::Freed { va, actor, slot, wait } => self.freed(va, actor, slot, wait, context),
+            Call::Related { va, actor } => self.related(va, actor, context),
+            Call::Report(access) => self.bad_access(&access, context),
+            Call::VirtualAdd { va, len } => self.virtual_add(va, len, context),
+            Call::Name { what, va, len } => self.name(what, va, len, context),
+            Call::Globals { va, count } => self.globals(va, count),
+            Call::Quarantine { to, all } => Ok(self.evict(to, all, context.ram)?),
+            Call::Exit(exit) => Err(self.exit(exit).into()),
+        }
+    }
+
+    fn hello(&mut self, flags: u64) -> u64 {
+        self.shadow.allow_reclaim(flags);
+        self.shadow.features().into()
+    }
+
+    fn region_add(&mut self, region: Region, context: &ExitContext) -> Handled {
+        self.guest.add_region(region, context.ram.end())?;
+        Ok(0)
+    }
+
+    fn ring_setup(&mut self, ring: &RingPlace, context: &ExitContext) -> Handled {
+        let bytes = (ring.records + 1) * RECORD_BYTES;
+        let gpa = self.guest.in_ram(context.ram, ring.va, bytes, "ring address")?;
+        self.provenance.set_up_ring(ring.cpu, gpa, ring.records, ring.text_base)?;
+        Ok(0)
+    }
+
+    fn ring_drain(
+        &mut self,
+        cpu: u16,
+        released: Option<Array>,
+        context: &mut ExitContext,
+    ) -> Handled {
+        if !self.provenance.rings().has(cpu) {
+            return Err(CallError::Argument { what: "CPU", value: cpu.into() }.into());
+        }
+        context.others.pause()?;
+        self.drain(Some(cpu), context.ram);
+        self.shadow.reclaim_byte_shadow()?;
+        match released.filter(|_| self.provenance.quarantine().needs_eviction()) {
+            Some(to) => Ok(self.evict(to, false, context.ram)?),
+            None => Ok(0),
+        }
+    }
+
+    fn poison(&mut self, va: u64, len: u64, code: u8, context: &mut ExitContext) -> Handled {
+        let key = self.guest.key(va, len)?;
+        self.change_shadow(va, |windows| windows.poison(key, len, code, context.slots))
+    }
+
+    fn unpoison(
+        &mut self,
+        va: u64,
+        len: u64,
+        stack: Option<bool>,
+        context: &mut ExitContext,
+    ) -> Handled {
+        let key = self.guest.key(va, len)?;
+        self.change_shadow(va, |windows| {
+            windows.unpoison(key, len, context.slots)?;
+            if let Some(stack) = stack {
+                windows.mark_stack(key, len, stack);
+            }
+            Ok(())
+        })
+    }
+
+    fn allocated(
+        &mut self,
+        va: u64,
+        size: u64,
+        cache: u16,
+        actor: Actor,
+        slot: Option<Slot>,
+        context: &mut ExitContext,
+    ) -> Handled {
+        let bytes = slot.map_or(0, |slot| slot.bytes);
+        let key = self.guest.key(va, bytes.max(size))?;
+        if let Some(slot) = slot {
+            self.change_shadow(va, |windows| {
+                windows.unpoison(key, size, context.slots)?;
+                let rest = slot.bytes.saturating_sub(size);
+                windows.poison(key + size, rest, slot.code, context.slots)
+            })?;
+        }
+        let new = Allocation { key, size, slot: bytes, cache, task: actor.task };
+        self.provenance.allocated(new, &caller(context));
+        self.reclaim_now_and_then()?;
+        Ok(0)
+    }
+
+    /// Returns whether the guest has to evict from the quarantine, if the memory went into it.
+    fn freed(
+        &mut self,
+        va: u64,
+        actor: Actor,
+        slot: Option<Slot>,
+        wait: u16,
+        context: &mut ExitContext,
+    ) -> Handled {
+        let waits = match slot {
+            Some(slot) if wait != 0 => Some(released(va, slot.bytes, wait)?),
             _ => None,
         };
-        let with_shadow = matches!(call, Call::Report { .. } | Call::Quarantine { .. });
-        if needed != notify && needed.is_some() || with_shadow && notify.is_none() {
-            return Err(CallError::Mode(number).into());
+        let key = self.guest.key(va, slot.map_or(1, |slot| slot.bytes))?;
+        if let Some(slot) = slot {
+            self.change_shadow(va, |windows| {
+                windows.poison(key, slot.bytes, slot.code, context.slots)
+            })?;
         }
-        let mut value = 0;
-        match call {
-            Call::Hello { flags } => {
-                // Without page shadow nothing tells which pages are free.
-                let with_pages = self.features() & features::PER_PAGE != 0;
-                self.unused_pages.hello(if with_pages { flags } else { 0 });
-                value = self.features().into();
-            }
-            Call::RegionAdd(region) => self.regions.add(region, machine.ram.end())?,
-            Call::RingSetup { va, records, cpu, text_base } => {
-                let bytes = (records + 1) * RECORD_BYTES;
-                let gpa = in_ram(&self.regions, machine.ram, va, bytes, "ring address")?;
-                self.rings.set_up(cpu, gpa, records, text_base)?;
-            }
-            Call::RingDrain { cpu, released } => {
-                if !self.rings.has(cpu) {
-                    return Err(CallError::Argument { what: "CPU", value: cpu.into() }.into());
-                }
-                machine.others.stop()?;
-                self.drain(Some(cpu), machine.ram);
-                self.give_back()?;
-                if let Some(to) = released.filter(|_| self.quarantine.is_due()) {
-                    value = self.release(to, false, machine.ram)?;
-                }
-            }
-            Call::Poison { va, len, code } => {
-                let gpa = to_gpa(&self.regions, va, len)?;
-                if let Some(windows) = &mut self.windows {
-                    windows
-                        .poison(gpa, len, code, machine.slots)
-                        .map_err(|e| shadow_error(e, va))?;
-                }
-            }
-            Call::Unpoison { va, len, stack } => {
-                let gpa = to_gpa(&self.regions, va, len)?;
-                if let Some(windows) = &mut self.windows {
-                    windows.unpoison(gpa, len, machine.slots).map_err(|e| shadow_error(e, va))?;
-                    if let Some(stack) = stack {
-                        windows.mark_stack(gpa, len, stack);
-                    }
-                }
-            }
-            Call::Allocated { va, size, cache, actor, slot } => {
-                let gpa =
-                    to_gpa(&self.regions, va, slot.map_or(size, |slot| slot.bytes.max(size)))?;
-                if let (Some(windows), Some(slot)) = (&mut self.windows, slot) {
-                    windows.unpoison(gpa, size, machine.slots).map_err(|e| shadow_error(e, va))?;
-                    let rest = slot.bytes.saturating_sub(size);
-                    windows
-                        .poison(gpa + size, rest, slot.code, machine.slots)
-                        .map_err(|e| shadow_error(e, va))?;
-                }
-                let frames = self.caller(machine);
-                self.events.allocations += 1;
-                self.objects.allocated(
-                    gpa,
-                    size,
-                    slot.map_or(0, |slot| slot.bytes),
-                    cache,
-                    actor.task,
-                    &frames,
-                );
-                self.give_back_now_and_then()?;
-            }
-            Call::Freed { va, actor, slot, wait } => {
-                let waits = match slot {
-                    Some(slot) if wait != 0 => Some(released(va, slot.bytes, wait)?),
-                    _ => None,
-                };
-                let gpa = to_gpa(&self.regions, va, slot.map_or(1, |slot| slot.bytes))?;
-                if let (Some(windows), Some(slot)) = (&mut self.windows, slot) {
-                    windows
-                        .poison(gpa, slot.bytes, slot.code, machine.slots)
-                        .map_err(|e| shadow_error(e, va))?;
-                }
-                let frames = self.caller(machine);
-                self.events.frees += 1;
-                self.objects.freed(gpa, actor.task, &frames);
-                self.give_back_now_and_then()?;
-                if let Some(memory) = waits {
-                    if !self.quarantine.hold(memory) {
-                        return Err(QUARANTINE_FULL.into());
-                    }
-                    value = self.quarantine.is_due().into();
-                }
-            }
-            Call::Report { address, size, access, actor, ip } => {
-                machine.others.stop()?;
-                self.drain_all(machine.ram);
-                let finding = self.investigate(address, size, access, actor, ip, machine);
-                if let Flow::End(outcome) = self.found(finding) {
-                    return Ok(Answer::End(outcome));
-                }
-            }
-            Call::VirtualAdd { va, len } => {
-                let Self { regions, windows, .. } = self;
-                let Some(windows) = windows else { return Err(CallError::Mode(number).into()) };
-                let none = CallError::Limit {
-                    what: "bytes of virtual memory",
-                    most: windows.model().memory().layout().virtual_bytes(),
-                };
-                let key = regions.add_virtual(va, len, || windows.next_key(va, len).ok_or(none))?;
-                windows.add_virtual(key, len, machine.slots).map_err(Outcome::from)?;
-                return Ok(Answer::Value(key));
-            }
-            Call::Name { what, va, len } => {
-                let mut name = [0; abi::NAME_MAX as usize];
-                let name = &mut name[..len as usize];
-                if len > 0 {
-                    let wrong = CallError::Argument { what: "name address", value: va };
-                    let read = match in_ram(&self.regions, machine.ram, va, len, "name address") {
-                        Ok(gpa) => machine.ram.read(GuestAddress(gpa), name).is_ok(),
-                        // On a stack in virtual memory, for example.
-                        Err(_) => {
-                            self.regions.to_gpa(va, len).is_some()
-                                && AddressSpace::new(&machine.cpu.sregs().map_err(Outcome::from)?)
-                                    .read(machine.ram, va, name)
-                                    .is_ok()
-                        }
-                    };
-                    if !read {
-                        return Err(wrong.into());
-                    }
-                }
-                match what {
-                    Named::Cache { id, object_size } => {
-                        self.objects.name_cache(id, name, object_size)
-                    }
-                    Named::Task { id } => self.objects.name_task(id, name),
-                }
-            }
-            Call::Globals { va, count } => {
-                // Read through the guest's page tables, when it is: virtual memory (a module's)
-                // will do.
-                to_gpa(&self.regions, va, count * abi::GLOBAL_BYTES)?;
-                self.globals.add(va, count)?;
-            }
-            Call::Quarantine { to, all } => value = self.release(to, all, machine.ram)?,
-            Call::Related { va, actor } => {
-                let gpa = to_gpa(&self.regions, va, 1)?;
-                let frames = self.caller(machine);
-                self.objects.related(gpa, actor.task, &frames);
-            }
-            Call::Exit(exit) => {
-                return Ok(Answer::End(match exit {
-                    Exit::Done { failed: false } => Outcome::Done,
-                    Exit::Done { failed: true } => Outcome::Failed,
-                    Exit::Panic => Outcome::Panic,
-                    Exit::Fault { vector, error, rip, address } => Outcome::Fault {
-                        vector,
-                        error,
-                        place: Place::new(rip, &self.symbols).to_string(),
-                        address,
-                    },
-                }));
-            }
+        self.provenance.freed(key, actor.task, &caller(context));
+        self.reclaim_now_and_then()?;
+        let Some(memory) = waits else { return Ok(0) };
+        let quarantine = self.provenance.quarantine_mut();
+        if !quarantine.push(memory) {
+            return Err(QUARANTINE_FULL.into());
         }
-        Ok(Answer::Value(value))
+        Ok(quarantine.needs_eviction().into())
     }
 
-    /// Writes what leaves the quarantine to guest memory. Returns how many objects.
-    fn release(&mut self, to: Array, all: bool, ram: &Ram) -> Result<u64, CallError> {
+    fn related(&mut self, va: u64, actor: Actor, context: &ExitContext) -> Handled {
+        let key = self.guest.key(va, 1)?;
+        self.provenance.related(key, actor.task, &caller(context));
+        Ok(0)
+    }
+
+    fn bad_access(&mut self, access: &BadAccess, context: &mut ExitContext) -> Handled {
+        context.others.pause()?;
+        self.drain_all(context.ram);
+        let finding = self.investigation(context).bad_access(access);
+        self.report(finding)?;
+        Ok(0)
+    }
+
+    /// Returns the key of the virtual memory.
+    fn virtual_add(&mut self, va: u64, len: u64, context: &mut ExitContext) -> Handled {
+        let Some(windows) = self.shadow.windows_mut() else { return Ok(0) };
+        let none = CallError::Limit {
+            what: "bytes of virtual memory",
+            most: windows.layout().virtual_bytes(),
+        };
+        let key = self.guest.add_virtual(va, len, || windows.next_key(va, len).ok_or(none))?;
+        windows.add_virtual(key, len, context.slots).map_err(Outcome::from)?;
+        Ok(key)
+    }
+
+    fn name(&mut self, what: Named, va: u64, len: u64, context: &ExitContext) -> Handled {
+        let mut name = [0; abi::NAME_MAX as usize];
+        let name = &mut name[..len as usize];
+        if len > 0 && !self.guest.read(context.ram, &*context.cpu, va, name)? {
+            return Err(CallError::Argument { what: "name address", value: va }.into());
+        }
+        match what {
+            Named::Cache { id, object_size } => self.provenance.name_cache(id, name, object_size),
+            Named::Task { id } => self.provenance.name_task(id, name),
+        }
+        Ok(0)
+    }
+
+    fn globals(&mut self, va: u64, count: u64) -> Handled {
+        // The descriptions are read later and through the guest's page tables, so they may lie in
+        // virtual memory, as those of a module do.
+        self.guest.key(va, count * abi::GLOBAL_BYTES)?;
+        self.guest.add_globals(va, count)?;
+        Ok(0)
+    }
+
+    /// Writes a list of evicted objects to guest memory. Returns how many there are.
+    fn evict(&mut self, to: Array, all: bool, ram: &Ram) -> Result<u64, CallError> {
         let what = "address of released objects";
         let room = to.count.max(1) * RELEASED_BYTES;
-        let gpa = in_ram(&self.regions, ram, to.va, room, what)?;
-        let taken = self.quarantine.take(to.count as usize, all);
-        let bytes: Vec<u8> = taken.iter().flat_map(|memory| memory.to_bytes()).collect();
+        let gpa = self.guest.in_ram(ram, to.va, room, what)?;
+        let evicted = self.provenance.quarantine_mut().evict(to.count as usize, all);
+        let bytes: Vec<u8> = evicted.iter().flat_map(|memory| memory.to_bytes()).collect();
         ram.write(GuestAddress(gpa), &bytes)
             .map_err(|_| CallError::Argument { what, value: to.va })?;
-        Ok(taken.len() as u64)
+        Ok(evicted.len() as u64)
     }
 
-    /// The return addresses of a call's maker, innermost first.
-    fn caller(&self, machine: &Machine) -> Vec<u64> {
-        investigate::stack(machine, None, RECORD_FRAMES).ips
-    }
-
-    /// Takes the records out of all rings. Every CPU stands still.
-    pub fn drain_all(&mut self, ram: &Ram) {
-        self.drain(None, ram);
-    }
-
-    /// [`Self::drain_all`], for the CPU that asked for it if one did.
-    fn drain(&mut self, asked: Option<u16>, ram: &Ram) {
-        let Self { rings, objects, quarantine, regions, events, .. } = self;
-        let mut refused = 0;
-        if let Some(cpu) = asked {
-            quarantine.settled(cpu);
-        }
-        events.ring_drains += rings.drain(asked, ram, |event, last| {
-            let Some(waits) = take(event, regions, objects) else {
-                refused += 1;
-                return;
-            };
-            match event.record.kind {
-                record::ALLOCATED | record::ALLOCATED_IN_SLOT => events.allocations += 1,
-                record::FREED => events.frees += 1,
-                _ => {}
+    fn exit(&self, exit: Exit) -> Outcome {
+        match exit {
+            Exit::Done { failed: false } => Outcome::Done,
+            Exit::Done { failed: true } => Outcome::Failed,
+            Exit::Panic => Outcome::Panic,
+            Exit::Fault { vector, error, rip, address } => {
+                Outcome::Fault { vector, error, place: self.guest.location(rip), address }
             }
-            // The CPU that asks is done with all that it told, since it tells and poisons at once.
-            refused +=
-                u64::from(!quarantine.told(event.cpu, waits, last && asked != Some(event.cpu)));
-        });
-        if refused > 0 {
-            self.refuse(refused, &format_args!("{refused} records in rings make no sense"));
         }
     }
 
-    /// Gives host memory behind unused shadow back. In `ring` mode every vCPU stands still. In
-    /// `sync` mode only the VMM changes shadow, so the others cannot make use of what goes.
-    fn give_back(&mut self) -> Result<(), Outcome> {
-        if let Some(windows) = &mut self.windows {
-            release_unused(windows)?;
+    /// Changes the shadow at a guest's wish. A wrong range is the guest's mistake, everything else
+    /// ends the run.
+    fn change_shadow(
+        &mut self,
+        va: u64,
+        change: impl FnOnce(&mut Windows) -> Result<(), ShadowError>,
+    ) -> Handled {
+        match self.shadow.windows_mut().map(change) {
+            None | Some(Ok(())) => Ok(0),
+            Some(Err(ShadowError::Range(_))) => {
+                Err(CallError::Argument { what: "address", value: va }.into())
+            }
+            Some(Err(error)) => Err(Outcome::from(error).into()),
         }
-        Ok(())
     }
 
-    fn give_back_now_and_then(&mut self) -> Result<(), Outcome> {
-        if (self.events.allocations + self.events.frees).is_multiple_of(SYNC_RELEASE) {
-            self.give_back()?;
+    fn reclaim_now_and_then(&mut self) -> Result<(), Outcome> {
+        let counts = self.provenance.counts();
+        if (counts.allocations + counts.frees).is_multiple_of(SYNC_RECLAIM) {
+            self.shadow.reclaim_byte_shadow()?;
         }
         Ok(())
     }
 }
 
-/// What a call comes to.
-enum Answer {
-    Value(u64),
-    End(Outcome),
-}
-
-/// Why a call does not come to anything.
+/// Why a call has no result.
 enum Refused {
+    /// The guest made a mistake.
     Call(CallError),
-    Outcome(Outcome),
+    /// The run ends.
+    End(Outcome),
 }
 
 impl From<CallError> for Refused {
@@ -307,69 +303,33 @@ impl From<CallError> for Refused {
     }
 }
 
+impl From<RingError> for Refused {
+    fn from(error: RingError) -> Self {
+        Self::Call(match error {
+            RingError::Limit { what, most } => CallError::Limit { what, most },
+            RingError::Overlap { gpa } => CallError::Argument { what: "ring address", value: gpa },
+        })
+    }
+}
+
 impl From<Outcome> for Refused {
     fn from(outcome: Outcome) -> Self {
-        Self::Outcome(outcome)
+        Self::End(outcome)
     }
 }
 
-/// The guest's mistakes are its own; the host's end the run.
-fn shadow_error(error: ShadowError, va: u64) -> Refused {
-    match error {
-        ShadowError::Range(_) => CallError::Argument { what: "address", value: va }.into(),
-        error => Outcome::from(error).into(),
-    }
-}
-
-fn to_gpa(regions: &Regions, va: u64, len: u64) -> Result<u64, CallError> {
-    regions.to_gpa(va, len.max(1)).ok_or(CallError::Argument { what: "address", value: va })
-}
-
-fn in_ram(
-    regions: &Regions,
-    ram: &Ram,
-    va: u64,
-    len: u64,
-    what: &'static str,
-) -> Result<u64, CallError> {
-    regions
-        .to_gpa(va, len)
-        .filter(|gpa| ram.contains(GuestAddress(*gpa), len))
-        .ok_or(CallError::Argument { what, value: va })
-}
-
-/// The guest frees and frees, and never fetches what is due.
+/// The guest frees and frees, and never fetches what is to be evicted.
 const QUARANTINE_FULL: CallError =
     CallError::Limit { what: "objects in the quarantine", most: quarantine::MOST as u64 };
+
+/// The return addresses of the code that made a call, innermost first.
+fn caller(context: &ExitContext) -> Vec<u64> {
+    investigate::stack(context, None, RECORD_FRAMES).ips
+}
 
 /// Freed memory, as the quarantine keeps it.
 fn released(va: u64, slot: u64, wait: u16) -> Result<Released, CallError> {
     let slot =
         u32::try_from(slot).map_err(|_| CallError::Argument { what: "slot", value: slot })?;
     Ok(Released { address: va, slot, wait, reserved: 0 })
-}
-
-/// Takes in one record. Tells what goes into the quarantine; none if the record makes no sense.
-fn take(event: &Event, regions: &Regions, objects: &mut Objects) -> Option<Option<Released>> {
-    let r = &event.record;
-    if r.kind == record::CACHE {
-        objects.name_cache(r.cache, r.name().get(..r.depth.into())?, r.size.into());
-        return Some(None);
-    }
-    let (size, slot) = match r.kind {
-        record::ALLOCATED => (r.size, 0),
-        record::ALLOCATED_IN_SLOT => (r.size & 0xffff, (r.size & 0xffff) + (r.size >> 16)),
-        record::FREED => (r.size, 0),
-        record::RELATED => (0, 0),
-        _ => return None,
-    };
-    let gpa = regions.to_gpa(r.address, u64::from(size.max(slot)).max(1))?;
-    let frames = event.frames.get(..event.depth).unwrap_or_default();
-    match r.kind {
-        record::FREED => objects.freed(gpa, r.task, frames),
-        record::RELATED => objects.related(gpa, r.task, frames),
-        _ => objects.allocated(gpa, size.into(), slot.into(), r.cache, r.task, frames),
-    }
-    let wait = if r.kind == record::FREED { r.cache } else { 0 };
-    Some((wait != 0).then_some(Released { address: r.address, slot: size, wait, reserved: 0 }))
 }

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::machine::loader::{LoadError, read_file};
-use crate::report::symbols::Contents;
+use umbra_machine::loader::{LoadError, read_file};
+use umbra_report::symbols::Contents;
 
 /// The contents of a file.
 #[derive(Clone, Debug)]

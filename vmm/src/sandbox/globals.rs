@@ -3,13 +3,13 @@
 //! Only where the descriptions lie is kept; they are read from guest memory when a finding needs
 //! them.
 
+use umbra_machine::memory::Ram;
+use umbra_machine::walk::AddressSpace;
+use umbra_report::Variable;
+use umbra_report::symbols::demangle;
 use umbra_shadow::abi::GLOBAL_BYTES;
 
 use crate::hypercall::CallError;
-use crate::machine::memory::Ram;
-use crate::machine::walk::AddressSpace;
-use crate::report::Variable;
-use crate::report::symbols::demangle;
 
 /// Most arrays of descriptions: one for each compilation unit.
 const ARRAYS: usize = 1 << 14;

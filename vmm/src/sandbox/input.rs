@@ -7,19 +7,19 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::thread;
 use std::time::Duration;
 
-use super::Shared;
+use super::run::Shared;
 
 /// Ctrl-A.
 const ESCAPE: u8 = 1;
-/// Bytes that are read at once.
+/// Bytes per read.
 const CHUNK: usize = 256;
-/// How long to wait when the guest has not read what it has.
+/// Pause before input that the guest has no room for is offered again, and between two flushes.
 const FULL: Duration = Duration::from_millis(10);
 
-/// What the keys after Ctrl-A do.
+/// The keys after Ctrl-A, for the user.
 pub const KEYS: &str = "Ctrl-A x ends the run, Ctrl-A b sends a break, Ctrl-A Ctrl-A sends Ctrl-A";
 
-/// What the keys say.
+/// A key, decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Key {
     /// For the guest.
@@ -28,11 +28,11 @@ enum Key {
     Break,
     /// End the run.
     Quit,
-    /// Tell the keys.
+    /// Print the keys.
     Help,
 }
 
-/// Finds commands in what is typed.
+/// Finds commands in typed bytes.
 #[derive(Debug, Default)]
 struct Keys {
     escaped: bool,
@@ -54,8 +54,8 @@ impl Keys {
     }
 }
 
-/// Starts the threads. The one that reads ends with the input, or with the run once something is
-/// typed after that.
+/// Starts the threads. The reading one ends with the input, or when something is typed after the
+/// end of the run.
 pub(super) fn spawn(mut input: Box<dyn Read + Send>, shared: Weak<Shared>) -> std::io::Result<()> {
     let flushed = shared.clone();
     let run = move || {
@@ -71,7 +71,7 @@ pub(super) fn spawn(mut input: Box<dyn Read + Send>, shared: Weak<Shared>) -> st
                 }
             };
             for key in chunk[..count].iter().filter_map(|byte| keys.key(*byte)) {
-                if !give(key, &shared) {
+                if !execute(key, &shared) {
                     return;
                 }
             }
@@ -81,28 +81,28 @@ pub(super) fn spawn(mut input: Box<dyn Read + Send>, shared: Weak<Shared>) -> st
     thread::Builder::new().name("console".into()).spawn(move || keep_flushing(&flushed)).map(drop)
 }
 
-/// Shows what the guest has written without a line end, such as a prompt. In a thread of its own,
-/// since output may block.
+/// Writes out console lines without an end, such as a prompt. This has a thread of its own, since
+/// output may block.
 fn keep_flushing(shared: &Weak<Shared>) {
     while let Some(shared) = shared.upgrade().filter(|shared| !shared.stop.load(SeqCst)) {
-        if let Some(mut monitor) = shared.monitor.try_lock() {
-            monitor.flush();
+        if let Some(mut dispatcher) = shared.try_dispatcher() {
+            dispatcher.flush();
         }
         drop(shared);
         thread::sleep(FULL);
     }
 }
 
-/// Does what a key says. False: the run has ended.
-fn give(key: Key, shared: &Weak<Shared>) -> bool {
+/// Executes a key. False: the run has ended.
+fn execute(key: Key, shared: &Weak<Shared>) -> bool {
     loop {
         let Some(shared) = shared.upgrade() else { return false };
         if shared.stop.load(SeqCst) {
             return false;
         }
-        let taken = match key {
-            Key::Byte(byte) => shared.monitor().input(byte),
-            Key::Break => shared.monitor().input_break(),
+        let done = match key {
+            Key::Byte(byte) => shared.dispatcher().input(byte),
+            Key::Break => shared.dispatcher().input_break(),
             Key::Quit => {
                 shared.quit.store(true, SeqCst);
                 true
@@ -112,7 +112,7 @@ fn give(key: Key, shared: &Weak<Shared>) -> bool {
                 true
             }
         };
-        if taken {
+        if done {
             return true;
         }
         drop(shared);

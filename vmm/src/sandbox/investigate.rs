@@ -1,23 +1,31 @@
-//! From a reported access to a finding: what the shadow says about the address, what object it
-//! belongs to, who allocated and freed that, and which code was at it.
+//! Makes a finding of what a guest reported.
+//!
+//! The shadow says which address is bad and what it is; the table of objects says whose memory it
+//! is and who allocated and freed it; the frame pointers give the stack; ELF and DWARF give names
+//! and lines.
 
 use std::fmt;
 
-use umbra_shadow::codes::{
-    GRANULE, GRANULE_SHIFT, LARGE_REDZONE, PAGE_SHIFT, PAGE_SIZE, SLAB_REDZONE, STACK_LEFT,
-    UNKNOWN, VMALLOC_INVALID,
+use umbra_machine::memory::Ram;
+use umbra_machine::walk::AddressSpace;
+use umbra_provenance::{FoundObject, ObjectEvent, Provenance, ShadowHint};
+use umbra_report::frame::{self, DESCRIPTION_MAX, FRAME_MAGIC, StackFrame};
+use umbra_report::stack::{Stack, walk};
+use umbra_report::symbols::{Position, Symbols};
+use umbra_report::{
+    AccessKind, Finding, Frame, Object, Previous, ROW_SHADOW, ShadowDump, Task, Track, Variable,
 };
-use umbra_shadow::{BugKind, Cause, Shadow, Violation, abi, classify};
+use umbra_shadow::codes::{
+    GRANULE, GRANULE_SHIFT, LARGE_REDZONE, PAGE_SHIFT, PAGE_SIZE, SLAB_REDZONE, STACK_LEFT, UNKNOWN,
+};
+use umbra_shadow::{BugKind, Cause, Shadow as _, Violation, classify};
 
 use super::Outcome;
-use super::monitor::{Flow, Machine, Monitor};
-use crate::hypercall::{Access, Actor};
-use crate::machine::walk::AddressSpace;
-use crate::report::frame::{self, DESCRIPTION_MAX, FRAME_MAGIC, StackFrame};
-use crate::report::stack::{Stack, walk};
-use crate::report::symbols::{Position, Symbols};
-use crate::report::{self, Added, Event, Finding, Frame, Object, ROW_SHADOW, ShadowDump, Task};
-use crate::shadow::{At, Model, objects};
+use super::dispatch::{Dispatcher, ExitContext, Flow};
+use super::guest_info::GuestInfo;
+use super::shadow_host::ShadowHost;
+use crate::hypercall::{Access, BadAccess};
+use crate::shadow::Model;
 
 /// [`GRANULE`], as shadow bytes count.
 const GRANULE_BYTES: u8 = GRANULE as u8;
@@ -26,20 +34,20 @@ const STACK_SEARCH: u64 = 64 << 10;
 /// Most frames in a finding's stack.
 const FRAMES: usize = 32;
 
-/// A place in the guest's code, for a message.
-pub struct Place {
+/// A location in the guest's code, for a message.
+pub struct CodeLocation {
     rip: u64,
     frame: Option<Frame>,
 }
 
-impl Place {
-    /// The place of the instruction at `rip`.
+impl CodeLocation {
+    /// The location of the instruction at `rip`.
     pub fn new(rip: u64, symbols: &Symbols) -> Self {
         Self { rip, frame: symbols.frames(rip, Position::Instruction).pop() }
     }
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for CodeLocation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "rip {:#x}", self.rip)?;
         let Some((frame, symbol)) = self.frame.as_ref().and_then(|f| Some((f, f.symbol.as_ref()?)))
@@ -51,214 +59,262 @@ impl fmt::Display for Place {
 }
 
 /// The stack that begins at the vCPU's frame pointer.
-pub(super) fn stack(machine: &Machine, start_ip: Option<u64>, most: usize) -> Stack {
+pub(super) fn stack(context: &ExitContext, start_ip: Option<u64>, most: usize) -> Stack {
     let (regs, sregs) =
-        (machine.cpu.regs().unwrap_or_default(), machine.cpu.sregs().unwrap_or_default());
+        (context.cpu.regs().unwrap_or_default(), context.cpu.sregs().unwrap_or_default());
     let space = AddressSpace::new(&sregs);
-    walk(&mut |at| space.read_u64(machine.ram, at).ok(), regs.rbp, start_ip, most)
+    walk(&mut |at| space.read_u64(context.ram, at).ok(), regs.rbp, start_ip, most)
 }
 
-impl Monitor {
-    /// Makes a finding of what the guest reported. All rings are drained.
-    pub(super) fn investigate(
-        &self,
-        address: u64,
-        size: u64,
-        access: Access,
-        actor: Actor,
-        ip: u64,
-        machine: &Machine,
-    ) -> Finding {
-        let number = match access {
-            Access::Read => abi::access::READ,
-            Access::Write => abi::access::WRITE,
-            Access::DoubleFree => abi::access::DOUBLE_FREE,
-            Access::InvalidFree => abi::access::INVALID_FREE,
-        };
-        let region = self.regions.find(address);
-        let gpa = region.map(|(gpa, _)| gpa);
-        let violation = match (&self.windows, region) {
-            // A free has no size; its address is what is wrong.
-            (Some(windows), Some((gpa, left))) => {
-                access_violation(windows.model(), gpa, size.max(1), left)
-            }
-            _ => Some(Violation {
-                address: gpa.unwrap_or(address),
-                code: UNKNOWN,
-                cause: Cause::Outside,
-            }),
-        };
-        let kind = BugKind::of_free(number).unwrap_or_else(|| match (&violation, &self.windows) {
-            (Some(violation), Some(windows)) => {
-                classify(windows.model(), violation, address, size, number)
-            }
-            _ => BugKind::Unknown,
-        });
-        // The shadow is keyed by guest-physical address; the guest knows the virtual one.
-        let bad_gpa = violation.map_or(gpa, |v| gpa.map(|_| v.address));
-        let first_bad = match (bad_gpa, gpa) {
-            (Some(bad), Some(gpa)) if BugKind::of_free(number).is_none() => {
-                address.wrapping_add(bad.wrapping_sub(gpa))
-            }
-            _ => address,
-        };
-        let bad_gpa = if BugKind::of_free(number).is_some() { gpa } else { bad_gpa };
+impl Dispatcher {
+    /// An investigation of the state at this exit.
+    pub(super) fn investigation<'a, 'b>(
+        &'a self,
+        context: &'a ExitContext<'b>,
+    ) -> Investigation<'a, 'b> {
+        Investigation {
+            shadow: &self.shadow,
+            provenance: &self.provenance,
+            guest: &self.guest,
+            context,
+            space: AddressSpace::new(&context.cpu.sregs().unwrap_or_default()),
+        }
+    }
 
-        let stack_frame = match kind {
-            BugKind::StackOutOfBounds | BugKind::UseAfterScope => {
-                self.stack_frame(first_bad, machine)
-            }
-            _ => None,
-        };
-        // One code says both, of virtual memory. Of a stack there, the frame is known.
-        let kind = match kind {
-            BugKind::UseAfterScope
-                if stack_frame.is_none() && bad_gpa.is_some_and(|gpa| self.is_virtual(gpa)) =>
-            {
-                BugKind::VmallocOutOfBounds
-            }
-            kind => kind,
-        };
+    /// Adds a finding, which ends the run if there are enough.
+    pub(super) fn report(&mut self, finding: Finding) -> Result<Flow, Outcome> {
+        let devices = &mut self.devices;
+        match self.session.add(finding, || devices.flush()) {
+            Some(outcome) => Err(outcome),
+            None => Ok(Flow::Continue),
+        }
+    }
+}
 
-        let stack = stack(machine, Some(ip), FRAMES);
-        let frames = self.symbols.stack(&stack.ips);
-        let mut notes = stack.notes();
-        let on_heap = !matches!(
-            kind,
+/// All that a finding is made of. The rings are drained, and every vCPU stands still.
+pub(super) struct Investigation<'a, 'b> {
+    shadow: &'a ShadowHost,
+    provenance: &'a Provenance,
+    guest: &'a GuestInfo,
+    context: &'a ExitContext<'b>,
+    space: AddressSpace,
+}
+
+/// The first bad address of an access.
+struct BadAddress {
+    /// The guest's own address.
+    va: u64,
+    /// What the shadow and the objects know it by; none outside of all regions.
+    key: Option<u64>,
+    kind: BugKind,
+}
+
+impl BadAddress {
+    /// Whether the memory may belong to an object of an allocator.
+    fn is_on_heap(&self) -> bool {
+        !matches!(
+            self.kind,
             BugKind::StackOutOfBounds
                 | BugKind::GlobalOutOfBounds
                 | BugKind::AllocaOutOfBounds
                 | BugKind::UseAfterScope
-        );
-        let found = match bad_gpa {
-            Some(gpa) if on_heap => {
-                let state = self.windows.as_ref().map(|windows| windows.model().state(gpa));
-                let at = match state {
-                    Some(1..GRANULE_BYTES | LARGE_REDZONE) => At::Behind,
-                    Some(SLAB_REDZONE) => At::Redzone,
-                    _ => At::Anywhere,
-                };
-                self.objects.nearest(gpa, at).map(|found| (gpa, found))
-            }
+        )
+    }
+}
+
+/// What is known about the object that a bad address belongs to.
+#[derive(Default)]
+struct History {
+    object: Option<Object>,
+    allocated: Option<Track>,
+    freed: Option<Track>,
+    related_work: Vec<Track>,
+    previous: Option<Previous>,
+}
+
+impl Investigation<'_, '_> {
+    /// A finding about an access that the guest reported.
+    pub(super) fn bad_access(&self, access: &BadAccess) -> Finding {
+        let mut bad = self.locate(access);
+        let stack_frame = match bad.kind {
+            BugKind::StackOutOfBounds | BugKind::UseAfterScope => self.stack_frame(bad.va),
             _ => None,
         };
-        let mut event = |event: &objects::Event| {
-            if event.lost {
-                notes.push("a stack is missing: too many different ones were recorded".into());
-            }
-            Event { task: task(event.task, event.name), frames: self.symbols.stack(event.frames) }
-        };
-        let (mut allocated, mut freed, mut related_work, mut previous) =
-            (None, None, Vec::new(), None);
-        if let Some((gpa, found)) = &found {
-            allocated = found.allocated.as_ref().map(&mut event);
-            freed = found.freed.as_ref().map(&mut event);
-            related_work.extend(found.related.iter().map(&mut event));
-            // Only if the pointer may have been to that object.
-            let before = found
-                .previous
-                .as_ref()
-                .filter(|p| (p.start..p.start.saturating_add(p.size)).contains(gpa));
-            previous = before.map(|before| report::Previous {
-                start: first_bad.wrapping_sub(gpa - before.start),
-                size: before.size,
-                allocated: before.allocated.as_ref().map(&mut event),
-                freed: event(&before.freed),
-            });
+        // In virtual memory one code means both. On a stack there, the frame is known.
+        if bad.kind == BugKind::UseAfterScope
+            && stack_frame.is_none()
+            && bad.key.is_some_and(|key| self.shadow.is_virtual(key))
+        {
+            bad.kind = BugKind::VmallocOutOfBounds;
         }
-        let object = found.map(|(gpa, found)| {
-            let offset = gpa.wrapping_sub(found.start).cast_signed();
-            Object {
-                start: first_bad.wrapping_sub(offset.cast_unsigned()),
-                size: found.size,
-                cache: found.cache.map(|cache| cache.name.to_owned()),
-                cache_size: found.cache.map_or(0, |cache| cache.object_size),
-                offset,
-            }
-        });
-        let variable = match kind {
-            // The compiler's description knows the size without the redzone; the symbol table does
-            // not.
-            BugKind::GlobalOutOfBounds => {
-                let sregs = machine.cpu.sregs().unwrap_or_default();
-                let mut variable = self
-                    .globals
-                    .find(first_bad, &AddressSpace::new(&sregs), machine.ram)
-                    .or_else(|| self.symbols.lookup_data(first_bad));
-                if let Some(variable) = &mut variable {
-                    self.symbols.declare(variable);
-                }
-                variable
-            }
+        let stack = stack(self.context, Some(access.ip), FRAMES);
+        let frames = self.guest.symbols().stack(&stack.ips);
+        let mut notes = stack.notes();
+        let history = self.history(&bad, &mut notes);
+        let variable = match bad.kind {
+            BugKind::GlobalOutOfBounds => self.variable(bad.va),
             _ => None,
         };
-        notes.extend(self.symbols.notes());
-        let counts = self.objects.counts();
-        if counts.dropped + counts.evicted > 0 && on_heap {
-            // What is beside an object may belong to one that was forgotten.
-            let sure = |object: &&Object| (0..object.size.cast_signed()).contains(&object.offset);
-            if object.as_ref().filter(sure).is_none() {
-                notes.push("the table of objects was full: the object may be missing in it".into());
-            } else if allocated.is_none() {
-                notes.push(
-                    "the table of objects was full: who allocated the object was forgotten".into(),
-                );
-            }
-        }
+        notes.extend(self.guest.symbols().notes());
+        notes.extend(self.forgotten(&bad, &history));
         Finding {
-            kind: kind.as_str(),
-            access: match access {
-                Access::Read => report::Access::Read,
-                Access::Write => report::Access::Write,
-                Access::DoubleFree | Access::InvalidFree => report::Access::Free,
+            kind: bad.kind.as_str(),
+            access: match access.access {
+                Access::Read => AccessKind::Read,
+                Access::Write => AccessKind::Write,
+                Access::DoubleFree | Access::InvalidFree => AccessKind::Free,
             },
-            size,
-            address,
-            ip,
+            size: access.size,
+            address: access.address,
+            ip: access.ip,
             // Not the number that the guest gave: this one cannot be wrong.
-            cpu: machine.id.into(),
-            task: task(actor.task, self.objects.task_name(actor.task)),
+            cpu: self.context.id.into(),
+            task: task(access.actor.task, self.provenance.objects().task_name(access.actor.task)),
             frames,
-            object,
+            object: history.object,
             variable,
             stack_frame,
-            allocated,
-            freed,
-            related_work,
-            previous,
-            shadow: self.shadow_around(first_bad),
+            allocated: history.allocated,
+            freed: history.freed,
+            related_work: history.related_work,
+            previous: history.previous,
+            shadow: self.shadow_around(bad.va),
             notes,
         }
     }
 
-    /// Whether a key stands for virtual memory.
-    fn is_virtual(&self, key: u64) -> bool {
-        self.windows
+    /// Finds the first bad address of an access, and what is wrong with it.
+    fn locate(&self, access: &BadAccess) -> BadAddress {
+        let BadAccess { address, size, .. } = *access;
+        let region = self.guest.regions().find(address);
+        let key = region.map(|(key, _)| key);
+        // Only the address of a free is wrong, whatever the shadow says.
+        if let Some(kind) = BugKind::of_free(access.access.number()) {
+            return BadAddress { va: address, key, kind };
+        }
+        let violation = match (self.shadow.model(), region) {
+            (Some(model), Some((key, left))) => access_violation(model, key, size.max(1), left),
+            _ => Some(Violation {
+                address: key.unwrap_or(address),
+                code: UNKNOWN,
+                cause: Cause::Outside,
+            }),
+        };
+        let kind = match (&violation, self.shadow.model()) {
+            (Some(violation), Some(model)) => {
+                classify(model, violation, address, size, access.access.number())
+            }
+            _ => BugKind::Unknown,
+        };
+        // The violation is at a key; the guest knows the virtual address.
+        let bad_key = key.map(|key| violation.map_or(key, |violation| violation.address));
+        let va = match (bad_key, key) {
+            (Some(bad), Some(key)) => address.wrapping_add(bad.wrapping_sub(key)),
+            _ => address,
+        };
+        BadAddress { va, key: bad_key, kind }
+    }
+
+    /// The object of a bad address, and its history.
+    fn history(&self, bad: &BadAddress, notes: &mut Vec<String>) -> History {
+        let Some(key) = bad.key.filter(|_| bad.is_on_heap()) else { return History::default() };
+        let hint = match self.shadow.model().map(|model| model.state(key)) {
+            Some(1..GRANULE_BYTES | LARGE_REDZONE) => ShadowHint::Behind,
+            Some(SLAB_REDZONE) => ShadowHint::Redzone,
+            _ => ShadowHint::Anywhere,
+        };
+        let Some(found) = self.provenance.objects().nearest(key, hint) else {
+            return History::default();
+        };
+        let mut track = |event: &ObjectEvent| {
+            if event.lost {
+                notes.push("a stack is missing: too many different ones were recorded".into());
+            }
+            let frames = self.guest.symbols().stack(event.frames);
+            Track { task: task(event.task, event.name), frames }
+        };
+        let allocated = found.allocated.as_ref().map(&mut track);
+        let freed = found.freed.as_ref().map(&mut track);
+        let related_work = found.related.iter().map(&mut track).collect();
+        // Only if the pointer may have been to that object.
+        let before = found
+            .previous
             .as_ref()
-            .is_some_and(|windows| key >= windows.model().memory().layout().virtual_start)
+            .filter(|p| (p.start..p.start.saturating_add(p.size)).contains(&key));
+        let previous = before.map(|before| Previous {
+            start: bad.va.wrapping_sub(key - before.start),
+            size: before.size,
+            allocated: before.allocated.as_ref().map(&mut track),
+            freed: track(&before.freed),
+        });
+        let object = Some(object(&found, key, bad.va));
+        History { object, allocated, freed, related_work, previous }
     }
 
-    /// Whether all of the page of `gpa` belongs to no allocation of virtual memory: a guard page.
-    fn is_guard(&self, gpa: u64) -> bool {
-        let Some(windows) = &self.windows else { return false };
-        let page = gpa & !(PAGE_SIZE - 1);
-        let mut granules = (page..page + PAGE_SIZE).step_by(GRANULE as usize);
-        self.is_virtual(gpa) && granules.all(|at| windows.model().state(at) == VMALLOC_INVALID)
+    /// The global variable of a bad address. The compiler's description knows its size without the
+    /// redzone; the symbol table does not.
+    fn variable(&self, va: u64) -> Option<Variable> {
+        let symbols = self.guest.symbols();
+        let described = self.guest.globals().find(va, &self.space, self.context.ram);
+        let mut variable = described.or_else(|| symbols.lookup_data(va))?;
+        symbols.declare(&mut variable);
+        Some(variable)
     }
 
-    /// The frame that `first_bad` lies in. Its start is that of the nearest left redzone below, if
-    /// what the compiler puts there is there (as `kasan_get_stack_frame_info` finds it,
-    /// `mm/kasan/report_generic.c`).
-    fn stack_frame(&self, first_bad: u64, machine: &Machine) -> Option<StackFrame> {
-        let model = self.windows.as_ref()?.model();
-        let state = |at| Some(model.state(self.regions.to_gpa(at, GRANULE)?));
-        let mut base = first_bad & !(GRANULE - 1);
+    /// A note if the object may be missing because the table was full.
+    fn forgotten(&self, bad: &BadAddress, history: &History) -> Option<String> {
+        let counts = self.provenance.objects().counts();
+        if counts.dropped + counts.evicted == 0 || !bad.is_on_heap() {
+            return None;
+        }
+        // What is beside an object may belong to one that was forgotten.
+        let sure = |object: &&Object| (0..object.size.cast_signed()).contains(&object.offset);
+        if history.object.as_ref().filter(sure).is_none() {
+            Some("the table of objects was full: the object may be missing in it".into())
+        } else if history.allocated.is_none() {
+            Some("the table of objects was full: who allocated the object was forgotten".into())
+        } else {
+            None
+        }
+    }
+
+    /// The frame that a bad address on a stack lies in. Its start is that of the nearest left
+    /// redzone below, if what the compiler puts there is there (as `kasan_get_stack_frame_info`
+    /// finds it, `mm/kasan/report_generic.c`).
+    fn stack_frame(&self, va: u64) -> Option<StackFrame> {
+        let base = self.frame_base(va)?;
+        let ram = self.context.ram;
+        let word = |i: u64| self.space.read_u64(ram, base.checked_add(8 * i)?).ok();
+        if word(0)? != FRAME_MAGIC {
+            return None;
+        }
+        let variables = frame::parse(&self.text(word(1)?, ram)?)?;
+        let pc = word(2)?;
+        let function = self.guest.symbols().lookup(pc).map(|symbol| {
+            format!("{}+{:#x}/{:#x}", symbol.name, pc.wrapping_sub(symbol.start), symbol.size)
+        });
+        Some(StackFrame { offset: va - base, function, variables })
+    }
+
+    /// The compiler's description of a frame at `va`.
+    fn text(&self, va: u64, ram: &Ram) -> Option<Vec<u8>> {
+        let mut text = [0; DESCRIPTION_MAX];
+        let len = self.space.read_some(ram, va, &mut text);
+        Some(text.get(..len)?.split(|byte| *byte == 0).next()?.to_vec())
+    }
+
+    /// The start of the left redzone that a stack frame begins with.
+    fn frame_base(&self, va: u64) -> Option<u64> {
+        let model = self.shadow.model()?;
+        let regions = self.guest.regions();
+        let state = |at| Some(model.state(regions.to_gpa(at, GRANULE)?));
+        let mut base = va & !(GRANULE - 1);
         let lowest = base.checked_sub(STACK_SEARCH)?;
         let mut page = None;
         while state(base)? != STACK_LEFT {
-            // A stack does not go on below its guard page.
+            // A stack ends at its guard page.
             if page.replace(base / PAGE_SIZE) != Some(base / PAGE_SIZE)
-                && self.is_guard(self.regions.to_gpa(base, GRANULE)?)
+                && self.shadow.is_guard(regions.to_gpa(base, GRANULE)?)
             {
                 return None;
             }
@@ -267,107 +323,77 @@ impl Monitor {
         while state(base.wrapping_sub(GRANULE)).is_some_and(|state| state == STACK_LEFT) {
             base = base.checked_sub(GRANULE).filter(|at| *at >= lowest)?;
         }
-        let sregs = machine.cpu.sregs().ok()?;
-        let space = AddressSpace::new(&sregs);
-        let word = |i: u64| space.read_u64(machine.ram, base.checked_add(8 * i)?).ok();
-        if word(0)? != FRAME_MAGIC {
-            return None;
-        }
-        let mut text = [0; DESCRIPTION_MAX];
-        let len = space.read_some(machine.ram, word(1)?, &mut text);
-        let text = text.get(..len)?.split(|byte| *byte == 0).next()?;
-        let pc = word(2)?;
-        let function = self.symbols.lookup(pc).map(|symbol| {
-            format!("{}+{:#x}/{:#x}", symbol.name, pc.wrapping_sub(symbol.start), symbol.size)
-        });
-        Some(StackFrame { offset: first_bad - base, function, variables: frame::parse(text)? })
+        Some(base)
     }
 
-    fn shadow_around(&self, first_bad: u64) -> ShadowDump {
-        ShadowDump::around(first_bad, |at| {
-            let model = self.windows.as_ref()?.model();
-            let gpa = self.regions.to_gpa(at, GRANULE * ROW_SHADOW as u64)?;
-            Some(std::array::from_fn(|i| model.state(gpa + i as u64 * GRANULE)))
+    fn shadow_around(&self, va: u64) -> ShadowDump {
+        ShadowDump::around(va, |at| {
+            let key = self.guest.regions().to_gpa(at, GRANULE * ROW_SHADOW as u64)?;
+            let model = self.shadow.model()?;
+            Some(std::array::from_fn(|i| model.state(key + i as u64 * GRANULE)))
         })
     }
 
-    /// Makes a finding of a guest's own store into a read-only window, which had no effect.
-    pub(super) fn tampering(
-        &mut self,
-        gpa: u64,
-        size: u64,
-        machine: &mut Machine,
-    ) -> Result<Flow, Outcome> {
-        machine.others.stop()?;
-        self.drain_all(machine.ram);
-        let ip = machine.cpu.regs()?.rip;
-        // Through which address of its own the guest came is not known; it has the shadow of its
-        // regions mapped where the checks look.
-        let address = self.windows.as_ref().and_then(|windows| {
-            let in_page = windows.page_window().and_then(|window| window.offset(gpa, 1));
-            let (offset, shift) = match in_page {
-                Some(offset) => (offset, PAGE_SHIFT),
-                None => (windows.byte_window().offset(gpa, 1)?, GRANULE_SHIFT),
-            };
-            let va = self.regions.to_va(offset << shift)?;
-            Some((va.cast_signed() >> shift).cast_unsigned())
-        });
-        let stack = stack(machine, None, FRAMES - 1);
-        let mut frames = self.symbols.frames(ip, Position::Instruction);
-        frames.extend(self.symbols.stack(&stack.ips));
-        let mut notes = self.symbols.notes();
+    /// A finding about a guest's own store to a read-only window, by the instruction at `ip`.
+    pub(super) fn tampering(&self, gpa: u64, size: u64, ip: u64) -> Finding {
+        let address = self.window_address(gpa);
+        let symbols = self.guest.symbols();
+        let mut frames = symbols.frames(ip, Position::Instruction);
+        frames.extend(symbols.stack(&stack(self.context, None, FRAMES - 1).ips));
+        let mut notes = symbols.notes();
         if address.is_none() {
             notes.push(
                 "the address is the guest-physical one: no region belongs to this shadow".into(),
             );
         }
-        let finding = Finding {
+        Finding {
             kind: BugKind::ShadowTampering.as_str(),
-            access: report::Access::Write,
             size,
             address: address.unwrap_or(gpa),
             ip,
-            cpu: machine.id.into(),
-            task: Task::default(),
+            cpu: self.context.id.into(),
             frames,
-            object: None,
-            variable: None,
-            stack_frame: None,
-            allocated: None,
-            freed: None,
-            related_work: Vec::new(),
-            previous: None,
-            shadow: ShadowDump::default(),
             notes,
-        };
-        Ok(self.found(finding))
+            ..Finding::new(AccessKind::Write)
+        }
     }
 
-    /// Takes a finding in: tells the observer of a new one, and ends the run when there are enough.
-    pub(super) fn found(&mut self, finding: Finding) -> Flow {
-        if let Added::New(at) = self.findings.add(finding) {
-            self.flush();
-            if let Some((finding, _)) = self.findings.get(at) {
-                self.observer.finding(finding);
-            }
-            if self.stop_at.is_some_and(|most| self.findings.distinct() >= most) {
-                return Flow::End(Outcome::FindingLimit(self.findings.distinct()));
-            }
-        }
-        Flow::Continue
+    /// The guest's own address of a place in a window. Which of its mappings it used is not known;
+    /// this is the one where its checks look.
+    fn window_address(&self, gpa: u64) -> Option<u64> {
+        let windows = self.shadow.windows()?;
+        let in_page = windows.page_window().and_then(|window| window.offset(gpa, 1));
+        let (offset, shift) = match in_page {
+            Some(offset) => (offset, PAGE_SHIFT),
+            None => (windows.byte_window().offset(gpa, 1)?, GRANULE_SHIFT),
+        };
+        let va = self.guest.regions().to_va(offset << shift)?;
+        Some((va.cast_signed() >> shift).cast_unsigned())
     }
 }
 
-/// What is wrong with an access to `size` bytes at `gpa`, whose region ends `left` bytes behind it.
+/// An object of the table in the guest's own addresses; `va` is that of `key`.
+fn object(found: &FoundObject, key: u64, va: u64) -> Object {
+    let offset = key.wrapping_sub(found.start).cast_signed();
+    Object {
+        start: va.wrapping_sub(offset.cast_unsigned()),
+        size: found.size,
+        cache: found.cache.map(|cache| cache.name.to_owned()),
+        cache_size: found.cache.map_or(0, |cache| cache.object_size),
+        offset,
+    }
+}
+
+/// What is wrong with an access to `size` bytes at `key`, whose region ends `left` bytes behind it.
 /// What follows there is other memory to the guest.
-fn access_violation(model: &Model, gpa: u64, size: u64, left: u64) -> Option<Violation> {
+fn access_violation(model: &Model, key: u64, size: u64, left: u64) -> Option<Violation> {
     // A negative size is wrong wherever it is.
     if size <= left || size > i64::MAX as u64 {
-        return model.check(gpa, size).err();
+        return model.check(key, size).err();
     }
     let behind =
-        Violation { address: gpa.saturating_add(left), code: UNKNOWN, cause: Cause::Outside };
-    model.check(gpa, left).err().or(Some(behind))
+        Violation { address: key.saturating_add(left), code: UNKNOWN, cause: Cause::Outside };
+    model.check(key, left).err().or(Some(behind))
 }
 
 fn task(id: u32, name: Option<&str>) -> Task {

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use serde::Serialize;
+use umbra_machine::stats::Counters;
 
 use super::console::LINE_BYTES;
 use super::stats::{EventStats, ExitStats};
-use crate::machine::stats::Counters;
 use crate::shadow::{ProcessMemory, Windows};
 
 /// What a run had cost at a line of the console. Sizes are bytes.

@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use thiserror::Error;
+use umbra_machine::complete::CompleteError;
+use umbra_machine::vcpu::VcpuError;
 
-use crate::machine::complete::CompleteError;
-use crate::machine::vcpu::VcpuError;
 use crate::shadow::ShadowError;
 
 /// How a run ended. Display is a sentence for people.

@@ -7,7 +7,9 @@ use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::shadow::{PageMap, Windows};
+use umbra_report::Sample;
+
+use crate::shadow::Windows;
 
 /// Most cells of the page map.
 pub(super) const CELLS: usize = 8192;
@@ -20,33 +22,6 @@ const FIRST_GAP: Duration = Duration::from_micros(100);
 const REST: u32 = 100;
 /// Bytes of the console that are kept.
 const CONSOLE: usize = 32 << 10;
-
-/// What a run looked like.
-#[derive(Clone, Debug, Default)]
-pub struct Picture {
-    /// The shadow's memory over time, by rising time. Empty without a shadow.
-    pub samples: Vec<Sample>,
-    /// The pages of the guest at the end; none without a shadow.
-    pub pages: Option<PageMap>,
-    /// The end of what the guest wrote to its console, whatever bytes that are.
-    pub console: Vec<u8>,
-}
-
-/// The shadow's host memory at a moment. Sizes are bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Sample {
-    /// Since the first sample, which the first exit of the guest brings, or the first tick without
-    /// one.
-    pub at: Duration,
-    /// Page shadow.
-    pub page: u64,
-    /// Byte shadow that is mapped: what could become resident without an exit.
-    pub mapped: u64,
-    /// Byte shadow that is resident.
-    pub resident: u64,
-    /// Byte shadow that byte-checked pages use.
-    pub used: u64,
-}
 
 /// Samples of a run of any length: whenever there are too many, every other one goes.
 #[derive(Debug)]

@@ -3,9 +3,13 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
+use umbra_machine::memory::Ram;
+use umbra_provenance::{ProvenanceFigures, QuarantineFigures};
 
-use super::Mark;
-use crate::shadow::{ProvenanceFigures, QuarantineFigures};
+use super::dispatch::Dispatcher;
+use super::{Config, Mark, Outcome};
+use crate::shadow::accounting::resident_bytes;
+use crate::shadow::{Notify, ProcessMemory};
 
 /// All figures of a run. Sizes are bytes.
 #[derive(Clone, Debug, Serialize)]
@@ -131,4 +135,87 @@ pub struct HostStats {
     pub seconds: f64,
     /// Of that, what each vCPU's thread spent outside of the guest, for all of them together.
     pub outside_seconds: f64,
+}
+
+/// Collects all figures.
+pub(super) fn collect(
+    config: &Config,
+    outcome: &Outcome,
+    dispatcher: &mut Dispatcher,
+    ram: &Ram,
+    instructions: Option<u64>,
+    host: HostStats,
+) -> Stats {
+    let shadow = shadow_stats(config, dispatcher);
+    let provenance = &dispatcher.provenance;
+    let (redzone_bytes, redzone_peak_bytes) = provenance.objects().redzone_bytes();
+    let findings = dispatcher.session.findings();
+    let watch = dispatcher.watch();
+    Stats {
+        outcome: outcome.word(),
+        console_tail: if outcome.is_regular() { Vec::new() } else { watch.last_lines() },
+        marks: watch.marks().to_vec(),
+        findings: findings.distinct(),
+        findings_total: findings.total(),
+        quarantine: provenance.quarantine().figures(),
+        redzones: RedzoneStats { bytes: redzone_bytes, peak_bytes: redzone_peak_bytes },
+        provenance: provenance.objects().figures(config.provenance),
+        guest: GuestStats {
+            memory_bytes: config.memory,
+            cpus: config.cpus,
+            instructions,
+            released_bytes: dispatcher.shadow.reclaimed_guest_bytes(),
+        },
+        exits: dispatcher.exits(),
+        events: dispatcher.events(),
+        host: with_memory(host, ram, &shadow),
+        shadow,
+    }
+}
+
+fn with_memory(host: HostStats, ram: &Ram, shadow: &ShadowStats) -> HostStats {
+    let guest = ram
+        .regions()
+        .map(|(_, at, len)| resident_bytes(&(at as u64..at as u64 + len)))
+        .sum::<Result<u64, _>>();
+    match (ProcessMemory::read(), guest) {
+        (Ok(memory), Ok(guest)) => HostStats {
+            rss_peak_bytes: memory.resident_peak,
+            vmm_overhead_bytes: memory
+                .resident
+                .saturating_sub(guest + shadow.page_bytes + shadow.byte_resident_bytes),
+            ..host
+        },
+        (Err(error), _) | (_, Err(error)) => {
+            log::warn!("this process's memory figures are missing: {error}");
+            host
+        }
+    }
+}
+
+fn shadow_stats(config: &Config, dispatcher: &mut Dispatcher) -> ShadowStats {
+    let notify = match config.notify {
+        Notify::Ring => "ring",
+        Notify::Sync => "sync",
+    };
+    let mut shadow = ShadowStats { mode: config.shadow.as_str(), notify, ..ShadowStats::default() };
+    if let Some(windows) = dispatcher.shadow.windows_mut() {
+        match windows.figures() {
+            Ok(figures) => {
+                shadow = ShadowStats {
+                    page_bytes: figures.page_bytes,
+                    byte_mapped_bytes: figures.byte_mapped_bytes,
+                    byte_resident_bytes: figures.byte_resident_bytes,
+                    byte_peak_resident_bytes: figures.byte_peak_resident_bytes,
+                    byte_used_peak_bytes: figures.byte_used_peak_bytes,
+                    byte_unused_bytes: figures.byte_unused_bytes,
+                    faults: figures.faults,
+                    released_bytes: figures.released_bytes,
+                    ..shadow
+                };
+            }
+            Err(error) => log::warn!("the shadow's figures are missing: {error}"),
+        }
+    }
+    shadow
 }

@@ -6,27 +6,32 @@ use std::time::Duration;
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use proptest::prelude::*;
+use umbra_machine::complete::Cpu;
+use umbra_machine::devices::{COM1, Devices};
+use umbra_machine::memory::Ram;
+use umbra_machine::vcpu::{Data, VcpuError, VmExit, XsaveArea};
+use umbra_provenance::{Objects, Provenance, Quarantine};
+use umbra_report::Finding;
+use umbra_report::symbols::Symbols;
 use umbra_shadow::Shadow as _;
 use umbra_shadow::abi::{self, PORT, access, call, exit, features, name, record};
 use umbra_shadow::codes::{PAGE_BYTES, SLAB_FREE};
 use vm_memory::GuestAddress;
 
 use super::console::ConsoleWatch;
-use super::monitor::{Flow, GuestCpu, Machine, Monitor, Others, Settings, discovery};
+use super::discovery::{Settings, leaves};
+use super::dispatch::{Dispatcher, ExitContext, Flow, GuestCpu, OtherVcpus, Parts};
+use super::guest_info::GuestInfo;
+use super::marks::Marks;
+use super::session::Session;
+use super::shadow_host::ShadowHost;
+use super::watch::Watch;
 use super::{Observer, Outcome, ShadowMode};
-use crate::machine::complete::Cpu;
-use crate::machine::devices::{COM1, Devices};
-use crate::machine::memory::Ram;
-use crate::machine::vcpu::{Data, VcpuError, VmExit, XsaveArea};
-use crate::report::Finding;
-use crate::report::symbols::Symbols;
-use crate::shadow::{
-    self, CHUNK_BYTES, Layout, Mode, Notify, Quarantine, SlotError, Slots, Windows,
-};
+use crate::shadow::{CHUNK_BYTES, Layout, Mode, Notify, SlotError, Slots, Windows, WindowsConfig};
 
 mod bench;
+mod guest_pages;
 mod keys;
-mod unused_pages;
 
 use bench::*;
 
@@ -52,7 +57,7 @@ fn hello_tells_the_features_that_cpuid_tells() {
             assert_eq!(bench.call(call::HELLO, [9, 0, 0, 0]), abi::ERR_VERSION);
             let settings =
                 Settings { quarantine: 5 << 32 | 7, quarantine_batch: 9, ..Settings::default() };
-            let leaves = discovery(shadow, notify, settings, &bench.layout);
+            let leaves = leaves(shadow, notify, settings, &bench.layout);
             let told = if bit == 0 { (0, 0, 0) } else { (9, 7, 5) };
             assert_eq!((leaves[5].eax, leaves[5].ecx, leaves[5].edx), told);
             assert_eq!((leaves[1].eax, leaves[1].ebx, leaves[1].ecx), (1, PORT.into(), expected));
@@ -80,10 +85,7 @@ fn a_call_changes_rax_and_nothing_else() {
         ..kvm_regs::default()
     };
     assert_eq!(bench.cpu.regs, expected);
-    assert_eq!(
-        (bench.monitor.exits.total, bench.monitor.exits.hypercall, bench.monitor.events.refused),
-        (2, 2, 1)
-    );
+    assert_eq!((bench.exits().total, bench.exits().hypercall, bench.events().refused), (2, 2, 1));
 }
 
 #[test]
@@ -93,7 +95,7 @@ fn only_32_bits_to_the_port_are_a_call() {
         goes_on(bench.exit(VmExit::IoOut { port: PORT, data: Data::new(data) }));
     }
     goes_on(bench.exit(VmExit::IoOut { port: PORT + 1, data: Data::new(&[11, 0, 0, 0]) }));
-    assert_eq!((bench.monitor.exits.hypercall, bench.monitor.exits.io), (1, 4));
+    assert_eq!((bench.exits().hypercall, bench.exits().io), (1, 4));
 }
 
 #[test]
@@ -153,9 +155,7 @@ fn exits_of_the_guest_end_the_run() {
 fn sync_calls_write_the_shadow() {
     let mut bench = Bench::sync();
     assert_eq!(bench.call(call::POISON, [0x3000, 0x1008, SLAB_FREE.into(), 0]), 0);
-    let bad = |bench: &Bench, at| {
-        bench.monitor.windows.as_ref().unwrap().model().first_bad(at, 1).is_some()
-    };
+    let bad = |bench: &Bench, at| bench.state.shadow.model().unwrap().first_bad(at, 1).is_some();
     assert_eq!(
         [0x2fff, 0x3000, 0x4007, 0x4008].map(|at| bad(&bench, at)),
         [false, true, true, false]
@@ -174,8 +174,7 @@ fn sync_calls_write_the_shadow() {
 #[test]
 fn one_call_allocates_and_one_frees() {
     let mut bench = Bench::sync();
-    let state =
-        |bench: &Bench, at| bench.monitor.windows.as_ref().map(|windows| windows.model().state(at));
+    let state = |bench: &Bench, at| bench.state.shadow.model().map(|model| model.state(at));
     assert_eq!(bench.call(call::POISON, [0x5000, 4096, 0xff, 0]), 0);
     assert_eq!(bench.call(call::ALLOCATED, [0x5000, 50, 0, abi::slot(64, 0xfc)]), 0);
     let states: Vec<_> = [0x5000, 0x5030, 0x5038, 0x5040].map(|at| state(&bench, at)).into();
@@ -183,12 +182,12 @@ fn one_call_allocates_and_one_frees() {
     assert_eq!(bench.call(call::FREED, [0x5000, 0, 0, abi::slot(64, 0xfb)]), 0);
     let states: Vec<_> = [0x5000, 0x5030, 0x5038, 0x5040].map(|at| state(&bench, at)).into();
     assert_eq!(states, [Some(0xfb), Some(0xfb), Some(0xfb), Some(0xff)]);
-    assert_eq!((bench.monitor.events.allocations, bench.monitor.events.frees), (1, 1));
+    assert_eq!((bench.events().allocations, bench.events().frees), (1, 1));
     // Past the end of memory nothing changes and nothing is counted.
     let end = bench.ram.end() - 64;
     assert_eq!(bench.call(call::ALLOCATED, [end, 50, 0, abi::slot(128, 0xfc)]), abi::ERR_ARGUMENT);
     assert_eq!(bench.call(call::FREED, [end, 0, 0, abi::slot(128, 0xfc)]), abi::ERR_ARGUMENT);
-    assert_eq!((bench.monitor.events.allocations, bench.monitor.events.frees), (1, 1));
+    assert_eq!((bench.events().allocations, bench.events().frees), (1, 1));
 }
 
 #[test]
@@ -213,7 +212,7 @@ fn a_report_becomes_a_finding_with_its_object() {
     assert_eq!((object.start, object.size, object.cache.as_deref()), (0x5000, 50, Some("cache")));
     assert_eq!(object.offset, 0x38, "of the first bad byte");
     assert_eq!(finding.allocated.as_ref().unwrap().task.name, "task");
-    assert_eq!((bench.monitor.events.allocations, bench.monitor.events.frees), (1, 0));
+    assert_eq!((bench.events().allocations, bench.events().frees), (1, 0));
 }
 
 #[test]
@@ -244,7 +243,7 @@ fn rings_are_drained_before_a_report() {
     assert_eq!(bench.others.stops, 1, "the other CPUs write to their rings");
     let object = bench.heard.0.lock().unwrap()[0].object.clone().unwrap();
     assert_eq!((object.start, object.size, object.offset), (0x6000, 40, 8));
-    let events = &bench.monitor.events;
+    let events = bench.events();
     assert_eq!((events.allocations, events.frees, events.refused), (1, 0, 1));
     assert_eq!(
         bench.ram.read_u64(GuestAddress(0x8000)).unwrap(),
@@ -254,7 +253,7 @@ fn rings_are_drained_before_a_report() {
     // None is taken twice; its CPU's own call empties the ring.
     assert_eq!(bench.call(call::RING_DRAIN, [0, 0, 0, 0]), 0);
     assert_eq!(bench.ram.read_u64(GuestAddress(0x8000)).unwrap(), 0);
-    assert_eq!(bench.monitor.events.allocations, 1);
+    assert_eq!(bench.events().allocations, 1);
 }
 
 #[test]
@@ -277,7 +276,7 @@ fn a_record_names_a_cache() {
     assert_eq!(bench.call(call::REPORT, [0x6008, 1, 0, 0x100]), 0);
     let object = bench.heard.0.lock().unwrap()[0].object.clone().unwrap();
     assert_eq!((object.start, object.cache.as_deref()), (0x6000, Some("my?cach")));
-    assert_eq!((bench.monitor.events.allocations, bench.monitor.events.refused), (1, 1));
+    assert_eq!((bench.events().allocations, bench.events().refused), (1, 1));
 }
 
 #[test]
@@ -291,7 +290,7 @@ fn the_first_touch_of_a_chunk_maps_it() {
     assert_eq!(bench.slots.slots[1], Some((at - 5, CHUNK_BYTES, false)));
     goes_on(bench.write(at, &[1, 2, 3]));
     assert_eq!(bench.read(at, 4).1.as_deref(), Some(&[1, 2, 3, 0][..]));
-    assert_eq!((bench.monitor.exits.shadow_fault, bench.monitor.exits.mmio), (1, 0));
+    assert_eq!((bench.exits().shadow_fault, bench.exits().mmio), (1, 0));
     // Across the end of a chunk: both.
     goes_on(bench.write(bench.layout.byte.gpa + 3 * CHUNK_BYTES - 4, &[9; 8]));
     assert_eq!(bench.slots.slots.len(), 4);
@@ -307,7 +306,7 @@ fn outside_of_the_windows_there_is_nothing() {
         assert_eq!(value.as_deref(), Some(&[0xff][..]), "{at:#x}");
         goes_on(bench.write(at, &[1]));
     }
-    assert_eq!(bench.monitor.exits.mmio, 12);
+    assert_eq!(bench.exits().mmio, 12);
     // Half in a window: all ones, no effect, no slot.
     for at in [page.end() - 4, byte.end() - 4] {
         let (flow, value) = bench.read(at, 8);
@@ -319,7 +318,7 @@ fn outside_of_the_windows_there_is_nothing() {
     // With the shadow off, nothing is there either.
     let mut off = Bench::new(None, Notify::Ring, None, None);
     assert_eq!(off.read(page.gpa, 8).1.as_deref(), Some(&[0xff; 8][..]));
-    assert_eq!(off.monitor.exits.mmio, 1);
+    assert_eq!(off.exits().mmio, 1);
 }
 
 #[test]
@@ -375,7 +374,7 @@ fn memory_faults_map_shadow_and_nothing_else() {
     let fault = |gpa, size| VmExit::MemoryFault { gpa: GuestAddress(gpa), size, flags: 0 };
     let byte = bench.layout.byte.gpa;
     goes_on(bench.exit(fault(byte + 0x1000, 4096)));
-    assert_eq!(bench.monitor.exits.shadow_fault, 1);
+    assert_eq!(bench.exits().shadow_fault, 1);
     // A second time is one too many: the access would fault for ever.
     assert!(matches!(ended(bench.exit(fault(byte + 0x1000, 4096))), Outcome::Stuck { .. }));
     for (gpa, size) in [(0x1000, 4096), (0xd000_0000, 0), (u64::MAX, u64::MAX)] {
@@ -407,11 +406,8 @@ fn prints(bench: &mut Bench, line: &str) -> Flow {
 
 #[test]
 fn a_linux_console_tells_how_the_run_ends() {
-    let linux = || {
-        let mut bench = Bench::ring();
-        bench.monitor.console = ConsoleWatch::new(true);
-        bench
-    };
+    let linux =
+        || Bench::with(Mode::PerPage, Notify::Ring, Quarantine::new(0, 1), true).with_region();
     assert_eq!(ended(prints(&mut linux(), "[    1.0] reboot: Power down\r")).word(), "power-off");
     assert_eq!(ended(prints(&mut linux(), "reboot: System halted")).status(false), 0);
     goes_on(prints(&mut linux(), "reboot: Restarting system"));
@@ -419,17 +415,17 @@ fn a_linux_console_tells_how_the_run_ends() {
     let mut bench = linux();
     goes_on(prints(&mut bench, "[    1.0] Kernel panic - not syncing: why"));
     for end in [Outcome::Reset, Outcome::TimeLimit(Duration::from_secs(1)), Outcome::Halted] {
-        let outcome = bench.monitor.console_knows(end);
+        let outcome = bench.state.watch().correct(end);
         assert_eq!((outcome.word(), outcome.status(false)), ("panic", 3));
         assert_eq!(outcome.to_string(), "the guest panicked: why");
     }
-    assert_eq!(bench.monitor.console_knows(Outcome::Interrupted).word(), "interrupted");
+    assert_eq!(bench.state.watch().correct(Outcome::Interrupted).word(), "interrupted");
     let end = ended(prints(&mut bench, "[    1.0] ---[ end Kernel panic - not syncing: why ]---"));
-    assert_eq!(bench.monitor.console_knows(end).to_string(), "the guest panicked: why");
+    assert_eq!(bench.state.watch().correct(end).to_string(), "the guest panicked: why");
 
     let halted = || Outcome::HaltedForGood { place: "rip 0x0".into() };
-    assert_eq!(linux().monitor.console_knows(halted()).status(false), 3);
-    assert_eq!(Bench::ring().monitor.console_knows(halted()).word(), "halted");
+    assert_eq!(linux().state.watch().correct(halted()).status(false), 3);
+    assert_eq!(Bench::ring().state.watch().correct(halted()).word(), "halted");
     goes_on(prints(&mut Bench::ring(), "reboot: Power down"));
 }
 
@@ -442,7 +438,7 @@ fn port_reads_are_answered() {
         goes_on(bench.exit(VmExit::IoIn { port, len }));
         assert_eq!(bench.cpu.read.take(), Some(expected));
     }
-    assert_eq!(bench.monitor.exits.io, 3);
+    assert_eq!(bench.exits().io, 3);
 }
 
 #[test]
@@ -458,7 +454,7 @@ fn known_instructions_are_completed_and_others_end_the_run() {
     assert_eq!((bench.cpu.regs.rax, bench.cpu.regs.rip), (8, 0x10_0005));
     goes_on(bench.exit(failed(&[0xcc])));
     assert_eq!(bench.cpu.injected, [3]);
-    assert_eq!(bench.monitor.completed().get("popcnt"), Some(&1));
+    assert_eq!(bench.exits().completed.get("popcnt"), Some(&1));
     let outcome = ended(bench.exit(failed(&[0x0f, 0xa2])));
     assert!(matches!(outcome, Outcome::Instruction { .. }), "{outcome:?}");
     let text = outcome.to_string();
@@ -498,8 +494,8 @@ fn every_other_exit_has_an_outcome() {
 
 #[test]
 fn what_waits_is_fetched_when_it_is_due() {
-    let mut bench = Bench::sync();
-    bench.monitor.quarantine = Quarantine::new(64 << 10, 1);
+    let quarantine = Quarantine::new(64 << 10, 1);
+    let mut bench = Bench::with(Mode::PerPage, Notify::Sync, quarantine, false).with_region();
     let wait = u64::from(abi::wait(1, 9));
     let free = |bench: &mut Bench, at: u64| {
         bench.call(call::FREED, [0x2_0000 + at, 0, wait, abi::slot(1024, SLAB_FREE)])
@@ -524,10 +520,10 @@ fn what_waits_is_fetched_when_it_is_due() {
     assert_eq!(bench.call(call::QUARANTINE, [0, to, 100, 0]), 0);
     assert_eq!(bench.call(call::QUARANTINE, [0, to, 0, 0]), 0);
     assert_eq!(bench.call(call::QUARANTINE, [1, to, 100, 0]), 44);
-    assert_eq!(bench.monitor.quarantine.figures().bytes, 0);
+    assert_eq!(bench.state.provenance.quarantine().figures().bytes, 0);
     // A free that does not wait says nothing of what is due.
     assert_eq!(bench.call(call::FREED, [0x2_0000, 0, 0, abi::slot(1024, SLAB_FREE)]), 0);
-    assert_eq!(bench.monitor.quarantine.figures().held, 49);
+    assert_eq!(bench.state.provenance.quarantine().figures().held, 49);
 }
 
 #[test]
@@ -627,11 +623,11 @@ proptest! {
                 prop_assert!(!outcome.to_string().contains('\n'));
             }
         }
-        bench.monitor.drain_all(&bench.ram);
-        prop_assert_eq!(bench.monitor.exits.total, exits);
+        bench.state.drain_all(&bench.ram);
+        prop_assert_eq!(bench.exits().total, exits);
         let heard = bench.heard.0.lock().unwrap().len();
-        prop_assert_eq!(bench.monitor.findings.distinct(), heard);
-        if let (Some(windows), Some(limit)) = (&mut bench.monitor.windows, limit) {
+        prop_assert_eq!(bench.state.session.findings().distinct(), heard);
+        if let (Some(windows), Some(limit)) = (bench.state.shadow.windows_mut(), limit) {
             prop_assert!(windows.figures().unwrap().byte_mapped_bytes <= limit);
         }
     }

@@ -1,12 +1,11 @@
-//! The vCPUs of a run, each in a thread of its own: how they are started, stopped for a moment, and
-//! ended.
+//! The vCPUs of a run, each in a thread of its own: how they are started, paused, and ended.
 //!
-//! **Stopping for a moment.** What must not happen while the guest runs (taking records out of
-//! rings, giving shadow back) is done by the vCPU that handles an exit, and so holds the state's
-//! lock. It says that the others shall stay out of the guest, kicks those that are inside, and
-//! waits for them ([`Others::stop`]). Each says that it goes in *before* it looks whether it may,
-//! so either it sees that it may not, or it is seen and kicked. Those that are out wait for the
-//! lock, which is free when that exit has been handled.
+//! **Pausing.** Some work must not happen while the guest runs: draining rings, reclaiming memory.
+//! The vCPU that handles an exit does it, and holds the state's lock. It sets `hold`, kicks the
+//! vCPUs that are inside the guest, and waits for them ([`OtherVcpus::pause`]). Each vCPU marks
+//! itself as inside *before* it reads `hold`. So either it sees `hold` and stays out, or it is seen
+//! inside and kicked. Those that are out wait for the lock, which is free once that exit has been
+//! handled.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::mpsc::SyncSender;
@@ -14,34 +13,36 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::monitor::{self, Flow, Others};
-use super::{MachineSlots, Outcome, Shared};
-use crate::machine::kick::Kicker;
-use crate::machine::vcpu::{Vcpu, VmExit};
+use umbra_machine::kick::Kicker;
+use umbra_machine::vcpu::{Vcpu, VmExit};
 
-/// How long a kick is given before the next.
+use super::Outcome;
+use super::dispatch::{ExitContext, Flow, OtherVcpus};
+use super::run::{MachineSlots, Shared};
+
+/// Time between two kicks.
 const RETRY: Duration = Duration::from_millis(5);
-/// How many kicks a vCPU is given to come out: for the end of a run some seconds, after which it is
-/// left behind; and while the run goes on as long as a host may take that has far more to do than
-/// CPUs, for without it the run ends. Not times, since a host that stands still for so long should
-/// not count.
+/// Most kicks for a vCPU that does not come out at the end of a run: some seconds' worth, then it is
+/// left behind. A number of kicks and not a time, so that a host that stands still does not count.
 const KICKS: u32 = 400;
-const HOLD_KICKS: u32 = 10 * KICKS;
-/// Looks at what is waited for, before it is slept for.
-const LOOKS: u32 = 16;
-/// How long at a time.
-const PAUSE: Duration = Duration::from_micros(50);
+/// Most kicks for a vCPU that is to be paused, after which the run ends. A host with far more to do
+/// than it has CPUs may take that long.
+const PAUSE_KICKS: u32 = 10 * KICKS;
+/// Polls before the first sleep.
+const POLLS: u32 = 16;
+/// Sleep between two polls.
+const POLL_SLEEP: Duration = Duration::from_micros(50);
 
-/// What is known of each vCPU outside of its thread.
+/// The vCPUs, as other threads see them.
 pub(super) struct Vcpus {
     kickers: Vec<Kicker>,
     /// Whether each is in the guest, or on its way there.
     inside: Vec<AtomicBool>,
-    /// They shall stay out. Set and cleared under the state's lock.
+    /// All have to stay out. Set and cleared under the state's lock.
     hold: AtomicBool,
-    /// Number of looks at whether they halted for good.
-    looks: AtomicU64,
-    /// Of each vCPU the last look at which it had, and where it had.
+    /// Number of the last check whether they halted for good.
+    halt_checks: AtomicU64,
+    /// For each vCPU the last check at which it had halted, and its instruction pointer.
     halted: Vec<Mutex<(u64, u64)>>,
     /// Nanoseconds that the threads spent outside of the guest.
     outside: AtomicU64,
@@ -55,34 +56,35 @@ impl Vcpus {
             kickers: vcpus.iter().map(Vcpu::kicker).collect(),
             inside: vcpus.iter().map(|_| AtomicBool::new(false)).collect(),
             hold: AtomicBool::new(false),
-            looks: AtomicU64::new(0),
+            halt_checks: AtomicU64::new(0),
             halted: vcpus.iter().map(|_| Mutex::default()).collect(),
             outside: AtomicU64::new(0),
             ended: AtomicBool::new(false),
         }
     }
 
-    /// Has each vCPU come out and look whether it has halted for good.
-    pub(super) fn look(&self) {
-        self.looks.fetch_add(1, SeqCst);
+    /// Makes each vCPU come out and check whether it has halted for good.
+    pub(super) fn check_halted(&self) {
+        self.halt_checks.fetch_add(1, SeqCst);
         self.kickers.iter().for_each(Kicker::kick);
     }
 
-    /// The first vCPU's instruction pointer, if at the last look all of them had halted for good.
+    /// The first vCPU's instruction pointer, if at the last check all of them had halted for good.
     pub(super) fn halted_for_good(&self) -> Option<u64> {
-        let look = self.looks.load(SeqCst);
+        let check = self.halt_checks.load(SeqCst);
         let mut all =
             self.halted.iter().map(|state| *state.lock().unwrap_or_else(PoisonError::into_inner));
         let (first, rip) = all.next()?;
-        (look > 0 && first == look && all.all(|(at, _)| at == look)).then_some(rip)
+        (check > 0 && first == check && all.all(|(at, _)| at == check)).then_some(rip)
     }
 
-    /// What vCPU `vcpu` finds at a look.
-    fn looked(&self, vcpu: &Vcpu) {
+    /// A vCPU's part of a check.
+    fn note_halted(&self, vcpu: &Vcpu) {
         if let Some(rip) = vcpu.halted_for_good()
             && let Some(state) = self.halted.get(usize::from(vcpu.id()))
         {
-            *state.lock().unwrap_or_else(PoisonError::into_inner) = (self.looks.load(SeqCst), rip);
+            *state.lock().unwrap_or_else(PoisonError::into_inner) =
+                (self.halt_checks.load(SeqCst), rip);
         }
     }
 
@@ -105,14 +107,14 @@ impl Vcpus {
         self.inside[id].store(false, SeqCst);
     }
 
-    /// Keeps all vCPUs but `me` out of the guest until [`Self::let_go`]. The number of one that
-    /// does not come out is the error. When the run shall `stop`, patience ends sooner.
-    fn hold(&self, me: usize, stop: &AtomicBool) -> Result<(), usize> {
+    /// Gets all vCPUs but `me` out of the guest and keeps them out until [`Self::resume`]. The error
+    /// is the number of one that does not come out. If the run is to `stop`, fewer kicks are sent.
+    fn pause(&self, me: usize, stop: &AtomicBool) -> Result<(), usize> {
         self.hold.store(true, SeqCst);
         let others = || self.inside.iter().enumerate().filter(|(id, _)| *id != me);
         let inside = || others().filter(|(_, inside)| inside.load(SeqCst)).map(|(id, _)| id);
-        // All at once: each may have to wait for a CPU of the host before it comes out.
-        for kick in 0..HOLD_KICKS {
+        // All at once, since each may have to wait for a CPU of the host.
+        for kick in 0..PAUSE_KICKS {
             if inside().next().is_none() {
                 return Ok(());
             }
@@ -125,99 +127,99 @@ impl Vcpus {
         inside().next().map_or(Ok(()), Err)
     }
 
-    fn let_go(&self) {
+    fn resume(&self) {
         self.hold.store(false, SeqCst);
     }
 
-    /// Gets all vCPUs out of the guest, whose threads were told to end, and waits until they have.
-    /// False if some do not.
+    /// Gets all vCPUs out of the guest, whose threads are to end, and waits until they have. False
+    /// if some do not.
     pub(super) fn end(&self, threads: &[JoinHandle<()>]) -> bool {
-        let over = || threads.iter().all(JoinHandle::is_finished);
+        let done = || threads.iter().all(JoinHandle::is_finished);
         for _ in 0..KICKS {
-            if over() {
+            if done() {
                 return true;
             }
             let running =
                 threads.iter().zip(&self.kickers).filter(|(thread, _)| !thread.is_finished());
             running.for_each(|(_, kicker)| kicker.kick());
-            wait_for(over);
+            wait_for(done);
         }
-        over()
+        done()
     }
 }
 
-/// Waits until `done`, but not longer than a kick is given.
+/// Waits until `done`, at most for the time between two kicks.
 fn wait_for(done: impl Fn() -> bool) {
     let begin = Instant::now();
-    // Who is waited for may need this CPU.
-    for _ in 0..LOOKS {
+    // The other thread may need this CPU.
+    for _ in 0..POLLS {
         if done() {
             return;
         }
         thread::yield_now();
     }
     while !done() && begin.elapsed() < RETRY {
-        thread::sleep(PAUSE);
+        thread::sleep(POLL_SLEEP);
     }
 }
 
-/// The other vCPUs, from the point of view of one that handles an exit.
-struct OtherVcpus<'a> {
+/// Pauses the other vCPUs for one that handles an exit; they go on when it is dropped.
+struct PauseGuard<'a> {
     vcpus: &'a Vcpus,
     me: usize,
     stop: &'a AtomicBool,
-    stopped: bool,
+    paused: bool,
 }
 
-impl Others for OtherVcpus<'_> {
-    fn stop(&mut self) -> Result<(), Outcome> {
-        if !self.stopped {
-            self.vcpus.hold(self.me, self.stop).map_err(|id| Outcome::Unstoppable { id })?;
-            self.stopped = true;
+impl OtherVcpus for PauseGuard<'_> {
+    fn pause(&mut self) -> Result<(), Outcome> {
+        if !self.paused {
+            self.vcpus.pause(self.me, self.stop).map_err(|id| Outcome::Unstoppable { id })?;
+            self.paused = true;
         }
         Ok(())
     }
 }
 
-impl Drop for OtherVcpus<'_> {
+impl Drop for PauseGuard<'_> {
     fn drop(&mut self) {
-        self.vcpus.let_go();
+        self.vcpus.resume();
     }
 }
 
-/// Says that a thread has ended, also if it panicked.
-struct Farewell(SyncSender<Option<Outcome>>);
+/// Sends how the run ended; and `None` when its thread ends, also by a panic.
+struct OutcomeSender(SyncSender<Option<Outcome>>);
 
-impl Drop for Farewell {
+impl Drop for OutcomeSender {
     fn drop(&mut self) {
-        // Nobody waits any more if this took too long to stop.
+        // If this thread took too long to end, nobody receives it.
         let _ = self.0.send(None);
     }
 }
 
-/// Starts a thread that runs `vcpu` until the run ends. What it ended with goes to `tell`, which
-/// holds two values for each vCPU; then `None`, which all others end with.
+/// Starts a thread that runs `vcpu` until the run ends. If this vCPU ends it, the outcome goes to
+/// `sender`; each thread sends `None` as its last value. The channel holds two values for each vCPU.
 pub(super) fn spawn(
     mut vcpu: Vcpu,
     shared: Arc<Shared>,
-    tell: SyncSender<Option<Outcome>>,
+    sender: SyncSender<Option<Outcome>>,
 ) -> std::io::Result<JoinHandle<()>> {
     let name = format!("vcpu{}", vcpu.id());
     thread::Builder::new().name(name).spawn(move || {
-        let tell = Farewell(tell);
-        run(&mut vcpu, &shared, &tell);
+        let sender = OutcomeSender(sender);
+        run(&mut vcpu, &shared, &sender);
     })
 }
 
-fn run(vcpu: &mut Vcpu, shared: &Shared, tell: &Farewell) {
+fn run(vcpu: &mut Vcpu, shared: &Shared, sender: &OutcomeSender) {
     let id = usize::from(vcpu.id());
     let Shared { vcpus, machine, .. } = shared;
     // When it last came out of the guest.
     let mut out = None;
     while !shared.stop.load(SeqCst) {
         if !vcpus.enter(id) {
-            // Until the vCPU that has it is done.
-            drop(shared.monitor());
+            // Waits until the vCPU that paused this one has handled its exit.
+            drop(shared.dispatcher());
             continue;
         }
         if let Some(out) = out.take() {
@@ -227,10 +229,10 @@ fn run(vcpu: &mut Vcpu, shared: &Shared, tell: &Farewell) {
         out = Some(Instant::now());
         vcpus.leave(id);
         if let Ok(VmExit::Interrupted) = exit {
-            vcpus.looked(vcpu);
+            vcpus.note_halted(vcpu);
             continue;
         }
-        let mut monitor = shared.monitor();
+        let mut dispatcher = shared.dispatcher();
         if vcpus.ended.load(SeqCst) {
             return;
         }
@@ -238,21 +240,21 @@ fn run(vcpu: &mut Vcpu, shared: &Shared, tell: &Farewell) {
             Ok(exit) => {
                 let mut slots = MachineSlots(machine);
                 // Dropped before the lock.
-                let mut others = OtherVcpus { vcpus, me: id, stop: &shared.stop, stopped: false };
-                let mut machine = monitor::Machine {
+                let mut others = PauseGuard { vcpus, me: id, stop: &shared.stop, paused: false };
+                let mut context = ExitContext {
                     id: vcpu.id(),
                     cpu: vcpu,
                     ram: machine.ram(),
                     slots: &mut slots,
                     others: &mut others,
                 };
-                monitor.dispatch(exit, &mut machine)
+                dispatcher.dispatch(exit, &mut context)
             }
             Err(error) => Flow::End(error.into()),
         };
         if let Flow::End(outcome) = flow {
             vcpus.ended.store(true, SeqCst);
-            let _ = tell.0.send(Some(outcome));
+            let _ = sender.0.send(Some(outcome));
             return;
         }
     }

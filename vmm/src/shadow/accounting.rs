@@ -28,9 +28,9 @@ pub fn resident_bytes(range: &Range<u64>) -> io::Result<u64> {
 
 /// The kernel's word on single pages of this process.
 #[derive(Debug)]
-pub(super) struct PageMap(File);
+pub(super) struct ResidentPages(File);
 
-impl PageMap {
+impl ResidentPages {
     /// Bytes of an entry.
     const ENTRY: u64 = 8;
     /// The page is in memory.
@@ -131,7 +131,7 @@ pub(super) fn count(held: &[bool]) -> u64 {
 #[derive(Debug)]
 pub(super) struct Accounting {
     range: Range<u64>,
-    pages: PageMap,
+    pages: ResidentPages,
     page_bytes: u64,
     faults: u64,
     released_bytes: u64,
@@ -181,7 +181,7 @@ impl Accounting {
     /// Accounts for the byte shadow at the addresses `range` of this process, beside `page_bytes`
     /// of page shadow.
     pub(super) fn new(range: Range<u64>, page_bytes: u64) -> io::Result<Self> {
-        let pages = PageMap::open()?;
+        let pages = ResidentPages::open()?;
         Ok(Self {
             range,
             pages,
@@ -238,7 +238,7 @@ impl Accounting {
     }
 
     /// Counts bytes that were resident and were given back.
-    pub(super) fn count_released(&mut self, bytes: u64) {
+    pub(super) fn count_reclaimed(&mut self, bytes: u64) {
         self.released_bytes = self.released_bytes.saturating_add(bytes);
     }
 
@@ -286,7 +286,7 @@ mod tests {
     fn resident_is_what_was_written() {
         // Neighbours in the address space must not be counted with it.
         let mut mappings: Vec<_> = (0..3).map(|_| Mapping::new(64 * HOST_PAGE).unwrap()).collect();
-        let pages = PageMap::open().unwrap();
+        let pages = ResidentPages::open().unwrap();
         let resident = |mapping: &Mapping| {
             let held = count(&pages.held(mapping.range()).unwrap());
             assert_eq!(

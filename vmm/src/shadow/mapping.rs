@@ -8,7 +8,6 @@ use std::{
     io,
     ops::Range,
     ptr::{self, NonNull},
-    sync::Arc,
 };
 
 /// Size of a host page. Umbra runs on x86_64 only.
@@ -20,7 +19,7 @@ pub const HOST_PAGE: u64 = 4096;
 /// The guard pages keep the kernel from merging the part with a neighbour, so that it has lines of
 /// its own in `/proc/self/smaps`; and they turn a stray access into a fault.
 #[derive(Debug)]
-pub struct Reservation {
+struct Reservation {
     start: NonNull<u8>,
     bytes: usize,
 }
@@ -33,8 +32,7 @@ unsafe impl Sync for Reservation {}
 impl Drop for Reservation {
     fn drop(&mut self) {
         // SAFETY: the range is exactly what `mmap` gave `Mapping::new`, and nothing points into it
-        // any more: `Mapping`s hold this value alive, and so do those whom it was handed to as
-        // keep-alive.
+        // any more: the `Mapping` that owns this value is gone.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.bytes) };
     }
 }
@@ -42,7 +40,8 @@ impl Drop for Reservation {
 /// Zeroed anonymous memory that is resident only where it was written.
 #[derive(Debug)]
 pub struct Mapping {
-    reservation: Arc<Reservation>,
+    /// Unmaps it all when it is dropped.
+    _reservation: Reservation,
     start: NonNull<u8>,
     bytes: u64,
 }
@@ -77,7 +76,7 @@ impl Mapping {
             return Err(io::Error::last_os_error());
         }
         let base = NonNull::new(raw.cast::<u8>()).ok_or(io::ErrorKind::AddrNotAvailable)?;
-        let reservation = Arc::new(Reservation { start: base, bytes: total });
+        let reservation = Reservation { start: base, bytes: total };
         // SAFETY: one page into a mapping of at least two pages.
         let start = unsafe { base.add(HOST_PAGE as usize) };
         // SAFETY: start and length lie inside the mapping made above, which nobody else uses yet.
@@ -95,12 +94,7 @@ impl Mapping {
         // them refuses the advice, and then there is nothing to refuse. SAFETY: as above; the
         // advice changes no contents.
         unsafe { libc::madvise(start.as_ptr().cast(), bytes as usize, libc::MADV_NOHUGEPAGE) };
-        Ok(Self { reservation, start, bytes })
-    }
-
-    /// What keeps the address space mapped, for those who hand it to a guest.
-    pub fn keep_alive(&self) -> Arc<Reservation> {
-        self.reservation.clone()
+        Ok(Self { _reservation: reservation, start, bytes })
     }
 
     /// Addresses of this process.

@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 
+use umbra_report::{PageCounts, PageMap};
 use umbra_shadow::{
     Shadow,
     codes::{
@@ -12,66 +13,26 @@ use umbra_shadow::{
 
 use super::{memory::HostShadow, windows::Windows};
 
-/// How many pages are what.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct PageCounts {
-    /// Accessible as a whole.
-    pub valid: u64,
-    /// Free.
-    pub free: u64,
-    /// Byte-checked: some of it may be accessible.
-    pub bytes: u64,
-    /// Poisoned as a whole for another reason.
-    pub poisoned: u64,
-}
-
-impl PageCounts {
-    /// All of them.
-    pub fn total(&self) -> u64 {
-        self.valid + self.free + self.bytes + self.poisoned
-    }
-
-    fn add(&mut self, other: &Self) {
-        self.valid += other.valid;
-        self.free += other.free;
-        self.bytes += other.bytes;
-        self.poisoned += other.poisoned;
-    }
-}
-
-/// Guest memory by rising guest-physical address, from 0 on.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct PageMap {
-    /// Pages that a cell stands for, a power of two.
-    pub pages_per_cell: u64,
-    /// The cells. One without any page is a hole in guest memory.
-    pub cells: Vec<PageCounts>,
-    /// All cells together.
-    pub total: PageCounts,
-}
-
-impl PageMap {
-    /// Looks at all pages of `ram` (guest-physical, in order) and puts them into at most `most`
-    /// cells. Safe while vCPUs run, but what they change meanwhile may be seen or not.
-    ///
-    /// With page shadow it reads one byte for each page; with a full shadow it has to read all of
-    /// that.
-    pub fn of(windows: &Windows, ram: &[Range<u64>], most: usize) -> Self {
-        let shadow = windows.model().memory();
-        let pages = ram.last().map_or(0, |last| last.end >> PAGE_SHIFT);
-        let pages_per_cell = pages.div_ceil(most.max(1) as u64).max(1).next_power_of_two();
-        let mut cells = vec![PageCounts::default(); pages.div_ceil(pages_per_cell) as usize];
-        for range in ram {
-            for page in range.start >> PAGE_SHIFT..range.end >> PAGE_SHIFT {
-                if let Some(cell) = cells.get_mut((page / pages_per_cell) as usize) {
-                    *shadow.class_of(page).counter(cell) += 1;
-                }
+/// Looks at all pages of `ram` (guest-physical, in order) and puts them into at most `most`
+/// cells. Safe while vCPUs run, but what they change meanwhile may be seen or not.
+///
+/// With page shadow it reads one byte for each page; with a full shadow it has to read all of
+/// that.
+pub fn page_map(windows: &Windows, ram: &[Range<u64>], most: usize) -> PageMap {
+    let shadow = windows.model().memory();
+    let pages = ram.last().map_or(0, |last| last.end >> PAGE_SHIFT);
+    let pages_per_cell = pages.div_ceil(most.max(1) as u64).max(1).next_power_of_two();
+    let mut cells = vec![PageCounts::default(); pages.div_ceil(pages_per_cell) as usize];
+    for range in ram {
+        for page in range.start >> PAGE_SHIFT..range.end >> PAGE_SHIFT {
+            if let Some(cell) = cells.get_mut((page / pages_per_cell) as usize) {
+                *shadow.class_of(page).counter(cell) += 1;
             }
         }
-        let mut total = PageCounts::default();
-        cells.iter().for_each(|cell| total.add(cell));
-        Self { pages_per_cell, cells, total }
     }
+    let mut total = PageCounts::default();
+    cells.iter().for_each(|cell| total.add(cell));
+    PageMap { pages_per_cell, cells, total }
 }
 
 /// What a page is.
@@ -129,7 +90,7 @@ mod tests {
     use umbra_shadow::codes::{LARGE_REDZONE, SLAB_REDZONE};
 
     use super::*;
-    use crate::shadow::{Config, Mode, Notify, SlotError, Slots};
+    use crate::shadow::{Mode, Notify, SlotError, Slots, WindowsConfig};
 
     struct NoMachine;
 
@@ -147,7 +108,8 @@ mod tests {
     fn both_shadows_give_the_same_map() {
         let ram = vec![0..0x10_0000, 0x20_0000..0x30_0000];
         let maps = [Mode::PerPage, Mode::Full].map(|mode| {
-            let config = Config { ram: ram.clone(), mode, notify: Notify::Sync, limit: None };
+            let config =
+                WindowsConfig { ram: ram.clone(), mode, notify: Notify::Sync, limit: None };
             let mut windows = Windows::new(&config, &mut NoMachine).expect("3 MiB of guest memory");
             for (gpa, len, code) in [
                 (0x1000, 0x2000, FREE_PAGE),
@@ -157,7 +119,7 @@ mod tests {
             ] {
                 windows.poison(gpa, len, code, &mut NoMachine).expect("inside RAM");
             }
-            PageMap::of(&windows, &ram, 100)
+            page_map(&windows, &ram, 100)
         });
         assert_eq!(maps[0], maps[1]);
         let map = &maps[0];

@@ -11,7 +11,7 @@ use umbra_shadow::{
 
 use super::{
     layout::CHUNK_COVERS,
-    windows::{Place, ShadowError, Slots, Windows},
+    windows::{ShadowError, Slots, WindowOffset, Windows},
 };
 
 /// A set of pages, one bit each; it grows to the highest page that was ever in it.
@@ -67,7 +67,7 @@ impl Windows {
         slots: &mut dyn Slots,
     ) -> Result<bool, ShadowError> {
         let bytes = data.len() as u64;
-        let Ok(Place::Byte(at)) = self.place(gpa, bytes) else { return Ok(false) };
+        let Ok(WindowOffset::Byte(at)) = self.place(gpa, bytes) else { return Ok(false) };
         let (start, covered) = (at << GRANULE_SHIFT, bytes << GRANULE_SHIFT);
         if !data.iter().all(|value| codes::on_stack(*value))
             || !self.stack_pages.hold(start, covered)

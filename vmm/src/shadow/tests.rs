@@ -83,7 +83,7 @@ struct Guest {
 impl Guest {
     fn new(ram: u64, mode: Mode, notify: Notify, limit: Option<u64>) -> Self {
         let mut slots = FakeSlots::default();
-        let config = Config { ram: vec![0..ram], mode, notify, limit };
+        let config = WindowsConfig { ram: vec![0..ram], mode, notify, limit };
         let windows = Windows::new(&config, &mut slots).unwrap();
         Self { windows, slots, error: None }
     }
@@ -248,7 +248,7 @@ fn a_refused_slot_is_an_error() {
 #[test]
 fn memory_ranges_are_checked() {
     let make = |ram| {
-        let config = Config { ram, mode: Mode::PerPage, notify: Notify::Ring, limit: None };
+        let config = WindowsConfig { ram, mode: Mode::PerPage, notify: Notify::Ring, limit: None };
         Windows::new(&config, &mut FakeSlots::default()).map(drop)
     };
     make(vec![0..MIB, 2 * MIB..3 * MIB]).unwrap();
@@ -287,7 +287,7 @@ fn sync_windows_are_read_only() {
         "never sampled between"
     );
     assert_eq!((figures.byte_resident_bytes, figures.faults), (4096, 1));
-    assert_eq!(release_unused(&mut guest.windows).unwrap(), 4096);
+    assert_eq!(reclaim_unused(&mut guest.windows).unwrap(), 4096);
 }
 
 #[test]
@@ -321,7 +321,7 @@ fn full_shadow_is_resident_from_the_start() {
     let mut slots = FakeSlots::default();
     // With a hole: no memory, no shadow.
     let ram = vec![0..4 * MIB, 12 * MIB..16 * MIB];
-    let config = Config { ram, mode: Mode::Full, notify: Notify::Ring, limit: None };
+    let config = WindowsConfig { ram, mode: Mode::Full, notify: Notify::Ring, limit: None };
     let mut windows = Windows::new(&config, &mut slots).unwrap();
     assert_eq!((windows.mode(), windows.page_window(), slots.live()), (Mode::Full, None, 1));
     let byte = windows.byte_window();
@@ -334,10 +334,10 @@ fn full_shadow_is_resident_from_the_start() {
     assert_eq!(windows.fault(byte.gpa, 8, true, &mut slots).unwrap(), FaultOutcome::AlreadyMapped);
     windows.poison(12 * MIB + 5, 27, SLAB_FREE, &mut slots).unwrap();
     assert_eq!(windows.model().first_bad(12 * MIB, 64), Some(12 * MIB + 5));
-    assert_eq!(release_unused(&mut windows).unwrap(), 0);
+    assert_eq!(reclaim_unused(&mut windows).unwrap(), 0);
     assert_eq!(windows.model().first_bad(12 * MIB, 64), Some(12 * MIB + 5));
 
-    let config = Config { limit: Some(2 * MIB - 1), ..config };
+    let config = WindowsConfig { limit: Some(2 * MIB - 1), ..config };
     let over = Windows::new(&config, &mut FakeSlots::default());
     assert!(matches!(over, Err(ShadowError::Limit { needed, .. }) if needed == 2 * MIB));
 }
@@ -357,7 +357,7 @@ fn release_takes_only_what_nobody_uses() {
     let before = guest.windows.figures().unwrap();
     assert_eq!((before.byte_resident_bytes, before.byte_used_bytes), (8 * 4096, 2 * 512));
 
-    assert_eq!(release_unused(&mut guest.windows).unwrap(), 4 * 4096);
+    assert_eq!(reclaim_unused(&mut guest.windows).unwrap(), 4 * 4096);
     for (i, addr) in shadow_pages.iter().enumerate() {
         let gpa = guest.byte_gpa(*addr);
         let expected = if (2..6).contains(&i) { 0 } else { SLAB_FREE };
@@ -371,7 +371,7 @@ fn release_takes_only_what_nobody_uses() {
     assert_eq!(after.byte_unused_bytes, 4 * 4096 - 2 * 512);
 
     // Nothing is left to take; what is given back can be written again without an exit.
-    assert_eq!(release_unused(&mut guest.windows).unwrap(), 0);
+    assert_eq!(reclaim_unused(&mut guest.windows).unwrap(), 0);
     let gpa = guest.byte_gpa(shadow_pages[3]);
     assert_eq!(guest.store(gpa, 5).unwrap(), FaultOutcome::AlreadyMapped);
     assert_eq!(guest.load(gpa).unwrap(), 5);
@@ -468,21 +468,6 @@ fn the_limit_binds_the_vmm_too() {
     windows.poison(u64::MAX, 0, FREE_PAGE, slots).unwrap();
 }
 
-#[test]
-fn keep_alive_outlives_the_windows() {
-    let mut guest = Guest::new(8 * MIB, Mode::PerPage, Notify::Ring, None);
-    guest.set_bytes(0, 1, SLAB_FREE);
-    let (page, byte) = (guest.page_gpa(0), guest.byte_gpa(0));
-    let keep_alive = guest.windows.keep_alive();
-    let Guest { windows, slots, .. } = guest;
-    drop(windows);
-    // SAFETY: slots of windows that are gone, but whose memory is kept.
-    let values =
-        [page, byte].map(|gpa| unsafe { slots.pointer(gpa, false).unwrap().read_volatile() });
-    assert_eq!(values, [0, SLAB_FREE]);
-    drop(keep_alive);
-}
-
 /// One thing that happens to the shadow.
 #[derive(Clone, Debug)]
 enum Step {
@@ -526,7 +511,7 @@ proptest! {
         for step in steps {
             let result = match step {
                 Step::Release => {
-                    release_unused(&mut guest.memory_mut().windows).unwrap();
+                    reclaim_unused(&mut guest.memory_mut().windows).unwrap();
                     let figures = guest.memory_mut().windows.figures().unwrap();
                     let used_pages = figures.byte_used_bytes / 512;
                     prop_assert!(figures.byte_resident_bytes <= used_pages * 4096, "{figures:?}");

@@ -1,6 +1,6 @@
 //! The windows through which a guest sees its shadow, and the policy of what backs them when.
 
-use std::{any::Any, io, ops::Range, sync::Arc};
+use std::{io, ops::Range};
 
 use umbra_shadow::{
     RangeError, Shadow, ShadowMemory,
@@ -36,7 +36,7 @@ pub enum Notify {
 
 /// What to make windows for.
 #[derive(Clone, Debug)]
-pub struct Config {
+pub struct WindowsConfig {
     /// The guest-physical ranges that are RAM, in order, page-aligned.
     pub ram: Vec<Range<u64>>,
     /// Which shadow.
@@ -53,9 +53,8 @@ pub trait Slots {
     /// Shows `len` bytes of host memory at `host` to the guest at `gpa`. Returns a handle for
     /// [`Self::unmap`].
     ///
-    /// The memory stays valid until the slot is unmapped and longer: as long as the [`Windows`]
-    /// that pass it or a [`Windows::keep_alive`] of them exist. Whoever implements this must not
-    /// let the guest run on it for longer.
+    /// The memory stays valid as long as the [`Windows`] that pass it exist. An implementation must
+    /// not let the guest run on it for longer.
     fn map(&mut self, gpa: u64, host: *mut u8, len: u64, readonly: bool) -> Result<u32, SlotError>;
 
     /// Takes a slot away. When it returns no vCPU can reach the memory any more.
@@ -165,7 +164,7 @@ pub enum FaultOutcome {
 }
 
 /// A place in one of the windows.
-pub(super) enum Place {
+pub(super) enum WindowOffset {
     Page(u64),
     Byte(u64),
 }
@@ -189,7 +188,7 @@ pub struct Windows {
 impl Windows {
     /// Reserves the shadow and maps what is there from the start: the page window, or the whole of
     /// a full shadow, which is made resident too.
-    pub fn new(config: &Config, slots: &mut dyn Slots) -> Result<Self, ShadowError> {
+    pub fn new(config: &WindowsConfig, slots: &mut dyn Slots) -> Result<Self, ShadowError> {
         let mut ram_end = 0;
         for Range { start, end } in &config.ram {
             if *start < ram_end || start >= end || !start.is_multiple_of(PAGE_SIZE) {
@@ -265,6 +264,11 @@ impl Windows {
         self.notify
     }
 
+    /// Where the windows lie.
+    pub fn layout(&self) -> &Layout {
+        self.model.memory().layout()
+    }
+
     /// The page window; a full shadow has none.
     pub fn page_window(&self) -> Option<Window> {
         (self.mode() == Mode::PerPage).then_some(self.model.memory().layout().page)
@@ -327,14 +331,6 @@ impl Windows {
         Ok(self.model.unpoison(gpa, len)?)
     }
 
-    /// Keeps all memory that was given to [`Slots`] valid.
-    pub fn keep_alive(&self) -> Arc<dyn Any + Send + Sync> {
-        Arc::new((
-            self.model.memory().page.as_ref().map(Mapping::keep_alive),
-            self.model.memory().byte.keep_alive(),
-        ))
-    }
-
     /// A guest touched `len` bytes of a window at `gpa` and had no slot there, or no right to
     /// write. Maps all chunks of the access. Safe while other vCPUs run.
     pub fn fault(
@@ -348,7 +344,7 @@ impl Windows {
         if write && self.notify == Notify::Sync {
             return Ok(FaultOutcome::Tampering);
         }
-        let Place::Byte(at) = place else { return Ok(FaultOutcome::AlreadyMapped) };
+        let WindowOffset::Byte(at) = place else { return Ok(FaultOutcome::AlreadyMapped) };
         let chunks = chunks_of(at, len);
         let mut outcome = FaultOutcome::AlreadyMapped;
         for chunk in chunks.clone() {
@@ -374,10 +370,10 @@ impl Windows {
         }
         let outside = ShadowError::OutsideWindow { gpa, len: data.len() as u64 };
         match self.mapped_place(gpa, data.len() as u64)? {
-            Place::Page(at) => {
+            WindowOffset::Page(at) => {
                 self.model.memory_mut().page.as_mut().and_then(|page| page.write(at, data))
             }
-            Place::Byte(at) => self.model.memory_mut().byte.write(at, data),
+            WindowOffset::Byte(at) => self.model.memory_mut().byte.write(at, data),
         }
         .ok_or(outside)
     }
@@ -387,10 +383,10 @@ impl Windows {
     pub fn read(&self, gpa: u64, data: &mut [u8]) -> Result<(), ShadowError> {
         let outside = ShadowError::OutsideWindow { gpa, len: data.len() as u64 };
         match self.mapped_place(gpa, data.len() as u64)? {
-            Place::Page(at) => {
+            WindowOffset::Page(at) => {
                 self.model.memory().page.as_ref().and_then(|page| page.read(at, data))
             }
-            Place::Byte(at) => self.model.memory().byte.read(at, data),
+            WindowOffset::Byte(at) => self.model.memory().byte.read(at, data),
         }
         .ok_or(outside)
     }
@@ -425,19 +421,20 @@ impl Windows {
 
     /// Where an access to `len` bytes at `gpa` goes, if all of it is shadow of RAM, or of virtual
     /// memory that the guest has.
-    pub(super) fn place(&self, gpa: u64, len: u64) -> Result<Place, ShadowError> {
+    pub(super) fn place(&self, gpa: u64, len: u64) -> Result<WindowOffset, ShadowError> {
         let layout = self.model.memory().layout();
         let shadow = |at: &u64, ram: u64, shift: u32| {
             at + len <= ram
                 || *at >= layout.virtual_start >> shift && at + len <= self.next_key >> shift
         };
         let page = self.page_window().and_then(|window| window.offset(gpa, len));
-        let page =
-            page.filter(|at| shadow(at, layout.ram_page_bytes(), PAGE_SHIFT)).map(Place::Page);
+        let page = page
+            .filter(|at| shadow(at, layout.ram_page_bytes(), PAGE_SHIFT))
+            .map(WindowOffset::Page);
         let byte = || {
             let ram = layout.ram_chunks() as u64 * CHUNK_BYTES;
             let at = self.byte_window().offset(gpa, len)?;
-            shadow(&at, ram, GRANULE_SHIFT).then_some(Place::Byte(at))
+            shadow(&at, ram, GRANULE_SHIFT).then_some(WindowOffset::Byte(at))
         };
         page.or_else(byte).filter(|_| len > 0).ok_or(ShadowError::OutsideWindow { gpa, len })
     }
@@ -448,9 +445,9 @@ impl Windows {
         self.mode() == Mode::PerPage || chunk >= self.model.memory().layout().first_virtual_chunk()
     }
 
-    fn mapped_place(&self, gpa: u64, len: u64) -> Result<Place, ShadowError> {
+    fn mapped_place(&self, gpa: u64, len: u64) -> Result<WindowOffset, ShadowError> {
         let place = self.place(gpa, len)?;
-        if let Place::Byte(at) = place
+        if let WindowOffset::Byte(at) = place
             && let Some(chunk) =
                 chunks_of(at, len).find(|chunk| !self.model.memory().is_mapped(*chunk))
         {
@@ -579,7 +576,7 @@ impl Windows {
                 .accounting
                 .held(chunk)
                 .map_err(ShadowError::host("read /proc/self/pagemap"))?;
-            self.accounting.count_released(count(&held));
+            self.accounting.count_reclaimed(count(&held));
             self.model
                 .memory_mut()
                 .byte

@@ -1,6 +1,7 @@
-//! A monitor with a CPU, memory and slots that are not real, which exits are made for by hand.
+//! A dispatcher with a CPU, memory and slots that are not real. Its exits are made by hand.
 
 use super::*;
+use crate::sandbox::stats::{EventStats, ExitStats};
 
 /// Registers, and what was done to them.
 #[derive(Default)]
@@ -95,14 +96,14 @@ impl Slots for FakeSlots {
     }
 }
 
-/// How often the other vCPUs were stopped, of which there are none.
+/// Counts how often the other vCPUs were paused, of which there are none.
 #[derive(Default)]
 pub(super) struct FakeOthers {
     pub(super) stops: u32,
 }
 
-impl Others for FakeOthers {
-    fn stop(&mut self) -> Result<(), Outcome> {
+impl OtherVcpus for FakeOthers {
+    fn pause(&mut self) -> Result<(), Outcome> {
         self.stops += 1;
         Ok(())
     }
@@ -117,9 +118,9 @@ impl Observer for Heard {
     }
 }
 
-/// A monitor and the machine that it believes in.
+/// A dispatcher and the machine that it believes in.
 pub(super) struct Bench {
-    pub(super) monitor: Monitor,
+    pub(super) state: Dispatcher,
     pub(super) cpu: FakeCpu,
     pub(super) ram: Ram,
     pub(super) slots: FakeSlots,
@@ -135,21 +136,42 @@ impl Bench {
         limit: Option<u64>,
         stop_at: Option<usize>,
     ) -> Self {
+        Self::make(mode, notify, limit, stop_at, Quarantine::new(0, 1), false)
+    }
+
+    /// One with such a quarantine, whose guest may be Linux.
+    pub(super) fn with(mode: Mode, notify: Notify, quarantine: Quarantine, linux: bool) -> Self {
+        Self::make(Some(mode), notify, None, None, quarantine, linux)
+    }
+
+    fn make(
+        mode: Option<Mode>,
+        notify: Notify,
+        limit: Option<u64>,
+        stop_at: Option<usize>,
+        quarantine: Quarantine,
+        linux: bool,
+    ) -> Self {
         let mut slots = FakeSlots::default();
         let config =
-            |mode| shadow::Config { ram: std::iter::once(0..RAM).collect(), mode, notify, limit };
+            |mode| WindowsConfig { ram: std::iter::once(0..RAM).collect(), mode, notify, limit };
         let windows = mode.map(|mode| Windows::new(&config(mode), &mut slots).unwrap());
         let heard = Heard::default();
-        let devices = Devices::new(Box::new(std::io::sink()), None);
-        let symbols = Symbols::lazy(|| Ok(Vec::new()));
-        let monitor = Monitor::new(windows, devices, symbols, Box::new(heard.clone()), stop_at);
+        let state = Dispatcher::new(Parts {
+            devices: Devices::new(Box::new(std::io::sink()), None),
+            shadow: ShadowHost::new(windows),
+            provenance: Provenance::new(Objects::default(), quarantine),
+            guest: GuestInfo::new(Symbols::lazy(|| Ok(Vec::new()))),
+            session: Session::new(Box::new(heard.clone()), stop_at),
+            watch: Watch::new(ConsoleWatch::new(linux), Marks::default(), None),
+        });
         let mut cpu = FakeCpu::default();
         (cpu.regs.rip, cpu.regs.rsp) = (0x10_0000, 0x20_0000);
         // 64-bit code without paging, which does not exist, but keeps this short.
         (cpu.sregs.efer, cpu.sregs.cs.l) = (1 << 10, 1);
         let layout = Layout::new(RAM).unwrap();
         Self {
-            monitor,
+            state,
             cpu,
             ram: Ram::new(RAM).unwrap(),
             slots,
@@ -173,14 +195,14 @@ impl Bench {
     }
 
     pub(super) fn exit(&mut self, exit: VmExit) -> Flow {
-        let mut machine = Machine {
+        let mut context = ExitContext {
             id: CPU,
             cpu: &mut self.cpu,
             ram: &self.ram,
             slots: &mut self.slots,
             others: &mut self.others,
         };
-        self.monitor.dispatch(exit, &mut machine)
+        self.state.dispatch(exit, &mut context)
     }
 
     pub(super) fn hypercall(&mut self, number: u32, [rdi, rsi, rcx, r8]: [u64; 4]) -> Flow {
@@ -205,6 +227,14 @@ impl Bench {
 
     pub(super) fn write(&mut self, gpa: u64, data: &[u8]) -> Flow {
         self.exit(VmExit::MmioWrite { gpa: GuestAddress(gpa), data: Data::new(data) })
+    }
+
+    pub(super) fn exits(&self) -> ExitStats {
+        self.state.exits()
+    }
+
+    pub(super) fn events(&self) -> EventStats {
+        self.state.events()
     }
 
     pub(super) fn kinds(&self) -> Vec<&'static str> {

@@ -108,7 +108,7 @@ fn a_stack_there_has_variables_out_of_scope() {
             // guest has it.
             const STACK: u64 = 0x4_8000;
             assert_eq!(bench.call(call::VIRTUAL_ADD, [0, LEN, 0, 0]), RAM);
-            let magic = crate::report::frame::FRAME_MAGIC;
+            let magic = umbra_report::frame::FRAME_MAGIC;
             for (at, word) in [(0, magic), (8, 0x100), (16, 0x10_0000)] {
                 bench.ram.write(GuestAddress(STACK + 0x1000 + at), &word.to_le_bytes()).unwrap();
             }

@@ -1,0 +1,128 @@
+//! Programs in Linux guests: system calls, signals, processes, and one that has its kernel
+//! misbehave. They run where a guest's ring 3 reaches its ring 0, as on hardware.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use serde_json::Value;
+use umbra_tests::linux::{kernel, need, with_program};
+use umbra_tests::program::{Run, Umbra};
+use umbra_tests::suite::{Need, Suite};
+
+/// The program `umbra`.
+const PROGRAM: &str = env!("CARGO_BIN_EXE_umbra-under-test");
+/// No guest here needs as long as this.
+const LIMIT: Duration = Duration::from_secs(600);
+/// What the guests' first program can do (`programs/init.c`) without a bug of the kernel's.
+const GOOD: [&str; 3] = ["files", "signals", "processes"];
+
+/// The guests' first program, which `cargo xtask test` builds.
+fn first_program() -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/guest/programs/init"))
+}
+
+/// Boots a kernel whose first program does `what`.
+fn run(file: &str, options: &str, what: &str) -> Run {
+    let program = fs::read(first_program()).expect("the program");
+    Umbra::new(PROGRAM, "run")
+        .patience(LIMIT)
+        .arg(kernel(file))
+        .args(options)
+        .args("--memory 128M --keep-going --timeout 500s")
+        .arg(format!("--cmdline=kunit.enable=0 -- {what}"))
+        .arg("--initrd")
+        .file(&with_program(&program))
+        .collect()
+        .run()
+}
+
+/// Panics unless the program said that it is done, and the machine was restarted after that.
+#[track_caller]
+fn is_done(run: &Run, what: &str) {
+    let console = String::from_utf8_lossy(&run.stdout);
+    assert!(
+        console.contains(&format!("program: {what} done")),
+        "{what} is not done:\n{console}\n{}",
+        run.tail()
+    );
+    assert_eq!(run.outcome(), "reset");
+}
+
+/// Everything good, on a kernel that nobody checks.
+fn unchecked(file: &str, cpus: u32) {
+    for what in GOOD {
+        let run = run(file, &format!("--shadow off --cpus {cpus}"), what);
+        run.expect(0);
+        is_done(&run, what);
+    }
+}
+
+/// Everything good, on a checked kernel: nothing is found.
+fn checked(options: &str) {
+    for what in GOOD {
+        let run = run("umbra/vmlinux", options, what);
+        run.expect(0);
+        is_done(&run, what);
+        assert!(run.findings.is_empty(), "{:?}", run.findings);
+    }
+}
+
+/// Linux's module for bugs on purpose, used by the program: each bug is found, of the right kind,
+/// and by the program's task. An access at either edge of what is good is none.
+fn misbehaves() {
+    for (what, kind) in [
+        ("WRITE_AFTER_FREE", "slab-use-after-free"),
+        ("READ_AFTER_FREE", "slab-use-after-free"),
+        ("READ_BUDDY_AFTER_FREE", "use-after-free"),
+        ("SLAB_LINEAR_OVERFLOW", "slab-out-of-bounds"),
+    ] {
+        let run = run("umbra/vmlinux", "", what);
+        run.expect(1);
+        is_done(&run, what);
+        let kinds: Vec<_> = run.findings.iter().map(|finding| finding["kind"].as_str()).collect();
+        assert!(!kinds.is_empty() && kinds.iter().all(|found| *found == Some(kind)), "{kinds:?}");
+        for finding in &run.findings {
+            assert_eq!(finding["task"]["name"], "init", "{finding}");
+            let function = format!("lkdtm_{what}");
+            assert!(goes_through(finding, &function), "not through {function}: {finding}");
+        }
+    }
+}
+
+/// Whether one of a finding's frames is of a function.
+fn goes_through(finding: &Value, function: &str) -> bool {
+    finding["frames"]
+        .as_array()
+        .is_some_and(|frames| frames.iter().any(|frame| frame["symbol"].as_str() == Some(function)))
+}
+
+/// A kernel that the program makes panic.
+fn panics() {
+    let run = run("umbra/vmlinux", "", "PANIC");
+    run.expect(3);
+    assert_eq!(run.outcome(), "panic");
+    assert!(run.stderr.contains("the guest panicked: dumptest"), "{}", run.tail());
+}
+
+fn main() -> ExitCode {
+    let program = first_program();
+    let missing = (!program.is_file()).then(|| {
+        format!("there is no {}: `cargo xtask test` builds it with gcc", program.display())
+    });
+    let programs = Need::programs().and(&Need::unless(missing));
+    let small = need("small/vmlinux").and(&programs);
+    let umbra = need("umbra/vmlinux").and(&programs);
+    let debian = need("debian/bzImage").and(&programs);
+    let mut suite = Suite::default();
+    suite.add("programs::run_on_linux", &small, || unchecked("small/vmlinux", 1));
+    suite.add("programs::run_on_two_cpus", &small, || unchecked("small/vmlinux", 2));
+    suite.add("programs::run_on_debians_kernel", &debian, || unchecked("debian/bzImage", 1));
+    suite.add("programs::run_on_checked_linux", &umbra, || checked(""));
+    suite.add("programs::run_on_two_checked_cpus", &umbra, || checked("--cpus 2"));
+    suite.add("programs::in_sync_mode", &umbra, || checked("--notify sync"));
+    suite.add("programs::bugs_that_a_program_provokes_are_found", &umbra, misbehaves);
+    suite.add("programs::a_panic_that_a_program_provokes_is_told", &umbra, panics);
+    suite.run()
+}

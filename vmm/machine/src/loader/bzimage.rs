@@ -1,0 +1,118 @@
+//! Linux's bzImage: a setup header (Linux, Documentation/x86/boot.rst), and code that unpacks the
+//! kernel.
+
+use std::io::Cursor;
+
+use linux_loader::loader::KernelLoader;
+use linux_loader::loader::bootparam::setup_header;
+use linux_loader::loader::bzimage::BzImage as Loader;
+use vm_memory::{ByteValued, GuestAddress};
+
+use super::{LoadError, LoadedKernel, StartState, foreign_format, layout, u16_at, u32_at};
+use crate::memory::Ram;
+
+/// Where the setup header begins, in the file as in `boot_params`.
+const HEADER: usize = 0x1f1;
+/// Its magic number, "HdrS".
+const MAGIC: usize = 0x202;
+const MAGIC_VALUE: &[u8] = b"HdrS";
+/// The byte that says how far from [`MAGIC`] the header reaches.
+const HEADER_LENGTH: usize = 0x201;
+/// The least that a header of protocol 2.12 has.
+const HEADER_END: usize = 0x268;
+const OLDEST_PROTOCOL: u16 = 0x20c;
+const SECTOR: u64 = 512;
+const LOADED_HIGH: u8 = 1;
+const XLF_KERNEL_64: u16 = 1;
+/// The 64-bit entry point, from the start of the protected-mode code.
+const ENTRY_64: u64 = 0x200;
+
+/// A bzImage that was found good.
+pub(super) struct BzImage {
+    pub(super) header: setup_header,
+    pub(super) kernel: LoadedKernel,
+    /// Where the protected-mode code begins in the file.
+    pub(super) code: u64,
+    /// Where an initrd must end.
+    pub(super) initrd_end: u64,
+}
+
+/// Whether a file has the setup header's magic number.
+pub(super) fn is_one(image: &[u8]) -> bool {
+    image.get(MAGIC..MAGIC + MAGIC_VALUE.len()) == Some(MAGIC_VALUE)
+}
+
+/// Checks everything about `image` that loading it into `ram` depends on; changes nothing.
+pub(super) fn check(ram: &Ram, image: &[u8]) -> Result<BzImage, LoadError> {
+    let have = image.len() as u64;
+    if !is_one(image) {
+        return Err(LoadError::NotBzImage(foreign_format(image)));
+    }
+    let cut_off =
+        |what: &str, need: u64| LoadError::CutOff { what: what.into(), need: need.into(), have };
+    let end = MAGIC + usize::from(image[HEADER_LENGTH]);
+    if image.len() < end.max(HEADER_END) {
+        return Err(cut_off("the setup header", end.max(HEADER_END) as u64));
+    }
+    let version = u16_at(image, 0x206);
+    if version < OLDEST_PROTOCOL {
+        return Err(LoadError::OldProtocol(version));
+    }
+    if end < HEADER_END {
+        return Err(LoadError::BadHeader("it is too short for its protocol"));
+    }
+    let mut header = setup_header::default();
+    let known = size_of::<setup_header>().min(end - HEADER);
+    header.as_mut_slice()[..known].copy_from_slice(&image[HEADER..HEADER + known]);
+    if header.loadflags & LOADED_HIGH == 0 {
+        return Err(LoadError::BadHeader("it is not loaded high (a zImage)"));
+    }
+    if header.xloadflags & XLF_KERNEL_64 == 0 {
+        return Err(LoadError::Not64Bit);
+    }
+    // 0 stands for 4, for kernels much older than these.
+    let setup = (u64::from(match header.setup_sects {
+        0 => 4,
+        sectors => sectors,
+    }) + 1)
+        * SECTOR;
+    let code = u64::from(header.syssize) * 16;
+    if setup + code > have {
+        return Err(cut_off("the kernel's code", setup + code));
+    }
+    let (start, init) = (header.pref_address, u64::from(header.init_size));
+    if code <= ENTRY_64 || code > init {
+        return Err(LoadError::BadHeader("it needs less memory than it has code"));
+    }
+    if start < layout::KERNEL_START || !start.is_multiple_of(layout::PAGE) {
+        return Err(LoadError::BadHeader("its preferred address is not one to load at"));
+    }
+    // The boot page tables reach as far as the hole; and what is appended to the code is loaded
+    // with it.
+    let end = start.checked_add(init.max(have - setup)).filter(|end| *end <= layout::HOLE_START);
+    let Some(end) = end else {
+        return Err(LoadError::BadHeader("its preferred address is not one to load at"));
+    };
+    if !ram.contains(GuestAddress(start), end - start) {
+        return Err(LoadError::MemoryTooSmall { need: end, have: ram.bytes() });
+    }
+    // A signature, which is appended, is made after the checksum, and changes bytes that it covers.
+    if setup + code == have && crc32fast::hash(image) != !0 {
+        return Err(LoadError::Checksum);
+    }
+    let initrd_end = u64::from(u32_at(image, 0x22c)) + 1;
+    let kernel = LoadedKernel {
+        entry: GuestAddress(start + ENTRY_64),
+        state: StartState::Linux64,
+        start: GuestAddress(start),
+        end: GuestAddress(end),
+    };
+    Ok(BzImage { header, kernel, code: setup, initrd_end })
+}
+
+/// Copies the protected-mode code to its preferred address.
+pub(super) fn load(ram: &Ram, image: &[u8], found: &BzImage) -> Result<(), LoadError> {
+    Loader::load(ram.inner(), Some(found.kernel.start), &mut Cursor::new(image), None)
+        .map_err(LoadError::Loader)?;
+    Ok(())
+}

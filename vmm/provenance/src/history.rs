@@ -1,0 +1,168 @@
+//! The state of a run's provenance: rings are drained into the table of objects and the quarantine.
+
+use umbra_shadow::abi::Released;
+
+use crate::records::RecordEvent;
+use crate::rings::{RingError, RingMemory, RingRecord, Rings};
+use crate::{Objects, Quarantine};
+
+/// Finds the key of so many bytes at a guest-virtual address; none if it is not memory that a guest
+/// may have objects in.
+pub type KeyOf<'a> = &'a dyn Fn(u64, u64) -> Option<u64>;
+
+/// An allocation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Allocation {
+    /// The key of its address.
+    pub key: u64,
+    /// Bytes that were asked for.
+    pub size: u64,
+    /// Bytes of its slot; 0 if they are not known.
+    pub slot: u64,
+    /// Its cache, 0 for none.
+    pub cache: u16,
+    /// The task that allocated it.
+    pub task: u32,
+}
+
+/// Events so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EventCounts {
+    /// Allocations.
+    pub allocations: u64,
+    /// Frees.
+    pub frees: u64,
+    /// Rings that were drained, each time counted.
+    pub ring_drains: u64,
+}
+
+/// Who allocated and freed what.
+#[derive(Debug)]
+pub struct Provenance {
+    objects: Objects,
+    quarantine: Quarantine,
+    rings: Rings,
+    counts: EventCounts,
+}
+
+impl Provenance {
+    /// Keeps history in `objects`, and freed memory in `quarantine`. There are no rings yet.
+    pub fn new(objects: Objects, quarantine: Quarantine) -> Self {
+        Self { objects, quarantine, rings: Rings::default(), counts: EventCounts::default() }
+    }
+
+    /// The objects.
+    pub fn objects(&self) -> &Objects {
+        &self.objects
+    }
+
+    /// The freed memory that waits.
+    pub fn quarantine(&self) -> &Quarantine {
+        &self.quarantine
+    }
+
+    /// The freed memory that waits, to add to it or to evict from it.
+    pub fn quarantine_mut(&mut self) -> &mut Quarantine {
+        &mut self.quarantine
+    }
+
+    /// The rings.
+    pub fn rings(&self) -> &Rings {
+        &self.rings
+    }
+
+    /// Events so far.
+    pub fn counts(&self) -> EventCounts {
+        self.counts
+    }
+
+    /// All objects, with nothing left here.
+    pub fn take_objects(&mut self) -> Objects {
+        std::mem::take(&mut self.objects)
+    }
+
+    /// Names a cache and says how many bytes one of its object slots has.
+    pub fn name_cache(&mut self, id: u16, name: &[u8], object_size: u64) {
+        self.objects.name_cache(id, name, object_size);
+    }
+
+    /// Names a task.
+    pub fn name_task(&mut self, task: u32, name: &[u8]) {
+        self.objects.name_task(task, name);
+    }
+
+    /// Sets up a ring; see [`Rings::set_up`].
+    ///
+    /// # Errors
+    /// There cannot be such a ring.
+    pub fn set_up_ring(
+        &mut self,
+        cpu: u16,
+        gpa: u64,
+        records: u64,
+        text_base: u64,
+    ) -> Result<(), RingError> {
+        self.rings.set_up(cpu, gpa, records, text_base)
+    }
+
+    /// Records an allocation, with the return addresses of its stack.
+    pub fn allocated(&mut self, new: Allocation, frames: &[u64]) {
+        self.counts.allocations += 1;
+        self.objects.allocated(new.key, new.size, new.slot, new.cache, new.task, frames);
+    }
+
+    /// Records a free, with the return addresses of its stack.
+    pub fn freed(&mut self, key: u64, task: u32, frames: &[u64]) {
+        self.counts.frees += 1;
+        self.objects.freed(key, task, frames);
+    }
+
+    /// Records that work was queued for the object at `key`.
+    pub fn related(&mut self, key: u64, task: u32, frames: &[u64]) {
+        self.objects.related(key, task, frames);
+    }
+
+    /// Drains all rings; see [`Rings::drain`]. If a CPU `asked` for it, all its events are complete,
+    /// since a CPU records and poisons with interrupts off. Returns how many records made no sense.
+    pub fn drain(&mut self, asked: Option<u16>, memory: &dyn RingMemory, key_of: KeyOf<'_>) -> u64 {
+        if let Some(cpu) = asked {
+            self.quarantine.complete_in_flight(cpu);
+        }
+        // The records change everything but the rings.
+        let mut rings = std::mem::take(&mut self.rings);
+        let mut refused = 0;
+        self.counts.ring_drains += rings.drain(asked, memory, |record, last| {
+            let in_flight = last && asked != Some(record.cpu);
+            refused += u64::from(self.take_in(record, in_flight, key_of).is_none());
+        });
+        self.rings = rings;
+        refused
+    }
+
+    /// Takes in one record. None if it makes no sense, or there is no room for it.
+    fn take_in(&mut self, record: &RingRecord, in_flight: bool, key_of: KeyOf<'_>) -> Option<()> {
+        let frames = record.frames.get(..record.depth).unwrap_or_default();
+        let mut waits = None;
+        match RecordEvent::decode(&record.record)? {
+            RecordEvent::Allocated { address, size, slot, cache, task } => {
+                let (size, slot) = (u64::from(size), u64::from(slot));
+                let key = key_of(address, size.max(slot).max(1))?;
+                self.allocated(Allocation { key, size, slot, cache, task }, frames);
+            }
+            RecordEvent::Freed { address, slot, wait, task } => {
+                let key = key_of(address, u64::from(slot).max(1))?;
+                self.freed(key, task, frames);
+                let memory = Released { address, slot, wait, reserved: 0 };
+                waits = (wait != 0).then_some(memory);
+            }
+            RecordEvent::Related { address, task } => {
+                self.related(key_of(address, 1)?, task, frames);
+            }
+            RecordEvent::CacheNamed { id, name_len, object_size } => {
+                let name = record.record.name();
+                self.name_cache(id, name.get(..name_len)?, object_size.into());
+            }
+        }
+        self.quarantine.push_or_defer(record.cpu, waits, in_flight).then_some(())
+    }
+}

@@ -1,0 +1,293 @@
+//! The quarantine: freed memory that waits before the guest's allocators get it back, oldest first.
+//!
+//! The queue is in the VMM and not in the guest: the VMM hears of each free anyway, and no wild
+//! write of the guest can break the queue. When a drain says that objects are to be evicted, the
+//! guest fetches their list (`guest/runtime/src/quarantine.rs`).
+//!
+//! What comes in is bounded by what a guest can free between two drains, and by [`MOST`]; what a
+//! hostile guest makes of it concerns its own allocators only.
+
+use std::collections::VecDeque;
+
+use umbra_shadow::abi::{RING_MAX_RECORDS, Released};
+
+/// How much of guest memory it takes unless a setting says otherwise: as KASAN's
+/// (`mm/kasan/quarantine.c`).
+const SHARE: u64 = 32;
+/// Most that a CPU frees between two drains: as KASAN's queue of a CPU.
+const BATCH_MAX: u64 = 1 << 20;
+/// Batches of each CPU that fit into the quarantine.
+const BATCHES: u64 = 16;
+/// Of these, how many are kept free: what one CPU has freed since the last eviction, and
+/// for all of them what lies in their rings, twice, since the last object of a batch may be as
+/// large as the batch.
+const BATCHES_FREE: u64 = 5;
+/// Objects that are kept; beyond it the oldest are evicted whatever their size. 16 bytes each.
+pub const MOST: usize = 1 << 20;
+/// How many more there can be until the guest fetches them: all records of all rings, twice.
+const MORE: usize = 8 * RING_MAX_RECORDS as usize;
+/// Most CPUs that have rings.
+const CPUS: usize = 64;
+
+/// How large the quarantine is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum QuarantineSize {
+    /// A share of guest memory, 1/32, as in KASAN.
+    #[default]
+    Auto,
+    /// So many bytes; 0 is none.
+    Bytes(u64),
+}
+
+impl QuarantineSize {
+    /// The least that makes sense, but for 0.
+    pub const LEAST: u64 = 64 << 10;
+
+    /// Bytes for a guest with `memory` bytes.
+    pub fn bytes(self, memory: u64) -> u64 {
+        match self {
+            Self::Auto => memory / SHARE,
+            Self::Bytes(bytes) => bytes.min(memory),
+        }
+    }
+}
+
+/// Bytes that each of `cpus` may free between two drains, for a quarantine of `limit` bytes.
+pub fn batch(limit: u64, cpus: u8) -> u64 {
+    (limit / BATCHES / u64::from(cpus).max(1)).min(BATCH_MAX)
+}
+
+/// What the quarantine did. Sizes are bytes of slots, redzones included.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct QuarantineFigures {
+    /// The most that may wait; 0 without a quarantine.
+    pub limit_bytes: u64,
+    /// What waits now.
+    pub bytes: u64,
+    /// The most that waited.
+    pub peak_bytes: u64,
+    /// Objects that wait now.
+    pub objects: u64,
+    /// Objects that were put into it.
+    pub held: u64,
+    /// Objects that were given back to their allocators.
+    pub released: u64,
+}
+
+/// Freed memory that waits.
+#[derive(Debug)]
+pub struct Quarantine {
+    queue: VecDeque<Released>,
+    /// The last free of each CPU, if it may not have poisoned the memory yet.
+    in_flight: [Option<Released>; CPUS],
+    /// Bytes that an eviction leaves.
+    keep: u64,
+    batch: u64,
+    figures: QuarantineFigures,
+}
+
+impl Quarantine {
+    /// An empty one of at most `limit` bytes, for a guest with so many CPUs.
+    pub fn new(limit: u64, cpus: u8) -> Self {
+        let batch = batch(limit, cpus);
+        let free = batch.saturating_mul(BATCHES_FREE).saturating_mul(cpus.into());
+        Self {
+            queue: VecDeque::new(),
+            in_flight: [None; CPUS],
+            keep: limit.saturating_sub(free),
+            batch,
+            figures: QuarantineFigures { limit_bytes: limit, ..QuarantineFigures::default() },
+        }
+    }
+
+    /// What it did so far.
+    pub fn figures(&self) -> QuarantineFigures {
+        self.figures
+    }
+
+    /// Bytes that the VMM needs for it.
+    pub fn host_bytes(&self) -> u64 {
+        (self.queue.capacity() * size_of::<Released>()) as u64
+    }
+
+    /// Adds freed memory, which is poisoned already. False if a guest that fetches
+    /// nothing has filled the queue.
+    pub fn push(&mut self, memory: Released) -> bool {
+        let good = self.count(memory);
+        if good {
+            self.queue.push_back(memory);
+        }
+        good
+    }
+
+    /// Counts memory that waits. False if there is no room for it in the queue.
+    fn count(&mut self, memory: Released) -> bool {
+        if self.figures.objects >= (MOST + MORE) as u64 {
+            return false;
+        }
+        let f = &mut self.figures;
+        f.objects += 1;
+        f.held += 1;
+        f.bytes += u64::from(memory.slot);
+        f.peak_bytes = f.peak_bytes.max(f.bytes);
+        true
+    }
+
+    /// Takes in a CPU's next event: a free of `memory`, or anything else. The CPU's event before
+    /// it is complete now. This one may not be yet if it is `in_flight`: the CPU's last event,
+    /// whose memory it may still be about to poison. False if a guest that fetches nothing has
+    /// filled the queue.
+    pub fn push_or_defer(&mut self, cpu: u16, memory: Option<Released>, in_flight: bool) -> bool {
+        self.complete_in_flight(cpu);
+        let Some(memory) = memory else { return true };
+        if !in_flight || usize::from(cpu) >= CPUS {
+            return self.push(memory);
+        }
+        let good = self.count(memory);
+        self.in_flight[usize::from(cpu)] = Some(memory).filter(|_| good);
+        good
+    }
+
+    /// All events of a CPU are complete: it has poisoned what it freed.
+    pub fn complete_in_flight(&mut self, cpu: u16) {
+        let memory = self.in_flight.get_mut(usize::from(cpu)).and_then(Option::take);
+        // It was counted when it came in.
+        self.queue.extend(memory);
+    }
+
+    /// Whether the guest has to fetch some: a batch more than the limit allows to keep waits.
+    pub fn needs_eviction(&self) -> bool {
+        self.figures.bytes > self.keep + self.batch || self.queue.len() > MOST
+    }
+
+    /// Evicts the oldest objects, at most `most`: those over the limit, or `all`.
+    pub fn evict(&mut self, most: usize, all: bool) -> Vec<Released> {
+        let mut evicted = Vec::new();
+        while evicted.len() < most
+            && (all || self.figures.bytes > self.keep || self.queue.len() > MOST)
+            && let Some(memory) = self.queue.pop_front()
+        {
+            self.figures.objects -= 1;
+            self.figures.released += 1;
+            self.figures.bytes -= u64::from(memory.slot);
+            evicted.push(memory);
+        }
+        if all && self.queue.is_empty() {
+            self.queue.shrink_to(0);
+        }
+        evicted
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn memory(address: u64, slot: u32) -> Released {
+        Released { address, slot, wait: 1, reserved: 0 }
+    }
+
+    #[test]
+    fn the_oldest_come_out_when_there_is_a_batch_too_much() {
+        let mut quarantine = Quarantine::new(160 << 10, 1);
+        assert_eq!((quarantine.batch, quarantine.keep), (10 << 10, 110 << 10));
+        for i in 0..120 {
+            assert!(!quarantine.needs_eviction() && quarantine.push(memory(i, 1024)));
+        }
+        assert!(
+            !quarantine.needs_eviction()
+                && quarantine.push(memory(120, 1))
+                && quarantine.needs_eviction()
+        );
+        let evicted = quarantine.evict(4, false);
+        assert_eq!(evicted.iter().map(|m| m.address).collect::<Vec<_>>(), [0, 1, 2, 3]);
+        assert_eq!(quarantine.evict(100, false).len(), 7);
+        assert!(quarantine.evict(100, false).is_empty() && !quarantine.needs_eviction());
+        let figures = quarantine.figures();
+        assert_eq!((figures.bytes, figures.peak_bytes), ((109 << 10) + 1, (120 << 10) + 1));
+        assert_eq!((figures.objects, figures.held, figures.released), (110, 121, 11));
+        assert_eq!(quarantine.evict(1000, true).len(), 110);
+        assert_eq!((quarantine.figures().bytes, quarantine.host_bytes()), (0, 0));
+    }
+
+    #[test]
+    fn a_free_that_may_be_under_way_is_kept_back() {
+        let mut quarantine = Quarantine::new(1 << 20, 2);
+        let out = |quarantine: &mut Quarantine| {
+            quarantine.evict(10, true).iter().map(|memory| memory.address).collect::<Vec<_>>()
+        };
+        assert!(quarantine.push_or_defer(1, Some(memory(1, 8)), true));
+        // It waits, but does not come out.
+        assert!(out(&mut quarantine).is_empty());
+        assert_eq!((quarantine.figures().objects, quarantine.figures().bytes), (1, 8));
+        // What comes next from the same CPU shows that it is done; from another CPU nothing does.
+        assert!(quarantine.push_or_defer(0, None, true));
+        assert!(out(&mut quarantine).is_empty());
+        assert!(quarantine.push_or_defer(1, Some(memory(2, 8)), true));
+        assert_eq!(out(&mut quarantine), [1]);
+        quarantine.complete_in_flight(1);
+        assert_eq!(out(&mut quarantine), [2]);
+        quarantine.complete_in_flight(1);
+        assert!(quarantine.push_or_defer(99, Some(memory(3, 8)), true));
+        assert_eq!(out(&mut quarantine), [3]);
+        assert_eq!((quarantine.figures().held, quarantine.figures().released), (3, 3));
+    }
+
+    #[test]
+    fn a_guest_that_fetches_nothing_fills_a_bounded_queue() {
+        let mut quarantine = Quarantine::new(1 << 30, 1);
+        let held =
+            (0..2 * MOST as u64 + MORE as u64).filter(|i| quarantine.push(memory(*i, 0))).count();
+        assert_eq!(held, MOST + MORE);
+        assert!(quarantine.needs_eviction() && quarantine.evict(usize::MAX, false).len() == MORE);
+    }
+
+    #[test]
+    fn a_share_of_memory_is_the_default() {
+        assert_eq!(QuarantineSize::Auto.bytes(256 << 20), 8 << 20);
+        assert_eq!(QuarantineSize::Bytes(0).bytes(256 << 20), 0);
+        assert_eq!(QuarantineSize::Bytes(1 << 40).bytes(256 << 20), 256 << 20);
+        assert_eq!(
+            (batch(8 << 20, 1), batch(8 << 20, 4), batch(1 << 40, 1)),
+            (512 << 10, 128 << 10, 1 << 20)
+        );
+        assert_eq!(Quarantine::new(0, 64).keep, 0);
+    }
+
+    proptest! {
+        /// CPUs that free as the guest's runtime does, in any order, never have more waiting than
+        /// the limit.
+        #[test]
+        fn the_limit_holds(
+            cpus in 1..5u8,
+            steps in proptest::collection::vec((0..5u8, 1..5000u32, any::<bool>()), 1..2000),
+        ) {
+            const LIMIT: u64 = 256 << 10;
+            let batch = batch(LIMIT, cpus);
+            let mut quarantine = Quarantine::new(LIMIT, cpus);
+            // Per CPU: what its ring holds, and how much that is.
+            let mut rings = vec![(Vec::new(), 0u64); usize::from(cpus)];
+            for (cpu, slot, other) in steps {
+                let cpu = usize::from(cpu % cpus);
+                let slot = slot.min(batch as u32);
+                rings[cpu].0.push(memory(0, slot));
+                rings[cpu].1 += u64::from(slot);
+                let drain = rings[cpu].1 > batch;
+                // Another CPU's report drains as well, and nobody fetches anything then.
+                if drain || other {
+                    for (at, (ring, waiting)) in rings.iter_mut().enumerate() {
+                        ring.drain(..).for_each(|memory| assert!(quarantine.push(memory)));
+                        *waiting = if drain && at == cpu { 0 } else { *waiting };
+                    }
+                }
+                let in_rings: u64 = rings.iter().flat_map(|ring| &ring.0).map(|m| u64::from(m.slot)).sum();
+                prop_assert!(quarantine.figures().bytes + in_rings <= LIMIT);
+                if drain && quarantine.needs_eviction() {
+                    quarantine.evict(usize::MAX, false);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,433 @@
+//! The rings in which a guest records its allocations and frees: one for each CPU, drained all at
+//! once.
+//!
+//! Records are numbered across all CPUs. A CPU completes a record before its event can affect
+//! another CPU: a free is recorded before the memory can be handed out again. So all records that
+//! led to a record are in the same drain or in an earlier one, and merging a drain's records by
+//! their numbers puts the events of any piece of memory in their true order.
+//!
+//! A CPU may be stopped anywhere, also between reading its ring's count and storing the
+//! incremented one. So only the CPU itself changes that count, and the drain that it asks for.
+//! Other drains remember here how far they have read.
+
+use std::ops::Range;
+
+use thiserror::Error;
+use umbra_shadow::abi::{RECORD_BYTES, RECORD_FRAMES, RING_MAX_RECORDS, Record};
+use umbra_shadow::codes::PAGE_SIZE;
+
+/// Most CPUs that may have a ring.
+const CPUS: usize = 64;
+/// Most records in all rings: all of them may be drained at one exit.
+const RECORDS: u64 = 4 * RING_MAX_RECORDS;
+
+/// Guest memory, as far as rings need it.
+pub trait RingMemory {
+    /// Copies guest memory out. False if not all of it is RAM.
+    fn read(&self, gpa: u64, to: &mut [u8]) -> bool;
+
+    /// Copies into guest memory. False, and nothing is written, if not all of it is RAM.
+    fn write(&self, gpa: u64, from: &[u8]) -> bool;
+
+    /// Reads a number.
+    fn read_u64(&self, gpa: u64) -> Option<u64> {
+        let mut bytes = [0; 8];
+        self.read(gpa, &mut bytes).then(|| u64::from_le_bytes(bytes))
+    }
+}
+
+/// Why there is no ring in a place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum RingError {
+    /// A table is full.
+    #[error("more than {most} {what}")]
+    Limit {
+        /// What there is too much of.
+        what: &'static str,
+        /// How many may be.
+        most: u64,
+    },
+    /// Another CPU's ring is there.
+    #[error("another ring is at guest-physical {gpa:#x}")]
+    Overlap {
+        /// The start of the new one.
+        gpa: u64,
+    },
+}
+
+/// One CPU's ring.
+#[derive(Clone, Copy, Debug)]
+struct Ring {
+    gpa: u64,
+    records: u64,
+    text_base: u64,
+    /// How many of its records were drained already.
+    drained: u64,
+}
+
+/// A record of a ring, with its return addresses.
+#[derive(Clone, Copy, Debug)]
+pub struct RingRecord {
+    /// The CPU that wrote it.
+    pub cpu: u16,
+    /// What the guest wrote; nothing in it has been checked.
+    pub record: Record,
+    /// Return addresses, innermost first.
+    pub frames: [u64; RECORD_FRAMES],
+    /// How many of `frames` are set.
+    pub depth: usize,
+}
+
+impl RingRecord {
+    fn new(record: Record, cpu: u16, text_base: u64) -> Self {
+        let depth = usize::from(record.depth).min(RECORD_FRAMES);
+        let frames =
+            record.frames.map(|f| if f == 0 { 0 } else { text_base.wrapping_add(f.into()) });
+        Self { cpu, record, frames, depth }
+    }
+}
+
+/// Records that are read at a time: a page of them.
+const BLOCK: usize = 64;
+
+/// The records of one ring in a drain, in the order in which they were written.
+struct Reader {
+    ring: Ring,
+    cpu: u16,
+    /// Records drained or in `block`, those of earlier drains too, and how many there are in all.
+    read: u64,
+    count: u64,
+    block: Vec<RingRecord>,
+    /// The next in `block`.
+    next: usize,
+}
+
+impl Reader {
+    /// Reads how many records there are and counts all of them as drained. If the ring's CPU `asked`
+    /// for the drain, its ring is emptied. Without new records there is no reader.
+    fn new(cpu: u16, ring: &mut Ring, asked: bool, ram: &dyn RingMemory) -> Option<Self> {
+        // Copied once, and bounded: the guest may have written anything.
+        let count = ram.read_u64(ring.gpa)?.min(ring.records);
+        // A count that is less than it was is the guest's own doing.
+        let read = ring.drained.min(count);
+        ring.drained = count;
+        if asked {
+            ring.drained = 0;
+            // It was readable, so it is RAM and can be written.
+            let _ = ram.write(ring.gpa, &0u64.to_le_bytes());
+        }
+        let mut reader = Self { ring: *ring, cpu, read, count, block: Vec::new(), next: 0 };
+        reader.refill(ram).then_some(reader)
+    }
+
+    /// Reads the next records; false if there are none.
+    fn refill(&mut self, ram: &dyn RingMemory) -> bool {
+        let some = (self.count - self.read).min(BLOCK as u64);
+        let mut bytes = [0; BLOCK * RECORD_BYTES as usize];
+        let bytes = &mut bytes[..some as usize * RECORD_BYTES as usize];
+        let at = self.ring.gpa + (1 + self.read) * RECORD_BYTES;
+        if !ram.read(at, bytes) {
+            return false;
+        }
+        self.block.clear();
+        let records = bytes.as_chunks::<{ RECORD_BYTES as usize }>().0;
+        let event =
+            |bytes| RingRecord::new(Record::from_bytes(bytes), self.cpu, self.ring.text_base);
+        self.block.extend(records.iter().map(event));
+        self.read += some;
+        self.next = 0;
+        some > 0
+    }
+
+    fn record(&self) -> &RingRecord {
+        &self.block[self.next]
+    }
+
+    /// Whether there is none behind [`Self::record`].
+    fn is_last(&self) -> bool {
+        self.next + 1 == self.block.len() && self.read == self.count
+    }
+
+    /// Goes to the next record; false if this was the last.
+    fn advance(&mut self, ram: &dyn RingMemory) -> bool {
+        self.next += 1;
+        self.next < self.block.len() || self.refill(ram)
+    }
+}
+
+/// All rings of a guest.
+#[derive(Debug, Default)]
+pub struct Rings {
+    rings: Vec<Option<Ring>>,
+    /// The number of the record that was drained last.
+    last: u32,
+}
+
+impl Rings {
+    /// Sets up a CPU's ring: a header at `gpa` and `records` records behind it, all of which is RAM
+    /// (the caller has checked that).
+    ///
+    /// # Errors
+    /// There are no rings for CPUs with such a number, too many records in all rings, or another
+    /// ring in that place.
+    pub fn set_up(
+        &mut self,
+        cpu: u16,
+        gpa: u64,
+        records: u64,
+        text_base: u64,
+    ) -> Result<(), RingError> {
+        let at = usize::from(cpu);
+        if at >= CPUS {
+            return Err(RingError::Limit { what: "rings", most: CPUS as u64 });
+        }
+        let bytes = |records: u64| (records + 1) * RECORD_BYTES;
+        let mut all = records;
+        let others = self.rings.iter().enumerate().filter(|(other, _)| *other != at);
+        for ring in others.filter_map(|(_, ring)| ring.as_ref()) {
+            if gpa < ring.gpa + bytes(ring.records) && ring.gpa < gpa + bytes(records) {
+                return Err(RingError::Overlap { gpa });
+            }
+            all += ring.records;
+        }
+        if all > RECORDS {
+            return Err(RingError::Limit { what: "records in all rings", most: RECORDS });
+        }
+        if self.rings.len() <= at {
+            self.rings.resize(at + 1, None);
+        }
+        self.rings[at] = Some(Ring { gpa, records, text_base, drained: 0 });
+        Ok(())
+    }
+
+    /// Whether a CPU has a ring.
+    pub fn has(&self, cpu: u16) -> bool {
+        matches!(self.rings.get(usize::from(cpu)), Some(Some(_)))
+    }
+
+    /// The pages of rings in which there are no records, by guest-physical address. Every CPU
+    /// stands still, perhaps in the middle of its next record.
+    pub fn unused_pages(&self, ram: &dyn RingMemory) -> impl Iterator<Item = Range<u64>> {
+        self.rings.iter().flatten().filter_map(|ring| {
+            let count = ram.read_u64(ring.gpa)?.min(ring.records);
+            let end = ring.gpa + (1 + ring.records) * RECORD_BYTES;
+            let start = (ring.gpa + (2 + count) * RECORD_BYTES).next_multiple_of(PAGE_SIZE);
+            let end = end / PAGE_SIZE * PAGE_SIZE;
+            (start < end).then_some(start..end)
+        })
+    }
+
+    /// Drains all rings: passes their new records to `take` in the order of their numbers, each with
+    /// whether it is the last of its CPU. Every CPU stands still. If a CPU `asked` for the drain,
+    /// its ring is empty afterwards. Returns how many rings there are.
+    pub fn drain(
+        &mut self,
+        asked: Option<u16>,
+        ram: &dyn RingMemory,
+        mut take: impl FnMut(&RingRecord, bool),
+    ) -> u64 {
+        let there = self.rings.iter().flatten().count() as u64;
+        let rings =
+            (0..).zip(&mut self.rings).filter_map(|(cpu, ring)| Some((cpu, ring.as_mut()?)));
+        let mut readers: Vec<_> = rings
+            .filter_map(|(cpu, ring)| Reader::new(cpu, ring, asked == Some(cpu), ram))
+            .collect();
+        // From the record that was drained last on, since the numbers wrap. Nothing depends on what a guest
+        // makes of them but the order of its own events.
+        let begin = self.last;
+        let distance =
+            |reader: &Reader| reader.record().record.sequence.wrapping_sub(begin).cast_signed();
+        while let Some(next) = (0..readers.len()).min_by_key(|at| distance(&readers[*at])) {
+            let reader = &mut readers[next];
+            self.last = reader.record().record.sequence;
+            take(reader.record(), reader.is_last());
+            if !reader.advance(ram) {
+                readers.remove(next);
+            }
+        }
+        there
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    /// 4 MiB of guest memory.
+    struct Ram(RefCell<Vec<u8>>);
+
+    impl Ram {
+        fn new() -> Self {
+            Self(RefCell::new(vec![0; 4 << 20]))
+        }
+    }
+
+    impl RingMemory for Ram {
+        fn read(&self, gpa: u64, to: &mut [u8]) -> bool {
+            let ram = self.0.borrow();
+            let from = ram.get(gpa as usize..gpa as usize + to.len());
+            from.map(|from| to.copy_from_slice(from)).is_some()
+        }
+
+        fn write(&self, gpa: u64, from: &[u8]) -> bool {
+            let mut ram = self.0.borrow_mut();
+            let to = ram.get_mut(gpa as usize..gpa as usize + from.len());
+            to.map(|to| to.copy_from_slice(from)).is_some()
+        }
+    }
+
+    fn ram_with_ring(count: u64) -> (Ram, Rings) {
+        let ram = Ram::new();
+        let mut rings = Rings::default();
+        rings.set_up(1, 0x10_0000, 4, 0xffff_ffff_0000_0000).expect("CPU 1 may have a ring");
+        assert!(ram.write(0x10_0000, &count.to_le_bytes()));
+        for i in 0..4u8 {
+            let mut bytes = [0; 64];
+            bytes[0] = i + 1;
+            bytes[1] = 255;
+            bytes[24..28].copy_from_slice(&0x8010_0000u32.to_le_bytes());
+            assert!(ram.write(0x10_0040 + 64 * u64::from(i), &bytes));
+        }
+        (ram, rings)
+    }
+
+    #[test]
+    fn a_drain_takes_what_the_count_says_once() {
+        let (ram, mut rings) = ram_with_ring(2);
+        let header = 0x10_0000;
+        let mut kinds = |asked, count: Option<u64>| {
+            if let Some(count) = count {
+                assert!(ram.write(header, &count.to_le_bytes()));
+            }
+            let mut kinds = Vec::new();
+            rings.drain(asked, &ram, |event, _| {
+                assert_eq!(
+                    (event.depth, event.frames[0], event.frames[1]),
+                    (10, 0xffff_ffff_8010_0000, 0)
+                );
+                kinds.push(event.record.kind);
+            });
+            (kinds, ram.read_u64(header).expect("inside RAM"))
+        };
+        // Its CPU may be about to write the third: the count is left alone, and goes on from there.
+        assert_eq!(kinds(None, None), (vec![1, 2], 2));
+        assert_eq!(kinds(Some(0), None), (vec![], 2), "another CPU asks");
+        assert_eq!(kinds(None, Some(3)), (vec![3], 3));
+        // Its own CPU starts anew.
+        assert_eq!(kinds(Some(1), Some(4)), (vec![4], 0));
+        assert_eq!(kinds(None, Some(1)), (vec![1], 1));
+        assert_eq!(kinds(Some(1), None), (vec![], 0));
+        // Nonsense.
+        assert_eq!(kinds(None, Some(3)).0, [1, 2, 3]);
+        assert!(kinds(None, Some(1)).0.is_empty());
+        assert_eq!(kinds(None, Some(2)).0, [2]);
+    }
+
+    #[test]
+    fn pages_without_records_are_found() {
+        let ram = Ram::new();
+        let mut rings = Rings::default();
+        // Three pages and a half, and one that fills less than a page.
+        rings.set_up(0, 0x10_0000, 223, 0).expect("a ring");
+        rings.set_up(1, 0x20_0000, 62, 0).expect("a ring");
+        for (count, pages) in [
+            (0, Some(0x10_1000..0x10_3000)),
+            // The header, 62 records, and the one that may be half written.
+            (62, Some(0x10_1000..0x10_3000)),
+            (63, Some(0x10_2000..0x10_3000)),
+            (126, Some(0x10_2000..0x10_3000)),
+            (127, None),
+            (u64::MAX, None),
+        ] {
+            assert!(ram.write(0x10_0000, &u64::to_le_bytes(count)));
+            assert_eq!(rings.unused_pages(&ram).next(), pages, "{count}");
+        }
+    }
+
+    #[test]
+    fn a_wild_count_is_bounded_by_the_ring() {
+        for count in [5, u64::MAX / 64, u64::MAX] {
+            let (ram, mut rings) = ram_with_ring(count);
+            let mut taken = 0;
+            rings.drain(None, &ram, |_, _| taken += 1);
+            assert_eq!(taken, 4, "count {count:#x}");
+        }
+        assert!(Rings::default().set_up(64, 0, 1, 0).is_err());
+    }
+
+    /// Writes records with these numbers; each is identified by CPU and number.
+    fn fill(ram: &Ram, cpu: u16, gpa: u64, numbers: &[u32]) {
+        for (i, number) in numbers.iter().enumerate() {
+            let mut bytes = [0; 64];
+            bytes[2..4].copy_from_slice(&cpu.to_le_bytes());
+            bytes[20..24].copy_from_slice(&number.to_le_bytes());
+            assert!(ram.write(gpa + 64 * (1 + i as u64), &bytes));
+        }
+        assert!(ram.write(gpa, &(numbers.len() as u64).to_le_bytes()));
+    }
+
+    #[test]
+    fn events_of_all_cpus_come_in_the_order_of_their_numbers() {
+        let ram = Ram::new();
+        let mut rings = Rings::default();
+        for cpu in 0..3u16 {
+            rings
+                .set_up(cpu, 0x10_0000 + u64::from(cpu) * 0x4_0000, 1000, 0)
+                .expect("a ring for each");
+        }
+        let mut drain = |numbers: [&[u32]; 3]| {
+            for (cpu, numbers) in (0u16..).zip(numbers) {
+                fill(&ram, cpu, 0x10_0000 + u64::from(cpu) * 0x4_0000, numbers);
+            }
+            let mut taken = Vec::new();
+            for asked in [None, Some(0), Some(1), Some(2)] {
+                let mut last = [false; 3];
+                let rings = rings.drain(asked, &ram, |event, is_last| {
+                    assert!(
+                        !std::mem::replace(&mut last[usize::from(event.cpu)], is_last),
+                        "once, at the end"
+                    );
+                    taken.push((event.record.cache, event.record.sequence));
+                });
+                assert_eq!(rings, 3);
+            }
+            taken
+        };
+        assert_eq!(drain([&[1, 4], &[], &[2, 3, 5]]), [(0, 1), (2, 2), (2, 3), (0, 4), (2, 5)]);
+        // More than are read at a time; one that was written late comes first.
+        let [even, odd] = [0u32, 1].map(|from| (from + 6..500).step_by(2).collect::<Vec<_>>());
+        let taken = drain([&even, &[4], &odd]);
+        assert_eq!(taken[0], (1, 4));
+        assert_eq!(
+            taken[1..].iter().map(|t| t.1).collect::<Vec<_>>(),
+            (6..500).collect::<Vec<_>>()
+        );
+        // They wrap.
+        drain([&[u32::MAX / 2], &[], &[]]);
+        drain([&[u32::MAX - 2], &[], &[]]);
+        assert_eq!(
+            drain([&[u32::MAX, 1], &[u32::MAX - 1, 0], &[]]),
+            [(1, u32::MAX - 1), (0, u32::MAX), (1, 0), (0, 1)]
+        );
+        // Numbers that make no sense cost nobody a record.
+        assert_eq!(drain([&[9, 9, 1 << 31, 0], &[7, u32::MAX, 7], &[0; 70]]).len(), 77);
+    }
+
+    #[test]
+    fn rings_do_not_overlap_and_hold_so_much_in_all() {
+        let mut rings = Rings::default();
+        assert!(rings.set_up(0, 0x10_0000, 3, 0).is_ok());
+        assert!(rings.set_up(1, 0x10_00c0, 3, 0).is_err(), "its header is the other's last record");
+        assert!(rings.set_up(1, 0x10_0100, 3, 0).is_ok());
+        assert!(rings.set_up(1, 0x10_0140, 3, 0).is_ok(), "the CPU's own, in another place");
+        for cpu in 2..5 {
+            let gpa = u64::from(cpu) * 0x100_0000;
+            assert!(rings.set_up(cpu, gpa, RING_MAX_RECORDS, 0).is_ok());
+        }
+        assert!(rings.set_up(5, 0x500_0000, RING_MAX_RECORDS, 0).is_err());
+        assert!(rings.set_up(5, 0x500_0000, RING_MAX_RECORDS - 6, 0).is_ok());
+        assert!(rings.has(5) && !rings.has(6));
+    }
+}

@@ -1,0 +1,159 @@
+//! What to run and how, and where its console goes.
+
+use std::io::{Read, Write};
+use std::time::Duration;
+
+use umbra_machine::cpuid::CpuidLeaf;
+use umbra_machine::loader::Protocol;
+use umbra_provenance::{QuarantineSize, objects};
+use umbra_shadow::abi::redzone;
+
+use super::GuestFile;
+use crate::shadow::{Mode, Notify};
+
+/// Which shadow to keep.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ShadowMode {
+    /// One byte for each page, byte shadow on demand.
+    #[default]
+    PerPage,
+    /// KASAN's own layout, to compare with.
+    Full,
+    /// None: the guest runs unchecked.
+    Off,
+}
+
+impl ShadowMode {
+    /// The mode of the windows; none without a shadow.
+    pub(super) fn mode(self) -> Option<Mode> {
+        match self {
+            Self::PerPage => Some(Mode::PerPage),
+            Self::Full => Some(Mode::Full),
+            Self::Off => None,
+        }
+    }
+
+    /// Its name in figures.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::PerPage => "per-page",
+            Self::Full => "full",
+            Self::Off => "off",
+        }
+    }
+}
+
+/// How much a guest's allocators put behind each object.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Redzone {
+    /// More behind larger objects, as KASAN does.
+    #[default]
+    Adaptive,
+    /// Nothing: objects lie as in a kernel that is not checked.
+    Off,
+    /// So many bytes: a multiple of 8, at most [`redzone::MAX`].
+    Bytes(u32),
+}
+
+impl Redzone {
+    /// The number that the guest gets ([`redzone`]).
+    pub(super) fn number(self) -> u32 {
+        match self {
+            Self::Adaptive => redzone::ADAPTIVE,
+            Self::Off => redzone::OFF,
+            Self::Bytes(bytes) => bytes.next_multiple_of(8).min(redzone::MAX),
+        }
+    }
+}
+
+/// What to run, and how.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The kernel's file.
+    pub kernel: GuestFile,
+    /// How to boot it.
+    pub boot: Protocol,
+    /// A file for the kernel to find in memory.
+    pub initrd: Option<GuestFile>,
+    /// Its command line. A Linux kernel's gets some defaults, see [`with_defaults`](umbra_machine::loader::with_defaults).
+    pub cmdline: String,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// CPUs, 1 to [`MAX_CPUS`](umbra_machine::layout::MAX_CPUS).
+    pub cpus: u8,
+    /// Give the guest interrupt controllers even if it has one CPU; a Linux guest gets them anyway.
+    /// With them `hlt` does not end the run: an interrupt may follow.
+    pub irqchip: bool,
+    /// Give the guest a timer, and the interrupt controllers that it needs. A Linux guest gets it
+    /// anyway.
+    pub pit: bool,
+    /// Which shadow.
+    pub shadow: ShadowMode,
+    /// Who writes it.
+    pub notify: Notify,
+    /// Most byte shadow that may be mapped, in bytes.
+    pub shadow_limit: Option<u64>,
+    /// How much freed memory waits before it is handed out again.
+    pub quarantine: QuarantineSize,
+    /// How much lies behind each object.
+    pub redzone: Redzone,
+    /// Host memory for who allocated and freed what, in bytes.
+    pub provenance: u64,
+    /// How long the guest may run.
+    pub timeout: Option<Duration>,
+    /// After how many different findings to stop; never if none.
+    pub stop_at: Option<usize>,
+    /// Find out whether the host counts guest instructions, and read the count. Costs a probe
+    /// guest.
+    pub count_instructions: bool,
+    /// Watch the run for [`Report::picture`](super::Report::picture). Without it nothing is sampled.
+    pub picture: bool,
+    /// Texts on the console at whose first line [`Stats::marks`](super::stats::Stats::marks) tells what the run had cost.
+    pub marks: Vec<String>,
+    /// CPUID leaves for the guest to find. One with the number of a leaf of Umbra's own replaces
+    /// it, which changes only what the guest reads: it can be shown another version of Umbra, or
+    /// smaller windows.
+    pub cpuid: Vec<CpuidLeaf>,
+}
+
+/// An empty kernel with 256 MiB, one CPU and no limits: to name only what is different.
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            kernel: GuestFile::default(),
+            boot: Protocol::Auto,
+            initrd: None,
+            cmdline: String::new(),
+            memory: 256 << 20,
+            cpus: 1,
+            irqchip: false,
+            pit: false,
+            shadow: ShadowMode::default(),
+            notify: Notify::Ring,
+            shadow_limit: None,
+            quarantine: QuarantineSize::Auto,
+            redzone: Redzone::Adaptive,
+            provenance: objects::DEFAULT_BUDGET,
+            timeout: None,
+            stop_at: None,
+            count_instructions: false,
+            picture: false,
+            marks: Vec::new(),
+            cpuid: Vec::new(),
+        }
+    }
+}
+
+/// The guest's console.
+pub struct Console {
+    /// Gets what the guest writes.
+    pub output: Box<dyn Write + Send>,
+    /// What is typed, if the guest is Linux. Ctrl-A begins a command, see [`input`](super::input).
+    pub input: Option<Box<dyn Read + Send>>,
+}
+
+impl<W: Write + Send + 'static> From<Box<W>> for Console {
+    fn from(output: Box<W>) -> Self {
+        Self { output, input: None }
+    }
+}

@@ -1,0 +1,72 @@
+//! The CPUID leaves by which a guest finds Umbra.
+
+use umbra_machine::cpuid::CpuidLeaf;
+use umbra_shadow::abi::{self, CPUID_FIRST, CPUID_STEP, PORT};
+
+use super::{Redzone, ShadowMode};
+use crate::shadow::{Layout, Notify};
+
+/// The feature bits of a run ([`abi::features`]).
+pub(super) fn features(mode: ShadowMode, notify: Notify) -> u32 {
+    let notify = match notify {
+        Notify::Ring => abi::features::RING,
+        Notify::Sync => abi::features::SYNC,
+    };
+    match mode {
+        ShadowMode::PerPage => abi::features::PER_PAGE | notify,
+        ShadowMode::Full => abi::features::FULL | notify,
+        ShadowMode::Off => 0,
+    }
+}
+
+/// What the guest's runtime is to do.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Settings {
+    /// Bytes of the quarantine; 0 for none.
+    pub quarantine: u64,
+    /// Bytes that a CPU may put into it between two drains.
+    pub quarantine_batch: u64,
+    /// How much its allocators put behind each object.
+    pub redzone: Redzone,
+}
+
+/// The leaves, one block beyond KVM's own; see [`umbra_shadow::abi`].
+pub(super) fn leaves(
+    mode: ShadowMode,
+    notify: Notify,
+    settings: Settings,
+    layout: &Layout,
+) -> Vec<CpuidLeaf> {
+    let base = CPUID_FIRST + CPUID_STEP;
+    let offered = features(mode, notify);
+    let leaf =
+        |function, [eax, ebx, ecx, edx]: [u32; 4]| CpuidLeaf { function, eax, ebx, ecx, edx };
+    let window =
+        |gpa: u64, bytes: u64| [gpa as u32, (gpa >> 32) as u32, bytes as u32, (bytes >> 32) as u32];
+    let page = if mode == ShadowMode::PerPage {
+        window(layout.page.gpa, layout.page.bytes)
+    } else {
+        [0; 4]
+    };
+    let byte =
+        if mode == ShadowMode::Off { [0; 4] } else { window(layout.byte.gpa, layout.byte.bytes) };
+    let keys = if mode == ShadowMode::Off { 0 } else { layout.virtual_bytes() };
+    let settings = match mode {
+        ShadowMode::Off => [0, abi::redzone::OFF, 0, 0],
+        _ => [
+            settings.quarantine_batch as u32,
+            settings.redzone.number(),
+            settings.quarantine as u32,
+            (settings.quarantine >> 32) as u32,
+        ],
+    };
+    let [s0, s1, s2] = abi::CPUID_SIGNATURE;
+    vec![
+        leaf(base, [base + abi::CPUID_LEAF_SETTINGS, s0, s1, s2]),
+        leaf(base + abi::CPUID_LEAF_FEATURES, [abi::VERSION, u32::from(PORT), offered, 0]),
+        leaf(base + abi::CPUID_LEAF_PAGE_WINDOW, page),
+        leaf(base + abi::CPUID_LEAF_BYTE_WINDOW, byte),
+        leaf(base + abi::CPUID_LEAF_VIRTUAL, [keys as u32, (keys >> 32) as u32, 0, 0]),
+        leaf(base + abi::CPUID_LEAF_SETTINGS, settings),
+    ]
+}

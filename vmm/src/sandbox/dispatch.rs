@@ -1,0 +1,398 @@
+//! Handles the exits of a guest.
+//!
+//! [`Dispatcher::dispatch`] is a plain function of an exit. It takes registers, RAM and memory slots
+//! through traits and references, so tests feed it with exits that no guest made.
+
+use umbra_machine::complete::{CompleteError, Completer, Cpu};
+use umbra_machine::devices::{DeviceEvent, Devices};
+use umbra_machine::memory::Ram;
+use umbra_machine::vcpu::{Vcpu, VmExit};
+use umbra_provenance::Provenance;
+use umbra_shadow::abi::PORT;
+use vm_memory::GuestAddress;
+
+use super::guest_info::GuestInfo;
+use super::ring_memory::RingRam;
+use super::session::Session;
+use super::shadow_host::{ShadowHost, fault};
+use super::stats::{EventStats, ExitStats};
+use super::watch::{Sign, Watch};
+use super::{Outcome, Sample};
+use crate::shadow::{FaultOutcome, ShadowError, Slots};
+
+/// A vCPU as the dispatcher needs it.
+pub trait GuestCpu: Cpu {
+    /// Completes the read that the last exit asked for.
+    fn complete_read(&mut self, value: &[u8]);
+}
+
+impl GuestCpu for Vcpu {
+    fn complete_read(&mut self, value: &[u8]) {
+        self.complete_read(value);
+    }
+}
+
+/// The other vCPUs of the machine.
+pub trait OtherVcpus {
+    /// Gets all of them out of the guest, where they stay until this exit has been handled.
+    ///
+    /// # Errors
+    /// The host does not let go of one.
+    fn pause(&mut self) -> Result<(), Outcome>;
+}
+
+/// The vCPU that made an exit, and the machine around it.
+pub struct ExitContext<'a> {
+    /// The vCPU's number.
+    pub id: u8,
+    /// The vCPU, stopped.
+    pub cpu: &'a mut dyn GuestCpu,
+    /// Guest memory.
+    pub ram: &'a Ram,
+    /// The machine's memory slots.
+    pub slots: &'a mut dyn Slots,
+    /// The other vCPUs, which may be running.
+    pub others: &'a mut dyn OtherVcpus,
+}
+
+impl ExitContext<'_> {
+    /// The instruction pointer; 0 if it cannot be read.
+    fn rip(&self) -> u64 {
+        self.cpu.regs().map(|regs| regs.rip).unwrap_or_default()
+    }
+}
+
+/// What to do after an exit.
+#[derive(Debug)]
+pub enum Flow {
+    /// Run the guest on.
+    Continue,
+    /// End the run.
+    End(Outcome),
+}
+
+/// The parts of a run that exits change.
+pub(super) struct Parts {
+    /// The devices.
+    pub devices: Devices,
+    /// The shadow.
+    pub shadow: ShadowHost,
+    /// Who allocated and freed what.
+    pub provenance: Provenance,
+    /// What the guest has said about itself.
+    pub guest: GuestInfo,
+    /// What was found.
+    pub session: Session,
+    /// What is watched beside that.
+    pub watch: Watch,
+}
+
+/// The state of a run, which changes with each exit.
+pub struct Dispatcher {
+    /// Holds on to the machine for its interrupts. Dropped before the shadow's windows, in which
+    /// the machine's memory slots lie.
+    pub(super) devices: Devices,
+    pub(super) shadow: ShadowHost,
+    pub(super) provenance: Provenance,
+    pub(super) guest: GuestInfo,
+    pub(super) session: Session,
+    watch: Watch,
+    completer: Completer,
+    exits: ExitStats,
+    /// Calls and records that were refused.
+    refused: u64,
+}
+
+/// Refused calls and records that are logged; the rest are only counted.
+const LOGGED: u64 = 16;
+
+impl Dispatcher {
+    /// The state before the first exit.
+    pub(super) fn new(parts: Parts) -> Self {
+        let Parts { devices, shadow, provenance, guest, session, watch } = parts;
+        Self {
+            devices,
+            shadow,
+            provenance,
+            guest,
+            session,
+            watch,
+            completer: Completer::default(),
+            exits: ExitStats::default(),
+            refused: 0,
+        }
+    }
+
+    /// Handles an exit.
+    pub fn dispatch(&mut self, exit: VmExit, context: &mut ExitContext) -> Flow {
+        self.exits.total += 1;
+        // Before the exit is handled: a ring drain may reclaim shadow, so the peaks are here.
+        self.sample();
+        self.shadow
+            .reclaim_guest_pages(self.provenance.rings(), context)
+            .and_then(|()| self.handle(exit, context))
+            .unwrap_or_else(Flow::End)
+    }
+
+    fn handle(&mut self, exit: VmExit, context: &mut ExitContext) -> Result<Flow, Outcome> {
+        match exit {
+            VmExit::IoOut { port: PORT, data } if data.as_slice().len() == 4 => {
+                self.exits.hypercall += 1;
+                self.hypercall(data.value() as u32, context)
+            }
+            VmExit::IoOut { port, data } => self.io_out(port, data.as_slice(), context),
+            VmExit::IoIn { port, len } => {
+                self.io_in(port, usize::from(len).min(8), context);
+                Ok(Flow::Continue)
+            }
+            VmExit::MmioRead { gpa, len } => self.mmio_read(gpa, usize::from(len).min(8), context),
+            VmExit::MmioWrite { gpa, data } => self.mmio_write(gpa, data.as_slice(), context),
+            VmExit::MemoryFault { gpa, size, .. } => self.memory_fault(gpa, size, context),
+            VmExit::EmulationFailed { bytes, len } => {
+                let bytes = &bytes[..usize::from(len).min(bytes.len())];
+                self.complete_instruction(bytes, context)
+            }
+            VmExit::Interrupted => Ok(Flow::Continue),
+            VmExit::Hlt => Err(Outcome::Halted),
+            VmExit::Shutdown => Err(Outcome::TripleFault { place: self.location(context) }),
+            VmExit::SystemEvent { .. } => Err(Outcome::Reset),
+            VmExit::FailEntry { reason } => {
+                Err(self.stuck(format!("entry fails with {reason:#x}"), context))
+            }
+            VmExit::InternalError { suberror } => {
+                Err(self.stuck(format!("internal error {suberror}"), context))
+            }
+            VmExit::Unsupported { reason } => {
+                Err(self.stuck(format!("unexpected exit {reason}"), context))
+            }
+        }
+    }
+
+    fn io_out(
+        &mut self,
+        port: u16,
+        data: &[u8],
+        context: &mut ExitContext,
+    ) -> Result<Flow, Outcome> {
+        self.exits.io += 1;
+        let event = self.devices.io_out(port, data);
+        let sign = match self.devices.take_line() {
+            Some(line) => self.console_line(&line, context)?,
+            None => Sign::None,
+        };
+        match (event, sign) {
+            (DeviceEvent::Reset, _) => Err(Outcome::Reset),
+            (DeviceEvent::PowerOff, _) | (_, Sign::Stopped) => Err(Outcome::PowerOff),
+            (_, Sign::PanicEnd) => Err(Outcome::Panic),
+            (DeviceEvent::None, Sign::None) => Ok(Flow::Continue),
+        }
+    }
+
+    /// The guest has ended a line on its console.
+    fn console_line(&mut self, line: &[u8], context: &mut ExitContext) -> Result<Sign, Outcome> {
+        if self.watch.is_mark(line) {
+            // So that the memory at a mark is that of this moment.
+            self.shadow.reclaim_all_guest_pages(self.provenance.rings(), context)?;
+            let events = self.events();
+            self.watch.mark(line, &self.exits, &events, self.shadow.windows_mut());
+        }
+        Ok(self.watch.console_line(line))
+    }
+
+    fn io_in(&mut self, port: u16, len: usize, context: &mut ExitContext) {
+        self.exits.io += 1;
+        let mut data = [0; 8];
+        let data = &mut data[..len];
+        self.devices.io_in(port, data);
+        context.cpu.complete_read(data);
+    }
+
+    fn mmio_read(
+        &mut self,
+        gpa: GuestAddress,
+        len: usize,
+        context: &mut ExitContext,
+    ) -> Result<Flow, Outcome> {
+        let mut data = [0; 8];
+        let data = &mut data[..len];
+        match self.shadow.windows_at(gpa.0) {
+            Some(windows) => match fault(windows, gpa.0, len as u64, false, context)? {
+                Ok(outcome) => {
+                    self.exits.shadow_fault += u64::from(outcome == FaultOutcome::Mapped);
+                    windows.read(gpa.0, data)?;
+                }
+                Err(ShadowError::OutsideWindow { .. }) => data.fill(0xff),
+                Err(error) => return Err(error.into()),
+            },
+            None => {
+                self.exits.mmio += 1;
+                match self.shadow.windows() {
+                    // The shadow of addresses without memory is poison.
+                    Some(windows) if windows.is_reserved(gpa.0) => data.fill(0xff),
+                    _ => self.devices.mmio_read(gpa, data),
+                }
+            }
+        }
+        context.cpu.complete_read(data);
+        Ok(Flow::Continue)
+    }
+
+    fn mmio_write(
+        &mut self,
+        gpa: GuestAddress,
+        data: &[u8],
+        context: &mut ExitContext,
+    ) -> Result<Flow, Outcome> {
+        let Some(windows) = self.shadow.windows_at(gpa.0) else {
+            self.exits.mmio += 1;
+            self.devices.mmio_write(gpa, data);
+            return Ok(Flow::Continue);
+        };
+        match fault(windows, gpa.0, data.len() as u64, true, context)? {
+            Ok(FaultOutcome::Tampering) if windows.stack_store(gpa.0, data, context.slots)? => {}
+            Ok(FaultOutcome::Tampering) => {
+                return self.tampering(gpa.0, data.len() as u64, context);
+            }
+            Ok(outcome) => {
+                self.exits.shadow_fault += u64::from(outcome == FaultOutcome::Mapped);
+                windows.apply_write(gpa.0, data)?;
+            }
+            // Half in a window, half beyond: nothing is there.
+            Err(ShadowError::OutsideWindow { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(Flow::Continue)
+    }
+
+    /// Maps the shadow that a memory fault needs. The guest then repeats the access.
+    fn memory_fault(
+        &mut self,
+        gpa: GuestAddress,
+        size: u64,
+        context: &mut ExitContext,
+    ) -> Result<Flow, Outcome> {
+        let Some(windows) = self.shadow.windows_at(gpa.0) else {
+            return Err(
+                self.stuck(format!("no memory behind guest-physical {:#x}", gpa.0), context)
+            );
+        };
+        // At most the page that the host names; a chunk is larger.
+        match fault(windows, gpa.0, size.clamp(1, 4096), false, context)?? {
+            FaultOutcome::Mapped => {
+                self.exits.shadow_fault += 1;
+                Ok(Flow::Continue)
+            }
+            _ => {
+                Err(self.stuck(format!("shadow at {:#x} is mapped and yet faults", gpa.0), context))
+            }
+        }
+    }
+
+    /// Completes an instruction that KVM does not emulate.
+    fn complete_instruction(
+        &mut self,
+        bytes: &[u8],
+        context: &mut ExitContext,
+    ) -> Result<Flow, Outcome> {
+        match self.completer.complete(context.cpu, context.ram, bytes) {
+            Ok(_) => Ok(Flow::Continue),
+            Err(CompleteError::Vcpu(error)) => Err(error.into()),
+            Err(error) => Err(Outcome::Instruction { error, place: self.location(context) }),
+        }
+    }
+
+    /// Makes a finding of a guest's own store to a read-only window, which had no effect.
+    fn tampering(
+        &mut self,
+        gpa: u64,
+        size: u64,
+        context: &mut ExitContext,
+    ) -> Result<Flow, Outcome> {
+        context.others.pause()?;
+        self.drain_all(context.ram);
+        let finding = self.investigation(context).tampering(gpa, size, context.cpu.regs()?.rip);
+        self.report(finding)
+    }
+
+    /// Drains all rings. Every vCPU stands still.
+    pub(super) fn drain_all(&mut self, ram: &Ram) {
+        self.drain(None, ram);
+    }
+
+    /// Drains all rings; see [`Provenance::drain`].
+    pub(super) fn drain(&mut self, asked: Option<u16>, ram: &Ram) {
+        let regions = self.guest.regions();
+        let refused =
+            self.provenance.drain(asked, &RingRam(ram), &|va, len| regions.to_gpa(va, len));
+        if refused > 0 {
+            self.refuse(refused, &format_args!("{refused} records in rings make no sense"));
+        }
+    }
+
+    /// Counts refused calls or records, and logs the first few.
+    pub(super) fn refuse(&mut self, count: u64, why: &dyn std::fmt::Display) {
+        let before = self.refused;
+        self.refused = before.saturating_add(count);
+        if before < LOGGED {
+            log::warn!("refused: {why}");
+            if self.refused >= LOGGED {
+                log::warn!("more of these are only counted");
+            }
+        }
+    }
+
+    /// Samples the shadow, if samples were asked for and it is time for one.
+    pub(super) fn sample(&mut self) {
+        self.watch.sample(self.shadow.windows_mut());
+    }
+
+    /// Passes a typed byte to the console. False if there is no room for it at the moment.
+    pub(super) fn input(&mut self, byte: u8) -> bool {
+        self.devices.input(byte)
+    }
+
+    /// Sends a break to the console. False if there is no room for it at the moment.
+    pub(super) fn input_break(&mut self) -> bool {
+        self.devices.input_break()
+    }
+
+    /// Writes out what the console still holds.
+    pub(super) fn flush(&mut self) {
+        self.devices.flush();
+    }
+
+    /// Exits so far.
+    pub(super) fn exits(&self) -> ExitStats {
+        ExitStats { completed: self.completer.counts().clone(), ..self.exits.clone() }
+    }
+
+    /// Events so far.
+    pub(super) fn events(&self) -> EventStats {
+        let counts = self.provenance.counts();
+        EventStats {
+            allocations: counts.allocations,
+            frees: counts.frees,
+            ring_drains: counts.ring_drains,
+            refused: self.refused,
+        }
+    }
+
+    /// What is watched beside exits.
+    pub(super) fn watch(&self) -> &Watch {
+        &self.watch
+    }
+
+    /// Takes the last sample and returns all of them, if they were asked for.
+    pub(super) fn finish_samples(&mut self) -> Option<Vec<Sample>> {
+        self.watch.finish_samples(self.shadow.windows_mut())
+    }
+
+    /// Where the guest is, for a message.
+    fn location(&self, context: &ExitContext) -> String {
+        self.guest.location(context.rip())
+    }
+
+    fn stuck(&self, what: String, context: &ExitContext) -> Outcome {
+        Outcome::Stuck { what, place: self.location(context) }
+    }
+}

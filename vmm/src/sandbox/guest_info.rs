@@ -1,0 +1,104 @@
+//! What a guest has said about itself: its memory regions and global variables; and its symbols.
+
+use umbra_machine::complete::Cpu;
+use umbra_machine::memory::Ram;
+use umbra_machine::walk::AddressSpace;
+use umbra_report::symbols::Symbols;
+use vm_memory::GuestAddress;
+
+use super::globals::Globals;
+use super::{CodeLocation, Outcome};
+use crate::hypercall::{CallError, Region, Regions};
+
+/// What is known about the guest.
+pub(super) struct GuestInfo {
+    regions: Regions,
+    globals: Globals,
+    symbols: Symbols,
+}
+
+impl GuestInfo {
+    /// A guest that has said nothing yet.
+    pub(super) fn new(symbols: Symbols) -> Self {
+        Self { regions: Regions::default(), globals: Globals::default(), symbols }
+    }
+
+    /// Its regions.
+    pub(super) fn regions(&self) -> &Regions {
+        &self.regions
+    }
+
+    /// Its global variables.
+    pub(super) fn globals(&self) -> &Globals {
+        &self.globals
+    }
+
+    /// Its symbols.
+    pub(super) fn symbols(&self) -> &Symbols {
+        &self.symbols
+    }
+
+    /// The location of the instruction at `rip`, for a message.
+    pub(super) fn location(&self, rip: u64) -> String {
+        CodeLocation::new(rip, &self.symbols).to_string()
+    }
+
+    /// Adds a region of memory that the guest maps one to one.
+    pub(super) fn add_region(&mut self, region: Region, ram_end: u64) -> Result<(), CallError> {
+        self.regions.add(region, ram_end)
+    }
+
+    /// Adds virtual memory; see [`Regions::add_virtual`].
+    pub(super) fn add_virtual(
+        &mut self,
+        va: u64,
+        len: u64,
+        key: impl FnOnce() -> Result<u64, CallError>,
+    ) -> Result<u64, CallError> {
+        self.regions.add_virtual(va, len, key)
+    }
+
+    /// Adds `count` descriptions of global variables at `va`.
+    pub(super) fn add_globals(&mut self, va: u64, count: u64) -> Result<(), CallError> {
+        self.globals.add(va, count)
+    }
+
+    /// The key of `len` bytes at `va`: their guest-physical address, or what stands for it.
+    pub(super) fn key(&self, va: u64, len: u64) -> Result<u64, CallError> {
+        let key = self.regions.to_gpa(va, len.max(1));
+        key.ok_or(CallError::Argument { what: "address", value: va })
+    }
+
+    /// The guest-physical address of `len` bytes of RAM at `va`. An error calls them `what`.
+    pub(super) fn in_ram(
+        &self,
+        ram: &Ram,
+        va: u64,
+        len: u64,
+        what: &'static str,
+    ) -> Result<u64, CallError> {
+        self.regions
+            .to_gpa(va, len)
+            .filter(|gpa| ram.contains(GuestAddress(*gpa), len))
+            .ok_or(CallError::Argument { what, value: va })
+    }
+
+    /// Reads `to` from `va` in RAM or in mapped virtual memory, such as a stack there. False if it
+    /// is neither.
+    pub(super) fn read(
+        &self,
+        ram: &Ram,
+        cpu: &dyn Cpu,
+        va: u64,
+        to: &mut [u8],
+    ) -> Result<bool, Outcome> {
+        let len = to.len() as u64;
+        if let Ok(gpa) = self.in_ram(ram, va, len, "address") {
+            return Ok(ram.read(GuestAddress(gpa), to).is_ok());
+        }
+        if self.regions.to_gpa(va, len).is_none() {
+            return Ok(false);
+        }
+        Ok(AddressSpace::new(&cpu.sregs()?).read(ram, va, to).is_ok())
+    }
+}

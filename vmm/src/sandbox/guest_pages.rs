@@ -1,0 +1,113 @@
+//! Reclaims host memory behind guest pages whose contents are dead: free pages, freed objects in
+//! the quarantine, and the empty part of rings.
+//!
+//! The shadow says which pages these are. The guest says once, in its first call ([`hello`]), that
+//! their contents may be discarded. For free pages this does what the free page reporting of a
+//! balloon does, without a driver.
+//!
+//! **Why nothing live is lost.** It runs while every vCPU stands still. An allocator unpoisons a
+//! page before the first store that matters, and poisons it after the last one. So the contents of
+//! a page that is poisoned as free are dead, wherever its vCPU was stopped. A discarded page reads
+//! as zero. The same holds for an object that is poisoned as one in the quarantine.
+
+use std::time::{Duration, Instant};
+
+use umbra_machine::memory::Ram;
+use umbra_provenance::rings::Rings;
+use umbra_shadow::Shadow as _;
+use umbra_shadow::abi::hello;
+
+use super::ring_memory::RingRam;
+use crate::shadow::Windows;
+
+/// Pause between two scans.
+const PAUSE: Duration = Duration::from_secs(1);
+/// Guest memory per scan.
+const PART: u64 = 4 << 30;
+/// Most runs of dead pages per scan, whatever the guest has written to its page shadow.
+const RUNS: usize = 1024;
+
+/// Decides when to scan, and discards what a scan finds.
+#[derive(Debug)]
+pub(super) struct GuestPageReclaim {
+    /// The [`hello`] bits of the guest; `None` before its first call. A second first call is
+    /// another kernel's, which may live in pages that are free to the first: nothing is discarded
+    /// from then on.
+    allowed: Option<u64>,
+    /// Where the next scan begins.
+    next: u64,
+    last_scan: Instant,
+    reclaimed_bytes: u64,
+}
+
+impl Default for GuestPageReclaim {
+    fn default() -> Self {
+        Self { allowed: None, next: 0, last_scan: Instant::now(), reclaimed_bytes: 0 }
+    }
+}
+
+impl GuestPageReclaim {
+    /// The guest's first call, or another one, allows what `flags` say.
+    pub(super) fn allow(&mut self, flags: u64) {
+        self.allowed = Some(if self.allowed.is_none() { flags } else { 0 });
+    }
+
+    /// Whether free pages may be discarded.
+    pub(super) fn is_allowed(&self) -> bool {
+        self.allows(hello::FREE_PAGES_UNUSED)
+    }
+
+    fn allows(&self, what: u64) -> bool {
+        self.allowed.is_some_and(|allowed| allowed & what != 0)
+    }
+
+    /// Whether it is time for a scan.
+    pub(super) fn wants_scan(&self) -> bool {
+        self.is_allowed() && self.last_scan.elapsed() >= PAUSE
+    }
+
+    /// The pause is over.
+    #[cfg(test)]
+    pub(super) fn skip_pause(&mut self) {
+        self.last_scan -= PAUSE;
+    }
+
+    /// Scans all guest memory. Every vCPU stands still.
+    pub(super) fn scan_all(&mut self, windows: &Windows, rings: &Rings, ram: &Ram) {
+        self.next = 0;
+        self.scan(windows, rings, ram);
+        while self.next < ram.end() && self.is_allowed() {
+            self.scan(windows, rings, ram);
+        }
+    }
+
+    /// Scans a part of guest memory and discards its dead pages. Every vCPU stands still. If the
+    /// host refuses, there are no more scans.
+    pub(super) fn scan(&mut self, windows: &Windows, rings: &Rings, ram: &Ram) {
+        let start = if self.next < ram.end() { self.next } else { 0 };
+        let end = ram.end().min(start + PART);
+        self.next = end;
+        let objects = self.allows(hello::QUARANTINE_UNUSED);
+        let mut runs = windows.model().memory().unused_pages(start..end, objects);
+        let some = runs.by_ref().take(RUNS);
+        for run in rings.unused_pages(&RingRam(ram)).chain(some) {
+            match ram.discard(&run) {
+                Ok(bytes) => self.reclaimed_bytes += bytes,
+                Err(error) => {
+                    log::warn!("free memory of the guest is no longer reclaimed: {error}");
+                    self.allowed = Some(0);
+                    break;
+                }
+            }
+        }
+        if let Some(run) = runs.next() {
+            self.next = run.start;
+        }
+        self.last_scan = Instant::now();
+    }
+
+    /// Bytes that were reclaimed.
+    pub(super) fn reclaimed_bytes(&self) -> u64 {
+        self.reclaimed_bytes
+    }
+}

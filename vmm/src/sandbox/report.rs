@@ -1,0 +1,79 @@
+//! What a run came to.
+
+use thiserror::Error;
+use umbra_machine::MachineError;
+use umbra_machine::loader::LoadError;
+use umbra_provenance::Objects;
+use umbra_report::{Findings, Picture, RunSummary, ShadowSummary};
+
+use super::stats::Stats;
+use super::{Config, Outcome};
+use crate::shadow::ShadowError;
+
+/// Why a run did not begin.
+#[derive(Debug, Error)]
+#[allow(missing_docs)]
+pub enum RunError {
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Shadow(#[from] ShadowError),
+    #[error("cannot start a thread for a vCPU: {0}")]
+    Thread(std::io::Error),
+    #[error("a vCPU's thread panicked: this is a bug in Umbra")]
+    Panicked,
+    #[error("{0}, but the run cannot be ended in good order: is its output being read?")]
+    Abandoned(Outcome),
+}
+
+/// What a run came to.
+pub struct Report {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// What was found.
+    pub findings: Findings,
+    /// What it cost.
+    pub stats: Stats,
+    /// What it looked like, if that was asked for.
+    pub picture: Option<Picture>,
+    /// What the guest had allocated at the end, what it had freed, and from where.
+    pub objects: Objects,
+}
+
+impl Report {
+    /// The exit status that belongs to it.
+    pub fn status(&self) -> u8 {
+        self.outcome.status(!self.findings.is_empty())
+    }
+
+    /// The run of `config` that this is the report of, for a page about it.
+    pub fn summary<'a>(&'a self, config: &'a Config) -> RunSummary<'a> {
+        let stats = &self.stats;
+        let shadow = (stats.shadow.mode != "off").then(|| ShadowSummary {
+            mode: stats.shadow.mode,
+            notify: stats.shadow.notify,
+            limit_bytes: config.shadow_limit,
+            peak_bytes: stats.shadow.page_bytes + stats.shadow.byte_peak_resident_bytes,
+        });
+        RunSummary {
+            kernel_bytes: config.kernel.bytes(),
+            cmdline: &config.cmdline,
+            memory_bytes: config.memory,
+            shadow,
+            timeout: config.timeout,
+            stop_at: config.stop_at,
+            outcome: self.outcome.to_string(),
+            status: self.status(),
+            findings: &self.findings,
+            allocations: stats.events.allocations,
+            frees: stats.events.frees,
+            exits: stats.exits.total,
+            seconds: stats.host.seconds,
+            // Plain numbers and names: there is nothing in it that could fail.
+            figures: serde_json::to_value(stats).unwrap_or_default(),
+            picture: self.picture.as_ref(),
+        }
+    }
+}

@@ -1,0 +1,432 @@
+//! Runs a kernel: set up, watch, tear down.
+//!
+//! Each vCPU runs in a thread of its own. The calling thread waits for them, watches the time limit
+//! and the request to stop, and gets the vCPUs out of the guest for either. If the host does not
+//! let go of one, the run still ends, with all that was found.
+
+use std::io::Read;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Mutex, MutexGuard};
+use umbra_machine::devices::{COM1_IRQ, Devices};
+use umbra_machine::loader::{Boot, Emulated, is_bzimage, is_linux, with_defaults};
+use umbra_machine::memory::Ram;
+use umbra_machine::stats::{Counters, emulates_ring0, tsc_khz};
+use umbra_machine::vcpu::Vcpu;
+use umbra_machine::{Kvm, Machine, MachineConfig, MachineError, SlotId, layout};
+use umbra_provenance::{ObjectLimits, Objects, Provenance, Quarantine, quarantine};
+use umbra_report::symbols::Symbols;
+use vm_memory::GuestAddress;
+
+use super::console::ConsoleWatch;
+use super::discovery::{self, Settings};
+use super::dispatch::{Dispatcher, Parts};
+use super::guest_info::GuestInfo;
+use super::marks::Marks;
+use super::picture::{self, Tail, Timeline};
+use super::session::Session;
+use super::shadow_host::ShadowHost;
+use super::vcpus::{self, Vcpus};
+use super::watch::Watch;
+use super::{
+    Config, Console, GuestFile, Observer, Outcome, Picture, Report, RunError, input, stats,
+};
+use crate::shadow::{Layout, ShadowError, SlotError, Slots, Windows, WindowsConfig, page_map};
+
+/// Poll interval for the stop flag.
+const TICK: Duration = Duration::from_millis(20);
+/// Interval between two checks whether all vCPUs have halted for good.
+const HALT_CHECK: Duration = Duration::from_millis(500);
+/// Time limit for getting at the state when the run ends.
+const LOCK_LIMIT: Duration = Duration::from_secs(2);
+
+/// The machine's memory slots, for the shadow.
+pub(super) struct MachineSlots<'a>(pub &'a Machine);
+
+impl Slots for MachineSlots<'_> {
+    fn map(&mut self, gpa: u64, host: *mut u8, len: u64, readonly: bool) -> Result<u32, SlotError> {
+        // SAFETY: `Shared` drops the machine before the windows, and the vCPUs' threads hold both;
+        // shadow is memory that is meant for the guest to write. Should the windows fail half made,
+        // they go first, but no vCPU runs then or later.
+        let slot = unsafe { self.0.map(GuestAddress(gpa), host, len, readonly) };
+        slot.map(SlotId::into_raw).map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
+    }
+
+    fn unmap(&mut self, slot: u32) -> Result<(), SlotError> {
+        self.0
+            .unmap(SlotId::from_raw(slot))
+            .map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
+    }
+}
+
+/// What all threads of a run share. Fields are dropped in this order: the machine, whose memory
+/// slots lie in the windows, before them.
+pub(super) struct Shared {
+    pub(super) machine: Machine,
+    pub(super) vcpus: Vcpus,
+    counters: Option<Arc<Counters>>,
+    /// All threads are to end.
+    pub(super) stop: AtomicBool,
+    /// The user typed the key that ends the run.
+    pub(super) quit: AtomicBool,
+    /// The state. The lock is fair: a vCPU that makes one exit after the other does not keep the
+    /// others waiting. A panic does not poison it. The panic shows when its thread is joined, and
+    /// the findings are still good.
+    dispatcher: Mutex<Dispatcher>,
+}
+
+impl Shared {
+    /// The state.
+    pub(super) fn dispatcher(&self) -> MutexGuard<'_, Dispatcher> {
+        self.dispatcher.lock()
+    }
+
+    /// The state, if no other thread has it.
+    pub(super) fn try_dispatcher(&self) -> Option<MutexGuard<'_, Dispatcher>> {
+        self.dispatcher.try_lock()
+    }
+
+    /// The state, unless a vCPU's thread does not let go of it: it may be writing to a pipe that
+    /// nobody reads.
+    fn dispatcher_in_time(&self) -> Option<MutexGuard<'_, Dispatcher>> {
+        self.dispatcher.try_lock_for(LOCK_LIMIT)
+    }
+}
+
+/// Runs a kernel to its end. `console` is its serial port, `observer` gets its findings; `stop`
+/// ends it from outside.
+///
+/// # Errors
+/// The run could not begin: no KVM, a bad kernel, no memory. Once it has begun, everything is an
+/// [`Outcome`].
+pub fn run(
+    config: &Config,
+    console: impl Into<Console>,
+    observer: Box<dyn Observer>,
+    stop: &AtomicBool,
+) -> Result<Report, RunError> {
+    let begin = Instant::now();
+    let running = set_up(config, console.into(), observer)?.start(begin)?;
+    let outcome = running.watch(config, stop);
+    running.tear_down(config, outcome)
+}
+
+/// A loaded machine.
+struct Hardware {
+    machine: Machine,
+    vcpus: Vec<Vcpu>,
+    /// The kernel is Linux.
+    linux: bool,
+    /// The host emulates ring 0, and so counts the guest's instructions.
+    emulated: bool,
+}
+
+/// A run that can start.
+struct Prepared {
+    shared: Arc<Shared>,
+    vcpus: Vec<Vcpu>,
+    input: Option<Box<dyn Read + Send>>,
+    /// The end of the console, if a picture was asked for.
+    tail: Tail,
+    has_irqchip: bool,
+    emulated: bool,
+}
+
+fn set_up(
+    config: &Config,
+    console: Console,
+    mut observer: Box<dyn Observer>,
+) -> Result<Prepared, RunError> {
+    let Hardware { machine, vcpus, linux, emulated } = hardware(config)?;
+    // Last of what can fail: if it does, no vCPU has run on the slots that it made.
+    let windows = windows(config, &machine)?;
+    let counters = config.count_instructions.then(|| Counters::open(&vcpus)).and_then(|counters| {
+        counters.inspect_err(|e| log::info!("guest instructions are not counted: {e}")).ok()
+    });
+    let counters = counters.map(Arc::new);
+    observer.starts(counters.clone());
+    let (output, tail) = Tail::tee(console.output, config.picture);
+    let com1 = machine.irq_line(COM1_IRQ);
+    let has_irqchip = com1.is_some();
+    let quarantine = match &windows {
+        Some(_) => Quarantine::new(config.quarantine.bytes(config.memory), config.cpus),
+        None => Quarantine::new(0, 1),
+    };
+    let kernel = config.kernel.clone();
+    let symbols = Symbols::lazy(move || kernel.contents().map_err(std::io::Error::other));
+    let dispatcher = Dispatcher::new(Parts {
+        devices: Devices::new(output, com1),
+        shadow: ShadowHost::new(windows),
+        provenance: Provenance::new(
+            Objects::new(ObjectLimits::of_budget(config.provenance)),
+            quarantine,
+        ),
+        guest: GuestInfo::new(symbols),
+        session: Session::new(observer, config.stop_at),
+        watch: Watch::new(
+            ConsoleWatch::new(linux),
+            Marks::new(config.marks.clone(), counters.clone().filter(|_| emulated)),
+            config.picture.then(Timeline::default),
+        ),
+    });
+    let shared = Arc::new(Shared {
+        machine,
+        vcpus: Vcpus::new(&vcpus),
+        counters,
+        stop: AtomicBool::new(false),
+        quit: AtomicBool::new(false),
+        dispatcher: Mutex::new(dispatcher),
+    });
+    let input = console.input.filter(|_| linux);
+    Ok(Prepared { shared, vcpus, input, tail, has_irqchip, emulated })
+}
+
+/// Makes the machine and loads the kernel.
+fn hardware(config: &Config) -> Result<Hardware, RunError> {
+    let kvm = Kvm::open()?;
+    // Before anything is computed from it.
+    Ram::check(config.memory).map_err(MachineError::from)?;
+    let kernel = config.kernel.read()?;
+    let linux = is_linux(&kernel);
+    let mut machine = Machine::new(
+        &kvm,
+        MachineConfig {
+            memory_bytes: config.memory,
+            cpus: config.cpus,
+            extra_cpuid: cpuid(config)?,
+            irqchip: config.irqchip || linux,
+            pit: config.pit || linux,
+        },
+    )?;
+    let emulated = (linux || config.count_instructions) && is_emulated(&kvm);
+    let cmdline = if linux {
+        let host = emulated.then(|| Emulated {
+            // 0 where it is not known.
+            tsc_khz: tsc_khz(&kvm).unwrap_or(0),
+            bzimage: is_bzimage(&kernel),
+        });
+        with_defaults(&config.cmdline, host)
+    } else {
+        config.cmdline.clone()
+    };
+    let initrd = config.initrd.as_ref().map(GuestFile::read).transpose()?;
+    machine.load(&Boot {
+        image: &kernel,
+        cmdline: &cmdline,
+        initrd: initrd.as_deref(),
+        protocol: config.boot,
+        unpack: emulated,
+    })?;
+    // They are in guest memory now.
+    drop((kernel, initrd));
+    let vcpus =
+        (0..config.cpus).map(|id| machine.create_vcpu(id)).collect::<Result<Vec<_>, _>>()?;
+    Ok(Hardware { machine, vcpus, linux, emulated })
+}
+
+/// The CPUID leaves by which the guest finds Umbra.
+fn cpuid(config: &Config) -> Result<Vec<umbra_machine::cpuid::CpuidLeaf>, RunError> {
+    let layout = Layout::new(layout::ram_end(config.memory)).map_err(ShadowError::from)?;
+    let quarantine = config.quarantine.bytes(config.memory);
+    let settings = Settings {
+        quarantine,
+        quarantine_batch: quarantine::batch(quarantine, config.cpus),
+        redzone: config.redzone,
+    };
+    let mut leaves = discovery::leaves(config.shadow, config.notify, settings, &layout);
+    for leaf in &config.cpuid {
+        leaves.retain(|own| own.function != leaf.function);
+        leaves.push(*leaf);
+    }
+    Ok(leaves)
+}
+
+/// Whether the host emulates ring 0, and so counts the guest's instructions.
+fn is_emulated(kvm: &Kvm) -> bool {
+    emulates_ring0(kvm).unwrap_or_else(|error| {
+        log::info!("it is not known whether the host emulates ring 0: {error}");
+        false
+    })
+}
+
+/// The guest-physical ranges that are RAM.
+fn ram_ranges(config: &Config) -> Vec<Range<u64>> {
+    let ranges = layout::ram_ranges(config.memory).into_iter();
+    ranges.map(|(gpa, len)| gpa.0..gpa.0 + len).collect()
+}
+
+fn windows(config: &Config, machine: &Machine) -> Result<Option<Windows>, ShadowError> {
+    let windows = config.shadow.mode().map(|mode| {
+        let windows = WindowsConfig {
+            ram: ram_ranges(config),
+            mode,
+            notify: config.notify,
+            limit: config.shadow_limit,
+        };
+        Windows::new(&windows, &mut MachineSlots(machine))
+    });
+    windows.transpose()
+}
+
+/// A run whose vCPUs run.
+struct Running {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    /// How the run ended, from the thread that ended it; then `None` from each thread.
+    outcomes: Receiver<Option<Outcome>>,
+    tail: Tail,
+    has_irqchip: bool,
+    emulated: bool,
+    /// When the set-up began.
+    begin: Instant,
+    /// When the vCPUs were started.
+    started: Instant,
+}
+
+impl Prepared {
+    /// Starts the vCPUs.
+    fn start(self, begin: Instant) -> Result<Running, RunError> {
+        let Self { shared, vcpus, input, tail, has_irqchip, emulated } = self;
+        let (sender, outcomes) = mpsc::sync_channel(2 * vcpus.len());
+        let started = Instant::now();
+        let mut threads = Vec::with_capacity(vcpus.len());
+        let start = || {
+            for vcpu in vcpus {
+                threads.push(vcpus::spawn(vcpu, shared.clone(), sender.clone())?);
+            }
+            input.map_or(Ok(()), |input| input::spawn(input, Arc::downgrade(&shared)))
+        };
+        if let Err(error) = start() {
+            shared.stop.store(true, SeqCst);
+            shared.vcpus.end(&threads);
+            return Err(RunError::Thread(error));
+        }
+        Ok(Running { shared, threads, outcomes, tail, has_irqchip, emulated, begin, started })
+    }
+}
+
+impl Running {
+    /// Waits until a vCPU ends the run, or the time limit, the user or an idle machine does. None
+    /// if a thread panicked.
+    fn watch(&self, config: &Config, stop: &AtomicBool) -> Option<Outcome> {
+        // A limit that overflows the clock is none.
+        let deadline =
+            config.timeout.and_then(|limit| Some((Instant::now().checked_add(limit)?, limit)));
+        let mut halts = HaltCheck { last: Instant::now(), halted: false };
+        loop {
+            let tick = deadline
+                .map_or(TICK, |(at, _)| TICK.min(at.saturating_duration_since(Instant::now())));
+            match self.outcomes.recv_timeout(tick) {
+                Ok(outcome) => return outcome,
+                Err(RecvTimeoutError::Disconnected) => return None,
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            // For a guest that makes no exits. While it handles one, its thread takes the sample.
+            if config.picture
+                && let Some(mut dispatcher) = self.shared.try_dispatcher()
+            {
+                dispatcher.sample();
+            }
+            if self.has_irqchip
+                && let Some(outcome) = halts.check(&self.shared)
+            {
+                return Some(outcome);
+            }
+            if stop.load(SeqCst) || self.shared.quit.load(SeqCst) {
+                return Some(Outcome::Interrupted);
+            }
+            if let Some((at, limit)) = deadline
+                && at <= Instant::now()
+            {
+                return Some(Outcome::TimeLimit(limit));
+            }
+        }
+    }
+
+    /// Ends all threads and collects what the run came to.
+    fn tear_down(mut self, config: &Config, outcome: Option<Outcome>) -> Result<Report, RunError> {
+        let (outcome, left_behind) = self.end_threads(outcome)?;
+        let shared = &self.shared;
+        let Some(mut dispatcher) = shared.dispatcher_in_time() else {
+            return Err(RunError::Abandoned(outcome));
+        };
+        if left_behind {
+            log::warn!("the host does not let go of a vCPU; its thread is left behind");
+        }
+        dispatcher.drain_all(shared.machine.ram());
+        dispatcher.flush();
+        let outcome = dispatcher.watch().correct(outcome);
+        let picture = picture(config, &mut dispatcher, std::mem::take(&mut self.tail));
+        let counted = shared.counters.as_ref().and_then(|c| c.instructions_emulated());
+        let host = stats::HostStats {
+            start_seconds: self.started.saturating_duration_since(self.begin).as_secs_f64(),
+            seconds: self.started.elapsed().as_secs_f64(),
+            outside_seconds: shared.vcpus.outside().as_secs_f64(),
+            ..stats::HostStats::default()
+        };
+        let stats = stats::collect(
+            config,
+            &outcome,
+            &mut dispatcher,
+            shared.machine.ram(),
+            counted.filter(|_| self.emulated),
+            host,
+        );
+        let findings = dispatcher.session.take_findings();
+        let objects = dispatcher.provenance.take_objects();
+        Ok(Report { outcome, findings, stats, picture, objects })
+    }
+
+    /// Gets all vCPUs out of the guest and joins their threads. Returns how the run ended, and
+    /// whether a thread had to be left behind.
+    fn end_threads(&mut self, outcome: Option<Outcome>) -> Result<(Outcome, bool), RunError> {
+        self.shared.stop.store(true, SeqCst);
+        let left_behind = !self.shared.vcpus.end(&self.threads);
+        // The guest may have ended the run by itself just now.
+        let itself = self.outcomes.try_iter().find(Option::is_some).flatten();
+        for thread in self.threads.drain(..) {
+            if thread.is_finished() && thread.join().is_err() {
+                return Err(RunError::Panicked);
+            }
+        }
+        Ok((itself.or(outcome).ok_or(RunError::Panicked)?, left_behind))
+    }
+}
+
+/// Finds out whether all vCPUs have halted for good.
+struct HaltCheck {
+    last: Instant,
+    /// They had at the last check.
+    halted: bool,
+}
+
+impl HaltCheck {
+    /// The outcome, if at two checks in a row all vCPUs had halted: one may just have been woken by
+    /// another at the first.
+    fn check(&mut self, shared: &Shared) -> Option<Outcome> {
+        if self.last.elapsed() < HALT_CHECK {
+            return None;
+        }
+        let rip = shared.vcpus.halted_for_good();
+        if let (true, Some(rip)) = (std::mem::replace(&mut self.halted, rip.is_some()), rip) {
+            let place = shared.dispatcher().guest.location(rip);
+            return Some(Outcome::HaltedForGood { place });
+        }
+        shared.vcpus.check_halted();
+        self.last = Instant::now();
+        None
+    }
+}
+
+/// What the run looked like, if that was asked for.
+fn picture(config: &Config, dispatcher: &mut Dispatcher, tail: Tail) -> Option<Picture> {
+    let samples = dispatcher.finish_samples()?;
+    let windows = dispatcher.shadow.windows();
+    let pages = windows.map(|windows| page_map(windows, &ram_ranges(config), picture::CELLS));
+    Some(Picture { samples, pages, console: tail.take() })
+}

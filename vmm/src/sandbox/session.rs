@@ -1,0 +1,41 @@
+//! What a run has found so far, who hears of it, and when that is enough.
+
+use umbra_report::{Added, Finding, Findings};
+
+use super::{Observer, Outcome};
+
+/// The findings of a run.
+pub(super) struct Session {
+    findings: Findings,
+    observer: Box<dyn Observer>,
+    stop_at: Option<usize>,
+}
+
+impl Session {
+    /// No findings yet. `observer` hears of each new one; the run ends after `stop_at` of them.
+    pub(super) fn new(observer: Box<dyn Observer>, stop_at: Option<usize>) -> Self {
+        Self { findings: Findings::default(), observer, stop_at }
+    }
+
+    /// The findings so far.
+    pub(super) fn findings(&self) -> &Findings {
+        &self.findings
+    }
+
+    /// All findings, with nothing left here.
+    pub(super) fn take_findings(&mut self) -> Findings {
+        std::mem::take(&mut self.findings)
+    }
+
+    /// Adds a finding. If it is new, calls `flush` and then the observer. Returns how the run ends,
+    /// if that was enough.
+    pub(super) fn add(&mut self, finding: Finding, flush: impl FnOnce()) -> Option<Outcome> {
+        let Added::New(at) = self.findings.add(finding) else { return None };
+        flush();
+        if let Some((finding, _)) = self.findings.get(at) {
+            self.observer.finding(finding);
+        }
+        let distinct = self.findings.distinct();
+        self.stop_at.is_some_and(|most| distinct >= most).then_some(Outcome::FindingLimit(distinct))
+    }
+}

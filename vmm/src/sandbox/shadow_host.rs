@@ -1,0 +1,161 @@
+//! The shadow of a run, if it has one, and the host memory that is reclaimed with its help.
+
+use umbra_machine::memory::Ram;
+use umbra_provenance::rings::Rings;
+use umbra_shadow::Shadow as _;
+use umbra_shadow::codes::{GRANULE, PAGE_SIZE, VMALLOC_INVALID};
+
+use super::discovery::features;
+use super::dispatch::ExitContext;
+use super::guest_pages::GuestPageReclaim;
+use super::{Outcome, ShadowMode};
+use crate::shadow::{FaultOutcome, Mode, Model, Notify, ShadowError, Windows, reclaim_unused};
+
+/// The shadow as the dispatcher uses it. With `ShadowMode::Off` there are no windows: then nothing
+/// is accessible through it, and there is nothing to reclaim.
+pub(super) struct ShadowHost {
+    windows: Option<Windows>,
+    guest_pages: GuestPageReclaim,
+}
+
+impl ShadowHost {
+    /// The shadow behind `windows`.
+    pub(super) fn new(windows: Option<Windows>) -> Self {
+        Self { windows, guest_pages: GuestPageReclaim::default() }
+    }
+
+    /// The windows.
+    pub(super) fn windows(&self) -> Option<&Windows> {
+        self.windows.as_ref()
+    }
+
+    /// The windows, to change the shadow.
+    pub(super) fn windows_mut(&mut self) -> Option<&mut Windows> {
+        self.windows.as_mut()
+    }
+
+    /// The shadow itself.
+    pub(super) fn model(&self) -> Option<&Model> {
+        self.windows.as_ref().map(Windows::model)
+    }
+
+    /// Who writes the shadow.
+    pub(super) fn notify(&self) -> Option<Notify> {
+        self.windows.as_ref().map(Windows::notify)
+    }
+
+    /// The feature bits of this run.
+    pub(super) fn features(&self) -> u32 {
+        let Some(windows) = &self.windows else { return 0 };
+        features(windows.mode().into(), windows.notify())
+    }
+
+    /// Whether a key stands for virtual memory.
+    pub(super) fn is_virtual(&self, key: u64) -> bool {
+        self.model().is_some_and(|model| key >= model.memory().layout().virtual_start)
+    }
+
+    /// Whether the whole page of a key belongs to no allocation of virtual memory: a guard page.
+    pub(super) fn is_guard(&self, key: u64) -> bool {
+        let Some(model) = self.model() else { return false };
+        let page = key & !(PAGE_SIZE - 1);
+        let mut granules = (page..page + PAGE_SIZE).step_by(GRANULE as usize);
+        self.is_virtual(key) && granules.all(|at| model.state(at) == VMALLOC_INVALID)
+    }
+
+    /// The windows, if `gpa` lies in one of them.
+    pub(super) fn windows_at(&mut self, gpa: u64) -> Option<&mut Windows> {
+        self.windows.as_mut().filter(|windows| windows.contains(gpa))
+    }
+
+    /// The guest's first call allows to discard what `flags` say.
+    pub(super) fn allow_reclaim(&mut self, flags: u64) {
+        // Only page shadow says which pages are free.
+        let has_pages = self.windows.as_ref().is_some_and(|w| w.mode() == Mode::PerPage);
+        self.guest_pages.allow(if has_pages { flags } else { 0 });
+    }
+
+    /// Reclaims the host memory of byte shadow that no page uses. In `ring` mode every vCPU stands
+    /// still. In `sync` mode only the VMM changes shadow, so the others may run.
+    pub(super) fn reclaim_byte_shadow(&mut self) -> Result<(), Outcome> {
+        if let Some(windows) = &mut self.windows {
+            reclaim_unused(windows)?;
+        }
+        Ok(())
+    }
+
+    /// Reclaims dead guest pages in a part of guest memory, if it is time for that.
+    pub(super) fn reclaim_guest_pages(
+        &mut self,
+        rings: &Rings,
+        context: &mut ExitContext,
+    ) -> Result<(), Outcome> {
+        if !self.guest_pages.wants_scan() {
+            return Ok(());
+        }
+        self.scan(GuestPageReclaim::scan, rings, context)
+    }
+
+    /// Reclaims all dead guest pages, where the guest allows it.
+    pub(super) fn reclaim_all_guest_pages(
+        &mut self,
+        rings: &Rings,
+        context: &mut ExitContext,
+    ) -> Result<(), Outcome> {
+        if !self.guest_pages.is_allowed() {
+            return Ok(());
+        }
+        self.scan(GuestPageReclaim::scan_all, rings, context)
+    }
+
+    fn scan(
+        &mut self,
+        how: fn(&mut GuestPageReclaim, &Windows, &Rings, &Ram),
+        rings: &Rings,
+        context: &mut ExitContext,
+    ) -> Result<(), Outcome> {
+        if let Some(windows) = &self.windows {
+            context.others.pause()?;
+            how(&mut self.guest_pages, windows, rings, context.ram);
+        }
+        Ok(())
+    }
+
+    /// Bytes of guest pages that were reclaimed.
+    pub(super) fn reclaimed_guest_bytes(&self) -> u64 {
+        self.guest_pages.reclaimed_bytes()
+    }
+
+    /// The next exit may scan for dead guest pages at once.
+    #[cfg(test)]
+    pub(super) fn skip_reclaim_pause(&mut self) {
+        self.guest_pages.skip_pause();
+    }
+}
+
+/// [`Windows::fault`]. At the limit, chunks that no page uses make room. But while other vCPUs go
+/// from chunk to chunk, each chunk may look used: the limit counts only once the others are paused.
+pub(super) fn fault(
+    windows: &mut Windows,
+    gpa: u64,
+    len: u64,
+    write: bool,
+    context: &mut ExitContext,
+) -> Result<Result<FaultOutcome, ShadowError>, Outcome> {
+    match windows.fault(gpa, len, write, context.slots) {
+        Err(ShadowError::Limit { .. }) => {
+            context.others.pause()?;
+            Ok(windows.fault(gpa, len, write, context.slots))
+        }
+        outcome => Ok(outcome),
+    }
+}
+
+impl From<Mode> for ShadowMode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::PerPage => Self::PerPage,
+            Mode::Full => Self::Full,
+        }
+    }
+}

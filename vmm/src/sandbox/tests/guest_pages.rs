@@ -1,0 +1,100 @@
+//! Free pages of the guest, and pages of its quarantine, are reclaimed.
+
+use umbra_shadow::abi::{self, call};
+use umbra_shadow::codes::{FREE_PAGE, SLAB_FREE, SLAB_FREE_TRACK, SLAB_REDZONE};
+use vm_memory::GuestAddress;
+
+use super::RAM;
+use super::bench::*;
+
+#[test]
+fn free_pages_are_reclaimed_where_the_guest_allows_it() {
+    for flags in [0, abi::hello::FREE_PAGES_UNUSED | 1 << 63] {
+        let mut bench = Bench::sync();
+        assert_ne!(bench.call(call::HELLO, [abi::VERSION.into(), flags, 0, 0]), abi::ERR_VERSION);
+        for at in [0x5000u64, 0x6000, 0x7000] {
+            bench.ram.write(GuestAddress(at), &at.to_le_bytes()).unwrap();
+        }
+        assert_eq!(bench.call(call::POISON, [0x5000, 0x1000, FREE_PAGE.into(), 0]), 0);
+        assert_eq!(bench.call(call::POISON, [0x6000, 0x1000, 0xfe, 0]), 0);
+        let stops = bench.others.stops;
+        assert_eq!(bench.ram.read_u64(GuestAddress(0x5000)).unwrap(), 0x5000, "not at once");
+        bench.state.shadow.skip_reclaim_pause();
+        assert_eq!(bench.call(call::POISON, [0x7000, 0x1000, FREE_PAGE.into(), 0]), 0);
+        assert_eq!(bench.others.stops > stops, flags != 0, "the other CPUs may be using pages");
+        let left = [0x5000, 0x6000, 0x7000].map(|at| bench.ram.read_u64(GuestAddress(at)).unwrap());
+        let (gone, released) = if flags == 0 { (0x5000, 0) } else { (0, 0x1000) };
+        assert_eq!(left, [gone, 0x6000, 0x7000], "the last one was poisoned after the look");
+        assert_eq!(bench.state.shadow.reclaimed_guest_bytes(), released);
+    }
+}
+
+#[test]
+fn pages_of_the_quarantine_are_reclaimed_where_the_guest_allows_it() {
+    let free_pages = abi::hello::FREE_PAGES_UNUSED;
+    for flags in [free_pages, free_pages | abi::hello::QUARANTINE_UNUSED] {
+        let mut bench = Bench::sync();
+        bench.call(call::HELLO, [abi::VERSION.into(), flags, 0, 0]);
+        for at in (0x4000u64..0x9000).step_by(0x1000) {
+            bench.ram.write(GuestAddress(at), &at.to_le_bytes()).unwrap();
+        }
+        // An object of a whole page, two that share the next, one with the allocator's own mark in
+        // it, one in use, a redzone alone.
+        for (start, bytes, code) in [
+            (0x4000u64, 0x1000u64, SLAB_FREE_TRACK),
+            (0x5000, 0x700, SLAB_FREE_TRACK),
+            (0x5700, 0x100, SLAB_REDZONE),
+            (0x5800, 0x800, SLAB_FREE_TRACK),
+            (0x6000, 0x800, SLAB_FREE_TRACK),
+            (0x6800, 0x800, SLAB_FREE),
+            (0x7000, 0xff8, SLAB_FREE_TRACK),
+            (0x8000, 0x1000, SLAB_REDZONE),
+        ] {
+            assert_eq!(bench.call(call::POISON, [start, bytes, code.into(), 0]), 0);
+        }
+        bench.state.shadow.skip_reclaim_pause();
+        assert_eq!(bench.call(call::POISON, [0x9000, 0x1000, SLAB_REDZONE.into(), 0]), 0);
+        let left: Vec<u64> =
+            (4..9u64).map(|page| bench.ram.read_u64(GuestAddress(page << 12)).unwrap()).collect();
+        let goes = flags != free_pages;
+        let [first, second] = if goes { [0, 0] } else { [0x4000, 0x5000] };
+        assert_eq!(left, [first, second, 0x6000, 0x7000, 0x8000]);
+        assert_eq!(bench.state.shadow.reclaimed_guest_bytes(), if goes { 0x2000 } else { 0 });
+    }
+}
+
+#[test]
+fn a_second_kernel_keeps_what_the_first_had_freed() {
+    let mut bench = Bench::sync();
+    let hello = [abi::VERSION.into(), abi::hello::FREE_PAGES_UNUSED, 0, 0];
+    bench.call(call::HELLO, hello);
+    bench.ram.write(GuestAddress(0x5000), &[7]).unwrap();
+    assert_eq!(bench.call(call::POISON, [0x5000, 0x1000, FREE_PAGE.into(), 0]), 0);
+    bench.call(call::HELLO, hello);
+    bench.state.shadow.skip_reclaim_pause();
+    assert_eq!(bench.call(call::POISON, [0x9000, 0x1000, FREE_PAGE.into(), 0]), 0);
+    assert_eq!(
+        (
+            bench.ram.read_u64(GuestAddress(0x5000)).unwrap(),
+            bench.state.shadow.reclaimed_guest_bytes()
+        ),
+        (7, 0)
+    );
+}
+
+#[test]
+fn free_pages_in_many_pieces_take_many_looks() {
+    let mut bench = Bench::ring();
+    bench.call(call::HELLO, [abi::VERSION.into(), abi::hello::FREE_PAGES_UNUSED, 0, 0]);
+    // Every second page of all memory: 2,048 runs.
+    for page in (0..RAM >> 12).step_by(2) {
+        bench.ram.write(GuestAddress(page << 12), &[7]).unwrap();
+        goes_on(bench.write(bench.layout.page.gpa + page, &[FREE_PAGE]));
+    }
+    for looks in 1..=3 {
+        bench.state.shadow.skip_reclaim_pause();
+        goes_on(bench.read(bench.layout.page.gpa, 1).0);
+        let looked = (looks * 1024).min(RAM >> 13);
+        assert_eq!(bench.state.shadow.reclaimed_guest_bytes(), looked << 12);
+    }
+}

@@ -1,0 +1,88 @@
+//! What is watched during a run beside its exits: the console, the marks on it, and the shadow's
+//! memory over time.
+
+use super::console::ConsoleWatch;
+pub(super) use super::console::Sign;
+use super::marks::{Mark, Marks};
+use super::picture::Timeline;
+use super::stats::{EventStats, ExitStats};
+use super::{Outcome, Sample};
+use crate::shadow::Windows;
+
+/// Watches a run.
+pub(super) struct Watch {
+    console: ConsoleWatch,
+    marks: Marks,
+    /// None if no samples were asked for.
+    timeline: Option<Timeline>,
+}
+
+impl Watch {
+    /// Watches `console` for `marks` and for how the guest ends, and fills `timeline`.
+    pub(super) fn new(console: ConsoleWatch, marks: Marks, timeline: Option<Timeline>) -> Self {
+        Self { console, marks, timeline }
+    }
+
+    /// Whether a line has one of the texts that are looked for.
+    pub(super) fn is_mark(&self, line: &[u8]) -> bool {
+        self.marks.wants(line)
+    }
+
+    /// Notes what the run has cost at a line.
+    pub(super) fn mark(
+        &mut self,
+        line: &[u8],
+        exits: &ExitStats,
+        events: &EventStats,
+        windows: Option<&mut Windows>,
+    ) {
+        self.marks.line(line, exits, events, windows);
+    }
+
+    /// Takes in a line of the console.
+    pub(super) fn console_line(&mut self, line: &[u8]) -> Sign {
+        self.console.line(line)
+    }
+
+    /// The last lines of the console.
+    pub(super) fn last_lines(&self) -> Vec<String> {
+        self.console.lines().map(str::to_owned).collect()
+    }
+
+    /// The marks that were passed.
+    pub(super) fn marks(&self) -> &[Mark] {
+        self.marks.passed()
+    }
+
+    /// Samples the shadow, if samples were asked for and it is time for one.
+    pub(super) fn sample(&mut self, windows: Option<&mut Windows>) {
+        if let (Some(timeline), Some(windows)) = (&mut self.timeline, windows) {
+            timeline.sample(windows);
+        }
+    }
+
+    /// Takes the last sample and returns all of them, if they were asked for.
+    pub(super) fn finish_samples(&mut self, windows: Option<&mut Windows>) -> Option<Vec<Sample>> {
+        self.timeline.take().map(|timeline| timeline.finish(windows))
+    }
+
+    /// How the run really ended, by what the console said before: Linux resets or halts the machine
+    /// after a panic.
+    pub(super) fn correct(&self, outcome: Outcome) -> Outcome {
+        match (outcome, self.console.panic()) {
+            (
+                Outcome::Reset
+                | Outcome::PowerOff
+                | Outcome::Halted
+                | Outcome::HaltedForGood { .. }
+                | Outcome::Panic
+                | Outcome::TripleFault { .. }
+                | Outcome::TimeLimit(_),
+                Some(message),
+            ) => Outcome::LinuxPanic(message.to_owned()),
+            // Other kernels halt like this on purpose.
+            (Outcome::HaltedForGood { .. }, None) if !self.console.is_linux() => Outcome::Halted,
+            (outcome, _) => outcome,
+        }
+    }
+}

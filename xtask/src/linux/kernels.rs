@@ -1,0 +1,282 @@
+//! The kernels that are built, and how.
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+
+use super::source::{PACKAGE, Sources};
+use super::versions::{Choice, Verdict};
+use super::{empty, is_made_from, stamp};
+use crate::process::Command;
+use crate::{Context, setup};
+
+/// What a kernel is built with: programs, a header, and their packages.
+const NEEDED: [(&str, &str); 7] = [
+    ("make", "make"),
+    ("gcc", "gcc"),
+    ("flex", "flex"),
+    ("bison", "bison"),
+    ("bc", "bc"),
+    ("lz4", "lz4"),
+    ("/usr/include/libelf.h", "libelf-dev"),
+];
+
+/// A kernel that is built.
+#[derive(Clone, Copy)]
+pub struct Kernel {
+    /// The folder below target/linux that it ends up in.
+    pub name: &'static str,
+    /// Fragments of configuration, in guest/linux/config, one after the other on top of `make
+    /// tinyconfig`.
+    config: &'static [&'static str],
+    /// Whether guest/linux/patches are applied.
+    patched: bool,
+}
+
+const fn unpatched(name: &'static str, config: &'static [&'static str]) -> Kernel {
+    Kernel { name, config, patched: false }
+}
+
+const fn patched(name: &'static str, config: &'static [&'static str]) -> Kernel {
+    Kernel { name, config, patched: true }
+}
+
+/// One that nobody changed.
+pub const SMALL: Kernel = unpatched("small", &["small"]);
+/// The same with ACPI.
+pub const ACPI: Kernel = unpatched("acpi", &["small", "acpi"]);
+/// The one that Umbra checks, with Linux's own tests of KASAN in it.
+pub const UMBRA: Kernel = patched("umbra", &["small", "kasan", "umbra", "replay"]);
+/// The same with shadow for virtual memory: only for its own test.
+pub const UMBRA_VMALLOC: Kernel =
+    patched("umbra-vmalloc", &["small", "kasan", "umbra", "replay", "vmalloc"]);
+/// The same with Linux's own KASAN, and nothing of ours.
+pub const STOCK_KASAN: Kernel = unpatched("kasan", &["small", "kasan"]);
+/// Those that are compared: without KASAN, with Linux's own in both of its forms, with Umbra's.
+/// They are optimized as the kernels of distributions are.
+pub const COMPARED: [Kernel; 4] = [
+    patched("compare-none", &["small", "compare", "replay"]),
+    patched("compare-outline", &["small", "kasan", "compare", "replay"]),
+    patched("compare-inline", &["small", "kasan", "inline", "compare", "replay"]),
+    patched("compare-umbra", &["small", "kasan", "umbra", "compare", "replay"]),
+];
+
+impl Kernel {
+    fn folder(&self, context: &Context) -> PathBuf {
+        context.root.join("target/linux").join(self.name)
+    }
+
+    /// The configuration on top of tinyconfig.
+    fn fragment(&self, context: &Context) -> Result<String> {
+        let mut fragment = String::new();
+        for name in self.config {
+            let file = context.root.join(format!("guest/linux/config/{name}.config"));
+            fragment += &fs::read_to_string(&file)
+                .with_context(|| format!("cannot read {}", file.display()))?;
+        }
+        Ok(fragment)
+    }
+}
+
+/// Builds kernels, all from one version of the sources.
+pub struct Builder<'a> {
+    context: &'a Context,
+    sources: Sources<'a>,
+    version: String,
+    /// What is to be known of the version: that it is not the newest one, or has no patches.
+    pub notice: Option<String>,
+    patches_work: bool,
+}
+
+impl<'a> Builder<'a> {
+    /// Chooses the version: one that the patches work with. Where there is none, kernels without
+    /// patches are built from the newest that can be had.
+    ///
+    /// Of a version that nobody knows yet, those of `wanted` that have patches are built right
+    /// away: it only works if they can be.
+    pub fn new(context: &'a Context, wanted: &[Kernel]) -> Result<Self> {
+        let sources = Sources::new(context)?;
+        let known = sources.known()?;
+        let choice = sources.choose(|version| {
+            let verdict = sources.verdict(version)?;
+            if verdict != Verdict::Works || known.iter().any(|one| one == version) {
+                return Ok(verdict);
+            }
+            for kernel in wanted.iter().filter(|kernel| kernel.patched) {
+                if !is_built(context, &sources, version, kernel)? {
+                    tools(context)?;
+                    if let Err(error) = build(context, &sources, version, kernel) {
+                        return Ok(Verdict::Refused(format!("{error:#}")));
+                    }
+                }
+            }
+            Ok(Verdict::Works)
+        })?;
+        let notice = choice.notice(PACKAGE);
+        let patches_work = choice.version.is_some();
+        let Some(version) = version(choice) else {
+            bail!("{}", notice.unwrap_or_default());
+        };
+        Ok(Self { context, sources, version, notice, patches_work })
+    }
+
+    /// Builds a kernel, unless it is there. Returns the folder with `vmlinux`, `bzImage` and
+    /// `config`.
+    pub fn build(&self, kernel: &Kernel) -> Result<PathBuf> {
+        if kernel.patched && !self.patches_work {
+            bail!("guest/linux/patches work with no version of {PACKAGE} that apt offers");
+        }
+        if !is_built(self.context, &self.sources, &self.version, kernel)? {
+            tools(self.context)?;
+            build(self.context, &self.sources, &self.version, kernel)?;
+        }
+        Ok(kernel.folder(self.context))
+    }
+}
+
+/// The version to build kernels without patches from.
+fn version(choice: Choice) -> Option<String> {
+    let passed_over = choice.passed_over.into_iter();
+    let mut there = passed_over.filter(|(_, verdict)| *verdict != Verdict::Gone);
+    choice.version.or_else(|| Some(there.next()?.0))
+}
+
+/// Installs what a kernel is built with.
+fn tools(context: &Context) -> Result<()> {
+    let missing = setup::packages(context, &NEEDED, "Linux is built with them")?;
+    if !missing.is_empty() {
+        bail!("install {0} (`apt-get install {0}`)", missing.join(" "));
+    }
+    Ok(())
+}
+
+/// What a kernel is made from.
+fn ingredients(
+    context: &Context,
+    sources: &Sources<'_>,
+    version: &str,
+    kernel: &Kernel,
+) -> Result<String> {
+    let patches = if kernel.patched { sources.series.text() } else { String::new() };
+    Ok(format!("{PACKAGE} {version}\n{patches}{}", kernel.fragment(context)?))
+}
+
+fn is_built(
+    context: &Context,
+    sources: &Sources<'_>,
+    version: &str,
+    kernel: &Kernel,
+) -> Result<bool> {
+    let wanted = ingredients(context, sources, version, kernel)?;
+    Ok(is_made_from(&kernel.folder(context), &wanted))
+}
+
+fn build(context: &Context, sources: &Sources<'_>, version: &str, kernel: &Kernel) -> Result<()> {
+    let (folder, name) = (kernel.folder(context), kernel.name);
+    let tree =
+        if kernel.patched { sources.patched_tree(version)? } else { sources.tree(version)? };
+    empty(&folder)?;
+    let build = folder.join("build");
+    let make = || {
+        let mut make = Command::new("make", &tree);
+        // So that a build says nothing of who made it when and where.
+        for (name, value) in [("USER", "umbra"), ("HOST", "umbra"), ("TIMESTAMP", "1970-01-01")] {
+            make.env(&format!("KBUILD_BUILD_{name}"), value);
+        }
+        make.args([format!("O={}", build.display())]);
+        make
+    };
+    context.progress.step(&format!("configuring Linux {version}, {name}"));
+    make().args(["tinyconfig"]).run_or_fail(&context.progress)?;
+    configure(context, kernel, &build.join(".config"), &make)?;
+    context.progress.step(&format!("building Linux {version}, {name}: a few minutes"));
+    let jobs = std::thread::available_parallelism().map_or(1, usize::from);
+    make()
+        .args([format!("-j{jobs}").as_str(), "vmlinux", "bzImage"])
+        .run_or_fail(&context.progress)?;
+    for (from, to) in
+        [("vmlinux", "vmlinux"), ("arch/x86/boot/bzImage", "bzImage"), (".config", "config")]
+    {
+        let (from, to) = (build.join(from), folder.join(to));
+        fs::rename(&from, &to).with_context(|| format!("make left no {}", from.display()))?;
+    }
+    fs::remove_dir_all(&build).context("cannot remove the build's folder")?;
+    fs::write(stamp(&folder), ingredients(context, sources, version, kernel)?)
+        .with_context(|| format!("cannot write {}", folder.display()))
+}
+
+/// Puts a kernel's configuration on top of the one in a file. What Linux does not keep of it is an
+/// error.
+fn configure(
+    context: &Context,
+    kernel: &Kernel,
+    file: &Path,
+    make: &impl Fn() -> Command,
+) -> Result<()> {
+    let fragment = kernel.fragment(context)?;
+    let read = || fs::read_to_string(file).context("make left no .config");
+    fs::write(file, read()? + &fragment).context("cannot write .config")?;
+    make().args(["olddefconfig"]).run_or_fail(&context.progress)?;
+    let config = read()?;
+    let lost = lost(&fragment, &config);
+    if !lost.is_empty() {
+        bail!(
+            "guest/linux/config asks for what Linux does not keep in {}: {}",
+            kernel.name,
+            lost.join(", ")
+        );
+    }
+    Ok(())
+}
+
+/// The lines of a fragment that a configuration does not have. What one line says of an option, a
+/// later one may change.
+fn lost<'a>(fragment: &'a str, config: &str) -> Vec<&'a str> {
+    let kept: HashSet<_> = config.lines().collect();
+    let set: HashSet<_> = config.lines().filter_map(|line| Some(line.split_once('=')?.0)).collect();
+    let mut said = HashMap::new();
+    for line in fragment.lines() {
+        let not_set = line.strip_prefix("# ").and_then(|line| line.strip_suffix(" is not set"));
+        let name = not_set.or_else(|| Some(line.split_once('=')?.0));
+        if let Some(name) = name.filter(|name| name.starts_with("CONFIG_")) {
+            // What has no name any more is not set either.
+            let is_kept = if not_set.is_some() { !set.contains(name) } else { kept.contains(line) };
+            said.insert(name, (line, is_kept));
+        }
+    }
+    let mut lost: Vec<_> =
+        said.into_values().filter(|(_, is_kept)| !is_kept).map(|(line, _)| line).collect();
+    lost.sort_unstable();
+    lost
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_configuration_loses_is_told() {
+        let fragment = "# A comment about CONFIG_A is not set\nCONFIG_A=y\nCONFIG_B=4\n# CONFIG_C is not set\n\
+                        # CONFIG_D is not set\n";
+        assert!(lost(fragment, "CONFIG_A=y\nCONFIG_B=4\n# CONFIG_C is not set\n").is_empty());
+        let kept = "CONFIG_A=y\n# CONFIG_B is not set\nCONFIG_C=y\nCONFIG_DD=y\n";
+        assert_eq!(lost(fragment, kept), ["# CONFIG_C is not set", "CONFIG_B=4"]);
+        assert!(lost("CONFIG_A=y\n# CONFIG_A is not set\n", "").is_empty(), "the last word counts");
+        assert_eq!(lost("# CONFIG_A is not set\nCONFIG_A=y\n", ""), ["CONFIG_A=y"]);
+    }
+
+    #[test]
+    fn kernels_without_patches_are_built_where_no_version_works_with_them() {
+        let refused = Verdict::Refused("2.patch does not apply".into());
+        let passed_over = vec![("3-1".to_owned(), Verdict::Gone), ("2-1".to_owned(), refused)];
+        let choice = |version: Option<&str>| Choice {
+            version: version.map(str::to_owned),
+            passed_over: passed_over.clone(),
+        };
+        assert_eq!(version(choice(Some("1-1"))).as_deref(), Some("1-1"), "the same for all");
+        assert_eq!(version(choice(None)).as_deref(), Some("2-1"), "the newest that can be had");
+        assert_eq!(version(Choice { version: None, passed_over: vec![] }), None);
+    }
+}
