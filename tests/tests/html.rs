@@ -193,6 +193,8 @@ fn a_path_that_cannot_be_written() -> Tested {
     check(error.contains("cannot write") && error.contains("none/page.html"), || error.clone())
 }
 
+type Test = fn() -> Tested;
+
 fn main() -> ExitCode {
     let browser = Command::new(CHROMIUM)
         .arg("--version")
@@ -201,7 +203,7 @@ fn main() -> ExitCode {
     let browser = Need::unless((!browser).then(|| "chromium is not installed".to_owned()));
     let kernel = Need::test_kernel();
     let both = browser.and(&kernel).and(&Need::fast_programs());
-    let tests: [(&str, &Need, fn() -> Tested); 4] = [
+    let tests: [(&str, &Need, Test); 4] = [
         ("a_run_with_findings", &both, a_run_with_findings),
         ("a_clean_run", &both, a_clean_run),
         ("a_run_that_takes_too_long", &both, a_run_that_takes_too_long),
