@@ -1,14 +1,15 @@
 //! Figures: measured values, their limits, and how they are printed.
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// One measured value.
 #[derive(Clone, Debug, Serialize)]
 pub struct Figure {
     /// Figures of one kind stand together under this heading.
-    pub group: &'static str,
+    pub group: Cow<'static, str>,
     /// What was measured.
     pub name: String,
     /// The value.
@@ -25,6 +26,32 @@ pub struct Figure {
     /// Why it stays over its limit for now; none where that would be news.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub known: Option<&'static str>,
+}
+
+/// A value that was measured in the nested host, and is written down there.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Measured {
+    /// The heading.
+    pub group: String,
+    /// What was measured.
+    pub name: String,
+    /// The value.
+    pub measured: f64,
+}
+
+impl From<Measured> for Figure {
+    fn from(measured: Measured) -> Self {
+        let Measured { group, name, measured } = measured;
+        let unit = if group.ends_with("KiB") { "KiB" } else { "instructions" };
+        Self::new(group, name, measured, unit)
+    }
+}
+
+impl Measured {
+    /// A value of instructions, or of KiB if its heading ends so.
+    pub fn new(group: &str, name: String, measured: f64) -> Self {
+        Self { group: group.to_owned(), name, measured }
+    }
 }
 
 /// What a figure came to.
@@ -55,13 +82,22 @@ impl Verdict {
 impl Figure {
     /// A figure without a limit.
     pub fn new(
-        group: &'static str,
+        group: impl Into<Cow<'static, str>>,
         name: impl Into<String>,
         measured: f64,
         unit: &'static str,
     ) -> Self {
         let (limit, verdict, note) = (None, Verdict::Told, String::new());
-        Self { group, name: name.into(), measured, unit, limit, verdict, note, known: None }
+        Self {
+            group: group.into(),
+            name: name.into(),
+            measured,
+            unit,
+            limit,
+            verdict,
+            note,
+            known: None,
+        }
     }
 
     /// Says the most that it may be.
@@ -118,7 +154,7 @@ pub fn table(figures: &[Figure]) -> String {
     let mut group = "";
     for f in figures {
         if f.group != group {
-            group = f.group;
+            group = &f.group;
             // Writing to a string does not fail.
             let _ = write!(
                 text,
@@ -147,7 +183,7 @@ pub fn markdown(figures: &[Figure]) -> String {
     let mut group = "";
     for f in figures {
         if f.group != group {
-            group = f.group;
+            group = &f.group;
             // Writing to a string does not fail.
             let _ = write!(
                 text,

@@ -29,6 +29,8 @@ const MEMORY: u64 = 24 << 30;
 const NATIVELY: &str = "figures without a guest";
 /// The other kind.
 pub const GUESTS: &str = "figures of guests";
+/// What a nested host spends is called so.
+const NESTED: &str = "figures of the nested host";
 /// What to do where figures are not held.
 const HOLD: &str = "`cargo xtask bench gate --update` holds these";
 
@@ -43,6 +45,9 @@ pub struct Gate {
     natively: Held,
     /// What guests do, by the compiler of the guest: another one makes other instructions.
     guests: BTreeMap<String, Held>,
+    /// What the nested host spends, by what that is made of.
+    #[serde(default)]
+    nested: BTreeMap<String, Held>,
 }
 
 /// What a comparison came to, in sentences.
@@ -144,8 +149,39 @@ impl Gate {
         if let Ok((compiler, figures)) = &measured.guests {
             self.guests.insert(compiler.clone(), held(figures));
         }
-        fs::write(FILE, serde_json::to_string_pretty(&self)? + "\n")
+        self.write()
+    }
+
+    fn write(&self) -> Result<()> {
+        fs::write(FILE, serde_json::to_string_pretty(self)? + "\n")
             .with_context(|| format!("cannot write {FILE}"))
+    }
+
+    /// Holds figures of a nested host from now on, by its versions.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn update_nested(mut self, versions: &str, figures: &[Figure]) -> Result<()> {
+        let held = figures.iter().map(|f| (key(f), f.measured)).collect();
+        self.nested.insert(versions.to_owned(), held);
+        self.write()
+    }
+
+    /// Compares figures of a nested host with those that are held for one of the same versions.
+    pub fn compare_nested(&self, versions: &str, figures: &[Figure]) -> Compared {
+        let mut compared = Compared::default();
+        match self.nested.get(versions) {
+            Some(held) => compared.take(NESTED, held, figures),
+            None => {
+                let known: Vec<_> = self.nested.keys().map(String::as_str).collect();
+                let why = format!(
+                    "this one is {versions}, and figures are held for {}; ratios are on the page",
+                    if known.is_empty() { "none".into() } else { known.join(", and ") }
+                );
+                compared.skipped.push((NESTED, why));
+            }
+        }
+        compared
     }
 
     /// Compares.
@@ -215,6 +251,19 @@ mod tests {
     }
 
     #[test]
+    fn another_nested_host_is_compared_with_nothing() {
+        let gate = Gate {
+            nested: [("QEMU 1".to_owned(), held(&[("a", 100.0)]))].into(),
+            ..Gate::default()
+        };
+        let worse = gate.compare_nested("QEMU 1", &[figure("a", 103.0)]);
+        assert_eq!((worse.worse.len(), worse.compared), (1, 1));
+        let other = gate.compare_nested("QEMU 2", &[figure("a", 103.0)]);
+        assert_eq!((other.worse.len(), other.compared, other.skipped.len()), (0, 0, 1));
+        assert!(other.skipped[0].1.contains("QEMU 2") && other.skipped[0].1.contains("QEMU 1"));
+    }
+
+    #[test]
     fn two_percent_more_are_worse() {
         let guests =
             held(&[("a", 100.0), ("b", 100.0), ("c", 100.0), ("gone", 1.0), ("zero", 0.0)]);
@@ -225,6 +274,7 @@ mod tests {
                 ("rustc version 3".to_owned(), Held::new()),
             ]
             .into(),
+            nested: BTreeMap::new(),
         };
         let figures: Vec<_> =
             [("a", 102.0), ("b", 102.5), ("c", 90.0), ("new", 1.0), ("zero", 1.0)]
@@ -273,7 +323,7 @@ mod tests {
             natively: natively.clone(),
             guests: Ok(("rustc version 1".into(), natively)),
         };
-        let compared = Gate { natively: Held::new(), guests }.compare(&measured);
+        let compared = Gate { guests, ..Gate::default() }.compare(&measured);
         assert_eq!((compared.compared, compared.better.len(), compared.worse.len()), (0, 2, 0));
         let skipped: Vec<_> = compared.skipped.iter().map(|(kind, _)| *kind).collect();
         assert_eq!(skipped, [NATIVELY, GUESTS]);

@@ -4,7 +4,8 @@
 //! kernel with the library and counts what its `bench=` words do, exactly where KVM counts guest
 //! instructions; [`program::Program`] runs the program `umbra` as a process of its own, for what a
 //! process costs. [`suite`] holds the figures of the core, [`linux`] those of booting Linux,
-//! [`linux_kasan`] those of Linux checked in different ways. [`gate`] holds what repeats exactly,
+//! [`linux_kasan`] those of Linux checked in different ways,
+//! [`nested`] what a whole host spends. [`gate`] holds what repeats exactly,
 //! [`heap`] measures memory. [`native`] times checks without a guest, [`replay`] replays a recorded
 //! [`trace`]. [`pvh`] makes kernels that QEMU starts, too. [`results`] keeps what was measured in
 //! the repository, with [`plot`]s.
@@ -17,6 +18,7 @@ pub mod linux;
 pub mod linux_kasan;
 pub mod meter;
 pub mod native;
+pub mod nested;
 pub mod plot;
 pub mod program;
 pub mod pvh;

@@ -243,9 +243,18 @@ pub fn one_segment(code: &[u8]) -> Vec<u8> {
 }
 
 /// A kernel that says with its first instructions that it is done.
-fn exits_at_once() -> Vec<u8> {
+pub(crate) fn exits_at_once() -> Vec<u8> {
+    exits_after(0)
+}
+
+/// A kernel that writes `count` times to a port that means nothing to anybody, and is done.
+pub(crate) fn exits_after(count: u64) -> Vec<u8> {
+    // mov rcx, count; test rcx, rcx; jz 2f; 1: out 0x80, al; dec rcx; jnz 1b; 2:
+    let mut code = vec![0x48, 0xb9];
+    code.extend_from_slice(&count.to_le_bytes());
+    code.extend([0x48, 0x85, 0xc9, 0x74, 0x07, 0xe6, 0x80, 0x48, 0xff, 0xc9, 0x75, 0xf9]);
     // xor edi, edi; xor esi, esi; mov eax, EXIT; mov edx, PORT; out dx, eax
-    let mut code = vec![0x31, 0xff, 0x31, 0xf6, 0xb8];
+    code.extend([0x31, 0xff, 0x31, 0xf6, 0xb8]);
     code.extend_from_slice(&call::EXIT.to_le_bytes());
     code.push(0xba);
     code.extend_from_slice(&u32::from(PORT).to_le_bytes());
@@ -263,6 +272,6 @@ mod tests {
         let word = |at: usize| u64::from_le_bytes(file[at..at + 8].try_into().unwrap());
         assert_eq!(word(24), (1 << 20) + 128, "the entry is behind the headers");
         assert_eq!(word(64 + 32), file.len() as u64, "bytes in the file");
-        assert_eq!(&file[128..130], [0x31, 0xff]);
+        assert_eq!(&file[128..130], [0x48, 0xb9]);
     }
 }

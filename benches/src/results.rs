@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context as _, Result};
 
@@ -55,7 +56,8 @@ impl Section<'_> {
     pub fn write(&self) -> Result<()> {
         let Self { name, title, command, host, body } = self;
         let text = format!(
-            "## {title}\n\nMade by `{command}`, on {host}.\n\n{}\n",
+            "## {title}\n\nMade by `{command}`, at {}, on {host}.\n\n{}\n",
+            commit(),
             body.trim_matches('\n')
         );
         let path = Path::new(FOLDER).join(format!("{name}.md"));
@@ -64,6 +66,22 @@ impl Section<'_> {
         let whole = whole(Path::new(FOLDER))?;
         fs::write(WHOLE, whole).with_context(|| format!("cannot write {WHOLE}"))
     }
+}
+
+/// The commit that is checked out, and whether it was changed since.
+fn commit() -> String {
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git").current_dir(FOLDER).args(arguments).output().ok()?;
+        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let Some(hash) = git(&["rev-parse", "--short", "HEAD"]) else {
+        return "an unknown commit".into();
+    };
+    // Only what was measured before may differ.
+    let changed =
+        git(&["status", "--porcelain", "--", ":/", ":!/benches/results", ":!/BENCHMARKS.md"]);
+    let changed = changed.is_none_or(|changed| !changed.is_empty());
+    format!("commit {hash}{}", if changed { " with changes" } else { "" })
 }
 
 /// The path of a plot, and how the page names it.

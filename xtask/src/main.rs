@@ -2,6 +2,7 @@
 //! guest and run.
 
 mod apt;
+mod bench;
 mod c_kernel;
 mod demo;
 mod guest;
@@ -141,6 +142,11 @@ impl Context {
         Ok(Self { root, cargo, progress: Progress::new(verbose) })
     }
 
+    /// Another program, in the workspace's folder.
+    fn program(&self, path: &Path) -> process::Command {
+        process::Command::new(path, &self.root)
+    }
+
     /// A cargo command for the host.
     fn cargo(&self) -> process::Command {
         let mut command = process::Command::new(&self.cargo, &self.root);
@@ -161,7 +167,7 @@ fn main() -> ExitCode {
                     Ok(tests::run(&context, &hosts::Selection { name, all }))
                 }
                 Task::Nested(arguments) => nested::run(&context, &arguments),
-                Task::Bench { arguments } => bench(&context, &arguments),
+                Task::Bench { arguments } => bench::run(&context, &arguments),
                 Task::Scenarios => tests::write_tables(&context),
                 Task::Linux { task: None } => linux::run(&context),
                 Task::Linux { task: Some(LinuxTask::Status) } => linux::status::run(&context),
@@ -183,33 +189,4 @@ fn main() -> ExitCode {
         eprintln!("error: {error:#}");
         ExitCode::from(2)
     })
-}
-
-/// The parts of the benchmarks that need no guest.
-const NATIVE: [&str; 2] = ["replay", "native"];
-
-fn bench(context: &Context, arguments: &[String]) -> Result<ExitCode> {
-    let without = |first: &String| {
-        NATIVE.contains(&first.as_str()) || first == "linux" || first.starts_with('-')
-    };
-    if !arguments.first().is_some_and(without) {
-        guest::build(context)?;
-    }
-    let (suite, arguments) = match arguments.split_first() {
-        Some((first, rest)) if first == "linux" => {
-            linux::build_measured(context);
-            let qemu = [("qemu-system-x86_64", "qemu-system-x86")];
-            setup::packages(context, &qemu, "its figures stand beside")?;
-            ("linux", rest)
-        }
-        _ => ("core", arguments),
-    };
-    context.progress.step("running the benchmarks");
-    context.progress.finish();
-    context
-        .cargo()
-        .args(["bench", "--package", "umbra-benches", "--bench", suite, "--"])
-        .args(arguments)
-        .env("UMBRA_BENCH_FROM", std::env::current_dir().context("the current folder is gone")?)
-        .replace()
 }

@@ -1,13 +1,15 @@
-//! The same Linux three times: without KASAN, with its own (generic, outline), and with Umbra's
-//! shadow under it.
+//! The same Linux four times: without KASAN, with its own (generic) outline and inline, and with
+//! Umbra's shadow under it.
 //!
-//! All three have the patches of `guest/linux/patches` in their sources, for the workload; without
-//! `CONFIG_KASAN_UMBRA` these change nothing else. Each boots once for each size of guest, replays
-//! the workload, and, where there is KASAN and the guest is the smaller one, runs Linux's own tests
+//! All four are optimized for speed, as the kernels of distributions are. They have the patches of
+//! `guest/linux/patches` in their sources, for the workload; without `CONFIG_KASAN_UMBRA` these
+//! change nothing else. Each boots once for each size of guest, replays the workload, and, where there is KASAN and the guest is the smaller one, runs Linux's own tests
 //! of KASAN. What it cost until then is counted when the console says so (`--mark`).
 
 mod recording;
 mod report;
+
+pub(crate) use recording::record;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -28,16 +30,17 @@ use crate::suite::{FOLDER, Host};
 use crate::trace::Trace;
 
 /// The recorded events that are replayed.
-const TRACE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/traces/kernel-build-slice.kmt.zst");
+pub(crate) const TRACE: &str =
+    concat!(env!("CARGO_MANIFEST_DIR"), "/traces/kernel-build-slice.kmt.zst");
 
-/// Boots Linux without KASAN, with its own, and with Umbra's, and compares them. Exit status: 0, 1
-/// when a figure is over its limit and that is not known already, 2 when something cannot be
-/// measured.
+/// Boots Linux without KASAN, with its own (outline and inline), and with Umbra's, and compares
+/// them. Exit status: 0, 1 when a figure is over its limit and that is not known already, 2 when
+/// something cannot be measured.
 #[derive(Parser)]
 #[command(name = "linux-kasan")]
 struct Arguments {
-    /// Only these kernels (none, stock, umbra). The figures of the others are those of the last
-    /// time.
+    /// Only these kernels (none, outline, inline, umbra). The figures of the others are those of
+    /// the last time.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Only guests of this size (1G, 4G).
@@ -52,20 +55,21 @@ struct Arguments {
 }
 
 /// The kernels: what they are called, where they lie, and what they get as `--shadow`.
-const KERNELS: [(&str, &str, &str); 3] = [
+const KERNELS: [(&str, &str, &str); 4] = [
     ("none", "compare-none/vmlinux", "off"),
-    ("stock", "compare-kasan/vmlinux", "off"),
-    ("umbra", "umbra/vmlinux", "per-page"),
+    ("outline", "compare-outline/vmlinux", "off"),
+    ("inline", "compare-inline/vmlinux", "off"),
+    ("umbra", "compare-umbra/vmlinux", "per-page"),
 ];
 /// The guests.
 const MEMORY: [(&str, u64); 2] = [("1G", 1 << 30), ("4G", 4 << 30)];
 /// The guest in which the suite runs.
 const WITH_SUITE: &str = "1G";
 /// What the console says at the end of the boot, of the workload, and of the suite after it.
-const POINTS: [&str; 3] =
+pub(crate) const POINTS: [&str; 3] =
     ["umbra replay: memory after boot", "umbra replay: memory at the end", "# kasan: pass:"];
 /// The replay restarts the machine, or the suite after it does.
-const REPLAY: &str = "umbra_replay=restart";
+pub(crate) const REPLAY: &str = "umbra_replay=restart";
 const REPLAY_AND_SUITE: &str = "umbra_replay=1 kunit_shutdown=reboot";
 
 /// The exit status of a run that the user ended.

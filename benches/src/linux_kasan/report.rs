@@ -8,6 +8,8 @@ use super::{All, KERNELS, MEMORY, Mark, Measured, WITH_SUITE};
 use crate::figure::{Figure, markdown, number};
 
 const MIB: f64 = 1_048_576.0;
+/// The kernels whose shadow is memory of theirs.
+const IN_THE_GUEST: [&str; 2] = ["outline", "inline"];
 
 /// What happened between two moments, or from the start of the guest.
 fn since(from: Option<&Mark>, to: &Mark) -> Mark {
@@ -52,7 +54,7 @@ fn ratio(of: Option<u64>, to: Option<u64>) -> Option<f64> {
 /// memory, all of it resident.
 fn shadow(name: &str, memory: u64, at: &Mark) -> u64 {
     match name {
-        "stock" => memory / 8,
+        _ if IN_THE_GUEST.contains(&name) => memory / 8,
         "umbra" => at.shadow_peak_bytes,
         _ => 0,
     }
@@ -61,9 +63,10 @@ fn shadow(name: &str, memory: u64, at: &Mark) -> u64 {
 /// The figures that have limits.
 pub(super) fn figures(all: &All, allocations: u64) -> Vec<Figure> {
     let mut figures = Vec::new();
-    let mut add = |name: String, measured: Option<f64>, unit, limit| {
+    let mut add = |name: String, measured: Option<f64>, unit, limit: Option<f64>| {
         if let Some(measured) = measured {
-            figures.push(Figure::new("Beside their limits", name, measured, unit).limit(limit));
+            let figure = Figure::new("Beside their limits", name, measured, unit);
+            figures.push(limit.into_iter().fold(figure, Figure::limit));
         }
     };
     for (memory, bytes) in MEMORY {
@@ -77,22 +80,34 @@ pub(super) fn figures(all: &All, allocations: u64) -> Vec<Figure> {
             let (whole, left) = (none.said("MemTotal:")?, umbra.said("MemTotal:")?);
             Some((whole as f64 - left as f64) / whole as f64 * 100.0)
         });
-        add(name("MemTotal below the unchecked kernel's"), lost, "%", 1.0);
+        add(name("MemTotal below the unchecked kernel's"), lost, "%", Some(1.0));
         let shadow = ratio(at("umbra").map(|umbra| umbra.shadow_peak_bytes), Some(bytes / 8));
-        add(name("shadow at its peak for the workload"), shadow, "of stock's", 0.05);
-        add(name("instructions to the end of the boot"), of("stock", boot), "of stock's", 0.2);
-        add(name("instructions to the end of the boot"), of("none", boot), "of unchecked", 5.0);
-        add(name("instructions of the workload"), of("stock", workload), "of stock's", 0.3);
+        add(name("shadow at its peak for the workload"), shadow, "of stock's", Some(0.05));
         let suite = |name| run(name).and_then(boot_and_suite);
-        let suite = ratio(suite("umbra"), suite("stock"));
-        add(name("instructions to the end of the suite"), suite, "of stock's", 0.5);
+        for (stock, unit, limits) in [
+            ("outline", "of outline's", [Some(0.2), Some(0.3), Some(0.5)]),
+            ("inline", "of inline's", [None; 3]),
+        ] {
+            let suite = ratio(suite("umbra"), suite(stock));
+            let parts = [
+                ("instructions to the end of the boot", of(stock, boot)),
+                ("instructions of the workload", of(stock, workload)),
+                ("instructions to the end of the suite", suite),
+            ];
+            for ((what, ratio), limit) in parts.into_iter().zip(limits) {
+                add(name(what), ratio, unit, limit);
+            }
+        }
+        let boot = of("none", boot);
+        add(name("instructions to the end of the boot"), boot, "of unchecked", Some(5.0));
         let rss = |name| at(name).map(|mark| mark.rss_bytes);
         let held = ratio(rss("umbra"), rss("none"));
-        add(name("memory of the process after the workload"), held, "of unchecked", 1.1);
+        add(name("memory of the process after the workload"), held, "of unchecked", Some(1.1));
         let exits =
             run("umbra").and_then(workload).map(|mark| mark.hypercalls + mark.shadow_faults);
         let exits = ratio(exits, Some(allocations)).map(|each| each * 1000.0);
-        add(name("exits of the workload for Umbra"), exits, "per 1,000 allocations", 1.0);
+        let exits_name = name("exits of the workload for Umbra");
+        add(exits_name, exits, "per 1,000 allocations", Some(1.0));
     }
     figures
 }
@@ -100,9 +115,11 @@ pub(super) fn figures(all: &All, allocations: u64) -> Vec<Figure> {
 /// The page's text.
 pub(super) fn body(all: &All, figures: &[Figure], allocations: u64) -> Result<String> {
     let mut text = format!(
-        "The small Linux of `guest/linux/config`, one CPU. *none* is without KASAN, *stock* has Linux's own (generic, outline), and *umbra* has \
-         the same with Umbra's shadow. The workload is {} allocations of a kernel that builds Linux, replayed by an initcall through the \
-         kernel's own `kmalloc`, caches and page allocator, each object written and read. Where ring 0 is emulated, Umbra gives all of them \
+        "The small Linux of `guest/linux/config`, optimized for speed (`-O2`), one CPU. *none* is \
+         without KASAN, *outline* and *inline* have Linux's own (generic) with checks that are \
+         called and with checks that the compiler writes out, and *umbra* has the same as \
+         *outline* with Umbra's shadow. The workload is {} allocations of a kernel that builds \
+         Linux, replayed by an initcall through the kernel's own `kmalloc`, caches and page allocator, each object written and read. Where ring 0 is emulated, Umbra gives all of them \
          a slower clock, so that few ticks of the timer are in the counts.\n",
         number(allocations as f64)
     );
@@ -117,8 +134,9 @@ fn memory(text: &mut String, all: &All) -> Result<()> {
         |bytes: Option<u64>| bytes.map_or("-".into(), |bytes| format!("{:.1}", bytes as f64 / MIB));
     writeln!(
         text,
-        "\n### Memory\n\nIn MiB, at the end of the workload; of a run that was ended before, at the end of the boot. The shadow of *stock* is in the guest, and not in its MemTotal; that of *umbra* is \
-         outside. Net is what is available less the shadow outside. The last three columns are the memory that the host holds for the whole \
+        "\n### Memory\n\nIn MiB, at the end of the workload; of a run that was ended before, at the \
+         end of the boot. The shadow of *outline* and *inline* is in the guest, and not in its \
+         MemTotal; that of *umbra* is outside. Net is what is available less the shadow outside. The last three columns are the memory that the host holds for the whole \
          process, guest and shadow included; at these points Umbra looks for unused memory of a checked guest, as it does about once a \
          second otherwise.\n"
     )?;
@@ -134,7 +152,7 @@ fn memory(text: &mut String, all: &All) -> Result<()> {
             let at = run.workload.as_ref().or(run.boot.as_ref()).unwrap_or(&nothing);
             let rss = |mark: &Option<Mark>| mib(mark.as_ref().map(|mark| mark.rss_bytes));
             let available = at.said("MemAvailable:");
-            let outside = if name == "stock" { 0 } else { shadow(name, bytes, at) };
+            let outside = if IN_THE_GUEST.contains(&name) { 0 } else { shadow(name, bytes, at) };
             writeln!(
                 text,
                 "| {memory} | {name} | {} | {} | {} | {} | {} | {} | {} |",
@@ -169,9 +187,10 @@ fn counts(text: &mut String, all: &All) -> Result<()> {
     )?;
     writeln!(
         text,
-        "| guest | | KASAN | million instructions | of stock's | of unchecked | exits | of them hypercalls | first touches of shadow | seconds |"
+        "| guest | | KASAN | million instructions | of outline's | of inline's | of unchecked | \
+         exits | of them hypercalls | first touches of shadow | seconds |"
     )?;
-    writeln!(text, "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")?;
+    writeln!(text, "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")?;
     let million =
         |count: Option<u64>| count.map_or("-".into(), |count| format!("{:.1}", count as f64 / 1e6));
     let share =
@@ -184,9 +203,10 @@ fn counts(text: &mut String, all: &All) -> Result<()> {
                 let Some(mark) = of(name) else { continue };
                 writeln!(
                     text,
-                    "| {memory} | {what} | {name} | {} | {} | {} | {} | {} | {} | {:.0} |",
+                    "| {memory} | {what} | {name} | {} | {} | {} | {} | {} | {} | {} | {:.0} |",
                     million(mark.instructions),
-                    share(mark.instructions, count("stock")),
+                    share(mark.instructions, count("outline")),
+                    share(mark.instructions, count("inline")),
                     share(mark.instructions, count("none")),
                     number(mark.exits as f64),
                     number(mark.hypercalls as f64),
@@ -196,14 +216,15 @@ fn counts(text: &mut String, all: &All) -> Result<()> {
             }
         }
         if memory == WITH_SUITE {
-            for name in ["stock", "umbra"] {
+            for name in ["outline", "inline", "umbra"] {
                 let run = |name| all.get(&(name, memory)).and_then(boot_and_suite);
                 let Some(count) = run(name) else { continue };
                 writeln!(
                     text,
-                    "| {memory} | to the end of the suite | {name} | {} | {} | - | - | - | - | - |",
+                    "| {memory} | to the end of the suite | {name} | {} | {} | {} | - | - | - | - | - |",
                     million(Some(count)),
-                    share(Some(count), run("stock"))
+                    share(Some(count), run("outline")),
+                    share(Some(count), run("inline"))
                 )?;
             }
         }

@@ -288,6 +288,19 @@ fn compare(measured: &gate::Measured, update: bool) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let compared = Gate::read()?.compare(measured);
+    tell_compared(&compared);
+    Ok(match (compared.worse.len(), compared.compared) {
+        (0, 0) => {
+            println!("{}", umbra_skip::line(Part::Gate.word(), "no figure was compared"));
+            ExitCode::from(2)
+        }
+        (0, _) => ExitCode::SUCCESS,
+        _ => ExitCode::from(1),
+    })
+}
+
+/// Prints what a comparison came to.
+pub(crate) fn tell_compared(compared: &gate::Compared) {
     for (figures, why) in &compared.skipped {
         println!("{}", umbra_skip::line(figures, why));
     }
@@ -299,14 +312,6 @@ fn compare(measured: &gate::Measured, update: bool) -> Result<ExitCode> {
         compared.worse.len(),
         compared.better.len()
     );
-    Ok(match (compared.worse.len(), compared.compared) {
-        (0, 0) => {
-            println!("{}", umbra_skip::line(Part::Gate.word(), "no figure was compared"));
-            ExitCode::from(2)
-        }
-        (0, _) => ExitCode::SUCCESS,
-        _ => ExitCode::from(1),
-    })
 }
 
 /// The figures of guests that have no times in them.

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Instant;
 
+use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use umbra_machine::stats::Counters;
 
@@ -20,6 +21,8 @@ pub struct Mark {
     pub line: String,
     /// Since the guest began.
     pub seconds: f64,
+    /// CPU time of the whole process until then, guest included.
+    pub cpu_seconds: f64,
     /// Instructions of the guest, where the host counts them; else null.
     pub instructions: Option<u64>,
     /// Exits to Umbra.
@@ -88,6 +91,7 @@ impl Marks {
             text: self.wanted.swap_remove(at),
             line: line.trim_end().chars().filter(|c| !c.is_control()).collect(),
             seconds: self.start.elapsed().as_secs_f64(),
+            cpu_seconds: cpu_seconds(),
             instructions: self
                 .counters
                 .as_ref()
@@ -107,6 +111,12 @@ impl Marks {
     pub(super) fn passed(&self) -> &[Mark] {
         &self.passed
     }
+}
+
+/// CPU time of this process.
+fn cpu_seconds() -> f64 {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }
 
 #[cfg(test)]

@@ -48,10 +48,10 @@ pub const SMALL: Kernel = unpatched("small", &["small"]);
 /// The same with ACPI.
 pub const ACPI: Kernel = unpatched("acpi", &["small", "acpi"]);
 /// The one that Umbra checks, with Linux's own tests of KASAN in it.
-pub const UMBRA: Kernel = patched("umbra", &["small", "kasan", "umbra", "replay"]);
+pub const UMBRA: Kernel = patched("umbra", &["small", "kasan", "umbra", "replay", "provoke"]);
 /// The same with shadow for virtual memory: only for its own test.
 pub const UMBRA_VMALLOC: Kernel =
-    patched("umbra-vmalloc", &["small", "kasan", "umbra", "replay", "vmalloc"]);
+    patched("umbra-vmalloc", &["small", "kasan", "umbra", "replay", "provoke", "vmalloc"]);
 /// The same with Linux's own KASAN, and nothing of ours.
 pub const STOCK_KASAN: Kernel = unpatched("kasan", &["small", "kasan"]);
 /// Those that are compared: without KASAN, with Linux's own in both of its forms, with Umbra's.
@@ -175,6 +175,7 @@ fn is_built(
 
 fn build(context: &Context, sources: &Sources<'_>, version: &str, kernel: &Kernel) -> Result<()> {
     let (folder, name) = (kernel.folder(context), kernel.name);
+    let wanted = ingredients(context, sources, version, kernel)?;
     let tree =
         if kernel.patched { sources.patched_tree(version)? } else { sources.tree(version)? };
     empty(&folder)?;
@@ -203,8 +204,7 @@ fn build(context: &Context, sources: &Sources<'_>, version: &str, kernel: &Kerne
         fs::rename(&from, &to).with_context(|| format!("make left no {}", from.display()))?;
     }
     fs::remove_dir_all(&build).context("cannot remove the build's folder")?;
-    fs::write(stamp(&folder), ingredients(context, sources, version, kernel)?)
-        .with_context(|| format!("cannot write {}", folder.display()))
+    fs::write(stamp(&folder), wanted).with_context(|| format!("cannot write {}", folder.display()))
 }
 
 /// Puts a kernel's configuration on top of the one in a file. What Linux does not keep of it is an
@@ -258,8 +258,8 @@ mod tests {
 
     #[test]
     fn what_a_configuration_loses_is_told() {
-        let fragment = "# A comment about CONFIG_A is not set\nCONFIG_A=y\nCONFIG_B=4\n# CONFIG_C is not set\n\
-                        # CONFIG_D is not set\n";
+        let fragment = "# A comment about CONFIG_A is not set\nCONFIG_A=y\nCONFIG_B=4\n\
+                        # CONFIG_C is not set\n# CONFIG_D is not set\n";
         assert!(lost(fragment, "CONFIG_A=y\nCONFIG_B=4\n# CONFIG_C is not set\n").is_empty());
         let kept = "CONFIG_A=y\n# CONFIG_B is not set\nCONFIG_C=y\nCONFIG_DD=y\n";
         assert_eq!(lost(fragment, kept), ["# CONFIG_C is not set", "CONFIG_B=4"]);

@@ -116,7 +116,8 @@ mod tests {
         let output = "can't find file to patch at input line 9\nThe text was:\n--------\n\
                       |--- a/mm/c.c\n|+++ b/mm/c.c\n--------\nNo file to patch.  Skipping patch.\n";
         assert_eq!(fault(output), "mm/c.c is gone");
-        let output = "The next patch would create the file mm/d.c,\nwhich already exists!  Skipping patch.\n";
+        let output = "The next patch would create the file mm/d.c,\n\
+                      which already exists!  Skipping patch.\n";
         assert_eq!(fault(output), "mm/d.c exists");
         assert_eq!(fault("patch: **** malformed patch\n"), "patch: **** malformed patch");
     }

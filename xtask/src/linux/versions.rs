@@ -147,8 +147,8 @@ impl Choice {
                 "NOT THE NEWEST LINUX: {package} {version} instead of {newest} ({fault})"
             )),
             (None, Some((newest, fault))) => Some(format!(
-                "NO PATCHED LINUX: {package} {newest} does not work ({fault}), nor does any that is \
-                 known to and still offered: `cargo xtask linux status` has them"
+                "NO PATCHED LINUX: {package} {newest} does not work ({fault}), nor does any that \
+                 is known to and still offered: `cargo xtask linux status` has them"
             )),
             (None, None) => {
                 Some(format!("NO LINUX: apt does not offer {package}, a package of Debian 12"))
@@ -203,7 +203,7 @@ mod tests {
     #[test]
     fn what_apt_offers_is_read_and_ordered() {
         let madison = "linux-source-6.1 |  6.1.9-1 | http://a bookworm/main amd64 Packages\n\
-                       linux-source-6.1 | 6.1.10-1 | http://b bookworm-security/main amd64 Packages\n\
+                       linux-source-6.1 | 6.1.10-1 | http://b security/main amd64 Packages\n\
                        linux-source-6.1 | 6.1.10-1 | http://c bookworm/main amd64 Packages\n\
                        linux-source-6.1 | 6.1.11-1 | http://c bookworm/main Sources\n\
                        linux-source-6.12 | 6.12.1-1 | http://c bookworm/main amd64 Packages\n\

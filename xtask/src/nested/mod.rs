@@ -17,7 +17,7 @@ use anyhow::{Result, bail};
 
 use crate::Context;
 
-pub use host::{Ended, Host, Job, Output, quoted, with_this_environment};
+pub use host::{Ended, Host, Job, Output, in_this_place, quoted, with_this_environment};
 
 /// `cargo xtask nested`.
 #[derive(clap::Args)]

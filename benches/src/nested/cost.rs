@@ -1,0 +1,78 @@
+//! The cost of a process, as the nested host's kernel counts it.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// What a run cost, in instructions: nanoseconds of the nested host.
+#[derive(Clone, Debug)]
+pub(super) struct Cost {
+    /// Of guest, program and kernel together, from the program's start to its end.
+    pub(super) whole: f64,
+    /// Of the program and the kernel while the guest did not run.
+    pub(super) outside: f64,
+    /// `--stats`.
+    pub(super) stats: Value,
+}
+
+/// Runs `umbra run` on a kernel's file.
+///
+/// # Errors
+/// It cannot be started, or ends with another status than 0 or 1.
+pub(super) fn run(program: &Path, kernel: &Path, arguments: &[&str]) -> Result<Cost> {
+    let folder = TempDir::new().context("no temporary folder")?;
+    let stats = folder.path().join("stats");
+    let mut command = Command::new(program);
+    command.arg("run").arg(kernel).args(["--keep-going", "--timeout=none"]);
+    command.args(arguments).arg("--stats").arg(&stats);
+    command.env_remove("RUST_LOG").stdin(Stdio::null()).stdout(Stdio::null());
+    let before = of_children()?;
+    let output =
+        command.output().with_context(|| format!("{} does not start", program.display()))?;
+    let whole = of_children()? - before;
+    ensure!(
+        matches!(output.status.code(), Some(0 | 1)),
+        "umbra {arguments:?} ended with {}: {}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let text = fs::read(&stats).context("there are no --stats")?;
+    let stats: Value = serde_json::from_slice(&text).context("--stats is not JSON")?;
+    let outside = stats.pointer("/host/outside_seconds").and_then(Value::as_f64);
+    let outside = outside.context("--stats has no outside_seconds")? * 1e9;
+    Ok(Cost { whole, outside, stats })
+}
+
+/// CPU time of all children that ended, in nanoseconds.
+fn of_children() -> Result<f64> {
+    // SAFETY: all bits zero are a valid value of this plain structure.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: fills in the structure, which is ours.
+    let done = unsafe { libc::getrusage(libc::RUSAGE_CHILDREN, &mut usage) };
+    ensure!(done == 0, "the kernel does not tell what children cost");
+    let nanoseconds = |time: libc::timeval| time.tv_sec as f64 * 1e9 + time.tv_usec as f64 * 1e3;
+    Ok(nanoseconds(usage.ru_utime) + nanoseconds(usage.ru_stime))
+}
+
+/// What one of the rounds costs by which two runs differ.
+pub(super) fn slope(few: f64, many: f64, rounds: [u64; 2]) -> f64 {
+    (many - few) / (rounds[1] - rounds[0]) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn children_cost_what_they_use() {
+        let before = of_children().unwrap();
+        let busy = "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done";
+        Command::new("/bin/sh").args(["-c", busy]).status().unwrap();
+        assert!(of_children().unwrap() > before);
+        assert_eq!(slope(100.0, 300.0, [1, 11]), 20.0);
+    }
+}

@@ -1,0 +1,71 @@
+//! What Linux costs a whole host: without KASAN, with its own, and with Umbra's, all at -O2.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use serde_json::Value;
+use tempfile::TempDir;
+use umbra_tests::linux::kernel;
+
+use super::cost::{Cost, run};
+use crate::figure::Measured;
+use crate::linux_kasan::{POINTS, REPLAY, TRACE, record};
+use crate::trace::Trace;
+
+/// The kernels, their files, and what they get as `--shadow`.
+pub(super) const KERNELS: [(&str, &str, &str); 4] = [
+    ("none", "compare-none/vmlinux", "off"),
+    ("stock outline", "compare-outline/vmlinux", "off"),
+    ("stock inline", "compare-inline/vmlinux", "off"),
+    ("umbra", "compare-umbra/vmlinux", "per-page"),
+];
+/// The parts of a run.
+pub(super) const BOOT: &str = "Linux: boot to the workload";
+pub(super) const REPLAYED: &str = "Linux: the workload";
+pub(super) const MEMORY: &str = "Linux: memory of the process, peak, KiB";
+pub(super) const WHOLE: &str = "Linux: Umbra's whole run";
+
+/// Measures them.
+pub(super) fn figures(program: &Path, tick: impl Fn(&str)) -> Result<Vec<Measured>> {
+    let folder = TempDir::new().context("no temporary folder")?;
+    let initrd = folder.path().join("recording");
+    let recording = record(Trace::open(Path::new(TRACE))?)?;
+    fs::write(&initrd, &recording.bytes).context("cannot write the recording")?;
+    let mut all = Vec::new();
+    for (name, file, shadow) in KERNELS {
+        tick(&format!("Linux, {name}"));
+        let mut arguments = vec![
+            "--memory=1G".to_owned(),
+            format!("--shadow={shadow}"),
+            format!("--cmdline={REPLAY}"),
+        ];
+        arguments.extend(POINTS[..2].iter().map(|point| format!("--mark={point}")));
+        arguments.push(format!("--initrd={}", initrd.display()));
+        let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+        let cost = run(program, &kernel(file), &arguments)?;
+        let [boot, end] = [mark(&cost, POINTS[0])?, mark(&cost, POINTS[1])?];
+        let seconds = |mark: &Value, what: &str| {
+            let value = mark[what].as_f64();
+            value.map(|seconds| seconds * 1e9).with_context(|| format!("a mark has no {what}"))
+        };
+        let (boot_cpu, end_cpu) = (seconds(boot, "cpu_seconds")?, seconds(end, "cpu_seconds")?);
+        all.push(Measured::new(BOOT, name.into(), boot_cpu));
+        all.push(Measured::new(REPLAYED, name.into(), end_cpu - boot_cpu));
+        let peak = end["rss_peak_bytes"].as_f64().context("a mark has no rss_peak_bytes")?;
+        all.push(Measured::new(MEMORY, name.into(), peak / 1024.0));
+        if shadow != "off" {
+            all.push(Measured::new(WHOLE, "whole host".into(), cost.whole));
+            all.push(Measured::new(WHOLE, "outside the guest".into(), cost.outside));
+        }
+    }
+    Ok(all)
+}
+
+/// A mark of a run's.
+fn mark<'a>(cost: &'a Cost, text: &str) -> Result<&'a Value> {
+    let marks = cost.stats["marks"].as_array();
+    let mut marks = marks.into_iter().flatten();
+    let found = marks.find(|mark| mark["text"].as_str() == Some(text));
+    found.with_context(|| format!("the console never said \"{text}\""))
+}
