@@ -1,35 +1,38 @@
-//! `cargo xtask demo`: builds everything and becomes `umbra demo`.
+//! `cargo xtask demo`: builds everything and becomes `umbra demo`, or runs it in the nested host
+//! where there is no KVM.
 
+use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::io;
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
-use crate::{Context, guest};
+use crate::{Context, guest, nested};
 
-/// Runs it. Returns only if that fails.
+/// Runs it. Where there is KVM, returns only if that fails.
 pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
     let boots =
         !arguments.iter().any(|argument| ["--list", "--help", "-h"].contains(&argument.as_str()));
-    // Better said before minutes of building.
-    if boots && let Some(problem) = kvm_problem() {
-        bail!("{problem}");
+    let problem = kvm_problem().filter(|_| boots);
+    if let Some(problem) = &problem {
+        context.progress.say(&format!("the demo runs in the nested host: {problem}"));
     }
     guest::build(context)?;
     context.progress.step("building Umbra");
     let umbra = ["--release", "--package", "umbra", "--bin", "umbra"];
     context.cargo().args(["build"]).args(umbra).run_or_fail(&context.progress)?;
+    if problem.is_some() {
+        let mut command: Vec<OsString> = vec![context.root.join("target/release/umbra").into()];
+        command.push("demo".into());
+        command.extend(arguments.iter().map(OsString::from));
+        return nested::run_command(context, &command);
+    }
     context.progress.step("starting the demo");
     context.progress.finish();
     // It knows where the program is, wherever results are put.
-    context
-        .cargo()
-        .args(["run", "--quiet"])
-        .args(umbra)
-        .args(["--", "demo"])
-        .args(arguments)
-        .replace()
+    let run = ["run", "--quiet"];
+    context.cargo().args(run).args(umbra).args(["--", "demo"]).args(arguments).replace()
 }
 
 /// Why guests cannot be booted on this machine, if so, and what to do about it.

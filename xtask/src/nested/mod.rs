@@ -18,6 +18,10 @@ use crate::Context;
 
 pub use host::{Ended, Host, Job, Output, in_this_place, quoted, with_this_environment};
 
+/// Memory of the nested host, in MiB, and seconds for a command, unless others are given.
+const MEMORY_MIB: u32 = 4096;
+const TIMEOUT_SECONDS: u64 = 3600;
+
 /// `cargo xtask nested`.
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -25,10 +29,10 @@ pub struct Arguments {
     #[arg(long)]
     icount: bool,
     /// Memory of the nested host, in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(512..))]
+    #[arg(long, value_name = "MIB", default_value_t = MEMORY_MIB, value_parser = clap::value_parser!(u32).range(512..))]
     memory: u32,
     /// End the command after this many seconds, those of the start included
-    #[arg(long, value_name = "SECONDS", default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "SECONDS", default_value_t = TIMEOUT_SECONDS, value_parser = clap::value_parser!(u64).range(1..))]
     timeout: u64,
     /// The command to run, and its arguments
     #[arg(
@@ -42,16 +46,26 @@ pub struct Arguments {
 
 /// Runs a command in a nested host. Passes on its output and its exit status.
 pub fn run(context: &Context, arguments: &Arguments) -> Result<ExitCode> {
-    let host = Host::prepare(context)?;
     let job = Job {
-        script: host::in_this_place(&arguments.command)?,
+        script: in_this_place(&arguments.command)?,
         icount: arguments.icount,
         memory_mib: arguments.memory,
         timeout: Duration::from_secs(arguments.timeout),
     };
+    run_job(context, &job)
+}
+
+/// The same with what the options are by default.
+pub fn run_command(context: &Context, command: &[OsString]) -> Result<ExitCode> {
+    let timeout = Duration::from_secs(TIMEOUT_SECONDS);
+    let script = in_this_place(command)?;
+    run_job(context, &Job { script, icount: false, memory_mib: MEMORY_MIB, timeout })
+}
+
+fn run_job(context: &Context, job: &Job) -> Result<ExitCode> {
+    let host = Host::prepare(context)?;
     context.progress.step("booting the nested host");
-    let ended = host.run(&job, &context.progress, Output::PassedOn)?;
-    match ended {
+    match host.run(job, &context.progress, Output::PassedOn)? {
         Ended::Exit(status) => Ok(ExitCode::from(status)),
         Ended::Trouble(reason) => bail!("{reason}"),
     }
