@@ -8,8 +8,8 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
-use umbra::demo::Verdict;
 use umbra::kernel::Expected;
+use umbra::verdicts::Verdict;
 
 /// Set in the environment, it has the tests write the file.
 pub const WRITE: &str = "UMBRA_WRITE_TABLES";

@@ -10,11 +10,11 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use umbra::demo::{self, Verdict};
 use umbra::kernel::{Scenario, scenarios};
 use umbra::report::{Finding, text};
 use umbra::sandbox::{Config, Report, ShadowMode};
 use umbra::shadow::Notify;
+use umbra::verdicts::{self, Verdict};
 use umbra_tests::suite::{Need, Suite};
 use umbra_tests::table::{hold, table};
 
@@ -60,7 +60,7 @@ impl Kernel {
             timeout: Some(Duration::from_secs(90)),
             ..Config::default()
         };
-        let run = demo::verdicts(&config, chosen, false, Box::new(()), &AtomicBool::new(false));
+        let run = verdicts::run(&config, chosen, false, Box::new(()), &AtomicBool::new(false));
         let (verdicts, report) = run.expect("it boots");
         assert!(report.outcome.is_regular(), "{}", report.outcome);
         (verdicts, report)

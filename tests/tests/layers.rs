@@ -17,9 +17,11 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("umbra-guest", &["umbra-shadow"]),
     ("umbra-kernel", &["umbra-guest"]),
     ("umbra-kernel-memory", &["umbra-guest"]),
-    ("umbra-tests", &["umbra", "umbra-shadow"]),
-    ("umbra-benches", &["umbra", "umbra-shadow", "umbra-tests"]),
-    ("xtask", &[]),
+    ("umbra-skip", &[]),
+    ("umbra-testkit", &[]),
+    ("umbra-tests", &["umbra", "umbra-shadow", "umbra-skip", "umbra-testkit"]),
+    ("umbra-benches", &["umbra", "umbra-shadow", "umbra-skip", "umbra-tests"]),
+    ("xtask", &["umbra-skip", "umbra-testkit"]),
 ];
 
 /// Libraries of others that only some crates may use.

@@ -18,9 +18,9 @@ use umbra_tests::suite::{Need, Suite};
 const MEMORY: u64 = 64 << 20;
 
 #[derive(Clone, Default)]
-struct Console(Arc<Mutex<Vec<u8>>>);
+struct Screen(Arc<Mutex<Vec<u8>>>);
 
-impl Write for Console {
+impl Write for Screen {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0.lock().expect("no panic").extend_from_slice(bytes);
         Ok(bytes.len())
@@ -43,7 +43,7 @@ fn config(cmdline: &str) -> Config {
 
 /// Runs the test kernel to its regular end; what it said, too.
 fn run(config: &Config) -> (Report, String) {
-    let console = Console::default();
+    let console = Screen::default();
     let report =
         sandbox::run(config, Box::new(console.clone()), Box::new(()), &AtomicBool::new(false))
             .expect("it boots");

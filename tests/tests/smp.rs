@@ -31,7 +31,7 @@ fn run(cpus: u8, shadow: ShadowMode, notify: Notify, operations: u32) -> (Report
         timeout: Some(Duration::from_secs(120)),
         ..Config::default()
     };
-    let console = Console::default();
+    let console = Screen::default();
     let report =
         sandbox::run(&config, Box::new(console.clone()), Box::new(()), &AtomicBool::new(false))
             .expect("it boots");
@@ -42,9 +42,9 @@ fn run(cpus: u8, shadow: ShadowMode, notify: Notify, operations: u32) -> (Report
 }
 
 #[derive(Clone, Default)]
-struct Console(Arc<Mutex<Vec<u8>>>);
+struct Screen(Arc<Mutex<Vec<u8>>>);
 
-impl Write for Console {
+impl Write for Screen {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0.lock().expect("no panic").extend_from_slice(bytes);
         Ok(bytes.len())

@@ -68,8 +68,9 @@ impl OnTerminal {
         let (mut main, mut other) = (0, 0);
         let null = std::ptr::null_mut();
         // SAFETY: two descriptors to fill in; the rest is left to its defaults.
-        let made = unsafe { libc::openpty(&mut main, &mut other, null, null.cast(), null.cast()) };
-        assert_eq!(made, 0);
+        let opened =
+            unsafe { libc::openpty(&mut main, &mut other, null, null.cast(), null.cast()) };
+        assert_eq!(opened, 0);
         // SAFETY: new descriptors that nobody else has.
         let (main, other) = unsafe { (OwnedFd::from_raw_fd(main), OwnedFd::from_raw_fd(other)) };
         let dir = TempDir::new().expect("a temporary directory");

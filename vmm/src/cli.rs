@@ -1,7 +1,7 @@
 //! The command line of `umbra`.
 
 use std::fs::File;
-use std::io::{self, BufWriter, IsTerminal, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -14,11 +14,12 @@ use umbra_machine::layout;
 use umbra_machine::loader::Protocol;
 use umbra_provenance::QuarantineSize;
 use umbra_report::text::{self, TextStyle};
-use umbra_report::{Finding, Names, html, json};
+use umbra_report::{Names, html};
 
 use crate::demo;
+use crate::print::{Printer, say, size, stderr_color};
 use crate::sandbox::{
-    self, Config, Console, GuestFile, Observer, Redzone, Report, RunError, ShadowMode,
+    self, Config, Console, GuestFile, Outcome, Redzone, Report, RunError, ShadowMode,
 };
 use crate::shadow::Notify;
 use crate::terminal;
@@ -260,50 +261,6 @@ impl Guest {
     }
 }
 
-/// Prints findings as they come: text to standard error, JSON where it was asked for.
-pub(crate) struct Printer {
-    style: TextStyle,
-    quiet: bool,
-    json: Option<Box<dyn Write + Send>>,
-}
-
-impl Printer {
-    /// Text only.
-    pub(crate) fn text(quiet: bool) -> Self {
-        Self {
-            style: TextStyle { color: stderr_color(), names: Names::Demangled },
-            quiet,
-            json: None,
-        }
-    }
-}
-
-impl Observer for Printer {
-    fn finding(&mut self, finding: &Finding) {
-        // Standard error may be gone; the guest goes on, and the exit status still tells.
-        if !self.quiet {
-            let _ = text::write(&mut io::stderr().lock(), finding, self.style);
-        }
-        if let Some(out) = &mut self.json
-            && let Err(error) = json::write(out, finding).and_then(|()| out.flush())
-        {
-            log::error!("--findings cannot be written any more: {error}");
-            self.json = None;
-        }
-    }
-}
-
-/// Whether standard error gets colours: on a terminal, unless NO_COLOR is set.
-pub(crate) fn stderr_color() -> bool {
-    anstream::AutoStream::choice(&io::stderr()) != anstream::ColorChoice::Never
-        && io::stderr().is_terminal()
-}
-
-/// Says something on standard error. If nobody listens there, the exit status has to do.
-pub(crate) fn say(what: std::fmt::Arguments) {
-    let _ = writeln!(io::stderr().lock(), "umbra: {what}");
-}
-
 /// Opens a file to write, or standard output for `-`.
 fn output(path: &Path) -> Result<Box<dyn Write + Send>> {
     if path.as_os_str() == "-" {
@@ -381,8 +338,18 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
     Ok(report.status())
 }
 
+/// The option that would have let a run go on, for a message.
+fn hint(outcome: &Outcome) -> &'static str {
+    match outcome {
+        Outcome::TimeLimit(_) => ": --timeout gives it more",
+        Outcome::ShadowLimit(_) => ": --shadow-limit gives it more",
+        _ => "",
+    }
+}
+
 /// A run in one line.
 fn summary(report: &Report) -> String {
+    let outcome = format!("{}{}", report.outcome, hint(&report.outcome));
     let stats = &report.stats;
     let findings = match stats.findings {
         0 => "no findings".to_owned(),
@@ -392,14 +359,13 @@ fn summary(report: &Report) -> String {
     // A kernel that is not made for Umbra never calls it.
     let silent = stats.exits.hypercall == 0 && stats.findings == 0;
     if stats.shadow.mode == "off" || silent {
-        return format!("{}; the guest ran unchecked", report.outcome);
+        return format!("{outcome}; the guest ran unchecked");
     }
     let shadow = &stats.shadow;
     format!(
-        "{}; {findings}; shadow {} at its peak (1/8 of the guest's memory is {})",
-        report.outcome,
-        demo::size(shadow.page_bytes + shadow.byte_peak_resident_bytes),
-        demo::size(stats.guest.memory_bytes / 8),
+        "{outcome}; {findings}; shadow {} at its peak (1/8 of the guest's memory is {})",
+        size(shadow.page_bytes + shadow.byte_peak_resident_bytes),
+        size(stats.guest.memory_bytes / 8),
     )
 }
 

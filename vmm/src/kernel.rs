@@ -121,33 +121,8 @@ fn expected(verdict: &str) -> Option<Expected> {
 mod tests {
     use super::*;
 
-    /// A 64-bit ELF file whose one section beside the names is called `name` and holds `content`.
-    fn elf(name: &str, content: &[u8]) -> Vec<u8> {
-        let names = format!("\0.shstrtab\0{name}\0");
-        let content_at = 64 + names.len();
-        let table = (content_at + content.len()).next_multiple_of(8);
-        let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
-        file.extend([2_u16, 62].map(u16::to_le_bytes).concat());
-        file.extend(1_u32.to_le_bytes());
-        file.extend([0, 0, table as u64].map(u64::to_le_bytes).concat());
-        file.extend(0_u32.to_le_bytes());
-        file.extend([64_u16, 0, 0, 64, 3, 1].map(u16::to_le_bytes).concat());
-        file.extend(names.as_bytes());
-        file.extend(content);
-        file.resize(table, 0);
-        for (name, kind, at, size) in
-            [(0, 0, 0, 0), (1, 3, 64, names.len()), (11, 1, content_at, content.len())]
-        {
-            file.extend([name, kind].map(u32::to_le_bytes).concat());
-            file.extend([0, 0, at as u64, size as u64].map(u64::to_le_bytes).concat());
-            file.extend([0_u32; 2].map(u32::to_le_bytes).concat());
-            file.extend([1_u64, 0].map(u64::to_le_bytes).concat());
-        }
-        file
-    }
-
     fn read(text: &str) -> Result<Vec<Scenario>, ScenarioError> {
-        scenarios(&elf(SECTION, text.as_bytes()))
+        scenarios(&umbra_testkit::elf::with_section(SECTION, text.as_bytes()))
     }
 
     #[test]
@@ -205,12 +180,15 @@ mod tests {
     #[test]
     fn files_without_descriptions_are_refused() {
         assert!(matches!(scenarios(b"not a kernel"), Err(ScenarioError::NotElf(_))));
-        assert!(matches!(scenarios(&elf(".text", b"")), Err(ScenarioError::NoSection)));
         assert!(matches!(
-            scenarios(&elf(SECTION, b"\xff|silent|x")),
+            scenarios(&umbra_testkit::elf::with_section(".text", b"")),
+            Err(ScenarioError::NoSection)
+        ));
+        assert!(matches!(
+            scenarios(&umbra_testkit::elf::with_section(SECTION, b"\xff|silent|x")),
             Err(ScenarioError::NotText(_))
         ));
-        let mut cut = elf(SECTION, b"name|silent|about");
+        let mut cut = umbra_testkit::elf::with_section(SECTION, b"name|silent|about");
         let table = cut.len() - 3 * 64;
         cut[table + 2 * 64 + 24..][..8].copy_from_slice(&u64::MAX.to_le_bytes());
         assert!(matches!(scenarios(&cut), Err(ScenarioError::Unreadable(_))));

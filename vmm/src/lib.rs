@@ -2,12 +2,14 @@
 //! its memory errors.
 
 pub mod cli;
-pub mod demo;
+mod demo;
 pub mod hypercall;
 pub mod kernel;
+mod print;
 pub mod sandbox;
 pub mod shadow;
-pub mod terminal;
+mod terminal;
+pub mod verdicts;
 
 pub use umbra_machine as machine;
 pub use umbra_provenance as provenance;

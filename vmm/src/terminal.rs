@@ -58,7 +58,7 @@ fn make_raw() -> io::Result<()> {
     let _ = BEFORE.set(before);
     RAW.store(true, SeqCst);
     tcsetattr(stdin(), OptionalActions::Now, &raw)?;
-    crate::cli::say(format_args!("{KEYS}"));
+    crate::print::say(format_args!("{KEYS}"));
     Ok(())
 }
 

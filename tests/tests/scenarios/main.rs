@@ -12,7 +12,6 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
-use umbra::demo::{self, Verdict};
 use umbra::kernel::{Expected, Scenario, scenarios, test_kernel};
 use umbra::machine::complete::Completer;
 use umbra::machine::devices::{DeviceEvent, Devices};
@@ -22,6 +21,7 @@ use umbra::machine::{Kvm, Machine, MachineConfig};
 use umbra::provenance::QuarantineSize;
 use umbra::sandbox::{Config, GuestFile, Report, ShadowMode};
 use umbra::shadow::{CHUNK_BYTES, Notify};
+use umbra::verdicts::{self, Verdict};
 use umbra_tests::suite::{Need, Suite};
 use umbra_tests::table::{SUITE, hold, table};
 
@@ -112,7 +112,7 @@ fn boot_file(
         count_instructions: true,
         ..Config::default()
     };
-    let run = demo::verdicts(&config, chosen, false, Box::new(()), &AtomicBool::new(false));
+    let run = verdicts::run(&config, chosen, false, Box::new(()), &AtomicBool::new(false));
     let (verdicts, report) = run.expect("it boots");
     assert!(report.outcome.is_regular(), "{}", report.outcome);
     Outcome { verdicts, report }
@@ -305,9 +305,9 @@ fn off_finds_nothing() {
 
 /// Takes the console.
 #[derive(Clone, Default)]
-struct Console(Arc<Mutex<Vec<u8>>>);
+struct Screen(Arc<Mutex<Vec<u8>>>);
 
-impl Write for Console {
+impl Write for Screen {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         self.0.lock().expect("nobody panics with it").extend_from_slice(bytes);
         Ok(bytes.len())
@@ -323,10 +323,10 @@ fn runs_without_umbra() {
     let config = MachineConfig { memory_bytes: MEMORY, ..Default::default() };
     let mut machine = Machine::new(&kvm, config).expect("a machine");
     let chosen = survivable();
-    let cmdline = format!("{LITTLE_CHURN} {}", demo::choice(&all(), &chosen));
+    let cmdline = format!("{LITTLE_CHURN} {}", verdicts::choice(&all(), &chosen));
     machine.load(&Boot::new(test_kernel().expect("checked before"), &cmdline)).expect("it loads");
     let mut vcpu = machine.create_vcpu(0).expect("a vCPU");
-    let console = Console::default();
+    let console = Screen::default();
     let mut devices = Devices::new(Box::new(console.clone()), None);
     let mut completer = Completer::default();
     loop {

@@ -8,11 +8,11 @@ use umbra::kernel::test_kernel;
 use umbra::sandbox::{self, Config, ShadowMode};
 use umbra::shadow::Notify;
 
-use super::{CONFIGURATIONS, Console, MEMORY, PER_PAGE};
+use super::{CONFIGURATIONS, MEMORY, PER_PAGE, Screen};
 
 /// The kernel's random operations, and what came of them on both sides.
 fn random(shadow: ShadowMode, notify: Notify, operations: u64, seed: u64, tell_each: u64) {
-    let console = Console::default();
+    let console = Screen::default();
     let config = Config {
         kernel: test_kernel().expect("checked before").into(),
         cmdline: format!("random={operations}:{seed}:{tell_each} scenarios=-"),

@@ -47,14 +47,14 @@ const KVM_FEATURES_KEPT: u32 = 1 | 1 << 1 | 1 << 3 | 1 << 6 | 1 << 24;
 
 /// Which of how many CPUs a table is for. They are the cores of one package, one thread each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct CpuTopology {
     /// Its APIC id: 0 to `cpus` - 1.
     pub id: u8,
     /// CPUs of the machine, at least 1.
     pub cpus: u8,
 }
 
-impl Place {
+impl CpuTopology {
     /// Bits of the APIC id that tell cores of a package apart.
     fn core_bits(self) -> u32 {
         u32::from(self.cpus).next_power_of_two().trailing_zeros()
@@ -66,7 +66,7 @@ pub fn table(
     supported: &CpuId,
     extra: &[CpuidLeaf],
     irqchip: bool,
-    place: Place,
+    place: CpuTopology,
 ) -> Result<CpuId, CpuidError> {
     let (id, cpus) = (u32::from(place.id), u32::from(place.cpus));
     let ids = 1 << place.core_bits();
@@ -188,7 +188,7 @@ mod tests {
             .unwrap()
     }
 
-    const ALONE: Place = Place { id: 0, cpus: 1 };
+    const ALONE: CpuTopology = CpuTopology { id: 0, cpus: 1 };
 
     #[test]
     fn bits_and_leaves() {
@@ -205,7 +205,7 @@ mod tests {
 
     #[test]
     fn every_cpu_is_a_core_with_an_id() {
-        let table = super::table(&supported(), &[], true, Place { id: 5, cpus: 6 }).unwrap();
+        let table = super::table(&supported(), &[], true, CpuTopology { id: 5, cpus: 6 }).unwrap();
         let find =
             |f, i| *table.as_slice().iter().find(|e| (e.function, e.index) == (f, i)).unwrap();
         assert_eq!((find(1, 0).ebx >> 24, find(1, 0).ebx >> 16 & 0xff), (5, 8));

@@ -239,7 +239,7 @@ impl Machine {
             });
         }
         let fd = self.vm.fd().create_vcpu(u64::from(id)).map_err(refused("create a vCPU"))?;
-        let place = cpuid::Place { id, cpus: self.config.cpus };
+        let place = cpuid::CpuTopology { id, cpus: self.config.cpus };
         let wanted = cpuid::table(
             &self.supported,
             &self.config.extra_cpuid,

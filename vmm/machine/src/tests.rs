@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_regs;
 use umbra_skip::{need, need_cpu, skip_part};
+use umbra_testkit::elf::ElfBuilder;
 use vm_memory::GuestAddress;
 
 use super::complete::Completer;
@@ -40,32 +41,12 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// An ELF executable: segments of (gpa, gva, bytes, bytes in memory).
 pub(super) fn elf(entry: u64, segments: &[(u64, u64, &[u8], u64)]) -> Vec<u8> {
-    let mut image = b"\x7fELF\x02\x01\x01".to_vec();
-    image.resize(16, 0);
-    let mut data_at = 64 + 56 * segments.len() as u64;
-    for field in [2u16, 62] {
-        image.extend(field.to_le_bytes());
-    }
-    image.extend(1u32.to_le_bytes());
-    for field in [entry, 64, 0] {
-        image.extend(field.to_le_bytes());
-    }
-    image.extend(0u32.to_le_bytes());
-    for field in [64u16, 56, segments.len() as u16, 0, 0, 0] {
-        image.extend(field.to_le_bytes());
-    }
-    for (gpa, gva, bytes, memory) in segments {
-        image.extend(1u32.to_le_bytes());
-        image.extend(7u32.to_le_bytes());
-        for field in [data_at, *gva, *gpa, bytes.len() as u64, *memory, 4096] {
-            image.extend(field.to_le_bytes());
-        }
-        data_at += bytes.len() as u64;
-    }
-    for (_, _, bytes, _) in segments {
-        image.extend_from_slice(bytes);
-    }
-    image
+    let add = |elf: ElfBuilder, (gpa, gva, bytes, memory): &(u64, u64, &[u8], u64)| {
+        elf.segment(*gpa, *bytes).with(|segment| {
+            (segment.gva, segment.memory_size) = (*gva, Some(*memory));
+        })
+    };
+    segments.iter().fold(ElfBuilder::new(entry), add).build()
 }
 
 /// Runs until an exit that is neither an interruption nor an instruction to complete.
@@ -82,9 +63,9 @@ fn next(machine: &Machine, vcpu: &mut Vcpu, completer: &mut Completer) -> VmExit
 }
 
 #[derive(Clone, Default)]
-struct Console(Arc<Mutex<Vec<u8>>>);
+struct Screen(Arc<Mutex<Vec<u8>>>);
 
-impl Write for Console {
+impl Write for Screen {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         self.0.lock().unwrap().extend_from_slice(bytes);
         Ok(bytes.len())
@@ -116,7 +97,7 @@ fn a_kernel_boots_prints_its_command_line_and_switches_off() {
     let mut machine = Machine::new(&kvm, config).unwrap();
     machine.load(&Boot::new(&image, "hello from the guest\n")).unwrap();
     let mut vcpu = machine.create_vcpu(0).unwrap();
-    let console = Console::default();
+    let console = Screen::default();
     let mut devices = Devices::new(Box::new(console.clone()), machine.irq_line(4));
     let mut first = None;
     loop {

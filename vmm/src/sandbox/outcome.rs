@@ -82,13 +82,13 @@ pub enum Outcome {
         id: usize,
     },
     /// The time limit.
-    #[error("the time limit of {0:?} is over: --timeout gives it more")]
+    #[error("the time limit of {0:?} is over")]
     TimeLimit(Duration),
     /// The user asked for the end.
     #[error("interrupted")]
     Interrupted,
     /// The guest needs more shadow than it may have.
-    #[error("{0}: --shadow-limit gives it more")]
+    #[error("{0}")]
     ShadowLimit(ShadowError),
     /// The host failed to provide shadow.
     #[error("cannot provide shadow memory: {0}")]
@@ -114,7 +114,7 @@ fn exception(vector: u32) -> &'static str {
 }
 
 impl Outcome {
-    /// A word for `--stats`.
+    /// The outcome as a word, for figures.
     pub fn word(&self) -> &'static str {
         match self {
             Self::Done => "done",
@@ -136,7 +136,7 @@ impl Outcome {
         }
     }
 
-    /// The exit status of `umbra run`: 0 clean, 1 findings, 2 usage or host problem, 3 the guest
+    /// The exit status of a program that runs one guest: 0 clean, 1 findings, 2 usage or host problem, 3 the guest
     /// crashed, 4 time limit; 130 after Ctrl-C, as shells have it.
     pub fn status(&self, findings: bool) -> u8 {
         match self {

@@ -6,15 +6,12 @@ use std::fs;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
+use umbra_testkit::ktap;
 
 use super::kernels::{STOCK_KASAN, UMBRA, UMBRA_VMALLOC};
 use super::{build_all, build_compared};
 use crate::process::Command;
 use crate::{Context, setup};
-
-#[path = "../../../tests/src/ktap.rs"]
-#[allow(dead_code, reason = "the tests use more of it")]
-mod ktap;
 
 /// The list that the tests hold against.
 const LIST: &str = "tests/data/kasan-suite.txt";

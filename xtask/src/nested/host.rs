@@ -11,8 +11,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use umbra_testkit::cpio::Archive;
 
-use super::cpio::Archive;
 use super::packages::{self, Kernel, Program};
 use crate::Context;
 use crate::process::{Command, Running};

@@ -5,7 +5,6 @@
 //! in guests. A command runs there with this machine's files at their usual paths. What it writes is
 //! forgotten, but in the workspace's `target` folder.
 
-mod cpio;
 mod host;
 mod packages;
 

@@ -2,7 +2,7 @@
 
 use iced_x86::Register;
 
-use super::operand::{Access, register_value, set_register};
+use super::operand::{OperandUse, register_value, set_register};
 use super::{Context, Effect, RFLAGS_CF, RFLAGS_OF, RFLAGS_SF, RFLAGS_STATUS, RFLAGS_ZF, Stop};
 
 /// `bits` ones.
@@ -225,7 +225,7 @@ pub(super) fn cmpxchg16b(c: &mut Context) -> Result<Effect, Stop> {
     if c.address()? % 16 != 0 {
         return Err(Stop::PROTECTION);
     }
-    let place = c.place(16, Access::Write)?;
+    let place = c.place(16, OperandUse::Write)?;
     let wide = |low: u64, high: u64| u128::from(low) | u128::from(high) << 64;
     let expected = wide(c.regs.rax, c.regs.rdx);
     let found = place.compare_exchange(c.ram, expected, wide(c.regs.rbx, c.regs.rcx))?;

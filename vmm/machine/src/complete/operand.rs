@@ -22,21 +22,21 @@ mod fault {
 
 /// What an instruction does with memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Access {
+pub(super) enum OperandUse {
     Read,
     Write,
 }
 
 /// A memory operand that may be accessed, all of it.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct OperandLocation {
     /// Its linear address.
     pub gva: u64,
     /// Where it lies, page by page: guest-physical address and bytes.
     parts: Vec<(GuestAddress, usize)>,
 }
 
-impl Place {
+impl OperandLocation {
     /// Copies it out, as much as `to` takes.
     pub fn read(&self, ram: &Ram, to: &mut [u8]) -> Result<(), Stop> {
         self.read_at(ram, 0, to)
@@ -136,13 +136,18 @@ impl Context<'_> {
     }
 
     /// The first `len` bytes of the memory operand.
-    pub fn place(&self, len: usize, access: Access) -> Result<Place, Stop> {
+    pub fn place(&self, len: usize, access: OperandUse) -> Result<OperandLocation, Stop> {
         self.place_at(self.address()?, len, access)
     }
 
     /// Memory that the memory operand stands before or around: `len` bytes at the linear address
     /// `gva`.
-    pub fn place_at(&self, gva: u64, len: usize, access: Access) -> Result<Place, Stop> {
+    pub fn place_at(
+        &self,
+        gva: u64,
+        len: usize,
+        access: OperandUse,
+    ) -> Result<OperandLocation, Stop> {
         let mut parts = Vec::with_capacity(2);
         let mut done = 0;
         while done < len {
@@ -159,17 +164,17 @@ impl Context<'_> {
         let mut done = 0;
         for (_, len) in &parts {
             let at = gva.wrapping_add(done);
-            self.space.mark(self.ram, at, access == Access::Write).map_err(Stop::Memory)?;
+            self.space.mark(self.ram, at, access == OperandUse::Write).map_err(Stop::Memory)?;
             done += *len as u64;
         }
-        Ok(Place { gva, parts })
+        Ok(OperandLocation { gva, parts })
     }
 
     /// Translates an address for an access of the guest's current privilege (Intel SDM volume 3,
     /// 4.6 and 4.7). Protection keys are not looked at: they matter for user pages only.
-    fn translate(&self, gva: u64, access: Access) -> Result<GuestAddress, Stop> {
+    fn translate(&self, gva: u64, access: OperandUse) -> Result<GuestAddress, Stop> {
         let user = self.sregs.ss.dpl == 3;
-        let write = access == Access::Write;
+        let write = access == OperandUse::Write;
         let mut error = if write { fault::WRITE } else { 0 } | if user { fault::USER } else { 0 };
         match self.space.translate(self.ram, gva) {
             Ok(to) => {
@@ -209,7 +214,7 @@ impl Context<'_> {
                 let len = self.instruction.memory_size().size();
                 let mut bytes = [0; 8];
                 let to = bytes.get_mut(..len).ok_or(Stop::Unknown)?;
-                self.place(len, Access::Read)?.read(self.ram, to)?;
+                self.place(len, OperandUse::Read)?.read(self.ram, to)?;
                 Ok(u64::from_le_bytes(bytes))
             }
             _ => self.instruction.try_immediate(index).map_err(|_| Stop::Unknown),
@@ -222,7 +227,7 @@ impl Context<'_> {
             let len = self.instruction.memory_size().size();
             let bytes = value.to_le_bytes();
             let from = bytes.get(..len).ok_or(Stop::Unknown)?;
-            return self.place(len, Access::Write)?.write(self.ram, from);
+            return self.place(len, OperandUse::Write)?.write(self.ram, from);
         }
         set_register(&mut self.regs, self.instruction.op_register(index), value);
         Ok(())

@@ -11,7 +11,7 @@ use std::sync::LazyLock;
 
 use iced_x86::{Code, EncodingKind, Mnemonic};
 
-use super::operand::{Access, Place};
+use super::operand::{OperandLocation, OperandUse};
 use super::{
     CR0_EM, CR0_TS, CR4_OSXSAVE, CR4_PKE, Context, DEVICE_NOT_AVAILABLE, Effect, Stop, native,
 };
@@ -199,7 +199,7 @@ impl Request {
         })
     }
 
-    fn place(&self, c: &Context, len: usize, access: Access) -> Result<Place, Stop> {
+    fn place(&self, c: &Context, len: usize, access: OperandUse) -> Result<OperandLocation, Stop> {
         c.place_at(self.address, len, access)
     }
 }
@@ -235,7 +235,7 @@ pub(super) fn xsave(c: &mut Context) -> Result<Effect, Stop> {
     let wanted = request.wanted;
     let extended = layout(wanted, false)?;
     let len = extended.iter().map(|(_, offset, size)| offset + size).max().unwrap_or(EXTENDED);
-    let place = request.place(c, len, Access::Write)?;
+    let place = request.place(c, len, OperandUse::Write)?;
     let image = image(c, request.wide)?;
     let in_use = xstate_bv(&image);
     let optimised = matches!(c.instruction.mnemonic(), Mnemonic::Xsaveopt | Mnemonic::Xsaveopt64);
@@ -259,7 +259,7 @@ pub(super) fn xsavec(c: &mut Context) -> Result<Effect, Stop> {
     let wanted = request.wanted;
     let extended = layout(wanted, true)?;
     let len = extended.last().map_or(EXTENDED, |(_, offset, size)| offset + size);
-    let place = request.place(c, len, Access::Write)?;
+    let place = request.place(c, len, OperandUse::Write)?;
     let image = image(c, request.wide)?;
     let mut saved = wanted & xstate_bv(&image) & !request.supervisor;
     if mxcsr(&image) != INITIAL_MXCSR {
@@ -278,7 +278,7 @@ pub(super) fn xsavec(c: &mut Context) -> Result<Effect, Stop> {
 /// Writes x87, SSE and MXCSR to the legacy region.
 fn save_legacy(
     c: &Context,
-    place: &Place,
+    place: &OperandLocation,
     image: &XsaveArea,
     saved: u64,
     with_mxcsr: bool,
@@ -304,7 +304,7 @@ pub(super) fn xrstor(c: &mut Context) -> Result<Effect, Stop> {
     let request = Request::new(c, with_supervisor)?;
     let wanted = request.wanted;
     let mut from = XsaveArea::default();
-    request.place(c, EXTENDED, Access::Read)?.read(c.ram, &mut from.0[..EXTENDED])?;
+    request.place(c, EXTENDED, OperandUse::Read)?.read(c.ram, &mut from.0[..EXTENDED])?;
     let (there, format) = (xstate_bv(&from), number(&from, XCOMP_BV));
     let compact = format & COMPACT != 0;
     let possible = request.possible;
@@ -327,7 +327,7 @@ pub(super) fn xrstor(c: &mut Context) -> Result<Effect, Stop> {
     let extended = layout(if compact { format & !COMPACT } else { wanted }, compact)?;
     let needed = extended.iter().filter(|(i, ..)| loaded >> i & 1 != 0);
     let len = needed.clone().map(|(_, offset, size)| offset + size).max().unwrap_or(EXTENDED);
-    let place = request.place(c, len, Access::Read)?;
+    let place = request.place(c, len, OperandUse::Read)?;
     // Into a copy: a fault further on leaves everything as it is.
     let mut new = *c.extended()?;
     let mxcsr = match (compact, wanted & (SSE_BIT | AVX_BIT) != 0) {
@@ -363,7 +363,7 @@ pub(super) fn xrstor(c: &mut Context) -> Result<Effect, Stop> {
 }
 
 /// Checks what `fxsave` and `fxrstor` need, and gives their area.
-fn fx_place(c: &Context, access: Access) -> Result<Place, Stop> {
+fn fx_place(c: &Context, access: OperandUse) -> Result<OperandLocation, Stop> {
     if c.sregs.cr0 & (CR0_EM | CR0_TS) != 0 {
         return Err(Stop::Fault { vector: DEVICE_NOT_AVAILABLE, error: None });
     }
@@ -375,14 +375,14 @@ fn fx_place(c: &Context, access: Access) -> Result<Place, Stop> {
 }
 
 pub(super) fn fxsave(c: &mut Context) -> Result<Effect, Stop> {
-    let place = fx_place(c, Access::Write)?;
+    let place = fx_place(c, OperandUse::Write)?;
     let image = image(c, is_wide(c.instruction.code()))?;
     place.write_at(c.ram, 0, &image.0[..XMM.end])?;
     Ok(Effect::Next)
 }
 
 pub(super) fn fxrstor(c: &mut Context) -> Result<Effect, Stop> {
-    let place = fx_place(c, Access::Read)?;
+    let place = fx_place(c, OperandUse::Read)?;
     let mut from = XsaveArea::default();
     place.read(c.ram, &mut from.0[..XMM.end])?;
     if !is_wide(c.instruction.code()) {

@@ -2,7 +2,7 @@
 
 use iced_x86::Mnemonic;
 
-use super::operand::Access;
+use super::operand::OperandUse;
 use super::{
     BREAKPOINT, CR4_FSGSBASE, CR4_OSXSAVE, CR4_PGE, CR4_TSD, Context, DEBUG, Effect, RFLAGS_AC,
     RFLAGS_CF, RFLAGS_STATUS, RFLAGS_ZF, Stop,
@@ -59,14 +59,14 @@ pub(super) fn nothing_in_ring0(c: &mut Context) -> Result<Effect, Stop> {
 
 pub(super) fn verw(c: &mut Context) -> Result<Effect, Stop> {
     if c.is_memory(0) {
-        c.place(2, Access::Read)?;
+        c.place(2, OperandUse::Read)?;
     }
     c.regs.rflags |= RFLAGS_ZF;
     Ok(Effect::Next)
 }
 
 pub(super) fn flush_line(c: &mut Context) -> Result<Effect, Stop> {
-    match c.place(1, Access::Read) {
+    match c.place(1, OperandUse::Read) {
         // Devices have no lines.
         Ok(_) | Err(Stop::Memory(WalkError::NotRam { .. })) => Ok(Effect::Next),
         Err(stop) => Err(stop),
@@ -175,7 +175,7 @@ pub(super) fn invpcid(c: &mut Context) -> Result<Effect, Stop> {
     c.only_ring0(Stop::PROTECTION)?;
     let kind = c.value(0)?;
     let mut descriptor = [0; 16];
-    c.place(16, Access::Read)?.read(c.ram, &mut descriptor)?;
+    c.place(16, OperandUse::Read)?.read(c.ram, &mut descriptor)?;
     let descriptor = u128::from_le_bytes(descriptor);
     let (pcid, address) = (descriptor as u64, (descriptor >> 64) as u64);
     let pcid_used = kind < 2;

@@ -17,6 +17,9 @@ pub struct Entry {
     pub previous: Option<Previous>,
 }
 
+/// What the crate's first page compares with.
+const _: () = assert!(size_of::<Entry>() == 48);
+
 /// Whether an object is allocated, and what is only known then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {

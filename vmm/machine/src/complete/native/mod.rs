@@ -18,7 +18,7 @@ use std::io;
 
 use iced_x86::Instruction;
 
-use super::operand::{Access, Place};
+use super::operand::{OperandLocation, OperandUse};
 use super::{
     CR0_EM, CR0_TS, CR4_OSFXSR, CR4_OSXMMEXCPT, CR4_OSXSAVE, Context, DEVICE_NOT_AVAILABLE, Effect,
     INVALID_OPCODE, RFLAGS_STATUS, SIMD_EXCEPTION, Stop, is_long, state,
@@ -126,7 +126,7 @@ pub(super) fn enabled(c: &mut Context, needed: Enabled) -> Result<(), Stop> {
 }
 
 /// The memory operand, which the instruction may access.
-fn operand(c: &Context, plan: &Plan) -> Result<Option<Place>, Stop> {
+fn operand(c: &Context, plan: &Plan) -> Result<Option<OperandLocation>, Stop> {
     if plan.len == 0 {
         return Ok(None);
     }
@@ -134,6 +134,6 @@ fn operand(c: &Context, plan: &Plan) -> Result<Option<Place>, Stop> {
     if !address.is_multiple_of(plan.align) {
         return Err(Stop::PROTECTION);
     }
-    let access = if plan.writes { Access::Write } else { Access::Read };
+    let access = if plan.writes { OperandUse::Write } else { OperandUse::Read };
     c.place_at(address, plan.len, access).map(Some)
 }

@@ -1,5 +1,8 @@
 //! Small ELF executables, good and broken ones.
 
+use object::write::Object;
+use object::{Architecture, BinaryFormat, Endianness, SectionKind};
+
 /// Type of a segment that is loaded.
 pub const PT_LOAD: u32 = 1;
 /// Bytes of the ELF header, and of one program header behind it.
@@ -26,7 +29,8 @@ pub struct Segment {
     pub offset: Option<u64>,
 }
 
-/// Builds an ELF file from its parts, each of which may be wrong.
+/// Builds an ELF file from its parts, each of which may be wrong: what writers of good files, such
+/// as `object`'s, do not offer.
 #[derive(Clone, Debug)]
 pub struct ElfBuilder {
     /// 1: 32 bit, 2: 64 bit.
@@ -108,4 +112,12 @@ impl ElfBuilder {
         }
         image
     }
+}
+
+/// A 64-bit ELF file with a section `name` that holds `content`.
+pub fn with_section(name: &str, content: &[u8]) -> Vec<u8> {
+    let mut file = Object::new(BinaryFormat::Elf, Architecture::X86_64, Endianness::Little);
+    let section = file.add_section(Vec::new(), name.into(), SectionKind::ReadOnlyData);
+    file.set_section_data(section, content, 1);
+    file.write().expect("a file of one section")
 }

@@ -1,4 +1,4 @@
-//! Writes the archive that Linux unpacks into its first root file system
+//! An archive as Linux unpacks it into its first root file system
 //! (`Documentation/driver-api/early-userspace/buffer-format.rst`).
 
 use std::io::{self, Write};
@@ -19,17 +19,17 @@ impl<W: Write> Archive<W> {
         Self { to, entries: 0 }
     }
 
-    /// Adds a folder. Its parents must have been added before.
+    /// Adds a folder, or fails as writing does. Its parents must have been added before.
     pub fn folder(&mut self, path: &str) -> io::Result<()> {
         self.entry(path, FOLDER | 0o755, &[])
     }
 
-    /// Adds a file, executable or not.
+    /// Adds a file, executable or not, or fails as writing does.
     pub fn file(&mut self, path: &str, executable: bool, contents: &[u8]) -> io::Result<()> {
         self.entry(path, FILE | if executable { 0o755 } else { 0o644 }, contents)
     }
 
-    /// Ends the archive.
+    /// Ends the archive, or fails as writing does.
     pub fn finish(mut self) -> io::Result<()> {
         self.entry("TRAILER!!!", 0, &[])?;
         self.to.flush()

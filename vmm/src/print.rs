@@ -1,0 +1,61 @@
+//! What the program prints: findings as they come, and lines for people.
+
+use std::io::{self, IsTerminal, Write};
+
+use umbra_report::text::{self, TextStyle};
+use umbra_report::{Finding, Names, json};
+
+use crate::sandbox::Observer;
+
+/// Prints findings as they come: text to standard error, JSON where it was asked for.
+pub(crate) struct Printer {
+    pub(crate) style: TextStyle,
+    pub(crate) quiet: bool,
+    pub(crate) json: Option<Box<dyn Write + Send>>,
+}
+
+impl Printer {
+    /// Text only.
+    pub(crate) fn text(quiet: bool) -> Self {
+        Self {
+            style: TextStyle { color: stderr_color(), names: Names::Demangled },
+            quiet,
+            json: None,
+        }
+    }
+}
+
+impl Observer for Printer {
+    fn finding(&mut self, finding: &Finding) {
+        // Standard error may be gone; the guest goes on, and the exit status still tells.
+        if !self.quiet {
+            let _ = text::write(&mut io::stderr().lock(), finding, self.style);
+        }
+        if let Some(out) = &mut self.json
+            && let Err(error) = json::write(out, finding).and_then(|()| out.flush())
+        {
+            log::error!("--findings cannot be written any more: {error}");
+            self.json = None;
+        }
+    }
+}
+
+/// Whether standard error gets colours: on a terminal, unless NO_COLOR is set.
+pub(crate) fn stderr_color() -> bool {
+    anstream::AutoStream::choice(&io::stderr()) != anstream::ColorChoice::Never
+        && io::stderr().is_terminal()
+}
+
+/// Says something on standard error. If nobody listens there, the exit status has to do.
+pub(crate) fn say(what: std::fmt::Arguments) {
+    let _ = writeln!(io::stderr().lock(), "umbra: {what}");
+}
+
+/// Bytes, in a unit that suits them.
+pub(crate) fn size(bytes: u64) -> String {
+    match bytes {
+        0..1024 => format!("{bytes} B"),
+        1024..0x10_0000 => format!("{:.0} KiB", bytes as f64 / 1024.0),
+        _ => format!("{:.1} MiB", bytes as f64 / 1_048_576.0),
+    }
+}
