@@ -2,11 +2,23 @@
 
 use std::fs::OpenOptions;
 use std::io;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 
 use crate::{Context, guest};
+
+/// The program, in cargo's terms.
+const UMBRA: [&str; 5] = ["--release", "--package", "umbra", "--bin", "umbra"];
+
+/// Builds the test kernel and Umbra with it, and returns the program.
+pub fn build(context: &Context) -> Result<PathBuf> {
+    guest::build(context)?;
+    context.progress.step("building Umbra");
+    context.cargo().args(["build"]).args(UMBRA).run_or_fail(&context.progress)?;
+    Ok(context.root.join("target/release/umbra"))
+}
 
 /// Runs it. Returns only if that fails.
 pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
@@ -16,17 +28,14 @@ pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
     if boots && let Some(problem) = kvm_problem() {
         bail!("{problem}");
     }
-    guest::build(context)?;
-    context.progress.step("building Umbra");
-    let umbra = ["--release", "--package", "umbra", "--bin", "umbra"];
-    context.cargo().args(["build"]).args(umbra).run_or_fail(&context.progress)?;
+    build(context)?;
     context.progress.step("starting the demo");
     context.progress.finish();
     // It knows where the program is, wherever results are put.
     context
         .cargo()
         .args(["run", "--quiet"])
-        .args(umbra)
+        .args(UMBRA)
         .args(["--", "demo"])
         .args(arguments)
         .replace()

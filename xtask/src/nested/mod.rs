@@ -4,10 +4,16 @@
 //! `kvm_amd`, and its `/dev/kvm` behaves as on hardware: second-stage faults, exceptions, programs
 //! in guests. A command runs there with this machine's files at their usual paths. What it writes is
 //! forgotten, but in the workspace's `target` folder.
+//!
+//! Bochs' CPU has Intel's VMX with EPT, for `kvm_intel`. It is far slower, and sees of this machine's
+//! files only those that the command names.
 
 mod cpio;
 mod host;
+mod initrd;
 mod packages;
+mod vmx;
+mod watch;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -15,9 +21,12 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 
-use crate::Context;
+use crate::{Context, demo};
 
-pub use host::{Ended, Host, Job, Output, in_this_place, quoted, with_this_environment};
+pub use host::{Host, Job, in_this_place, quoted, with_this_environment};
+pub use watch::{Ended, Output};
+
+use vmx::{VmxHost, VmxJob};
 
 /// `cargo xtask nested`.
 #[derive(clap::Args)]
@@ -25,15 +34,33 @@ pub struct Arguments {
     /// Make one instruction, of guest, program or kernel alike, one nanosecond of the host's clock
     #[arg(long)]
     icount: bool,
+    /// Intel's VMX instead of SVM, by Bochs: takes minutes to boot, and has only those files that
+    /// are words of the command, with the libraries they are linked with
+    ///
+    /// Without a command it builds Umbra and runs `umbra demo`.
+    #[arg(long, conflicts_with = "icount")]
+    vmx: bool,
     /// Memory of the nested host, in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(512..))]
+    #[arg(
+        long,
+        value_name = "MIB",
+        default_value_t = 4096,
+        default_value_if("vmx", "true", "2048"),
+        value_parser = clap::value_parser!(u32).range(512..)
+    )]
     memory: u32,
     /// End the command after this many seconds, those of the start included
-    #[arg(long, value_name = "SECONDS", default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 3600,
+        default_value_if("vmx", "true", "7200"),
+        value_parser = clap::value_parser!(u64).range(1..)
+    )]
     timeout: u64,
     /// The command to run, and its arguments
     #[arg(
-        required = true,
+        required_unless_present = "vmx",
         trailing_var_arg = true,
         allow_hyphen_values = true,
         value_name = "COMMAND"
@@ -43,17 +70,36 @@ pub struct Arguments {
 
 /// Runs a command in a nested host. Passes on its output and its exit status.
 pub fn run(context: &Context, arguments: &Arguments) -> Result<ExitCode> {
+    let ended = if arguments.vmx { on_vmx(context, arguments) } else { on_svm(context, arguments) };
+    match ended? {
+        Ended::Exit(status) => Ok(ExitCode::from(status)),
+        Ended::Trouble(reason) => bail!("{reason}"),
+    }
+}
+
+fn on_svm(context: &Context, arguments: &Arguments) -> Result<Ended> {
     let host = Host::prepare(context)?;
     let job = Job {
-        script: host::in_this_place(&arguments.command)?,
+        script: in_this_place(&arguments.command)?,
         icount: arguments.icount,
         memory_mib: arguments.memory,
         timeout: Duration::from_secs(arguments.timeout),
     };
     context.progress.step("booting the nested host");
-    let ended = host.run(&job, &context.progress, Output::PassedOn)?;
-    match ended {
-        Ended::Exit(status) => Ok(ExitCode::from(status)),
-        Ended::Trouble(reason) => bail!("{reason}"),
+    host.run(&job, &context.progress, Output::PassedOn)
+}
+
+fn on_vmx(context: &Context, arguments: &Arguments) -> Result<Ended> {
+    let host = VmxHost::prepare(context)?;
+    let mut command = arguments.command.clone();
+    if command.is_empty() {
+        command = vec![demo::build(context)?.into(), "demo".into()];
     }
+    let job = VmxJob {
+        script: in_this_place(&command)?,
+        command,
+        memory_mib: arguments.memory,
+        timeout: Duration::from_secs(arguments.timeout),
+    };
+    host.run(context, &job)
 }
