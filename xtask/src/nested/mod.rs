@@ -40,7 +40,7 @@ pub struct Arguments {
     /// Without a command it builds Umbra and runs `umbra demo`.
     #[arg(long, conflicts_with = "icount")]
     vmx: bool,
-    /// Memory of the nested host, in MiB
+    /// Memory of the nested host, in MiB; with --vmx 2048 by default
     #[arg(
         long,
         value_name = "MIB",
@@ -49,7 +49,8 @@ pub struct Arguments {
         value_parser = clap::value_parser!(u32).range(512..)
     )]
     memory: u32,
-    /// End the command after this many seconds, those of the start included
+    /// End the command after this many seconds, those of the start included; with --vmx 7200 by
+    /// default
     #[arg(
         long,
         value_name = "SECONDS",

@@ -23,12 +23,15 @@ use crate::process::{Command, Running, TemporaryFolder};
 const INIT: &str = include_str!("vmx.sh");
 /// The module that it loads, with parameters.
 const MODULES: [(&str, &str); 1] = [("kvm_intel", "nested=0")];
-/// GRUB's menu. Without these parameters the kernel measures clocks, which it cannot do here.
+/// GRUB's menu. The kernel cannot measure clocks here, and what nobody needs would take most of its
+/// instructions: tests of its own, and the preparation of tracing. It reboots by a triple fault,
+/// which ends Bochs.
 const MENU: &str = "\
 set timeout=0
 menuentry host {
     linux /boot/kernel console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable \
-clocksource=tsc lpj=4000000 no_timer_check cryptomgr.notests
+clocksource=tsc lpj=4000000 no_timer_check reboot=triple cryptomgr.notests nosoftlockup \
+initcall_blacklist=ftrace_check_for_weak_functions,trace_eval_init,tracer_init_tracefs
     initrd /boot/initrd
 }
 ";
@@ -200,7 +203,7 @@ fn configuration(programs: &Path, memory_mib: u32, ports: &Ports) -> String {
     // Unknown registers must not end it, as they do by default, nor must it wait for clocks or for
     // somebody who watches its screen. Its other displays need a terminal, or have one.
     format!(
-        "cpu: model=corei7_skylake_x, count=1, ips=100000000, ignore_bad_msrs=1\n\
+        "cpu: model=corei7_skylake_x, count=1, ips=100000000, ignore_bad_msrs=1, reset_on_triple_fault=0\n\
          memory: guest={memory_mib}, host={memory_mib}\n\
          romimage: file=\"{bios}\"\n\
          vgaromimage: file=\"{vga}\"\n\
