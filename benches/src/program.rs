@@ -11,7 +11,7 @@ use std::{env, fs, thread};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
-use umbra_shadow::abi::{PORT, call};
+use umbra_shadow::abi::{CallNumber, PORT};
 
 /// The built program, and a folder for what it reads and writes.
 pub struct Program {
@@ -255,7 +255,7 @@ pub(crate) fn exits_after(count: u64) -> Vec<u8> {
     code.extend([0x48, 0x85, 0xc9, 0x74, 0x07, 0xe6, 0x80, 0x48, 0xff, 0xc9, 0x75, 0xf9]);
     // xor edi, edi; xor esi, esi; mov eax, EXIT; mov edx, PORT; out dx, eax
     code.extend([0x31, 0xff, 0x31, 0xf6, 0xb8]);
-    code.extend_from_slice(&call::EXIT.to_le_bytes());
+    code.extend_from_slice(&u32::from(CallNumber::Exit).to_le_bytes());
     code.push(0xba);
     code.extend_from_slice(&u32::from(PORT).to_le_bytes());
     code.push(0xef);

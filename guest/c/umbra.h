@@ -5,7 +5,7 @@
  * Link libumbra_rt.a, compile with -fsanitize=kernel-address (flags: guest/c/umbra.mk), and at
  * start:
  *
- *   1. umbra_discover()            is there an Umbra underneath, and where are its shadow windows?
+ *   1. umbra_discover()            looks for Umbra, and finds out where its shadow windows are
  *   2. map umbra_mappings()        for every linear region (direct map, kernel image), read-write,
  *      cached
  *   3. umbra_region_add()          for each of them
@@ -15,18 +15,18 @@
  *      (.init_array), which register the redzones of globals
  *
  * After that allocators call umbra_alloc() and umbra_free(). Without Umbra, or before
- * umbra_activate(), every function but umbra_exit*() does nothing, and every check is a single
+ * umbra_activate(), every function except umbra_exit*() does nothing, and every check is a single
  * `ret`.
  *
  * Code compiled with stack instrumentation stores to the byte shadow of its own stack, from its
- * first frame on (gcc always, clang before 16 for some variables). So either what runs before step
- * 2 is compiled without the sanitizer, or the shadow of the first stack is mapped to a scratch page
- * until then. A kernel that shall also run without Umbra keeps the scratch page there:
- * guest/c/kernel/boot.S shows how.
+ * first frame on (gcc always, clang before 16 for some variables). So compile the code that runs
+ * before step 2 without the sanitizer, or map the shadow of the first stack to a scratch page until
+ * then. A kernel that also runs without Umbra keeps the scratch page mapped there; see
+ * guest/c/kernel/boot.S.
  *
  * Addresses are virtual addresses of the upper half unless they are called gpa (guest-physical).
- * Sizes are bytes. Nothing here may be called from a non-maskable interrupt. Several CPUs may call
- * it at once; interrupts are turned off where a change must not be interrupted.
+ * Sizes are bytes. Do not call these functions from a non-maskable interrupt. Several CPUs may call
+ * them at once; they turn interrupts off where a change must not be interrupted.
  */
 #ifndef UMBRA_H
 #define UMBRA_H
@@ -44,21 +44,21 @@ extern "C" {
 #define UMBRA_NORETURN _Noreturn
 #endif
 
-/* ABI version that this header goes with; compare with umbra_offer.version. */
+/* ABI version of this header; compare with umbra_offer.version. */
 #define UMBRA_VERSION 1u
 
-/* What the VMM offers this run (umbra_offer.features). */
+/* Features of this run (umbra_offer.features). */
 #define UMBRA_PER_PAGE (1u << 0) /* two-level shadow: both windows exist */
 #define UMBRA_FULL (1u << 1)     /* KASAN's layout: only the byte window exists */
 #define UMBRA_RING (1u << 2)     /* the guest writes the shadow; events go to rings */
 #define UMBRA_SYNC (1u << 3)     /* windows are read-only; each change is a call to the VMM */
 
-/* Poison codes: why memory is inaccessible. They are KASAN's. */
+/* Poison codes: the reason why memory is inaccessible. They are KASAN's. */
 #define UMBRA_FREE_PAGE 0xff     /* a free page */
 #define UMBRA_LARGE_REDZONE 0xfe /* behind an allocation that has pages of its own */
 #define UMBRA_SLAB_REDZONE 0xfc  /* inside or behind a slab object */
 #define UMBRA_SLAB_FREE 0xfb     /* a freed slab object */
-#define UMBRA_VMALLOC_INVALID 0xf8 /* virtual memory that is not allocated, or behind what was asked for */
+#define UMBRA_VMALLOC_INVALID 0xf8 /* virtual memory: free, or behind what was asked for */
 #define UMBRA_STACK_GUARD 0xf1   /* a page that no stack may grow into */
 
 #define UMBRA_PAGE_SHIFT 12
@@ -78,7 +78,9 @@ struct umbra_offer {
 	uint64_t virtual_bytes;     /* virtual memory that umbra_virtual_add() has shadow for */
 };
 
-/* Memory that the kernel maps one to one: `bytes` from `gpa` on, at `start`. All multiples of 4096. */
+/*
+ * Memory that the kernel maps one to one: `bytes` from `gpa` on, at `start`. All multiples of 4096.
+ */
 struct umbra_region {
 	uint64_t start;
 	uint64_t bytes;
@@ -92,7 +94,9 @@ struct umbra_mapping {
 	uint64_t bytes;
 };
 
-/* First 64 bytes of a ring; records of 64 bytes follow. Only the runtime and the VMM look inside. */
+/*
+ * First 64 bytes of a ring; records of 64 bytes follow. Only the runtime and the VMM look inside.
+ */
 struct umbra_ring_header {
 	uint64_t count;
 	uint64_t reserved[7];
@@ -107,13 +111,13 @@ struct umbra_trap {
 	uint64_t rsp;
 };
 
-/* The runtime's side asserts the same (guest/runtime/src/api.rs). */
+/* A test compares these with the runtime's types (shadow/tests/abi.rs). */
 UMBRA_ASSERT(sizeof(struct umbra_offer) == 48, "umbra_offer");
 UMBRA_ASSERT(offsetof(struct umbra_offer, version) == 4, "umbra_offer.version");
 UMBRA_ASSERT(offsetof(struct umbra_offer, page_window) == 8, "umbra_offer.page_window");
-UMBRA_ASSERT(offsetof(struct umbra_offer, page_window_bytes) == 16, "umbra_offer.page_window_bytes");
+UMBRA_ASSERT(offsetof(struct umbra_offer, page_window_bytes) == 16, "page_window_bytes");
 UMBRA_ASSERT(offsetof(struct umbra_offer, byte_window) == 24, "umbra_offer.byte_window");
-UMBRA_ASSERT(offsetof(struct umbra_offer, byte_window_bytes) == 32, "umbra_offer.byte_window_bytes");
+UMBRA_ASSERT(offsetof(struct umbra_offer, byte_window_bytes) == 32, "byte_window_bytes");
 UMBRA_ASSERT(offsetof(struct umbra_offer, virtual_bytes) == 40, "umbra_offer.virtual_bytes");
 UMBRA_ASSERT(sizeof(struct umbra_ring_header) == 64, "umbra_ring_header");
 UMBRA_ASSERT(sizeof(struct umbra_trap) == 40, "umbra_trap");
@@ -122,7 +126,9 @@ UMBRA_ASSERT(offsetof(struct umbra_trap, rbp) == 16, "umbra_trap.rbp");
 UMBRA_ASSERT(offsetof(struct umbra_trap, rip) == 24, "umbra_trap.rip");
 UMBRA_ASSERT(offsetof(struct umbra_trap, rsp) == 32, "umbra_trap.rsp");
 
-/* Tells who runs on this CPU: umbra_who(cpu, task). Called from any context, so it should be short. */
+/*
+ * Returns CPU and task that run now: umbra_who(cpu, task). Called from any context; keep it short.
+ */
 typedef uint64_t (*umbra_current_fn)(void);
 
 static inline uint64_t umbra_who(uint16_t cpu, uint32_t task)
@@ -130,19 +136,22 @@ static inline uint64_t umbra_who(uint16_t cpu, uint32_t task)
 	return (uint64_t)cpu << 16 | (uint64_t)task << 32;
 }
 
-/* ---- Start ---------------------------------------------------------------------------------------------------- */
+/* ---- Start ----------------------------------------------------------------------------------- */
 
-/* Looks for Umbra and fills `offer`. Returns its features: 0 means that there is nothing to set up. */
+/*
+ * Looks for Umbra and fills `offer`. Returns its features: 0 means that there is nothing to set up.
+ */
 uint32_t umbra_discover(struct umbra_offer *offer);
 
-/* Whether an Umbra that this header goes with is underneath, so that umbra_exit() ends the guest. */
+/* Whether an Umbra of this header's version is underneath, so that umbra_exit() ends the guest. */
 static inline bool umbra_present(const struct umbra_offer *offer)
 {
 	return offer->version == UMBRA_VERSION;
 }
 
-static inline struct umbra_mapping umbra_mapping_of(const struct umbra_region *region, unsigned shift,
-						    uint64_t window, uint64_t window_bytes)
+static inline struct umbra_mapping
+umbra_mapping_of(const struct umbra_region *region, unsigned shift, uint64_t window,
+		 uint64_t window_bytes)
 {
 	const uint64_t mask = ((uint64_t)1 << UMBRA_PAGE_SHIFT) - 1;
 	uint64_t first = region->gpa >> shift & ~mask;
@@ -151,7 +160,7 @@ static inline struct umbra_mapping umbra_mapping_of(const struct umbra_region *r
 
 	if (end > window_bytes)
 		end = window_bytes;
-	/* Shadow is looked up at the arithmetically shifted address, with nothing added. */
+	/* The lookup shifts the address arithmetically and adds nothing. */
 	mapping.start = (uint64_t)((int64_t)region->start >> shift) & ~mask;
 	mapping.gpa = window + first;
 	mapping.bytes = end > first ? end - first : 0;
@@ -159,33 +168,38 @@ static inline struct umbra_mapping umbra_mapping_of(const struct umbra_region *r
 }
 
 /*
- * What to map, writable and cached, so that the shadow of `region` is where the checks look:
- * `out[0]` for its page shadow, `out[1]` for its byte shadow. Map it once, on all CPUs, and never
- * change it: what is behind it comes and goes without the guest's help.
+ * The mappings, writable and cached, that put the shadow of `region` where the checks look:
+ * `out[0]` for its page shadow, `out[1]` for its byte shadow. Map them once, on all CPUs, and never
+ * change them: the VMM adds and removes the memory behind them.
  */
-static inline void umbra_mappings(const struct umbra_offer *offer, const struct umbra_region *region,
-				  struct umbra_mapping out[2])
+static inline void umbra_mappings(const struct umbra_offer *offer,
+				  const struct umbra_region *region, struct umbra_mapping out[2])
 {
-	out[0] = umbra_mapping_of(region, UMBRA_PAGE_SHIFT, offer->page_window, offer->page_window_bytes);
-	out[1] = umbra_mapping_of(region, UMBRA_GRANULE_SHIFT, offer->byte_window, offer->byte_window_bytes);
+	out[0] = umbra_mapping_of(region, UMBRA_PAGE_SHIFT, offer->page_window,
+				  offer->page_window_bytes);
+	out[1] = umbra_mapping_of(region, UMBRA_GRANULE_SHIFT, offer->byte_window,
+				  offer->byte_window_bytes);
 }
 
-/* Adds a region whose shadow is mapped. False when a table is full (16 regions) or a value is refused. */
+/*
+ * Adds a region whose shadow is mapped. False when a table is full (16 regions) or a value is
+ * refused.
+ */
 bool umbra_region_add(uint64_t start, uint64_t bytes, uint64_t gpa);
 
 /*
  * Virtual memory that maps single pages, which come and go (vmalloc, modules, mapped stacks), has
- * shadow of its own. This asks for it, for `bytes` from `start` on (multiples of 4096; in all at
- * most umbra_offer.virtual_bytes). The result is a guest-physical address that stands for `start`,
- * or 0 when it is refused. Map umbra_mappings() of the region {start, bytes, result}, once and
- * before the memory is used; umbra_region_add() is not called for it. It may be done at any time
- * after umbra_discover() found something.
+ * its own shadow. This function asks for it, for `bytes` from `start` on (multiples of 4096; in all
+ * at most umbra_offer.virtual_bytes). The result is a key, a guest-physical address that stands for
+ * `start`, or 0 when the request is refused. Map umbra_mappings() of the region {start, bytes,
+ * result} once, before the memory is used. Do not call umbra_region_add() for it. The function may
+ * be called at any time after umbra_discover() found Umbra.
  *
- * All of it is inaccessible (UMBRA_VMALLOC_INVALID) until it is handed out. An allocator of `n`
- * pages for an object of `bytes` calls umbra_alloc(address, bytes, n * 4096, UMBRA_VMALLOC_INVALID,
- * 0) when they are mapped, and umbra_free(address, start, n * 4096, UMBRA_VMALLOC_INVALID) before
- * they are not; a guard page behind them needs no call. The shadow of the pages' other addresses
- * (in the direct map) is not touched.
+ * All of the memory is inaccessible (UMBRA_VMALLOC_INVALID) until an allocator hands it out. An
+ * allocator of `n` pages for an object of `bytes` calls umbra_alloc(address, bytes, n * 4096,
+ * UMBRA_VMALLOC_INVALID, 0) after it maps them, and umbra_free(address, start, n * 4096,
+ * UMBRA_VMALLOC_INVALID) before it unmaps them. A guard page behind them needs no call. The shadow
+ * of the pages' other addresses (in the direct map) does not change.
  */
 uint64_t umbra_virtual_add(uint64_t start, uint64_t bytes);
 
@@ -195,22 +209,23 @@ uint64_t umbra_virtual_add(uint64_t start, uint64_t bytes);
  * the same for all rings: stacks are recorded as distances from it. Only where features has
  * UMBRA_RING.
  */
-bool umbra_ring_setup(uint64_t cpu, struct umbra_ring_header *memory, uint64_t bytes, uint64_t text_start);
+bool umbra_ring_setup(uint64_t cpu, struct umbra_ring_header *memory, uint64_t bytes,
+		      uint64_t text_start);
 
 /*
- * Turns checks on. No other CPU may run yet. The kernel's code ends at `text_end`; `current` may be
+ * Turns checks on. No other CPU may run yet. The kernel's code ends at `text_end`. `current` may be
  * null.
  */
 void umbra_activate(uint32_t features, uint64_t text_end, umbra_current_fn current);
 
 /*
- * All of the start but the mapping: adds the regions, sets up the first CPU's ring, turns checks
- * on. False when something was refused; checks stay off then. True, with nothing done, where there
- * is no Umbra.
+ * All steps of the start except the mapping: adds the regions, sets up the first CPU's ring, turns
+ * checks on. False when something was refused; checks stay off then. True, without any effect,
+ * where there is no Umbra.
  */
-static inline bool umbra_start(const struct umbra_offer *offer, const struct umbra_region *regions, size_t count,
-			       void *ring, uint64_t ring_bytes, uint64_t text_start, uint64_t text_end,
-			       umbra_current_fn current)
+static inline bool umbra_start(const struct umbra_offer *offer, const struct umbra_region *regions,
+			       size_t count, void *ring, uint64_t ring_bytes, uint64_t text_start,
+			       uint64_t text_end, umbra_current_fn current)
 {
 	size_t i;
 
@@ -226,66 +241,70 @@ static inline bool umbra_start(const struct umbra_offer *offer, const struct umb
 	return true;
 }
 
-/* ---- Allocators ----------------------------------------------------------------------------------------------- */
+/* ---- Allocators ------------------------------------------------------------------------------ */
 
-/* Makes memory inaccessible (`code`: 0x80 or more), or accessible. Start and end of a slot are best 8-byte aligned. */
+/*
+ * Makes memory inaccessible (`code`: 0x80 or more), or accessible. Slots should be 8-byte aligned.
+ */
 void umbra_poison(uint64_t address, uint64_t bytes, uint8_t code);
 void umbra_unpoison(uint64_t address, uint64_t bytes);
 
 /*
- * An object of `bytes` at `address` is handed out, from a slot of `slot` bytes: the object becomes
- * accessible, the rest of the slot gets `redzone`. `cache` is an id that umbra_name_cache() named,
- * or 0.
+ * An allocator hands out an object of `bytes` at `address`, the start of a slot of `slot` bytes.
+ * The object becomes accessible, and the rest of the slot gets `redzone`. `cache` is an id that
+ * umbra_name_cache() named, or 0.
  */
 void umbra_alloc(uint64_t address, uint64_t bytes, uint64_t slot, uint8_t redzone, uint16_t cache);
 
 /*
- * `address` is given back; the object of its slot of `slot` bytes starts at `start`. The slot
- * becomes inaccessible with `code`. False, after a report, when it was free already or `address` is
- * not the start: leave it alone then.
+ * An allocator takes back `address`; the object starts at `start`, in a slot of `slot` bytes. The
+ * slot becomes inaccessible with `code`. False, after a report, when it was free already or
+ * `address` is not the start: do not free it then.
  */
 bool umbra_free(uint64_t address, uint64_t start, uint64_t slot, uint8_t code);
 
 /*
  * Quarantine: freed memory waits before its allocator gets it back, so that uses of it are found
- * for longer. An allocator that shall have one hands over a release function, and frees with
+ * for longer. To use it, an allocator hands over a release function, and frees with
  * umbra_free_later() from then on.
  *
  * The release function gets the object's start, the bytes of its slot and the note that
- * umbra_free_later() got, and `context`. It runs on any CPU, in whatever calls umbra_free_later()
- * or umbra_quarantine_drain().
+ * umbra_free_later() got, and `context`. It runs on any CPU, inside a call of umbra_free_later() or
+ * umbra_quarantine_drain().
  */
 typedef void (*umbra_release_fn)(uint64_t start, uint64_t slot, uint8_t note, void *context);
 
 /*
- * Numbers an allocator, after umbra_activate(). 0, which is no allocator's number, where there is
- * no quarantine: then umbra_free_later() is as umbra_free().
+ * Numbers an allocator, after umbra_activate(). Returns 0, which is no allocator's number, where
+ * there is no quarantine: then umbra_free_later() works as umbra_free().
  */
 uint8_t umbra_quarantine_add(umbra_release_fn release, void *context);
 
 /*
- * As umbra_free(). False also when the memory waits; true: the allocator takes it back now. Release
- * functions are called from here, for other memory, so the caller holds no lock that they take.
+ * As umbra_free(), but also false when the memory goes into the quarantine. True: the allocator
+ * takes it back now. Release functions are called from here, for other memory, so the caller holds
+ * no lock that they take.
  */
-bool umbra_free_later(uint64_t address, uint64_t start, uint64_t slot, uint8_t code, uint8_t allocator, uint8_t note);
+bool umbra_free_later(uint64_t address, uint64_t start, uint64_t slot, uint8_t code,
+		      uint8_t allocator, uint8_t note);
 
 /*
- * Gives all that waits back to its allocators: for an allocator that has no memory left, which
- * tries again then. Returns how many objects came back. The caller holds no lock that a release
- * function takes.
+ * Empties the quarantine, for an allocator that has no memory left and tries again afterwards.
+ * Returns the number of objects that their allocators got back. The caller holds no lock that a
+ * release function takes.
  */
 uint64_t umbra_quarantine_drain(void);
 
 /*
- * Bytes of redzone that an allocator shall put behind objects of `object` bytes: the same during a
- * whole run. 0 without Umbra, or where redzones are switched off; then memory is laid out as
- * without checks.
+ * Bytes of redzone that an allocator puts behind objects of `object` bytes. The number is the same
+ * during a whole run. 0 without Umbra, or where redzones are switched off: then memory is laid out
+ * as without checks.
  */
 uint64_t umbra_redzone(uint64_t object);
 
 /*
- * Work is made that has to do with the object that holds `address`, and will run later: it may free
- * it, for instance. A finding on the object tells the stack of the caller. The last two are kept.
+ * Work on the object that holds `address` is queued, such as work that will free it. A finding on
+ * the object shows the stack of the caller. The last two stacks are kept.
  */
 void umbra_aux_stack(uint64_t address);
 
@@ -295,19 +314,28 @@ void umbra_invalid_free(uint64_t address);
 /* Checks a range by hand; false when it was reported. */
 bool umbra_check(uint64_t address, uint64_t bytes, bool write);
 
-/* Whether the byte at `address` is known to be inaccessible. Nothing is reported. False where there is no shadow. */
+/*
+ * Whether the byte at `address` is known to be inaccessible. Nothing is reported. False where there
+ * is no shadow.
+ */
 bool umbra_is_poisoned(uint64_t address);
 
-/* Reports off and on again on this CPU, nesting: around code that uses poisoned memory on purpose. */
+/*
+ * Turns reports off and on again on this CPU, around code that uses poisoned memory on purpose.
+ * Calls nest.
+ */
 void umbra_suppress_begin(void);
 void umbra_suppress_end(void);
 
-/* Bad accesses and frees seen so far on all CPUs, reported or not: for a kernel's tests of its own. */
+/*
+ * The number of bad accesses and frees so far on all CPUs, reported or not: for a kernel's own
+ * tests.
+ */
 uint64_t umbra_violations(void);
 
-/* ---- Stacks and names ----------------------------------------------------------------------------------------- */
+/* ---- Stacks and names ------------------------------------------------------------------------ */
 
-/* A thread's stack comes into being, or is given back. Page-aligned, in a region. */
+/* A thread gets a stack, or gives it back. Page-aligned, in a region. */
 void umbra_stack_alloc(uint64_t start, uint64_t bytes);
 void umbra_stack_free(uint64_t start, uint64_t bytes);
 
@@ -315,28 +343,32 @@ void umbra_stack_free(uint64_t start, uint64_t bytes);
 void umbra_name_cache(uint16_t id, const char *name, uint64_t len, uint64_t object);
 void umbra_name_task(uint32_t id, const char *name, uint64_t len);
 
-/* ---- Exceptions and the end ----------------------------------------------------------------------------------- */
+/* ---- Exceptions and the end ------------------------------------------------------------------ */
 
 /*
- * To be called by the page-fault handler first, with the registers at the fault. If the fault was a
- * check's own, of an address that has no shadow, it is reported, `trap` says where to go on, and
- * true comes back: load rip and rsp from it and return from the interrupt. The access itself then
- * faults again, and false comes back.
+ * The page-fault handler calls this first, with the registers at the fault. If the fault was a
+ * check's, for an address without shadow, the access is reported and the result is true: load rip
+ * and rsp from `trap` and return from the interrupt. The access itself then faults again, with the
+ * result false.
  */
 bool umbra_page_fault(struct umbra_trap *trap);
 
 /*
  * Reports a bad access that the kernel found itself, by a fault: a stack that has grown into its
- * guard page, say. The shadow at `address` tells what kind of bug it is; a guard page is best
- * poisoned with UMBRA_STACK_GUARD. `trap` holds the registers at the fault, where the stack of the
- * report begins.
+ * guard page, for example. The shadow at `address` decides the kind of bug; poison a guard page
+ * with UMBRA_STACK_GUARD. `trap` holds the registers at the fault, where the stack of the report
+ * begins.
  */
 void umbra_report(uint64_t address, uint64_t bytes, bool write, const struct umbra_trap *trap);
 
-/* End the guest: done (0 is success), panicked, stopped by a CPU exception. Only where umbra_present(). */
+/*
+ * End the guest: done (0 is success), panicked, stopped by a CPU exception. Only if
+ * umbra_present().
+ */
 UMBRA_NORETURN void umbra_exit(uint64_t code);
 UMBRA_NORETURN void umbra_exit_panic(void);
-UMBRA_NORETURN void umbra_exit_fault(uint32_t vector, uint32_t error, uint64_t rip, uint64_t address);
+UMBRA_NORETURN void umbra_exit_fault(uint32_t vector, uint32_t error, uint64_t rip,
+				     uint64_t address);
 
 #ifdef __cplusplus
 }

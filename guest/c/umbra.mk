@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 #
-# Compiler flags for kernels that are checked by Umbra. Include it from a Makefile and compile what
-# shall be checked with $(UMBRA_CFLAGS) $(UMBRA_SANITIZE); link $(UMBRA_LIB). What runs before the
-# shadow is mapped gets
-# $(UMBRA_CFLAGS) alone.
+# Compiler flags for kernels that Umbra checks. Include this from a Makefile. Compile checked code
+# with $(UMBRA_CFLAGS) $(UMBRA_SANITIZE), and code that runs before the shadow is mapped with
+# $(UMBRA_CFLAGS) alone. Link $(UMBRA_LIB).
 #
 #   CC      gcc (12 or later) or clang (14 or later)
 #   UMBRA   folder with umbra.h and libumbra_rt.a (`cargo xtask guest --lib` makes it)
@@ -16,9 +15,9 @@ UMBRA_CFLAGS := -I$(UMBRA) -ffreestanding -fno-pic -fno-pie -mcmodel=kernel -mno
 	-fno-omit-frame-pointer -fno-optimize-sibling-calls -fno-stack-protector -fcf-protection=none \
 	-fno-asynchronous-unwind-tables
 
-# Every check is a call; redzones around stack variables, globals and alloca; use after scope. The
-# offset makes the compiler's own stores to a stack's shadow go where the runtime looks: address >>s
-# 3, nothing added.
+# Every check is a call. There are redzones around stack variables, globals and alloca, and checks
+# for use after scope. With this offset the compiler's own stores to a stack's shadow go where the
+# runtime looks: to the address shifted right arithmetically by 3.
 ifneq (,$(findstring clang,$(shell $(CC) --version)))
 UMBRA_SANITIZE := -fsanitize=kernel-address $(addprefix -mllvm -asan-, \
 	instrumentation-with-call-threshold=0 max-inline-poisoning-size=0 mapping-offset=0xe000000000000000 \

@@ -1,5 +1,5 @@
-//! The byte shadow: one value per granule. Both models use it, the two-level one only for some
-//! pages.
+//! The byte shadow: one value per granule. The full model uses it for all pages, the two-level model
+//! for some.
 
 use crate::codes::{GRANULE, GRANULE_SHIFT};
 use crate::memory::ShadowMemory;
@@ -8,7 +8,7 @@ use crate::violation::{Cause, Violation};
 
 const MASK: u64 = GRANULE - 1;
 
-/// How many bytes of a granule are valid. Values that mean nothing count as poisoned.
+/// The number of valid bytes in a granule. Values without a meaning count as poisoned.
 #[inline]
 fn valid_bytes(value: u8) -> u64 {
     match value {
@@ -18,15 +18,15 @@ fn valid_bytes(value: u8) -> u64 {
     }
 }
 
-/// Whether `more` bytes behind `addr`, less than a page, lie in the same granule. (By a sum, which
-/// a compiler turns into a test of alignment where it knows `more`.)
+/// Whether `more` bytes behind `addr`, less than a page, are in the same granule. (The sum becomes a
+/// test of alignment where the compiler knows `more`.)
 #[inline]
 pub(crate) fn stays(addr: u64, more: u64) -> bool {
     (addr & MASK) + more < GRANULE
 }
 
-/// Whether an access that ends with the byte `last` passes, where `value` is the byte shadow of the
-/// only granule that it touches.
+/// Whether an access to a single granule passes. `last` is its last byte, and `value` the byte
+/// shadow of the granule.
 #[inline]
 pub(crate) fn passes(value: u8, last: u64) -> bool {
     value == 0 || (last & MASK) < valid_bytes(value)
@@ -79,7 +79,7 @@ fn set_part<M: ShadowMemory>(memory: &mut M, part: Span, value: u8) {
     }
 }
 
-/// What a granule holds after its bytes `start..end` were set to `value`.
+/// The byte shadow of a granule after its bytes `start..end` were set to `value`.
 fn after(old: u8, start: u64, end: u64, value: u8) -> u8 {
     let valid = valid_bytes(old);
     if value == 0 {
@@ -87,8 +87,8 @@ fn after(old: u8, start: u64, end: u64, value: u8) -> u8 {
         return if end > valid { (end & MASK) as u8 } else { old };
     }
     if end < valid {
-        // Valid bytes lie behind the part, and no value can say so: stay on the side of the
-        // program.
+        // Valid bytes are behind the part, which no value can express. Memory in use must not be
+        // reported.
         old
     } else if start == 0 {
         value

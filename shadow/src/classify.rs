@@ -1,9 +1,8 @@
-//! Names the bug behind a violation, as KASAN does: by what the shadow says lies at the first bad
-//! address.
+//! Names the bug behind a violation, as KASAN does: by the shadow of the first bad address.
 
 use core::fmt;
 
-use crate::abi::access;
+use crate::abi::Access;
 use crate::codes::{
     ALLOCA_LEFT, ALLOCA_RIGHT, FREE_PAGE, GLOBAL_REDZONE, GRANULE, LARGE_REDZONE, PAGE_SIZE,
     SLAB_FREE, SLAB_FREE_TRACK, SLAB_REDZONE, STACK_LEFT, STACK_MID, STACK_PARTIAL, STACK_RIGHT,
@@ -76,12 +75,12 @@ impl BugKind {
         }
     }
 
-    /// The kind that an [`access`] value alone decides: a bad free, which may be of valid memory.
-    pub const fn of_free(access: u16) -> Option<Self> {
+    /// The kind of a bad free, which the access alone decides; the memory may be valid.
+    pub const fn of_free(access: Access) -> Option<Self> {
         match access {
-            access::DOUBLE_FREE => Some(Self::DoubleFree),
-            access::INVALID_FREE => Some(Self::InvalidFree),
-            _ => None,
+            Access::DoubleFree => Some(Self::DoubleFree),
+            Access::InvalidFree => Some(Self::InvalidFree),
+            Access::Read | Access::Write => None,
         }
     }
 
@@ -96,7 +95,7 @@ impl BugKind {
             GLOBAL_REDZONE => Self::GlobalOutOfBounds,
             STACK_LEFT | STACK_MID | STACK_RIGHT | STACK_PARTIAL => Self::StackOutOfBounds,
             ALLOCA_LEFT | ALLOCA_RIGHT => Self::AllocaOutOfBounds,
-            // Or `VMALLOC_INVALID`, which is the same value: the shadow does not know where stacks
+            // Or `VMALLOC_INVALID`, which has the same value: the shadow does not know where stacks
             // are.
             USE_AFTER_SCOPE => Self::UseAfterScope,
             _ => Self::Unknown,
@@ -113,14 +112,14 @@ impl fmt::Display for BugKind {
 /// Names the bug behind `violation`, which `shadow` found in an access to `len` bytes from `addr`
 /// on.
 ///
-/// `addr` is the address that the guest used. It may be another than the one that the shadow is
-/// keyed by: a null pointer is one by its virtual address. `access` is a value of [`access`].
+/// `addr` is the address that the guest used. The shadow may be keyed by another address: a pointer
+/// is null by its virtual address.
 pub fn classify<S: Shadow>(
     shadow: &S,
     violation: &Violation,
     addr: u64,
     len: u64,
-    access: u16,
+    access: Access,
 ) -> BugKind {
     if let Some(kind) = BugKind::of_free(access) {
         return kind;
@@ -133,7 +132,7 @@ pub fn classify<S: Shadow>(
         Cause::Outside if addr < USER_END => BugKind::UserMemoryAccess,
         Cause::Outside => BugKind::WildMemoryAccess,
         Cause::Poisoned => match violation.code {
-            // A granule with valid bytes does not say what the others are; the one behind it does.
+            // A granule with valid bytes has no code for the others; the next granule does.
             1..=7 => match violation.address.checked_add(GRANULE) {
                 Some(next) if contains(shadow.memory(), next) => {
                     BugKind::of_state(shadow.state(next))

@@ -1,8 +1,7 @@
 //! The values that page shadow and byte shadow hold.
 //!
-//! Byte-shadow codes are those of Linux's generic KASAN (`mm/kasan/kasan.h`), so that a reader of
-//! KASAN reports knows them already. A poison code means the same in the page shadow, for a whole
-//! page.
+//! Byte-shadow codes are those of Linux's generic KASAN (`mm/kasan/kasan.h`), so readers of KASAN
+//! reports know them. A poison code has the same meaning in the page shadow, for a whole page.
 
 /// log2 of the page size.
 pub const PAGE_SHIFT: u32 = 12;
@@ -17,17 +16,17 @@ pub const SHADOW_PER_PAGE: u64 = PAGE_SIZE >> GRANULE_SHIFT;
 
 /// Page shadow: the whole page is accessible.
 pub const PAGE_VALID: u8 = 0x00;
-/// Page shadow: look in the byte shadow. It is 1 so that one unsigned comparison with it tells an
-/// accessible page (below), a byte-checked page (equal) and everything else (above) apart.
+/// Page shadow: the byte shadow decides. The value is 1: one unsigned comparison with it separates
+/// an accessible page (below), a byte-checked page (equal) and everything else (above).
 pub const PAGE_BYTES: u8 = 0x01;
-/// Page shadow: the byte shadow of this page is being filled by a promotion. The VMM must not give
-/// the host memory behind it back, and a check on another CPU waits until it reads [`PAGE_BYTES`].
+/// Page shadow: a promotion fills the byte shadow of this page. The VMM must not reclaim the host
+/// memory behind it, and a check on another CPU waits for [`PAGE_BYTES`].
 pub const PAGE_BUSY: u8 = 0x02;
 
 /// Values from here on are poison codes, in both shadows.
 pub const POISON_MIN: u8 = 0x80;
 
-/// Poison that says nothing. Page-shadow values that nobody writes (between [`PAGE_BUSY`] and
+/// Poison without a reason. Page-shadow values that are never written (between [`PAGE_BUSY`] and
 /// [`POISON_MIN`]) count as this one.
 pub const UNKNOWN: u8 = 0x80;
 
@@ -46,9 +45,9 @@ pub const SLAB_FREE_TRACK: u8 = 0xFA;
 pub const GLOBAL_REDZONE: u8 = 0xF9;
 /// A stack variable whose scope has ended.
 pub const USE_AFTER_SCOPE: u8 = 0xF8;
-/// Virtual memory that belongs to no allocation, or lies behind what was asked for (Linux's
-/// `KASAN_VMALLOC_INVALID`). The same value as [`USE_AFTER_SCOPE`], which Linux gave up before it
-/// had this: where the address lies tells them apart.
+/// Virtual memory that belongs to no allocation, or is behind the bytes asked for (Linux's
+/// `KASAN_VMALLOC_INVALID`). [`USE_AFTER_SCOPE`] has the same value; Linux gave that code up before
+/// it introduced this one. The address decides which of them is meant.
 pub const VMALLOC_INVALID: u8 = 0xF8;
 /// Redzone left of the first variable of a stack frame.
 pub const STACK_LEFT: u8 = 0xF1;

@@ -1,5 +1,5 @@
-//! Full shadow, KASAN's own layout: a byte of shadow for each granule of memory, all of it there
-//! from the start. It is the baseline that the two-level model is measured and tested against.
+//! Full shadow, KASAN's layout: a byte of shadow for each granule of memory, all of it present from
+//! the start. It is the baseline for tests and measurements of the two-level model.
 
 use crate::byte;
 use crate::codes::{GRANULE, POISON_MIN, UNKNOWN};

@@ -1,8 +1,9 @@
-//! What Umbra's VMM and its guests agree on: the two-level shadow model, its codes, and the
+//! Code that Umbra's VMM and its guests share: the two-level shadow model, its codes, and the
 //! hypercall ABI.
 //!
-//! The crate holds no state of its own. The model runs over a [`memory::ShadowMemory`], which is
-//! guest windows in the guest runtime, host memory in the VMM, and plain vectors in tests.
+//! The crate has no state and no dependencies: kernels compile it in. The model runs over a
+//! [`memory::ShadowMemory`]. That is the guest windows in the guest runtime, host memory in the VMM,
+//! and plain vectors in tests.
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -13,6 +14,7 @@ pub mod codes;
 pub mod full;
 pub mod memory;
 pub mod model;
+pub mod runtime;
 mod span;
 pub mod two_level;
 pub mod violation;

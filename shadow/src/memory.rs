@@ -2,16 +2,16 @@
 
 use crate::codes::PAGE_BUSY;
 
-/// Where shadow bytes live.
+/// Storage for shadow bytes.
 ///
 /// Every method takes *addresses of checked memory*, not of shadow: the implementation turns them
-/// into positions. A guest's implementation adds window offsets to virtual addresses, the VMM's and
-/// the tests' index host memory by guest-physical address. Callers (the models of this crate) only
-/// pass addresses from [`ShadowMemory::base`] to below [`ShadowMemory::limit`], and ranges that end
+/// into positions. A guest's implementation adds window offsets to virtual addresses; those of the
+/// VMM and the tests index host memory by guest-physical address. Callers (the models of this crate)
+/// only pass addresses from [`ShadowMemory::base`] to below [`ShadowMemory::limit`], and ranges that end
 /// at or below it. Both are multiples of the page size (but see `limit`), so a page is checked as a
 /// whole or not at all.
 ///
-/// **Memory that several CPUs use at once**, which is a guest's windows, has more to do:
+/// **Memory that several CPUs use at once**, such as a guest's windows, has more requirements:
 ///
 /// - Stores must reach memory in program order: volatile or atomic stores, also in the setters of
 ///   many.
@@ -22,8 +22,8 @@ use crate::codes::PAGE_BUSY;
 ///   [`PAGE_BUSY`]. So a change of the shadow must not be interrupted by code that is
 ///   checked: it runs with interrupts off.
 ///
-/// Nothing here makes two changes of one granule, or of one whole page and a part of it, safe
-/// against each other. Allocators hand out neither to two owners.
+/// Two changes of the same granule, or of a whole page and a part of it, are not safe against each
+/// other. Allocators give neither to two owners.
 pub trait ShadowMemory {
     /// The lowest address that is checked.
     fn base(&self) -> u64;
@@ -42,10 +42,10 @@ pub trait ShadowMemory {
     /// Sets the byte shadow of `granules` granules, from the one that holds `addr` on.
     fn set_bytes(&mut self, addr: u64, granules: u64, value: u8);
 
-    /// Changes the page shadow of the page that holds `addr` from `from` to
-    /// [`PAGE_BUSY`], and tells whether it did: not if it is `from` no more.
+    /// Changes the page shadow of the page that holds `addr` from `from` to [`PAGE_BUSY`]. Returns
+    /// false, and changes nothing, if it is not `from` any more.
     ///
-    /// As provided, for memory that one CPU uses at a time.
+    /// The default is for memory that one CPU uses at a time.
     fn claim_page(&mut self, addr: u64, from: u8) -> bool {
         let unchanged = self.page(addr) == from;
         if unchanged {
@@ -54,10 +54,10 @@ pub trait ShadowMemory {
         unchanged
     }
 
-    /// The page shadow of the page that holds `addr`, which was [`PAGE_BUSY`] a moment
-    /// ago, after the promotion has ended. The models read the byte shadow if it still is.
+    /// Waits for the end of a promotion: the page shadow of the page that holds `addr`, which was
+    /// [`PAGE_BUSY`] a moment ago. If it still is, the models read the byte shadow.
     ///
-    /// As provided, for memory that one CPU uses at a time, and for the VMM, which never waits for
+    /// The default is for memory that one CPU uses at a time, and for the VMM, which never waits for
     /// a guest.
     #[cold]
     fn wait_page(&self, addr: u64) -> u8 {

@@ -1,15 +1,14 @@
-//! What a shadow model does, whatever its layout.
+//! The interface of a shadow model, for every layout.
 //!
-//! A granule (8 bytes) can only say "the first N bytes are valid", which decides how changes round:
+//! A granule (8 bytes) can only say "the first N bytes are valid". So changes are rounded:
 //!
-//! - **poison**: in each granule the covered bytes become invalid, unless a valid byte lies behind
-//!   them in the same granule; then the granule stays as it is. A bug may go unseen there, but
-//!   memory that is in use is never reported. A granule that is left with no valid byte, and is
-//!   covered from its first byte on, carries the code.
+//! - **poison**: in each granule the covered bytes become invalid. If a valid byte is behind them in
+//!   the same granule, the granule does not change. A bug may be missed there, but memory in use is
+//!   never reported. A granule that has no valid byte left, and is covered from its first byte on,
+//!   gets the code.
 //! - **unpoison**: in each granule every byte up to the end of the covered part becomes valid.
 //!
-//! [`TwoLevel`](crate::two_level::TwoLevel) and [`Full`](crate::full::Full) answer every question
-//! alike.
+//! [`TwoLevel`](crate::two_level::TwoLevel) and [`Full`](crate::full::Full) give the same answers.
 
 use crate::memory::ShadowMemory;
 use crate::violation::{RangeError, Violation};
@@ -35,9 +34,9 @@ pub trait Shadow {
     /// The range wraps or has addresses without shadow. No bytes are always in range.
     fn unpoison(&mut self, addr: u64, len: u64) -> Result<(), RangeError>;
 
-    /// Makes the pages that hold `len` bytes from `addr` on byte-checked, where the layout knows a
-    /// difference. What is valid does not change. For memory whose byte shadow others write
-    /// directly, such as stacks under instrumented code.
+    /// Makes the pages that hold `len` bytes from `addr` on byte-checked, in a layout that has other
+    /// pages. The same bytes stay valid. For memory whose byte shadow others write directly, such as
+    /// stacks under instrumented code.
     ///
     /// # Errors
     /// The range wraps or has addresses without shadow. No bytes are always in range.
@@ -49,9 +48,9 @@ pub trait Shadow {
     /// The access touches a byte that is not valid or has no shadow, or it wraps.
     fn check(&self, addr: u64, len: u64) -> Result<(), Violation>;
 
-    /// The quick half of [`check`](Self::check), without loop or call: whether an access obviously
-    /// passes. It is true for most accesses that pass; if it is not, only `check` knows. For a
-    /// guest that wants to have nothing else on its hot path.
+    /// The fast path of [`check`](Self::check), without loop or call. It is true for most accesses
+    /// that pass; if it is false, only `check` decides. For a guest that wants nothing else on its
+    /// hot path.
     fn passes_at_once(&self, addr: u64, len: u64) -> bool;
 
     /// The first bad address of an access, if it has one.
@@ -59,8 +58,8 @@ pub trait Shadow {
         self.check(addr, len).err().map(|violation| violation.address)
     }
 
-    /// What a full byte shadow would hold for the granule of `addr`: 0 for eight valid bytes, 1 to
-    /// 7 for that many, else poisoned. [`codes::UNKNOWN`](crate::codes::UNKNOWN) for an address
+    /// The value of a full byte shadow for the granule of `addr`: 0 for eight valid bytes, 1 to 7
+    /// for that many, else a poison code. [`codes::UNKNOWN`](crate::codes::UNKNOWN) for an address
     /// without shadow.
     fn state(&self, addr: u64) -> u8;
 }

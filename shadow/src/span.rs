@@ -1,5 +1,5 @@
-//! Ranges of checked memory, by first and last address, so that the end of the address space needs
-//! no special care.
+//! Ranges of checked memory by first and last address, so that the end of the address space is no
+//! special case.
 
 use crate::codes::UNKNOWN;
 use crate::memory::ShadowMemory;
@@ -63,7 +63,7 @@ impl Span {
             true => (None, 1),
             false => (Some(Self { first: last & !mask, last }), 0),
         };
-        // Two neighbouring units that are both covered in part have no whole unit between them.
+        // Between two neighbouring units that are both covered in part there is no whole unit.
         Parts { head, whole: (start, ((last - start) >> shift) + ends_whole), tail }
     }
 }
@@ -75,7 +75,7 @@ pub(crate) fn contains<M: ShadowMemory>(memory: &M, addr: u64) -> bool {
 }
 
 /// Whether memory goes on to the end of the address space, so that every address is below its end.
-/// Asked only where an access is bad, in all but such memory.
+/// In all other memory only bad accesses reach this.
 #[inline]
 fn is_last<M: ShadowMemory>(memory: &M) -> bool {
     core::hint::cold_path();
@@ -83,7 +83,7 @@ fn is_last<M: ShadowMemory>(memory: &M) -> bool {
 }
 
 impl Refused {
-    /// As the answer to a check of an access that starts at `addr`.
+    /// The violation of an access that starts at `addr`.
     #[inline]
     pub fn violation(self, addr: u64) -> Violation {
         match self {
@@ -92,7 +92,7 @@ impl Refused {
         }
     }
 
-    /// As the answer to a change of `len` bytes from `addr` on.
+    /// The error of a change of `len` bytes from `addr` on.
     #[inline]
     pub fn error(self, addr: u64, len: u64) -> RangeError {
         match self {

@@ -2,20 +2,20 @@
 //! it.
 //!
 //! A change that covers whole pages writes their page shadow, and *demotes* them if they were
-//! byte-checked: the byte shadow behind them means nothing from then on. A change that covers a
-//! part of a page *promotes* it, unless the page as a whole already is what the part shall be.
+//! byte-checked: the byte shadow behind them is garbage from then on. A change that covers a part of
+//! a page *promotes* it, unless the whole page already has the value that the part gets.
 //!
-//! **The order of stores of a promotion matters**, because other CPUs check accesses to the page
-//! meanwhile, and the VMM may look for host memory to take back:
+//! **The order of stores in a promotion matters**, because other CPUs check accesses to the page
+//! meanwhile, and the VMM may look for host memory to reclaim:
 //!
-//! 1. page shadow to [`PAGE_BUSY`]: the byte shadow is in use, but not yet to be read;
-//! 2. byte shadow of the whole page, from what the page was;
+//! 1. page shadow to [`PAGE_BUSY`]: the byte shadow is in use, but must not be read yet;
+//! 2. byte shadow of the whole page, from its old page shadow;
 //! 3. page shadow to [`PAGE_BYTES`];
 //! 4. the part.
 //!
 //! A [`ShadowMemory`] that others read at the same time must keep this order, with volatile or
-//! atomic stores (on x86_64 the processor then keeps it too). It says more on what such a memory
-//! has to do.
+//! atomic stores (on x86_64 the processor then keeps it too). Its documentation has all
+//! requirements.
 
 use crate::byte;
 use crate::codes::{
@@ -28,9 +28,9 @@ use crate::violation::{Cause, RangeError, Violation};
 
 const MASK: u64 = PAGE_SIZE - 1;
 
-/// What the page shadow says of a page.
+/// The meaning of a page-shadow value.
 enum Class {
-    /// The byte shadow tells.
+    /// The byte shadow decides.
     Bytes,
     /// All granules hold this value: 0, or a poison code.
     Whole(u8),
@@ -122,7 +122,7 @@ impl<M: ShadowMemory> TwoLevel<M> {
         }
     }
 
-    /// Makes the page of `addr` byte-checked, unless all of it is `unless` already; tells whether
+    /// Makes the page of `addr` byte-checked, unless all of it has the value `unless`. Returns whether
     /// it is byte-checked now.
     fn promote_page(&mut self, addr: u64, unless: Option<u8>) -> bool {
         let start = addr & !MASK;
@@ -132,8 +132,7 @@ impl<M: ShadowMemory> TwoLevel<M> {
                 Class::Bytes => return true,
                 Class::Whole(value) if unless == Some(value) => return false,
                 Class::Whole(value) => {
-                    // Another CPU may have changed the page since; then its class is looked at
-                    // anew.
+                    // If another CPU has changed the page since, its class is read again.
                     if self.memory.claim_page(start, page) {
                         self.memory.set_bytes(start, SHADOW_PER_PAGE, value);
                         self.memory.set_pages(start, 1, PAGE_BYTES);
@@ -145,8 +144,8 @@ impl<M: ShadowMemory> TwoLevel<M> {
     }
 }
 
-/// What a page-shadow value means. One that nobody writes counts as poisoned, and is kept out of
-/// the byte shadow, where it could mean valid bytes.
+/// Decodes a page-shadow value. A value that is never written counts as poisoned. It must not get
+/// into the byte shadow, where it could mean valid bytes.
 #[inline]
 fn classify_page(page: u8) -> Class {
     match page {
@@ -198,12 +197,12 @@ impl<M: ShadowMemory> Shadow for TwoLevel<M> {
     #[inline]
     fn passes_at_once(&self, addr: u64, len: u64) -> bool {
         let more = len.wrapping_sub(1);
-        // Pages are checked as a whole, so the last byte needs no look at the limits. No bytes are
-        // left to the others.
+        // All of a page is checked or none, so the last byte needs no comparison with the limits.
+        // `check_pages` handles accesses to no bytes.
         if more >= PAGE_SIZE || !contains(&self.memory, addr) {
             return false;
         }
-        // Who stays in a granule stays in its page: each class asks for its own alone.
+        // An access within a granule is within a page, so each class needs one comparison only.
         let page = self.memory.page(addr);
         if page == PAGE_VALID {
             return (addr & MASK) + more <= MASK;
@@ -212,7 +211,7 @@ impl<M: ShadowMemory> Shadow for TwoLevel<M> {
             return byte::stays(addr, more)
                 && byte::passes(self.memory.byte(addr), addr.wrapping_add(more));
         }
-        // The straight way is the others'.
+        // Poison, or a promotion.
         core::hint::cold_path();
         false
     }

@@ -1,4 +1,4 @@
-//! What the shadow models refuse: accesses to bytes that are not valid, and changes that make no
+//! Errors of the shadow models: accesses to bytes that are not valid, and changes that make no
 //! sense.
 
 use core::fmt;

@@ -6,7 +6,7 @@ mod common;
 use std::cell::Cell;
 
 use common::{Store, TestMemory};
-use umbra_shadow::abi::access::{DOUBLE_FREE, INVALID_FREE, READ, WRITE};
+use umbra_shadow::abi::Access;
 use umbra_shadow::codes::*;
 use umbra_shadow::{
     BugKind, Cause, Full, RangeError, Shadow, ShadowMemory, TwoLevel, Violation, classify,
@@ -271,7 +271,7 @@ fn memory_up_to_the_last_byte_of_the_address_space() {
     full.poison(u64::MAX - 4, 5, SLAB_FREE).unwrap();
     let violation = full.check(u64::MAX, 1).unwrap_err();
     // There is no granule behind the last one.
-    assert_eq!(classify(&full, &violation, u64::MAX, 1, READ), BugKind::OutOfBounds);
+    assert_eq!(classify(&full, &violation, u64::MAX, 1, Access::Read), BugKind::OutOfBounds);
 }
 
 #[test]
@@ -393,7 +393,7 @@ fn values_that_nobody_writes_count_as_poisoned() {
             violation,
             Violation { address: BASE + 1, code: UNKNOWN, cause: Cause::Poisoned }
         );
-        assert_eq!(classify(&two, &violation, BASE + 1, 1, READ), BugKind::Unknown);
+        assert_eq!(classify(&two, &violation, BASE + 1, 1, Access::Read), BugKind::Unknown);
         // They do not become "the first three bytes" in the byte shadow.
         two.unpoison(BASE + 8, 8).unwrap();
         assert_eq!((two.first_bad(BASE, 1), two.first_bad(BASE + 8, 8)), (Some(BASE), None));
@@ -403,7 +403,7 @@ fn values_that_nobody_writes_count_as_poisoned() {
         full.memory_mut().plant_byte(BASE, value);
         let violation = full.check(BASE, 8).unwrap_err();
         assert_eq!(violation, Violation { address: BASE, code: value, cause: Cause::Poisoned });
-        assert_eq!(classify(&full, &violation, BASE, 8, READ), BugKind::Unknown);
+        assert_eq!(classify(&full, &violation, BASE, 8, Access::Read), BugKind::Unknown);
     }
 }
 
@@ -498,7 +498,7 @@ fn kinds_by_code() {
         for addr in [CHUNK, CHUNK - 3] {
             let violation = two.check(addr, 1).unwrap_err();
             assert_eq!(
-                classify(&two, &violation, addr, 1, WRITE).to_string(),
+                classify(&two, &violation, addr, 1, Access::Write).to_string(),
                 name,
                 "{code:#x} at {addr:#x}"
             );
@@ -521,17 +521,17 @@ fn kinds_that_the_shadow_does_not_decide() {
         (BASE - 1, "wild-memory-access"),
         (LIMIT, "wild-memory-access"),
     ] {
-        assert_eq!(kind(&two, addr, 1, READ), name, "{addr:#x}");
+        assert_eq!(kind(&two, addr, 1, Access::Read), name, "{addr:#x}");
     }
-    assert_eq!(kind(&two, BASE, u64::MAX, READ), "out-of-bounds", "wraps");
+    assert_eq!(kind(&two, BASE, u64::MAX, Access::Read), "out-of-bounds", "wraps");
     two.poison(BASE, 8, SLAB_FREE).unwrap();
-    assert_eq!(kind(&two, BASE, 8, DOUBLE_FREE), "double-free");
-    assert_eq!(kind(&two, 0, 1, INVALID_FREE), "invalid-free");
+    assert_eq!(kind(&two, BASE, 8, Access::DoubleFree), "double-free");
+    assert_eq!(kind(&two, 0, 1, Access::InvalidFree), "invalid-free");
     // A partial granule with a valid one behind it does not tell.
     two.poison(BASE + 16, 8, SLAB_FREE).unwrap();
     two.unpoison(BASE + 16, 3).unwrap();
-    assert_eq!(kind(&two, BASE + 16, 4, READ), "out-of-bounds");
+    assert_eq!(kind(&two, BASE + 16, 4, Access::Read), "out-of-bounds");
     // A negative size need not wrap where addresses are small.
     let low = TwoLevel::new(TestMemory::new(0, PAGES, 0));
-    assert_eq!(kind(&low, 0x1000, 8u64.wrapping_neg() - 0x1000, READ), "out-of-bounds");
+    assert_eq!(kind(&low, 0x1000, 8u64.wrapping_neg() - 0x1000, Access::Read), "out-of-bounds");
 }

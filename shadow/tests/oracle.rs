@@ -4,7 +4,7 @@ mod common;
 
 use common::TestMemory;
 use proptest::prelude::*;
-use umbra_shadow::abi::access;
+use umbra_shadow::abi::Access;
 use umbra_shadow::codes::{GRANULE, PAGE_SIZE};
 use umbra_shadow::{BugKind, Cause, Full, RangeError, Shadow, TwoLevel, classify};
 
@@ -148,7 +148,7 @@ fn agree(oracle: &Oracle, shadow: &impl Shadow, addr: u64, len: u64) -> Result<(
     prop_assert_eq!(shadow.first_bad(addr, len), expected.map(|(bad, _)| bad));
     if let (Err(violation), Some((bad, cause))) = (found, expected) {
         prop_assert_eq!(violation.code, shadow.state(bad));
-        let kind: BugKind = classify(shadow, &violation, addr, len, access::READ);
+        let kind: BugKind = classify(shadow, &violation, addr, len, Access::Read);
         prop_assert_eq!(kind.as_str(), oracle.kind(bad, cause));
     }
     Ok(())

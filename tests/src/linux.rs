@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
-use crate::elf::{ElfBuilder, HEADER, PROGRAM_HEADER};
+use umbra_testkit::cpio::Archive;
+use umbra_testkit::elf::{ElfBuilder, HEADER, PROGRAM_HEADER};
+
 use crate::suite::Need;
 
 /// Where the program of an initrd is loaded.
@@ -20,22 +22,6 @@ pub fn need(name: &str) -> Need {
     Need::kvm().and(&Need::unless(missing))
 }
 
-/// One entry of an archive as the kernel takes it (Linux,
-/// Documentation/driver-api/early-userspace/buffer-format.rst).
-fn entry(archive: &mut Vec<u8>, name: &str, mode: u32, contents: &[u8]) {
-    let pad = |archive: &mut Vec<u8>| archive.resize(archive.len().next_multiple_of(4), 0);
-    let (bytes, name_bytes) = (contents.len() as u32, name.len() as u32 + 1);
-    archive.extend(b"070701");
-    for field in [1, mode, 0, 0, 1, 0, bytes, 0, 0, 0, 0, name_bytes, 0] {
-        archive.extend(format!("{field:08x}").bytes());
-    }
-    archive.extend(name.bytes());
-    archive.push(0);
-    pad(archive);
-    archive.extend(contents);
-    pad(archive);
-}
-
 /// An initrd with one small program, `/init`. `code` is position-independent and starts at its
 /// beginning.
 pub fn initrd(code: &[u8]) -> Vec<u8> {
@@ -45,9 +31,12 @@ pub fn initrd(code: &[u8]) -> Vec<u8> {
 
 /// An initrd with one program, `/init`: a static ELF file.
 pub fn with_program(program: &[u8]) -> Vec<u8> {
-    let mut archive = Vec::new();
-    entry(&mut archive, "dev", 0o040_755, &[]);
-    entry(&mut archive, "init", 0o100_755, program);
-    entry(&mut archive, "TRAILER!!!", 0, &[]);
-    archive
+    let mut bytes = Vec::new();
+    let mut archive = Archive::new(&mut bytes);
+    let mut write = || {
+        archive.folder("dev")?;
+        archive.file("init", true, program)
+    };
+    write().and_then(|()| archive.finish()).expect("writing to memory does not fail");
+    bytes
 }

@@ -15,7 +15,7 @@ use serde_json::Value;
 use umbra::machine::cpuid::CpuidLeaf;
 use umbra::sandbox::{self, Config, GuestFile};
 use umbra::shadow::Layout;
-use umbra_shadow::abi;
+use umbra_shadow::abi::{self, Features};
 use umbra_tests::ktap::{self, Case, Verdict};
 use umbra_tests::linux::{kernel, need};
 use umbra_tests::program::{Run, Umbra};
@@ -280,7 +280,7 @@ fn leaf(number: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> CpuidLeaf {
 }
 
 fn another_version() {
-    let offered = abi::features::PER_PAGE | abi::features::RING;
+    let offered = (Features::PER_PAGE | Features::RING).bits();
     told(
         leaf(abi::CPUID_LEAF_FEATURES, [abi::VERSION + 1, abi::PORT.into(), offered, 0]),
         "this Umbra speaks another version of the interface",

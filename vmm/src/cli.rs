@@ -26,7 +26,7 @@ use crate::terminal;
 
 /// Most CPUs, as clap wants it.
 const MAX_CPUS: i64 = layout::MAX_CPUS as i64;
-/// What a bad command line or a host that cannot do it ends with.
+/// Exit status for a bad command line or an unsuitable host.
 const USAGE: u8 = 2;
 
 #[derive(Parser)]
@@ -127,7 +127,7 @@ struct Guest {
     /// Which shadow to keep.
     #[arg(long, value_enum, default_value_t = Shadow::PerPage)]
     shadow: Shadow,
-    /// Who writes it: the guest, which tells of its allocations in a ring; or the VMM, at one call
+    /// Who writes it: the guest, which records its allocations in a ring; or the VMM, at one call
     /// each, with the shadow read-only for the guest.
     #[arg(long, value_enum, default_value_t = HowToNotify::Ring)]
     notify: HowToNotify,
@@ -224,7 +224,7 @@ fn parse_quarantine(text: &str) -> Result<QuarantineSize, String> {
 }
 
 fn parse_redzone(text: &str) -> Result<Redzone, String> {
-    const MAX: u64 = umbra_shadow::abi::redzone::MAX as u64;
+    const MAX: u64 = Redzone::MAX as u64;
     match text {
         "auto" => Ok(Redzone::Adaptive),
         "off" => Ok(Redzone::Off),
@@ -396,7 +396,7 @@ fn restore_terminal_at_signals() {
         let handler = move || {
             terminal::restore();
             if ![SIGINT, SIGTERM].contains(&signal) {
-                // Its error could not be told from here.
+                // A signal handler cannot report its error.
                 let _ = signal_hook::low_level::emulate_default_handler(signal);
             }
         };

@@ -47,7 +47,7 @@ pub fn choose(scenarios: &[Scenario], names: &[String]) -> Result<Vec<Scenario>>
     Ok(scenarios.iter().filter(wanted).cloned().collect())
 }
 
-/// Runs the demonstration and prints what came of it. Returns the exit status: 0 when every
+/// Runs the demonstration and prints the verdicts. Returns the exit status: 0 when every
 /// scenario got its verdict.
 ///
 /// # Errors
@@ -78,7 +78,7 @@ pub(crate) fn run(
     if stray > 0 {
         writeln!(table, "{stray} finding(s) belong to no scenario that was chosen")?;
     }
-    // Who reads no further still gets the exit status.
+    // If standard output is closed, the exit status still says it.
     let _ = write!(
         io::stdout(),
         "\n{table}\n{}: {} scenarios, {}\n",

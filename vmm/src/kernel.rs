@@ -31,7 +31,7 @@ pub struct Scenario {
     pub about: String,
 }
 
-/// Why the scenarios of a kernel cannot be told.
+/// Why the scenarios of a kernel cannot be read.
 #[derive(Debug, Error)]
 pub enum ScenarioError {
     /// The file is not one that has sections.

@@ -27,7 +27,7 @@ impl Printer {
 
 impl Observer for Printer {
     fn finding(&mut self, finding: &Finding) {
-        // Standard error may be gone; the guest goes on, and the exit status still tells.
+        // If standard error is closed, the guest goes on, and the exit status reports the finding.
         if !self.quiet {
             let _ = text::write(&mut io::stderr().lock(), finding, self.style);
         }

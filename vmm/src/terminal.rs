@@ -1,5 +1,5 @@
 //! The terminal as a guest's console: each key goes to the guest at once, and only the guest
-//! echoes. It is put back on every way out of the program that a program can do something on.
+//! echoes. Its settings are restored on every way out that a program can act on.
 
 use std::io::{self, IsTerminal, Read, stdin, stdout};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -13,11 +13,11 @@ use rustix::termios::{
 
 use crate::sandbox::input::KEYS;
 
-/// How the terminal was.
+/// The terminal's settings before.
 static BEFORE: OnceLock<Termios> = OnceLock::new();
-/// It is not that way now.
+/// The terminal is raw now.
 static RAW: AtomicBool = AtomicBool::new(false);
-/// Set when it shall not be changed any more.
+/// Set when the terminal must not be changed any more.
 static OVER: Mutex<bool> = Mutex::new(false);
 
 /// What a guest's console may read: the terminal, if the console is shown there and the terminal is

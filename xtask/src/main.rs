@@ -9,6 +9,7 @@ mod guest;
 mod hosts;
 mod linux;
 mod nested;
+mod picture;
 mod process;
 mod programs;
 mod progress;
@@ -81,6 +82,10 @@ enum Task {
     ///
     /// `cargo xtask test` fails where the file says something else than what was found.
     Scenarios,
+    /// Make the README's picture of the page that `--html` writes
+    ///
+    /// Needs KVM and chromium, which is installed where it is missing.
+    Picture,
     /// Build the Linux kernels that the tests boot and fetch Debian's, into target/linux
     ///
     /// They are Debian's linux-source-6.1 with configurations from guest/linux/config: a small one,
@@ -169,6 +174,7 @@ fn main() -> ExitCode {
                 Task::Nested(arguments) => nested::run(&context, &arguments),
                 Task::Bench { arguments } => bench::run(&context, &arguments),
                 Task::Scenarios => tests::write_tables(&context),
+                Task::Picture => picture::run(&context),
                 Task::Linux { task: None } => linux::run(&context),
                 Task::Linux { task: Some(LinuxTask::Status) } => linux::status::run(&context),
                 Task::Linux { task: Some(LinuxTask::Test) } => linux::suite::test(&context),

@@ -135,7 +135,7 @@ static void push_free(struct cache *cache, uint64_t object)
 	cache->free = (void *)object;
 }
 
-/* An object comes out of the quarantine. */
+/* Takes an object back that has left the quarantine. */
 static void release(uint64_t object, uint64_t slot, uint8_t note, void *context)
 {
 	(void)slot;
@@ -225,7 +225,10 @@ static size_t room_of(uint32_t number)
 	return pages[number].use == SLAB ? caches[pages[number].cache].object : PAGE_SIZE << pages[number].order;
 }
 
-/* All the bytes that an allocation may use, which it may from now on. 0, after a report, if it was freed. */
+/*
+ * All the bytes that an allocation may use, which it may from now on. 0, after a report, if it was
+ * freed.
+ */
 size_t ksize(void *at)
 {
 	size_t room;
@@ -244,7 +247,10 @@ void kfree_sensitive(void *at)
 	kfree(at);
 }
 
-/* In place where the slot allows it. Never called with a null pointer; with a freed one it reports that. */
+/*
+ * In place where the slot allows it. Never called with a null pointer; with a freed one it reports
+ * that.
+ */
 void *krealloc(void *at, size_t bytes)
 {
 	uint32_t number = head_of(at);

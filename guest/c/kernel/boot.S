@@ -33,7 +33,10 @@ boot_high:
 	call kernel_main
 	ud2
 
-/* Reads a byte as instrumented code does: check, then access. kernel.h: probe_read. The fault handler knows the access. */
+/*
+ * Reads a byte as instrumented code does: check, then access. kernel.h: probe_read. The fault
+ * handler knows the access.
+ */
 	.text
 	.globl probe_read, probe_access, probe_done
 	.type probe_read, @function
@@ -51,7 +54,7 @@ probe_done:
 	ret
 	.size probe_read, . - probe_read
 
-/* kernel.h: jump_catch and its kin. What the C ABI has a callee save is on the stack meanwhile. */
+/* kernel.h: jump_catch and the like. The callee-saved registers are on the stack meanwhile. */
 	.globl jump_catch, jump_throw, jump_with_buffer
 	.type jump_catch, @function
 jump_catch:

@@ -6,7 +6,7 @@
 #define PAGE_FAULT 14
 #define CODE 0x08
 
-/* What boot.S leaves on the stack. */
+/* The stack that boot.S leaves. */
 struct frame {
 	uint64_t rbp, r11, r10, r9, r8, rdi, rsi, rdx, rcx, rax;
 	uint64_t vector, error, rip, cs, rflags, rsp, ss;

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-/* Bugs through memory and string functions and operations on bits. Names as in Linux's KASAN test suite. */
+/*
+ * Bugs through memory and string functions and operations on bits. Names as in Linux's KASAN test
+ * suite.
+ */
 #include "kernel.h"
 
 SCENARIO(kmalloc_memcpy_oob, "slab-out-of-bounds Write 40 32", "copies 40 bytes into an object of 32")
@@ -180,7 +183,10 @@ SCENARIO(kasan_strings,
 	opaque(string_nlen(p, 1));
 }
 
-/* What is not atomic is assembly that checks for itself, as in Linux (asm-generic/bitops/instrumented-non-atomic.h). */
+/*
+ * Operations that are not atomic are assembly with their own checks, as in Linux
+ * (asm-generic/bitops/instrumented-non-atomic.h).
+ */
 #define plain_bit(instruction, word, bit)                                                                              \
 	({                                                                                                             \
 		bool before;                                                                                           \

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* What the parts of the C test kernel know of each other. */
+/* Declarations that the parts of the C test kernel share. */
 #ifndef KERNEL_H
 #define KERNEL_H
 
@@ -36,7 +36,10 @@ void fault_init(void);
 
 /* boot.S: reads a byte at an address that may not be mapped; rdi is its whole argument. */
 uint8_t probe_read(uint64_t address);
-/* boot.S: runs `body`, which may end by jump_throw(); runs `body` with a buffer on the stack that no compiler knows. */
+/*
+ * boot.S: runs `body`, which may end by jump_throw(); runs `body` with a buffer on the stack that
+ * no compiler knows.
+ */
 void jump_catch(void (*body)(void));
 _Noreturn void jump_throw(void);
 void jump_with_buffer(void (*body)(char *buffer, size_t bytes));

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-/* Runs what the command line asks for (`scenarios=a,b`; all without it), each scenario as a task of its name. */
+/*
+ * Runs what the command line asks for (`scenarios=a,b`; all without it), each scenario as a task of
+ * its name.
+ */
 #include "kernel.h"
 
 extern const struct scenario scenarios_start[], scenarios_end[];

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-/* Page tables and the start of checks. Compiled without the sanitizer: the shadow is not there yet. */
+/*
+ * Page tables and the start of checks. Compiled without the sanitizer: the shadow is not there yet.
+ */
 #include "kernel.h"
 
 #define RING_BYTES (512ul << 10)
@@ -67,7 +69,10 @@ static void flush(void)
 	__asm__ volatile("mov %%cr3, %0\n\tmov %0, %%cr3" : "=r"(cr3) : : "memory");
 }
 
-/* What the zero page at `at` tells (Documentation/arch/x86/zero-page.rst): the end of memory; the command line. */
+/*
+ * Reads the zero page at `at` (Documentation/arch/x86/zero-page.rst): the end of memory; the
+ * command line.
+ */
 static const char *boot_info(const uint8_t *at)
 {
 	for (int i = 0; i < at[0x1e8]; i++) {

@@ -1,5 +1,5 @@
-//! What the benchmarks have measured: one thing, called again and again in a loop whose own
-//! instructions are known.
+//! Code for the benchmarks to measure: one operation, repeated in a loop with a known number of
+//! instructions.
 //!
 //! The host chooses by words `bench=WHAT:ROUNDS:...` on the command line, runs the kernel with two
 //! numbers of rounds, and divides the difference. Between the lines `bench begin` and `bench end`
@@ -17,7 +17,7 @@
 
 use core::arch::{asm, global_asm};
 
-use umbra_guest::abi::{PORT, call};
+use umbra_guest::abi::{CallNumber, PORT};
 use umbra_guest::codes::{GRANULE_SHIFT, PAGE_SIZE, SLAB_REDZONE};
 
 use crate::boot::BootInfo;
@@ -128,7 +128,7 @@ unsafe extern "C" fn give_and_take(at: u64) {
 unsafe extern "C" fn drain() {
     // SAFETY: a call of the ABI without any effect on this kernel's memory but the ring's count.
     unsafe {
-        asm!("out dx, eax", inout("eax") call::RING_DRAIN => _, in("dx") PORT, in("rdi") 0, options(nostack));
+        asm!("out dx, eax", inout("eax") CallNumber::RingDrain as u32 => _, in("dx") PORT, in("rdi") 0, options(nostack));
     }
 }
 
@@ -139,7 +139,7 @@ fn with_arguments<F: Copy>(f: F) -> Function {
     unsafe { core::mem::transmute_copy(&f) }
 }
 
-/// The calls that `call` knows: the function and its arguments, for a page of its own at `at`.
+/// The calls of `bench=call`: the function and its arguments, for an unused page at `at`.
 fn calls(name: &str, at: u64) -> Option<(Function, [u64; 5])> {
     let redzone = u64::from(SLAB_REDZONE);
     Some(match name {
@@ -201,7 +201,7 @@ fn touch() -> Option<()> {
     Some(())
 }
 
-/// Does what one word asks for; none if it makes no sense, or memory is too small.
+/// Runs the benchmark of one word. None if the word makes no sense, or memory is too small.
 fn bench(word: &str, initrd: &[u8]) -> Option<()> {
     let mut parts = word.split(':');
     let mut text = || parts.next();
@@ -243,7 +243,7 @@ fn bench(word: &str, initrd: &[u8]) -> Option<()> {
     Some(())
 }
 
-/// Does what the command line asks for.
+/// Runs the benchmarks of the command line.
 pub fn run(info: &BootInfo) {
     for word in
         info.command_line.split_ascii_whitespace().filter_map(|word| word.strip_prefix("bench="))

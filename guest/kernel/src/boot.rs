@@ -1,5 +1,5 @@
-//! From the 64-bit boot protocol's entry to Rust code in the higher half, and the page tables for
-//! that.
+//! From the entry of the 64-bit boot protocol to Rust code in the higher half, and the page tables
+//! that this needs.
 //!
 //! The VMM enters in long mode with memory mapped one to one and `rsi` pointing to the boot
 //! parameters. The first page tables stand ready in the image: the first GiB at 0 (until the jump
@@ -10,10 +10,9 @@ use core::ptr::{read_unaligned, write_volatile};
 
 use umbra_guest::Mapping;
 
-/// Where all of physical memory is mapped.
-pub const DIRECT_MAP: u64 = 0xffff_8000_0000_0000;
-/// Where physical memory is mapped a second time, for the kernel image.
-pub const IMAGE_MAP: u64 = 0xffff_ffff_8000_0000;
+use crate::layout::{DIRECT_MAP, IMAGE_MAP};
+use crate::page;
+
 /// Bytes of the kernel's first stack.
 pub const BOOT_STACK: u64 = 64 << 10;
 
@@ -104,13 +103,13 @@ pub fn run_constructors() {
     }
 }
 
-/// What the boot parameters (`struct boot_params`, the kernel's zero page) tell.
+/// The boot parameters (`struct boot_params`, the kernel's zero page).
 pub struct BootInfo {
     /// The largest usable range of memory from 1 MiB on: guest-physical start and end.
     pub memory: (u64, u64),
     /// The command line.
     pub command_line: &'static str,
-    /// The file that came with the kernel; empty if none did.
+    /// The initrd; empty if there is none.
     pub initrd: &'static [u8],
 }
 
@@ -169,7 +168,7 @@ const FRAME: u64 = 0x000f_ffff_ffff_f000;
 const LARGE_PAGE: u64 = 2 << 20;
 
 /// Maps `mapping`, in large pages where both addresses allow it. `table` hands out zeroed page
-/// frames. What a large page maps beyond the window is not memory, and reads as such.
+/// frames. A large page may map more than the window; there is no memory there.
 pub fn map(mapping: &Mapping, table: &mut impl FnMut() -> u64) {
     let mut done = 0;
     while done < mapping.bytes {
@@ -226,7 +225,7 @@ pub fn translate(at: u64) -> Option<u64> {
 /// address.
 pub fn unmap(at: u64) -> Option<u64> {
     let gpa = translate(at)?;
-    // SAFETY: whoever mapped it does not use it any more.
+    // SAFETY: the caller does not use the page any more.
     unsafe {
         write_volatile(entry_of(at)?, 0);
         asm!("invlpg [{}]", in(reg) at, options(nostack));
@@ -234,19 +233,19 @@ pub fn unmap(at: u64) -> Option<u64> {
     Some(gpa)
 }
 
-/// Maps a page of the direct map again, or no longer. No other CPU may be using the page; what they
-/// know of it may be out of date.
+/// Maps or unmaps a page of the direct map. No other CPU uses the page; their translations of it
+/// are not flushed.
 pub fn set_mapped(at: u64, mapped: bool) {
     let mut entries = &raw mut boot_pml4 as *mut u64;
     for shift in [39, 30, 21, 12] {
         // SAFETY: a page table that the direct map reaches: the first ones, or one that `map` or
-        // this function made. What is changed is the entry of one page.
+        // this function made. The entry of one page is changed.
         unsafe {
             let entry = entries.add((at >> shift & 511) as usize);
             if shift == 12 {
                 write_volatile(entry, if mapped { at - DIRECT_MAP | PRESENT_WRITABLE } else { 0 });
             } else if *entry & LARGE != 0 {
-                let Some(table) = crate::page::alloc(0) else { return };
+                let Some(table) = page::alloc(0) else { return };
                 let first = *entry & !(LARGE_PAGE - 1);
                 for i in 0..512 {
                     write_volatile(
@@ -267,7 +266,7 @@ pub fn set_mapped(at: u64, mapped: bool) {
 /// one as well.
 ///
 /// # Safety
-/// `to` is a page that nobody else uses.
+/// Only the caller uses the page `to`.
 pub unsafe fn copy_tables(to: *mut u64) {
     const DIRECT: usize = 256;
     // SAFETY: the table is in the image; the caller's promise.
@@ -284,8 +283,8 @@ pub fn use_tables() {
     unsafe { asm!("mov cr3, {}", in(reg) tables, options(nostack)) };
 }
 
-/// Completes the page tables: the rest of the direct map, what `extra` lists, and nothing at 0 any
-/// more.
+/// Completes the page tables: adds the rest of the direct map and the mappings in `extra`, and
+/// removes those at 0.
 pub fn map_all(memory_end: u64, extra: &[Mapping], mut table: impl FnMut() -> u64) {
     const MAPPED_AT_BOOT: u64 = 1 << 30;
     if memory_end > MAPPED_AT_BOOT {

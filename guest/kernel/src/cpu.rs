@@ -1,105 +1,20 @@
-//! Segments, the interrupt table, and what happens on a CPU exception: it is reported through the
-//! exit call.
+//! Per-CPU data: number and task, segments, the interrupt table.
 
 use core::arch::{asm, global_asm};
 use core::ptr::addr_of_mut;
 
-use umbra_guest::Trap;
+use crate::layout::{DIRECT_MAP, IMAGE_MAP};
 
-use crate::{boot, smp, thread};
-
-const VECTORS: usize = 32;
+/// CPU exceptions; the interrupts' vectors begin behind theirs.
+pub const VECTORS: usize = 32;
 const CODE: u16 = 0x08;
 const TSS: u16 = 0x10;
 /// Bytes of the stack on which exceptions run.
 pub const FAULT_STACK: usize = 16 << 10;
 /// The interrupt by which one CPU wakes another.
 pub const WAKE: u8 = VECTORS as u8;
-const PAGE_FAULT: u64 = 14;
 
-global_asm!(
-    ".macro fault_stub vector",
-    ".balign 16",
-    // These push an error code themselves (Intel SDM volume 3, table 6-1).
-    ".if (\\vector == 8) || ((\\vector >= 10) && (\\vector <= 14)) || (\\vector == 17) || (\\vector == 21)",
-    ".else",
-    "push 0",
-    ".endif",
-    "push \\vector",
-    "jmp fault_common",
-    ".endm",
-    ".balign 16",
-    "fault_stubs:",
-    ".irp vector, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31",
-    "fault_stub \\vector",
-    ".endr",
-    // The wake-up does nothing but end the wait. Its end must be told to the local APIC.
-    ".balign 16",
-    "push rax",
-    "movabs rax, {end_of_interrupt}",
-    "jmp wake_rest",
-    ".balign 16",
-    "wake_rest:",
-    "mov dword ptr [rax], 0",
-    "pop rax",
-    "iretq",
-    "fault_common:",
-    "push rax",
-    "push rcx",
-    "push rdx",
-    "push rsi",
-    "push rdi",
-    "push r8",
-    "push r9",
-    "push r10",
-    "push r11",
-    "push rbp",
-    "mov rdi, rsp",
-    "cld",
-    // 17 words lie on a stack that began 16-byte aligned.
-    "sub rsp, 8",
-    "call {fault}",
-    "add rsp, 8",
-    "pop rbp",
-    "pop r11",
-    "pop r10",
-    "pop r9",
-    "pop r8",
-    "pop rdi",
-    "pop rsi",
-    "pop rdx",
-    "pop rcx",
-    "pop rax",
-    "add rsp, 16",
-    "iretq",
-    "cpu_current:",
-    "mov rax, gs:[0]",
-    "ret",
-    fault = sym fault,
-    end_of_interrupt = const smp::LOCAL_APIC + smp::END_OF_INTERRUPT,
-);
-
-/// What lies on the stack in [`fault`].
-#[repr(C)]
-struct Frame {
-    rbp: u64,
-    r11: u64,
-    r10: u64,
-    r9: u64,
-    r8: u64,
-    rdi: u64,
-    rsi: u64,
-    rdx: u64,
-    rcx: u64,
-    rax: u64,
-    vector: u64,
-    error: u64,
-    rip: u64,
-    cs: u64,
-    rflags: u64,
-    rsp: u64,
-    ss: u64,
-}
+global_asm!("cpu_current:", "mov rax, gs:[0]", "ret");
 
 #[repr(C, packed)]
 struct TaskState {
@@ -118,7 +33,7 @@ struct Pointer {
     base: u64,
 }
 
-/// What each CPU has of its own. The `gs` segment begins here.
+/// Per-CPU data. The `gs` segment begins here.
 #[repr(C)]
 struct PerCpu {
     /// CPU and task that run now, as the ABI wants them.
@@ -149,7 +64,6 @@ struct Stack(#[allow(dead_code, reason = "only its address is used")] [u8; FAULT
 static mut STACK: Stack = Stack([0; FAULT_STACK]);
 
 unsafe extern "C" {
-    static fault_stubs: [u8; 16 * (VECTORS + 1)];
     /// CPU and task that run now, as the ABI wants them. It runs for every allocator event: two
     /// instructions.
     pub safe fn cpu_current() -> u64;
@@ -178,27 +92,28 @@ pub fn number() -> usize {
     (cpu_current() >> 16) as u16 as usize
 }
 
-/// Says which task runs on this CPU now.
+/// Sets the task that runs on this CPU.
 pub fn set_task(id: u32) {
     let current = cpu_current() & 0xffff_ffff | u64::from(id) << 32;
     // SAFETY: this CPU's own data.
     unsafe { asm!("mov gs:[0], {}", in(reg) current, options(nostack, preserves_flags)) };
 }
 
-/// Sets up the interrupt table, and this CPU, the first. Exceptions run on a stack of their own, so
-/// that one that comes from a broken stack is still told.
-pub fn init() {
+/// Sets up the interrupt table, and this CPU, the first. `entries` has 16 bytes of code for each
+/// vector. Exceptions run on a stack of their own, so that one that comes from a broken stack is
+/// still reported.
+pub fn init(entries: u64) {
     // SAFETY: runs once, at start, on the only CPU; the tables live as long as the kernel.
     unsafe {
         // By its address in the direct map, which is below those of all threads' stacks: so the
         // chain of frames rises from here to what was interrupted.
-        let stack = addr_of_mut!(STACK) as u64 - boot::IMAGE_MAP + boot::DIRECT_MAP;
+        let stack = addr_of_mut!(STACK) as u64 - IMAGE_MAP + DIRECT_MAP;
         umbra_guest::stack_alloc(
             stack & !0xfff,
             (FAULT_STACK as u64 + (stack & 0xfff)).next_multiple_of(4096),
         );
         for (vector, entry) in (*addr_of_mut!(IDT)).iter_mut().enumerate() {
-            let stub = (&raw const fault_stubs) as u64 + 16 * vector as u64;
+            let stub = entries + 16 * vector as u64;
             // An interrupt gate with the first alternate stack.
             let low = stub & 0xffff
                 | u64::from(CODE) << 16
@@ -240,8 +155,7 @@ pub unsafe fn load_tables(cpu: usize, fault_stack: u64) {
     }
 }
 
-/// Waits for an interrupt, unless `ready` says that what would be waited for has happened.
-/// Interrupts are on only here.
+/// Waits for an interrupt, unless `ready` returns true. Interrupts are on only here.
 pub fn idle_unless(ready: impl Fn() -> bool) {
     // SAFETY: the only interrupt is the one that wakes an idle CPU; `sti` lets it in after the
     // `hlt` has begun.
@@ -249,45 +163,5 @@ pub fn idle_unless(ready: impl Fn() -> bool) {
         if !ready() {
             asm!("sti", "hlt", "cli", options(nostack));
         }
-    }
-}
-
-extern "C" fn fault(frame: &mut Frame) {
-    let address: u64;
-    // SAFETY: reads cr2.
-    unsafe { asm!("mov {}, cr2", out(reg) address, options(nomem, nostack)) };
-    if frame.vector == PAGE_FAULT {
-        let mut trap =
-            Trap { rdi: frame.rdi, rsi: frame.rsi, rbp: frame.rbp, rip: frame.rip, rsp: frame.rsp };
-        // SAFETY: the registers are those at the fault.
-        if unsafe { umbra_guest::page_fault(&mut trap) } {
-            (frame.rip, frame.rsp) = (trap.rip, trap.rsp);
-            return;
-        }
-        if let Some(exit) = thread::overflowed(address) {
-            const WRITE: u64 = 2;
-            // How much the instruction was about to write is not known; pushes are most of what
-            // there is.
-            umbra_guest::report(address, 8, frame.error & WRITE != 0, &trap);
-            (frame.rip, frame.rsp) = exit;
-            frame.rbp = 0;
-            return;
-        }
-    }
-    let (vector, rip, error) = (frame.vector, frame.rip, frame.error);
-    crate::println!("exception {vector} at {rip:#x}, error code {error:#x}, cr2 {address:#x}");
-    if crate::on_umbra() {
-        umbra_guest::exit_fault(vector as u32, error as u32, rip, address);
-    }
-    reset()
-}
-
-/// Resets the machine, through the keyboard controller: how the kernel ends where there is no
-/// Umbra.
-pub fn reset() -> ! {
-    crate::console::out8(0x64, 0xfe);
-    loop {
-        // SAFETY: stops this CPU.
-        unsafe { asm!("cli", "hlt", options(nomem, nostack)) }
     }
 }

@@ -14,12 +14,16 @@
 
 extern crate alloc;
 
+mod apic;
 mod bench;
 mod boot;
 mod console;
 mod cpu;
+mod fault;
 mod heap;
+mod layout;
 mod memory;
+mod platform;
 mod random;
 mod replay;
 mod scenarios;
@@ -28,21 +32,14 @@ mod stress;
 mod thread;
 mod vmalloc;
 
-use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
-
+use layout::{DIRECT_MAP, IMAGE_MAP};
 use memory::{page, slab};
-use umbra_guest::{Config, Mapping, Offer, Region};
-
-static ON_UMBRA: AtomicBool = AtomicBool::new(false);
-
-/// Whether the exit call exists.
-pub fn on_umbra() -> bool {
-    ON_UMBRA.load(Relaxed)
-}
+use platform::{on_umbra, reset};
+use umbra_guest::{Mapping, Offer, Region, StartConfig};
 
 /// Bytes of the event ring: its header and 8,191 records, so that a drain is rare.
 const RING: usize = 512 << 10;
-/// Guest-physical address where page tables and other early memory start to be taken from.
+/// Memory for page tables and the like before there is an allocator, by guest-physical address.
 struct Early {
     next: u64,
     end: u64,
@@ -62,12 +59,12 @@ impl Early {
 extern "C" fn kernel_main(boot_params: u64) -> ! {
     let info = boot::boot_info(boot_params);
     let offer = umbra_guest::discover();
-    ON_UMBRA.store(offer.version == umbra_guest::abi::VERSION, Relaxed);
+    platform::set_on_umbra(offer.version == umbra_guest::abi::VERSION);
     let mut early = Early { next: boot::image_end(), end: info.free_end() };
     cpu::set_number(0);
     let cpus = smp::find();
     start_checks(&offer, &info, cpus.count(), &mut early);
-    cpu::init();
+    cpu::init(fault::entries());
     boot::run_constructors();
     page::init(early.next, info.free_end());
     thread::init();
@@ -82,10 +79,10 @@ extern "C" fn kernel_main(boot_params: u64) -> ! {
     if on_umbra() {
         umbra_guest::exit(0);
     }
-    cpu::reset()
+    reset()
 }
 
-/// Maps the shadow windows and turns checks on, where Umbra is underneath.
+/// Maps the shadow windows and turns checks on, if Umbra is underneath.
 fn start_checks(offer: &Offer, info: &boot::BootInfo, cpus: usize, early: &mut Early) {
     if offer.version == 0 {
         println!("no Umbra underneath: checks are off");
@@ -93,10 +90,10 @@ fn start_checks(offer: &Offer, info: &boot::BootInfo, cpus: usize, early: &mut E
         println!("Umbra speaks ABI version {}, this kernel another: checks are off", offer.version);
     }
     let end = info.memory.1;
-    // What is mapped at boot and stays so; the image's mapping ends where the image does.
+    // The mappings that exist since boot. The one of the image ends with the image.
     let regions = [
-        Region { start: boot::DIRECT_MAP, bytes: end & !0xfff, gpa: 0 },
-        Region { start: boot::IMAGE_MAP, bytes: boot::image_end(), gpa: 0 },
+        Region { start: DIRECT_MAP, bytes: end & !0xfff, gpa: 0 },
+        Region { start: IMAGE_MAP, bytes: boot::image_end(), gpa: 0 },
     ];
     let mut mappings = [Mapping { start: 0, gpa: 0, bytes: 0 }; 5];
     if offer.checks() {
@@ -105,11 +102,11 @@ fn start_checks(offer: &Offer, info: &boot::BootInfo, cpus: usize, early: &mut E
         }
     }
     if cpus > 1 {
-        mappings[4] = Mapping { start: smp::LOCAL_APIC, gpa: smp::LOCAL_APIC_GPA, bytes: 4096 };
+        mappings[4] = Mapping { start: apic::REGISTERS, gpa: apic::GPA, bytes: 4096 };
     }
     boot::map_all(end, &mappings, || early.take(4096));
-    let ring = (boot::DIRECT_MAP + early.take(RING as u64)) as *mut u8;
-    let config = Config {
+    let ring = (DIRECT_MAP + early.take(RING as u64)) as *mut u8;
+    let config = StartConfig {
         regions: &regions,
         text: boot::text(),
         // SAFETY: this memory was taken for the ring, and is zero as all memory is at start.
@@ -124,7 +121,7 @@ fn start_checks(offer: &Offer, info: &boot::BootInfo, cpus: usize, early: &mut E
     umbra_guest::stack_alloc(boot::stack(), boot::BOOT_STACK);
 }
 
-/// The allocators, which cannot format text, have found something that cannot be.
+/// A panic in the allocators, which cannot format text.
 #[unsafe(no_mangle)]
 extern "C" fn kernel_memory_panic(line: u32) -> ! {
     panic!("the allocators panicked in line {line} of guest/kernel/memory")
@@ -136,5 +133,5 @@ fn panic(info: &core::panic::PanicInfo) -> ! {
     if on_umbra() {
         umbra_guest::exit_panic();
     }
-    cpu::reset()
+    reset()
 }

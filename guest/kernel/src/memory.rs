@@ -1,5 +1,5 @@
-//! The kernel's allocators as the rest of it sees them. They live in a crate of their own
-//! (`guest/kernel/memory`), which is compiled without the sanitizer, and have C names.
+//! Bindings to the kernel's allocators. These are a crate of their own (`guest/kernel/memory`),
+//! which is compiled without the sanitizer, and have C names.
 
 /// Pages.
 pub mod page {
@@ -7,7 +7,7 @@ pub mod page {
 
     use umbra_guest::codes::PAGE_SIZE;
 
-    use crate::boot::DIRECT_MAP;
+    use crate::layout::DIRECT_MAP;
 
     static END: AtomicU64 = AtomicU64::new(0);
 
@@ -23,7 +23,7 @@ pub mod page {
     /// free.
     pub fn init(start: u64, end: u64) {
         END.store(DIRECT_MAP + end / PAGE_SIZE * PAGE_SIZE, Relaxed);
-        // SAFETY: called once, with memory that nobody uses.
+        // SAFETY: called once, with memory that is not in use.
         unsafe { kernel_memory_init(start, end) };
     }
 
@@ -40,7 +40,7 @@ pub mod page {
 
     /// Frees what [`alloc`] handed out; a bad address is reported.
     pub fn free(at: u64) {
-        // SAFETY: as told.
+        // SAFETY: any address will do.
         unsafe { kernel_pages_free(at) };
     }
 
@@ -83,14 +83,14 @@ pub mod slab {
     /// Frees what `kmalloc` handed out; a bad address is reported.
     #[inline(always)]
     pub fn kfree(at: u64) {
-        // SAFETY: as told.
+        // SAFETY: any address will do.
         unsafe { ffi::kfree(at) };
     }
 
-    /// Frees what `kmalloc` handed out, and leaves nothing of what was in it.
+    /// Frees what `kmalloc` handed out, and clears it first.
     #[inline(always)]
     pub fn kfree_sensitive(at: u64) {
-        // SAFETY: as told.
+        // SAFETY: any address will do.
         unsafe { ffi::kfree_sensitive(at) };
     }
 
@@ -105,7 +105,7 @@ pub mod slab {
     /// was freed.
     #[inline(always)]
     pub fn ksize(at: u64) -> u64 {
-        // SAFETY: as told.
+        // SAFETY: any address will do.
         unsafe { ffi::ksize(at) }
     }
 

@@ -1,12 +1,12 @@
-//! Random allocator operations with accesses at every edge: `random=OPERATIONS:SEED:TOLD` on the
+//! Random allocator operations with accesses at every edge: `random=OPERATIONS:SEED:REPORTED` on the
 //! command line.
 //!
-//! What an operation makes valid is accessed and checked at both ends, by several widths; none of
-//! that may be a violation. Then bugs are planted: accesses that reach over an edge, uses after
-//! free, frees of freed memory and of addresses inside; each must be one. Most are only counted
-//! (`umbra_violations`), with reports off; one in `TOLD` is reported, so that the host sees as many
-//! findings of each kind as the kernel says it planted. Whatever is not as it must be is counted,
-//! printed, and no reason to stop.
+//! Memory that an operation makes valid is accessed and checked at both ends, by several widths.
+//! None of that may be a violation. Then bugs are planted: accesses that reach over an edge, uses
+//! after free, frees of freed memory and of addresses inside. Each must be a violation. Most are
+//! only counted (`umbra_violations`), with reports off. One in `REPORTED` is reported; the host must
+//! see as many findings of each kind as the kernel prints. The kernel counts and prints wrong
+//! results, and goes on.
 
 use umbra_guest::{suppressed, violations};
 
@@ -14,13 +14,13 @@ use crate::scenarios::churn::Random;
 use crate::slab::{kfree, kmalloc, krealloc};
 use crate::{bench, page, println, thread};
 
-/// Places for what is allocated.
+/// Most allocations at a time.
 const LIVE: usize = 512;
-/// A redzone has at least so many bytes.
+/// The least bytes of a redzone.
 const REDZONE: u64 = 16;
 const PAGE: u64 = 4096;
 
-/// What is allocated.
+/// The kinds of allocations.
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
     Nothing,
@@ -37,7 +37,7 @@ struct Allocation {
     bytes: u64,
 }
 
-/// What a planted bug is, as far as the kernel knows.
+/// A kind of planted bug.
 #[derive(Clone, Copy)]
 enum Bug {
     OutOfBounds,
@@ -79,7 +79,7 @@ struct Run {
 static mut ALLOCATIONS: [Allocation; LIVE] =
     [Allocation { kind: Kind::Nothing, at: 0, bytes: 0 }; LIVE];
 
-/// Runs what the command line asks for.
+/// Runs the operations that the command line asks for.
 pub fn run(command_line: &str) {
     for word in command_line.split_ascii_whitespace() {
         let Some(numbers) = word.strip_prefix("random=") else { continue };
@@ -136,7 +136,7 @@ fn size(r: u64) -> u64 {
     }
 }
 
-/// What the first and the last byte of an allocation hold.
+/// The contents of the first and the last byte of an allocation.
 fn tag(at: u64, bytes: u64) -> u8 {
     (at >> 3 ^ bytes) as u8 | 1
 }

@@ -1,5 +1,4 @@
-//! Replays allocator events, which the host has put into memory as an initrd, through this kernel's
-//! allocators.
+//! Replays allocator events through this kernel's allocators. The events are the initrd.
 //!
 //! The file, little endian, in units of 4 bytes: `UREP`; the number of places, of caches, and of
 //! events; for each cache the bytes of an object; then the events, three units each: what (the
@@ -33,7 +32,7 @@ fn number(file: &mut &[u8]) -> Option<u32> {
     Some(u32::from_le_bytes(*number))
 }
 
-/// Does what the file says; none if it makes no sense, or memory is too small.
+/// Replays a file. None if the file makes no sense, or memory is too small.
 pub fn run(mut file: &[u8]) -> Option<()> {
     if number(&mut file)? != MAGIC {
         return None;

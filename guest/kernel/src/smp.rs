@@ -1,7 +1,8 @@
-//! The other CPUs: found in the MP table, started through the local APIC, and given work.
+//! The other CPUs: the kernel finds them in the MP table, starts them through the local APIC, and
+//! gives them work.
 //!
 //! Each starts in real mode at a page of low memory ([`TRAMPOLINE`]), goes straight to long mode,
-//! and waits for work. CPUs that wait are halted, and are woken by an interrupt.
+//! and waits for work. A waiting CPU is halted; an interrupt wakes it.
 
 use core::arch::{asm, global_asm};
 use core::ptr::{addr_of_mut, copy_nonoverlapping, read_unaligned, write_unaligned};
@@ -12,28 +13,13 @@ use core::sync::atomic::{
 use umbra_guest::Offer;
 use umbra_guest::codes::PAGE_SIZE;
 
-use crate::boot::DIRECT_MAP;
-use crate::{boot, cpu, page, println, thread};
-
-/// Guest-physical address of the local APIC's registers: where each CPU finds its own after a
-/// reset.
-pub const LOCAL_APIC_GPA: u64 = 0xfee0_0000;
-/// Where they are mapped.
-pub const LOCAL_APIC: u64 = DIRECT_MAP + LOCAL_APIC_GPA;
-/// Registers of the local APIC (Intel SDM volume 3, table 11-1).
-pub const END_OF_INTERRUPT: u64 = 0xb0;
-const SPURIOUS_VECTOR: u64 = 0xf0;
-const COMMAND_LOW: u64 = 0x300;
-const COMMAND_HIGH: u64 = 0x310;
-/// Commands (section 11.6.1).
-const FIXED: u32 = 0x4000;
-const INIT: u32 = 0x4500;
-const STARTUP: u32 = 0x4600;
+use crate::layout::DIRECT_MAP;
+use crate::{apic, boot, cpu, page, println, thread};
 
 /// Two pages of low memory that neither the kernel nor its boot loader uses: code, and a page table
 /// of the highest level that maps that code where it lies.
 const TRAMPOLINE: u64 = 0x9_0000;
-/// A CPU's stacks, one block of pages: that of its work, then that of its exceptions.
+/// A CPU's stacks, in one block of pages: first the one for its work, then the one for exceptions.
 const STACK_ORDER: usize = 3;
 /// Pages of another CPU's ring, as a power of two. It is small, so that it is drained while all
 /// CPUs are busy.
@@ -102,8 +88,8 @@ unsafe extern "C" {
     static ap_end: u8;
 }
 
-/// The APIC ids of all CPUs, the first of which runs now. One, of an id that does not matter, where
-/// there is no MP table.
+/// The APIC ids of all CPUs; the first one runs now. Without an MP table there is one, whose id does
+/// not matter.
 #[derive(Clone, Copy)]
 pub struct Cpus {
     ids: [u8; cpu::CPUS],
@@ -158,25 +144,7 @@ impl Cpus {
     }
 }
 
-fn apic_write(register: u64, value: u32) {
-    // SAFETY: the local APIC is mapped there, where `find` found other CPUs. Not checked: it is no
-    // memory.
-    unsafe {
-        asm!("mov [{}], {:e}", in(reg) LOCAL_APIC + register, in(reg) value, options(nostack))
-    };
-}
-
-/// Turns this CPU's local APIC on.
-fn apic_enable() {
-    apic_write(SPURIOUS_VECTOR, 0x100 | 0xff);
-}
-
-fn apic_send(id: u8, command: u32) {
-    apic_write(COMMAND_HIGH, u32::from(id) << 24);
-    apic_write(COMMAND_LOW, command);
-}
-
-/// What the CPU that starts now is to be; it says when it has begun.
+/// The number of the CPU that starts now. It sets [`STARTED`] when it runs.
 static STARTING: AtomicUsize = AtomicUsize::new(0);
 static STARTED: AtomicBool = AtomicBool::new(false);
 static mut IDS: [u8; cpu::CPUS] = [0; cpu::CPUS];
@@ -200,7 +168,7 @@ pub fn start(cpus: &Cpus, offer: &Offer) {
     if cpus.count == 1 {
         return;
     }
-    // SAFETY: only this CPU runs. The trampoline's pages are memory that nobody uses.
+    // SAFETY: only this CPU runs. Nothing else uses the trampoline's pages.
     unsafe {
         (*addr_of_mut!(IDS)) = cpus.ids;
         let bytes = (&raw const ap_end) as usize - (&raw const ap_start) as usize;
@@ -209,7 +177,7 @@ pub fn start(cpus: &Cpus, offer: &Offer) {
         boot::copy_tables((DIRECT_MAP + tables) as *mut u64);
         set_parameter(&raw const ap_tables, tables);
     }
-    apic_enable();
+    apic::enable();
     for number in 1..cpus.count {
         if !start_one(number, cpus.ids[number], offer) {
             println!("CPU {number} does not start");
@@ -254,8 +222,8 @@ fn start_one(number: usize, id: u8, offer: &Offer) -> bool {
     STARTED.store(false, Relaxed);
     STARTING.store(number, Release);
     // A virtual CPU needs neither the pauses nor the second startup interrupt of the specification.
-    apic_send(id, INIT);
-    apic_send(id, STARTUP | (TRAMPOLINE / PAGE_SIZE) as u32);
+    apic::send(id, apic::INIT);
+    apic::send(id, apic::STARTUP | (TRAMPOLINE / PAGE_SIZE) as u32);
     for _ in 0..PATIENCE {
         if STARTED.load(Acquire) {
             return true;
@@ -265,7 +233,7 @@ fn start_one(number: usize, id: u8, offer: &Offer) -> bool {
     false
 }
 
-/// Where another CPU's life in Rust begins, on its own stack.
+/// The first Rust code of another CPU, on its own stack.
 extern "C" fn ap_main() -> ! {
     let number = STARTING.load(Acquire);
     boot::use_tables();
@@ -277,7 +245,7 @@ extern "C" fn ap_main() -> ! {
     // SAFETY: the upper part of this CPU's block of pages, which is aligned to its size.
     unsafe { cpu::load_tables(number, end) };
     cpu::set_task(TASKS[number].load(Relaxed));
-    apic_enable();
+    apic::enable();
     RUNNING.store(number + 1, Release);
     STARTED.store(true, Release);
     let mut done = 0;
@@ -295,7 +263,7 @@ extern "C" fn ap_main() -> ! {
     }
 }
 
-/// The work of this round, which all CPUs do; and how many of the others have not done it yet.
+/// The work of this round for all CPUs, and how many of the others still have to do it.
 static mut WORK: fn(usize) = |_| {};
 static ROUND: AtomicUsize = AtomicUsize::new(0);
 static LEFT: AtomicUsize = AtomicUsize::new(0);
@@ -303,10 +271,10 @@ static LEFT: AtomicUsize = AtomicUsize::new(0);
 fn wake(number: usize) {
     // SAFETY: set before any other CPU was started.
     let id = unsafe { (*addr_of_mut!(IDS))[number] };
-    apic_send(id, FIXED | u32::from(cpu::WAKE));
+    apic::send(id, apic::FIXED | u32::from(cpu::WAKE));
 }
 
-/// Has all CPUs do `work`, which gets the CPU's number. Returns when all are done.
+/// Runs `work` on all CPUs, with the CPU's number. Returns when all are done.
 pub fn on_all(work: fn(usize)) {
     let others = running() - 1;
     // SAFETY: the others wait for the next round.

@@ -1,10 +1,10 @@
-//! What all CPUs do at once: `smp=OPERATIONS` on the command line.
+//! Work for all CPUs at once: `smp=OPERATIONS` on the command line.
 //!
-//! First a stress that is all legal: each CPU allocates, uses and frees, and swaps objects with the
-//! others through a few common places, so that most objects are freed by another CPU than allocated
-//! them. How many there were is printed: as many must have been told. Then a race, legal too: all
-//! make their parts of the same pages accessible at once. Then for each two CPUs a planted bug:
-//! what the one frees the other uses.
+//! First a legal stress: each CPU allocates, uses and frees, and swaps objects with the others
+//! through a few shared slots, so that most objects are freed by another CPU than allocated them.
+//! The kernel prints the number of events; the host must have got as many. Then a legal race: all
+//! CPUs make their parts of the same pages accessible at once. Then a planted bug for each pair of
+//! CPUs: one frees an object and the other uses it.
 
 use core::sync::atomic::{
     AtomicU64, AtomicUsize, Ordering::AcqRel, Ordering::Acquire, Ordering::Relaxed,
@@ -21,7 +21,7 @@ use crate::{cpu, page, println, smp, thread};
 const PLACES: usize = 32;
 /// Objects that a CPU keeps for itself.
 const OWN: usize = 32;
-/// Most CPUs that bugs are planted for.
+/// Most CPUs that get planted bugs.
 const PLANTED: usize = 4;
 
 static OPERATIONS: AtomicU64 = AtomicU64::new(0);
@@ -58,11 +58,11 @@ pub fn run(command_line: &str) {
     }
 }
 
-/// What the stress should have told.
+/// The events that the stress made.
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
 static FREES: AtomicU64 = AtomicU64::new(0);
 
-/// Bytes of an object's head: its size, and what its size and address make together.
+/// Bytes of an object's head: its size, and a mark made of its size and address.
 const HEAD: u64 = 16;
 const MAGIC: u64 = 0x5bd1_e995_9e37_79b9;
 
@@ -83,10 +83,10 @@ fn fill(at: u64, size: u64) {
     }
 }
 
-/// Uses an object at its edges, and makes sure that nobody else has written to it. Returns its
+/// Uses an object at its edges, and checks that no other CPU has written to it. Returns its
 /// size.
 fn check_object(at: u64) -> u64 {
-    // SAFETY: `new_object` made it, and who has its address has it alone.
+    // SAFETY: `new_object` made it, and only the holder of its address uses it.
     unsafe {
         let size = (at as *const u64).read_volatile();
         let head = ((at + 8) as *const u64).read_volatile();
@@ -157,7 +157,7 @@ fn stress(number: usize) {
     own.into_iter().for_each(drop_object);
 }
 
-/// How often all CPUs came to [`barrier`], summed up.
+/// Arrivals at [`barrier`], of all CPUs together.
 static ARRIVED: AtomicUsize = AtomicUsize::new(0);
 
 /// Waits until all CPUs have come here for the `time`th time.
@@ -168,11 +168,11 @@ fn barrier(time: usize) {
     }
 }
 
-/// Pages that the race is about, as a power of two.
+/// Pages of the race, as a power of two.
 const RACE_ORDER: usize = 5;
 
 /// All CPUs go through the same pages, which are poisoned as wholes until then, and make their
-/// parts of each accessible: who comes first promotes the page, and the others catch up meanwhile.
+/// parts of each accessible. The first CPU promotes the page, and the others catch up meanwhile.
 /// A part that is lost makes a false finding.
 fn race(number: usize) {
     const ROUNDS: usize = 4;
@@ -199,13 +199,13 @@ fn race(number: usize) {
     }
 }
 
-/// Which bug is planted: the CPU that frees, times [`PLANTED`], and the CPU that uses.
+/// The planted bug: the CPU that frees, times [`PLANTED`], plus the CPU that uses.
 static TURN: AtomicUsize = AtomicUsize::new(0);
 /// How far it has come.
 static STEP: AtomicUsize = AtomicUsize::new(0);
 static OBJECT: AtomicU64 = AtomicU64::new(0);
 
-/// Waits until the others have come to `step`.
+/// Waits until the others have reached `step`.
 fn wait_for(step: usize) {
     while STEP.load(Acquire) < step {
         core::hint::spin_loop();
@@ -239,7 +239,7 @@ fn plant(number: usize) {
     }
 }
 
-/// Reads the byte of an object whose number is that of the bug, so that each is one of its own.
+/// Reads one byte of an object. Each bug has a byte of its own, so that its finding is a new one.
 #[inline(never)]
 fn use_after_free<const TURN: u64>(at: u64) {
     // SAFETY: mapped memory; being caught is what this is for.

@@ -1,5 +1,5 @@
-//! Kernel threads of the first CPU: cooperative, each on a stack of its own, each a task with a
-//! name in reports.
+//! Kernel threads of the first CPU. They are cooperative; each has its own stack, and is a task
+//! with a name in reports.
 
 use core::arch::global_asm;
 use core::ptr::addr_of_mut;
@@ -42,8 +42,8 @@ static RUNNING: AtomicUsize = AtomicUsize::new(0);
 static NEXT_ID: AtomicU32 = AtomicU32::new(1);
 
 global_asm!(
-    // Saves what the C ABI has a callee save, changes stacks, restores. rdi: where to keep rsp,
-    // rsi: the other rsp.
+    // Saves the callee-saved registers, changes stacks, restores them. rdi: where to keep rsp, rsi:
+    // the other rsp.
     ".globl switch_stacks",
     "switch_stacks:",
     "push rbp",
@@ -61,11 +61,11 @@ global_asm!(
     "pop rbx",
     "pop rbp",
     "ret",
-    // A new thread's first return goes here, with rbp 0: the end of its frame chain.
+    // A new thread's first return comes here, with rbp 0, which ends its chain of frames.
     "start_thread:",
     "call {main}",
     "ud2",
-    // Where a thread goes on whose stack has overflowed: at the top of it.
+    // A thread goes on here, at the top of its stack, after the stack has overflowed.
     "end_thread:",
     "call {exit}",
     "ud2",
@@ -103,7 +103,7 @@ extern "C" fn thread_exit() -> ! {
     exit()
 }
 
-/// Ends the thread that runs. Its stack is freed by who joins it.
+/// Ends the thread that runs. [`join`] frees its stack.
 pub fn exit() -> ! {
     table()[RUNNING.load(Relaxed)].state = State::Done;
     loop {
@@ -172,28 +172,27 @@ pub fn join(slot: usize) {
     page::give(start);
 }
 
-/// Where the thread that runs goes on, as instruction and stack pointer, if a fault at `address`
-/// says that its stack has overflowed into its guard page.
+/// If a fault at `address` means that the stack of the thread that runs has overflowed into its
+/// guard page: the instruction and stack pointer where the thread goes on.
 pub fn overflowed(address: u64) -> Option<(u64, u64)> {
     let thread = &table()[RUNNING.load(Relaxed)];
     let in_guard = address.checked_sub(thread.stack).is_some_and(|offset| offset < thread.guard);
     in_guard.then_some((end_thread as *const () as u64, thread.stack + STACK_BYTES))
 }
 
-/// Runs `entry` in a thread of its own, to its end.
+/// Runs `entry` to its end in a new thread.
 pub fn run(name: &str, entry: fn()) {
     run_with(name, entry, 0);
 }
 
-/// Runs `work` on the stack of who calls, as a task of its own name.
+/// Runs `work` on the caller's stack, as a task named `name`.
 pub fn run_named_task(name: &str, work: impl FnOnce()) {
     cpu::set_task(new_task(name));
     work();
     cpu::set_task(table()[RUNNING.load(Relaxed)].id);
 }
 
-/// [`run`], where the page below the thread's stack is not mapped. It ends the thread to touch
-/// that.
+/// [`run`], with an unmapped page below the thread's stack. A touch of that page ends the thread.
 pub fn run_guarded(name: &str, entry: fn()) {
     run_with(name, entry, GUARD_BYTES);
 }

@@ -9,8 +9,8 @@ use core::ptr::addr_of_mut;
 use umbra_guest::Mapping;
 use umbra_guest::codes::{PAGE_SIZE, VMALLOC_INVALID};
 
-use crate::boot::{self, DIRECT_MAP};
-use crate::page;
+use crate::layout::DIRECT_MAP;
+use crate::{boot, page};
 
 /// Where the areas are (Linux's `VMALLOC_START`).
 const START: u64 = 0xffff_c900_0000_0000;

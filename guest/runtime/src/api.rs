@@ -1,73 +1,57 @@
-//! The calls a kernel makes: start-up, allocators, stacks, names, the end. All of them are C
-//! functions named `umbra_*`; without Umbra underneath each is a quick no-op.
+//! The functions that a kernel calls: start-up, allocators, stacks, names, the end. All of them are
+//! C functions named `umbra_*`. Without Umbra underneath each returns at once.
 
 use core::ffi::c_void;
 
-use umbra_shadow::abi::{self, access, call, exit, features, record};
+use umbra_shadow::abi::{
+    self, Access, CallNumber, ExitReason, Features, MemoryUse, NameKind, Owner, PackedRecord, Slot,
+};
 use umbra_shadow::codes;
+use umbra_shadow::runtime::{CurrentFn, Offer, ReleaseFn, Trap};
 
 use crate::cpu::without_interrupts;
-use crate::ring::{self, frame_pointer, return_address};
-use crate::{checks, host, object, quarantine, shadow, state};
+use crate::ring;
+use crate::stack::{self, frame_pointer, return_address};
+use crate::{checks, host, object, quarantine, settings, shadow, state};
 
-/// What the VMM offers, for the kernel to map.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-pub struct Offer {
-    /// `features` bits of the ABI; 0 without Umbra.
-    pub features: u32,
-    /// ABI version of the VMM.
-    pub version: u32,
-    /// Guest-physical start of the page-shadow window.
-    pub page_window: u64,
-    /// Its bytes; 0 if there is none.
-    pub page_window_bytes: u64,
-    /// Guest-physical start of the byte-shadow window.
-    pub byte_window: u64,
-    /// Its bytes; 0 if there is none.
-    pub byte_window_bytes: u64,
-    /// Bytes of virtual memory that [`umbra_virtual_add`] has shadow for.
-    pub virtual_bytes: u64,
-}
-
-/// Looks for Umbra and says hello. Returns the features in `offer`, and 0 where there is no Umbra,
-/// or one of another ABI version (then `offer.version` tells).
+/// Looks for Umbra and makes the first call. Returns the features in `offer`, and 0 where there is
+/// no Umbra, or one of another ABI version (then `offer.version` tells).
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_discover(offer: &mut Offer) -> u32 {
     *offer = Offer::default();
-    let Some(found) = host::discover() else { return 0 };
-    offer.version = found.version;
-    if host::is_error(host::hypercall(call::HELLO, u64::from(abi::VERSION), 0, 0, 0)) {
+    let Some(host) = host::discover() else { return 0 };
+    offer.version = host.version;
+    if host::is_error(host::hypercall(CallNumber::Hello, u64::from(abi::VERSION), 0, 0, 0)) {
         return 0;
     }
-    offer.features = found.features;
-    quarantine::set(Some(&found));
-    (offer.page_window, offer.page_window_bytes) = found.page_window;
-    (offer.byte_window, offer.byte_window_bytes) = found.byte_window;
-    offer.virtual_bytes = found.virtual_bytes;
+    offer.features = host.features.bits();
+    settings::set(Some(&host));
+    (offer.page_window, offer.page_window_bytes) = host.page_window;
+    (offer.byte_window, offer.byte_window_bytes) = host.byte_window;
+    offer.virtual_bytes = host.virtual_bytes;
     offer.features
 }
 
-/// Says that `bytes` of guest-physical memory from `gpa` on are mapped one to one at `start`. Its
+/// Adds a region: `bytes` of guest-physical memory from `gpa` on, mapped one to one at `start`. Its
 /// shadow must be mapped as well. False when a table is full or a value is refused.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_region_add(start: u64, bytes: u64, gpa: u64) -> bool {
     bytes != 0
-        && !host::is_error(host::hypercall(call::REGION_ADD, start, bytes, gpa, 0))
+        && !host::is_error(host::hypercall(CallNumber::RegionAdd, start, bytes, gpa, 0))
         && state::add_region(start, bytes)
 }
 
-/// Asks for shadow of its own for virtual memory that maps single pages, which come and go: `bytes`
-/// from `start` on, both multiples of 4096. All of it is poisoned with `VMALLOC_INVALID` until an
-/// allocator hands it out. Returns a guest-physical address that stands for `start`, and 0 when it
-/// is refused: the windows are mapped for it before the memory is used, as for a region that begins
-/// there. Also after [`umbra_activate`].
+/// Asks for shadow for virtual memory that maps single pages, which come and go: `bytes` from
+/// `start` on, both multiples of 4096. All of it is poisoned with `VMALLOC_INVALID` until an
+/// allocator hands it out. Returns the key of `start`, a guest-physical address that stands for it,
+/// or 0 when the request is refused. The kernel maps the windows for the memory before it uses it,
+/// as for a region that begins at the key. This may be called after [`umbra_activate`].
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_virtual_add(start: u64, bytes: u64) -> u64 {
     if !state::has_room() {
         return 0;
     }
-    let key = host::hypercall(call::VIRTUAL_ADD, start, bytes, 0, 0);
+    let key = host::hypercall(CallNumber::VirtualAdd, start, bytes, 0, 0);
     if host::is_error(key) || !state::add_region(start, bytes) {
         return 0;
     }
@@ -88,20 +72,17 @@ pub extern "C" fn umbra_ring_setup(
 }
 
 /// Turns the checks on. Windows are mapped, regions added and rings set up by now. The kernel's
-/// code ends at `text_end`; `current` tells CPU and task (may be null).
+/// code ends at `text_end`; `current` returns CPU and task (may be null).
 ///
 /// # Safety
 /// Shadow is mapped for all regions, and no other CPU runs yet.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn umbra_activate(
-    offered: u32,
-    text_end: u64,
-    current: Option<state::CurrentFn>,
-) {
-    ring::set_text_end(text_end);
+pub unsafe extern "C" fn umbra_activate(offered: u32, text_end: u64, current: Option<CurrentFn>) {
+    let offered = Features::from_bits(offered);
+    stack::set_text_end(text_end);
     state::set_current(current);
     state::set_mode(offered);
-    if offered & (features::PER_PAGE | features::FULL) != 0 {
+    if offered.has(Features::SHADOW) {
         // SAFETY: the caller's promise.
         unsafe { checks::activate(offered) }
     }
@@ -125,7 +106,11 @@ pub extern "C" fn umbra_unpoison(address: u64, bytes: u64) {
 pub extern "C" fn umbra_check(address: u64, bytes: u64, write: bool) -> bool {
     // SAFETY: this function's own frame.
     let ip = unsafe { return_address(frame_pointer()) };
-    checks::check_range(address, bytes, if write { access::WRITE } else { access::READ }, ip)
+    checks::check_range(address, bytes, access(write), ip)
+}
+
+fn access(write: bool) -> Access {
+    if write { Access::Write } else { Access::Read }
 }
 
 /// Whether the byte at `address` is known to be inaccessible. Nothing is reported. False where
@@ -135,82 +120,82 @@ pub extern "C" fn umbra_is_poisoned(address: u64) -> bool {
     shadow::value(address) >= codes::POISON_MIN
 }
 
-/// An allocator hands out `bytes` at `address`, at the start of a slot of `slot` bytes: the object
-/// becomes accessible, the rest of the slot gets `redzone` as code. `cache` is an id named by
+/// An allocator hands out `bytes` at `address`, at the start of a slot of `slot` bytes. The object
+/// becomes accessible, and the rest of the slot gets `redzone` as code. `cache` is an id named by
 /// [`umbra_name_cache`], or 0.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn umbra_alloc(address: u64, bytes: u64, slot: u64, redzone: u8, cache: u16) {
     let mode = state::mode();
-    if mode & features::RING != 0 {
-        let (kind, size) = if object::allocated(mode, address, bytes, slot, redzone) {
-            in_slot(bytes, slot)
+    if mode.has(Features::RING) {
+        let record = if object::allocated(mode, address, bytes, slot, redzone) {
+            PackedRecord::allocated_in_slot(cache, bytes, slot)
         } else {
-            allocated_slowly(address, bytes, slot, redzone)
+            allocated_slowly(address, bytes, slot, redzone, cache)
         };
         // SAFETY: this function's own frame.
-        unsafe { ring::tell(ring::head(kind, cache), address, size, frame_pointer()) }
-    } else if mode & features::SYNC != 0 {
-        // A slot without redzone needs no code; it has one all the same, as the ABI wants it.
-        let slot = slot.max(bytes);
-        let slot = if slot == 0 { 0 } else { abi::slot(slot, redzone.max(codes::POISON_MIN)) };
-        ring::call(call::ALLOCATED, address, bytes, cache, slot);
+        unsafe { ring::push(record, address, frame_pointer()) }
+    } else if mode.has(Features::SYNC) {
+        // The ABI wants a code even if the slot has no redzone.
+        let code = redzone.max(codes::POISON_MIN);
+        let slot = slot_register(slot.max(bytes), code);
+        ring::call(CallNumber::Allocated, address, bytes, cache, slot);
     }
 }
 
-/// Kind and size of an allocation's record, in a slot below 64 KiB.
+/// A slot in a register; none if it has no bytes.
 #[inline(always)]
-fn in_slot(bytes: u64, slot: u64) -> (u8, u32) {
-    (record::ALLOCATED_IN_SLOT, (bytes | (slot - bytes) << 16) as u32)
+fn slot_register(bytes: u64, code: u8) -> u64 {
+    if bytes == 0 { 0 } else { Slot { bytes, code }.to_register() }
 }
 
 #[cold]
 #[inline(never)]
-fn allocated_slowly(address: u64, bytes: u64, slot: u64, redzone: u8) -> (u8, u32) {
+fn allocated_slowly(address: u64, bytes: u64, slot: u64, redzone: u8, cache: u16) -> PackedRecord {
     shadow::unpoison(address, bytes);
     if slot > bytes {
         shadow::poison(address.wrapping_add(bytes), slot - bytes, redzone);
     }
     if slot < 1 << 16 && bytes <= slot {
-        in_slot(bytes, slot)
+        PackedRecord::allocated_in_slot(cache, bytes, slot)
     } else {
-        (record::ALLOCATED, bytes.min(u32::MAX.into()) as u32)
+        PackedRecord::allocated(cache, bytes)
     }
 }
 
-/// An allocator takes back what was at `address`: the slot of `slot` bytes becomes inaccessible
+/// An allocator takes back what was at `address`. The slot of `slot` bytes becomes inaccessible
 /// with `code`. Returns false, after a report, when that memory is free already or `address` is not
-/// the object's start (`start`); the allocator must leave it alone then.
+/// the object's start (`start`); the allocator must not free it then.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn umbra_free(address: u64, start: u64, slot: u64, code: u8) -> bool {
     let mode = state::mode();
-    if mode == 0 {
+    if mode == Features::default() {
         return true;
     }
     free_now(mode, address, start, slot, code, frame_pointer())
 }
 
-/// [`umbra_free`] with checks on; `fp` is the frame of what was called.
+/// [`umbra_free`] with checks on; `fp` is the frame of the C function.
 #[inline(always)]
-fn free_now(mode: u32, address: u64, start: u64, slot: u64, code: u8, fp: u64) -> bool {
-    if mode & features::RING != 0
+fn free_now(mode: Features, address: u64, start: u64, slot: u64, code: u8, fp: u64) -> bool {
+    if mode.has(Features::RING)
         && address == start
         && let Some(memory) = object::slot(mode, start, slot, code)
     {
         // SAFETY: the frame is the caller's.
-        let tell = || unsafe { ring::tell(ring::head(record::FREED, 0), start, 0, fp) };
-        if memory.freed(code, tell) {
+        let record = || unsafe { ring::push(PackedRecord::freed(), start, fp) };
+        if memory.freed(code, record) {
             return true;
         }
     }
-    freed_slowly(mode, address, start, slot, code, 0, fp)
+    freed_slowly(mode, address, start, slot, code, None, fp)
 }
 
-/// [`free_now`] where there might have been a quarantine.
+/// [`free_now`] for memory that does not go through the quarantine.
 #[inline(never)]
 fn free_without_quarantine(
-    mode: u32,
+    mode: Features,
     address: u64,
     start: u64,
     slot: u64,
@@ -220,9 +205,9 @@ fn free_without_quarantine(
     free_now(mode, address, start, slot, code, fp)
 }
 
-/// As [`umbra_free`], but the memory waits in the quarantine, if there is one for `allocator`
-/// ([`umbra_quarantine_add`]): then the result is false too, and the allocator's release function
-/// gets `start`, `slot` and `note` later. True: the allocator takes it back now.
+/// As [`umbra_free`], but the memory goes into the quarantine, if there is one for `allocator`
+/// ([`umbra_quarantine_add`]). Then the result is false too, and the allocator's release function
+/// gets `start`, `slot` and `note` later. True: the allocator takes the memory back now.
 ///
 /// Release functions are called from here, for other memory: the caller holds no lock that they
 /// take.
@@ -237,152 +222,147 @@ pub extern "C" fn umbra_free_later(
     note: u8,
 ) -> bool {
     let mode = state::mode();
-    if mode == 0 {
+    if mode == Features::default() {
         return true;
     }
-    if !quarantine::takes(allocator, slot) {
+    if !quarantine::accepts(allocator, slot) {
         return free_without_quarantine(mode, address, start, slot, code, frame_pointer());
     }
-    let wait = abi::wait(allocator, note);
-    if mode & features::RING != 0
+    let owner = Owner { allocator, note };
+    if mode.has(Features::RING)
         && address == start
         && let Some(memory) = object::slot(mode, start, slot, code)
     {
-        let head = ring::head(record::FREED, wait);
+        let record = PackedRecord::quarantined(owner, slot as u32);
         let fp = frame_pointer();
-        // Both together: the VMM may hand the memory out again as soon as something else follows on
-        // this CPU.
+        // Record and poison together: the VMM may release the memory as soon as this CPU records
+        // something else.
         let due = without_interrupts(|| {
-            let who = state::current();
-            let ring = ring::of(who);
+            let actor = state::current();
+            let ring = ring::of(actor);
             // SAFETY: the frame is this function's own; interrupts are off, and it is this CPU's
             // ring.
-            let tell = || unsafe { ring.write(who, head, start, slot as u32, fp) };
-            (ring.exists() && memory.freed(code, tell)).then(|| ring.waits(who, slot))
+            let record = || unsafe { ring.write(actor, record, start, fp) };
+            (ring.exists() && memory.freed(code, record))
+                .then(|| ring.count_quarantined(actor, slot))
         });
         if let Some(due) = due {
             if due {
-                quarantine::release(false);
+                quarantine::drain(false);
             }
             return false;
         }
     }
-    freed_slowly(mode, address, start, slot, code, wait, frame_pointer())
+    freed_slowly(mode, address, start, slot, code, Some(owner), frame_pointer())
 }
 
-/// Both of these where the short way is closed, or where something is wrong. `fp` is their frame;
-/// memory waits if `wait` is not 0.
+/// [`free_now`] and [`umbra_free_later`] where the fast path does not fit, or where something is
+/// wrong. `fp` is their frame; memory with an owner goes into the quarantine.
 #[cold]
 #[inline(never)]
 fn freed_slowly(
-    mode: u32,
+    mode: Features,
     address: u64,
     start: u64,
     slot: u64,
     code: u8,
-    wait: u16,
+    owner: Option<Owner>,
     fp: u64,
 ) -> bool {
-    if mode & (features::PER_PAGE | features::FULL) == 0 {
+    if !mode.has(Features::SHADOW) {
         return true;
     }
-    if let Some(kind) = bad_free(address, start) {
+    if let Some(access) = bad_free(address, start) {
         // SAFETY: the frame is the caller's.
-        checks::report(address, 0, kind, unsafe { return_address(fp) });
+        checks::report(address, 0, access, unsafe { return_address(fp) });
         return false;
     }
-    if mode & features::SYNC != 0 {
-        let due = ring::call(
-            call::FREED,
-            start,
-            0,
-            wait,
-            if slot == 0 { 0 } else { abi::slot(slot, code) },
-        );
-        // Not an error, in which case the VMM has not taken it.
-        let waits = wait != 0 && !host::is_error(due);
-        if waits && due != 0 {
-            quarantine::release(false);
+    if mode.has(Features::SYNC) {
+        let low = owner.map_or(0, Owner::to_bits);
+        let due = ring::call(CallNumber::Freed, start, 0, low, slot_register(slot, code));
+        // After an error the VMM does not have the memory.
+        let quarantined = owner.is_some() && !host::is_error(due);
+        if quarantined && due != 0 {
+            quarantine::drain(false);
         }
-        return !waits;
+        return !quarantined;
     }
-    if wait != 0 {
-        return waits_slowly(start, slot, code, wait, fp);
+    if let Some(owner) = owner {
+        return quarantined_slowly(start, slot, code, owner, fp);
     }
     // SAFETY: the frame is the caller's.
-    unsafe { ring::tell_slowly(ring::head(record::FREED, 0), start, 0, fp) };
+    unsafe { ring::push_slowly(PackedRecord::freed(), start, fp) };
     shadow::poison(start, slot, code);
     true
 }
 
-/// A free of what the short way is closed for, and that waits. Its result is that of
-/// [`umbra_free_later`].
-fn waits_slowly(start: u64, slot: u64, code: u8, wait: u16, fp: u64) -> bool {
+/// A free that does not fit the fast path, of memory that goes into the quarantine. The result is
+/// that of [`umbra_free_later`].
+fn quarantined_slowly(start: u64, slot: u64, code: u8, owner: Owner, fp: u64) -> bool {
     let due = without_interrupts(|| {
-        let who = state::current();
-        let ring = ring::of(who);
+        let actor = state::current();
+        let ring = ring::of(actor);
         let exists = ring.exists();
         if exists {
+            let record = PackedRecord::quarantined(owner, slot as u32);
             // SAFETY: the frame is that of a caller; interrupts are off, and it is this CPU's ring.
-            unsafe { ring.write(who, ring::head(record::FREED, wait), start, slot as u32, fp) }
+            unsafe { ring.write(actor, record, start, fp) }
         }
         shadow::poison(start, slot, code);
-        exists.then(|| ring.waits(who, slot))
+        exists.then(|| ring.count_quarantined(actor, slot))
     });
     if due == Some(true) {
-        quarantine::release(false);
+        quarantine::drain(false);
     }
-    // What nobody was told of does not wait.
+    // Without a record the VMM does not have the memory.
     due.is_none()
 }
 
-/// Numbers an allocator whose memory shall wait before it is handed out again. `release` gets what
-/// has waited long enough: the start of the object, the bytes of its slot and the note that
-/// [`umbra_free_later`] got, and `context`. It runs on any CPU, in whatever calls
-/// [`umbra_free_later`] or [`umbra_quarantine_drain`]. 0, which is no allocator's number, where
-/// there is no quarantine. To be called after [`umbra_activate`].
+/// Numbers an allocator whose freed memory goes through the quarantine. `release` gets memory that
+/// has left it: the start of the object, the bytes of its slot and the note that
+/// [`umbra_free_later`] got, and `context`. It runs on any CPU, inside [`umbra_free_later`] or
+/// [`umbra_quarantine_drain`]. Returns 0, which is no allocator's number, where there is no
+/// quarantine. Called after [`umbra_activate`].
 #[unsafe(no_mangle)]
-pub extern "C" fn umbra_quarantine_add(release: quarantine::ReleaseFn, context: *mut c_void) -> u8 {
+pub extern "C" fn umbra_quarantine_add(release: ReleaseFn, context: *mut c_void) -> u8 {
     quarantine::add(release, context)
 }
 
-/// Gives all that waits back to its allocators, for one that has no memory left: it tries again
-/// then. Returns how many objects came back. The caller holds no lock that a release function
-/// takes.
+/// Empties the quarantine, for an allocator that has no memory left and tries again afterwards.
+/// Returns the number of objects that their allocators got back. The caller holds no lock that a
+/// release function takes.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_quarantine_drain() -> u64 {
-    if quarantine::batch() == 0 { 0 } else { quarantine::release(true) }
+    if settings::batch() == 0 { 0 } else { quarantine::drain(true) }
 }
 
-/// Work is made that has to do with the object that holds `address`, and will run later: it may
-/// free it, for instance. A finding on the object tells the stack of the caller. The last two are
-/// kept.
+/// Work on the object that holds `address` is queued, such as work that will free it. A finding on
+/// the object shows the stack of this function's caller. The last two stacks are kept.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn umbra_aux_stack(address: u64) {
     let mode = state::mode();
-    if mode & features::RING != 0 {
+    if mode.has(Features::RING) {
         // SAFETY: this function's own frame.
-        unsafe { ring::tell_slowly(ring::head(record::RELATED, 0), address, 0, frame_pointer()) }
-    } else if mode & features::SYNC != 0 {
-        ring::call(call::RELATED, address, 0, 0, 0);
+        unsafe { ring::push_slowly(PackedRecord::related(), address, frame_pointer()) }
+    } else if mode.has(Features::SYNC) {
+        ring::call(CallNumber::Related, address, 0, 0, 0);
     }
 }
 
-/// Bytes of redzone that an allocator shall put behind objects of `object` bytes. 0 where there is
-/// no Umbra, or where redzones are switched off: then memory is laid out as without checks.
+/// Bytes of redzone that an allocator puts behind objects of `object` bytes. 0 where there is no
+/// Umbra, or where redzones are switched off: then memory is laid out as without checks.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_redzone(object: u64) -> u64 {
-    quarantine::redzone_of(object)
+    settings::redzone_of(object)
 }
 
-/// What is wrong with a free of `address`, where the allocator says that the object starts at
-/// `start`.
-fn bad_free(address: u64, start: u64) -> Option<u16> {
+/// What is wrong with a free of `address`, if the object starts at `start` as the allocator says.
+fn bad_free(address: u64, start: u64) -> Option<Access> {
     match shadow::value(start) {
-        _ if address != start => Some(access::INVALID_FREE),
-        codes::FREE_PAGE | codes::SLAB_FREE | codes::SLAB_FREE_TRACK => Some(access::DOUBLE_FREE),
-        codes::POISON_MIN.. => Some(access::INVALID_FREE),
+        _ if address != start => Some(Access::InvalidFree),
+        codes::FREE_PAGE | codes::SLAB_FREE | codes::SLAB_FREE_TRACK => Some(Access::DoubleFree),
+        codes::POISON_MIN.. => Some(Access::InvalidFree),
         _ => None,
     }
 }
@@ -391,46 +371,47 @@ fn bad_free(address: u64, start: u64) -> Option<u16> {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn umbra_invalid_free(address: u64) {
-    if state::mode() & (features::PER_PAGE | features::FULL) != 0 {
+    if state::mode().has(Features::SHADOW) {
         // SAFETY: this function's own frame.
         let ip = unsafe { return_address(frame_pointer()) };
-        checks::report(address, 0, access::INVALID_FREE, ip);
+        checks::report(address, 0, Access::InvalidFree, ip);
     }
 }
 
-/// A thread's stack comes into being: accessible, and byte-checked from now on.
+/// A thread gets a stack: it becomes accessible, and stays byte-checked from now on.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_stack_alloc(start: u64, bytes: u64) {
-    shadow::unpoison_for(start, bytes, abi::memory::STACK);
+    shadow::unpoison_for(start, bytes, MemoryUse::Stack);
     shadow::promote(start, bytes);
 }
 
-/// A thread's stack is given back: whatever its frames left poisoned is accessible again.
+/// A thread's stack is given back. What its frames left poisoned becomes accessible again.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_stack_free(start: u64, bytes: u64) {
-    shadow::unpoison_for(start, bytes, abi::memory::NO_STACK);
+    shadow::unpoison_for(start, bytes, MemoryUse::NotStack);
 }
 
-/// Names a cache. `object` is the bytes of one of its slots' objects.
+/// Names a cache whose objects have `object` bytes.
 #[unsafe(no_mangle)]
-pub extern "C" fn umbra_name_cache(id: u16, name: *const u8, len: u64, object: u64) {
-    named(abi::name::CACHE, u64::from(id), name, len, object);
+pub extern "C" fn umbra_name_cache(id: u16, text: *const u8, len: u64, object: u64) {
+    name(NameKind::Cache, u64::from(id), text, len, object);
 }
 
 /// Names a task.
 #[unsafe(no_mangle)]
-pub extern "C" fn umbra_name_task(id: u32, name: *const u8, len: u64) {
-    named(abi::name::TASK, u64::from(id), name, len, 0);
+pub extern "C" fn umbra_name_task(id: u32, text: *const u8, len: u64) {
+    name(NameKind::Task, u64::from(id), text, len, 0);
 }
 
-fn named(kind: u64, id: u64, name: *const u8, len: u64, object: u64) {
-    if state::mode() != 0 {
-        host::hypercall(call::NAME, kind, name as u64, len.min(abi::NAME_MAX) | id << 32, object);
+fn name(kind: NameKind, id: u64, text: *const u8, len: u64, object: u64) {
+    if state::mode() != Features::default() {
+        let len_and_id = len.min(abi::NAME_MAX) | id << 32;
+        host::hypercall(CallNumber::Name, kind.into(), text as u64, len_and_id, object);
     }
 }
 
-/// Turns reports on this CPU off, nesting: for code that works on poisoned memory on purpose, such
-/// as an allocator that keeps its free list inside freed objects.
+/// Turns reports on this CPU off, for code that works on poisoned memory on purpose, such as an
+/// allocator that keeps its free list inside freed objects. Calls nest.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_suppress_begin() {
     state::suppress(true);
@@ -442,47 +423,31 @@ pub extern "C" fn umbra_suppress_end() {
     state::suppress(false);
 }
 
-/// Bad accesses and frees seen so far on all CPUs, those included that were not reported because
-/// reports were off. For a kernel's tests of its own: what must be caught moves it.
+/// The number of bad accesses and frees so far on all CPUs, also those that were not reported
+/// because reports were off. A kernel's own tests use it: a bug that is caught raises it.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_violations() -> u64 {
     state::violations()
 }
 
 /// Reports a bad access that the kernel found itself, by a fault: a stack that has grown into its
-/// guard page, say. What kind of bug it is, the shadow at `address` tells: that of a guard page is
-/// poisoned as a stack. `trap` holds the registers at the fault, from which the stack of the report
+/// guard page, for example. The shadow at `address` decides the kind of bug: a guard page is
+/// poisoned as a stack. `trap` holds the registers at the fault, where the stack of the report
 /// begins.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn umbra_report(address: u64, bytes: u64, write: bool, trap: &Trap) {
-    if state::mode() & (features::PER_PAGE | features::FULL) == 0 {
+    if !state::mode().has(Features::SHADOW) {
         return;
     }
     // As if the code at the fault had called the handler.
     let frame = [trap.rbp, trap.rip];
-    let access = if write { access::WRITE } else { access::READ };
-    checks::report_from(frame.as_ptr() as u64, address, bytes, access, trap.rip);
+    checks::report_from(frame.as_ptr() as u64, address, bytes, access(write), trap.rip);
 }
 
-/// The registers that [`umbra_page_fault`] reads and changes.
-#[repr(C)]
-pub struct Trap {
-    /// First argument of the interrupted function, if it was a check.
-    pub rdi: u64,
-    /// Second argument.
-    pub rsi: u64,
-    /// Frame pointer.
-    pub rbp: u64,
-    /// Instruction pointer.
-    pub rip: u64,
-    /// Stack pointer.
-    pub rsp: u64,
-}
-
-/// To be called by the kernel's page-fault handler first. When the fault happened in a check's
-/// shadow lookup, the access it checked is to an address without shadow: that is reported, `trap`
-/// is set so that the check returns, and true comes back. The access itself then faults on its own.
+/// The kernel's page-fault handler calls this first. If the fault happened in a check's shadow
+/// lookup, the access it checked is to an address without shadow. That is reported, `trap` is set
+/// so that the check returns, and true comes back. The access itself then faults on its own.
 ///
 /// # Safety
 /// `trap` holds the registers at the fault.
@@ -496,10 +461,10 @@ pub unsafe extern "C" fn umbra_page_fault(trap: &mut Trap) -> bool {
     // The fast paths have no frame. It is made here, where their `push rbp` would have put it, so
     // that the chain goes on in the interrupted stack.
     let fp = trap.rsp - 8;
-    // What lies there now is put back: where exceptions run on the stack that they interrupt, it is
-    // the CPU's own frame. SAFETY: mapped stack, below the word that was read above.
+    // The word there is put back later: where exceptions run on the stack that they interrupt, it
+    // belongs to the CPU's own frame. SAFETY: mapped stack, below the word that was read above.
     let kept = unsafe { core::ptr::replace(fp as *mut u64, trap.rbp) };
-    // A look-up may also have gone one byte beyond a region's shadow for an access that is good.
+    // The access may be good: a lookup may go one byte beyond a region's shadow.
     if !shadow::check(trap.rdi, size) {
         checks::report_from(fp, trap.rdi, size, access, ip);
     }
@@ -510,38 +475,20 @@ pub unsafe extern "C" fn umbra_page_fault(trap: &mut Trap) -> bool {
     true
 }
 
-// `guest/c/umbra.h` asserts the same of its structures.
-const _: () = {
-    use core::mem::offset_of;
-    assert!(size_of::<Offer>() == 48 && offset_of!(Offer, version) == 4);
-    assert!(offset_of!(Offer, page_window) == 8 && offset_of!(Offer, page_window_bytes) == 16);
-    assert!(offset_of!(Offer, byte_window) == 24 && offset_of!(Offer, byte_window_bytes) == 32);
-    assert!(offset_of!(Offer, virtual_bytes) == 40);
-    assert!(size_of::<Trap>() == 40 && offset_of!(Trap, rsi) == 8 && offset_of!(Trap, rbp) == 16);
-    assert!(offset_of!(Trap, rip) == 24 && offset_of!(Trap, rsp) == 32);
-    assert!(size_of::<abi::RingHeader>() == 64 && abi::VERSION == 1 && abi::NAME_MAX == 64);
-    assert!(
-        features::PER_PAGE == 1
-            && features::FULL == 2
-            && features::RING == 4
-            && features::SYNC == 8
-    );
-};
-
-/// Ends the guest: it is done. 0 is success.
+/// Ends the guest: its work is done. 0 is success.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_exit(code: u64) -> ! {
-    host::exit(exit::DONE, code, 0, 0)
+    host::exit(ExitReason::Done, code, 0, 0)
 }
 
 /// Ends the guest: it panicked.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_exit_panic() -> ! {
-    host::exit(exit::PANIC, 0, 0, 0)
+    host::exit(ExitReason::Panic, 0, 0, 0)
 }
 
-/// Ends the guest: a CPU exception it has no answer to.
+/// Ends the guest: a CPU exception that it cannot handle.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_exit_fault(vector: u32, error: u32, rip: u64, address: u64) -> ! {
-    host::exit(exit::FAULT, u64::from(vector) | u64::from(error) << 32, rip, address)
+    host::exit(ExitReason::Fault, u64::from(vector) | u64::from(error) << 32, rip, address)
 }

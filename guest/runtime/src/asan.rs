@@ -1,15 +1,14 @@
-//! The rest of what compilers emit for `-fsanitize=kernel-address`: globals, stack frames,
-//! `alloca`, scopes.
+//! The other entry points for `-fsanitize=kernel-address`: globals, stack frames, `alloca`, scopes.
 //!
 //! Names and meaning are LLVM's and gcc's
 //! (`llvm/lib/Transforms/Instrumentation/AddressSanitizer.cpp`); the redzones of `alloca` are those
 //! of `mm/kasan/generic.c`.
 
-use umbra_shadow::abi::{Global, call};
+use umbra_shadow::abi::{CallNumber, Features, Global};
 use umbra_shadow::codes;
 use umbra_shadow::memory::ShadowMemory;
 
-use crate::ring::frame_pointer;
+use crate::stack::frame_pointer;
 use crate::{host, shadow, state};
 
 /// Poisons the redzones behind globals.
@@ -18,8 +17,8 @@ use crate::{host, shadow, state};
 /// `globals` points to `n` descriptors.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn __asan_register_globals(globals: *const Global, n: u64) {
-    if state::mode() != 0 {
-        host::hypercall(call::GLOBALS, globals as u64, n, 0, 0);
+    if state::mode() != Features::default() {
+        host::hypercall(CallNumber::Globals, globals as u64, n, 0, 0);
     }
     for i in 0..n as usize {
         // SAFETY: the caller's promise; the compiler's constructors make the call.
@@ -33,7 +32,7 @@ pub unsafe extern "C" fn __asan_register_globals(globals: *const Global, n: u64)
     }
 }
 
-/// Takes the redzones of globals away again (a module is unloaded).
+/// Unpoisons the redzones of globals (a module is unloaded).
 ///
 /// # Safety
 /// As [`__asan_register_globals`].
@@ -46,18 +45,18 @@ pub unsafe extern "C" fn __asan_unregister_globals(globals: *const Global, n: u6
     }
 }
 
-/// Most frames that are left at once, and most bytes of stack.
+/// Most frames that are unpoisoned at once, and most bytes of stack.
 const LEFT_FRAMES: usize = 256;
 const LEFT_BYTES: u64 = 1 << 20;
 
-/// A function that will not return is about to be called: the frames that are on the stack may
-/// never be returned from, and their memory used again by code that does not know of their
-/// redzones. So these go, from here to the outermost frame that the chain of frame pointers leads
-/// to. (Linux leaves it to who frees the stack.)
+/// Called before a function that does not return. The frames on the stack may never return, and
+/// other code may use their memory without knowing of their redzones. So all frames are unpoisoned,
+/// from here to the outermost one that the chain of frame pointers leads to. (In Linux, the code that
+/// frees the stack does this.)
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn __asan_handle_no_return() {
-    if state::mode() == 0 {
+    if state::mode() == Features::default() {
         return;
     }
     let start = frame_pointer();
@@ -95,7 +94,7 @@ pub extern "C" fn __asan_unpoison_stack_memory(address: u64, size: u64) {
     unpoison_on_stack(address, size);
 }
 
-/// Makes `size` bytes of a stack valid, and what follows in their last granule not.
+/// Makes `size` bytes of a stack valid, and the bytes behind them in their last granule invalid.
 fn unpoison_on_stack(address: u64, size: u64) {
     let (granules, rest) = (size / codes::GRANULE, size % codes::GRANULE);
     shadow::set_on_stack(address, granules, 0);
@@ -130,11 +129,11 @@ pub extern "C" fn __asan_allocas_unpoison(top: u64, bottom: u64) {
 /// The compiler's stores of stack shadow, as calls: `n` bytes of shadow at `at` become `value`.
 #[inline(always)]
 fn set_shadow(at: u64, n: u64, value: u8) {
-    if n == 0 || state::mode() == 0 {
+    if n == 0 || state::mode() == Features::default() {
         return;
     }
     let address = at << codes::GRANULE_SHIFT;
-    if state::rings() {
+    if state::mode().has(Features::RING) {
         // Stacks are byte-checked from their creation, so this is real shadow.
         if state::in_region(address, address + n * codes::GRANULE - 1) {
             shadow::Windows.set_bytes(address, n, value);

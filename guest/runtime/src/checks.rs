@@ -1,9 +1,9 @@
 //! The checks that instrumented code calls: `__asan_load8_noabort` and its kin.
 //!
-//! They run for every memory access of the guest, so their fast paths are assembly, and there is
-//! one *slot* of [`SLOT`] bytes for each of them: first a patchable part that starts out as a bare
-//! `ret`, then what it jumps to. [`activate`] copies in one of two fast paths, for the two-level or
-//! the full shadow, so that neither pays for the other (as the kernel's static calls do).
+//! They run for every memory access of the guest, so their fast paths are assembly. Each check is a
+//! *slot* of [`SLOT`] bytes: first a patchable part that starts out as a bare `ret`, then what it
+//! jumps to. [`activate`] copies in one of two fast paths, for the two-level or the full shadow, so
+//! that neither pays for the other (as with Linux's static calls).
 //!
 //! Instructions from entry to return, the `ret` included:
 //!
@@ -27,10 +27,10 @@
 
 use core::arch::{asm, global_asm};
 
-use umbra_shadow::abi::access::{READ, WRITE};
-use umbra_shadow::abi::features;
+use umbra_shadow::abi::Access::{self, Read, Write};
+use umbra_shadow::abi::Features;
 
-use crate::ring::frame_pointer;
+use crate::stack::frame_pointer;
 use crate::{host, shadow, state};
 
 /// Bytes of one check's slot.
@@ -38,20 +38,20 @@ pub const SLOT: usize = 384;
 /// Bytes of its patchable part.
 pub const PATCH: usize = 64;
 
-/// What each slot checks, in slot order: bytes (0: the caller's second argument) and access.
-const SLOTS: [(u64, u16); 12] = [
-    (1, READ),
-    (2, READ),
-    (4, READ),
-    (8, READ),
-    (16, READ),
-    (0, READ),
-    (1, WRITE),
-    (2, WRITE),
-    (4, WRITE),
-    (8, WRITE),
-    (16, WRITE),
-    (0, WRITE),
+/// The access that each slot checks: bytes (0: the caller's second argument) and kind.
+const SLOTS: [(u64, Access); 12] = [
+    (1, Read),
+    (2, Read),
+    (4, Read),
+    (8, Read),
+    (16, Read),
+    (0, Read),
+    (1, Write),
+    (2, Write),
+    (4, Write),
+    (8, Write),
+    (16, Write),
+    (0, Write),
 ];
 
 // Displacements in the templates are written out by hand, since they run in another place than
@@ -377,7 +377,7 @@ unsafe extern "C" {
 ///
 /// # Safety
 /// No other CPU runs instrumented code, and the shadow windows are mapped for all regions.
-pub unsafe fn activate(features: u32) {
+pub unsafe fn activate(features: Features) {
     let write_protect = 1u64 << 16;
     // SAFETY: the slots are this module's own code, and with CR0.WP clear ring 0 may write a
     // read-only page; interrupts stay off for as long as that lasts. A `cpuid` makes the CPU drop
@@ -386,7 +386,7 @@ pub unsafe fn activate(features: u32) {
         let (flags, cr0): (u64, u64);
         asm!("pushfq", "pop {}", "cli", "mov {}, cr0", out(reg) flags, out(reg) cr0);
         asm!("mov cr0, {}", in(reg) cr0 & !write_protect, options(nostack));
-        let templates = if features & features::FULL != 0 {
+        let templates = if features.has(Features::FULL) {
             &raw const umbra_templates_full
         } else {
             &raw const umbra_templates_two_level
@@ -407,37 +407,37 @@ pub unsafe fn activate(features: u32) {
 }
 
 /// The access whose check was running at `rip`: bytes and kind, if it was one.
-pub fn running(rip: u64, second_argument: u64) -> Option<(u64, u16)> {
+pub fn running(rip: u64, second_argument: u64) -> Option<(u64, Access)> {
     let start = (&raw const umbra_slots) as u64;
     let &(size, access) = SLOTS.get(usize::try_from(rip.checked_sub(start)?).ok()? / SLOT)?;
     Some((if size == 0 { second_argument } else { size }, access))
 }
 
-/// The whole check, for whatever the fast paths did not let pass.
+/// The whole check, for every access that the fast path did not let pass.
 #[unsafe(no_mangle)]
-extern "C" fn umbra_slow_check(address: u64, size: u64, access: u64, ip: u64) {
-    check_range(address, size, access as u16, ip);
+extern "C" fn umbra_slow_check(address: u64, size: u64, write: bool, ip: u64) {
+    check_range(address, size, if write { Write } else { Read }, ip);
 }
 
 /// Checks any range; a violation is reported. Returns false when one was.
 #[inline]
-pub fn check_range(address: u64, size: u64, access: u16, ip: u64) -> bool {
+pub fn check_range(address: u64, size: u64, access: Access, ip: u64) -> bool {
     shadow::check(address, size) || !report(address, size, access, ip)
 }
 
-/// Reports a violation, unless reports are off here. Returns whether it did.
+/// Reports a violation, unless reports are off on this CPU. Returns whether it did.
 #[inline(never)]
-pub fn report(address: u64, size: u64, access: u16, ip: u64) -> bool {
+pub fn report(address: u64, size: u64, access: Access, ip: u64) -> bool {
     report_from(frame_pointer(), address, size, access, ip)
 }
 
 /// [`report`], with a stack that begins at frame pointer `fp`.
-pub fn report_from(fp: u64, address: u64, size: u64, access: u16, ip: u64) -> bool {
-    let who = state::current();
-    let mut told = false;
-    state::reporting(who, || {
-        host::report(fp, address, size, who & !0xffff | u64::from(access), ip);
-        told = true;
+pub fn report_from(fp: u64, address: u64, size: u64, access: Access, ip: u64) -> bool {
+    let actor = state::current();
+    let mut reported = false;
+    state::reporting(actor, || {
+        host::report(fp, address, size, actor & !0xffff | u64::from(access), ip);
+        reported = true;
     });
-    told
+    reported
 }

@@ -1,4 +1,4 @@
-//! What the runtime needs of the CPU that it runs on.
+//! Interrupts of the CPU that runs.
 
 use core::arch::asm;
 
@@ -7,8 +7,8 @@ use core::arch::asm;
 #[inline(always)]
 pub fn without_interrupts<T>(work: impl FnOnce() -> T) -> T {
     let flags: u64;
-    // SAFETY: ring 0 may turn interrupts off. The compiler takes it for an access to all memory, so
-    // nothing moves out.
+    // SAFETY: ring 0 may turn interrupts off. To the compiler this is an access to all memory, so it
+    // moves no access out of `work`.
     unsafe { asm!("pushfq", "pop {}", "cli", out(reg) flags) };
     let result = work();
     // SAFETY: as they were.

@@ -3,25 +3,25 @@
 use core::arch::asm;
 use core::arch::x86_64::{__cpuid, CpuidResult};
 
-use umbra_shadow::abi::{self, call};
+use umbra_shadow::abi::{self, CallNumber, ExitReason, Features, Redzone};
 
-/// The VMM's offer, as its CPUID leaves tell it.
+/// What the VMM's CPUID leaves say.
 #[derive(Clone, Copy)]
-pub struct Offer {
-    /// [`abi::features`] bits.
-    pub features: u32,
+pub struct Host {
+    /// What it offers.
+    pub features: Features,
     /// ABI version of the VMM.
     pub version: u32,
     /// Guest-physical start and bytes of the page-shadow window; 0 bytes if there is none.
     pub page_window: (u64, u64),
     /// Guest-physical start and bytes of the byte-shadow window; 0 bytes if there is none.
     pub byte_window: (u64, u64),
-    /// Bytes of virtual memory that may have shadow of its own.
+    /// Bytes of virtual memory that can get shadow.
     pub virtual_bytes: u64,
     /// Bytes that a CPU may put into the quarantine between two drains; 0 if there is none.
     pub quarantine_batch: u64,
-    /// [`abi::redzone`] setting.
-    pub redzone: u32,
+    /// Redzones behind objects.
+    pub redzone: Redzone,
 }
 
 fn pair(leaf: CpuidResult) -> (u64, u64) {
@@ -30,9 +30,8 @@ fn pair(leaf: CpuidResult) -> (u64, u64) {
 }
 
 /// Looks for Umbra's CPUID block. `None` on any other machine.
-pub fn discover() -> Option<Offer> {
-    // ECX bit 31 of leaf 1 says that a hypervisor is there; without it the leaves below mean
-    // nothing.
+pub fn discover() -> Option<Host> {
+    // ECX bit 31 of leaf 1: there is a hypervisor. Without one the leaves below mean nothing.
     if __cpuid(1).ecx & 1 << 31 == 0 {
         return None;
     }
@@ -42,27 +41,27 @@ pub fn discover() -> Option<Offer> {
             [leaf.ebx, leaf.ecx, leaf.edx] == abi::CPUID_SIGNATURE
         })?;
     let about = __cpuid(base + abi::CPUID_LEAF_FEATURES);
-    let settings = if __cpuid(base).eax >= base + abi::CPUID_LEAF_SETTINGS {
-        __cpuid(base + abi::CPUID_LEAF_SETTINGS)
+    let (quarantine_batch, redzone) = if __cpuid(base).eax >= base + abi::CPUID_LEAF_SETTINGS {
+        let settings = __cpuid(base + abi::CPUID_LEAF_SETTINGS);
+        (settings.eax.into(), Redzone::from_register(settings.ebx))
     } else {
-        CpuidResult { eax: 0, ebx: abi::redzone::ADAPTIVE, ecx: 0, edx: 0 }
+        (0, Redzone::Adaptive)
     };
-    Some(Offer {
+    Some(Host {
         version: about.eax,
-        features: about.ecx,
+        features: Features::from_bits(about.ecx),
         page_window: pair(__cpuid(base + abi::CPUID_LEAF_PAGE_WINDOW)),
         byte_window: pair(__cpuid(base + abi::CPUID_LEAF_BYTE_WINDOW)),
         virtual_bytes: pair(__cpuid(base + abi::CPUID_LEAF_VIRTUAL)).0,
-        quarantine_batch: settings.eax.into(),
-        redzone: settings.ebx,
+        quarantine_batch,
+        redzone,
     })
 }
 
-/// Makes one hypercall. Callers have found Umbra by [`discover`] before; elsewhere this would be a
-/// write to an unused port. Always inlined: the VMM takes the caller's frame for the first of the
-/// stack.
+/// Makes one hypercall. Callers have found Umbra with [`discover`]; elsewhere this would be a write
+/// to an unused port. Always inlined: for the VMM the stack begins with the caller's frame.
 #[inline(always)]
-pub fn hypercall(number: u32, rdi: u64, rsi: u64, rcx: u64, r8: u64) -> u64 {
+pub fn hypercall(number: CallNumber, rdi: u64, rsi: u64, rcx: u64, r8: u64) -> u64 {
     let result;
     // SAFETY: an `out` to Umbra's port reads the named registers and changes rax only; memory that
     // the VMM writes (shadow, ring header) is accessed by volatile or atomic accesses on this side.
@@ -73,14 +72,14 @@ pub fn hypercall(number: u32, rdi: u64, rsi: u64, rcx: u64, r8: u64) -> u64 {
     result
 }
 
-/// Reports a violation: [`call::REPORT`] with `fp` as the frame pointer, for the VMM to walk the
-/// stack from.
-pub fn report(fp: u64, address: u64, size: u64, word: u64, ip: u64) {
+/// Reports a violation: [`CallNumber::Report`] with `fp` as the frame pointer where the VMM starts
+/// to walk the stack.
+pub fn report(fp: u64, address: u64, size: u64, actor: u64, ip: u64) {
     // SAFETY: as in `hypercall`; rbp is back before anything else uses it.
     unsafe {
         asm!("xchg rbp, {fp}", "out dx, eax", "xchg rbp, {fp}", fp = inout(reg) fp => _,
-             inout("rax") u64::from(call::REPORT) => _, in("dx") abi::PORT,
-             in("rdi") address, in("rsi") size, in("rcx") word, in("r8") ip, options(nostack));
+             inout("rax") u64::from(CallNumber::Report) => _, in("dx") abi::PORT,
+             in("rdi") address, in("rsi") size, in("rcx") actor, in("r8") ip, options(nostack));
     }
 }
 
@@ -90,8 +89,8 @@ pub fn is_error(result: u64) -> bool {
 }
 
 /// Ends the guest.
-pub fn exit(reason: u64, rsi: u64, rcx: u64, r8: u64) -> ! {
-    hypercall(call::EXIT, reason, rsi, rcx, r8);
+pub fn exit(reason: ExitReason, rsi: u64, rcx: u64, r8: u64) -> ! {
+    hypercall(CallNumber::Exit, reason.into(), rsi, rcx, r8);
     loop {
         // SAFETY: stops this CPU for good; nothing else is left to do.
         unsafe { asm!("cli", "hlt", options(nomem, nostack)) }

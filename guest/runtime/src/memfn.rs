@@ -1,4 +1,4 @@
-//! The memory functions, checked: what instrumented code calls for copies, fills and compares.
+//! The checked memory functions: instrumented code calls them for copies, fills and compares.
 //!
 //! `cargo xtask guest` renames the `umbra_checked_*` symbols to their C names after it has made the
 //! runtime's own unchecked ones local, so the runtime never checks itself.
@@ -6,10 +6,10 @@
 use core::arch::asm;
 use core::ffi::c_void;
 
-use umbra_shadow::abi::access::{READ, WRITE};
+use umbra_shadow::abi::Access::{Read, Write};
 
 use crate::checks::check_range;
-use crate::ring::{frame_pointer, return_address};
+use crate::stack::{frame_pointer, return_address};
 
 macro_rules! caller {
     () => {
@@ -59,7 +59,7 @@ pub unsafe extern "C" fn umbra_checked_memcpy(
 
 #[inline]
 unsafe fn copy(to: *mut u8, from: *const u8, n: usize, ip: u64) -> *mut c_void {
-    if check_range(from as u64, n as u64, READ, ip) && check_range(to as u64, n as u64, WRITE, ip) {
+    if check_range(from as u64, n as u64, Read, ip) && check_range(to as u64, n as u64, Write, ip) {
         // SAFETY: the caller's promise.
         unsafe { copy_up(to, from, n) }
     }
@@ -84,7 +84,7 @@ pub unsafe extern "C" fn umbra_checked_memmove(
 
 #[inline]
 unsafe fn copy_either_way(to: *mut u8, from: *const u8, n: usize, ip: u64) -> *mut c_void {
-    if check_range(from as u64, n as u64, READ, ip) && check_range(to as u64, n as u64, WRITE, ip) {
+    if check_range(from as u64, n as u64, Read, ip) && check_range(to as u64, n as u64, Write, ip) {
         // SAFETY: the caller's promise; the direction is chosen so that an overlap is read before
         // it is written.
         unsafe {
@@ -112,7 +112,7 @@ pub unsafe extern "C" fn umbra_checked_memset(to: *mut u8, value: i32, n: usize)
 
 #[inline]
 unsafe fn set(to: *mut u8, value: i32, n: usize, ip: u64) -> *mut c_void {
-    if check_range(to as u64, n as u64, WRITE, ip) {
+    if check_range(to as u64, n as u64, Write, ip) {
         let word = u64::from(value as u8) * 0x0101_0101_0101_0101;
         // SAFETY: the caller's promise.
         unsafe {
@@ -137,7 +137,7 @@ pub unsafe extern "C" fn umbra_checked_memcmp(a: *const u8, b: *const u8, n: usi
 
 #[inline]
 unsafe fn compare(a: *const u8, b: *const u8, n: usize, ip: u64) -> i32 {
-    if !check_range(a as u64, n as u64, READ, ip) || !check_range(b as u64, n as u64, READ, ip) {
+    if !check_range(a as u64, n as u64, Read, ip) || !check_range(b as u64, n as u64, Read, ip) {
         return 0;
     }
     for i in 0..n {
@@ -175,7 +175,7 @@ pub unsafe extern "C" fn umbra_checked_strlen(text: *const u8) -> usize {
     while unsafe { text.add(len).read_volatile() } != 0 {
         len += 1;
     }
-    check_range(text as u64, len as u64 + 1, READ, ip);
+    check_range(text as u64, len as u64 + 1, Read, ip);
     len
 }
 

@@ -1,19 +1,19 @@
-//! The short way for what happens most: one object of a slab comes or goes, on pages that are
-//! byte-checked already.
+//! The fast path for the most frequent changes of shadow: one slab object is allocated or freed, on
+//! pages that are byte-checked already.
 //!
-//! All of it is a few stores to byte shadow. Whatever else there is (other pages, whole pages, odd
-//! slots) goes through the model (`shadow`), with the same result.
+//! It is a few stores to byte shadow. Everything else (other pages, whole pages, odd slots) goes
+//! through the model (`shadow`), with the same result.
 
-use umbra_shadow::abi::features;
+use umbra_shadow::abi::Features;
 use umbra_shadow::codes::{GRANULE, GRANULE_SHIFT, PAGE_BYTES, PAGE_SIZE, POISON_MIN};
 
 use crate::shadow::{byte_shadow, fill, page_shadow};
 use crate::state;
 
-/// The byte shadow of a slot, if the short way is open for it: whole granules, mapped, on
+/// The byte shadow of a slot, if it fits the fast path: whole granules, mapped, on
 /// byte-checked pages.
 #[inline(always)]
-fn slot_shadow(mode: u32, address: u64, slot: u64) -> Option<*mut u8> {
+fn slot_shadow(mode: Features, address: u64, slot: u64) -> Option<*mut u8> {
     let last = address.wrapping_add(slot.wrapping_sub(1));
     if (address | slot) & (GRANULE - 1) != 0
         || slot.wrapping_sub(1) >= PAGE_SIZE
@@ -21,30 +21,29 @@ fn slot_shadow(mode: u32, address: u64, slot: u64) -> Option<*mut u8> {
     {
         return None;
     }
-    if mode & features::PER_PAGE != 0 {
+    if mode.has(Features::PER_PAGE) {
         // SAFETY: both addresses are in a region, so their shadow is mapped.
         let pages =
             unsafe { (page_shadow(address).read_volatile(), page_shadow(last).read_volatile()) };
         if pages != (PAGE_BYTES, PAGE_BYTES) {
             return None;
         }
-    } else if mode & features::FULL == 0 {
+    } else if !mode.has(Features::FULL) {
         return None;
     }
     Some(byte_shadow(address))
 }
 
 /// Makes `bytes` at the start of a slot of at most a page accessible, and poisons the rest of it.
-/// False if the short way is closed; then nothing was done.
+/// False if it does not fit the fast path; then nothing was done.
 #[inline(always)]
-pub fn allocated(mode: u32, address: u64, bytes: u64, slot: u64, redzone: u8) -> bool {
+pub fn allocated(mode: Features, address: u64, bytes: u64, slot: u64, redzone: u8) -> bool {
     if bytes > slot || redzone < POISON_MIN {
         return false;
     }
     let Some(shadow) = slot_shadow(mode, address, slot) else { return false };
     let (whole, rest) = (bytes >> GRANULE_SHIFT, (bytes & (GRANULE - 1)) as u8);
-    // SAFETY: the shadow of the slot is mapped. What is poisoned first and made accessible then
-    // belongs to nobody yet.
+    // SAFETY: the shadow of the slot is mapped, and nobody owns the slot yet.
     unsafe {
         fill(shadow.add(whole as usize), (slot >> GRANULE_SHIFT) - whole, redzone);
         if rest != 0 {
@@ -55,17 +54,17 @@ pub fn allocated(mode: u32, address: u64, bytes: u64, slot: u64, redzone: u8) ->
     true
 }
 
-/// A slot that the short way is open for.
+/// A slot that fits the fast path.
 #[derive(Clone, Copy)]
 pub struct Slot {
     shadow: *mut u8,
     granules: u64,
 }
 
-/// The slot at `start`, which gets `code` when its object is freed. None if the short way is
-/// closed.
+/// The slot at `start`, which gets `code` when its object is freed. None if it does not fit the
+/// fast path.
 #[inline(always)]
-pub fn slot(mode: u32, start: u64, slot: u64, code: u8) -> Option<Slot> {
+pub fn slot(mode: Features, start: u64, slot: u64, code: u8) -> Option<Slot> {
     if code < POISON_MIN {
         return None;
     }
@@ -73,16 +72,16 @@ pub fn slot(mode: u32, start: u64, slot: u64, code: u8) -> Option<Slot> {
 }
 
 impl Slot {
-    /// Poisons it, after `tell` has told of it. False if the object is not accessible; then nothing
-    /// was done.
+    /// Poisons it, after `record` has recorded the free. False if the object is not accessible; then
+    /// nothing was done.
     #[inline(always)]
-    pub fn freed(self, code: u8, tell: impl FnOnce()) -> bool {
+    pub fn freed(self, code: u8, record: impl FnOnce()) -> bool {
         // SAFETY: the shadow of the slot is mapped.
         unsafe {
             if self.shadow.read_volatile() >= POISON_MIN {
                 return false;
             }
-            tell();
+            record();
             fill(self.shadow, self.granules, code);
         }
         true

@@ -1,11 +1,11 @@
-//! The shadow as the guest sees it: windows at fixed virtual offsets, changed directly or by
+//! The guest's view of the shadow: windows at fixed virtual offsets, which it changes directly or by
 //! hypercall.
 
 use core::arch::asm;
 use core::hint::spin_loop;
 use core::sync::atomic::{AtomicU8, Ordering, compiler_fence};
 
-use umbra_shadow::abi::{call, features, memory};
+use umbra_shadow::abi::{CallNumber, Features, MemoryUse};
 use umbra_shadow::codes;
 use umbra_shadow::full::Full;
 use umbra_shadow::memory::ShadowMemory;
@@ -35,8 +35,8 @@ pub(crate) fn byte_shadow(address: u64) -> *mut u8 {
 #[inline]
 pub(crate) unsafe fn fill(mut at: *mut u8, mut n: u64, value: u8) {
     let word = u64::from(value) * 0x0101_0101_0101_0101;
-    // Stores before (a page marked busy) and after (the page marked byte-checked) must not move
-    // across.
+    // The stores before (page marked busy) and after (page marked byte-checked) must not move across
+    // this one.
     compiler_fence(Ordering::SeqCst);
     // SAFETY: the caller vouches for the range; x86 allows unaligned stores, which is why they are
     // written in assembly, where the language has no say in alignment.
@@ -47,7 +47,7 @@ pub(crate) unsafe fn fill(mut at: *mut u8, mut n: u64, value: u8) {
             if n > 0 {
                 asm!("mov [{}], {}", in(reg) at.sub(8 - n as usize), in(reg) word, options(nostack));
             }
-            // What is left was written with bytes before it a second time.
+            // The last word has covered the rest, and some bytes before it a second time.
         } else if n >= 8 {
             let last = at.add(n as usize - 8);
             while at < last {
@@ -109,7 +109,7 @@ impl ShadowMemory for Windows {
 
     #[cold]
     fn wait_page(&self, address: u64) -> u8 {
-        // Another CPU, or in `sync` mode the VMM, is filling it: some 70 instructions.
+        // Another CPU, or in `sync` mode the VMM, fills it: some 70 instructions.
         loop {
             let page = self.page(address);
             if page != codes::PAGE_BUSY {
@@ -121,45 +121,44 @@ impl ShadowMemory for Windows {
 }
 
 fn full() -> bool {
-    state::mode() & features::FULL != 0
+    state::mode().has(Features::FULL)
 }
 
 /// Whether shadow exists and covers all of `address..address + len`.
 fn covered(address: u64, len: u64) -> bool {
     len != 0
-        && state::mode() & (features::FULL | features::PER_PAGE) != 0
+        && state::mode().has(Features::SHADOW)
         && address.checked_add(len - 1).is_some_and(|last| state::in_region(address, last))
 }
 
-/// Poisons memory, by whichever way this run uses. Memory outside all regions has no shadow and is
-/// left alone.
+/// Poisons memory, in the way that this run's mode needs. Memory outside all regions has no shadow
+/// and does not change.
 pub fn poison(address: u64, len: u64, code: u8) {
     if !covered(address, len) {
         return;
     }
-    if state::sync() {
-        host::hypercall(call::POISON, address, len, u64::from(code), 0);
+    if state::mode().has(Features::SYNC) {
+        host::hypercall(CallNumber::Poison, address, len, u64::from(code), 0);
     } else if full() {
         let _ = Full::new(Windows).poison(address, len, code);
     } else {
-        // An interrupt's handler that met a page in the midst of its promotion would wait for what
-        // it interrupted.
+        // An interrupt's handler must not wait for a promotion that it interrupted.
         let _ = without_interrupts(|| TwoLevel::new(Windows).poison(address, len, code));
     }
 }
 
 /// Unpoisons memory; the counterpart of [`poison`].
 pub fn unpoison(address: u64, len: u64) {
-    unpoison_for(address, len, memory::AS_BEFORE);
+    unpoison_for(address, len, MemoryUse::Unchanged);
 }
 
-/// [`unpoison`], and in `sync` mode tells the VMM what the memory is for ([`memory`]).
-pub fn unpoison_for(address: u64, len: u64, purpose: u64) {
+/// [`unpoison`], and in `sync` mode tells the VMM what the memory is used for.
+pub fn unpoison_for(address: u64, len: u64, memory_use: MemoryUse) {
     if !covered(address, len) {
         return;
     }
-    if state::sync() {
-        host::hypercall(call::UNPOISON, address, len, purpose, 0);
+    if state::mode().has(Features::SYNC) {
+        host::hypercall(CallNumber::Unpoison, address, len, memory_use.into(), 0);
     } else if full() {
         let _ = Full::new(Windows).unpoison(address, len);
     } else {
@@ -167,24 +166,22 @@ pub fn unpoison_for(address: u64, len: u64, purpose: u64) {
     }
 }
 
-/// Makes pages byte-checked, for memory whose shadow the compiler's code stores directly (stacks).
+/// Makes pages byte-checked, for memory whose shadow compiled code stores directly (stacks).
 pub fn promote(address: u64, len: u64) {
-    // In `sync` mode the first poisoning promotes, on the VMM's side; `full` has nothing to
-    // promote.
-    if covered(address, len) && state::rings() && !full() {
+    // In `sync` mode the VMM promotes at the first poisoning. `full` has nothing to promote.
+    if covered(address, len) && state::mode().has(Features::RING) && !full() {
         let _ = without_interrupts(|| TwoLevel::new(Windows).promote(address, len));
     }
 }
 
-/// Gives `granules` of a stack a byte-shadow value. Other than [`poison`] and [`unpoison`] it never
-/// makes a page untyped: the compiler's next store to the stack's shadow must find the page
-/// byte-checked.
+/// Gives `granules` of a stack a byte-shadow value. Unlike [`poison`] and [`unpoison`] it never
+/// demotes a page: the compiler's next store to the stack's shadow needs a byte-checked page.
 pub fn set_on_stack(address: u64, granules: u64, value: u8) {
     let len = granules << codes::GRANULE_SHIFT;
     if !covered(address, len) {
         return;
     }
-    if !state::sync() {
+    if !state::mode().has(Features::SYNC) {
         promote(address, len);
         Windows.set_bytes(address, granules, value);
     } else if value == 0 {
@@ -192,7 +189,7 @@ pub fn set_on_stack(address: u64, granules: u64, value: u8) {
     } else if value >= codes::POISON_MIN {
         poison(address, len, value);
     } else {
-        // What was valid before is to become less.
+        // Fewer bytes may be valid than before.
         poison(address, len, codes::STACK_MID);
         for i in 0..granules {
             unpoison(address + (i << codes::GRANULE_SHIFT), u64::from(value));
@@ -200,9 +197,9 @@ pub fn set_on_stack(address: u64, granules: u64, value: u8) {
     }
 }
 
-/// Whether an access is good.
+/// Whether an access passes.
 pub fn check(address: u64, len: u64) -> bool {
-    if len == 0 || state::mode() & (features::FULL | features::PER_PAGE) == 0 {
+    if len == 0 || !state::mode().has(Features::SHADOW) {
         return true;
     }
     if !covered(address, len) {

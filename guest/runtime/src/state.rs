@@ -1,17 +1,17 @@
-//! What the runtime knows: the mode, the regions, and whom to ask for the current task.
+//! The runtime's state: the mode, the regions, and how to get the current CPU and task.
 
 use core::sync::atomic::{
     AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed,
 };
 
-use umbra_shadow::abi::features;
+use umbra_shadow::abi::Features;
+use umbra_shadow::runtime::CurrentFn;
 
 /// Most regions a kernel may have.
 pub const REGIONS: usize = 16;
 /// Most CPUs whose rings and suppression counts are kept.
 pub const CPUS: usize = 64;
 
-/// Feature bits in force; 0 as long as checks are off.
 static MODE: AtomicU32 = AtomicU32::new(0);
 static CURRENT: AtomicPtr<()> = AtomicPtr::new(core::ptr::null_mut());
 static REGION_COUNT: AtomicUsize = AtomicUsize::new(0);
@@ -22,35 +22,23 @@ static REPORTING: [AtomicBool; CPUS] = [const { AtomicBool::new(false) }; CPUS];
 
 static VIOLATIONS: AtomicU64 = AtomicU64::new(0);
 
-/// The features in force.
-pub fn mode() -> u32 {
-    MODE.load(Relaxed)
+/// The features in force; none as long as checks are off.
+#[inline]
+pub fn mode() -> Features {
+    Features::from_bits(MODE.load(Relaxed))
 }
 
 /// Puts features in force.
-pub fn set_mode(features: u32) {
-    MODE.store(features, Relaxed);
+pub fn set_mode(features: Features) {
+    MODE.store(features.bits(), Relaxed);
 }
 
-/// Whether the guest writes the shadow itself.
-pub fn rings() -> bool {
-    mode() & features::RING != 0
-}
-
-/// Whether each change is one hypercall.
-pub fn sync() -> bool {
-    mode() & features::SYNC != 0
-}
-
-/// Who runs here: CPU in bits 16..32, task in bits 32..64, as the ABI passes it.
-pub type CurrentFn = extern "C" fn() -> u64;
-
-/// Sets whom to ask for CPU and task.
+/// Sets the kernel's function that returns CPU and task.
 pub fn set_current(current: Option<CurrentFn>) {
     CURRENT.store(current.map_or(core::ptr::null_mut(), |f| f as *mut ()), Relaxed);
 }
 
-/// CPU and task that run now.
+/// CPU and task that run now, as the ABI's [`Actor`](umbra_shadow::abi::Actor) in a register.
 #[inline]
 pub fn current() -> u64 {
     let f = CURRENT.load(Relaxed);
@@ -62,19 +50,19 @@ pub fn current() -> u64 {
     f()
 }
 
-/// The CPU out of [`current`]'s word, bounded by [`CPUS`].
+/// The CPU of an actor, below [`CPUS`].
 #[inline]
-pub fn cpu_of(who: u64) -> usize {
-    (who >> 16) as u16 as usize % CPUS
+pub fn cpu_of(actor: u64) -> usize {
+    (actor >> 16) as u16 as usize % CPUS
 }
 
-/// Whether another region can be remembered.
+/// Whether there is room for another region.
 pub fn has_room() -> bool {
     REGION_COUNT.load(Relaxed) < REGIONS
 }
 
-/// Remembers a region, of memory that is mapped one to one or of virtual memory; false when the
-/// table is full.
+/// Adds a region of memory that is mapped one to one, or of virtual memory. False when the table is
+/// full.
 pub fn add_region(start: u64, bytes: u64) -> bool {
     let n = REGION_COUNT.load(Relaxed);
     let Some((s, e)) = REGION.get(n) else { return false };
@@ -95,7 +83,7 @@ pub fn in_region(first: u64, last: u64) -> bool {
         .any(|(s, e)| s.load(Relaxed) <= first && last <= e.load(Relaxed) && first <= last)
 }
 
-/// [`in_region`] for the first region only, which is where most objects are.
+/// [`in_region`] for the first region only, where most objects are.
 #[inline(always)]
 pub fn in_first(first: u64, last: u64) -> bool {
     let (s, e) = &REGION[0];
@@ -103,7 +91,7 @@ pub fn in_first(first: u64, last: u64) -> bool {
     s.load(Relaxed) <= first && last <= e.load(Relaxed) && first <= last
 }
 
-/// Turns reports of this CPU off (`+1`) or on again (`-1`), nesting.
+/// Turns reports on this CPU off, or on again. Calls nest.
 pub fn suppress(on: bool) {
     let count = &SUPPRESSED[cpu_of(current())];
     if on {
@@ -120,9 +108,9 @@ pub fn violations() -> u64 {
 
 /// Counts a bad access, and runs `report` unless reports are off on this CPU or one is being made
 /// already.
-pub fn reporting(who: u64, report: impl FnOnce()) {
+pub fn reporting(actor: u64, report: impl FnOnce()) {
     VIOLATIONS.fetch_add(1, Relaxed);
-    let cpu = cpu_of(who);
+    let cpu = cpu_of(actor);
     if SUPPRESSED[cpu].load(Relaxed) != 0 || REPORTING[cpu].swap(true, Relaxed) {
         return;
     }

@@ -9,18 +9,18 @@ use umbra_shadow::codes::{GRANULE, SLAB_FREE, SLAB_REDZONE};
 
 /// Least bytes of redzone before an object.
 const REDZONE: usize = 16;
-/// What the last eight bytes before an object hold, combined with its address.
+/// The last eight bytes before an object are this, combined with its address.
 const MARK: u64 = 0x5eed_0b1e_c7ed_0b1e;
 
-/// Makes an allocator checked: redzones before and behind every object, freed memory poisoned until
-/// it is handed out again, double and invalid frees reported and not passed on.
+/// Makes an allocator checked. Every object has redzones before and behind it. Freed memory is
+/// poisoned until it is handed out again. Double and invalid frees are reported and not passed on.
 ///
-/// With [`Checked::quarantine`], what is freed waits before the inner allocator gets it back. Where
-/// redzones are switched off, or where there is no Umbra, the inner allocator is asked for exactly
-/// what the kernel asks for.
+/// With [`Checked::quarantine`], freed memory goes through the quarantine before the inner allocator
+/// gets it back. Where redzones are switched off, or where there is no Umbra, the inner allocator
+/// gets the kernel's requests unchanged.
 ///
-/// The inner allocator stays as it is. Since it may keep its own data in free memory, it runs with
-/// this CPU's reports off.
+/// The inner allocator needs no change. It may keep its own data in free memory, so it runs with this
+/// CPU's reports off.
 pub struct Checked<A> {
     inner: A,
     /// Its number for the quarantine, if it has one.
@@ -40,8 +40,8 @@ impl<A> Checked<A> {
 }
 
 impl<A: GlobalAlloc + Sync> Checked<A> {
-    /// From now on freed memory goes through the quarantine, if this run has one. To be called
-    /// once, after [`crate::start`].
+    /// From now on freed memory goes through the quarantine, if this run has one. Called once, after
+    /// [`crate::start`].
     pub fn quarantine(&'static self) {
         let context = core::ptr::from_ref(self).cast_mut().cast();
         // SAFETY: `release` is made for this type, and `self` stays.
@@ -65,19 +65,19 @@ impl<A: GlobalAlloc> Checked<A> {
     }
 }
 
-/// Memory comes out of the quarantine. The note is the alignment's logarithm.
+/// Takes memory back that has left the quarantine. The note is the alignment's logarithm.
 extern "C" fn release<A: GlobalAlloc>(object: u64, rest: u64, note: u8, context: *mut c_void) {
-    // SAFETY: `quarantine` gave this context; a free told the object, once, of a slot with such a
-    // rest and alignment.
+    // SAFETY: `quarantine` gave this context; the object was freed once, with this rest of its slot
+    // and this alignment.
     unsafe {
         let this = &*context.cast::<Checked<A>>();
         this.give_back(object, &Slot::with_rest(rest as usize, 1 << note));
     }
 }
 
-/// Where an object lies in what the inner allocator hands out.
+/// The memory that the inner allocator hands out for an object.
 struct Slot {
-    /// What the inner allocator is asked for.
+    /// The request to the inner allocator.
     layout: Layout,
     /// Bytes of redzone before the object; 0 if there are no redzones.
     before: usize,
@@ -98,12 +98,12 @@ impl Slot {
         Some(Self { layout, before })
     }
 
-    /// The slot that has so many bytes from the object on, whose alignment was `align`.
+    /// The slot of an object with this alignment, which has `rest` bytes from the object on.
     ///
     /// # Safety
     /// There is one.
     unsafe fn with_rest(rest: usize, align: usize) -> Self {
-        // That redzones are off holds for all sizes, and all the time.
+        // Redzones are off for all sizes or for none, during the whole run.
         let (before, align) = match crate::redzone(0) {
             0 => (0, align),
             _ => (before(align), align.max(GRANULE as usize)),
@@ -123,7 +123,7 @@ fn before(align: usize) -> usize {
     align.max(REDZONE)
 }
 
-/// Marks the start of an object, in its redzone. Assembly, which is not checked.
+/// Marks the start of an object, in its redzone. In assembly, which is not checked.
 ///
 /// # Safety
 /// The eight bytes before `object` are the wrapper's.
@@ -147,9 +147,9 @@ unsafe fn is_marked(object: u64) -> bool {
     found == MARK ^ object
 }
 
-// SAFETY: memory comes from the inner allocator, with at least the size and alignment asked for;
-// what is given back to it is what it handed out, with the same layout, at once or later, or (a bad
-// free) nothing.
+// SAFETY: memory comes from the inner allocator, with at least the requested size and alignment. It
+// gets back the memory that it handed out, with the same layout, at once or later; after a bad free
+// it gets nothing.
 unsafe impl<A: GlobalAlloc> GlobalAlloc for Checked<A> {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let Some(slot) = Slot::of(layout) else { return core::ptr::null_mut() };
@@ -176,7 +176,7 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for Checked<A> {
     unsafe fn dealloc(&self, object: *mut u8, layout: Layout) {
         let Some(slot) = Slot::of(layout) else { return };
         let at = object as u64;
-        // Of memory that is free the mark may be gone; that it is free is known.
+        // Free memory may have lost its mark; its shadow says that it is free.
         // SAFETY: `object` came from `alloc`, or is at least an address near other objects.
         if slot.before != 0 && !crate::is_poisoned(at) && !unsafe { is_marked(at) } {
             return crate::invalid_free(at);

@@ -3,49 +3,7 @@
 use core::ffi::c_void;
 
 use umbra_shadow::abi::RingHeader;
-
-/// What the VMM offers, for the kernel to map.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Offer {
-    /// Bits of [`umbra_shadow::abi::features`]; 0 without shadow.
-    pub features: u32,
-    /// ABI version of the VMM; 0 without Umbra.
-    pub version: u32,
-    /// Guest-physical start of the page-shadow window.
-    pub page_window: u64,
-    /// Its bytes; 0 if there is none.
-    pub page_window_bytes: u64,
-    /// Guest-physical start of the byte-shadow window.
-    pub byte_window: u64,
-    /// Its bytes; 0 if there is none.
-    pub byte_window_bytes: u64,
-    /// Bytes of virtual memory that [`crate::add_virtual`] has shadow for.
-    pub virtual_bytes: u64,
-}
-
-/// The registers that [`crate::page_fault`] reads and changes.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Trap {
-    /// First argument of the interrupted function, if it was a check.
-    pub rdi: u64,
-    /// Second argument.
-    pub rsi: u64,
-    /// Frame pointer.
-    pub rbp: u64,
-    /// Instruction pointer.
-    pub rip: u64,
-    /// Stack pointer.
-    pub rsp: u64,
-}
-
-/// Tells CPU (bits 16..32) and task (bits 32..64) that run now.
-pub type CurrentFn = extern "C" fn() -> u64;
-
-/// Gives memory that has left the quarantine back to its allocator: start of the object, bytes of
-/// the slot, the note of its free, and the allocator's context.
-pub type ReleaseFn = extern "C" fn(u64, u64, u8, *mut c_void);
+use umbra_shadow::runtime::{CurrentFn, Offer, ReleaseFn, Trap};
 
 unsafe extern "C" {
     pub fn umbra_discover(offer: &mut Offer) -> u32;

@@ -1,71 +1,16 @@
-//! Umbra for Rust kernels: a safe face of the guest runtime.
+//! Umbra for Rust kernels: safe bindings to the guest runtime.
 //!
-//! A kernel [`discover`]s Umbra, maps what [`Offer::mappings`] lists for each of its linear
-//! regions, calls [`start`], and lets its allocators say what they do ([`alloc`], [`free`]), or
-//! wraps a `GlobalAlloc` in [`Checked`]. On a machine without Umbra all of this does nothing.
+//! A kernel calls [`discover`], maps the [`Offer::mappings`] of each of its linear regions, and
+//! calls [`start`]. Its allocators then call [`alloc`] and [`free`], or it wraps a `GlobalAlloc` in
+//! [`Checked`]. On a machine without Umbra all of this does nothing.
 #![no_std]
 
 mod checked;
 mod ffi;
 
 pub use checked::Checked;
-pub use ffi::{CurrentFn, Offer, ReleaseFn, Trap};
+pub use umbra_shadow::runtime::{CurrentFn, Mapping, Offer, Region, ReleaseFn, Trap};
 pub use umbra_shadow::{abi, codes};
-
-use umbra_shadow::abi::features;
-use umbra_shadow::codes::{GRANULE_SHIFT, PAGE_SHIFT, PAGE_SIZE};
-
-/// Memory that a kernel maps one to one: `bytes` of guest-physical memory from `gpa` on, at
-/// `start`. Or virtual memory with shadow of its own, by [`add_virtual`].
-#[derive(Clone, Copy, Debug)]
-pub struct Region {
-    /// Virtual start, a multiple of 4096 in the upper half.
-    pub start: u64,
-    /// Bytes, a multiple of 4096.
-    pub bytes: u64,
-    /// Guest-physical start, a multiple of 4096. Of virtual memory, an address that stands for its
-    /// start.
-    pub gpa: u64,
-}
-
-/// A piece of a shadow window that the kernel must map, in whole pages.
-#[derive(Clone, Copy, Debug)]
-pub struct Mapping {
-    /// Virtual address.
-    pub start: u64,
-    /// Guest-physical address inside a window.
-    pub gpa: u64,
-    /// Bytes.
-    pub bytes: u64,
-}
-
-impl Offer {
-    /// Whether there is an Umbra underneath that keeps shadow for this run.
-    pub fn checks(&self) -> bool {
-        self.features & (features::PER_PAGE | features::FULL) != 0
-    }
-
-    /// What to map, read-write and cached, so that the shadow of `region` is where the checks look:
-    /// its page shadow and its byte shadow. Pieces of a window that does not exist in this mode
-    /// have 0 bytes.
-    pub fn mappings(&self, region: &Region) -> [Mapping; 2] {
-        let piece = |shift: u32, window: u64, window_bytes: u64| {
-            let first = region.gpa >> shift & !(PAGE_SIZE - 1);
-            let end = ((region.gpa + region.bytes) >> shift)
-                .next_multiple_of(PAGE_SIZE)
-                .min(window_bytes);
-            Mapping {
-                start: (region.start.cast_signed() >> shift).cast_unsigned() & !(PAGE_SIZE - 1),
-                gpa: window + first,
-                bytes: end.saturating_sub(first),
-            }
-        };
-        [
-            piece(PAGE_SHIFT, self.page_window, self.page_window_bytes),
-            piece(GRANULE_SHIFT, self.byte_window, self.byte_window_bytes),
-        ]
-    }
-}
 
 /// Looks for Umbra. `features` is 0 where there is none, or where it keeps no shadow.
 pub fn discover() -> Offer {
@@ -75,15 +20,15 @@ pub fn discover() -> Offer {
     offer
 }
 
-/// What [`start`] needs to know of a kernel.
-pub struct Config<'a> {
+/// A kernel, for [`start`].
+pub struct StartConfig<'a> {
     /// The linear regions, whose [`Offer::mappings`] are mapped.
     pub regions: &'a [Region],
-    /// Where return addresses lie.
+    /// The addresses of the kernel's code.
     pub text: core::ops::Range<u64>,
     /// 64-byte aligned, zeroed memory in a region for the first CPU's ring.
     pub ring: &'static mut [u8],
-    /// Tells CPU and task.
+    /// Returns CPU and task.
     pub current: Option<CurrentFn>,
 }
 
@@ -103,7 +48,7 @@ pub enum StartError {
 ///
 /// # Safety
 /// Shadow is mapped for all regions, the ring is used for nothing else, and no other CPU runs yet.
-pub unsafe fn start(offer: &Offer, config: Config) -> Result<(), StartError> {
+pub unsafe fn start(offer: &Offer, config: StartConfig) -> Result<(), StartError> {
     if !offer.checks() {
         return Ok(());
     }
@@ -115,7 +60,7 @@ pub unsafe fn start(offer: &Offer, config: Config) -> Result<(), StartError> {
             }
         }
         let ring = config.ring;
-        if offer.features & features::RING != 0
+        if offer.rings()
             && !ffi::umbra_ring_setup(
                 0,
                 ring.as_mut_ptr().cast(),
@@ -130,21 +75,20 @@ pub unsafe fn start(offer: &Offer, config: Config) -> Result<(), StartError> {
     Ok(())
 }
 
-/// Asks for shadow of its own for virtual memory that maps single pages, which come and go
-/// (vmalloc): `bytes` from `start` on, both multiples of 4096; at most [`Offer::virtual_bytes`] in
-/// all. All of it is poisoned with [`codes::VMALLOC_INVALID`] until an allocator hands it out by
-/// [`alloc`]. Returns it as a region, whose [`Offer::mappings`] are to be mapped before the memory
-/// is used: once, for all that ever comes and goes there. `None` when it is refused, or `offer` has
-/// no checks.
+/// Asks for shadow for virtual memory that maps single pages, which come and go (vmalloc): `bytes`
+/// from `start` on, both multiples of 4096; at most [`Offer::virtual_bytes`] in all. All of it is
+/// poisoned with [`codes::VMALLOC_INVALID`] until an allocator calls [`alloc`]. Returns it as a
+/// region. The kernel maps its [`Offer::mappings`] once, before it uses the memory. `None` when the
+/// request is refused, or `offer` has no checks.
 pub fn add_virtual(offer: &Offer, start: u64, bytes: u64) -> Option<Region> {
     // SAFETY: takes any values.
     let gpa = if offer.checks() { unsafe { ffi::umbra_virtual_add(start, bytes) } } else { 0 };
     (gpa != 0).then_some(Region { start, bytes, gpa })
 }
 
-/// Gives another CPU its ring. To be called before that CPU runs code that allocates; without a
-/// ring its allocations and frees are not told. False when it was refused. Does nothing when
-/// `offer` wants no rings.
+/// Gives another CPU its ring, before that CPU runs code that allocates. The allocations and frees
+/// of a CPU without a ring are not recorded. False when it was refused. Does nothing when `offer`
+/// wants no rings.
 ///
 /// # Safety
 /// [`start`] was called, with the same `text`. `ring` is 64-byte aligned, zeroed memory in a
@@ -157,7 +101,7 @@ pub unsafe fn add_cpu(
 ) -> bool {
     // SAFETY: the caller's promises are those of the C function.
     !offer.checks()
-        || offer.features & features::RING == 0
+        || !offer.rings()
         || unsafe {
             ffi::umbra_ring_setup(
                 cpu.into(),
@@ -168,7 +112,7 @@ pub unsafe fn add_cpu(
         }
 }
 
-macro_rules! safe_face {
+macro_rules! safe_bindings {
     ($($(#[$doc:meta])* $name:ident = $ffi:ident($($arg:ident: $type:ty),*) $(-> $result:ty)?;)*) => {$(
         $(#[$doc])*
         #[inline(always)]
@@ -180,7 +124,7 @@ macro_rules! safe_face {
     )*};
 }
 
-safe_face! {
+safe_bindings! {
     /// Makes `bytes` from `address` on inaccessible, with a code of [`codes`].
     poison = umbra_poison(address: u64, bytes: u64, code: u8);
     /// Makes `bytes` from `address` on accessible.
@@ -193,25 +137,24 @@ safe_face! {
     /// An allocator hands out `bytes` at `address`, the start of a slot of `slot` bytes.
     alloc = umbra_alloc(address: u64, bytes: u64, slot: u64, redzone: u8, cache: u16);
     /// An allocator takes back `address`, whose object starts at `start` in a slot of `slot` bytes.
-    /// False, after a report, when that is a double or an invalid free: the allocator must leave it
-    /// alone then.
+    /// False, after a report, when that is a double or an invalid free: the allocator must not free
+    /// it then.
     free = umbra_free(address: u64, start: u64, slot: u64, code: u8) -> bool;
-    /// As [`free`], but the memory waits in the quarantine, if there is one for `allocator`
-    /// ([`quarantine_add`]): then the result is false too, and the allocator's release function
+    /// As [`free`], but the memory goes into the quarantine, if there is one for `allocator`
+    /// ([`quarantine_add`]). Then the result is false too, and the allocator's release function
     /// gets `start`, `slot` and `note` later. Release functions are called from here, for other
     /// memory: the caller holds no lock that they take.
     free_later = umbra_free_later(address: u64, start: u64, slot: u64, code: u8, allocator: u8, note: u8) -> bool;
-    /// Gives all that waits in the quarantine back to its allocators, for one that has no memory
-    /// left. Returns how many objects came back. The caller holds no lock that a release function
+    /// Empties the quarantine, for an allocator that has no memory left. Returns the number of
+    /// objects that their allocators got back. The caller holds no lock that a release function
     /// takes.
     quarantine_drain = umbra_quarantine_drain() -> u64;
-    /// Bytes of redzone that an allocator shall put behind objects of `object` bytes: the same
-    /// during a whole run. 0 without Umbra, or where redzones are switched off; then memory is laid
-    /// out as without checks.
+    /// Bytes of redzone that an allocator puts behind objects of `object` bytes. The number is the
+    /// same during a whole run. 0 without Umbra, or where redzones are switched off: then memory is
+    /// laid out as without checks.
     redzone = umbra_redzone(object: u64) -> u64;
-    /// Work is made that has to do with the object that holds `address`, and will run later: it may
-    /// free it, for instance. A finding on the object tells the stack of the caller. The last two
-    /// are kept.
+    /// Work on the object that holds `address` is queued, such as work that will free it. A finding
+    /// on the object shows the stack of the caller. The last two stacks are kept.
     aux_stack = umbra_aux_stack(address: u64);
     /// Reports a free of something that no allocator knows.
     invalid_free = umbra_invalid_free(address: u64);
@@ -221,7 +164,7 @@ safe_face! {
     /// Bad accesses and frees seen so far on all CPUs, reported or not: for a kernel's tests of its
     /// own.
     violations = umbra_violations() -> u64;
-    /// A thread's stack comes into being.
+    /// A thread gets a stack.
     stack_alloc = umbra_stack_alloc(start: u64, bytes: u64);
     /// A thread's stack is given back.
     stack_free = umbra_stack_free(start: u64, bytes: u64);
@@ -245,9 +188,9 @@ pub fn name_task(id: u32, name: &str) {
     unsafe { ffi::umbra_name_task(id, name.as_ptr(), name.len() as u64) }
 }
 
-/// Numbers an allocator for [`free_later`]. `release` gets what has waited long enough, on any CPU,
-/// in whatever frees. 0, which is no allocator's number, where there is no quarantine. To be called
-/// after [`start`].
+/// Numbers an allocator for [`free_later`]. `release` gets memory that has left the quarantine. It
+/// runs on any CPU, inside a call that frees. Returns 0, which is no allocator's number, where there
+/// is no quarantine. Called after [`start`].
 ///
 /// # Safety
 /// `release` may be called with `context` until the guest ends.
@@ -266,8 +209,8 @@ pub fn suppressed<T>(work: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Lets a page-fault handler ask whether the fault was a check's, of an address without shadow. If
-/// so the access has been reported, `trap` is where to go on, and true comes back.
+/// A page-fault handler calls this first. If the fault was a check's, for an address without shadow,
+/// the access is reported, `trap` says where to go on, and the result is true.
 ///
 /// # Safety
 /// `trap` holds the registers at the fault.

@@ -1,7 +1,9 @@
 //! Hypercalls with wild values, rings with garbage, floods of reports, names that want to steer a
 //! terminal.
 
-use umbra_shadow::abi::{RECORD_BYTES, RECORD_NAME_MAX, access, call, exit, name, record};
+use umbra_shadow::abi::{
+    Access, CallNumber, ExitReason, NameKind, RECORD_BYTES, RECORD_NAME_MAX, RecordKind,
+};
 use umbra_shadow::codes::{PAGE_BYTES, SLAB_FREE};
 
 use super::guest::{BYTE_WINDOW, CODE, FREE, Guest, PAGE_WINDOW, RAM, Row, VIRTUAL_BYTES};
@@ -83,18 +85,18 @@ fn wild_calls(mode: &str) {
     for round in 0..100 {
         for number in 0..=20 {
             let mut row = [number, random.wild(), random.wild(), random.wild(), random.wild()];
-            if number == u64::from(call::EXIT) {
-                row[1] = row[1].max(exit::FAULT + 1);
+            if number == u64::from(CallNumber::Exit) {
+                row[1] = row[1].max(u64::from(ExitReason::Fault) + 1);
             }
             // Rings over code or tables would end the run early: they are a test of their own.
-            if number == u64::from(call::RING_SETUP) {
+            if number == u64::from(CallNumber::RingSetup) {
                 row[1] = row[1].max(FREE);
             }
             rows.push(row);
         }
         if round == 50 {
-            rows.push([call::REGION_ADD.into(), 0, RAM, 0, 0]);
-            rows.push([call::RING_SETUP.into(), FREE, 64 * 65, 0, 0]);
+            rows.push([CallNumber::RegionAdd.into(), 0, RAM, 0, 0]);
+            rows.push([CallNumber::RingSetup.into(), FREE, 64 * 65, 0, 0]);
         }
     }
     let made = rows.len() as u64;
@@ -143,7 +145,8 @@ fn rax_of(result: u64) -> u64 {
 
 fn wild_exit_reasons() {
     let reasons = [3, 4, 0xff, 1 << 32, 1 << 63, u64::MAX];
-    let rows: Vec<Row> = reasons.iter().map(|r| [call::EXIT.into(), *r, *r, *r, *r]).collect();
+    let rows: Vec<Row> =
+        reasons.iter().map(|r| [CallNumber::Exit.into(), *r, *r, *r, *r]).collect();
     let guest = Guest::new(|g| {
         g.calls(&rows)?;
         g.done()
@@ -159,13 +162,13 @@ fn wild_exit_reasons() {
 
 fn exits_with_wild_values() {
     for (arguments, outcome, status) in [
-        ([exit::DONE, 1, 0, 0], "failed", 3),
-        ([exit::DONE, u64::MAX, u64::MAX, u64::MAX], "failed", 3),
-        ([exit::PANIC, u64::MAX, 0, 0], "panic", 3),
-        ([exit::FAULT, u64::MAX, u64::MAX, u64::MAX], "fault", 3),
-        ([exit::FAULT, 14 | 2 << 32, CODE, 0], "fault", 3),
+        ([ExitReason::Done.into(), 1, 0, 0], "failed", 3),
+        ([ExitReason::Done.into(), u64::MAX, u64::MAX, u64::MAX], "failed", 3),
+        ([ExitReason::Panic.into(), u64::MAX, 0, 0], "panic", 3),
+        ([ExitReason::Fault.into(), u64::MAX, u64::MAX, u64::MAX], "fault", 3),
+        ([ExitReason::Fault.into(), 14 | 2 << 32, CODE, 0], "fault", 3),
     ] {
-        let run = quiet(Guest::new(|g| g.call(call::EXIT, arguments)), "");
+        let run = quiet(Guest::new(|g| g.call(CallNumber::Exit, arguments)), "");
         run.expect(status);
         assert_eq!(run.outcome(), outcome, "{arguments:x?}");
         assert_eq!(run.stderr.lines().count(), 1, "{}", run.stderr);
@@ -188,7 +191,7 @@ fn a_flood_of_reports() {
         a.mov(r8, r12)?;
         a.mov(rcx, r12)?;
         a.shl(rcx, 32)?;
-        a.mov(eax, call::REPORT)?;
+        a.mov(eax, u32::from(CallNumber::Report))?;
         a.out(dx, eax)?;
         a.dec(r12)?;
         a.jnz(next)?;
@@ -205,8 +208,9 @@ fn a_flood_of_reports() {
 }
 
 fn equal_reports_are_one() {
-    let rows: Vec<Row> =
-        (0..500).map(|i| [call::REPORT.into(), FREE + i, 1, access::WRITE.into(), CODE]).collect();
+    let rows: Vec<Row> = (0..500)
+        .map(|i| [CallNumber::Report.into(), FREE + i, 1, Access::Write.into(), CODE])
+        .collect();
     let guest = Guest::new(|g| {
         g.region()?;
         g.calls(&rows)?;
@@ -238,7 +242,7 @@ fn garbage_in_the_ring() {
     // Names are taken, and not counted.
     let named = |records: &[[u8; RECORD_BYTES as usize]]| {
         let named = |r: &&[u8; RECORD_BYTES as usize]| {
-            r[0] == record::CACHE && usize::from(r[1]) <= RECORD_NAME_MAX
+            r[0] == u8::from(RecordKind::Cache) && usize::from(r[1]) <= RECORD_NAME_MAX
         };
         records.iter().filter(named).count() as u64
     };
@@ -251,12 +255,12 @@ fn garbage_in_the_ring() {
         let mut ring = vec![0; 64];
         ring.extend(&garbage);
         let ring = g.data(&ring);
-        g.call(call::RING_SETUP, [ring, 64 * (RECORDS + 1), 0, u64::MAX])?;
+        g.call(CallNumber::RingSetup, [ring, 64 * (RECORDS + 1), 0, u64::MAX])?;
         for count in [u64::MAX, 1 << 63, RECORDS + 1, RECORDS, 3, 0] {
             g.asm.mov(rax, count)?;
             g.asm.mov(rbx, ring)?;
             g.asm.mov(qword_ptr(rbx), rax)?;
-            g.call(call::RING_DRAIN, [0; 4])?;
+            g.call(CallNumber::RingDrain, [0; 4])?;
         }
         // Also with what came of it: a report of an address that some record spoke of.
         g.report(FREE, 1, 0, CODE)?;
@@ -277,7 +281,7 @@ fn garbage_in_the_ring() {
 }
 
 fn rings_in_bad_places() {
-    let ring = |va, bytes, cpu| [call::RING_SETUP.into(), va, bytes, cpu, 0];
+    let ring = |va, bytes, cpu| [CallNumber::RingSetup.into(), va, bytes, cpu, 0];
     let wrong: Vec<Row> = vec![
         ring(0, 0, 0),
         ring(FREE, 64, 0),
@@ -291,11 +295,11 @@ fn rings_in_bad_places() {
         ring(FREE, 128, 64),
         ring(FREE, 128, 0xffff),
         ring(FREE, 128, 1 << 40),
-        [call::RING_DRAIN.into(), 1 << 16, 0, 0, 0],
+        [CallNumber::RingDrain.into(), 1 << 16, 0, 0, 0],
         // No ring is there.
-        [call::RING_DRAIN.into(), 0, 0, 0, 0],
-        [call::RING_DRAIN.into(), 63, 0, 0, 0],
-        [call::RING_DRAIN.into(), 0xffff, 0, 0, 0],
+        [CallNumber::RingDrain.into(), 0, 0, 0, 0],
+        [CallNumber::RingDrain.into(), 63, 0, 0, 0],
+        [CallNumber::RingDrain.into(), 0xffff, 0, 0, 0],
     ];
     let guest = Guest::new(|g| {
         g.region()?;
@@ -313,9 +317,9 @@ fn a_ring_over_the_code() {
     for at in [CODE, 0x9000, 0] {
         let guest = Guest::new(|g| {
             g.region()?;
-            g.call(call::RING_SETUP, [at, 64 * 1000, 0, 0])?;
-            g.call(call::RING_DRAIN, [0; 4])?;
-            g.call(call::RING_DRAIN, [0; 4])?;
+            g.call(CallNumber::RingSetup, [at, 64 * 1000, 0, 0])?;
+            g.call(CallNumber::RingDrain, [0; 4])?;
+            g.call(CallNumber::RingDrain, [0; 4])?;
             g.done()
         });
         let run = quiet(guest, "--timeout 3s");
@@ -337,18 +341,18 @@ fn wild_names() {
     let guest = Guest::new(|g| {
         g.region()?;
         let at = g.data(bad);
-        for (kind, id) in [(name::TASK, 7), (name::CACHE, 9)] {
-            g.call(call::NAME, [kind, at, 64 | id << 32, 40])?;
+        for (kind, id) in [(u64::from(NameKind::Task), 7), (NameKind::Cache.into(), 9)] {
+            g.call(CallNumber::Name, [kind, at, 64 | id << 32, 40])?;
             // Longer than a name may be, not in memory, wrapping, of an unknown kind.
-            g.call(call::NAME, [kind, at, 65 | id << 32, 40])?;
-            g.call(call::NAME, [kind, at, 0xffff_ffff | id << 32, 40])?;
-            g.call(call::NAME, [kind, RAM - 8, 64 | id << 32, 40])?;
-            g.call(call::NAME, [kind, u64::MAX - 8, 64 | id << 32, 40])?;
+            g.call(CallNumber::Name, [kind, at, 65 | id << 32, 40])?;
+            g.call(CallNumber::Name, [kind, at, 0xffff_ffff | id << 32, 40])?;
+            g.call(CallNumber::Name, [kind, RAM - 8, 64 | id << 32, 40])?;
+            g.call(CallNumber::Name, [kind, u64::MAX - 8, 64 | id << 32, 40])?;
         }
-        g.call(call::NAME, [2, at, 8, 0])?;
-        g.call(call::ALLOCATED, [FREE, 40, 9 | 7 << 32, 0])?;
-        g.call(call::POISON, [FREE, 40, SLAB_FREE.into(), 0])?;
-        g.report(FREE + 8, 8, u64::from(access::WRITE) | 7 << 32, CODE)?;
+        g.call(CallNumber::Name, [2, at, 8, 0])?;
+        g.call(CallNumber::Allocated, [FREE, 40, 9 | 7 << 32, 0])?;
+        g.call(CallNumber::Poison, [FREE, 40, SLAB_FREE.into(), 0])?;
+        g.report(FREE + 8, 8, u64::from(Access::Write) | 7 << 32, CODE)?;
         g.done()
     });
     let run = quiet(guest, "--keep-going --notify sync");
@@ -375,17 +379,17 @@ fn too_many_names() {
         g.region()?;
         let at = g.data(&[b'x'; 64]);
         let a = &mut g.asm;
-        for kind in [name::TASK, name::CACHE] {
+        for kind in [NameKind::Task, NameKind::Cache] {
             let mut next = a.create_label();
-            a.mov(r12, if kind == name::TASK { NAMES } else { 0xffff })?;
+            a.mov(r12, if kind == NameKind::Task { NAMES } else { 0xffff })?;
             a.mov(edx, u32::from(umbra_shadow::abi::PORT))?;
             a.set_label(&mut next)?;
-            a.mov(rdi, kind)?;
+            a.mov(rdi, u64::from(kind))?;
             a.mov(rsi, at)?;
             a.mov(rcx, r12)?;
             a.shl(rcx, 32)?;
             a.or(rcx, 64)?;
-            a.mov(eax, call::NAME)?;
+            a.mov(eax, u32::from(CallNumber::Name))?;
             a.out(dx, eax)?;
             a.dec(r12)?;
             a.jnz(next)?;
@@ -448,19 +452,19 @@ fn wild_frame_pointers() {
 fn a_region_that_lies() {
     for mode in ["--notify sync", "--notify ring", "--shadow full"] {
         let guest = Guest::new(|g| {
-            g.call(call::REGION_ADD, [0xffff_8000_0000_0000, 8 << 20, 8 << 20, 0])?;
-            g.call(call::REGION_ADD, [0, 0x1000, RAM - 0x1000, 0])?;
-            g.call(call::REGION_ADD, [u64::MAX - 0xfff, 0x1000, 0, 0])?;
-            g.call(call::REGION_ADD, [0x10_0000, RAM, 0, 0])?;
+            g.call(CallNumber::RegionAdd, [0xffff_8000_0000_0000, 8 << 20, 8 << 20, 0])?;
+            g.call(CallNumber::RegionAdd, [0, 0x1000, RAM - 0x1000, 0])?;
+            g.call(CallNumber::RegionAdd, [u64::MAX - 0xfff, 0x1000, 0, 0])?;
+            g.call(CallNumber::RegionAdd, [0x10_0000, RAM, 0, 0])?;
             for address in
                 [0, 0xff8, 0xffff_8000_0000_0000, 0xffff_8000_007f_fff8, u64::MAX - 8, 0x10_0000]
             {
-                g.call(call::ALLOCATED, [address, 8, 0, 0])?;
-                g.call(call::POISON, [address, 8, SLAB_FREE.into(), 0])?;
-                g.call(call::RING_SETUP, [address & !63, 128, 0, 0])?;
+                g.call(CallNumber::Allocated, [address, 8, 0, 0])?;
+                g.call(CallNumber::Poison, [address, 8, SLAB_FREE.into(), 0])?;
+                g.call(CallNumber::RingSetup, [address & !63, 128, 0, 0])?;
                 g.report(address, 16, 0, address)?;
             }
-            g.call(call::RING_DRAIN, [0; 4])?;
+            g.call(CallNumber::RingDrain, [0; 4])?;
             g.done()
         });
         let run = quiet(guest, &format!("--keep-going {mode}"));
@@ -477,16 +481,16 @@ fn sync_calls_at_every_edge() {
     for start in EDGES {
         for end in EDGES {
             let len = end.wrapping_sub(start);
-            rows.push([call::POISON.into(), start, len, SLAB_FREE.into(), 0]);
-            rows.push([call::UNPOISON.into(), start, len, 0, 0]);
-            rows.push([call::ALLOCATED.into(), start, len, 0, 0]);
-            rows.push([call::FREED.into(), start, 0, 0, 0]);
+            rows.push([CallNumber::Poison.into(), start, len, SLAB_FREE.into(), 0]);
+            rows.push([CallNumber::Unpoison.into(), start, len, 0, 0]);
+            rows.push([CallNumber::Allocated.into(), start, len, 0, 0]);
+            rows.push([CallNumber::Freed.into(), start, 0, 0, 0]);
         }
     }
-    rows.push([call::POISON.into(), 0, RAM, SLAB_FREE.into(), 0]);
-    rows.push([call::UNPOISON.into(), 0, RAM, 0, 0]);
+    rows.push([CallNumber::Poison.into(), 0, RAM, SLAB_FREE.into(), 0]);
+    rows.push([CallNumber::Unpoison.into(), 0, RAM, 0, 0]);
     // The shadow is clean again: a report finds nothing wrong there, but is heard.
-    rows.push([call::REPORT.into(), FREE, 8, 0, CODE]);
+    rows.push([CallNumber::Report.into(), FREE, 8, 0, CODE]);
     let guest = Guest::new(|g| {
         g.region()?;
         g.calls(&rows)?;
@@ -505,7 +509,7 @@ fn sync_calls_at_every_edge() {
 /// may be.
 fn virtual_memory_in_bad_places() {
     const VA: u64 = 0xffff_c900_0000_0000;
-    let add = |va, bytes| [call::VIRTUAL_ADD.into(), va, bytes, 0, 0];
+    let add = |va, bytes| [CallNumber::VirtualAdd.into(), va, bytes, 0, 0];
     let all = VIRTUAL_BYTES;
     let wrong: Vec<Row> = vec![
         add(VA + 8, 0x1000),
@@ -553,7 +557,7 @@ fn virtual_memory_without_end() {
                 g.asm.mov(rbx, gpa)?;
                 g.asm.mov(byte_ptr(rbx), u32::from(PAGE_BYTES))?;
             }
-            g.call(call::VIRTUAL_ADD, [VA, VIRTUAL_BYTES, 0, 0])?;
+            g.call(CallNumber::VirtualAdd, [VA, VIRTUAL_BYTES, 0, 0])?;
             let a = &mut g.asm;
             let mut next = a.create_label();
             // A byte-checked page for each chunk, so that none may be taken away.

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use iced_x86::code_asm::*;
-use umbra_shadow::abi::access;
+use umbra_shadow::abi::Access;
 
 use super::guest::{BYTE_WINDOW, CODE, FREE, Guest, PAGE_WINDOW};
 use super::{OUTPUT, quiet, ring0_is_emulated, run};
@@ -38,7 +38,7 @@ fn jumps_into_nothing() {
     for target in [0x7f_ffff_f000, 1 << 63, 0x3000_0000, 0xfee0_0000, u64::MAX] {
         let guest = Guest::new(|g| {
             g.region()?;
-            g.report(FREE, 1, u64::from(access::WRITE), CODE)?;
+            g.report(FREE, 1, u64::from(Access::Write), CODE)?;
             g.asm.mov(rax, target)?;
             g.asm.jmp(rax)
         });
@@ -97,7 +97,7 @@ fn endless_hypercalls() {
     let guest = Guest::new(|g| {
         let mut again = g.asm.create_label();
         g.asm.set_label(&mut again)?;
-        g.call(0xdead, [1, 2, 3, 4])?;
+        g.call(0xdeadu32, [1, 2, 3, 4])?;
         g.asm.jmp(again)
     });
     let run = quiet(guest, "--timeout 300ms");
@@ -108,7 +108,7 @@ fn endless_hypercalls() {
 fn findings_outlive_the_time_limit() {
     let guest = Guest::new(|g| {
         g.region()?;
-        g.report(FREE, 1, u64::from(access::WRITE), CODE)?;
+        g.report(FREE, 1, u64::from(Access::Write), CODE)?;
         let mut again = g.asm.create_label();
         g.asm.set_label(&mut again)?;
         g.asm.jmp(again)

@@ -5,7 +5,7 @@
 
 use iced_x86::code_asm::*;
 use umbra::machine::layout::{BOOT_PDPT, BOOT_PML4, GDT};
-use umbra_shadow::abi::{PORT, call, exit};
+use umbra_shadow::abi::{CallNumber, ExitReason, PORT};
 use umbra_tests::elf::ElfBuilder;
 
 /// Guest memory of all these guests, in bytes.
@@ -119,12 +119,16 @@ impl Guest {
     }
 
     /// Makes one call.
-    pub fn call(&mut self, number: u32, [a, b, c, d]: [u64; 4]) -> Result<(), IcedError> {
+    pub fn call(
+        &mut self,
+        number: impl Into<u32>,
+        [a, b, c, d]: [u64; 4],
+    ) -> Result<(), IcedError> {
         for (register, value) in [(rdi, a), (rsi, b), (rcx, c), (r8, d)] {
             self.asm.mov(register, value)?;
         }
         self.asm.mov(edx, u32::from(PORT))?;
-        self.asm.mov(eax, number)?;
+        self.asm.mov(eax, number.into())?;
         self.asm.out(dx, eax)
     }
 
@@ -151,12 +155,12 @@ impl Guest {
 
     /// Tells of all its memory, one to one.
     pub fn region(&mut self) -> Result<(), IcedError> {
-        self.call(call::REGION_ADD, [0, RAM, 0, 0])
+        self.call(CallNumber::RegionAdd, [0, RAM, 0, 0])
     }
 
     /// Reports an access.
     pub fn report(&mut self, address: u64, size: u64, what: u64, ip: u64) -> Result<(), IcedError> {
-        self.call(call::REPORT, [address, size, what, ip])
+        self.call(CallNumber::Report, [address, size, what, ip])
     }
 
     /// Starts all other CPUs. They go on behind this in 64-bit mode, as the first does, each on a
@@ -198,15 +202,15 @@ impl Guest {
 
     /// Ends the run: done, and it went well.
     pub fn done(&mut self) -> Result<(), IcedError> {
-        self.call(call::EXIT, [exit::DONE, 0, 0, 0])
+        self.call(CallNumber::Exit, [ExitReason::Done.into(), 0, 0, 0])
     }
 
     /// Ends the run: done; it went wrong if `rbx` is not 0.
     pub fn done_unless_rbx(&mut self) -> Result<(), IcedError> {
         self.asm.mov(rsi, rbx)?;
-        self.asm.mov(rdi, exit::DONE)?;
+        self.asm.mov(rdi, u64::from(ExitReason::Done))?;
         self.asm.mov(edx, u32::from(PORT))?;
-        self.asm.mov(eax, call::EXIT)?;
+        self.asm.mov(eax, u32::from(CallNumber::Exit))?;
         self.asm.out(dx, eax)
     }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use iced_x86::code_asm::*;
-use umbra_shadow::abi::{PORT, access, call, exit};
+use umbra_shadow::abi::{Access, CallNumber, ExitReason, PORT};
 use umbra_shadow::codes::{PAGE_BUSY, PAGE_BYTES, SLAB_FREE};
 use umbra_tests::program::Umbra;
 
@@ -77,16 +77,16 @@ fn all_done(g: &mut Guest, cpus: u32) -> Result<(), IcedError> {
 fn all_cpus_hammer_calls(mode: &str) {
     let wild = [0, 1, 0x1000, FREE, PAGE_WINDOW, BYTE_WINDOW, 1 << 63, u64::MAX - 7];
     let mut rows: Vec<Row> = Vec::new();
-    for number in (0..16).filter(|number| *number != call::EXIT) {
+    for number in (0..16).filter(|number| *number != u64::from(CallNumber::Exit)) {
         for (i, value) in wild.into_iter().enumerate() {
             let next = wild[(i + 3) % wild.len()];
-            rows.push([number.into(), value, next, value & 7, next]);
+            rows.push([number, value, next, value & 7, next]);
         }
     }
     for cpu in 0..4 {
-        rows.push([call::RING_SETUP.into(), FREE + cpu * 0x1000, 0x1000, cpu, 0]);
-        rows.push([call::RING_DRAIN.into(), cpu, 0, 0, 0]);
-        rows.push([call::REPORT.into(), FREE + 8 * cpu, 4, access::WRITE.into(), CODE + cpu]);
+        rows.push([CallNumber::RingSetup.into(), FREE + cpu * 0x1000, 0x1000, cpu, 0]);
+        rows.push([CallNumber::RingDrain.into(), cpu, 0, 0, 0]);
+        rows.push([CallNumber::Report.into(), FREE + 8 * cpu, 4, Access::Write.into(), CODE + cpu]);
     }
     let guest = Guest::new(|g| {
         g.region()?;
@@ -107,7 +107,7 @@ fn wild_rings_of_running_cpus() {
     let guest = Guest::new(|g| {
         g.region()?;
         for cpu in 0..4 {
-            g.call(call::RING_SETUP, [FREE + cpu * 0x1000, 0x1000, cpu, 0])?;
+            g.call(CallNumber::RingSetup, [FREE + cpu * 0x1000, 0x1000, cpu, 0])?;
         }
         g.start_others()?;
         barrier(g, 4)?;
@@ -126,7 +126,7 @@ fn wild_rings_of_running_cpus() {
         a.mov(qword_ptr(rax + rcx * 8), rbx)?;
         a.mov(rdi, r15)?;
         a.mov(edx, u32::from(PORT))?;
-        a.mov(eax, call::RING_DRAIN)?;
+        a.mov(eax, u32::from(CallNumber::RingDrain))?;
         a.out(dx, eax)?;
         a.dec(r12)?;
         a.jnz(again)?;
@@ -148,7 +148,7 @@ fn others_go_on(what: impl FnOnce(&mut Guest) -> Result<(), IcedError>) -> Guest
         g.asm.jne(go_on)?;
         what(g)?;
         g.asm.set_label(&mut go_on)?;
-        g.call(call::HELLO, [1, 0, 0, 0])?;
+        g.call(CallNumber::Hello, [1, 0, 0, 0])?;
         g.asm.jmp(go_on)
     })
 }
@@ -166,7 +166,10 @@ fn one_cpu_triple_faults() {
 }
 
 fn one_cpu_exits() {
-    let run = quiet(others_go_on(|g| g.call(call::EXIT, [exit::PANIC, 0, 0, 0])), "--cpus 4");
+    let run = quiet(
+        others_go_on(|g| g.call(CallNumber::Exit, [ExitReason::Panic.into(), 0, 0, 0])),
+        "--cpus 4",
+    );
     run.expect(3);
     assert_eq!(run.outcome(), "panic");
 }
@@ -222,7 +225,7 @@ fn report_as_oneself(g: &mut Guest) -> Result<(), IcedError> {
     a.mov(esi, 1)?;
     a.xor(ecx, ecx)?;
     a.mov(edx, u32::from(PORT))?;
-    a.mov(eax, call::REPORT)?;
+    a.mov(eax, u32::from(CallNumber::Report))?;
     a.out(dx, eax)
 }
 
@@ -311,7 +314,7 @@ fn live_shadow(arguments: &str, chunks: u32) {
     let cpus = 4;
     let guest = Guest::new(|g| {
         g.region()?;
-        g.call(call::RING_SETUP, [FREE, 0x1000, 0, 0])?;
+        g.call(CallNumber::RingSetup, [FREE, 0x1000, 0, 0])?;
         g.start_others()?;
         barrier(g, cpus)?;
         let a = &mut g.asm;
@@ -330,7 +333,7 @@ fn live_shadow(arguments: &str, chunks: u32) {
         a.jnz(breath)?;
         a.xor(edi, edi)?;
         a.mov(edx, u32::from(PORT))?;
-        a.mov(eax, call::RING_DRAIN)?;
+        a.mov(eax, u32::from(CallNumber::RingDrain))?;
         a.out(dx, eax)?;
         a.mov(rax, DONE)?;
         a.cmp(dword_ptr(rax), cpus - 1)?;

@@ -2,7 +2,7 @@
 //! their ends.
 
 use iced_x86::code_asm::*;
-use umbra_shadow::abi::{self, access, call};
+use umbra_shadow::abi::{self, Access, CallNumber, GuestFlags};
 use umbra_shadow::codes::{FREE_PAGE, PAGE_BYTES, SLAB_FREE, SLAB_FREE_TRACK};
 
 use super::guest::{
@@ -34,10 +34,10 @@ pub const ALL: &[(&str, fn())] = &[
 /// page tables.
 fn all_memory_is_unused(code: u8) {
     let guest = Guest::new(|g| {
-        let unused = abi::hello::FREE_PAGES_UNUSED | abi::hello::QUARANTINE_UNUSED;
-        g.call(call::HELLO, [abi::VERSION.into(), unused, 0, 0])?;
+        let unused = (GuestFlags::FREE_PAGES_UNUSED | GuestFlags::QUARANTINE_UNUSED).bits();
+        g.call(CallNumber::Hello, [abi::VERSION.into(), unused, 0, 0])?;
         g.region()?;
-        g.report(FREE, 1, u64::from(access::WRITE), CODE)?;
+        g.report(FREE, 1, u64::from(Access::Write), CODE)?;
         let a = &mut g.asm;
         a.mov(rdi, PAGE_WINDOW)?;
         a.mov(ecx, (RAM >> 12) as u32)?;
@@ -46,7 +46,7 @@ fn all_memory_is_unused(code: u8) {
         a.rep().stosb()?;
         let mut again = a.create_label();
         a.set_label(&mut again)?;
-        g.call(call::HELLO + 99, [0; 4])?;
+        g.call(u32::from(CallNumber::Hello) + 99, [0; 4])?;
         g.asm.jmp(again)
     });
     let run = quiet(guest, "--keep-going --timeout 20s");
@@ -63,7 +63,7 @@ const CHUNKS: u64 = BYTE_WINDOW_BYTES / CHUNK;
 fn touch_every_chunk(used: bool) -> Guest {
     Guest::new(|g| {
         g.region()?;
-        g.report(FREE, 1, u64::from(access::WRITE), CODE)?;
+        g.report(FREE, 1, u64::from(Access::Write), CODE)?;
         for chunk in 0..CHUNKS {
             if used {
                 g.asm.mov(rbx, PAGE_WINDOW + chunk * 512)?;
@@ -119,7 +119,7 @@ fn the_limit_binds_calls_too() {
     let guest = Guest::new(|g| {
         g.region()?;
         for chunk in 0..CHUNKS {
-            g.call(call::POISON, [chunk * (2 << 20) + 8, 8, SLAB_FREE.into(), 0])?;
+            g.call(CallNumber::Poison, [chunk * (2 << 20) + 8, 8, SLAB_FREE.into(), 0])?;
         }
         g.done()
     });
@@ -150,7 +150,7 @@ fn tampering(at: u64) {
     let guest = Guest::new(|g| {
         g.region()?;
         // The chunk is there: its page is byte-checked.
-        g.call(call::POISON, [0x123_000, 8, SLAB_FREE.into(), 0])?;
+        g.call(CallNumber::Poison, [0x123_000, 8, SLAB_FREE.into(), 0])?;
         store_at(g, at)?;
         g.done_unless_rbx()
     });
@@ -272,7 +272,7 @@ fn stores_of_every_kind() {
 fn garbage_in_the_shadow() {
     let guest = Guest::new(|g| {
         g.region()?;
-        g.call(call::RING_SETUP, [FREE, 128, 0, 0])?;
+        g.call(CallNumber::RingSetup, [FREE, 128, 0, 0])?;
         for (page, value) in
             [(0x900u64, 3u32), (0x901, 0x7f), (0x902, 2), (0x903, 1), (0x904, 0x80), (0x905, 0xff)]
         {
@@ -280,7 +280,7 @@ fn garbage_in_the_shadow() {
             g.asm.mov(byte_ptr(rbx), value)?;
             g.asm.mov(rbx, BYTE_WINDOW + page * 512)?;
             g.asm.mov(byte_ptr(rbx), 0x55)?;
-            g.call(call::RING_DRAIN, [0; 4])?;
+            g.call(CallNumber::RingDrain, [0; 4])?;
             g.report(page << 12, 8, 0, CODE + page)?;
             g.report((page << 12) + 4095, 8, 1, CODE + page + 0x1000)?;
         }

@@ -39,7 +39,7 @@ const LEAF1_EDX_APIC: u32 = 1 << 9;
 const LEAF1_EDX_HTT: u32 = 1 << 28;
 /// KVM's own features (Linux, Documentation/virt/kvm/x86/cpuid.rst).
 const KVM_FEATURES: u32 = 0x4000_0001;
-/// Those that a guest is told of: its clock, which needs no calibration; that ports need no delay;
+/// The ones that are kept: its clock, which needs no calibration; that ports need no delay;
 /// and that the end of an interrupt needs no exit. The others are hypercalls, which never return on
 /// a host that emulates ring 0 (between them `KVM_FEATURE_PV_SEND_IPI` and `PV_UNHALT`, without
 /// which Linux uses its local APIC), or go with a host that swaps guests out.
@@ -86,7 +86,7 @@ pub fn table(
                 if cpus > 1 {
                     entry.edx |= LEAF1_EDX_HTT;
                 }
-                // A guest shall look for hypervisor leaves.
+                // Makes a guest look for hypervisor leaves.
                 entry.ecx |= LEAF1_ECX_HYPERVISOR;
                 // KVM's instruction emulator has no cmpxchg16b: on a host that emulates ring 0 each
                 // is an exit.

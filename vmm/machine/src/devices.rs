@@ -242,8 +242,8 @@ impl Devices {
         const DIVISOR_LATCH: u8 = 1 << 7;
         let value = self.serial.read((port - COM1) as u8);
         match port {
-            // A look takes it away from the real port, so that Linux loses it if it comes while a
-            // message is printed. Here it stays with its byte.
+            // Reading the status clears a break on the real port, so Linux loses a break that comes
+            // while it prints a message. Here the break stays with its byte.
             COM1_STATUS if self.break_next => value | BREAK,
             COM1 => {
                 self.break_next &= self.serial.state().line_control & DIVISOR_LATCH != 0;

@@ -133,7 +133,7 @@ impl Kvm {
     }
 }
 
-/// What a machine shall have.
+/// The configuration of a machine.
 #[derive(Clone, Debug)]
 pub struct MachineConfig {
     /// Bytes of RAM, a multiple of 4096 from [`layout::MIN_MEMORY`] to [`layout::MAX_MEMORY`].
@@ -186,8 +186,8 @@ impl Machine {
         let fd = kvm.fd.create_vm().map_err(refused("create a VM"))?;
         fd.set_tss_address(layout::KVM_TSS as usize).map_err(refused("set the TSS address"))?;
         if kvm.emulation_exits {
-            // An instruction that KVM cannot emulate shall end up here from ring 3 too, not as #UD
-            // in the guest.
+            // Makes an instruction of ring 3 that KVM cannot emulate an exit too, and not a #UD in
+            // the guest.
             let cap = kvm_enable_cap {
                 cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE,
                 args: [1, 0, 0, 0],

@@ -126,9 +126,9 @@ impl Ram {
         }
     }
 
-    /// Gives the host memory behind `pages` (guest-physical, multiples of 4096) back as far as they
-    /// are RAM and resident; they read as zero from then on. Returns the bytes that went. No vCPU
-    /// runs meanwhile.
+    /// Discards `pages` (guest-physical, multiples of 4096) as far as they are RAM and resident:
+    /// their host memory is reclaimed, and they read as zero from then on. Returns the bytes. No
+    /// vCPU runs meanwhile.
     ///
     /// # Errors
     /// The host refuses.

@@ -1,4 +1,4 @@
-//! Finds out by small guests what a host's KVM can do.
+//! Runs small guests to find out what a host's KVM can do.
 
 use std::sync::mpsc;
 use std::thread;
@@ -10,11 +10,11 @@ use super::vcpu::VmExit;
 
 /// The probe needs a few hundred instructions.
 const LIMIT: Duration = Duration::from_secs(5);
-/// Where it tells its result.
+/// Port for its result.
 const RESULT: u16 = 0x80;
 
-/// Goes to ring 3 and makes a system call, whose entry tells the ring it is in. It lies at 1 MiB
-/// ([`super::layout::KERNEL_START`]) and starts in the boot state.
+/// Goes to ring 3 and makes a system call, whose entry reports the ring it runs in. It lies at 1
+/// MiB ([`super::layout::KERNEL_START`]) and starts in the boot state.
 fn system_call() -> &'static [u8] {
     let (start, end): (*const u8, *const u8);
     // SAFETY: two address calculations; the code goes to a section of its own and is not executed

@@ -1,6 +1,6 @@
-//! The clock of a PC's CMOS (Motorola MC146818): tells a kernel without another clock the date. It
-//! cannot be set and wakes nobody. Without it Linux waits a second for an update to end that never
-//! began.
+//! The clock of a PC's CMOS (Motorola MC146818): gives the date to a kernel without another clock.
+//! It cannot be set and wakes nobody. Without it Linux waits a second for an update to end that
+//! never began.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 

@@ -30,7 +30,7 @@ pub enum MapError {
 pub struct SlotId(u32);
 
 impl SlotId {
-    /// The bare number, for who must keep it as such.
+    /// The bare number, for code that stores it as one.
     pub fn into_raw(self) -> u32 {
         self.0
     }

@@ -101,7 +101,7 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Translates one address. `visit` is told each entry on the way: where it is, what it is,
+    /// Translates one address. `visit` gets each entry on the way: its address, its value, and
     /// whether it is the last.
     fn walk(
         &self,

@@ -1,8 +1,7 @@
 //! The state of a run's provenance: rings are drained into the table of objects and the quarantine.
 
-use umbra_shadow::abi::Released;
+use umbra_shadow::abi::{Record, RecordBody, Released};
 
-use crate::records::RecordEvent;
 use crate::rings::{RingError, RingMemory, RingRecord, Rings};
 use crate::{Objects, Quarantine};
 
@@ -122,8 +121,9 @@ impl Provenance {
         self.objects.related(key, task, frames);
     }
 
-    /// Drains all rings; see [`Rings::drain`]. If a CPU `asked` for it, all its events are complete,
-    /// since a CPU records and poisons with interrupts off. Returns how many records made no sense.
+    /// Drains all rings; see [`Rings::drain`]. If a CPU `asked` for it, all its events are
+    /// complete, since a CPU records and poisons with interrupts off. Returns how many records made
+    /// no sense.
     pub fn drain(&mut self, asked: Option<u16>, memory: &dyn RingMemory, key_of: KeyOf<'_>) -> u64 {
         if let Some(cpu) = asked {
             self.quarantine.complete_in_flight(cpu);
@@ -143,24 +143,23 @@ impl Provenance {
     fn take_in(&mut self, record: &RingRecord, in_flight: bool, key_of: KeyOf<'_>) -> Option<()> {
         let frames = record.frames.get(..record.depth).unwrap_or_default();
         let mut waits = None;
-        match RecordEvent::decode(&record.record)? {
-            RecordEvent::Allocated { address, size, slot, cache, task } => {
-                let (size, slot) = (u64::from(size), u64::from(slot));
+        let Record { task, body } = record.record.ok()?;
+        match body {
+            RecordBody::Allocated { address, bytes, slot, cache, .. } => {
+                let (size, slot) = (u64::from(bytes), u64::from(slot));
                 let key = key_of(address, size.max(slot).max(1))?;
                 self.allocated(Allocation { key, size, slot, cache, task }, frames);
             }
-            RecordEvent::Freed { address, slot, wait, task } => {
+            RecordBody::Freed { address, slot, owner, .. } => {
                 let key = key_of(address, u64::from(slot).max(1))?;
                 self.freed(key, task, frames);
-                let memory = Released { address, slot, wait, reserved: 0 };
-                waits = (wait != 0).then_some(memory);
+                waits = owner.map(|owner| Released::new(address, slot, owner));
             }
-            RecordEvent::Related { address, task } => {
+            RecordBody::Related { address, .. } => {
                 self.related(key_of(address, 1)?, task, frames);
             }
-            RecordEvent::CacheNamed { id, name_len, object_size } => {
-                let name = record.record.name();
-                self.name_cache(id, name.get(..name_len)?, object_size.into());
+            RecordBody::Cache { id, object, name } => {
+                self.name_cache(id, name.as_bytes(), object.into());
             }
         }
         self.quarantine.push_or_defer(record.cpu, waits, in_flight).then_some(())

@@ -1,6 +1,6 @@
 //! Who allocated and freed what.
 //!
-//! A record goes one way: from its CPU's ring ([`rings`]), decoded once (`records.rs`), through
+//! A record goes one way: from its CPU's ring ([`rings`]), decoded once (`umbra_shadow::abi::Record`), through
 //! [`Provenance::drain`] into the table of objects with their call stacks ([`objects`]) and, if it
 //! is a free, into the quarantine ([`quarantine`]).
 //!
@@ -24,8 +24,8 @@
 //!
 //! With a quarantine, most remembered objects are freed ones that wait, so there are many, and each
 //! byte of an object counts. An object takes 48 bytes as a plain struct, before what a tree adds:
-//! its key, the free part of its nodes, and the allocator's own bytes. Neighbours are alike, though:
-//! most lie in one slab, have its size and cache, and come from few call sites. So up to 32
+//! its key, the free part of its nodes, and the allocator's own bytes. Neighbours are alike,
+//! though: most lie in one slab, have its size and cache, and come from few call sites. So up to 32
 //! neighbours share a leaf, in which each stores only how it differs from the one before
 //! (`objects/coding.rs`), and up to 64 leaves share a chunk.
 //!
@@ -33,15 +33,14 @@
 //! stacks and indices included (BENCHMARKS.md, "provenance"): 7.37 bytes for each object with a
 //! quarantine, 10.89 without one, where few objects share the same stacks.
 //!
-//! The price is time. An event finds its leaf by two binary searches and writes the rest of it anew.
-//! The property tests of `objects/table.rs` compare every operation with a `BTreeMap`.
+//! The price is time. An event finds its leaf by two binary searches and writes the rest of it
+//! anew. The property tests of `objects/table.rs` compare every operation with a `BTreeMap`.
 
 mod heap;
 mod history;
 mod names;
 pub mod objects;
 pub mod quarantine;
-mod records;
 pub mod rings;
 mod stacks;
 

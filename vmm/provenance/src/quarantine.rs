@@ -182,11 +182,12 @@ impl Quarantine {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use umbra_shadow::abi::Owner;
 
     use super::*;
 
     fn memory(address: u64, slot: u32) -> Released {
-        Released { address, slot, wait: 1, reserved: 0 }
+        Released::new(address, slot, Owner { allocator: 1, note: 0 })
     }
 
     #[test]

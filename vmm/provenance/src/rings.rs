@@ -13,7 +13,7 @@
 use std::ops::Range;
 
 use thiserror::Error;
-use umbra_shadow::abi::{RECORD_BYTES, RECORD_FRAMES, RING_MAX_RECORDS, Record};
+use umbra_shadow::abi::{BadRecord, RECORD_BYTES, RECORD_FRAMES, RING_MAX_RECORDS, Record};
 use umbra_shadow::codes::PAGE_SIZE;
 
 /// Most CPUs that may have a ring.
@@ -70,8 +70,10 @@ struct Ring {
 pub struct RingRecord {
     /// The CPU that wrote it.
     pub cpu: u16,
-    /// What the guest wrote; nothing in it has been checked.
-    pub record: Record,
+    /// Its place among the records of all CPUs.
+    pub sequence: u32,
+    /// What the guest wrote. The addresses in it have not been checked.
+    pub record: Result<Record, BadRecord>,
     /// Return addresses, innermost first.
     pub frames: [u64; RECORD_FRAMES],
     /// How many of `frames` are set.
@@ -79,11 +81,16 @@ pub struct RingRecord {
 }
 
 impl RingRecord {
-    fn new(record: Record, cpu: u16, text_base: u64) -> Self {
-        let depth = usize::from(record.depth).min(RECORD_FRAMES);
-        let frames =
-            record.frames.map(|f| if f == 0 { 0 } else { text_base.wrapping_add(f.into()) });
-        Self { cpu, record, frames, depth }
+    fn new(bytes: &[u8; RECORD_BYTES as usize], cpu: u16, text_base: u64) -> Self {
+        let record = Record::decode(bytes);
+        let (mut frames, mut depth) = ([0; RECORD_FRAMES], 0);
+        if let Some(stack) = record.as_ref().ok().and_then(|record| record.body.stack()) {
+            for (to, address) in frames.iter_mut().zip(stack.addresses(text_base)) {
+                *to = address;
+                depth += 1;
+            }
+        }
+        Self { cpu, sequence: Record::sequence(bytes), record, frames, depth }
     }
 }
 
@@ -103,8 +110,8 @@ struct Reader {
 }
 
 impl Reader {
-    /// Reads how many records there are and counts all of them as drained. If the ring's CPU `asked`
-    /// for the drain, its ring is emptied. Without new records there is no reader.
+    /// Reads how many records there are and counts all of them as drained. If the ring's CPU
+    /// `asked` for the drain, its ring is emptied. Without new records there is no reader.
     fn new(cpu: u16, ring: &mut Ring, asked: bool, ram: &dyn RingMemory) -> Option<Self> {
         // Copied once, and bounded: the guest may have written anything.
         let count = ram.read_u64(ring.gpa)?.min(ring.records);
@@ -131,8 +138,7 @@ impl Reader {
         }
         self.block.clear();
         let records = bytes.as_chunks::<{ RECORD_BYTES as usize }>().0;
-        let event =
-            |bytes| RingRecord::new(Record::from_bytes(bytes), self.cpu, self.ring.text_base);
+        let event = |bytes| RingRecord::new(bytes, self.cpu, self.ring.text_base);
         self.block.extend(records.iter().map(event));
         self.read += some;
         self.next = 0;
@@ -217,9 +223,9 @@ impl Rings {
         })
     }
 
-    /// Drains all rings: passes their new records to `take` in the order of their numbers, each with
-    /// whether it is the last of its CPU. Every CPU stands still. If a CPU `asked` for the drain,
-    /// its ring is empty afterwards. Returns how many rings there are.
+    /// Drains all rings: passes their new records to `take` in the order of their numbers, each
+    /// with whether it is the last of its CPU. Every CPU stands still. If a CPU `asked` for the
+    /// drain, its ring is empty afterwards. Returns how many rings there are.
     pub fn drain(
         &mut self,
         asked: Option<u16>,
@@ -232,14 +238,13 @@ impl Rings {
         let mut readers: Vec<_> = rings
             .filter_map(|(cpu, ring)| Reader::new(cpu, ring, asked == Some(cpu), ram))
             .collect();
-        // From the record that was drained last on, since the numbers wrap. Nothing depends on what a guest
-        // makes of them but the order of its own events.
+        // Distances count from the record that was drained last, since the numbers wrap. Wild
+        // numbers only change the order of the guest's own events.
         let begin = self.last;
-        let distance =
-            |reader: &Reader| reader.record().record.sequence.wrapping_sub(begin).cast_signed();
+        let distance = |reader: &Reader| reader.record().sequence.wrapping_sub(begin).cast_signed();
         while let Some(next) = (0..readers.len()).min_by_key(|at| distance(&readers[*at])) {
             let reader = &mut readers[next];
-            self.last = reader.record().record.sequence;
+            self.last = reader.record().sequence;
             take(reader.record(), reader.is_last());
             if !reader.advance(ram) {
                 readers.remove(next);
@@ -254,6 +259,15 @@ mod tests {
     use std::cell::RefCell;
 
     use super::*;
+    use umbra_shadow::abi::{RecordBody, RecordKind};
+
+    /// Address and cache of an allocation.
+    fn allocation(record: &RingRecord) -> (u64, u16) {
+        match record.record.map(|record| record.body) {
+            Ok(RecordBody::Allocated { address, cache, .. }) => (address, cache),
+            other => panic!("no allocation: {other:?}"),
+        }
+    }
 
     /// 4 MiB of guest memory.
     struct Ram(RefCell<Vec<u8>>);
@@ -285,8 +299,9 @@ mod tests {
         assert!(ram.write(0x10_0000, &count.to_le_bytes()));
         for i in 0..4u8 {
             let mut bytes = [0; 64];
-            bytes[0] = i + 1;
+            bytes[0] = RecordKind::Allocated.into();
             bytes[1] = 255;
+            bytes[8] = i + 1;
             bytes[24..28].copy_from_slice(&0x8010_0000u32.to_le_bytes());
             assert!(ram.write(0x10_0040 + 64 * u64::from(i), &bytes));
         }
@@ -297,32 +312,32 @@ mod tests {
     fn a_drain_takes_what_the_count_says_once() {
         let (ram, mut rings) = ram_with_ring(2);
         let header = 0x10_0000;
-        let mut kinds = |asked, count: Option<u64>| {
+        let mut addresses = |asked, count: Option<u64>| {
             if let Some(count) = count {
                 assert!(ram.write(header, &count.to_le_bytes()));
             }
-            let mut kinds = Vec::new();
+            let mut addresses = Vec::new();
             rings.drain(asked, &ram, |event, _| {
                 assert_eq!(
                     (event.depth, event.frames[0], event.frames[1]),
                     (10, 0xffff_ffff_8010_0000, 0)
                 );
-                kinds.push(event.record.kind);
+                addresses.push(allocation(event).0);
             });
-            (kinds, ram.read_u64(header).expect("inside RAM"))
+            (addresses, ram.read_u64(header).expect("inside RAM"))
         };
         // Its CPU may be about to write the third: the count is left alone, and goes on from there.
-        assert_eq!(kinds(None, None), (vec![1, 2], 2));
-        assert_eq!(kinds(Some(0), None), (vec![], 2), "another CPU asks");
-        assert_eq!(kinds(None, Some(3)), (vec![3], 3));
+        assert_eq!(addresses(None, None), (vec![1, 2], 2));
+        assert_eq!(addresses(Some(0), None), (vec![], 2), "another CPU asks");
+        assert_eq!(addresses(None, Some(3)), (vec![3], 3));
         // Its own CPU starts anew.
-        assert_eq!(kinds(Some(1), Some(4)), (vec![4], 0));
-        assert_eq!(kinds(None, Some(1)), (vec![1], 1));
-        assert_eq!(kinds(Some(1), None), (vec![], 0));
+        assert_eq!(addresses(Some(1), Some(4)), (vec![4], 0));
+        assert_eq!(addresses(None, Some(1)), (vec![1], 1));
+        assert_eq!(addresses(Some(1), None), (vec![], 0));
         // Nonsense.
-        assert_eq!(kinds(None, Some(3)).0, [1, 2, 3]);
-        assert!(kinds(None, Some(1)).0.is_empty());
-        assert_eq!(kinds(None, Some(2)).0, [2]);
+        assert_eq!(addresses(None, Some(3)).0, [1, 2, 3]);
+        assert!(addresses(None, Some(1)).0.is_empty());
+        assert_eq!(addresses(None, Some(2)).0, [2]);
     }
 
     #[test]
@@ -361,6 +376,7 @@ mod tests {
     fn fill(ram: &Ram, cpu: u16, gpa: u64, numbers: &[u32]) {
         for (i, number) in numbers.iter().enumerate() {
             let mut bytes = [0; 64];
+            bytes[0] = RecordKind::Allocated.into();
             bytes[2..4].copy_from_slice(&cpu.to_le_bytes());
             bytes[20..24].copy_from_slice(&number.to_le_bytes());
             assert!(ram.write(gpa + 64 * (1 + i as u64), &bytes));
@@ -389,7 +405,7 @@ mod tests {
                         !std::mem::replace(&mut last[usize::from(event.cpu)], is_last),
                         "once, at the end"
                     );
-                    taken.push((event.record.cache, event.record.sequence));
+                    taken.push((allocation(event).1, event.sequence));
                 });
                 assert_eq!(rings, 3);
             }

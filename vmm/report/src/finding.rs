@@ -55,7 +55,7 @@ pub struct Finding {
     pub allocated: Option<Track>,
     /// Who freed the object.
     pub freed: Option<Track>,
-    /// Who made work that had to do with the object, such as the work that freed it: the last one
+    /// Who queued work that had to do with the object, such as the work that freed it: the last one
     /// first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub related_work: Vec<Track>,
@@ -120,7 +120,7 @@ impl std::fmt::Display for AccessKind {
 pub struct Task {
     /// Its number, as the guest counts.
     pub id: u32,
-    /// Its name as the guest told it; empty where it told none.
+    /// Its name; empty if the guest gave none.
     pub name: String,
 }
 
@@ -139,7 +139,7 @@ pub struct Frame {
     pub offset: u64,
     /// Bytes of the function; 0 for an inlined frame.
     pub size: u64,
-    /// The source file, shortened to what tells it from others.
+    /// The source file, shortened to the part that identifies it.
     pub file: Option<Arc<str>>,
     /// The line in it, from 1.
     pub line: Option<u32>,

@@ -11,7 +11,7 @@ use serde::Serialize;
 pub const FRAME_MAGIC: u64 = 0x41b5_8ab3;
 /// Most bytes of a description that are read.
 pub const DESCRIPTION_MAX: usize = 2048;
-/// Most variables that are told.
+/// Most variables of a frame.
 const VARIABLES_MAX: usize = 64;
 
 /// The stack frame that a bad address lies in.

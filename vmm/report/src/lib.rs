@@ -1,11 +1,10 @@
-//! What Umbra tells about a memory error: one model of a [`Finding`], printed as a KASAN report
-//! ([`text`]) or as a line of JSON ([`json`]); and of a whole run, as a page for a browser
-//! ([`html`]).
+//! Reports about memory errors: one model of a [`Finding`], printed as a KASAN report ([`text`]) or
+//! as a line of JSON ([`json`]); and a page for a browser about a whole run ([`html`]).
 //!
 //! The way of a finding: the guest's registers and memory give a stack ([`stack`]), the kernel's
-//! ELF and DWARF give its names and lines ([`symbols`]), [`Findings`] counts repeats, and the two
-//! printings write it out. Nothing of that knows KVM or the shadow's layout; a caller passes in
-//! what it has read.
+//! ELF and DWARF give its names and lines ([`symbols`]), and [`Findings`] counts repeats. Nothing
+//! here knows KVM, the shadow's layout or the sandbox. A caller passes in what it has read, and a
+//! plain [`RunSummary`] for the page.
 
 mod collect;
 mod finding;

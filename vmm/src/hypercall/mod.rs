@@ -1,28 +1,26 @@
 //! A guest's calls, decoded: numbers in registers become a typed [`Call`], or the error that the
 //! guest gets.
 //!
-//! Everything that can be said about a call without the state of the run is checked here. What
-//! needs state (whether memory lies in a region, whether the call fits the mode) is left to the
-//! handler.
+//! Everything that does not depend on the state of the run is checked here. The handler checks the
+//! rest: whether memory lies in a region, and whether the call fits the mode.
 
 mod regions;
 #[cfg(test)]
 mod tests;
 
-use umbra_shadow::{
-    abi::{self, access, call, exit, memory, name},
-    codes::POISON_MIN,
-};
+use umbra_shadow::abi::{self, CallNumber, ExitReason, GuestFlags, MemoryUse, NameKind, Owner};
+use umbra_shadow::codes::POISON_MIN;
 
 pub use self::regions::{Region, Regions};
+pub use umbra_shadow::abi::{Access, Actor, Slot};
 
 /// A call that may be handled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Call {
     /// The guest speaks this version of the ABI.
     Hello {
-        /// [`abi::hello`] bits.
-        flags: u64,
+        /// What it says about itself.
+        flags: GuestFlags,
     },
     /// Virtual memory that maps guest-physical memory one to one.
     RegionAdd(Region),
@@ -32,7 +30,7 @@ pub enum Call {
     RingDrain {
         /// The CPU.
         cpu: u16,
-        /// Where to put what is due to leave the quarantine, if it fetches that too.
+        /// Room for a list of objects to evict, if the guest wants one.
         released: Option<Array>,
     },
     /// Make memory inaccessible.
@@ -61,21 +59,21 @@ pub enum Call {
         size: u64,
         /// The cache, 0 for none.
         cache: u16,
-        /// Who did it.
+        /// The task that did it.
         actor: Actor,
-        /// The slot that it lies at the start of, if the shadow shall change.
+        /// The slot that starts with it, if the VMM is to change the shadow.
         slot: Option<Slot>,
     },
     /// Memory was freed.
     Freed {
         /// Virtual address.
         va: u64,
-        /// Who did it.
+        /// The task that did it.
         actor: Actor,
-        /// The slot that becomes inaccessible, if the shadow shall change.
+        /// The slot that becomes inaccessible, if the VMM is to change the shadow.
         slot: Option<Slot>,
-        /// Not 0 if it goes into the quarantine ([`abi::wait`]).
-        wait: u16,
+        /// Who gets it when it leaves the quarantine; none if it does not go there.
+        owner: Option<Owner>,
     },
     /// A violation.
     Report(BadAccess),
@@ -88,8 +86,8 @@ pub enum Call {
         /// Bytes; may be 0.
         len: u64,
     },
-    /// `len` bytes (not 0) of virtual memory at `va`, both multiples of 4096, shall have shadow of
-    /// their own.
+    /// Give `len` bytes (not 0) of virtual memory at `va` shadow of their own. Both are multiples
+    /// of 4096.
     VirtualAdd {
         /// Virtual address.
         va: u64,
@@ -105,18 +103,18 @@ pub enum Call {
         /// How many.
         count: u64,
     },
-    /// Take memory out of the quarantine.
+    /// Evict objects from the quarantine.
     Quarantine {
-        /// Where to put it.
+        /// Room for the list.
         to: Array,
-        /// All of it, not only what is due.
+        /// Evict everything, not only what is over the limit.
         all: bool,
     },
-    /// Work was made that has to do with the object at an address.
+    /// Work was queued that has to do with the object at an address.
     Related {
         /// Virtual address.
         va: u64,
-        /// Who made it.
+        /// The task that queued it.
         actor: Actor,
     },
 }
@@ -168,79 +166,14 @@ impl Array {
     }
 }
 
-/// An allocator's slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Slot {
-    /// Its bytes, at least 1.
-    pub bytes: u64,
-    /// What poisons the part of it that is not allocated, at least [`POISON_MIN`].
-    pub code: u8,
-}
-
-impl Slot {
-    /// Decodes the slot at `va`; 0 is none.
-    fn from_register(va: u64, value: u64) -> Result<Option<Self>, CallError> {
-        if value == 0 {
-            return Ok(None);
-        }
-        let (bytes, code) = (value & abi::SLOT_BYTES_MAX, (value >> 56) as u8);
-        if bytes == 0 || code < POISON_MIN {
-            return Err(wrong("slot", value));
-        }
-        range("slot", va, bytes)?;
-        Ok(Some(Self { bytes, code }))
+/// Decodes the slot at `va`; 0 is none.
+fn slot_at(va: u64, value: u64) -> Result<Option<Slot>, CallError> {
+    let Some(slot) = Slot::from_register(value) else { return Ok(None) };
+    if slot.bytes == 0 || slot.code < POISON_MIN {
+        return Err(wrong("slot", value));
     }
-}
-
-/// Who did something.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Actor {
-    /// The guest's number of the CPU.
-    pub cpu: u16,
-    /// The guest's task id.
-    pub task: u32,
-}
-
-impl Actor {
-    fn from_register(value: u64) -> Self {
-        Self { cpu: (value >> 16) as u16, task: (value >> 32) as u32 }
-    }
-}
-
-/// What a reported access was.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// A load.
-    Read,
-    /// A store.
-    Write,
-    /// A free of memory that is free already.
-    DoubleFree,
-    /// A free of an address that is not the start of an allocation.
-    InvalidFree,
-}
-
-impl Access {
-    /// The access with a number of the ABI ([`access`]).
-    pub const fn from_number(number: u16) -> Option<Self> {
-        match number {
-            access::READ => Some(Self::Read),
-            access::WRITE => Some(Self::Write),
-            access::DOUBLE_FREE => Some(Self::DoubleFree),
-            access::INVALID_FREE => Some(Self::InvalidFree),
-            _ => None,
-        }
-    }
-
-    /// Its number in the ABI.
-    pub const fn number(self) -> u16 {
-        match self {
-            Self::Read => access::READ,
-            Self::Write => access::WRITE,
-            Self::DoubleFree => access::DOUBLE_FREE,
-            Self::InvalidFree => access::INVALID_FREE,
-        }
-    }
+    range("slot", va, slot.bytes)?;
+    Ok(Some(slot))
 }
 
 /// What a name is for.
@@ -334,11 +267,14 @@ const fn wrong(what: &'static str, value: u64) -> CallError {
 impl Call {
     /// Decodes call `number` with the arguments in `rdi`, `rsi`, `rcx` and `r8`.
     pub fn decode(number: u32, rdi: u64, rsi: u64, rcx: u64, r8: u64) -> Result<Self, CallError> {
-        Ok(match number {
-            call::HELLO if rdi == u64::from(abi::VERSION) => Self::Hello { flags: rsi },
-            call::HELLO => return Err(CallError::Version(rdi)),
-            call::REGION_ADD => Self::RegionAdd(Region::new(rdi, rsi, rcx)?),
-            call::RING_SETUP => {
+        let call = CallNumber::try_from(number).map_err(CallError::Unknown)?;
+        Ok(match call {
+            CallNumber::Hello if rdi == u64::from(abi::VERSION) => {
+                Self::Hello { flags: GuestFlags::from_bits(rsi) }
+            }
+            CallNumber::Hello => return Err(CallError::Version(rdi)),
+            CallNumber::RegionAdd => Self::RegionAdd(Region::new(rdi, rsi, rcx)?),
+            CallNumber::RingSetup => {
                 if !rdi.is_multiple_of(abi::RECORD_BYTES) {
                     return Err(wrong("ring address", rdi));
                 }
@@ -351,28 +287,28 @@ impl Call {
                 range("ring address", rdi, rsi)?;
                 Self::RingSetup(RingPlace { va: rdi, records, cpu: cpu(rcx)?, text_base: r8 })
             }
-            call::RING_DRAIN => {
+            CallNumber::RingDrain => {
                 let released = if rcx == 0 { None } else { Some(Array::new(rsi, rcx)?) };
                 Self::RingDrain { cpu: cpu(rdi)?, released }
             }
-            call::POISON => {
+            CallNumber::Poison => {
                 range("address", rdi, rsi)?;
                 let code = u8::try_from(rcx).ok().filter(|code| *code >= POISON_MIN);
                 Self::Poison { va: rdi, len: rsi, code: code.ok_or(wrong("poison code", rcx))? }
             }
-            call::UNPOISON => {
+            CallNumber::Unpoison => {
                 range("address", rdi, rsi)?;
-                let stack = match rcx {
-                    memory::AS_BEFORE => None,
-                    memory::STACK => Some(true),
-                    memory::NO_STACK => Some(false),
-                    _ => return Err(wrong("use of memory", rcx)),
+                let stack = match MemoryUse::try_from(rcx) {
+                    Ok(MemoryUse::Unchanged) => None,
+                    Ok(MemoryUse::Stack) => Some(true),
+                    Ok(MemoryUse::NotStack) => Some(false),
+                    Err(value) => return Err(wrong("use of memory", value)),
                 };
                 Self::Unpoison { va: rdi, len: rsi, stack }
             }
-            call::ALLOCATED => {
+            CallNumber::Allocated => {
                 range("address", rdi, rsi)?;
-                let slot = Slot::from_register(rdi, r8)?;
+                let slot = slot_at(rdi, r8)?;
                 Self::Allocated {
                     va: rdi,
                     size: rsi,
@@ -381,63 +317,67 @@ impl Call {
                     slot,
                 }
             }
-            call::FREED => {
-                let slot = Slot::from_register(rdi, r8)?;
-                Self::Freed { va: rdi, actor: Actor::from_register(rcx), slot, wait: rcx as u16 }
+            CallNumber::Freed => {
+                let slot = slot_at(rdi, r8)?;
+                Self::Freed {
+                    va: rdi,
+                    actor: Actor::from_register(rcx),
+                    slot,
+                    owner: Owner::from_bits(rcx as u16),
+                }
             }
-            call::REPORT => {
-                let access = Access::from_number(rcx as u16);
+            CallNumber::Report => {
+                let access = Access::try_from(rcx as u16)
+                    .map_err(|number| wrong("access", number.into()))?;
                 Self::Report(BadAccess {
                     address: rdi,
                     size: rsi,
-                    access: access.ok_or(wrong("access", rcx & 0xffff))?,
+                    access,
                     actor: Actor::from_register(rcx),
                     ip: r8,
                 })
             }
-            call::NAME => {
+            CallNumber::Name => {
                 let (len, id) = (rcx & 0xffff_ffff, (rcx >> 32) as u32);
                 if len > abi::NAME_MAX {
                     return Err(wrong("name length", len));
                 }
                 range("name address", rsi, len)?;
-                let what = match rdi {
-                    name::CACHE => Named::Cache {
+                let what = match NameKind::try_from(rdi).map_err(|kind| wrong("name kind", kind))? {
+                    NameKind::Cache => Named::Cache {
                         id: u16::try_from(id).map_err(|_| wrong("cache id", id.into()))?,
                         object_size: r8,
                     },
-                    name::TASK => Named::Task { id },
-                    _ => return Err(wrong("name kind", rdi)),
+                    NameKind::Task => Named::Task { id },
                 };
                 Self::Name { what, va: rsi, len }
             }
-            call::EXIT => Self::Exit(match rdi {
-                exit::DONE => Exit::Done { failed: rsi != 0 },
-                exit::PANIC => Exit::Panic,
-                exit::FAULT => Exit::Fault {
+            CallNumber::Exit => Self::Exit(match ExitReason::try_from(rdi) {
+                Ok(ExitReason::Done) => Exit::Done { failed: rsi != 0 },
+                Ok(ExitReason::Panic) => Exit::Panic,
+                Ok(ExitReason::Fault) => Exit::Fault {
                     vector: rsi as u32,
                     error: (rsi >> 32) as u32,
                     rip: rcx,
                     address: r8,
                 },
-                _ => return Err(wrong("exit reason", rdi)),
+                Err(reason) => return Err(wrong("exit reason", reason)),
             }),
-            call::GLOBALS => {
+            CallNumber::Globals => {
                 if !(1..=abi::GLOBALS_MAX).contains(&rsi) {
                     return Err(wrong("number of globals", rsi));
                 }
                 range("address of globals", rdi, rsi * abi::GLOBAL_BYTES)?;
                 Self::Globals { va: rdi, count: rsi }
             }
-            call::VIRTUAL_ADD => {
+            CallNumber::VirtualAdd => {
                 // Its key takes the place of guest-physical memory later.
                 let region = Region::new(rdi, rsi, 0)?;
                 let (va, len) = (region.va(), region.bytes());
                 Self::VirtualAdd { va, len }
             }
-            call::QUARANTINE => Self::Quarantine { to: Array::new(rsi, rcx)?, all: rdi != 0 },
-            call::RELATED => Self::Related { va: rdi, actor: Actor::from_register(rcx) },
-            _ => return Err(CallError::Unknown(number)),
+            CallNumber::Quarantine => Self::Quarantine { to: Array::new(rsi, rcx)?, all: rdi != 0 },
+            CallNumber::Related => Self::Related { va: rdi, actor: Actor::from_register(rcx) },
         })
     }
 }

@@ -1,4 +1,4 @@
-//! The regions of memory that a guest has told of.
+//! The regions of memory that a guest has added.
 
 use umbra_shadow::codes::PAGE_SIZE;
 

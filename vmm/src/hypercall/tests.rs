@@ -5,62 +5,85 @@ use super::*;
 const DIRECT: u64 = 0xffff_8000_0000_0000;
 const IMAGE: u64 = 0xffff_ffff_8000_0000;
 
-fn ok(number: u32, rdi: u64, rsi: u64, rdx: u64, rcx: u64) -> Call {
-    Call::decode(number, rdi, rsi, rdx, rcx).unwrap()
+fn ok(number: CallNumber, rdi: u64, rsi: u64, rdx: u64, rcx: u64) -> Call {
+    Call::decode(number.into(), rdi, rsi, rdx, rcx).unwrap()
 }
 
-fn error(number: u32, rdi: u64, rsi: u64, rdx: u64, rcx: u64) -> u64 {
-    Call::decode(number, rdi, rsi, rdx, rcx).unwrap_err().result()
+fn error(number: impl Into<u32>, rdi: u64, rsi: u64, rdx: u64, rcx: u64) -> u64 {
+    Call::decode(number.into(), rdi, rsi, rdx, rcx).unwrap_err().result()
 }
 
 #[test]
 fn calls_are_decoded() {
     let actor = Actor { cpu: 0x5678, task: 0x9abc_def0 };
     let who = 0x9abc_def0_5678_0000;
-    assert_eq!(ok(call::HELLO, abi::VERSION.into(), 5, 0, 0), Call::Hello { flags: 5 });
-    let Call::RegionAdd(region) = ok(call::REGION_ADD, DIRECT, 1 << 28, 0x1000, 0) else {
+    assert_eq!(
+        ok(CallNumber::Hello, abi::VERSION.into(), 5, 0, 0),
+        Call::Hello { flags: GuestFlags::from_bits(5) }
+    );
+    let Call::RegionAdd(region) = ok(CallNumber::RegionAdd, DIRECT, 1 << 28, 0x1000, 0) else {
         panic!()
     };
     assert_eq!((region.va(), region.bytes(), region.gpa()), (DIRECT, 1 << 28, 0x1000));
     assert_eq!(
-        ok(call::RING_SETUP, IMAGE, 64 * 65, 3, IMAGE),
+        ok(CallNumber::RingSetup, IMAGE, 64 * 65, 3, IMAGE),
         Call::RingSetup(RingPlace { va: IMAGE, records: 64, cpu: 3, text_base: IMAGE })
     );
     assert_eq!(
-        ok(call::RING_DRAIN, 0xffff, 0, 0, 0),
+        ok(CallNumber::RingDrain, 0xffff, 0, 0, 0),
         Call::RingDrain { cpu: 0xffff, released: None }
     );
     assert_eq!(
-        ok(call::POISON, u64::MAX, 1, 0xfc, 0),
+        ok(CallNumber::Poison, u64::MAX, 1, 0xfc, 0),
         Call::Poison { va: u64::MAX, len: 1, code: 0xfc }
     );
-    assert_eq!(ok(call::UNPOISON, 5, 0, 0, 0), Call::Unpoison { va: 5, len: 0, stack: None });
+    assert_eq!(ok(CallNumber::Unpoison, 5, 0, 0, 0), Call::Unpoison { va: 5, len: 0, stack: None });
     assert_eq!(
-        ok(call::UNPOISON, DIRECT, 4096, memory::STACK, 0),
+        ok(CallNumber::Unpoison, DIRECT, 4096, MemoryUse::Stack.into(), 0),
         Call::Unpoison { va: DIRECT, len: 4096, stack: Some(true) }
     );
     assert_eq!(
-        ok(call::ALLOCATED, DIRECT, 50, who | 0x1234, 0),
+        ok(CallNumber::Allocated, DIRECT, 50, who | 0x1234, 0),
         Call::Allocated { va: DIRECT, size: 50, cache: 0x1234, actor, slot: None }
     );
     let slot = Some(Slot { bytes: 64, code: 0xfc });
+    let owner = Owner { allocator: 2, note: 7 };
     assert_eq!(
-        ok(call::ALLOCATED, DIRECT, 50, who, abi::slot(64, 0xfc)),
+        ok(CallNumber::Allocated, DIRECT, 50, who, Slot { bytes: 64, code: 0xfc }.to_register()),
         Call::Allocated { va: DIRECT, size: 50, cache: 0, actor, slot }
     );
     assert_eq!(
-        ok(call::FREED, DIRECT, 0, who, 0),
-        Call::Freed { va: DIRECT, actor, slot: None, wait: 0 }
+        ok(CallNumber::Freed, DIRECT, 0, who, 0),
+        Call::Freed { va: DIRECT, actor, slot: None, owner: None }
     );
     assert_eq!(
-        ok(call::FREED, DIRECT, 0, who | u64::from(abi::wait(2, 7)), abi::slot(64, 0xfc)),
-        Call::Freed { va: DIRECT, actor, slot, wait: 0x702 }
+        ok(
+            CallNumber::Freed,
+            DIRECT,
+            0,
+            who | u64::from(owner.to_bits()),
+            Slot { bytes: 64, code: 0xfc }.to_register()
+        ),
+        Call::Freed { va: DIRECT, actor, slot, owner: Some(owner) }
     );
-    for (va, bad) in [(DIRECT, 64), (DIRECT, abi::slot(64, 0x7f)), (DIRECT, abi::slot(0, 0xfc))] {
-        assert_eq!(error(call::ALLOCATED, va, 1, who, bad), abi::ERR_ARGUMENT);
-        assert_eq!(error(call::FREED, va, 0, who, bad), abi::ERR_ARGUMENT);
+    for (va, bad) in [
+        (DIRECT, 64),
+        (DIRECT, Slot { bytes: 64, code: 0x7f }.to_register()),
+        (DIRECT, Slot { bytes: 0, code: 0xfc }.to_register()),
+    ] {
+        assert_eq!(error(CallNumber::Allocated, va, 1, who, bad), abi::ERR_ARGUMENT);
+        assert_eq!(error(CallNumber::Freed, va, 0, who, bad), abi::ERR_ARGUMENT);
     }
-    assert_eq!(error(call::FREED, u64::MAX - 8, 0, who, abi::slot(10, 0xfc)), abi::ERR_ARGUMENT);
+    assert_eq!(
+        error(
+            CallNumber::Freed,
+            u64::MAX - 8,
+            0,
+            who,
+            Slot { bytes: 10, code: 0xfc }.to_register()
+        ),
+        abi::ERR_ARGUMENT
+    );
     // A size that wraps is a finding, not a mistake of the call.
     let report = Call::Report(BadAccess {
         address: 7,
@@ -69,34 +92,40 @@ fn calls_are_decoded() {
         actor,
         ip: IMAGE,
     });
-    assert_eq!(ok(call::REPORT, 7, u64::MAX, who | 1, IMAGE), report);
+    assert_eq!(ok(CallNumber::Report, 7, u64::MAX, who | 1, IMAGE), report);
     assert_eq!(
-        ok(call::NAME, name::CACHE, DIRECT, 7 << 32 | 64, 96),
+        ok(CallNumber::Name, NameKind::Cache.into(), DIRECT, 7 << 32 | 64, 96),
         Call::Name { what: Named::Cache { id: 7, object_size: 96 }, va: DIRECT, len: 64 }
     );
     assert_eq!(
-        ok(call::NAME, name::TASK, DIRECT, 0xffff_ffff << 32, 0),
+        ok(CallNumber::Name, NameKind::Task.into(), DIRECT, 0xffff_ffff << 32, 0),
         Call::Name { what: Named::Task { id: u32::MAX }, va: DIRECT, len: 0 }
     );
     let to = Array { va: DIRECT, count: 1 << 16 };
     assert_eq!(
-        ok(call::QUARANTINE, 1, DIRECT, abi::RELEASED_MAX, 0),
+        ok(CallNumber::Quarantine, 1, DIRECT, abi::RELEASED_MAX, 0),
         Call::Quarantine { to, all: true }
     );
     assert_eq!(
-        ok(call::RING_DRAIN, 3, DIRECT, abi::RELEASED_MAX, 0),
+        ok(CallNumber::RingDrain, 3, DIRECT, abi::RELEASED_MAX, 0),
         Call::RingDrain { cpu: 3, released: Some(to) }
     );
-    for number in [call::QUARANTINE, call::RING_DRAIN] {
+    for number in [CallNumber::Quarantine, CallNumber::RingDrain] {
         assert_eq!(error(number, 0, DIRECT, abi::RELEASED_MAX + 1, 0), abi::ERR_ARGUMENT);
         assert_eq!(error(number, 0, u64::MAX - 30, 2, 0), abi::ERR_ARGUMENT);
     }
-    assert_eq!(ok(call::RELATED, DIRECT, 0, who, 0), Call::Related { va: DIRECT, actor });
-    assert_eq!(ok(call::EXIT, exit::DONE, 0, 0, 0), Call::Exit(Exit::Done { failed: false }));
-    assert_eq!(ok(call::EXIT, exit::DONE, 1 << 40, 0, 0), Call::Exit(Exit::Done { failed: true }));
-    assert_eq!(ok(call::EXIT, exit::PANIC, 0, 0, 0), Call::Exit(Exit::Panic));
+    assert_eq!(ok(CallNumber::Related, DIRECT, 0, who, 0), Call::Related { va: DIRECT, actor });
     assert_eq!(
-        ok(call::EXIT, exit::FAULT, 2 << 32 | 14, IMAGE, DIRECT),
+        ok(CallNumber::Exit, ExitReason::Done.into(), 0, 0, 0),
+        Call::Exit(Exit::Done { failed: false })
+    );
+    assert_eq!(
+        ok(CallNumber::Exit, ExitReason::Done.into(), 1 << 40, 0, 0),
+        Call::Exit(Exit::Done { failed: true })
+    );
+    assert_eq!(ok(CallNumber::Exit, ExitReason::Panic.into(), 0, 0, 0), Call::Exit(Exit::Panic));
+    assert_eq!(
+        ok(CallNumber::Exit, ExitReason::Fault.into(), 2 << 32 | 14, IMAGE, DIRECT),
         Call::Exit(Exit::Fault { vector: 14, error: 2, rip: IMAGE, address: DIRECT })
     );
 }
@@ -107,46 +136,46 @@ fn wrong_arguments_are_refused() {
         assert_eq!(error(number, 0, 0, 0, 0), abi::ERR_CALL);
     }
     for version in [0, 2, u64::MAX, 1 << 32 | 1] {
-        assert_eq!(error(call::HELLO, version, 0, 0, 0), abi::ERR_VERSION);
+        assert_eq!(error(CallNumber::Hello, version, 0, 0, 0), abi::ERR_VERSION);
     }
     for (number, rdi, rsi, rdx) in [
-        (call::REGION_ADD, 1, 0x1000, 0),
-        (call::REGION_ADD, 0, 0x1001, 0),
-        (call::REGION_ADD, 0, 0x1000, 0x800),
-        (call::REGION_ADD, 0, 0, 0),
-        (call::REGION_ADD, IMAGE, (2 << 30) + 0x1000, 0),
-        (call::REGION_ADD, 0, 0x2000, 0u64.wrapping_sub(0x1000)),
-        (call::RING_SETUP, 32, 128, 0),
-        (call::RING_SETUP, 0, 0, 0),
-        (call::RING_SETUP, 0, 64, 0),
-        (call::RING_SETUP, 0, 129, 0),
-        (call::RING_SETUP, 0, 64 * (abi::RING_MAX_RECORDS + 2), 0),
-        (call::RING_SETUP, 0, 128, 0x1_0000),
-        (call::RING_SETUP, u64::MAX - 63, 128, 0),
-        (call::RING_DRAIN, 0x1_0000, 0, 0),
-        (call::POISON, u64::MAX, 2, 0xff),
-        (call::POISON, 0, 8, 0),
-        (call::POISON, 0, 8, 0x7f),
-        (call::POISON, 0, 8, 0x1ff),
-        (call::UNPOISON, 1 << 63, (1 << 63) + 1, 0),
-        (call::ALLOCATED, 16, u64::MAX, 0),
-        (call::REPORT, 0, 1, 4),
-        (call::NAME, 2, 0, 0),
-        (call::NAME, name::TASK, 0, 65),
-        (call::NAME, name::TASK, u64::MAX, 2),
-        (call::NAME, name::CACHE, 0, 1 << 48),
-        (call::EXIT, 3, 0, 0),
-        (call::GLOBALS, 0, 0, 0),
-        (call::GLOBALS, 0, abi::GLOBALS_MAX + 1, 0),
-        (call::GLOBALS, u64::MAX - 62, 1, 0),
+        (CallNumber::RegionAdd, 1, 0x1000, 0),
+        (CallNumber::RegionAdd, 0, 0x1001, 0),
+        (CallNumber::RegionAdd, 0, 0x1000, 0x800),
+        (CallNumber::RegionAdd, 0, 0, 0),
+        (CallNumber::RegionAdd, IMAGE, (2 << 30) + 0x1000, 0),
+        (CallNumber::RegionAdd, 0, 0x2000, 0u64.wrapping_sub(0x1000)),
+        (CallNumber::RingSetup, 32, 128, 0),
+        (CallNumber::RingSetup, 0, 0, 0),
+        (CallNumber::RingSetup, 0, 64, 0),
+        (CallNumber::RingSetup, 0, 129, 0),
+        (CallNumber::RingSetup, 0, 64 * (abi::RING_MAX_RECORDS + 2), 0),
+        (CallNumber::RingSetup, 0, 128, 0x1_0000),
+        (CallNumber::RingSetup, u64::MAX - 63, 128, 0),
+        (CallNumber::RingDrain, 0x1_0000, 0, 0),
+        (CallNumber::Poison, u64::MAX, 2, 0xff),
+        (CallNumber::Poison, 0, 8, 0),
+        (CallNumber::Poison, 0, 8, 0x7f),
+        (CallNumber::Poison, 0, 8, 0x1ff),
+        (CallNumber::Unpoison, 1 << 63, (1 << 63) + 1, 0),
+        (CallNumber::Allocated, 16, u64::MAX, 0),
+        (CallNumber::Report, 0, 1, 4),
+        (CallNumber::Name, 2, 0, 0),
+        (CallNumber::Name, NameKind::Task.into(), 0, 65),
+        (CallNumber::Name, NameKind::Task.into(), u64::MAX, 2),
+        (CallNumber::Name, NameKind::Cache.into(), 0, 1 << 48),
+        (CallNumber::Exit, 3, 0, 0),
+        (CallNumber::Globals, 0, 0, 0),
+        (CallNumber::Globals, 0, abi::GLOBALS_MAX + 1, 0),
+        (CallNumber::Globals, u64::MAX - 62, 1, 0),
     ] {
         assert_eq!(
             error(number, rdi, rsi, rdx, 0),
             abi::ERR_ARGUMENT,
-            "{number} {rdi:#x} {rsi:#x} {rdx:#x}"
+            "{number:?} {rdi:#x} {rsi:#x} {rdx:#x}"
         );
     }
-    assert_eq!(error(call::UNPOISON, DIRECT, 4096, 3, 0), abi::ERR_ARGUMENT);
+    assert_eq!(error(CallNumber::Unpoison, DIRECT, 4096, 3, 0), abi::ERR_ARGUMENT);
     assert_eq!(CallError::Mode(5).result(), abi::ERR_MODE);
 }
 
@@ -173,7 +202,7 @@ proptest! {
                 prop_assert!(error.result() >= abi::ERR_MIN);
                 prop_assert!(!error.to_string().contains('\n'));
                 prop_assert_eq!(error.result() == abi::ERR_CALL, !(1..=15).contains(&number));
-                prop_assert_eq!(error.result() == abi::ERR_VERSION, number == call::HELLO);
+                prop_assert_eq!(error.result() == abi::ERR_VERSION, number == u32::from(CallNumber::Hello));
             }
             Ok(Call::RegionAdd(region)) => {
                 let mut regions = Regions::default();

@@ -35,8 +35,8 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// A run of `kernel` with 256 MiB, one CPU, the per-page shadow, and no limits. Its console goes
-    /// nowhere.
+    /// A run of `kernel` with 256 MiB, one CPU, the per-page shadow, and no limits. Its console
+    /// goes nowhere.
     pub fn new(kernel: GuestFile) -> Self {
         Self::with_config(Config { kernel, ..Config::default() })
     }

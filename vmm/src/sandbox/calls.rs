@@ -3,7 +3,9 @@
 use umbra_machine::memory::Ram;
 use umbra_provenance::rings::RingError;
 use umbra_provenance::{Allocation, quarantine};
-use umbra_shadow::abi::{self, RECORD_BYTES, RECORD_FRAMES, RELEASED_BYTES, Released};
+use umbra_shadow::abi::{
+    self, GuestFlags, Owner, RECORD_BYTES, RECORD_FRAMES, RELEASED_BYTES, Released,
+};
 use vm_memory::GuestAddress;
 
 use super::dispatch::{Dispatcher, ExitContext, Flow};
@@ -73,7 +75,7 @@ impl Dispatcher {
             Call::Allocated { va, size, cache, actor, slot } => {
                 self.allocated(va, size, cache, actor, slot, context)
             }
-            Call::Freed { va, actor, slot, wait } => self.freed(va, actor, slot, wait, context),
+            Call::Freed { va, actor, slot, owner } => self.freed(va, actor, slot, owner, context),
             Call::Related { va, actor } => self.related(va, actor, context),
             Call::Report(access) => self.bad_access(&access, context),
             Call::VirtualAdd { va, len } => self.virtual_add(va, len, context),
@@ -84,9 +86,9 @@ impl Dispatcher {
         }
     }
 
-    fn hello(&mut self, flags: u64) -> u64 {
+    fn hello(&mut self, flags: GuestFlags) -> u64 {
         self.shadow.allow_reclaim(flags);
-        self.shadow.features().into()
+        self.shadow.features().bits().into()
     }
 
     fn region_add(&mut self, region: Region, context: &ExitContext) -> Handled {
@@ -171,11 +173,11 @@ impl Dispatcher {
         va: u64,
         actor: Actor,
         slot: Option<Slot>,
-        wait: u16,
+        owner: Option<Owner>,
         context: &mut ExitContext,
     ) -> Handled {
-        let waits = match slot {
-            Some(slot) if wait != 0 => Some(released(va, slot.bytes, wait)?),
+        let waits = match (slot, owner) {
+            (Some(slot), Some(owner)) => Some(released(va, slot.bytes, owner)?),
             _ => None,
         };
         let key = self.guest.key(va, slot.map_or(1, |slot| slot.bytes))?;
@@ -247,7 +249,7 @@ impl Dispatcher {
         let room = to.count.max(1) * RELEASED_BYTES;
         let gpa = self.guest.in_ram(ram, to.va, room, what)?;
         let evicted = self.provenance.quarantine_mut().evict(to.count as usize, all);
-        let bytes: Vec<u8> = evicted.iter().flat_map(|memory| memory.to_bytes()).collect();
+        let bytes: Vec<u8> = evicted.iter().flat_map(|memory| memory.encode()).collect();
         ram.write(GuestAddress(gpa), &bytes)
             .map_err(|_| CallError::Argument { what, value: to.va })?;
         Ok(evicted.len() as u64)
@@ -328,8 +330,8 @@ fn caller(context: &ExitContext) -> Vec<u64> {
 }
 
 /// Freed memory, as the quarantine keeps it.
-fn released(va: u64, slot: u64, wait: u16) -> Result<Released, CallError> {
+fn released(va: u64, slot: u64, owner: Owner) -> Result<Released, CallError> {
     let slot =
         u32::try_from(slot).map_err(|_| CallError::Argument { what: "slot", value: slot })?;
-    Ok(Released { address: va, slot, wait, reserved: 0 })
+    Ok(Released::new(va, slot, owner))
 }

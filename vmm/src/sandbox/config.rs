@@ -6,7 +6,7 @@ use std::time::Duration;
 use umbra_machine::cpuid::CpuidLeaf;
 use umbra_machine::loader::Protocol;
 use umbra_provenance::{QuarantineSize, objects};
-use umbra_shadow::abi::redzone;
+use umbra_shadow::abi::Redzone;
 
 use super::GuestFile;
 use crate::shadow::{Mode, Notify};
@@ -43,29 +43,6 @@ impl ShadowMode {
     }
 }
 
-/// How much a guest's allocators put behind each object.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Redzone {
-    /// More behind larger objects, as KASAN does.
-    #[default]
-    Adaptive,
-    /// Nothing: objects lie as in a kernel that is not checked.
-    Off,
-    /// So many bytes: a multiple of 8, at most [`redzone::MAX`].
-    Bytes(u32),
-}
-
-impl Redzone {
-    /// The number that the guest gets ([`redzone`]).
-    pub(super) fn number(self) -> u32 {
-        match self {
-            Self::Adaptive => redzone::ADAPTIVE,
-            Self::Off => redzone::OFF,
-            Self::Bytes(bytes) => bytes.next_multiple_of(8).min(redzone::MAX),
-        }
-    }
-}
-
 /// What to run, and how.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -75,7 +52,8 @@ pub struct Config {
     pub boot: Protocol,
     /// A file for the kernel to find in memory.
     pub initrd: Option<GuestFile>,
-    /// Its command line. A Linux kernel's gets some defaults, see [`with_defaults`](umbra_machine::loader::with_defaults).
+    /// Its command line. Linux gets some defaults, see
+    /// [`with_defaults`](umbra_machine::loader::with_defaults).
     pub cmdline: String,
     /// Guest memory in bytes.
     pub memory: u64,
@@ -106,9 +84,11 @@ pub struct Config {
     /// Find out whether the host counts guest instructions, and read the count. Costs a probe
     /// guest.
     pub count_instructions: bool,
-    /// Watch the run for [`Report::picture`](super::Report::picture). Without it nothing is sampled.
+    /// Watch the run for [`Report::picture`](super::Report::picture). Without it nothing is
+    /// sampled.
     pub picture: bool,
-    /// Texts on the console at whose first line [`Stats::marks`](super::stats::Stats::marks) tells what the run had cost.
+    /// Texts to look for on the console. When one first appears, what the run has cost by then goes
+    /// to [`Stats::marks`](super::stats::Stats::marks).
     pub marks: Vec<String>,
     /// CPUID leaves for the guest to find. One with the number of a leaf of Umbra's own replaces
     /// it, which changes only what the guest reads: it can be shown another version of Umbra, or
@@ -116,7 +96,7 @@ pub struct Config {
     pub cpuid: Vec<CpuidLeaf>,
 }
 
-/// An empty kernel with 256 MiB, one CPU and no limits: to name only what is different.
+/// An empty kernel with 256 MiB, one CPU and no limits.
 impl Default for Config {
     fn default() -> Self {
         Self {

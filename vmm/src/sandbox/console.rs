@@ -1,5 +1,5 @@
-//! What the guest's console says about how the guest fares: its last lines, and, if the guest is
-//! Linux, that it panicked or stopped on purpose.
+//! Watches the guest's console: keeps its last lines and, if the guest is Linux, recognises a panic
+//! and a regular stop.
 
 use std::collections::VecDeque;
 
@@ -7,20 +7,20 @@ use std::collections::VecDeque;
 const LINES: usize = 64;
 /// Bytes of each that are kept.
 pub(super) const LINE_BYTES: usize = 400;
-/// What Linux says (kernel/panic.c, kernel/reboot.c). Without a way to switch the machine off it
+/// Linux's messages (kernel/panic.c, kernel/reboot.c). Without a way to switch the machine off it
 /// halts instead.
 const PANIC: &str = "Kernel panic - not syncing: ";
 const PANIC_END: &str = "---[ end Kernel panic - not syncing: ";
 const STOPS: [&str; 2] = ["reboot: Power down", "reboot: System halted"];
 
-/// What a line tells of the end of the guest.
+/// What a line says about the end of the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Sign {
     /// Nothing.
     None,
     /// The guest has panicked, and will do nothing more.
     PanicEnd,
-    /// The guest has stopped as it was told to.
+    /// The guest has stopped on purpose.
     Stopped,
 }
 

@@ -1,21 +1,21 @@
 //! The CPUID leaves by which a guest finds Umbra.
 
 use umbra_machine::cpuid::CpuidLeaf;
-use umbra_shadow::abi::{self, CPUID_FIRST, CPUID_STEP, PORT};
+use umbra_shadow::abi::{self, CPUID_FIRST, CPUID_STEP, Features, PORT};
 
 use super::{Redzone, ShadowMode};
 use crate::shadow::{Layout, Notify};
 
-/// The feature bits of a run ([`abi::features`]).
-pub(super) fn features(mode: ShadowMode, notify: Notify) -> u32 {
+/// The features of a run.
+pub(super) fn features(mode: ShadowMode, notify: Notify) -> Features {
     let notify = match notify {
-        Notify::Ring => abi::features::RING,
-        Notify::Sync => abi::features::SYNC,
+        Notify::Ring => Features::RING,
+        Notify::Sync => Features::SYNC,
     };
     match mode {
-        ShadowMode::PerPage => abi::features::PER_PAGE | notify,
-        ShadowMode::Full => abi::features::FULL | notify,
-        ShadowMode::Off => 0,
+        ShadowMode::PerPage => Features::PER_PAGE | notify,
+        ShadowMode::Full => Features::FULL | notify,
+        ShadowMode::Off => Features::default(),
     }
 }
 
@@ -52,10 +52,10 @@ pub(super) fn leaves(
         if mode == ShadowMode::Off { [0; 4] } else { window(layout.byte.gpa, layout.byte.bytes) };
     let keys = if mode == ShadowMode::Off { 0 } else { layout.virtual_bytes() };
     let settings = match mode {
-        ShadowMode::Off => [0, abi::redzone::OFF, 0, 0],
+        ShadowMode::Off => [0, Redzone::Off.to_register(), 0, 0],
         _ => [
             settings.quarantine_batch as u32,
-            settings.redzone.number(),
+            settings.redzone.to_register(),
             settings.quarantine as u32,
             (settings.quarantine >> 32) as u32,
         ],
@@ -63,7 +63,7 @@ pub(super) fn leaves(
     let [s0, s1, s2] = abi::CPUID_SIGNATURE;
     vec![
         leaf(base, [base + abi::CPUID_LEAF_SETTINGS, s0, s1, s2]),
-        leaf(base + abi::CPUID_LEAF_FEATURES, [abi::VERSION, u32::from(PORT), offered, 0]),
+        leaf(base + abi::CPUID_LEAF_FEATURES, [abi::VERSION, u32::from(PORT), offered.bits(), 0]),
         leaf(base + abi::CPUID_LEAF_PAGE_WINDOW, page),
         leaf(base + abi::CPUID_LEAF_BYTE_WINDOW, byte),
         leaf(base + abi::CPUID_LEAF_VIRTUAL, [keys as u32, (keys >> 32) as u32, 0, 0]),

@@ -1,7 +1,7 @@
 //! Handles the exits of a guest.
 //!
-//! [`Dispatcher::dispatch`] is a plain function of an exit. It takes registers, RAM and memory slots
-//! through traits and references, so tests feed it with exits that no guest made.
+//! [`Dispatcher::dispatch`] is a plain function of an exit. It takes registers, RAM and memory
+//! slots through traits and references, so tests feed it with exits that no guest made.
 
 use umbra_machine::complete::{CompleteError, Completer, Cpu};
 use umbra_machine::devices::{DeviceEvent, Devices};

@@ -1,6 +1,5 @@
-//! Kernels and initrds. They are needed once, when they are copied into guest memory, and a kernel
-//! again for its symbols if there is something to report: those that are files on disk are not kept
-//! in memory meanwhile.
+//! Kernels and initrds. A file is read when it is copied into guest memory, and a kernel again when
+//! a report needs its symbols. In between, files on disk are not kept in memory.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -20,7 +19,7 @@ pub enum GuestFile {
     Disk(DiskFile),
 }
 
-/// A file on disk, as it was when it was named.
+/// A file on disk, as it was when it was opened first.
 #[derive(Clone, Debug)]
 pub struct DiskFile {
     what: &'static str,

@@ -1,7 +1,6 @@
 //! The guest's global variables that have redzones, as its compiler described them.
 //!
-//! Only where the descriptions lie is kept; they are read from guest memory when a finding needs
-//! them.
+//! Only the addresses of the descriptions are kept. A finding reads them from guest memory.
 
 use umbra_machine::memory::Ram;
 use umbra_machine::walk::AddressSpace;
@@ -25,12 +24,12 @@ pub struct Globals {
 }
 
 impl Globals {
-    /// Takes note of `count` descriptions at `va`.
+    /// Adds `count` descriptions at `va`.
     ///
     /// # Errors
     /// There are too many arrays, or too many descriptions in all.
     pub fn add(&mut self, va: u64, count: u64) -> Result<(), CallError> {
-        // The same array again is a module that was loaded where another had been.
+        // The same address again is a module that was loaded in the place of another.
         self.arrays.retain(|(known, _)| *known != va);
         if self.arrays.len() >= ARRAYS {
             return Err(CallError::Limit { what: "arrays of globals", most: ARRAYS as u64 });

@@ -1,7 +1,7 @@
 //! Reclaims host memory behind guest pages whose contents are dead: free pages, freed objects in
 //! the quarantine, and the empty part of rings.
 //!
-//! The shadow says which pages these are. The guest says once, in its first call ([`hello`]), that
+//! The shadow says which pages these are. The guest says once, in its first call ([`GuestFlags`]), that
 //! their contents may be discarded. For free pages this does what the free page reporting of a
 //! balloon does, without a driver.
 //!
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use umbra_machine::memory::Ram;
 use umbra_provenance::rings::Rings;
 use umbra_shadow::Shadow as _;
-use umbra_shadow::abi::hello;
+use umbra_shadow::abi::GuestFlags;
 
 use super::ring_memory::RingRam;
 use crate::shadow::Windows;
@@ -30,10 +30,10 @@ const RUNS: usize = 1024;
 /// Decides when to scan, and discards what a scan finds.
 #[derive(Debug)]
 pub(super) struct GuestPageReclaim {
-    /// The [`hello`] bits of the guest; `None` before its first call. A second first call is
+    /// The flags of the guest's first call; `None` before its first call. A second first call is
     /// another kernel's, which may live in pages that are free to the first: nothing is discarded
     /// from then on.
-    allowed: Option<u64>,
+    allowed: Option<GuestFlags>,
     /// Where the next scan begins.
     next: u64,
     last_scan: Instant,
@@ -48,17 +48,17 @@ impl Default for GuestPageReclaim {
 
 impl GuestPageReclaim {
     /// The guest's first call, or another one, allows what `flags` say.
-    pub(super) fn allow(&mut self, flags: u64) {
-        self.allowed = Some(if self.allowed.is_none() { flags } else { 0 });
+    pub(super) fn allow(&mut self, flags: GuestFlags) {
+        self.allowed = Some(if self.allowed.is_none() { flags } else { GuestFlags::default() });
     }
 
     /// Whether free pages may be discarded.
     pub(super) fn is_allowed(&self) -> bool {
-        self.allows(hello::FREE_PAGES_UNUSED)
+        self.allows(GuestFlags::FREE_PAGES_UNUSED)
     }
 
-    fn allows(&self, what: u64) -> bool {
-        self.allowed.is_some_and(|allowed| allowed & what != 0)
+    fn allows(&self, what: GuestFlags) -> bool {
+        self.allowed.is_some_and(|allowed| allowed.has(what))
     }
 
     /// Whether it is time for a scan.
@@ -87,7 +87,7 @@ impl GuestPageReclaim {
         let start = if self.next < ram.end() { self.next } else { 0 };
         let end = ram.end().min(start + PART);
         self.next = end;
-        let objects = self.allows(hello::QUARANTINE_UNUSED);
+        let objects = self.allows(GuestFlags::QUARANTINE_UNUSED);
         let mut runs = windows.model().memory().unused_pages(start..end, objects);
         let some = runs.by_ref().take(RUNS);
         for run in rings.unused_pages(&RingRam(ram)).chain(some) {
@@ -95,7 +95,7 @@ impl GuestPageReclaim {
                 Ok(bytes) => self.reclaimed_bytes += bytes,
                 Err(error) => {
                     log::warn!("free memory of the guest is no longer reclaimed: {error}");
-                    self.allowed = Some(0);
+                    self.allowed = Some(GuestFlags::default());
                     break;
                 }
             }

@@ -189,7 +189,7 @@ impl Investigation<'_, '_> {
         let region = self.guest.regions().find(address);
         let key = region.map(|(key, _)| key);
         // Only the address of a free is wrong, whatever the shadow says.
-        if let Some(kind) = BugKind::of_free(access.access.number()) {
+        if let Some(kind) = BugKind::of_free(access.access) {
             return BadAddress { va: address, key, kind };
         }
         let violation = match (self.shadow.model(), region) {
@@ -202,7 +202,7 @@ impl Investigation<'_, '_> {
         };
         let kind = match (&violation, self.shadow.model()) {
             (Some(violation), Some(model)) => {
-                classify(model, violation, address, size, access.access.number())
+                classify(model, violation, address, size, access.access)
             }
             _ => BugKind::Unknown,
         };

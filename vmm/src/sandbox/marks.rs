@@ -1,4 +1,5 @@
-//! What a run had cost when its guest's console said certain things: the end of a boot, of a test.
+//! Marks: what a run has cost when its guest's console first says something, such as the end of a
+//! boot or of a test.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use super::console::LINE_BYTES;
 use super::stats::{EventStats, ExitStats};
 use crate::shadow::{ProcessMemory, Windows};
 
-/// What a run had cost at a line of the console. Sizes are bytes.
+/// What a run has cost at a line of the console. Sizes are bytes.
 #[derive(Clone, Debug, Serialize)]
 pub struct Mark {
     /// The text that was looked for.
@@ -31,7 +32,7 @@ pub struct Mark {
     pub hypercalls: u64,
     /// Those of them that are first touches of byte shadow.
     pub shadow_faults: u64,
-    /// Allocations that Umbra knows of. Those that still are in a ring are not among them.
+    /// Allocations without those whose records are still in a ring.
     pub allocations: u64,
     /// The memory that the process held.
     pub rss_bytes: u64,
@@ -84,7 +85,7 @@ impl Marks {
         windows: Option<&mut Windows>,
     ) {
         let Some((at, line)) = self.find(line) else { return };
-        // What the host does not tell is 0, and nothing to end a run for.
+        // 0 if the host does not report it: no reason to end a run.
         let memory = ProcessMemory::read().unwrap_or_default();
         let shadow = windows.and_then(|windows| windows.figures().ok());
         self.passed.push(Mark {

@@ -40,21 +40,22 @@ use umbra_report::Finding;
 pub use umbra_report::{Picture, Sample};
 
 pub use builder::Sandbox;
-pub use config::{Config, Console, Redzone, ShadowMode};
+pub use config::{Config, Console, ShadowMode};
 pub use file::GuestFile;
 use investigate::CodeLocation;
 pub use marks::Mark;
 pub use outcome::Outcome;
 pub use report::{Report, RunError};
 pub use run::run;
+pub use umbra_shadow::abi::Redzone;
 
 /// Gets each new finding while the guest runs.
 pub trait Observer: Send {
     /// A finding that is the first of its kind.
     fn finding(&mut self, finding: &Finding);
 
-    /// Called right before the guest runs. `counters` are its vCPUs', if they were asked for and KVM
-    /// has them.
+    /// Called right before the guest runs. `counters` are its vCPUs', if they were asked for and
+    /// KVM has them.
     fn starts(&mut self, counters: Option<Arc<Counters>>) {
         let _ = counters;
     }

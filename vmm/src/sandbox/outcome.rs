@@ -136,8 +136,8 @@ impl Outcome {
         }
     }
 
-    /// The exit status of a program that runs one guest: 0 clean, 1 findings, 2 usage or host problem, 3 the guest
-    /// crashed, 4 time limit; 130 after Ctrl-C, as shells have it.
+    /// The exit status of a program that runs one guest: 0 clean, 1 findings, 2 usage or host
+    /// problem, 3 the guest crashed, 4 time limit; 130 after Ctrl-C, as shells have it.
     pub fn status(&self, findings: bool) -> u8 {
         match self {
             Self::Done | Self::Reset | Self::PowerOff | Self::Halted | Self::FindingLimit(_) => {

@@ -1,6 +1,5 @@
-//! What a run looked like, for a page about it: the shadow's memory over time, the page map at the
-//! end, and the end of the console. Nothing of it is done unless it was asked for, and all of it is
-//! bounded.
+//! Collects what a run looks like, for a page about it: the shadow's memory over time, and the end
+//! of the console. It does so only if it was asked for, and in bounded memory.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -17,8 +16,7 @@ pub(super) const CELLS: usize = 8192;
 const SAMPLES: usize = 512;
 /// Time between two samples at first.
 const FIRST_GAP: Duration = Duration::from_micros(100);
-/// A sample is followed by so many times what it took without one: sampling costs a hundredth at
-/// most.
+/// Pause after a sample, as a multiple of the time it took: sampling costs a hundredth at most.
 const REST: u32 = 100;
 /// Bytes of the console that are kept.
 const CONSOLE: usize = 32 << 10;

@@ -1,4 +1,4 @@
-//! What a run has found so far, who hears of it, and when that is enough.
+//! The findings of a run, the observer that gets them, and the limit that ends the run.
 
 use umbra_report::{Added, Finding, Findings};
 
@@ -12,7 +12,7 @@ pub(super) struct Session {
 }
 
 impl Session {
-    /// No findings yet. `observer` hears of each new one; the run ends after `stop_at` of them.
+    /// No findings yet. `observer` gets each new one; the run ends after `stop_at` of them.
     pub(super) fn new(observer: Box<dyn Observer>, stop_at: Option<usize>) -> Self {
         Self { findings: Findings::default(), observer, stop_at }
     }

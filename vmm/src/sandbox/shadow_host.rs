@@ -3,6 +3,7 @@
 use umbra_machine::memory::Ram;
 use umbra_provenance::rings::Rings;
 use umbra_shadow::Shadow as _;
+use umbra_shadow::abi::{Features, GuestFlags};
 use umbra_shadow::codes::{GRANULE, PAGE_SIZE, VMALLOC_INVALID};
 
 use super::discovery::features;
@@ -45,8 +46,8 @@ impl ShadowHost {
     }
 
     /// The feature bits of this run.
-    pub(super) fn features(&self) -> u32 {
-        let Some(windows) = &self.windows else { return 0 };
+    pub(super) fn features(&self) -> Features {
+        let Some(windows) = &self.windows else { return Features::default() };
         features(windows.mode().into(), windows.notify())
     }
 
@@ -69,10 +70,10 @@ impl ShadowHost {
     }
 
     /// The guest's first call allows to discard what `flags` say.
-    pub(super) fn allow_reclaim(&mut self, flags: u64) {
+    pub(super) fn allow_reclaim(&mut self, flags: GuestFlags) {
         // Only page shadow says which pages are free.
         let has_pages = self.windows.as_ref().is_some_and(|w| w.mode() == Mode::PerPage);
-        self.guest_pages.allow(if has_pages { flags } else { 0 });
+        self.guest_pages.allow(if has_pages { flags } else { GuestFlags::default() });
     }
 
     /// Reclaims the host memory of byte shadow that no page uses. In `ring` mode every vCPU stands

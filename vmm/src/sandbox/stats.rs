@@ -38,7 +38,7 @@ pub struct Stats {
     pub guest: GuestStats,
     /// Exits from the guest to Umbra.
     pub exits: ExitStats,
-    /// What the guest told.
+    /// Events of the guest's allocators.
     pub events: EventStats,
     /// Umbra itself.
     pub host: HostStats,
@@ -65,7 +65,7 @@ pub struct ShadowStats {
     pub byte_unused_bytes: u64,
     /// Chunks that were mapped because the guest touched them.
     pub faults: u64,
-    /// Byte shadow that was given back.
+    /// Byte shadow that was reclaimed.
     pub released_bytes: u64,
 }
 
@@ -88,7 +88,7 @@ pub struct GuestStats {
     pub cpus: u8,
     /// Instructions that it executed, where the host counts them; else null.
     pub instructions: Option<u64>,
-    /// Memory of its free pages, and of its quarantine, that was given back to the host.
+    /// Memory of its free pages and of its quarantine that was reclaimed.
     pub released_bytes: u64,
 }
 
@@ -109,7 +109,7 @@ pub struct ExitStats {
     pub completed: BTreeMap<&'static str, u64>,
 }
 
-/// What the guest told of its allocators.
+/// Events of the guest's allocators.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct EventStats {
     /// Allocations.

@@ -14,7 +14,9 @@ use umbra_provenance::{Objects, Provenance, Quarantine};
 use umbra_report::Finding;
 use umbra_report::symbols::Symbols;
 use umbra_shadow::Shadow as _;
-use umbra_shadow::abi::{self, PORT, access, call, exit, features, name, record};
+use umbra_shadow::abi::{
+    self, Access, CallNumber, ExitReason, Features, NameKind, Owner, PORT, RecordKind, Slot,
+};
 use umbra_shadow::codes::{PAGE_BYTES, SLAB_FREE};
 use vm_memory::GuestAddress;
 
@@ -42,23 +44,24 @@ const CPU: u8 = 2;
 #[test]
 fn hello_tells_the_features_that_cpuid_tells() {
     let modes = [
-        (Some(Mode::PerPage), ShadowMode::PerPage, features::PER_PAGE),
-        (Some(Mode::Full), ShadowMode::Full, features::FULL),
-        (None, ShadowMode::Off, 0),
+        (Some(Mode::PerPage), ShadowMode::PerPage, Features::PER_PAGE),
+        (Some(Mode::Full), ShadowMode::Full, Features::FULL),
+        (None, ShadowMode::Off, Features::default()),
     ];
     for (mode, shadow, bit) in modes {
-        for (notify, how) in [(Notify::Ring, features::RING), (Notify::Sync, features::SYNC)] {
+        for (notify, how) in [(Notify::Ring, Features::RING), (Notify::Sync, Features::SYNC)] {
             let mut bench = Bench::new(mode, notify, None, None);
-            let expected = if bit == 0 { 0 } else { bit | how };
+            let off = bit == Features::default();
+            let expected = if off { 0 } else { (bit | how).bits() };
             assert_eq!(
-                bench.call(call::HELLO, [abi::VERSION.into(), 0, 0, 0]),
+                bench.call(CallNumber::Hello, [abi::VERSION.into(), 0, 0, 0]),
                 u64::from(expected)
             );
-            assert_eq!(bench.call(call::HELLO, [9, 0, 0, 0]), abi::ERR_VERSION);
+            assert_eq!(bench.call(CallNumber::Hello, [9, 0, 0, 0]), abi::ERR_VERSION);
             let settings =
                 Settings { quarantine: 5 << 32 | 7, quarantine_batch: 9, ..Settings::default() };
             let leaves = leaves(shadow, notify, settings, &bench.layout);
-            let told = if bit == 0 { (0, 0, 0) } else { (9, 7, 5) };
+            let told = if off { (0, 0, 0) } else { (9, 7, 5) };
             assert_eq!((leaves[5].eax, leaves[5].ecx, leaves[5].edx), told);
             assert_eq!((leaves[1].eax, leaves[1].ebx, leaves[1].ecx), (1, PORT.into(), expected));
             assert_eq!([leaves[0].ebx, leaves[0].ecx, leaves[0].edx], abi::CPUID_SIGNATURE);
@@ -70,7 +73,7 @@ fn hello_tells_the_features_that_cpuid_tells() {
 fn a_call_changes_rax_and_nothing_else() {
     let mut bench = Bench::ring();
     (bench.cpu.regs.rbx, bench.cpu.regs.rdx, bench.cpu.regs.rflags) = (1, 2, 3);
-    assert_eq!(bench.call(99, [4, 5, 6, 7]), abi::ERR_CALL);
+    assert_eq!(bench.call(99u32, [4, 5, 6, 7]), abi::ERR_CALL);
     let expected = kvm_regs {
         rax: abi::ERR_CALL,
         rbx: 1,
@@ -100,12 +103,12 @@ fn only_32_bits_to_the_port_are_a_call() {
 
 #[test]
 fn calls_of_the_other_mode_are_refused() {
-    let sync = [call::POISON, call::UNPOISON, call::ALLOCATED, call::FREED];
-    let ring = [call::RING_SETUP, call::RING_DRAIN];
+    let sync = [CallNumber::Poison, CallNumber::Unpoison, CallNumber::Allocated, CallNumber::Freed];
+    let ring = [CallNumber::RingSetup, CallNumber::RingDrain];
     let arguments = |number| match number {
-        call::RING_SETUP => [0x1000, 128, 0, 0],
-        call::POISON => [0x1000, 8, 0xfc, 0],
-        call::RING_DRAIN => [0; 4],
+        CallNumber::RingSetup => [0x1000, 128, 0, 0],
+        CallNumber::Poison => [0x1000, 8, 0xfc, 0],
+        CallNumber::RingDrain => [0; 4],
         _ => [0x1000, 8, 0, 0],
     };
     for (notify, fits, others) in
@@ -114,57 +117,57 @@ fn calls_of_the_other_mode_are_refused() {
         for mode in [Mode::PerPage, Mode::Full] {
             let mut bench = Bench::new(Some(mode), notify, None, None).with_region();
             for number in fits {
-                assert_eq!(bench.call(*number, arguments(*number)), 0, "{number} in {notify:?}");
+                assert_eq!(bench.call(*number, arguments(*number)), 0, "{number:?} in {notify:?}");
             }
             for number in others {
                 assert_eq!(
                     bench.call(*number, arguments(*number)),
                     abi::ERR_MODE,
-                    "{number} in {notify:?}"
+                    "{number:?} in {notify:?}"
                 );
             }
         }
     }
     let mut off = Bench::new(None, Notify::Ring, None, None).with_region();
-    for number in ring.iter().chain(&sync).chain(&[call::REPORT]) {
+    for number in ring.iter().chain(&sync).chain(&[CallNumber::Report]) {
         assert_eq!(
             off.call(*number, arguments(*number)),
             abi::ERR_MODE,
-            "{number} with shadow off"
+            "{number:?} with shadow off"
         );
     }
 }
 
 #[test]
 fn exits_of_the_guest_end_the_run() {
-    let end = |arguments| ended(Bench::ring().hypercall(call::EXIT, arguments));
-    assert!(matches!(end([exit::DONE, 0, 0, 0]), Outcome::Done));
-    assert!(matches!(end([exit::DONE, 1 << 63, 0, 0]), Outcome::Failed));
-    assert!(matches!(end([exit::PANIC, 0, 0, 0]), Outcome::Panic));
-    let fault = end([exit::FAULT, 14 | 2 << 32, 0xabc, 0xdef]);
+    let end = |arguments| ended(Bench::ring().hypercall(CallNumber::Exit, arguments));
+    assert!(matches!(end([ExitReason::Done.into(), 0, 0, 0]), Outcome::Done));
+    assert!(matches!(end([ExitReason::Done.into(), 1 << 63, 0, 0]), Outcome::Failed));
+    assert!(matches!(end([ExitReason::Panic.into(), 0, 0, 0]), Outcome::Panic));
+    let fault = end([ExitReason::Fault.into(), 14 | 2 << 32, 0xabc, 0xdef]);
     let text = fault.to_string();
     assert!(
         matches!(fault, Outcome::Fault { vector: 14, error: 2, address: 0xdef, .. }),
         "{fault:?}"
     );
     assert!(text.contains("page fault") && text.contains("rip 0xabc"), "{text}");
-    assert_eq!(Bench::ring().call(call::EXIT, [3, 0, 0, 0]), abi::ERR_ARGUMENT);
+    assert_eq!(Bench::ring().call(CallNumber::Exit, [3, 0, 0, 0]), abi::ERR_ARGUMENT);
 }
 
 #[test]
 fn sync_calls_write_the_shadow() {
     let mut bench = Bench::sync();
-    assert_eq!(bench.call(call::POISON, [0x3000, 0x1008, SLAB_FREE.into(), 0]), 0);
+    assert_eq!(bench.call(CallNumber::Poison, [0x3000, 0x1008, SLAB_FREE.into(), 0]), 0);
     let bad = |bench: &Bench, at| bench.state.shadow.model().unwrap().first_bad(at, 1).is_some();
     assert_eq!(
         [0x2fff, 0x3000, 0x4007, 0x4008].map(|at| bad(&bench, at)),
         [false, true, true, false]
     );
-    assert_eq!(bench.call(call::UNPOISON, [0x3000, 5, 0, 0]), 0);
+    assert_eq!(bench.call(CallNumber::Unpoison, [0x3000, 5, 0, 0]), 0);
     assert_eq!([0x3000, 0x3004, 0x3005].map(|at| bad(&bench, at)), [false, false, true]);
     for (va, len) in [(RAM, 1), (RAM - 8, 9), (u64::MAX, 1), (0, RAM + 1)] {
         assert_eq!(
-            bench.call(call::POISON, [va, len, SLAB_FREE.into(), 0]),
+            bench.call(CallNumber::Poison, [va, len, SLAB_FREE.into(), 0]),
             abi::ERR_ARGUMENT,
             "{va:#x}+{len:#x}"
         );
@@ -175,18 +178,36 @@ fn sync_calls_write_the_shadow() {
 fn one_call_allocates_and_one_frees() {
     let mut bench = Bench::sync();
     let state = |bench: &Bench, at| bench.state.shadow.model().map(|model| model.state(at));
-    assert_eq!(bench.call(call::POISON, [0x5000, 4096, 0xff, 0]), 0);
-    assert_eq!(bench.call(call::ALLOCATED, [0x5000, 50, 0, abi::slot(64, 0xfc)]), 0);
+    assert_eq!(bench.call(CallNumber::Poison, [0x5000, 4096, 0xff, 0]), 0);
+    assert_eq!(
+        bench.call(
+            CallNumber::Allocated,
+            [0x5000, 50, 0, Slot { bytes: 64, code: 0xfc }.to_register()]
+        ),
+        0
+    );
     let states: Vec<_> = [0x5000, 0x5030, 0x5038, 0x5040].map(|at| state(&bench, at)).into();
     assert_eq!(states, [Some(0), Some(2), Some(0xfc), Some(0xff)]);
-    assert_eq!(bench.call(call::FREED, [0x5000, 0, 0, abi::slot(64, 0xfb)]), 0);
+    assert_eq!(
+        bench.call(CallNumber::Freed, [0x5000, 0, 0, Slot { bytes: 64, code: 0xfb }.to_register()]),
+        0
+    );
     let states: Vec<_> = [0x5000, 0x5030, 0x5038, 0x5040].map(|at| state(&bench, at)).into();
     assert_eq!(states, [Some(0xfb), Some(0xfb), Some(0xfb), Some(0xff)]);
     assert_eq!((bench.events().allocations, bench.events().frees), (1, 1));
     // Past the end of memory nothing changes and nothing is counted.
     let end = bench.ram.end() - 64;
-    assert_eq!(bench.call(call::ALLOCATED, [end, 50, 0, abi::slot(128, 0xfc)]), abi::ERR_ARGUMENT);
-    assert_eq!(bench.call(call::FREED, [end, 0, 0, abi::slot(128, 0xfc)]), abi::ERR_ARGUMENT);
+    assert_eq!(
+        bench.call(
+            CallNumber::Allocated,
+            [end, 50, 0, Slot { bytes: 128, code: 0xfc }.to_register()]
+        ),
+        abi::ERR_ARGUMENT
+    );
+    assert_eq!(
+        bench.call(CallNumber::Freed, [end, 0, 0, Slot { bytes: 128, code: 0xfc }.to_register()]),
+        abi::ERR_ARGUMENT
+    );
     assert_eq!((bench.events().allocations, bench.events().frees), (1, 1));
 }
 
@@ -194,13 +215,13 @@ fn one_call_allocates_and_one_frees() {
 fn a_report_becomes_a_finding_with_its_object() {
     let mut bench = Bench::sync();
     bench.ram.write(GuestAddress(0x100), b"cachetask").unwrap();
-    assert_eq!(bench.call(call::NAME, [name::CACHE, 0x100, 5 | 3 << 32, 64]), 0);
-    assert_eq!(bench.call(call::NAME, [name::TASK, 0x105, 4 | 8 << 32, 0]), 0);
-    assert_eq!(bench.call(call::ALLOCATED, [0x5000, 50, 3 | 8 << 32, 0]), 0);
-    assert_eq!(bench.call(call::POISON, [0x5038, 8, 0xfc, 0]), 0);
+    assert_eq!(bench.call(CallNumber::Name, [NameKind::Cache.into(), 0x100, 5 | 3 << 32, 64]), 0);
+    assert_eq!(bench.call(CallNumber::Name, [NameKind::Task.into(), 0x105, 4 | 8 << 32, 0]), 0);
+    assert_eq!(bench.call(CallNumber::Allocated, [0x5000, 50, 3 | 8 << 32, 0]), 0);
+    assert_eq!(bench.call(CallNumber::Poison, [0x5038, 8, 0xfc, 0]), 0);
     // The guest says that it is CPU 1.
-    let who = u64::from(access::WRITE) | 1 << 16 | 8 << 32;
-    assert_eq!(bench.call(call::REPORT, [0x5034, 8, who, 0x10_0005]), 0);
+    let who = u64::from(Access::Write) | 1 << 16 | 8 << 32;
+    assert_eq!(bench.call(CallNumber::Report, [0x5034, 8, who, 0x10_0005]), 0);
     let heard = bench.heard.0.lock().unwrap().clone();
     let [finding] = heard.as_slice() else { panic!("{heard:?}") };
     assert_eq!(
@@ -218,9 +239,9 @@ fn a_report_becomes_a_finding_with_its_object() {
 #[test]
 fn the_run_ends_after_enough_different_findings() {
     let mut bench = Bench::new(Some(Mode::PerPage), Notify::Ring, None, Some(2)).with_region();
-    assert_eq!(bench.call(call::REPORT, [0x1000, 1, 0, 0x100]), 0);
-    assert_eq!(bench.call(call::REPORT, [0x1000, 1, 0, 0x100]), 0, "a repeat does not count");
-    let outcome = ended(bench.hypercall(call::REPORT, [0x1000, 1, 0, 0x200]));
+    assert_eq!(bench.call(CallNumber::Report, [0x1000, 1, 0, 0x100]), 0);
+    assert_eq!(bench.call(CallNumber::Report, [0x1000, 1, 0, 0x100]), 0, "a repeat does not count");
+    let outcome = ended(bench.hypercall(CallNumber::Report, [0x1000, 1, 0, 0x200]));
     assert!(matches!(outcome, Outcome::FindingLimit(2)), "{outcome:?}");
     assert_eq!(bench.heard.0.lock().unwrap().len(), 2);
 }
@@ -228,7 +249,7 @@ fn the_run_ends_after_enough_different_findings() {
 #[test]
 fn rings_are_drained_before_a_report() {
     let mut bench = Bench::ring();
-    assert_eq!(bench.call(call::RING_SETUP, [0x8000, 64 * 5, 0, 0]), 0);
+    assert_eq!(bench.call(CallNumber::RingSetup, [0x8000, 64 * 5, 0, 0]), 0);
     let mut record = [0u8; 64];
     record[0] = 1;
     record[8..12].copy_from_slice(&0x6000u32.to_le_bytes());
@@ -239,7 +260,7 @@ fn rings_are_drained_before_a_report() {
     bench.ram.write(GuestAddress(0x8080), &record).unwrap();
     bench.ram.write(GuestAddress(0x8000), &2u64.to_le_bytes()).unwrap();
     assert_eq!(bench.others.stops, 0);
-    assert_eq!(bench.call(call::REPORT, [0x6008, 1, 0, 0x100]), 0);
+    assert_eq!(bench.call(CallNumber::Report, [0x6008, 1, 0, 0x100]), 0);
     assert_eq!(bench.others.stops, 1, "the other CPUs write to their rings");
     let object = bench.heard.0.lock().unwrap()[0].object.clone().unwrap();
     assert_eq!((object.start, object.size, object.offset), (0x6000, 40, 8));
@@ -251,7 +272,7 @@ fn rings_are_drained_before_a_report() {
         "its CPU may be about to store a 3"
     );
     // None is taken twice; its CPU's own call empties the ring.
-    assert_eq!(bench.call(call::RING_DRAIN, [0, 0, 0, 0]), 0);
+    assert_eq!(bench.call(CallNumber::RingDrain, [0, 0, 0, 0]), 0);
     assert_eq!(bench.ram.read_u64(GuestAddress(0x8000)).unwrap(), 0);
     assert_eq!(bench.events().allocations, 1);
 }
@@ -259,21 +280,21 @@ fn rings_are_drained_before_a_report() {
 #[test]
 fn a_record_names_a_cache() {
     let mut bench = Bench::ring();
-    assert_eq!(bench.call(call::RING_SETUP, [0x8000, 64 * 5, 0, 0]), 0);
-    let write = |at: u64, kind: u8, depth: u8, low: u32, name: &[u8]| {
+    assert_eq!(bench.call(CallNumber::RingSetup, [0x8000, 64 * 5, 0, 0]), 0);
+    let write = |at: u64, kind: RecordKind, depth: u8, low: u32, name: &[u8]| {
         let mut bytes = [0u8; 64];
-        (bytes[0], bytes[1], bytes[2]) = (kind, depth, 3);
+        (bytes[0], bytes[1], bytes[2]) = (kind.into(), depth, 3);
         bytes[8..12].copy_from_slice(&low.to_le_bytes());
         bytes[16..20].copy_from_slice(&40u32.to_le_bytes());
         bytes[24..24 + name.len()].copy_from_slice(name);
         bench.ram.write(GuestAddress(at), &bytes).unwrap();
     };
-    write(0x8040, record::CACHE, 7, 0, b"my\ncache");
-    write(0x8080, record::ALLOCATED, 0, 0x6000, &[]);
+    write(0x8040, RecordKind::Cache, 7, 0, b"my\ncache");
+    write(0x8080, RecordKind::Allocated, 0, 0x6000, &[]);
     // Longer than there is room for.
-    write(0x80c0, record::CACHE, 41, 0, &[b'x'; 40]);
+    write(0x80c0, RecordKind::Cache, 41, 0, &[b'x'; 40]);
     bench.ram.write(GuestAddress(0x8000), &3u64.to_le_bytes()).unwrap();
-    assert_eq!(bench.call(call::REPORT, [0x6008, 1, 0, 0x100]), 0);
+    assert_eq!(bench.call(CallNumber::Report, [0x6008, 1, 0, 0x100]), 0);
     let object = bench.heard.0.lock().unwrap()[0].object.clone().unwrap();
     assert_eq!((object.start, object.cache.as_deref()), (0x6000, Some("my?cach")));
     assert_eq!((bench.events().allocations, bench.events().refused), (1, 1));
@@ -355,7 +376,7 @@ fn the_shadow_limit_ends_the_run() {
     assert!(matches!(ended(bench.exit(memory_fault)), Outcome::ShadowLimit(_)));
     assert_eq!(bench.others.stops, 3, "the last look was taken while nothing changed");
     let mut sync = Bench::new(Some(Mode::PerPage), Notify::Sync, Some(0), None).with_region();
-    let flow = sync.hypercall(call::POISON, [8, 8, SLAB_FREE.into(), 0]);
+    let flow = sync.hypercall(CallNumber::Poison, [8, 8, SLAB_FREE.into(), 0]);
     assert!(matches!(ended(flow), Outcome::ShadowLimit(_)));
 }
 
@@ -496,33 +517,38 @@ fn every_other_exit_has_an_outcome() {
 fn what_waits_is_fetched_when_it_is_due() {
     let quarantine = Quarantine::new(64 << 10, 1);
     let mut bench = Bench::with(Mode::PerPage, Notify::Sync, quarantine, false).with_region();
-    let wait = u64::from(abi::wait(1, 9));
+    let owner = Owner { allocator: 1, note: 9 };
+    let wait = u64::from(owner.to_bits());
     let free = |bench: &mut Bench, at: u64| {
-        bench.call(call::FREED, [0x2_0000 + at, 0, wait, abi::slot(1024, SLAB_FREE)])
+        bench.call(
+            CallNumber::Freed,
+            [0x2_0000 + at, 0, wait, Slot { bytes: 1024, code: SLAB_FREE }.to_register()],
+        )
     };
     // A batch is 4 KiB; 44 KiB are kept.
     let due: Vec<_> = (0..49).map(|i| free(&mut bench, i * 1024)).collect();
     assert_eq!((due.iter().position(|due| *due != 0), due[48]), (Some(48), 1));
     let to = 0x1_0000;
-    assert_eq!(bench.call(call::QUARANTINE, [0, to, 2, 0]), 2);
-    assert_eq!(bench.call(call::QUARANTINE, [0, to + 32, 100, 0]), 3);
+    assert_eq!(bench.call(CallNumber::Quarantine, [0, to, 2, 0]), 2);
+    assert_eq!(bench.call(CallNumber::Quarantine, [0, to + 32, 100, 0]), 3);
     for i in 0..5u64 {
         let mut bytes = [0; 16];
         bench.ram.read(GuestAddress(to + 16 * i), &mut bytes).unwrap();
-        let expected = abi::Released {
-            address: 0x2_0000 + 1024 * i,
-            slot: 1024,
-            wait: wait as u16,
-            reserved: 0,
-        };
-        assert_eq!(bytes, expected.to_bytes());
+        let expected = abi::Released::new(0x2_0000 + 1024 * i, 1024, owner);
+        assert_eq!(bytes, expected.encode());
     }
-    assert_eq!(bench.call(call::QUARANTINE, [0, to, 100, 0]), 0);
-    assert_eq!(bench.call(call::QUARANTINE, [0, to, 0, 0]), 0);
-    assert_eq!(bench.call(call::QUARANTINE, [1, to, 100, 0]), 44);
+    assert_eq!(bench.call(CallNumber::Quarantine, [0, to, 100, 0]), 0);
+    assert_eq!(bench.call(CallNumber::Quarantine, [0, to, 0, 0]), 0);
+    assert_eq!(bench.call(CallNumber::Quarantine, [1, to, 100, 0]), 44);
     assert_eq!(bench.state.provenance.quarantine().figures().bytes, 0);
     // A free that does not wait says nothing of what is due.
-    assert_eq!(bench.call(call::FREED, [0x2_0000, 0, 0, abi::slot(1024, SLAB_FREE)]), 0);
+    assert_eq!(
+        bench.call(
+            CallNumber::Freed,
+            [0x2_0000, 0, 0, Slot { bytes: 1024, code: SLAB_FREE }.to_register()]
+        ),
+        0
+    );
     assert_eq!(bench.state.provenance.quarantine().figures().held, 49);
 }
 
@@ -532,12 +558,16 @@ fn arrays_for_what_leaves_the_quarantine_lie_in_ram() {
     for (at, count) in
         [(RAM - 8, 0), (RAM - 16, 2), (RAM, 1), (u64::MAX, 0), (0, abi::RELEASED_MAX + 1)]
     {
-        assert_eq!(bench.call(call::QUARANTINE, [1, at, count, 0]), abi::ERR_ARGUMENT, "{at:#x}");
+        assert_eq!(
+            bench.call(CallNumber::Quarantine, [1, at, count, 0]),
+            abi::ERR_ARGUMENT,
+            "{at:#x}"
+        );
     }
-    assert_eq!(bench.call(call::QUARANTINE, [1, RAM - 16, 1, 0]), 0);
-    assert_eq!(bench.call(call::RELATED, [0x1000, 0, 0, 0]), abi::ERR_MODE);
+    assert_eq!(bench.call(CallNumber::Quarantine, [1, RAM - 16, 1, 0]), 0);
+    assert_eq!(bench.call(CallNumber::Related, [0x1000, 0, 0, 0]), abi::ERR_MODE);
     let mut off = Bench::new(None, Notify::Ring, None, None).with_region();
-    assert_eq!(off.call(call::QUARANTINE, [1, 0, 1, 0]), abi::ERR_MODE);
+    assert_eq!(off.call(CallNumber::Quarantine, [1, 0, 1, 0]), abi::ERR_MODE);
 }
 
 #[test]
@@ -546,7 +576,7 @@ fn a_vcpu_that_fails_is_a_host_error() {
     bench.cpu.broken = true;
     let byte = bench.layout.byte.gpa;
     for flow in [
-        bench.hypercall(call::HELLO, [1, 0, 0, 0]),
+        bench.hypercall(CallNumber::Hello, [1, 0, 0, 0]),
         bench.write(byte, &[1]),
         bench.exit(VmExit::EmulationFailed { bytes: [0xcc; 15], len: 1 }),
     ] {

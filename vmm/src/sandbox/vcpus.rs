@@ -22,8 +22,9 @@ use super::run::{MachineSlots, Shared};
 
 /// Time between two kicks.
 const RETRY: Duration = Duration::from_millis(5);
-/// Most kicks for a vCPU that does not come out at the end of a run: some seconds' worth, then it is
-/// left behind. A number of kicks and not a time, so that a host that stands still does not count.
+/// Most kicks for a vCPU that does not come out at the end of a run: some seconds' worth, then it
+/// is left behind. A number of kicks and not a time, so that a host that stands still does not
+/// count.
 const KICKS: u32 = 400;
 /// Most kicks for a vCPU that is to be paused, after which the run ends. A host with far more to do
 /// than it has CPUs may take that long.
@@ -107,8 +108,9 @@ impl Vcpus {
         self.inside[id].store(false, SeqCst);
     }
 
-    /// Gets all vCPUs but `me` out of the guest and keeps them out until [`Self::resume`]. The error
-    /// is the number of one that does not come out. If the run is to `stop`, fewer kicks are sent.
+    /// Gets all vCPUs but `me` out of the guest and keeps them out until [`Self::resume`]. The
+    /// error is the number of one that does not come out. If the run is to `stop`, fewer kicks are
+    /// sent.
     fn pause(&self, me: usize, stop: &AtomicBool) -> Result<(), usize> {
         self.hold.store(true, SeqCst);
         let others = || self.inside.iter().enumerate().filter(|(id, _)| *id != me);
@@ -198,7 +200,8 @@ impl Drop for OutcomeSender {
 }
 
 /// Starts a thread that runs `vcpu` until the run ends. If this vCPU ends it, the outcome goes to
-/// `sender`; each thread sends `None` as its last value. The channel holds two values for each vCPU.
+/// `sender`; each thread sends `None` as its last value. The channel holds two values for each
+/// vCPU.
 pub(super) fn spawn(
     mut vcpu: Vcpu,
     shared: Arc<Shared>,

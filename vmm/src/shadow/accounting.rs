@@ -1,12 +1,12 @@
-//! What shadow memory costs, by the kernel's figures rather than by book-keeping of our own.
+//! What shadow memory costs, by the kernel's figures and not by our own books.
 //!
-//! Resident memory only grows between two releases, so a sample right before each release and one
-//! at the end give the exact peak.
+//! Resident memory only grows until some is reclaimed. So a sample right before each reclaim and
+//! one at the end give the exact peak.
 //!
-//! The kernel tells it in two places. `/proc/self/smaps` has a line for the whole byte shadow that
-//! anybody can check, but its price is a walk over all memory of this process, the guest's
-//! included: the final figures come from there. `/proc/self/pagemap` tells it page by page, for the
-//! chunks that are mapped: it decides what to release, and gives the samples.
+//! The kernel reports it in two places. `/proc/self/smaps` has a line for the whole byte shadow,
+//! which anybody can check, but reading it walks over all memory of this process, the guest's
+//! included. The final figures come from there. `/proc/self/pagemap` reports single pages of mapped
+//! chunks. It decides what to reclaim, and gives the samples.
 
 use std::{
     fs::File,
@@ -26,7 +26,7 @@ pub fn resident_bytes(range: &Range<u64>) -> io::Result<u64> {
     parse_smaps(BufReader::new(File::open("/proc/self/smaps")?), range)
 }
 
-/// The kernel's word on single pages of this process.
+/// `/proc/self/pagemap`: which pages of this process are in memory.
 #[derive(Debug)]
 pub(super) struct ResidentPages(File);
 
@@ -163,7 +163,7 @@ pub struct Figures {
     pub byte_unused_bytes: u64,
     /// Chunks that were mapped because the guest touched them.
     pub faults: u64,
-    /// Resident byte shadow that was given back.
+    /// Resident byte shadow that was reclaimed.
     pub released_bytes: u64,
 }
 
@@ -213,7 +213,7 @@ impl Accounting {
         self.pages.held(start..start + CHUNK_BYTES)
     }
 
-    /// Takes a sample of all mapped chunks; to be called before any host memory is given back.
+    /// Takes a sample of all mapped chunks; to be called before any host memory is reclaimed.
     /// Returns the resident bytes.
     pub(super) fn sample(&mut self, shadow: &HostShadow) -> io::Result<u64> {
         let mut resident = 0;
@@ -237,7 +237,7 @@ impl Accounting {
         used
     }
 
-    /// Counts bytes that were resident and were given back.
+    /// Counts resident bytes that were reclaimed.
     pub(super) fn count_reclaimed(&mut self, bytes: u64) {
         self.released_bytes = self.released_bytes.saturating_add(bytes);
     }

@@ -21,9 +21,9 @@ impl Windows {
         (key.checked_add(len)? <= self.model.memory().layout().keys_end).then_some(key)
     }
 
-    /// Hands out the key of `len` bytes (not 0), which [`Self::next_key`] told: all of the memory
-    /// is poisoned, and the guest sees its shadow from now on. Its page shadow is resident at once;
-    /// its byte shadow comes on demand, in a full shadow too.
+    /// Hands out the key of `len` bytes (not 0), which [`Self::next_key`] returned. All of the
+    /// memory is poisoned, and the guest sees its shadow from now on. Its page shadow is resident
+    /// at once; its byte shadow comes on demand, in a full shadow too.
     ///
     /// # Errors
     /// A slot could not be added.

@@ -23,8 +23,7 @@ const MAX_RAM_END: u64 = 4 << 40;
 /// Virtual memory that there are keys for, in bytes: as much as guest memory, but at least this. A
 /// key costs nothing until the guest asks for it.
 const LEAST_VIRTUAL: u64 = 4 << 30;
-/// By how much byte shadow may grow for virtual memory if nobody says: as much as RAM has, but at
-/// least this.
+/// Least byte shadow that is allowed for virtual memory by default; otherwise as much as RAM has.
 const LEAST_VIRTUAL_SHADOW: u64 = 32 << 20;
 
 /// A guest-physical range that shows shadow memory.
@@ -113,7 +112,7 @@ impl Layout {
         (self.virtual_start / CHUNK_COVERS) as usize
     }
 
-    /// The most byte shadow that may be mapped if nobody says otherwise, in bytes. RAM bounds its
+    /// The most byte shadow that may be mapped by default, in bytes. RAM bounds its
     /// own shadow; without this, virtual memory would let a small guest take any amount.
     pub fn default_limit(&self) -> u64 {
         let ram = self.ram_chunks() as u64 * CHUNK_BYTES;

@@ -1,8 +1,7 @@
-//! Gives host memory back that lies behind byte shadow nobody looks at any more.
+//! Reclaims the host memory of byte shadow that no page uses.
 //!
 //! One 4 KiB page of byte shadow serves eight guest pages, whose eight page-shadow values are one
-//! aligned `u64`. When none of them is `PAGE_BYTES` or `PAGE_BUSY`, the byte shadow is garbage and
-//! can go.
+//! aligned `u64`. When none of them is `PAGE_BYTES` or `PAGE_BUSY`, the byte shadow is dead.
 //!
 //! **Why nothing live is lost.** It runs while every vCPU is stopped, so the page shadow does not
 //! change under it. A vCPU may have been stopped anywhere:
@@ -27,23 +26,23 @@ use super::{
 // The module's description, and `HostShadow::shadow_page_in_use`, rest on this.
 const _: () = assert!(CHUNK_COVERS >> PAGE_SHIFT == CHUNK_BYTES / HOST_PAGE * 8);
 
-/// Gives back the host memory of all byte shadow that no page uses. Returns the bytes that went.
+/// Reclaims the host memory of all byte shadow that no page uses. Returns the bytes.
 ///
 /// Call it only while no vCPU runs guest code. The chunks stay mapped. It reads the page shadow of
 /// mapped chunks and asks the kernel about their pages: a few microseconds for each chunk.
 pub fn reclaim_unused(windows: &mut Windows) -> Result<u64, ShadowError> {
     let (resident, runs) = scan(windows)?;
-    // The most that is resident until the next release is resident right now.
+    // The most that is resident until the next reclaim is resident right now.
     windows.accounting.note_resident(resident);
     windows.sample_used();
-    let mut released = 0;
+    let mut reclaimed = 0;
     for run in runs {
         let byte = &mut windows.model.memory_mut().byte;
-        byte.discard(run.at, run.len).map_err(ShadowError::host("give back shadow"))?;
-        released += run.len;
+        byte.discard(run.at, run.len).map_err(ShadowError::host("reclaim shadow"))?;
+        reclaimed += run.len;
     }
-    windows.accounting.count_reclaimed(released);
-    Ok(released)
+    windows.accounting.count_reclaimed(reclaimed);
+    Ok(reclaimed)
 }
 
 /// A part of the byte window, in bytes.

@@ -6,8 +6,8 @@ use std::io::Write;
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
+use umbra_testkit::cpio::Archive;
 
-use super::cpio::Archive;
 use super::packages::Kernel;
 
 /// What the first program of every host begins with.

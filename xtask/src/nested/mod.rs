@@ -8,7 +8,6 @@
 //! Bochs' CPU has Intel's VMX with EPT, for `kvm_intel`. It is far slower, and sees of this machine's
 //! files only those that the command names.
 
-mod cpio;
 mod host;
 mod initrd;
 mod packages;

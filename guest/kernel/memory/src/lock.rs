@@ -1,6 +1,6 @@
-//! The one lock of all allocators. It guards what they know of memory, not the memory's shadow:
-//! that is changed without it, by whoever has just taken the memory or is about to give it back, so
-//! that CPUs do so at once.
+//! The one lock of all allocators. It guards their data, not the shadow of the memory they manage.
+//! A CPU changes the shadow without the lock, after it has taken memory or before it gives it back,
+//! so CPUs can do so at once.
 
 use core::hint::spin_loop;
 use core::sync::atomic::{AtomicBool, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};

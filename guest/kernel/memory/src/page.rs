@@ -1,7 +1,6 @@
 //! The page allocator: a binary buddy system over one range of memory.
 //!
-//! Nothing is kept in free pages themselves: one [`Page`] describes each page, so free memory stays
-//! poisoned.
+//! A [`Page`] describes each page. Nothing is kept in free pages themselves, so they stay poisoned.
 
 use core::ptr::addr_of_mut;
 
@@ -9,7 +8,7 @@ use umbra_guest::codes::{FREE_PAGE, PAGE_SIZE};
 
 use crate::DIRECT_MAP;
 use crate::lock::locked;
-use crate::slab::or_after_quarantine;
+use crate::retry::or_after_quarantine;
 
 /// Blocks have `1 << order` pages, with orders below this.
 pub const ORDERS: usize = 11;
@@ -18,7 +17,7 @@ pub const SLAB_OBJECTS: usize = 192;
 
 const NONE: u32 = u32::MAX;
 
-/// What a page is used for, told by the first page of a block.
+/// The use of a block of pages, in the description of its first page.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 pub enum Use {
@@ -40,7 +39,7 @@ pub struct Page {
     prev: u32,
     /// Order of the block that starts here.
     pub order: u8,
-    /// What for.
+    /// Its use.
     pub used: Use,
     /// A slab's cache.
     pub cache: u8,
@@ -99,9 +98,8 @@ impl Buddy {
 }
 
 /// Takes over the memory from `start` to `end` (guest-physical). The first part of it holds the
-/// descriptions. Returns where what is left begins (as an address of the direct map).
-#[unsafe(no_mangle)]
-pub extern "C" fn kernel_memory_init(start: u64, end: u64) -> u64 {
+/// descriptions. Returns where the rest begins (an address of the direct map).
+pub fn init(start: u64, end: u64) -> u64 {
     let b = buddy();
     b.pages = (DIRECT_MAP + start.next_multiple_of(PAGE_SIZE)) as *mut Page;
     b.end = (end / PAGE_SIZE) as u32;
@@ -119,7 +117,6 @@ pub extern "C" fn kernel_memory_init(start: u64, end: u64) -> u64 {
     }
     let first = address(b.start);
     umbra_guest::poison(first, address(b.end) - first, FREE_PAGE);
-    crate::slab::init();
     first
 }
 
@@ -179,7 +176,7 @@ pub fn give(mut number: u32) {
     b.push(number, order);
 }
 
-/// Allocates `1 << order` pages for anyone: accessible, and told to Umbra. 0 if there are none.
+/// Allocates `1 << order` pages: accessible, and recorded by Umbra. 0 if there are none.
 #[unsafe(no_mangle)]
 pub extern "C" fn kernel_pages_alloc(order: usize) -> u64 {
     let Some(number) = or_after_quarantine(|| locked(|| take(order, Use::Pages))) else { return 0 };

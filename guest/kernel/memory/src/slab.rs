@@ -2,8 +2,8 @@
 //! allocations.
 //!
 //! A slab is a block of pages; the bitmap of its free objects is in its first page's description.
-//! Every object is followed by as much redzone as this run wants. What is freed waits in the
-//! quarantine, if there is one, before its slot can be taken again.
+//! Every object is followed by a redzone, whose size is a setting of the run. A freed slot goes
+//! through the quarantine, if there is one, before it can be taken again.
 
 use core::ffi::c_void;
 use core::ptr::addr_of_mut;
@@ -13,6 +13,7 @@ use umbra_guest::codes::{FREE_PAGE, LARGE_REDZONE, PAGE_SIZE, SLAB_FREE, SLAB_RE
 use crate::DIRECT_MAP;
 use crate::lock::locked;
 use crate::page::{self, SLAB_OBJECTS, Use};
+use crate::retry::or_after_quarantine;
 
 /// The sizes of `kmalloc`'s caches; anything larger gets pages of its own.
 const KMALLOC: [(u64, &str); 12] = [
@@ -41,8 +42,8 @@ struct CacheData {
     /// Slabs of this cache, with free objects first in line. A small array: what does not fit stays
     /// findable through its objects, and comes back when one of them is freed.
     partial: [u32; 8],
-    /// An object that stands for the cache, so that its use after [`Cache::destroy`] is found; 0
-    /// for `kmalloc`'s.
+    /// An object that stands for the cache, so that uses after [`Cache::destroy`] are found. 0 for
+    /// `kmalloc`'s caches.
     descriptor: u64,
 }
 
@@ -60,13 +61,13 @@ fn data(cache: usize) -> &'static mut CacheData {
     unsafe { &mut (*addr_of_mut!(CACHE_DATA))[cache] }
 }
 
-/// A cache's bytes of an object and of a slot, for anyone: they never change.
+/// Bytes of a cache's objects and slots. They never change, so no lock is needed.
 fn sizes(cache: usize) -> (u64, u64) {
-    // SAFETY: no reference is made: who has the lock may hold one.
+    // SAFETY: no reference is made, since the holder of the lock may have one.
     unsafe { ((*addr_of_mut!(CACHE_DATA))[cache].object, (*addr_of_mut!(CACHE_DATA))[cache].slot) }
 }
 
-/// The order of a cache's slabs, which never changes either.
+/// The order of a cache's slabs. It never changes either.
 fn order(cache: usize) -> u8 {
     // SAFETY: as in `sizes`.
     unsafe { (*addr_of_mut!(CACHE_DATA))[cache].order }
@@ -185,7 +186,7 @@ fn free_in_slab(at: u64, number: u32, cache: Cache) {
     }
 }
 
-/// A slot comes out of the quarantine.
+/// Takes a slot back that has left the quarantine.
 extern "C" fn release(at: u64, slot: u64, cache: u8, _: *mut c_void) {
     let cache = Cache(cache.into());
     // A slab of that many pages starts at a multiple of them.
@@ -193,12 +194,6 @@ extern "C" fn release(at: u64, slot: u64, cache: u8, _: *mut c_void) {
     let number = ((slab - DIRECT_MAP) / PAGE_SIZE) as u32;
     let index = (at - slab) as u32 / slot as u32;
     locked(|| cache.give(number, index.into()));
-}
-
-/// Tries again when what waits in the quarantine has come back.
-#[inline(always)]
-pub fn or_after_quarantine<T>(mut take: impl FnMut() -> Option<T>) -> Option<T> {
-    take().or_else(|| if umbra_guest::quarantine_drain() > 0 { take() } else { None })
 }
 
 /// Bytes from one object of a cache to the next; 0 behind the last cache.
@@ -209,7 +204,7 @@ pub extern "C" fn kernel_slab_slot(cache: usize) -> u64 {
 
 /// Makes `kmalloc`'s caches.
 pub fn init() {
-    // SAFETY: `release` takes any context; nobody frees anything yet.
+    // SAFETY: `release` takes any context; there are no frees yet.
     unsafe {
         *addr_of_mut!(QUARANTINE) = umbra_guest::quarantine_add(release, core::ptr::null_mut())
     };
@@ -307,16 +302,15 @@ pub extern "C" fn kfree(at: u64) {
                 locked(|| page::give(block.number));
             }
         }
-        // Freed memory: Umbra tells which kind of bad free this is. Without it there is nothing to
-        // do.
+        // Freed memory: Umbra finds the kind of bad free. Without Umbra nothing happens.
         Use::Free | Use::Pages | Use::Tail => {
             umbra_guest::free(at, at, 0, FREE_PAGE);
         }
     }
 }
 
-/// All the bytes that an allocation may use, which it may from now on. 0, after a report, if it was
-/// freed.
+/// All the bytes of an allocation's slot, which the caller may use from now on. 0, after a report,
+/// if it was freed.
 #[unsafe(no_mangle)]
 pub extern "C" fn ksize(at: u64) -> u64 {
     if !umbra_guest::check(at, 1, false) {
@@ -327,7 +321,7 @@ pub extern "C" fn ksize(at: u64) -> u64 {
     room
 }
 
-/// Frees what `kmalloc` handed out, and leaves nothing of what was in it.
+/// Frees what `kmalloc` handed out, and clears it first.
 #[unsafe(no_mangle)]
 pub extern "C" fn kfree_sensitive(at: u64) {
     let bytes = ksize(at);

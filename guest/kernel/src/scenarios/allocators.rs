@@ -12,7 +12,7 @@ use umbra_guest::Checked;
 use super::{opaque, read, scenarios, write};
 use crate::page;
 
-/// What a heap takes: `1 << ORDER` pages.
+/// A heap has `1 << ORDER` pages.
 const ORDER: usize = 5;
 const BYTES: usize = 4096 << ORDER;
 

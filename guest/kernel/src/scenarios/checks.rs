@@ -28,7 +28,7 @@ const CHECKS: [(&str, u64); 11] = [
     ("loadN", 40),
 ];
 
-/// What a page of the block is.
+/// The state of a page of the block.
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
     Untyped,

@@ -1,4 +1,4 @@
-//! Allocator churn: the workload that the shadow's cost is measured with.
+//! Allocator churn: the workload for measurements of what the shadow costs.
 
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
@@ -10,10 +10,10 @@ use crate::slab::{kfree, kmalloc};
 
 static OPERATIONS: AtomicU64 = AtomicU64::new(4000);
 
-/// Whether what is live at the end of a churn stays so.
+/// Whether a churn leaves its live objects at its end.
 static KEEP: AtomicBool = AtomicBool::new(false);
 
-/// From now on `huge_churn` does not free at its end what it has allocated.
+/// From now on `huge_churn` does not free its live objects at its end.
 pub fn keep() {
     KEEP.store(true, Relaxed);
 }

@@ -105,7 +105,7 @@ scenarios! {
         // SAFETY: mapped memory; being caught is what this is for.
         unsafe { core::ptr::write_bytes(p as *mut u8, 0, 24) };
         kfree(p);
-        // What an allocator may keep in a freed object is not touched: each function stops at its
+        // Each function leaves alone what an allocator may keep in a freed object: it stops at its
         // first byte.
         let text = opaque(p + 16);
         opaque(strings::chr(text, b'1'));

@@ -1,10 +1,10 @@
-//! What the kernel does right and wrong on request. Each scenario runs in a thread of its own name,
-//! so a finding tells which one caused it.
+//! Scenarios: good and bad code that the kernel runs on request. Each runs in a thread with the
+//! scenario's name, which a finding shows.
 //!
-//! What each is expected to lead to stands beside it, in a section of the kernel's ELF that the
-//! host reads: one line each, `name|verdict|description`. A verdict is `silent`, or findings
-//! separated by `;`, each `kind access size offset`, where the offset is that of the first bad byte
-//! from the start of the object or variable, `-` if there is none.
+//! The expected findings are beside the code, in a section of the kernel's ELF that the host reads:
+//! one line for each scenario, `name|verdict|description`. A verdict is `silent`, or findings
+//! separated by `;`. Each of these is `kind access size offset`. The offset is the distance of the
+//! first bad byte from the start of the object or variable, `-` if there is neither.
 
 mod access;
 mod allocators;
@@ -46,7 +46,7 @@ macro_rules! scenarios {
 }
 use scenarios;
 
-/// Hides a value's origin from the optimizer.
+/// Hides from the optimizer where a value comes from.
 fn opaque<T>(value: T) -> T {
     core::hint::black_box(value)
 }
@@ -54,21 +54,21 @@ fn opaque<T>(value: T) -> T {
 /// Reads a byte, for real.
 #[inline(always)]
 fn read(at: u64) -> u8 {
-    // SAFETY: the address is mapped, if not always allowed: being caught is what a scenario is for.
+    // SAFETY: the address is mapped. It may be poisoned: a scenario is there to be caught.
     unsafe { (opaque(at) as *const u8).read_volatile() }
 }
 
 /// Writes a byte, for real.
 #[inline(always)]
 fn write(at: u64, value: u8) {
-    // SAFETY: as in `read`; what the bad writes hit are redzones and freed memory.
+    // SAFETY: as in `read`; bad writes hit redzones and freed memory.
     unsafe { (opaque(at) as *mut u8).write_volatile(value) }
 }
 
 /// Chooses no scenario at all.
 const NONE: &str = "-";
 
-/// Runs what the command line asks for.
+/// Runs the scenarios of the command line.
 pub fn run(command_line: &'static str) {
     let (mut chosen, mut without) = ("", "");
     for word in command_line.split_ascii_whitespace() {
@@ -109,7 +109,7 @@ pub fn run(command_line: &'static str) {
             .filter(|(name, _)| !without.split(',').any(|left_out| left_out == *name))
             .for_each(run_one);
     }
-    // In the order in which they are named, and as often.
+    // In the order of their names there, and as often.
     for name in chosen.split(',').filter(|name| !name.is_empty() && *name != NONE) {
         match all().find(|(known, _)| *known == name) {
             Some(scenario) => run_one(scenario),

@@ -19,7 +19,7 @@ fn others() -> [u64; 100] {
     objects
 }
 
-/// What [`work`] frees.
+/// The object that [`work`] frees.
 static WORK: AtomicU64 = AtomicU64::new(0);
 
 /// Makes work of freeing an object.

@@ -4,7 +4,7 @@
 use umbra_guest::codes::{PAGE_SHIFT, PAGE_SIZE};
 
 use super::{opaque, read, scenarios, write};
-use crate::boot::DIRECT_MAP;
+use crate::layout::DIRECT_MAP;
 use crate::slab::{Cache, kfree, kfree_sensitive, kmalloc, krealloc, ksize};
 
 scenarios! {

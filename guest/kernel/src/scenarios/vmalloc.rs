@@ -1,7 +1,7 @@
 //! Bugs on memory that is contiguous in virtual addresses only. Names as in Linux's KASAN test
 //! suite where it has them.
 //!
-//! What is not mapped is only checked: the access itself would fault, as it does in Linux.
+//! Memory that is not mapped is checked and not accessed: the access would fault, as in Linux.
 
 use core::arch::asm;
 

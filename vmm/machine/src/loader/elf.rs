@@ -18,7 +18,7 @@ const TYPE_DYNAMIC: u16 = 3;
 const MACHINE_X86_64: u16 = 62;
 const SEGMENT_LOAD: u32 = 1;
 const SEGMENT_NOTE: u32 = 4;
-/// The note that tells the PVH entry point, and whose it is (Xen, xen/include/public/elfnote.h).
+/// The note with the PVH entry point, and its owner (Xen, xen/include/public/elfnote.h).
 const NOTE_PHYS32_ENTRY: u32 = 18;
 const NOTE_OWNER: &[u8] = b"Xen\0";
 
@@ -156,7 +156,7 @@ pub(super) fn has_linux_banner(image: &[u8]) -> bool {
             .any(|part| memchr::memmem::find(part, b"Linux version ").is_some())
 }
 
-/// The entry point that an ELF file's PVH note tells, if it has one.
+/// The entry point in an ELF file's PVH note, if it has one.
 pub(super) fn pvh_entry(image: &[u8]) -> Option<u64> {
     if !is_one(image) {
         return None;

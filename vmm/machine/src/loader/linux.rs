@@ -1,26 +1,28 @@
-//! What Linux is told on its command line.
+//! Linux's command line: parameters that a run adds to what the user gives.
 
-/// Linux parameters that a run wants, unless the command line has the parameter already: the
-/// console on the serial port; a reset by the keyboard controller, first thing; and after a panic
-/// at once. Each of them ends the run.
+/// Added for every Linux, unless the command line has the parameter already: the console goes to
+/// the serial port, a reset uses the keyboard controller, and a panic resets at once. A reset ends
+/// the run.
 const DEFAULTS: [&str; 3] = ["console=ttyS0", "reboot=k", "panic=-1"];
-/// The same where each instruction of the kernel is emulated, so that those count which nobody
-/// needs: mitigations, from which each call and each return is longer and which protect nobody in a
-/// guest with one user; and the self-tests of ciphers, which are more than all else that a
-/// distribution's kernel does until its first program. Nor is what takes long stuck there.
+/// Added where the host emulates each instruction of the kernel, which makes instructions
+/// expensive. Mitigations lengthen each call and return, and protect nobody in a guest with one
+/// user. The self-tests of ciphers take more instructions than everything else that a
+/// distribution's kernel does before its first program. And a task that takes long there is not
+/// stuck.
 const EMULATED: [&str; 3] = ["mitigations=off", "cryptomgr.notests", "nosoftlockup"];
-/// And what only bzImages get, which are distributions' kernels more often than not. In front of
-/// their first program nearly half of all instructions are for who will trace functions and events:
-/// weak functions are looked for, the names of constants put into formats, and thousands of files
-/// made. A kernel without these has nothing of it but the work of a look at the list.
+/// Added there for a bzImage, which is usually a distribution's kernel. Nearly half of the
+/// instructions before its first program prepare the tracing of functions and events: they look for
+/// weak functions, put the names of constants into formats, and make thousands of files. A kernel
+/// without these functions only parses the list.
 const EMULATED_BZIMAGE: &str =
     "initcall_blacklist=ftrace_check_for_weak_functions,trace_eval_init,tracer_init_tracefs";
-/// And a clock that is slower than the world's, so that ticks and time-outs come at a rate that
-/// fits the instructions: the time-stamp counter, taken for faster than it is.
+/// Added there for a clock that runs slower than real time, so that ticks and time-outs come at a
+/// rate that fits the speed of instructions. Linux takes the time-stamp counter for faster than it
+/// is.
 const SLOW_CLOCK: [&str; 2] = ["no-kvmclock", "tsc=reliable"];
-/// Who names one of these chooses the clock, and gets nothing of that.
+/// Setting any of these on the command line overrides the slow clock.
 const CLOCK: [&str; 4] = ["clocksource", "no-kvmclock", "tsc", "tsc_early_khz"];
-/// At most so much slower; instructions take some hundred times as long as on hardware.
+/// Most slowdown of the clock. Instructions take some hundred times as long as on hardware.
 const SLOWER: u32 = 6;
 /// The fastest counter whose delays Linux computes without overflow: four times 2^32 Hz
 /// (arch/x86/lib/delay.c).
@@ -36,7 +38,7 @@ pub struct Emulated {
 }
 
 impl Emulated {
-    /// What its counter shall be taken for, in kHz.
+    /// The frequency that Linux is to assume for its counter, in kHz.
     fn apparent_tsc_khz(self) -> Option<u32> {
         let slower = MAX_TSC_KHZ.checked_div(self.tsc_khz)?.min(SLOWER);
         (slower > 1).then_some(self.tsc_khz * slower)

@@ -1,8 +1,8 @@
 //! Provenance: which objects a guest allocated and freed, where, by which task and from which call
 //! stack.
 //!
-//! Everything here is told by the guest and bounded: the oldest freed objects are forgotten first,
-//! then new ones are not remembered, and both is counted.
+//! Everything here comes from the guest and is bounded: the oldest freed objects are forgotten
+//! first, then new ones are not remembered, and both are counted.
 
 mod ages;
 mod chunk;
@@ -65,9 +65,9 @@ impl Default for ObjectLimits {
 /// What happened to objects, and what could not be remembered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct ObjectCounts {
-    /// Allocations told.
+    /// Allocations.
     pub allocations: u64,
-    /// Frees told.
+    /// Frees.
     pub frees: u64,
     /// Frees of addresses at which no object was known.
     pub unknown_frees: u64,
@@ -112,7 +112,7 @@ pub struct Cache<'a> {
     pub object_size: u64,
 }
 
-/// What the shadow says of an address that [`Objects::nearest`] is to explain.
+/// What the shadow says about an address that [`Objects::nearest`] is to explain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ShadowHint {
     /// Nothing that would help.
@@ -129,7 +129,7 @@ pub enum ShadowHint {
 pub struct ObjectEvent<'a> {
     /// The guest's task id.
     pub task: u32,
-    /// The task's name, printable ASCII, if the guest told it.
+    /// The task's name, printable ASCII, if the guest gave it.
     pub name: Option<&'a str>,
     /// Return addresses, innermost first.
     pub frames: &'a [u64],
@@ -154,7 +154,7 @@ pub struct FoundObject<'a> {
     pub freed: Option<ObjectEvent<'a>>,
     /// What was in its place before, if that was freed.
     pub previous: Option<Previous<'a>>,
-    /// Who made work that had to do with it, such as the work that freed it: the last one first.
+    /// Who queued work that had to do with it, such as the work that freed it: the last one first.
     pub related: Vec<ObjectEvent<'a>>,
 }
 

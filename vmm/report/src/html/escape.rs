@@ -1,54 +1,39 @@
-//! Text out of the guest, its ELF or a file, made harmless for a page.
+//! Text out of the guest, its ELF or a file. `maud` escapes all text; this replaces characters that
+//! could hide or reorder it.
 
-use std::fmt::{self, Display, Write};
+use maud::Render;
 
 use super::super::finding::printable;
 
-/// Text that is one line at most: markup is escaped, and characters that could hide or reorder text
-/// are replaced.
-pub struct Esc<T>(pub T);
+/// Text that is one line at most. Characters that could hide or reorder text are replaced.
+pub struct Line<T>(pub T);
 
-impl<T: AsRef<str>> Display for Esc<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        markup(&printable(self.0.as_ref()), f)
+impl<T: AsRef<str>> Render for Line<T> {
+    fn render_to(&self, out: &mut String) {
+        printable(self.0.as_ref()).render_to(out);
     }
 }
 
-/// Text of several lines, as [`Esc`], which keeps its line ends and tabs.
+/// Text of several lines, as [`Line`], but with its line ends and tabs.
 pub struct Block<T>(pub T);
 
-impl<T: AsRef<str>> Display for Block<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl<T: AsRef<str>> Render for Block<T> {
+    fn render_to(&self, out: &mut String) {
         for (i, line) in self.0.as_ref().split('\n').enumerate() {
             if i > 0 {
-                f.write_char('\n')?;
+                out.push('\n');
             }
             for (j, part) in line.trim_end_matches('\r').split('\t').enumerate() {
                 if j > 0 {
-                    f.write_char('\t')?;
+                    out.push('\t');
                 }
-                markup(&printable(part), f)?;
+                printable(part).render_to(out);
             }
         }
-        Ok(())
     }
 }
 
-fn markup(text: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-    for c in text.chars() {
-        match c {
-            '&' => f.write_str("&amp;")?,
-            '<' => f.write_str("&lt;")?,
-            '>' => f.write_str("&gt;")?,
-            '"' => f.write_str("&quot;")?,
-            '\'' => f.write_str("&#39;")?,
-            c => f.write_char(c)?,
-        }
-    }
-    Ok(())
-}
-
-/// Bytes for people: `184 KiB`.
+/// Bytes in a unit that suits them: `184 KiB`.
 pub fn size(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let (mut value, mut unit) = (bytes as f64, 0);
@@ -60,7 +45,7 @@ pub fn size(bytes: u64) -> String {
     format!("{value:.digits$} {}", UNITS[unit])
 }
 
-/// A count for people: `1 234 567`, with narrow no-break spaces.
+/// A count with grouped digits: `1 234 567`, with narrow no-break spaces.
 pub fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::new();
@@ -90,11 +75,10 @@ mod tests {
 
     #[test]
     fn nothing_in_a_name_is_markup() {
-        assert_eq!(
-            Esc("</pre><script>alert('1')&\"\u{202e}\n\x1b").to_string(),
-            "&lt;/pre&gt;&lt;script&gt;alert(&#39;1&#39;)&amp;&quot;???"
-        );
-        assert_eq!(Block("a\tb\r\n<i>\u{7}\n").to_string(), "a\tb\n&lt;i&gt;?\n");
+        let line = Line("</pre><script>alert('1')&\"\u{202e}\n\x1b").render().into_string();
+        assert_eq!(line, "&lt;/pre&gt;&lt;script&gt;alert('1')&amp;&quot;???");
+        let block = Block("a\tb\r\n<i>\u{7}\n").render().into_string();
+        assert_eq!(block, "a\tb\n&lt;i&gt;?\n");
     }
 
     #[test]

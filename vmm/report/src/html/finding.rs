@@ -1,72 +1,80 @@
 //! One finding: what it is, its stacks with the source, and the shadow.
 
-use std::fmt::Write;
+use maud::{Markup, PreEscaped, html};
 
 use super::super::text::{self, TextStyle};
-use super::super::{AccessKind, Finding, Frame, Names, Track, Variable};
-use super::escape::{Block, Esc, grouped};
+use super::super::{AccessKind, Finding, Frame, Names, Object, Track, Variable};
+use super::escape::{Block, Line, grouped};
 use super::shadow;
-use super::source::Sources;
+use super::source::{Excerpt, Sources};
 
-/// Writes the finding that is number `n` of all, from 1. `open`: to be seen at once.
-pub fn write(
-    out: &mut String,
+/// The finding that is number `n` of all, from 1. `open`: shown in full at first.
+pub fn draw(
     n: usize,
     (finding, seen): (&Finding, u64),
     open: bool,
     names: Names,
     sources: &mut Sources,
-) {
-    let open = if open { " open" } else { "" };
+) -> Markup {
     let culprit = finding.culprit().and_then(|frame| frame.name(names));
-    let _ = write!(
-        out,
-        "<article class=finding><details{open}><summary><h3><span class=n>{n}</span> <span class=kind>{}</span> <span class=in>in</span> \
-         <code>{}</code></h3><span class=what>{}{}</span></summary><div class=body id='finding-{n}'>",
-        Esc(finding.kind),
-        Esc(culprit.unwrap_or("a function without a name")),
-        access(finding),
-        if seen > 1 { format!(" · seen {}×", grouped(seen)) } else { String::new() }
-    );
-    facts(out, finding);
-    out.push_str("<h4>Shadow around the address</h4>");
-    shadow::draw(out, finding);
-    stack(out, "Call trace", &finding.frames, finding.culprit(), names, sources);
-    for (what, event) in [("Allocated", &finding.allocated), ("Freed", &finding.freed)] {
-        if let Some(event) = event {
-            stack(out, &by(what, event), &event.frames, None, names, sources);
-        }
-    }
-    for (when, event) in ["Last", "Second to last"].iter().zip(&finding.related_work) {
-        let heading = by(&format!("{when} potentially related work, made"), event);
-        stack(out, &heading, &event.frames, None, names, sources);
-    }
-    if let Some(previous) = &finding.previous {
-        let _ = write!(
-            out,
-            "<p class=note>Before, the address belonged to an object of {} bytes at <code>{:#x}</code>.</p>",
-            grouped(previous.size),
-            previous.start
-        );
-        let events = [
-            ("Previously allocated", previous.allocated.as_ref()),
-            ("Previously freed", Some(&previous.freed)),
-        ];
-        for (what, event) in events {
-            if let Some(event) = event {
-                stack(out, &by(what, event), &event.frames, None, names, sources);
+    let report = text::to_string(finding, TextStyle { color: false, names });
+    html! {
+        article.finding {
+            details open[open] {
+                summary {
+                    h3 {
+                        span.n { (n) } " " span.kind { (Line(finding.kind)) } " "
+                        span.in { "in" } " "
+                        code { (Line(culprit.unwrap_or("a function without a name"))) }
+                    }
+                    span.what {
+                        (access(finding))
+                        @if seen > 1 { " · seen " (grouped(seen)) "×" }
+                    }
+                }
+                div.body id={ "finding-" (n) } {
+                    (facts(finding))
+                    h4 { "Shadow around the address" }
+                    (PreEscaped(shadow::draw(finding)))
+                    (stack("Call trace", &finding.frames, finding.culprit(), names, sources))
+                    (history(finding, names, sources))
+                    @for note in &finding.notes { p.note { "Note: " (Line(note)) "." } }
+                    details.text {
+                        summary { "The report as text" }
+                        pre.scroll tabindex="0" { (Block(report)) }
+                    }
+                }
             }
         }
     }
-    for note in &finding.notes {
-        let _ = write!(out, "<p class=note>Note: {}.</p>", Esc(note));
+}
+
+/// The stacks of those who allocated and freed the object, and the one before it.
+fn history(finding: &Finding, names: Names, sources: &mut Sources) -> Markup {
+    let mut track = |heading: String, track: &Track| {
+        stack(&by(&heading, track), &track.frames, None, names, sources)
+    };
+    html! {
+        @if let Some(event) = &finding.allocated { (track("Allocated".into(), event)) }
+        @if let Some(event) = &finding.freed { (track("Freed".into(), event)) }
+        @for (when, event) in ["Last", "Second to last"].iter().zip(&finding.related_work) {
+            (track(format!("{when} potentially related work, made"), event))
+        }
+        @if let Some(previous) = &finding.previous {
+            p.note {
+                "Before, the address belonged to an object of " (grouped(previous.size))
+                " bytes at " (code(previous.start)) "."
+            }
+            @if let Some(event) = &previous.allocated {
+                (track("Previously allocated".into(), event))
+            }
+            (track("Previously freed".into(), &previous.freed))
+        }
     }
-    let report = text::to_string(finding, TextStyle { color: false, names });
-    let _ = write!(
-        out,
-        "<details class=text><summary>The report as text</summary><pre class=scroll tabindex=0>{}</pre></details></div></details></article>",
-        Block(report)
-    );
+}
+
+fn code(address: u64) -> Markup {
+    html! { code { (format!("{address:#x}")) } }
 }
 
 fn access(finding: &Finding) -> String {
@@ -106,128 +114,132 @@ fn relation(offset: i128, size: u64) -> String {
     }
 }
 
-/// Where a variable is declared, if that is known.
-fn declared(variable: &Variable) -> String {
-    let Some(file) = &variable.file else { return String::new() };
-    let line = variable.line.map(|line| format!(":{line}")).unwrap_or_default();
-    format!(", declared at <code>{}{line}</code>", Esc(file))
+fn facts(finding: &Finding) -> Markup {
+    let first_bad = finding.shadow.first_bad;
+    let task = if finding.task.name.is_empty() { "unknown" } else { &finding.task.name };
+    html! {
+        dl.facts {
+            (fact("Address", code(finding.address)))
+            @if first_bad != finding.address && !finding.shadow.rows.is_empty() {
+                (fact("First bad", code(first_bad)))
+            }
+            (fact("Task", html! {
+                (Line(task)) " "
+                span.dim { "(" (finding.task.id) "), CPU " (finding.cpu) }
+            }))
+            @if let Some(object) = &finding.object { (fact("Object", object_fact(object))) }
+            @if let Some(variable) = &finding.variable {
+                (fact("Variable", variable_fact(variable, first_bad)))
+            }
+        }
+    }
 }
 
-fn facts(out: &mut String, finding: &Finding) {
-    out.push_str("<dl class=facts>");
-    let mut fact = |name: &str, value: std::fmt::Arguments| {
-        let _ = write!(out, "<div><dt>{name}</dt><dd>{value}</dd></div>");
-    };
-    fact("Address", format_args!("<code>{:#x}</code>", finding.address));
-    if finding.shadow.first_bad != finding.address && !finding.shadow.rows.is_empty() {
-        fact("First bad", format_args!("<code>{:#x}</code>", finding.shadow.first_bad));
+/// A name and its value.
+pub fn fact(name: &str, value: Markup) -> Markup {
+    html! { div { dt { (name) } dd { (value) } } }
+}
+
+fn object_fact(object: &Object) -> Markup {
+    html! {
+        (relation(object.offset.into(), object.size)) " " (grouped(object.size)) " bytes at "
+        (code(object.start))
+        @if let Some(cache) = &object.cache {
+            ", of cache " (Line(cache)) " " span.dim { "(" (object.cache_size) " bytes)" }
+        }
     }
-    let task = if finding.task.name.is_empty() { "unknown" } else { &finding.task.name };
-    fact(
-        "Task",
-        format_args!(
-            "{} <span class=dim>({}), CPU {}</span>",
-            Esc(task),
-            finding.task.id,
-            finding.cpu
-        ),
-    );
-    if let Some(object) = &finding.object {
-        let place = relation(object.offset.into(), object.size);
-        let cache = match &object.cache {
-            Some(cache) => {
-                format!(
-                    ", of cache {} <span class=dim>({} bytes)</span>",
-                    Esc(cache),
-                    object.cache_size
-                )
-            }
-            None => String::new(),
-        };
-        fact(
-            "Object",
-            format_args!(
-                "{place} {} bytes at <code>{:#x}</code>{cache}",
-                grouped(object.size),
-                object.start
-            ),
-        );
+}
+
+fn variable_fact(variable: &Variable, first_bad: u64) -> Markup {
+    let offset = i128::from(first_bad) - i128::from(variable.start);
+    html! {
+        (relation(offset, variable.size)) " " code { (Line(&variable.name)) } ", "
+        (grouped(variable.size)) " bytes at " (code(variable.start))
+        @if let Some(file) = &variable.file {
+            ", declared at "
+            code { (Line(file)) @if let Some(line) = variable.line { ":" (line) } }
+        }
     }
-    if let Some(variable) = &finding.variable {
-        let place = relation(
-            i128::from(finding.shadow.first_bad) - i128::from(variable.start),
-            variable.size,
-        );
-        fact(
-            "Variable",
-            format_args!(
-                "{place} <code>{}</code>, {} bytes at <code>{:#x}</code>{}",
-                Esc(&variable.name),
-                grouped(variable.size),
-                variable.start,
-                declared(variable)
-            ),
-        );
-    }
-    out.push_str("</dl>");
 }
 
 fn stack(
-    out: &mut String,
     heading: &str,
     frames: &[Frame],
     open: Option<&Frame>,
     names: Names,
     sources: &mut Sources,
-) {
-    let _ = write!(out, "<h4>{}</h4>", Esc(heading));
-    if frames.is_empty() {
-        out.push_str("<p class=note>The stack is not available.</p>");
-        return;
-    }
-    out.push_str("<ol class=stack>");
-    for frame in frames {
-        let mut line = String::new();
-        match frame.name(names) {
-            Some(name) => {
-                let _ = write!(line, "<code class=fn>{}</code>", Esc(name));
+) -> Markup {
+    html! {
+        h4 { (Line(heading)) }
+        @if frames.is_empty() {
+            p.note { "The stack is not available." }
+        } @else {
+            ol.stack {
+                @for frame in frames {
+                    li {
+                        (frame_item(
+                            frame,
+                            open.is_some_and(|open| std::ptr::eq(open, frame)),
+                            names,
+                            sources,
+                        ))
+                    }
+                }
             }
-            None => {
-                let _ = write!(line, "<code class=fn>{:#018x}</code>", frame.ip);
+        }
+    }
+}
+
+/// A frame, with its lines of the source if they are there.
+fn frame_item(frame: &Frame, open: bool, names: Names, sources: &mut Sources) -> Markup {
+    let place = frame.path.as_deref().zip(frame.line);
+    let excerpt = place.and_then(|(path, line)| Some((line, sources.excerpt(path, line)?)));
+    html! {
+        @if let Some((line, excerpt)) = excerpt {
+            details open[open] {
+                summary.frame { (frame_line(frame, names)) }
+                (lines(line, &excerpt))
+            }
+        } @else {
+            div.frame { (frame_line(frame, names)) }
+        }
+    }
+}
+
+fn frame_line(frame: &Frame, names: Names) -> Markup {
+    html! {
+        code.fn {
+            @match frame.name(names) {
+                Some(name) => (Line(name)),
+                None => (format!("{:#018x}", frame.ip)),
             }
         }
-        if frame.inlined {
-            line.push_str(" <span class=tag>inlined</span>");
-        } else if frame.symbol.is_some() {
-            let _ = write!(line, "<span class=dim>+{:#x}/{:#x}</span>", frame.offset, frame.size);
+        @if frame.inlined {
+            " " span.tag { "inlined" }
+        } @else if frame.symbol.is_some() {
+            span.dim { (format!("+{:#x}/{:#x}", frame.offset, frame.size)) }
         }
-        if let Some(file) = &frame.file {
-            let number = frame.line.map(|line| format!(":{line}")).unwrap_or_default();
-            let _ = write!(line, " <span class=file>{}{number}</span>", Esc(file));
+        @if let Some(file) = &frame.file {
+            " " span.file { (Line(file)) @if let Some(line) = frame.line { ":" (line) } }
         }
-        let excerpt = frame
-            .path
-            .as_deref()
-            .zip(frame.line)
-            .and_then(|(path, line)| Some((line, sources.excerpt(path, line)?)));
-        let Some((at, excerpt)) = excerpt else {
-            let _ = write!(out, "<li><div class=frame>{line}</div>");
-            continue;
-        };
-        let is_open = if open.is_some_and(|open| std::ptr::eq(open, frame)) { " open" } else { "" };
-        let _ = write!(
-            out,
-            "<li><details{is_open}><summary class=frame>{line}</summary><pre class='src scroll' tabindex=0>"
-        );
-        for (number, text) in (excerpt.first..).zip(&excerpt.lines) {
-            let tag = if number == at { "mark" } else { "span" };
-            let _ = write!(out, "<{tag}><i>{number}</i>{}\n</{tag}>", Block(text));
-        }
-        out.push_str("</pre>");
-        if excerpt.changed {
-            out.push_str("<p class=note>The file was changed after the kernel was built: these may be other lines.</p>");
-        }
-        out.push_str("</details>");
     }
-    out.push_str("</ol>");
+}
+
+fn lines(at: u32, excerpt: &Excerpt) -> Markup {
+    html! {
+        pre.src.scroll tabindex="0" {
+            @for (number, text) in (excerpt.first..).zip(&excerpt.lines) {
+                @if number == at {
+                    mark { i { (number) } (Block(text)) "\n" }
+                } @else {
+                    span { i { (number) } (Block(text)) "\n" }
+                }
+            }
+        }
+        @if excerpt.changed {
+            p.note {
+                "The file was changed after the kernel was built: these may be other lines."
+            }
+        }
+    }
 }

@@ -1,7 +1,9 @@
 //! A run as one page for a browser, which needs nothing else: no network, no script, no font.
 //!
-//! Everything in it that a guest, its ELF or a file could have written goes through `escape`.
-//! Should that fail, a content security policy in the page forbids scripts and any request.
+//! `maud` escapes all text, and `escape` replaces characters that could hide or reorder text of a
+//! guest, its ELF or a file. Only the drawings (`chart`, `map`, `shadow`) are written as strings;
+//! they hold numbers and words of their own. Should anything slip through, a content security
+//! policy in the page forbids scripts and any request.
 
 mod chart;
 mod escape;
@@ -14,14 +16,15 @@ mod source;
 #[cfg(test)]
 mod tests;
 
-use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::path::Path;
 
+use maud::{DOCTYPE, Markup, PreEscaped, html};
 use serde_json::Value;
 
-use self::escape::{Block, Esc, grouped, seconds, size};
+use self::escape::{Block, Line, grouped, seconds, size};
 pub use self::file::Target;
+use self::finding::fact;
 use self::source::Sources;
 use super::{Names, RunSummary};
 
@@ -60,76 +63,93 @@ pub struct Verdict {
 /// # Errors
 /// What `out` says.
 pub fn write(out: &mut dyn Write, page: &Page) -> io::Result<()> {
+    out.write_all(page.start().as_bytes())?;
     let findings = page.run.findings;
-    let mut part = String::new();
-    page.head(&mut part);
-    page.summary(&mut part);
-    part.push_str(
-        "<section id=findings aria-labelledby=h-findings><h2 id=h-findings>Findings</h2>",
-    );
-    if page.run.shadow.is_none() {
-        part.push_str("<p>The guest ran unchecked: without a shadow nothing can be found.</p>");
-    } else if findings.is_empty() {
-        part.push_str("<p>None. Whatever the guest accessed and told of was in order.</p>");
-    }
     let mut sources = Sources::new(page.file);
     for (i, found) in findings.iter().enumerate() {
-        finding::write(
-            &mut part,
-            i + 1,
-            found,
-            i < OPEN && findings.distinct() <= OPEN,
-            page.names,
-            &mut sources,
-        );
+        let open = i < OPEN && findings.distinct() <= OPEN;
         // A thousand of them need not be in memory at once.
-        out.write_all(part.as_bytes())?;
-        part.clear();
+        let part = finding::draw(i + 1, found, open, page.names, &mut sources);
+        out.write_all(part.into_string().as_bytes())?;
     }
-    if findings.dropped() > 0 {
-        let (kept, dropped) = (grouped(findings.distinct() as u64), grouped(findings.dropped()));
-        let _ = write!(
-            part,
-            "<p class=note>{dropped} more of other kinds: only the first {kept} different ones are kept.</p>"
-        );
-    }
-    if sources.exhausted() {
-        part.push_str(
-            "<p class=note>There were too many places in the source: some are shown without their lines.</p>",
-        );
-    }
-    part.push_str("</section>");
-    page.verdicts(&mut part);
-    page.memory(&mut part);
-    page.figures(&mut part);
-    page.console(&mut part);
-    let _ = writeln!(
-        part,
-        "</main><footer>Written by Umbra {}.</footer></body></html>",
-        env!("CARGO_PKG_VERSION")
-    );
-    out.write_all(part.as_bytes())
+    out.write_all(page.end(sources.exhausted()).as_bytes())
 }
 
+/// Starts and ends of elements that findings are written between, one by one.
+const START: &str = "<section id=\"findings\" aria-labelledby=\"h-findings\">";
+const END: &str = "</section>";
+
 impl Page<'_> {
+    /// Everything before the first finding. The elements that stay open are closed by
+    /// [`Self::end`].
+    fn start(&self) -> String {
+        let findings = self.run.findings;
+        let part = html! {
+            (DOCTYPE)
+            (PreEscaped("<html lang=\"en\">"))
+            head { (self.head()) }
+            (PreEscaped("<body>"))
+            (self.navigation())
+            (PreEscaped("<main id=\"top\">"))
+            (self.summary())
+            (PreEscaped(START))
+            h2 #h-findings { "Findings" }
+            @if self.run.shadow.is_none() {
+                p { "The guest ran unchecked: without a shadow nothing can be found." }
+            } @else if findings.is_empty() {
+                p { "None. All accesses and frees of the guest were in order." }
+            }
+        };
+        part.into_string()
+    }
+
+    /// Everything after the last finding. `cut`: lines of source files are missing.
+    fn end(&self, cut: bool) -> String {
+        let findings = self.run.findings;
+        let part = html! {
+            @if findings.dropped() > 0 {
+                p.note {
+                    (grouped(findings.dropped())) " more of other kinds: only the first "
+                    (grouped(findings.distinct() as u64)) " different ones are kept."
+                }
+            }
+            @if cut {
+                p.note {
+                    "There were too many places in the source: some are shown without their lines."
+                }
+            }
+            (PreEscaped(END))
+            (self.verdicts())
+            (self.memory())
+            (self.figures())
+            (self.console())
+            (PreEscaped("</main>"))
+            footer { "Written by Umbra " (env!("CARGO_PKG_VERSION")) "." }
+            (PreEscaped("</body></html>\n"))
+        };
+        part.into_string()
+    }
+
     fn console_text(&self) -> Option<&[u8]> {
         self.run.picture.map(|p| p.console.as_slice()).filter(|text| !text.is_empty())
     }
 
-    fn head(&self, out: &mut String) {
-        let _ = write!(
-            out,
-            "<!DOCTYPE html>\n<html lang=en><head><meta charset=utf-8>\
-             <meta name=viewport content='width=device-width,initial-scale=1'>\
-             <meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:; \
-             base-uri 'none'; form-action 'none'\">\
-             <meta name=referrer content=no-referrer><meta name=color-scheme content='light dark'>\
-             <link rel=icon href='data:,'>\
-             <title>{} – {} – Umbra</title><style>{STYLE}</style></head><body>",
-            Esc(self.kernel),
-            self.verdict()
-        );
-        out.push_str("<nav aria-label=Sections><a class=home href='#top'>Umbra</a>");
+    fn head(&self) -> Markup {
+        const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; \
+                              base-uri 'none'; form-action 'none'";
+        html! {
+            meta charset="utf-8";
+            meta name="viewport" content="width=device-width,initial-scale=1";
+            meta http-equiv="Content-Security-Policy" content=(POLICY);
+            meta name="referrer" content="no-referrer";
+            meta name="color-scheme" content="light dark";
+            link rel="icon" href="data:,";
+            title { (Line(self.kernel)) " – " (self.verdict()) " – Umbra" }
+            style { (PreEscaped(STYLE)) }
+        }
+    }
+
+    fn navigation(&self) -> Markup {
         let parts = [
             ("findings", "Findings", true),
             ("scenarios", "Scenarios", !self.verdicts.is_empty()),
@@ -137,10 +157,14 @@ impl Page<'_> {
             ("figures", "Figures", true),
             ("console", "Console", self.console_text().is_some()),
         ];
-        for (id, name, _) in parts.iter().filter(|part| part.2) {
-            let _ = write!(out, "<a href='#{id}'>{name}</a>");
+        html! {
+            nav aria-label="Sections" {
+                a.home href="#top" { "Umbra" }
+                @for (id, name, _) in parts.iter().filter(|part| part.2) {
+                    a href={ "#" (id) } { (name) }
+                }
+            }
         }
-        out.push_str("</nav><main id=top>");
     }
 
     /// The run in a few words.
@@ -153,63 +177,57 @@ impl Page<'_> {
         }
     }
 
-    fn summary(&self, out: &mut String) {
+    fn summary(&self) -> Markup {
         let run = self.run;
         let class = match (run.status, run.shadow) {
             (0, None) => "plain",
             (0, Some(_)) => "good",
             _ => "bad",
         };
-        let mut verdict = self.verdict();
-        if let Some(first) = verdict.get_mut(..1) {
-            first.make_ascii_uppercase();
+        html! {
+            header class=(class) {
+                h1 { (capitalized(&self.verdict())) }
+                p.outcome { (Line(capitalized(&run.outcome) + ".")) }
+                (self.tiles())
+                (self.facts())
+            }
         }
-        let _ = write!(
-            out,
-            "<header class={class}><h1>{verdict}</h1><p class=outcome>{}</p>",
-            Esc(sentence(&run.outcome))
-        );
-        out.push_str("<div class=tiles>");
-        let mut tile = |value: String, name: &str, more: String| {
-            let _ =
-                write!(out, "<div><b>{value}</b><span>{name}</span><small>{more}</small></div>");
+    }
+
+    fn tiles(&self) -> Markup {
+        let run = self.run;
+        let tile = |value: String, name: &str, more: String| {
+            html! { div { b { (value) } span { (name) } small { (more) } } }
         };
         let different = run.findings.distinct() as u64;
-        tile(
-            grouped(different),
-            if different == 1 { "finding" } else { "different findings" },
-            format!("{} in all", grouped(run.findings.total())),
-        );
-        tile(
-            size(run.shadow.map_or(0, |shadow| shadow.peak_bytes)),
-            "shadow, at its peak",
-            format!("⅛ of memory is {}", size(run.memory_bytes / 8)),
-        );
-        tile(grouped(run.allocations), "allocations", format!("{} frees", grouped(run.frees)));
-        tile(seconds(run.seconds), "run time", format!("{} exits", grouped(run.exits)));
-        out.push_str("</div><dl class=facts>");
-        let mut fact = |name: &str, value: String| {
-            let _ = write!(out, "<div><dt>{name}</dt><dd>{value}</dd></div>");
-        };
-        fact(
-            "Kernel",
-            format!(
-                "<code>{}</code> <span class=dim>({})</span>",
-                Esc(self.kernel),
-                size(run.kernel_bytes)
-            ),
-        );
-        let cmdline = match run.cmdline.trim() {
-            "" => "<span class=dim>empty</span>".into(),
-            text => format!("<code>{}</code>", Esc(text)),
-        };
-        fact("Command line", cmdline);
-        fact("Guest memory", size(run.memory_bytes));
+        html! {
+            div.tiles {
+                (tile(
+                    grouped(different),
+                    if different == 1 { "finding" } else { "different findings" },
+                    format!("{} in all", grouped(run.findings.total())),
+                ))
+                (tile(
+                    size(run.shadow.map_or(0, |shadow| shadow.peak_bytes)),
+                    "shadow, at its peak",
+                    format!("⅛ of memory is {}", size(run.memory_bytes / 8)),
+                ))
+                (tile(
+                    grouped(run.allocations),
+                    "allocations",
+                    format!("{} frees", grouped(run.frees)),
+                ))
+                (tile(seconds(run.seconds), "run time", format!("{} exits", grouped(run.exits))))
+            }
+        }
+    }
+
+    fn facts(&self) -> Markup {
+        let run = self.run;
         let shadow = run.shadow.map(|shadow| {
             let limit = shadow.limit_bytes.map(|limit| format!(", at most {}", size(limit)));
             format!("{}, {}{}", shadow.mode, shadow.notify, limit.unwrap_or_default())
         });
-        fact("Shadow", shadow.unwrap_or_else(|| "off".into()));
         let stop = match run.stop_at {
             Some(1) => "at the first finding".into(),
             Some(n) => format!("after {n} findings"),
@@ -218,109 +236,142 @@ impl Page<'_> {
         let time = run.timeout.map_or("no time limit".into(), |limit| {
             format!("time limit {}", humantime::format_duration(limit))
         });
-        fact("Stops", format!("{stop}, {time}"));
-        out.push_str("</dl></header>");
-    }
-
-    fn verdicts(&self, out: &mut String) {
-        if self.verdicts.is_empty() {
-            return;
-        }
-        let good = self.verdicts.iter().filter(|verdict| verdict.good).count();
-        let _ = write!(
-            out,
-            "<section id=scenarios aria-labelledby=h-scenarios><h2 id=h-scenarios>Scenarios</h2><p>{good} of {} came as expected.</p>\
-             <div class='scroll index' tabindex=0 role=region aria-label='List of scenarios'><table class=list>\
-             <tr><th scope=col>scenario<th scope=col>verdict<th scope=col>expected<th scope=col>found</tr>",
-            self.verdicts.len()
-        );
-        for verdict in &self.verdicts {
-            let (class, word) = if verdict.good { ("ok", "ok") } else { ("failed", "failed") };
-            let _ = write!(
-                out,
-                "<tr><td><code>{}</code><td class={class}>{word}<td>{}<td>{}</tr>",
-                Esc(&verdict.name),
-                Esc(&verdict.expected),
-                Esc(&verdict.found)
-            );
-        }
-        out.push_str("</table></div></section>");
-    }
-
-    fn memory(&self, out: &mut String) {
-        out.push_str("<section id=memory aria-labelledby=h-memory><h2 id=h-memory>Memory</h2>");
-        let picture = self.run.picture;
-        if let Some(picture) = picture.filter(|picture| !picture.samples.is_empty()) {
-            out.push_str("<h3>The shadow over time</h3>");
-            chart::draw(out, &picture.samples);
-        }
-        match picture.and_then(|picture| picture.pages.as_ref()) {
-            Some(pages) => {
-                out.push_str("<h3>The guest’s pages at the end</h3>");
-                map::draw(out, pages);
+        html! {
+            dl.facts {
+                (fact("Kernel", html! {
+                    code { (Line(self.kernel)) } " "
+                    span.dim { "(" (size(run.kernel_bytes)) ")" }
+                }))
+                (fact("Command line", match run.cmdline.trim() {
+                    "" => html! { span.dim { "empty" } },
+                    text => html! { code { (Line(text)) } },
+                }))
+                (fact("Guest memory", html! { (size(run.memory_bytes)) }))
+                (fact("Shadow", html! { (shadow.unwrap_or_else(|| "off".into())) }))
+                (fact("Stops", html! { (stop) ", " (time) }))
             }
-            None => out.push_str(
-                "<p>There was no shadow, so nothing is known about the guest’s memory.</p>",
-            ),
         }
-        out.push_str("</section>");
     }
 
-    /// All of `--stats`, whatever there is in it.
-    fn figures(&self, out: &mut String) {
-        out.push_str(
-            "<section id=figures aria-labelledby=h-figures><h2 id=h-figures>Figures</h2><div class=groups>",
-        );
-        if let Value::Object(stats) = &self.run.figures {
-            let single: Vec<_> = stats.iter().filter(|(_, value)| !value.is_object()).collect();
-            group(out, "run", single.into_iter());
-            for (name, value) in stats {
-                if let Value::Object(values) = value {
-                    group(out, name, values.iter());
+    fn verdicts(&self) -> Markup {
+        let good = self.verdicts.iter().filter(|verdict| verdict.good).count();
+        html! {
+            @if !self.verdicts.is_empty() {
+                section #scenarios aria-labelledby="h-scenarios" {
+                    h2 #h-scenarios { "Scenarios" }
+                    p { (good) " of " (self.verdicts.len()) " came as expected." }
+                    div.scroll.index tabindex="0" role="region" aria-label="List of scenarios" {
+                        table.list {
+                            tr {
+                                @for name in ["scenario", "verdict", "expected", "found"] {
+                                    th scope="col" { (name) }
+                                }
+                            }
+                            @for verdict in &self.verdicts { (row(verdict)) }
+                        }
+                    }
                 }
             }
         }
-        out.push_str("</div></section>");
     }
 
-    fn console(&self, out: &mut String) {
-        let Some(text) = self.console_text() else { return };
-        let text = String::from_utf8_lossy(text);
-        let _ = write!(
-            out,
-            "<section id=console aria-labelledby=h-console><h2 id=h-console>Console</h2><details><summary>The end of what the guest wrote, \
-             {}</summary><pre class=scroll tabindex=0>{}</pre></details></section>",
-            size(text.len() as u64),
-            Block(text)
-        );
+    fn memory(&self) -> Markup {
+        let picture = self.run.picture;
+        let mut chart = String::new();
+        chart::draw(&mut chart, picture.map_or(&[], |picture| &picture.samples));
+        let map = picture.and_then(|picture| picture.pages.as_ref()).map(|pages| {
+            let mut map = String::new();
+            map::draw(&mut map, pages);
+            map
+        });
+        html! {
+            section #memory aria-labelledby="h-memory" {
+                h2 #h-memory { "Memory" }
+                @if !chart.is_empty() {
+                    h3 { "The shadow over time" }
+                    (PreEscaped(chart))
+                }
+                @if let Some(map) = map {
+                    h3 { "The guest’s pages at the end" }
+                    (PreEscaped(map))
+                } @else {
+                    p { "There was no shadow, so nothing is known about the guest’s memory." }
+                }
+            }
+        }
+    }
+
+    /// All figures, whatever there is in them.
+    fn figures(&self) -> Markup {
+        let figures = self.run.figures.as_object();
+        html! {
+            section #figures aria-labelledby="h-figures" {
+                h2 #h-figures { "Figures" }
+                div.groups {
+                    @if let Some(figures) = figures {
+                        (group("run", figures.iter().filter(|(_, value)| !value.is_object())))
+                        @for (name, value) in figures {
+                            @if let Value::Object(values) = value { (group(name, values.iter())) }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn console(&self) -> Markup {
+        let text = self.console_text().map(String::from_utf8_lossy);
+        html! {
+            @if let Some(text) = text {
+                section #console aria-labelledby="h-console" {
+                    h2 #h-console { "Console" }
+                    details {
+                        summary {
+                            "The end of what the guest wrote, " (size(text.len() as u64))
+                        }
+                        pre.scroll tabindex="0" { (Block(text)) }
+                    }
+                }
+            }
+        }
     }
 }
 
-/// How the run ended, as a sentence.
-fn sentence(outcome: &str) -> String {
-    let mut text = outcome.to_owned();
+fn capitalized(text: &str) -> String {
+    let mut text = text.to_owned();
     if let Some(first) = text.get_mut(..1) {
         first.make_ascii_uppercase();
     }
-    text.push('.');
     text
 }
 
-fn group<'a>(out: &mut String, name: &str, values: impl Iterator<Item = (&'a String, &'a Value)>) {
-    let _ = write!(out, "<table class=figures><caption>{}</caption>", Esc(name));
-    for (name, value) in values {
-        figure(out, name, value);
+fn row(verdict: &Verdict) -> Markup {
+    let word = if verdict.good { "ok" } else { "failed" };
+    html! {
+        tr {
+            td { code { (Line(&verdict.name)) } }
+            td class=(word) { (word) }
+            td { (Line(&verdict.expected)) }
+            td { (Line(&verdict.found)) }
+        }
     }
-    out.push_str("</table>");
+}
+
+fn group<'a>(name: &str, values: impl Iterator<Item = (&'a String, &'a Value)>) -> Markup {
+    html! {
+        table.figures {
+            caption { (Line(name)) }
+            @for (name, value) in values { (figure(name, value)) }
+        }
+    }
 }
 
 /// One line of the figures. The unit is the end of the name.
-fn figure(out: &mut String, name: &str, value: &Value) {
+fn figure(name: &str, value: &Value) -> Markup {
     if let Value::Object(more) = value {
-        for (key, value) in more {
-            figure(out, &format!("{name} {key}"), value);
-        }
-        return;
+        return html! {
+            @for (key, value) in more { (figure(&format!("{name} {key}"), value)) }
+        };
     }
     let (label, text) = match (name.strip_suffix("_bytes"), name.strip_suffix("seconds"), value) {
         (Some(label), _, Value::Number(n)) => {
@@ -336,5 +387,5 @@ fn figure(out: &mut String, name: &str, value: &Value) {
         (_, _, other) => (name, other.to_string()),
     };
     let label = label.trim_end_matches('_').replace('_', " ");
-    let _ = write!(out, "<tr><th scope=row>{}</th><td>{}</td></tr>", Esc(label), Esc(text));
+    html! { tr { th scope="row" { (Line(label)) } td { (Line(text)) } } }
 }

@@ -33,13 +33,13 @@ fn meaning(code: u8) -> (&'static str, &'static str) {
     }
 }
 
-/// Draws the shadow in `finding`, with a legend of what is in it.
-pub fn draw(out: &mut String, finding: &Finding) {
+/// Draws the shadow in `finding`, with a legend of what is in it: numbers and words of this file.
+pub fn draw(finding: &Finding) -> String {
     let dump = &finding.shadow;
     if dump.rows.is_empty() {
-        out.push_str("<p class=note>The address has no shadow.</p>");
-        return;
+        return "<p class=note>The address has no shadow.</p>".into();
     }
+    let mut out = String::new();
     let caret = dump.caret();
     let object = finding.object.as_ref().filter(|object| object.size > 0);
     let object = object.map(|object| object.start..=object.start.saturating_add(object.size - 1));
@@ -99,4 +99,5 @@ pub fn draw(out: &mut String, finding: &Finding) {
         "</ul><p class=note>A cell is {GRANULE} bytes, a row {} bytes.</p>",
         ROW_SHADOW as u64 * GRANULE
     );
+    out
 }

@@ -186,7 +186,7 @@ fn a_thousand_findings_are_a_page_too() {
         findings.add(one);
     }
     let page = render(&run("the time limit is over", &findings, &picture()), "k", Vec::new());
-    assert!(page.contains("id='finding-1000'") && page.contains("200 more of other kinds"));
+    assert!(page.contains("id=\"finding-1000\"") && page.contains("200 more of other kinds"));
     assert!(page.contains("The time limit is over."));
     assert!(page.len() < 16 << 20, "{} bytes", page.len());
 }

@@ -18,7 +18,7 @@ const TIME: Duration = Duration::from_secs(5);
 /// Lookups after which what was parsed for them is dropped: it grows with each part of the kernel
 /// that one falls into.
 const LOOKUPS_MAX: u32 = 48;
-/// Inlined functions that are told of one address.
+/// Most inlined functions of one address.
 const DEPTH_MAX: usize = 64;
 
 /// A place in the source.

@@ -376,8 +376,8 @@ fn shorten_name(name: &mut String) {
     }
 }
 
-/// The part of a path that tells the file: without the place of the standard library, of Cargo's
-/// downloads, or of the directory that the compiler ran in.
+/// The part of a path that identifies the file: without the place of the standard library, of
+/// Cargo's downloads, or of the directory that the compiler ran in.
 fn shorten<'a>(path: &'a str, directory: Option<&str>) -> &'a str {
     let after = |mark: &str, names: usize| {
         let (_, mut rest) = path.split_once(mark)?;

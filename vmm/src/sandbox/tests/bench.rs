@@ -190,7 +190,7 @@ impl Bench {
     }
 
     pub(super) fn with_region(mut self) -> Self {
-        assert_eq!(self.call(call::REGION_ADD, [0, RAM, 0, 0]), 0);
+        assert_eq!(self.call(CallNumber::RegionAdd, [0, RAM, 0, 0]), 0);
         self
     }
 
@@ -205,15 +205,19 @@ impl Bench {
         self.state.dispatch(exit, &mut context)
     }
 
-    pub(super) fn hypercall(&mut self, number: u32, [rdi, rsi, rcx, r8]: [u64; 4]) -> Flow {
+    pub(super) fn hypercall(
+        &mut self,
+        number: impl Into<u32>,
+        [rdi, rsi, rcx, r8]: [u64; 4],
+    ) -> Flow {
         (self.cpu.regs.rdi, self.cpu.regs.rsi) = (rdi, rsi);
         (self.cpu.regs.rcx, self.cpu.regs.r8) = (rcx, r8);
-        self.exit(VmExit::IoOut { port: PORT, data: Data::new(&number.to_le_bytes()) })
+        self.exit(VmExit::IoOut { port: PORT, data: Data::new(&number.into().to_le_bytes()) })
     }
 
     /// A call that the run survives; its result.
     #[track_caller]
-    pub(super) fn call(&mut self, number: u32, arguments: [u64; 4]) -> u64 {
+    pub(super) fn call(&mut self, number: impl Into<u32>, arguments: [u64; 4]) -> u64 {
         let flow = self.hypercall(number, arguments);
         assert!(matches!(flow, Flow::Continue), "{flow:?}");
         self.cpu.regs.rax

@@ -1,6 +1,6 @@
 //! Free pages of the guest, and pages of its quarantine, are reclaimed.
 
-use umbra_shadow::abi::{self, call};
+use umbra_shadow::abi::{self, CallNumber, GuestFlags};
 use umbra_shadow::codes::{FREE_PAGE, SLAB_FREE, SLAB_FREE_TRACK, SLAB_REDZONE};
 use vm_memory::GuestAddress;
 
@@ -9,18 +9,21 @@ use super::bench::*;
 
 #[test]
 fn free_pages_are_reclaimed_where_the_guest_allows_it() {
-    for flags in [0, abi::hello::FREE_PAGES_UNUSED | 1 << 63] {
+    for flags in [0, GuestFlags::FREE_PAGES_UNUSED.bits() | 1 << 63] {
         let mut bench = Bench::sync();
-        assert_ne!(bench.call(call::HELLO, [abi::VERSION.into(), flags, 0, 0]), abi::ERR_VERSION);
+        assert_ne!(
+            bench.call(CallNumber::Hello, [abi::VERSION.into(), flags, 0, 0]),
+            abi::ERR_VERSION
+        );
         for at in [0x5000u64, 0x6000, 0x7000] {
             bench.ram.write(GuestAddress(at), &at.to_le_bytes()).unwrap();
         }
-        assert_eq!(bench.call(call::POISON, [0x5000, 0x1000, FREE_PAGE.into(), 0]), 0);
-        assert_eq!(bench.call(call::POISON, [0x6000, 0x1000, 0xfe, 0]), 0);
+        assert_eq!(bench.call(CallNumber::Poison, [0x5000, 0x1000, FREE_PAGE.into(), 0]), 0);
+        assert_eq!(bench.call(CallNumber::Poison, [0x6000, 0x1000, 0xfe, 0]), 0);
         let stops = bench.others.stops;
         assert_eq!(bench.ram.read_u64(GuestAddress(0x5000)).unwrap(), 0x5000, "not at once");
         bench.state.shadow.skip_reclaim_pause();
-        assert_eq!(bench.call(call::POISON, [0x7000, 0x1000, FREE_PAGE.into(), 0]), 0);
+        assert_eq!(bench.call(CallNumber::Poison, [0x7000, 0x1000, FREE_PAGE.into(), 0]), 0);
         assert_eq!(bench.others.stops > stops, flags != 0, "the other CPUs may be using pages");
         let left = [0x5000, 0x6000, 0x7000].map(|at| bench.ram.read_u64(GuestAddress(at)).unwrap());
         let (gone, released) = if flags == 0 { (0x5000, 0) } else { (0, 0x1000) };
@@ -31,10 +34,10 @@ fn free_pages_are_reclaimed_where_the_guest_allows_it() {
 
 #[test]
 fn pages_of_the_quarantine_are_reclaimed_where_the_guest_allows_it() {
-    let free_pages = abi::hello::FREE_PAGES_UNUSED;
-    for flags in [free_pages, free_pages | abi::hello::QUARANTINE_UNUSED] {
+    let free_pages = GuestFlags::FREE_PAGES_UNUSED.bits();
+    for flags in [free_pages, free_pages | GuestFlags::QUARANTINE_UNUSED.bits()] {
         let mut bench = Bench::sync();
-        bench.call(call::HELLO, [abi::VERSION.into(), flags, 0, 0]);
+        bench.call(CallNumber::Hello, [abi::VERSION.into(), flags, 0, 0]);
         for at in (0x4000u64..0x9000).step_by(0x1000) {
             bench.ram.write(GuestAddress(at), &at.to_le_bytes()).unwrap();
         }
@@ -50,10 +53,10 @@ fn pages_of_the_quarantine_are_reclaimed_where_the_guest_allows_it() {
             (0x7000, 0xff8, SLAB_FREE_TRACK),
             (0x8000, 0x1000, SLAB_REDZONE),
         ] {
-            assert_eq!(bench.call(call::POISON, [start, bytes, code.into(), 0]), 0);
+            assert_eq!(bench.call(CallNumber::Poison, [start, bytes, code.into(), 0]), 0);
         }
         bench.state.shadow.skip_reclaim_pause();
-        assert_eq!(bench.call(call::POISON, [0x9000, 0x1000, SLAB_REDZONE.into(), 0]), 0);
+        assert_eq!(bench.call(CallNumber::Poison, [0x9000, 0x1000, SLAB_REDZONE.into(), 0]), 0);
         let left: Vec<u64> =
             (4..9u64).map(|page| bench.ram.read_u64(GuestAddress(page << 12)).unwrap()).collect();
         let goes = flags != free_pages;
@@ -66,13 +69,13 @@ fn pages_of_the_quarantine_are_reclaimed_where_the_guest_allows_it() {
 #[test]
 fn a_second_kernel_keeps_what_the_first_had_freed() {
     let mut bench = Bench::sync();
-    let hello = [abi::VERSION.into(), abi::hello::FREE_PAGES_UNUSED, 0, 0];
-    bench.call(call::HELLO, hello);
+    let hello = [abi::VERSION.into(), GuestFlags::FREE_PAGES_UNUSED.bits(), 0, 0];
+    bench.call(CallNumber::Hello, hello);
     bench.ram.write(GuestAddress(0x5000), &[7]).unwrap();
-    assert_eq!(bench.call(call::POISON, [0x5000, 0x1000, FREE_PAGE.into(), 0]), 0);
-    bench.call(call::HELLO, hello);
+    assert_eq!(bench.call(CallNumber::Poison, [0x5000, 0x1000, FREE_PAGE.into(), 0]), 0);
+    bench.call(CallNumber::Hello, hello);
     bench.state.shadow.skip_reclaim_pause();
-    assert_eq!(bench.call(call::POISON, [0x9000, 0x1000, FREE_PAGE.into(), 0]), 0);
+    assert_eq!(bench.call(CallNumber::Poison, [0x9000, 0x1000, FREE_PAGE.into(), 0]), 0);
     assert_eq!(
         (
             bench.ram.read_u64(GuestAddress(0x5000)).unwrap(),
@@ -85,7 +88,8 @@ fn a_second_kernel_keeps_what_the_first_had_freed() {
 #[test]
 fn free_pages_in_many_pieces_take_many_looks() {
     let mut bench = Bench::ring();
-    bench.call(call::HELLO, [abi::VERSION.into(), abi::hello::FREE_PAGES_UNUSED, 0, 0]);
+    bench
+        .call(CallNumber::Hello, [abi::VERSION.into(), GuestFlags::FREE_PAGES_UNUSED.bits(), 0, 0]);
     // Every second page of all memory: 2,048 runs.
     for page in (0..RAM >> 12).step_by(2) {
         bench.ram.write(GuestAddress(page << 12), &[7]).unwrap();

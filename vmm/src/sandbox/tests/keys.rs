@@ -1,6 +1,6 @@
 //! Calls about virtual memory with shadow of its own, and what is found there.
 
-use umbra_shadow::abi::VIRTUAL_UNIT;
+use umbra_shadow::abi::{MemoryUse, Slot, VIRTUAL_UNIT};
 use umbra_shadow::codes::{STACK_LEFT, STACK_RIGHT, VMALLOC_INVALID};
 
 use super::*;
@@ -23,29 +23,43 @@ fn virtual_memory_gets_a_key_once() {
             [RAM - 0x1000, 0x2000],
         ] {
             assert_eq!(
-                bench.call(call::VIRTUAL_ADD, [va, len, 0, 0]),
+                bench.call(CallNumber::VirtualAdd, [va, len, 0, 0]),
                 abi::ERR_ARGUMENT,
                 "{va:#x}+{len:#x}"
             );
         }
         for len in [all, all + VIRTUAL_UNIT, 1 << 45] {
-            assert_eq!(bench.call(call::VIRTUAL_ADD, [VA, len, 0, 0]), abi::ERR_LIMIT, "{len:#x}");
+            assert_eq!(
+                bench.call(CallNumber::VirtualAdd, [VA, len, 0, 0]),
+                abi::ERR_LIMIT,
+                "{len:#x}"
+            );
         }
-        assert_eq!(bench.call(call::VIRTUAL_ADD, [VA, LEN, 0, 0]), KEY);
-        assert_eq!(bench.call(call::VIRTUAL_ADD, [VA, LEN, 0, 0]), abi::ERR_ARGUMENT, "it has one");
-        assert_eq!(bench.call(call::REGION_ADD, [VA + 0x1000, 0x1000, 0, 0]), abi::ERR_ARGUMENT);
+        assert_eq!(bench.call(CallNumber::VirtualAdd, [VA, LEN, 0, 0]), KEY);
         assert_eq!(
-            bench.call(call::VIRTUAL_ADD, [VA + LEN, 0x1000, 0, 0]),
+            bench.call(CallNumber::VirtualAdd, [VA, LEN, 0, 0]),
+            abi::ERR_ARGUMENT,
+            "it has one"
+        );
+        assert_eq!(
+            bench.call(CallNumber::RegionAdd, [VA + 0x1000, 0x1000, 0, 0]),
+            abi::ERR_ARGUMENT
+        );
+        assert_eq!(
+            bench.call(CallNumber::VirtualAdd, [VA + LEN, 0x1000, 0, 0]),
             RAM + VIRTUAL_UNIT + 0x20_3000
         );
         // What is no memory holds no rings, and what is not mapped no names.
-        assert_eq!(bench.call(call::NAME, [name::TASK, VA, 4 | 8 << 32, 0]), abi::ERR_ARGUMENT);
+        assert_eq!(
+            bench.call(CallNumber::Name, [NameKind::Task.into(), VA, 4 | 8 << 32, 0]),
+            abi::ERR_ARGUMENT
+        );
     }
     let mut off = Bench::new(None, Notify::Ring, None, None);
-    assert_eq!(off.call(call::VIRTUAL_ADD, [VA, LEN, 0, 0]), abi::ERR_MODE);
+    assert_eq!(off.call(CallNumber::VirtualAdd, [VA, LEN, 0, 0]), abi::ERR_MODE);
     let mut ring = Bench::ring();
-    assert_eq!(ring.call(call::VIRTUAL_ADD, [VA & !0x3fff, LEN, 0, 0]), RAM);
-    assert_eq!(ring.call(call::RING_SETUP, [VA, 128, 0, 0]), abi::ERR_ARGUMENT);
+    assert_eq!(ring.call(CallNumber::VirtualAdd, [VA & !0x3fff, LEN, 0, 0]), RAM);
+    assert_eq!(ring.call(CallNumber::RingSetup, [VA, 128, 0, 0]), abi::ERR_ARGUMENT);
 }
 
 /// A kind, a first bad address, and an object's start and size.
@@ -62,13 +76,13 @@ fn found(bench: &Bench) -> Vec<Found> {
 fn findings_there_name_the_allocation() {
     for mode in [Mode::PerPage, Mode::Full] {
         let mut bench = Bench::new(Some(mode), Notify::Sync, None, None).with_region();
-        assert_eq!(bench.call(call::VIRTUAL_ADD, [VA, LEN, 0, 0]), KEY);
-        let slot = abi::slot(0x2000, VMALLOC_INVALID);
-        assert_eq!(bench.call(call::ALLOCATED, [VA + 0x1000, 0x1ff3, 0, slot]), 0);
+        assert_eq!(bench.call(CallNumber::VirtualAdd, [VA, LEN, 0, 0]), KEY);
+        let slot = Slot { bytes: 0x2000, code: VMALLOC_INVALID }.to_register();
+        assert_eq!(bench.call(CallNumber::Allocated, [VA + 0x1000, 0x1ff3, 0, slot]), 0);
         let mut reports = 0;
         let mut report = |bench: &mut Bench, at, size| {
             reports += 1;
-            assert_eq!(bench.call(call::REPORT, [at, size, 0, 0x10_0000 + reports]), 0);
+            assert_eq!(bench.call(CallNumber::Report, [at, size, 0, 0x10_0000 + reports]), 0);
         };
         // The tail of the last page, the guard page behind it, both from inside, and the end of
         // all.
@@ -77,7 +91,7 @@ fn findings_there_name_the_allocation() {
         report(&mut bench, VA + 0x2000, 0x2000);
         report(&mut bench, VA + LEN - 4, 8);
         report(&mut bench, VA + LEN, 1);
-        assert_eq!(bench.call(call::FREED, [VA + 0x1000, 0, 0, slot]), 0);
+        assert_eq!(bench.call(CallNumber::Freed, [VA + 0x1000, 0, 0, slot]), 0);
         report(&mut bench, VA + 0x1010, 1);
         let object = Some((VA + 0x1000, 0x1ff3));
         assert_eq!(
@@ -107,29 +121,38 @@ fn a_stack_there_has_variables_out_of_scope() {
             // Without paging the frame is read where the guest's RAM is, so that is where this
             // guest has it.
             const STACK: u64 = 0x4_8000;
-            assert_eq!(bench.call(call::VIRTUAL_ADD, [0, LEN, 0, 0]), RAM);
+            assert_eq!(bench.call(CallNumber::VirtualAdd, [0, LEN, 0, 0]), RAM);
             let magic = umbra_report::frame::FRAME_MAGIC;
             for (at, word) in [(0, magic), (8, 0x100), (16, 0x10_0000)] {
                 bench.ram.write(GuestAddress(STACK + 0x1000 + at), &word.to_le_bytes()).unwrap();
             }
             bench.ram.write(GuestAddress(0x100), b"1 32 8 4 gone\0").unwrap();
-            assert_eq!(bench.call(call::UNPOISON, [STACK, 0x4000, abi::memory::STACK, 0]), 0);
+            assert_eq!(
+                bench.call(CallNumber::Unpoison, [STACK, 0x4000, MemoryUse::Stack.into(), 0]),
+                0
+            );
             for (at, code) in
                 [(0x1000, STACK_LEFT), (0x1020, VMALLOC_INVALID), (0x1040, STACK_RIGHT)]
             {
-                assert_eq!(bench.call(call::POISON, [STACK + at, 32, code.into(), 0]), 0);
+                assert_eq!(bench.call(CallNumber::Poison, [STACK + at, 32, code.into(), 0]), 0);
             }
             let mut at = STACK + 0x1020;
             if guarded {
                 // Behind the stack and a page that belongs to nobody.
                 assert_eq!(
-                    bench.call(call::POISON, [STACK + 0x2000, 0x1000, VMALLOC_INVALID.into(), 0]),
+                    bench.call(
+                        CallNumber::Poison,
+                        [STACK + 0x2000, 0x1000, VMALLOC_INVALID.into(), 0]
+                    ),
                     0
                 );
                 at = STACK + 0x3010;
-                assert_eq!(bench.call(call::POISON, [at, 0x18, VMALLOC_INVALID.into(), 0]), 0);
+                assert_eq!(
+                    bench.call(CallNumber::Poison, [at, 0x18, VMALLOC_INVALID.into(), 0]),
+                    0
+                );
             }
-            assert_eq!(bench.call(call::REPORT, [at, 8, 0, 0x10_0000]), 0);
+            assert_eq!(bench.call(CallNumber::Report, [at, 8, 0, 0x10_0000]), 0);
             assert_eq!(bench.kinds(), [kind], "{mode:?}");
             let heard = bench.heard.0.lock().unwrap();
             let names = heard[0].stack_frame.as_ref().map(|f| f.variables[0].name.clone());

@@ -1,4 +1,4 @@
-//! Writes the archive that Linux unpacks into its first root file system
+//! An archive as Linux unpacks it into its first root file system
 //! (`Documentation/driver-api/early-userspace/buffer-format.rst`).
 
 use std::collections::BTreeSet;
@@ -21,7 +21,8 @@ impl<W: Write> Archive<W> {
         Self { to, paths: BTreeSet::new() }
     }
 
-    /// Adds a folder and those that it is in, where they are missing.
+    /// Adds a folder and those that it is in, where they are missing; or fails as
+    /// writing does.
     pub fn folder(&mut self, path: &str) -> io::Result<()> {
         if let Some((parent, _)) = path.rsplit_once('/') {
             self.folder(parent)?;
@@ -29,7 +30,7 @@ impl<W: Write> Archive<W> {
         self.entry(path, FOLDER | 0o755, &[])
     }
 
-    /// Adds a file, executable or not, unless it is there.
+    /// Adds a file, executable or not, unless it is there; or fails as writing does.
     pub fn file(&mut self, path: &str, executable: bool, contents: &[u8]) -> io::Result<()> {
         if let Some((parent, _)) = path.rsplit_once('/') {
             self.folder(parent)?;
@@ -37,7 +38,7 @@ impl<W: Write> Archive<W> {
         self.entry(path, FILE | if executable { 0o755 } else { 0o644 }, contents)
     }
 
-    /// Ends the archive.
+    /// Ends the archive, or fails as writing does.
     pub fn finish(mut self) -> io::Result<()> {
         self.entry("TRAILER!!!", 0, &[])?;
         self.to.flush()

@@ -1,0 +1,121 @@
+//! Stacks by frame pointers. The runtime is compiled with frame pointers throughout.
+
+use core::arch::asm;
+use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use umbra_shadow::abi::RECORD_FRAMES;
+
+/// Where the kernel's code starts. Recorded return addresses are distances from it.
+static TEXT_BASE: AtomicU64 = AtomicU64::new(0);
+/// The bytes of it. A return address outside ends a stack.
+static TEXT_BYTES: AtomicU64 = AtomicU64::new(0);
+
+/// Sets where the kernel's code starts.
+pub fn set_text_start(start: u64) {
+    TEXT_BASE.store(start, Relaxed);
+}
+
+/// Sets where the kernel's code ends.
+pub fn set_text_end(end: u64) {
+    TEXT_BYTES.store(end.saturating_sub(TEXT_BASE.load(Relaxed)).min(1 << 32), Relaxed);
+}
+
+/// The caller's frame pointer.
+#[inline(always)]
+pub fn frame_pointer() -> u64 {
+    let fp;
+    // SAFETY: reads a register.
+    unsafe { asm!("mov {}, rbp", out(reg) fp, options(nomem, nostack, preserves_flags)) };
+    fp
+}
+
+/// The return address of the frame at `fp`.
+///
+/// # Safety
+/// `fp` comes from [`frame_pointer`] in a function that has not returned.
+#[inline(always)]
+pub unsafe fn return_address(fp: u64) -> u64 {
+    // SAFETY: the System V frame layout: saved rbp, then the return address.
+    unsafe { *((fp + 8) as *const u64) }
+}
+
+/// The most bytes between two neighbouring frames. A larger distance means a broken chain.
+const MAX_FRAME: u64 = 64 << 10;
+
+/// One step of [`walk`]: the frame at `$fp` is the `$depth`th, and leads to the one at `$next`.
+macro_rules! frame {
+    ($depth:literal, $fp:literal, $next:literal, $deeper:literal) => {
+        concat!(
+            "mov {address}, [",
+            $fp,
+            " + 8]\n",
+            "mov ",
+            $next,
+            ", [",
+            $fp,
+            "]\n",
+            "sub {address}, {base}\n",
+            "cmp {address}, {text}\n",
+            "jae 2",
+            $depth,
+            "f\n",
+            "mov [{to} + 4 * ",
+            $depth,
+            "], {address:e}\n",
+            "lea {address}, [",
+            $next,
+            " - 1]\n",
+            "sub {address}, ",
+            $fp,
+            "\n",
+            "cmp {address}, {farthest}\n",
+            "jae 2",
+            $deeper,
+            "f\n",
+        )
+    };
+}
+
+/// The end of [`walk`] with so many frames.
+macro_rules! ends_with {
+    ($depth:literal) => {
+        concat!("2", $depth, ": mov {depth:e}, ", $depth, "\njmp 30f")
+    };
+}
+
+/// Fills `frames` with return addresses as distances from the text base, innermost first; returns
+/// how many.
+///
+/// It runs for every event, and is most of its cost: ten instructions a frame. The two registers
+/// take turns.
+///
+/// # Safety
+/// As [`return_address`].
+#[inline(always)]
+pub unsafe fn walk(fp: u64, frames: *mut u32) -> u64 {
+    let depth: u64;
+    // SAFETY: reads the given frame, and each that it leads to a short way up the same stack;
+    // writes at most `RECORD_FRAMES` frames.
+    unsafe {
+        asm!(
+            frame!(0, "{a}", "{b}", 1),
+            frame!(1, "{b}", "{a}", 2),
+            frame!(2, "{a}", "{b}", 3),
+            frame!(3, "{b}", "{a}", 4),
+            frame!(4, "{a}", "{b}", 5),
+            frame!(5, "{b}", "{a}", 6),
+            frame!(6, "{a}", "{b}", 7),
+            frame!(7, "{b}", "{a}", 8),
+            frame!(8, "{a}", "{b}", 9),
+            frame!(9, "{b}", "{a}", 10),
+            ends_with!(10), ends_with!(0), ends_with!(1), ends_with!(2), ends_with!(3), ends_with!(4),
+            ends_with!(5), ends_with!(6), ends_with!(7), ends_with!(8), ends_with!(9),
+            "30:",
+            a = inout(reg) fp => _, b = out(reg) _, address = out(reg) _, depth = out(reg) depth,
+            base = in(reg) TEXT_BASE.load(Relaxed), text = in(reg) TEXT_BYTES.load(Relaxed),
+            to = in(reg) frames, farthest = const MAX_FRAME, options(nostack),
+        );
+    }
+    depth
+}
+const _: () = assert!(RECORD_FRAMES == 10);

@@ -1,0 +1,114 @@
+//! What a guest learns before its first call, and what it says in it.
+//!
+//! A hypervisor has a block of CPUID leaves at `0x4000_0000 + 0x100 * n`. Umbra's block is found by
+//! its signature, so it can stand next to KVM's own, and a kernel on another machine does not find
+//! it.
+//!
+//! | leaf | eax | ebx | ecx | edx |
+//! | --- | --- | --- | --- | --- |
+//! | base + 0 | highest leaf of the block | `Umbr` | `aSan` | `dbox` |
+//! | base + 1 | [`VERSION`](super::VERSION) | [`PORT`](super::PORT) | [`Features`] | 0 |
+//! | base + 2 | page window, gpa low | gpa high | bytes, low | bytes, high |
+//! | base + 3 | byte window, gpa low | gpa high | bytes, low | bytes, high |
+//! | base + 4 | bytes of keys for virtual memory, low | high | 0 | 0 |
+//! | base + 5 | quarantine batch in bytes | [`Redzone`] | quarantine in bytes, low | high |
+
+/// First leaf where a hypervisor block may start.
+pub const CPUID_FIRST: u32 = 0x4000_0000;
+/// Distance between the places where a hypervisor block may start.
+pub const CPUID_STEP: u32 = 0x100;
+/// Number of places to look at.
+pub const CPUID_BLOCKS: u32 = 0x100;
+/// ebx, ecx, edx of the first leaf of Umbra's block: "UmbraSandbox".
+pub const CPUID_SIGNATURE: [u32; 3] =
+    [u32::from_le_bytes(*b"Umbr"), u32::from_le_bytes(*b"aSan"), u32::from_le_bytes(*b"dbox")];
+/// Offset of the leaf with version, port and features.
+pub const CPUID_LEAF_FEATURES: u32 = 1;
+/// Offset of the leaf with the page-shadow window.
+pub const CPUID_LEAF_PAGE_WINDOW: u32 = 2;
+/// Offset of the leaf with the byte-shadow window.
+pub const CPUID_LEAF_BYTE_WINDOW: u32 = 3;
+/// Offset of the leaf with the number of keys for virtual memory.
+pub const CPUID_LEAF_VIRTUAL: u32 = 4;
+/// Offset of the leaf with the settings that the guest follows. A VMM whose block ends before it
+/// has no quarantine, and its redzones are [`Redzone::Adaptive`].
+pub const CPUID_LEAF_SETTINGS: u32 = 5;
+
+bit_set! {
+    /// What the host offers in this run.
+    pub struct Features: u32 {
+        /// Two-level shadow: both windows exist.
+        PER_PAGE = 1 << 0,
+        /// Full shadow (KASAN's layout): only the byte window exists, and all of it is resident
+        /// from the start.
+        FULL = 1 << 1,
+        /// The guest writes the shadow itself and records events in rings.
+        RING = 1 << 2,
+        /// The windows are read-only. The guest makes a call for each change of shadow and for each
+        /// event.
+        SYNC = 1 << 3,
+        /// Either kind of shadow.
+        SHADOW = 1 << 0 | 1 << 1,
+    }
+}
+
+bit_set! {
+    /// What a guest says about itself in [`CallNumber::Hello`](super::CallNumber::Hello). The VMM
+    /// ignores bits that it does not know.
+    pub struct GuestFlags: u64 {
+        /// The contents of free pages are dead: the host may discard pages whose page shadow is
+        /// [`FREE_PAGE`](crate::codes::FREE_PAGE), and they read as zero from then on. A page
+        /// allocator may say so if it keeps its lists elsewhere, as Linux's does. The host may also
+        /// discard what lies in a ring behind the records that its count covers, except for the
+        /// next record.
+        FREE_PAGES_UNUSED = 1 << 0,
+        /// The host may also discard pages that hold nothing but
+        /// [`SLAB_FREE_TRACK`](crate::codes::SLAB_FREE_TRACK) and, beside it,
+        /// [`SLAB_REDZONE`](crate::codes::SLAB_REDZONE). A quarantine may say so if it keeps its
+        /// lists elsewhere and nobody reads the redzones in such a page: an allocator poisons an
+        /// object with another code before it stores to it. This flag counts only together with
+        /// [`FREE_PAGES_UNUSED`](Self::FREE_PAGES_UNUSED).
+        QUARANTINE_UNUSED = 1 << 1,
+    }
+}
+
+/// How many bytes a guest's allocators put behind each object.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Redzone {
+    /// More behind larger objects, as KASAN does.
+    #[default]
+    Adaptive,
+    /// None: objects lie as in a kernel that is not checked.
+    Off,
+    /// A fixed number of bytes: a multiple of 8, at most [`Redzone::MAX`].
+    Bytes(u32),
+}
+
+impl Redzone {
+    /// The most bytes there can be.
+    pub const MAX: u32 = 4096;
+
+    const OFF: u32 = 0;
+    const ADAPTIVE: u32 = 1;
+
+    /// Encodes the setting.
+    pub const fn to_register(self) -> u32 {
+        match self {
+            Self::Off => Self::OFF,
+            Self::Adaptive => Self::ADAPTIVE,
+            Self::Bytes(bytes) if bytes > Self::MAX => Self::MAX,
+            Self::Bytes(bytes) => bytes.next_multiple_of(8),
+        }
+    }
+
+    /// Decodes the setting. More than [`Redzone::MAX`] bytes count as so many.
+    #[inline]
+    pub const fn from_register(value: u32) -> Self {
+        match value {
+            Self::OFF => Self::Off,
+            Self::ADAPTIVE => Self::Adaptive,
+            bytes if bytes > Self::MAX => Self::Bytes(Self::MAX),
+            bytes => Self::Bytes(bytes),
+        }
+    }
+}

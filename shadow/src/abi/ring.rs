@@ -1,0 +1,408 @@
+//! The rings in which a guest records its allocator events, and the records in them.
+//!
+//! A record is 64 bytes, little endian:
+//!
+//! | bytes | |
+//! | --- | --- |
+//! | 0 | [`RecordKind`] |
+//! | 1 | number of frames; of a name, its bytes |
+//! | 2..4 | an allocation's or a name's cache (0 for none); a free's [`Owner`] |
+//! | 4..8 | task |
+//! | 8..16 | virtual address of the memory |
+//! | 16..20 | sizes, by kind |
+//! | 20..24 | sequence number |
+//! | 24..64 | frames, 4 bytes each; or a name |
+//!
+//! The guest writes one with [`PackedRecord`], which gives each kind its own meaning of these
+//! bytes. The VMM reads one with [`Record::decode`].
+
+use core::fmt;
+
+use super::Owner;
+
+/// Bytes of a [`RingHeader`], and of a record.
+pub const RECORD_BYTES: u64 = 64;
+/// Most records of one ring.
+pub const RING_MAX_RECORDS: u64 = 1 << 16;
+/// Most return addresses in one record.
+pub const RECORD_FRAMES: usize = 10;
+/// Most bytes of a name in a record.
+pub const RECORD_NAME_MAX: usize = 4 * RECORD_FRAMES;
+
+/// The first 64 bytes of a ring; records follow.
+///
+/// The guest writes a record, then raises `count`. While every CPU stands still, the VMM takes the
+/// records that it has not taken yet, from all rings, in the order of their sequence numbers. It
+/// sets `count` to 0 only when the ring's CPU asks for a drain: at any other time that CPU may be
+/// about to raise it.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C, align(64))]
+pub struct RingHeader {
+    /// Records written since this CPU's last [`RingDrain`](super::CallNumber::RingDrain).
+    pub count: u64,
+    /// Not used; zero.
+    pub reserved: [u64; 7],
+}
+
+numbered! {
+    /// The kind of a record, its first byte.
+    pub enum RecordKind: u8 {
+        /// An allocation. Sizes: its bytes, saturated.
+        Allocated = 1,
+        /// A free. Sizes: with an [`Owner`] the bytes of the slot, else 0.
+        Freed = 2,
+        /// An allocation at the start of a slot. Sizes: in bits 0..16 the bytes of the object, in
+        /// bits 16..32 the bytes that the slot has beyond them.
+        AllocatedInSlot = 3,
+        /// Work on the object that holds the address was queued.
+        Related = 4,
+        /// The name of a cache, as [`CallNumber::Name`](super::CallNumber::Name) gives it, without
+        /// a call. Sizes: bytes of one object.
+        Cache = 5,
+    }
+}
+
+/// A record in guest memory, as the guest stores it.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C, align(64))]
+pub struct RawRecord {
+    /// Its first 24 bytes: [`PackedRecord::words`].
+    pub words: [u64; 3],
+    /// Its return addresses.
+    pub frames: [u32; RECORD_FRAMES],
+}
+
+/// The parts of a record that its kind decides, packed for the guest's hot path.
+#[derive(Clone, Copy, Debug)]
+pub struct PackedRecord {
+    /// The first eight bytes, without depth and task.
+    head: u64,
+    sizes: u32,
+}
+
+impl PackedRecord {
+    #[inline(always)]
+    const fn new(kind: RecordKind, low: u16, sizes: u32) -> Self {
+        Self { head: kind as u64 | (low as u64) << 16, sizes }
+    }
+
+    /// An allocation of `bytes`; `cache` is 0 for none.
+    #[inline(always)]
+    pub const fn allocated(cache: u16, bytes: u64) -> Self {
+        let bytes = if bytes > u32::MAX as u64 { u32::MAX } else { bytes as u32 };
+        Self::new(RecordKind::Allocated, cache, bytes)
+    }
+
+    /// An allocation of `bytes` at the start of a slot of `slot` bytes, which is below 64 KiB and
+    /// at least as large.
+    #[inline(always)]
+    pub const fn allocated_in_slot(cache: u16, bytes: u64, slot: u64) -> Self {
+        let sizes = (bytes | (slot - bytes) << 16) as u32;
+        Self::new(RecordKind::AllocatedInSlot, cache, sizes)
+    }
+
+    /// A free of memory that its allocator has back at once.
+    #[inline(always)]
+    pub const fn freed() -> Self {
+        Self::new(RecordKind::Freed, 0, 0)
+    }
+
+    /// A free of a slot of `slot` bytes that goes into the quarantine, from where `owner` gets it.
+    #[inline(always)]
+    pub const fn quarantined(owner: Owner, slot: u32) -> Self {
+        Self::new(RecordKind::Freed, owner.to_bits(), slot)
+    }
+
+    /// Work on an object was queued.
+    #[inline(always)]
+    pub const fn related() -> Self {
+        Self::new(RecordKind::Related, 0, 0)
+    }
+
+    /// The first 24 bytes of the record. `actor` is an [`Actor`](super::Actor) in a register.
+    #[inline(always)]
+    pub const fn words(self, depth: u64, actor: u64, address: u64, sequence: u32) -> [u64; 3] {
+        let task = actor & !0xffff_ffff;
+        [self.head | depth << 8 | task, address, self.sizes as u64 | (sequence as u64) << 32]
+    }
+}
+
+/// A record, decoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// The task that did it.
+    pub task: u32,
+    /// What happened.
+    pub body: RecordBody,
+}
+
+/// What a record says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RecordBody {
+    /// An allocation.
+    Allocated {
+        /// Virtual address.
+        address: u64,
+        /// Bytes asked for, saturated.
+        bytes: u32,
+        /// Bytes of the slot that it lies at the start of; 0 if the record does not say.
+        slot: u32,
+        /// The cache, 0 for none.
+        cache: u16,
+        /// Where it was made.
+        stack: RecordStack,
+    },
+    /// A free.
+    Freed {
+        /// Virtual address.
+        address: u64,
+        /// Bytes of the slot, for memory that has an owner.
+        slot: u32,
+        /// Who gets the memory when it leaves the quarantine; none if it does not go there.
+        owner: Option<Owner>,
+        /// Where it was freed.
+        stack: RecordStack,
+    },
+    /// Work on an object was queued.
+    Related {
+        /// A virtual address in the object.
+        address: u64,
+        /// Where it was queued.
+        stack: RecordStack,
+    },
+    /// The name of a cache.
+    Cache {
+        /// Its id.
+        id: u16,
+        /// Bytes of one object.
+        object: u32,
+        /// Its name.
+        name: RecordName,
+    },
+}
+
+impl RecordBody {
+    /// The stack of an event; a name has none.
+    pub fn stack(&self) -> Option<&RecordStack> {
+        match self {
+            Self::Allocated { stack, .. }
+            | Self::Freed { stack, .. }
+            | Self::Related { stack, .. } => Some(stack),
+            Self::Cache { .. } => None,
+        }
+    }
+}
+
+/// Return addresses, innermost first, as distances from the ring's text base. 0 is an address that
+/// lies more than 4 GiB from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecordStack {
+    frames: [u32; RECORD_FRAMES],
+    depth: u8,
+}
+
+impl RecordStack {
+    /// The return addresses, for a ring with this text base; 0 where the address is not known.
+    pub fn addresses(&self, text_base: u64) -> impl Iterator<Item = u64> {
+        let frames = self.frames.into_iter().take(self.depth.into());
+        frames.map(move |frame| if frame == 0 { 0 } else { text_base.wrapping_add(frame.into()) })
+    }
+}
+
+/// A name in a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecordName {
+    bytes: [u8; RECORD_NAME_MAX],
+    len: u8,
+}
+
+impl RecordName {
+    /// Its bytes.
+    pub fn as_bytes(&self) -> &[u8] {
+        self.bytes.get(..self.len.into()).unwrap_or_default()
+    }
+}
+
+/// Why a record makes no sense.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BadRecord {
+    /// There is no such kind.
+    Kind(u8),
+    /// The name is longer than [`RECORD_NAME_MAX`].
+    NameLength(u8),
+}
+
+impl fmt::Display for BadRecord {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Kind(kind) => write!(f, "there are no records of kind {kind}"),
+            Self::NameLength(len) => write!(f, "a name of {len} bytes does not fit a record"),
+        }
+    }
+}
+
+impl core::error::Error for BadRecord {}
+
+impl Record {
+    /// Decodes a record. More frames than fit count as all that fit.
+    ///
+    /// # Errors
+    /// The record makes no sense.
+    pub fn decode(bytes: &[u8; RECORD_BYTES as usize]) -> Result<Self, BadRecord> {
+        let kind = RecordKind::try_from(bytes[0]).map_err(BadRecord::Kind)?;
+        let (count, low) = (bytes[1], u16::from_le_bytes([bytes[2], bytes[3]]));
+        let address = u64::from(word(bytes, 8)) | u64::from(word(bytes, 12)) << 32;
+        let sizes = word(bytes, 16);
+        let stack = || {
+            let mut frames = [0; RECORD_FRAMES];
+            for (i, frame) in frames.iter_mut().enumerate() {
+                *frame = word(bytes, 24 + 4 * i);
+            }
+            RecordStack { frames, depth: count.min(RECORD_FRAMES as u8) }
+        };
+        let body = match kind {
+            RecordKind::Allocated => {
+                RecordBody::Allocated { address, bytes: sizes, slot: 0, cache: low, stack: stack() }
+            }
+            RecordKind::AllocatedInSlot => {
+                let object = sizes & 0xffff;
+                let slot = object + (sizes >> 16);
+                RecordBody::Allocated { address, bytes: object, slot, cache: low, stack: stack() }
+            }
+            RecordKind::Freed => RecordBody::Freed {
+                address,
+                slot: sizes,
+                owner: Owner::from_bits(low),
+                stack: stack(),
+            },
+            RecordKind::Related => RecordBody::Related { address, stack: stack() },
+            RecordKind::Cache => {
+                if usize::from(count) > RECORD_NAME_MAX {
+                    return Err(BadRecord::NameLength(count));
+                }
+                let mut name = [0; RECORD_NAME_MAX];
+                name.copy_from_slice(&bytes[24..]);
+                let name = RecordName { bytes: name, len: count };
+                RecordBody::Cache { id: low, object: sizes, name }
+            }
+        };
+        Ok(Self { task: word(bytes, 4), body })
+    }
+
+    /// The sequence number of a record, whatever else is in it. Numbers count across all CPUs and
+    /// wrap. Each is taken once, from a counter that is raised atomically, when the event happens:
+    /// for a free, before the memory can be handed out again.
+    pub fn sequence(bytes: &[u8; RECORD_BYTES as usize]) -> u32 {
+        word(bytes, 20)
+    }
+}
+
+fn word(bytes: &[u8; RECORD_BYTES as usize], at: usize) -> u32 {
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+const _: () = assert!(size_of::<RawRecord>() as u64 == RECORD_BYTES);
+const _: () = assert!(core::mem::offset_of!(RawRecord, frames) == 24);
+const _: () = assert!(size_of::<RingHeader>() as u64 == RECORD_BYTES);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::abi::Actor;
+
+    const ACTOR: Actor = Actor { cpu: 3, task: 0x1234_5678 };
+
+    /// A record as a guest writes it.
+    fn written(packed: PackedRecord, depth: u64, address: u64) -> [u8; RECORD_BYTES as usize] {
+        let mut bytes = [0; RECORD_BYTES as usize];
+        let words = packed.words(depth, ACTOR.to_register(0xffff), address, 0x89ab_cdef);
+        for (to, word) in bytes.chunks_exact_mut(8).zip(words) {
+            to.copy_from_slice(&word.to_le_bytes());
+        }
+        for i in 0..RECORD_FRAMES {
+            bytes[24 + 4 * i..][..4].copy_from_slice(&(i as u32 * 16).to_le_bytes());
+        }
+        bytes
+    }
+
+    /// The body of such a record, whose frames and task are checked.
+    fn read(packed: PackedRecord, depth: u64) -> RecordBody {
+        let bytes = written(packed, depth, 0xffff_8000_0012_3450);
+        assert_eq!(Record::sequence(&bytes), 0x89ab_cdef);
+        let record = Record::decode(&bytes).expect("a good record");
+        assert_eq!(record.task, ACTOR.task);
+        let address = match record.body {
+            RecordBody::Allocated { address, .. }
+            | RecordBody::Freed { address, .. }
+            | RecordBody::Related { address, .. } => address,
+            RecordBody::Cache { .. } => panic!("not what was written"),
+        };
+        assert_eq!(address, 0xffff_8000_0012_3450);
+        let expected = (0..depth.min(RECORD_FRAMES as u64)).map(|i| match i {
+            0 => 0,
+            i => 0xffff_ffff_8000_0000 + 16 * i,
+        });
+        let stack = record.body.stack().expect("an event");
+        assert!(stack.addresses(0xffff_ffff_8000_0000).eq(expected));
+        record.body
+    }
+
+    #[test]
+    fn the_vmm_reads_what_the_guest_writes() {
+        for depth in [0, 1, 10, 255] {
+            let RecordBody::Allocated { bytes, slot, cache, .. } =
+                read(PackedRecord::allocated_in_slot(7, 50, 0xffff), depth)
+            else {
+                panic!("not an allocation")
+            };
+            assert_eq!((bytes, slot, cache), (50, 0xffff, 7));
+            let RecordBody::Allocated { bytes, slot, cache, .. } =
+                read(PackedRecord::allocated(0xffff, 1 << 32), depth)
+            else {
+                panic!("not an allocation")
+            };
+            assert_eq!((bytes, slot, cache), (u32::MAX, 0, 0xffff));
+            let RecordBody::Freed { slot, owner, .. } = read(PackedRecord::freed(), depth) else {
+                panic!("not a free")
+            };
+            assert_eq!((slot, owner), (0, None));
+            let to = Owner { allocator: 63, note: 0xfe };
+            let RecordBody::Freed { slot, owner, .. } =
+                read(PackedRecord::quarantined(to, 0x8000_0001), depth)
+            else {
+                panic!("not a free")
+            };
+            assert_eq!((slot, owner), (0x8000_0001, Some(to)));
+            assert!(matches!(read(PackedRecord::related(), depth), RecordBody::Related { .. }));
+        }
+    }
+
+    #[test]
+    fn a_cache_has_a_name_of_at_most_40_bytes() {
+        let mut bytes = [b'x'; RECORD_BYTES as usize];
+        bytes[0] = RecordKind::Cache.into();
+        bytes[2..4].copy_from_slice(&9u16.to_le_bytes());
+        bytes[16..20].copy_from_slice(&192u32.to_le_bytes());
+        for len in [0, 1, 40] {
+            bytes[1] = len;
+            let Ok(Record { body: RecordBody::Cache { id, object, name }, .. }) =
+                Record::decode(&bytes)
+            else {
+                panic!("not a name")
+            };
+            assert_eq!((id, object, name.as_bytes().len()), (9, 192, usize::from(len)));
+        }
+        bytes[1] = 41;
+        assert_eq!(Record::decode(&bytes), Err(BadRecord::NameLength(41)));
+    }
+
+    #[test]
+    fn other_kinds_are_refused() {
+        let kinds = RecordKind::ALL.iter().map(|kind| u8::from(*kind));
+        for kind in (0..=255).filter(|kind| !kinds.clone().any(|known| known == *kind)) {
+            let mut bytes = [0; RECORD_BYTES as usize];
+            bytes[0] = kind;
+            assert_eq!(Record::decode(&bytes), Err(BadRecord::Kind(kind)));
+        }
+    }
+}
