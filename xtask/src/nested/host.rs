@@ -176,7 +176,7 @@ impl Host {
             kernel: &self.kernel,
             modules: &MODULES,
             specific: INIT,
-            control: "/dev/vport0p3",
+            ports: ["/dev/vport0p1", "/dev/vport0p2", "/dev/vport0p3"],
             script: &job.script,
         };
         let mut archive = initrd.write(BufWriter::new(File::create(file)?))?;

@@ -1,6 +1,7 @@
 #!/bin/busybox sh
 # The start of the first program of a nested host. Loads KVM, and reports on the control port:
-# "no-kvm REASON" where that fails. What is specific to a host follows.
+# "no-kvm REASON" where that fails, "ready" when the command starts. What is specific to a host
+# follows.
 busybox=/bin/busybox
 $busybox --install -s /bin 2>/dev/null
 export PATH=/bin
@@ -20,7 +21,7 @@ while read -r module parameters; do
 done </modules/order
 
 # Ports show up a moment after their driver.
-control=$(cat /job/control)
+read -r out err control </job/ports
 i=0
 while ! [ -e "$control" ] && [ $i -lt 100 ]; do
     i=$((i + 1))
@@ -32,3 +33,23 @@ if ! [ -e /dev/kvm ]; then
     exec poweroff -f
 fi
 chmod 666 /dev/kvm
+
+# Runs a command to its end, and sets status.
+run() {
+    # Pipes instead of the ports themselves: a program may open /dev/stdout again, and should not
+    # take a port for a terminal.
+    mkfifo /out /err
+    cat /out >"$out" &
+    to_out=$!
+    cat /err >"$err" &
+    to_err=$!
+    echo ready >&3
+    "$@" </dev/null >/out 2>/err 3>&-
+    status=$?
+    # What the command leaves in the background may hold the pipes open.
+    i=0
+    while { kill -0 $to_out || kill -0 $to_err; } 2>/dev/null && [ $i -lt 100 ]; do
+        i=$((i + 1))
+        usleep 20000
+    done
+}

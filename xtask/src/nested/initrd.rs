@@ -22,8 +22,8 @@ pub struct Initrd<'a> {
     pub modules: &'a [(&'a str, &'a str)],
     /// What the first program does once there is KVM.
     pub specific: &'a str,
-    /// The device that takes control words.
-    pub control: &'a str,
+    /// The devices that take standard output, standard error, and control words.
+    pub ports: [&'a str; 3],
     /// The script to run.
     pub script: &'a [u8],
 }
@@ -48,7 +48,7 @@ impl Initrd<'_> {
             archive.file(&format!("modules/{name}.ko"), false, &bytes)?;
         }
         archive.file("modules/order", false, order.as_bytes())?;
-        archive.file("job/control", false, self.control.as_bytes())?;
+        archive.file("job/ports", false, format!("{}\n", self.ports.join(" ")).as_bytes())?;
         archive.file("job/command", false, self.script)?;
         Ok(archive)
     }

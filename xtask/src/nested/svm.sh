@@ -1,6 +1,6 @@
 
-# A host with SVM: this machine's files by 9p, and virtio ports. Runs /job/command, and reports
-# "no-files REASON", "ready", "exit STATUS".
+# A host with SVM: this machine's files come by 9p. Runs /job/command, and reports "exit STATUS",
+# or "no-files REASON".
 share() {
     mkdir -p "$2"
     mount -t 9p -o "trans=virtio,version=9p2000.L,msize=512000,cache=loose,$3" "$1" "$2" ||
@@ -26,21 +26,7 @@ done
 mkdir /machine/run/job
 cp /job/* /machine/run/job/
 
-# Pipes instead of the ports themselves: a program may open /dev/stdout again.
-mkfifo /out /err
-cat /out >/dev/vport0p1 &
-out=$!
-cat /err >/dev/vport0p2 &
-err=$!
-echo ready >&3
-chroot /machine /bin/sh /run/job/command </dev/null >/out 2>/err 3>&-
-status=$?
-# What the command leaves in the background may hold the pipes open.
-i=0
-while { kill -0 $out || kill -0 $err; } 2>/dev/null && [ $i -lt 100 ]; do
-    i=$((i + 1))
-    usleep 20000
-done
+run chroot /machine /bin/sh /run/job/command
 echo "exit $status" >&3
 sync
 exec poweroff -f

@@ -146,7 +146,7 @@ impl VmxHost {
             kernel: &self.kernel,
             modules: &MODULES,
             specific: INIT,
-            control: "/dev/ttyS3",
+            ports: ["/dev/ttyS1", "/dev/ttyS2", "/dev/ttyS3"],
             script: &job.script,
         };
         let mut archive = initrd.write(BufWriter::new(File::create(file)?))?;

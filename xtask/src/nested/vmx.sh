@@ -1,17 +1,18 @@
 
-# A host with VMX: the command's files are in the first root file system, and serial ports carry
-# what it prints. Runs /job/command, and reports "ready" and "exit STATUS".
-for port in 1 2 3; do
-    stty -F /dev/ttyS$port raw -echo 115200
+# A host with VMX: the command's files are in this root file system, and the ports are serial.
+# Runs /job/command, and reports "exit STATUS".
+for port in "$out" "$err" "$control"; do
+    stty -F "$port" raw -echo 115200
 done
 mkdir -p /tmp /run /var/tmp
 chmod 1777 /tmp /var/tmp
-echo ready >&3
-/bin/sh /job/command </dev/null >/dev/ttyS1 2>/dev/ttyS2 3>&-
-status=$?
-# Changed settings wait until all is written.
-for port in 1 2; do
-    stty -F /dev/ttyS$port raw -echo 9600
-done
+run /bin/sh /job/command
+# Settings change when all is written.
+drain() {
+    stty -F "$1" raw -echo 115200
+}
+drain "$out"
+drain "$err"
 echo "exit $status" >&3
+drain "$control"
 exec poweroff -f

@@ -118,7 +118,7 @@ impl Watch<'_> {
                 }
                 Ok(Said::Control(word)) => end = end.or_else(|| ended(&word)),
                 Err(RecvTimeoutError::Timeout) => {
-                    end = Some(Ended::Trouble(late(ready, limit)));
+                    end = Some(Ended::Trouble(late(ready, limit, self.timeout)));
                     break;
                 }
                 Err(RecvTimeoutError::Disconnected) => break,
@@ -162,13 +162,10 @@ fn last_lines(log: &Path) -> String {
     last.chars().filter(|c| !c.is_control()).take(600).collect()
 }
 
-fn late(ready: bool, limit: Duration) -> String {
-    let seconds = limit.as_secs();
-    if ready {
-        format!("the command did not end within {seconds} s: --timeout sets the limit")
-    } else {
-        format!("the nested host did not boot within {seconds} s")
-    }
+fn late(ready: bool, limit: Duration, timeout: Duration) -> String {
+    let what = if ready { "the command did not end" } else { "the nested host did not boot" };
+    let advice = if limit == timeout { ": --timeout sets the limit" } else { "" };
+    format!("{what} within {} s{advice}", limit.as_secs())
 }
 
 /// What a word of the host's means for the end of the run.
@@ -236,6 +233,25 @@ impl io::Write for Flushed {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_limit_that_can_be_set_is_told_as_such() {
+        let (short, long) = (Duration::from_secs(300), Duration::from_secs(3600));
+        assert_eq!(late(false, short, long), "the nested host did not boot within 300 s");
+        assert!(late(false, short, short).ends_with("300 s: --timeout sets the limit"));
+        assert!(late(true, long, long).starts_with("the command did not end within 3600 s: "));
+    }
+
+    #[test]
+    fn a_host_that_crashed_is_told_with_its_last_words() {
+        let folder = tempfile::tempdir().unwrap();
+        let logs = ["console", "log"].map(|name| folder.path().join(name));
+        assert!(crashed(&logs).ends_with("before the command did"));
+        fs::write(&logs[1], "no firmware\n").unwrap();
+        assert!(crashed(&logs).ends_with("last words: no firmware"));
+        fs::write(&logs[0], "1\r\n2\n\n3\n4\n5\n\x1b6\n").unwrap();
+        assert!(crashed(&logs).ends_with("last words: 2 | 3 | 4 | 5 | 6"));
+    }
 
     #[test]
     fn the_hosts_words_are_understood() {
