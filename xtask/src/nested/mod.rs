@@ -2,11 +2,11 @@
 //!
 //! QEMU's software CPU has AMD's SVM with nested paging. A Debian Linux booted on it loads
 //! `kvm_amd`, and its `/dev/kvm` behaves as on hardware: second-stage faults, exceptions, programs
-//! in guests. A command runs there with this machine's files at their usual paths. What it writes is
-//! forgotten, but in the workspace's `target` folder.
+//! in guests. A command runs there with this machine's files at their usual paths. What it writes
+//! is forgotten, but in the workspace's `target` folder.
 //!
-//! Bochs' CPU has Intel's VMX with EPT, for `kvm_intel`. It is far slower, and sees of this machine's
-//! files only those that the command names.
+//! Bochs' CPU has Intel's VMX with EPT, for `kvm_intel`. It is far slower, and sees of this
+//! machine's files only those that the command names.
 
 mod host;
 mod initrd;

@@ -203,11 +203,13 @@ fn configuration(programs: &Path, memory_mib: u32, ports: &Ports) -> String {
     // Unknown registers must not end it, as they do by default, nor must it wait for clocks or for
     // somebody who watches its screen. Its other displays need a terminal, or have one.
     format!(
-        "cpu: model=corei7_skylake_x, count=1, ips=100000000, ignore_bad_msrs=1, reset_on_triple_fault=0\n\
+        "cpu: model=corei7_skylake_x, count=1, ips=100000000\n\
+         cpu: ignore_bad_msrs=1, reset_on_triple_fault=0\n\
          memory: guest={memory_mib}, host={memory_mib}\n\
          romimage: file=\"{bios}\"\n\
          vgaromimage: file=\"{vga}\"\n\
-         plugin_ctrl: unmapped=1, biosdev=1, speaker=0, extfpuirq=1, parallel=0, serial=1, iodebug=0\n\
+         plugin_ctrl: unmapped=1, biosdev=1, extfpuirq=1, serial=1\n\
+         plugin_ctrl: speaker=0, parallel=0, iodebug=0\n\
          ata0: enabled=1, ioaddr1=0x1f0, ioaddr2=0x3f0, irq=14\n\
          ata0-master: type=cdrom, path=cd.iso, status=inserted\n\
          boot: cdrom\n\
