@@ -1,5 +1,6 @@
 //! Debian's packages: what is offered, and fetching it without installing it.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -46,18 +47,22 @@ pub fn dependency(context: &Context, package: &str) -> Result<String> {
     Ok(first.with_context(|| format!("{package} depends on nothing"))?.to_owned())
 }
 
-/// What apt would install for a package on this machine, the package included, with versions.
-pub fn would_install(context: &Context, package: &str) -> Result<Vec<(String, String)>> {
-    // Makes sure that there is a list of packages.
-    version(context, package)?;
+/// Packages and what apt would install for them on this machine, with versions. A package that is
+/// installed already is among them all the same.
+pub fn with_what_is_missing(
+    context: &Context,
+    packages: &[&str],
+) -> Result<BTreeMap<String, String>> {
+    let wanted = packages.iter().map(|name| Ok(((*name).to_owned(), version(context, name)?)));
+    let mut all = wanted.collect::<Result<BTreeMap<_, _>>>()?;
     let mut simulate = reader(context, "apt-get");
-    simulate.args(["--simulate", "install", "--no-install-recommends", package]);
+    simulate.args(["--simulate", "install", "--no-install-recommends"]).args(packages);
     let said = simulate.stream(|_| {})?;
-    let packages: Vec<_> = said.output.lines().filter_map(to_be_installed).collect();
-    if !said.success || packages.is_empty() {
-        bail!("apt-get cannot say what {package} needs: {}", last_line(&said.output));
+    if !said.success {
+        bail!("apt-get cannot say what {} needs: {}", packages.join(" "), last_line(&said.output));
     }
-    Ok(packages)
+    all.extend(said.output.lines().filter_map(to_be_installed));
+    Ok(all)
 }
 
 /// Name and version in a line of `apt-get --simulate`: `Inst NAME [OLD] (VERSION ...`.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 
 use crate::nested::{self, Ended, Host, Job, Output};
-use crate::{Context, guest, linux, setup};
+use crate::{Context, demo, guest, linux, setup};
 
 /// The parts of the benchmarks that need no guest.
 const NATIVE: [&str; 2] = ["replay", "native"];
@@ -48,17 +48,15 @@ pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
 
 /// `cargo xtask bench nested`: measures in the nested host, and reports on the machine.
 fn whole_host(context: &Context, arguments: &[String]) -> Result<ExitCode> {
-    guest::build(context)?;
+    let umbra = demo::build(context)?;
     linux::build_compared(context)?;
-    let umbra = ["build", "--release", "--package", "umbra", "--bin", "umbra"];
-    context.progress.step("building Umbra and the benchmarks");
-    context.cargo().args(umbra).run_or_fail(&context.progress)?;
+    context.progress.step("building the benchmarks");
     let bench = bench_program(context)?;
     let host = Host::prepare(context)?;
     let folder = context.root.join("target/bench");
     fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
     let mut command: Vec<OsString> = vec![bench.clone().into(), "--bench".into()];
-    command.extend(["--measure".into(), context.root.join("target/release/umbra").into()]);
+    command.extend(["--measure".into(), umbra.into()]);
     command.extend(["--folder".into(), folder.into()]);
     command.extend(arguments.iter().map(OsString::from));
     let job = Job {

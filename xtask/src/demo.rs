@@ -4,11 +4,23 @@
 use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::io;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
 
 use crate::{Context, guest, nested};
+
+/// The program, in cargo's terms.
+const UMBRA: [&str; 5] = ["--release", "--package", "umbra", "--bin", "umbra"];
+
+/// Builds the test kernel and Umbra with it, and returns the program.
+pub fn build(context: &Context) -> Result<PathBuf> {
+    guest::build(context)?;
+    context.progress.step("building Umbra");
+    context.cargo().args(["build"]).args(UMBRA).run_or_fail(&context.progress)?;
+    Ok(context.root.join("target/release/umbra"))
+}
 
 /// Runs it. Where there is KVM, returns only if that fails.
 pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
@@ -18,13 +30,9 @@ pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
     if let Some(problem) = &problem {
         context.progress.say(&format!("the demo runs in the nested host: {problem}"));
     }
-    guest::build(context)?;
-    context.progress.step("building Umbra");
-    let umbra = ["--release", "--package", "umbra", "--bin", "umbra"];
-    context.cargo().args(["build"]).args(umbra).run_or_fail(&context.progress)?;
+    let program = build(context)?;
     if problem.is_some() {
-        let mut command: Vec<OsString> = vec![context.root.join("target/release/umbra").into()];
-        command.push("demo".into());
+        let mut command: Vec<OsString> = vec![program.into(), "demo".into()];
         command.extend(arguments.iter().map(OsString::from));
         return nested::run_command(context, &command);
     }
@@ -32,7 +40,7 @@ pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
     context.progress.finish();
     // It knows where the program is, wherever results are put.
     let run = ["run", "--quiet"];
-    context.cargo().args(run).args(umbra).args(["--", "demo"]).args(arguments).replace()
+    context.cargo().args(run).args(UMBRA).args(["--", "demo"]).args(arguments).replace()
 }
 
 /// Why guests cannot be booted on this machine, if so, and what to do about it.

@@ -10,9 +10,12 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitCode, Stdio};
 use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context as _, Result, bail};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use tempfile::TempDir;
 
 use crate::progress::Progress;
 
@@ -29,23 +32,56 @@ fn forget(group: i32) {
     let _ = RUNNING.iter().any(|place| place.compare_exchange(group, 0, SeqCst, SeqCst).is_ok());
 }
 
-/// Makes Ctrl-C, and the other ways to ask a program to end, end the running child first.
+/// Makes Ctrl-C, and the other ways to ask a program to end, end the running children first, and
+/// remove what they worked on.
 pub fn forward_signals() -> Result<()> {
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
-        let forward = move || {
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot handle signals")?;
+    std::thread::spawn(move || {
+        for signal in signals.forever() {
             for group in RUNNING.iter().map(|place| place.load(SeqCst)).filter(|group| *group > 0) {
-                // SAFETY: `kill` may be called in a signal handler, and takes no memory of ours.
+                // SAFETY: `kill` takes no memory of ours.
                 unsafe { libc::kill(-group, SIGTERM) };
+            }
+            for folder in folders().iter() {
+                // Nobody is left to be told.
+                let _ = std::fs::remove_dir_all(folder);
             }
             // Its error could not be told from here; the default action for these signals is to
             // end.
             let _ = signal_hook::low_level::emulate_default_handler(signal);
-        };
-        // SAFETY: the handler calls only what may be called in one.
-        unsafe { signal_hook::low_level::register(signal, forward) }
-            .context("cannot handle signals")?;
-    }
+        }
+    });
     Ok(())
+}
+
+/// The temporary folders that exist now.
+fn folders() -> MutexGuard<'static, Vec<PathBuf>> {
+    static FOLDERS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+    FOLDERS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A folder that is gone when it is dropped, and when a signal ends this program.
+pub struct TemporaryFolder(TempDir);
+
+impl TemporaryFolder {
+    /// An empty one.
+    pub fn new() -> Result<Self> {
+        let mut folders = folders();
+        let folder = tempfile::tempdir().context("no temporary folder can be made")?;
+        folders.push(folder.path().to_owned());
+        Ok(Self(folder))
+    }
+
+    /// Where it lies.
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for TemporaryFolder {
+    fn drop(&mut self) {
+        folders().retain(|folder| folder != self.0.path());
+    }
 }
 
 /// What a finished program left.
@@ -144,12 +180,25 @@ impl Command {
         Err(self.inner.exec()).with_context(|| format!("cannot run {}", self.program.display()))
     }
 
-    /// Starts it with nothing to read and nothing to print to but `inherited`, which it has under
-    /// the same numbers.
+    /// Starts it with nothing to read and nothing to print to but standard error and `inherited`,
+    /// which it has under the same numbers.
     pub fn start(&mut self, inherited: &[OwnedFd]) -> Result<Running> {
-        self.inner.stdin(Stdio::null()).stdout(Stdio::null());
+        self.start_with(Stdio::null(), Stdio::inherit(), inherited)
+    }
+
+    /// The same with these for standard input and standard error.
+    pub fn start_with(
+        &mut self,
+        input: Stdio,
+        error: Stdio,
+        inherited: &[OwnedFd],
+    ) -> Result<Running> {
+        self.inner.stdin(input).stdout(Stdio::null()).stderr(error);
         let inherited: Vec<RawFd> = inherited.iter().map(|fd| fd.as_raw_fd()).collect();
-        Ok(Running { child: self.spawn(&inherited)? })
+        let child = self.spawn(&inherited);
+        // The command's own copies would keep a pipe open.
+        self.inner.stdin(Stdio::null()).stderr(Stdio::null());
+        Ok(Running { child: child? })
     }
 
     fn spawn(&mut self, inherited: &[RawFd]) -> Result<Child> {

@@ -1,6 +1,7 @@
 //! An archive as Linux unpacks it into its first root file system
 //! (`Documentation/driver-api/early-userspace/buffer-format.rst`).
 
+use std::collections::BTreeSet;
 use std::io::{self, Write};
 
 /// The kind of an entry, as in `st_mode`.
@@ -10,22 +11,30 @@ const FILE: u32 = 0o100_000;
 /// An archive in the "newc" format that is being written.
 pub struct Archive<W: Write> {
     to: W,
-    entries: u32,
+    /// What is in it.
+    paths: BTreeSet<String>,
 }
 
 impl<W: Write> Archive<W> {
     /// An empty one.
     pub fn new(to: W) -> Self {
-        Self { to, entries: 0 }
+        Self { to, paths: BTreeSet::new() }
     }
 
-    /// Adds a folder, or fails as writing does. Its parents must have been added before.
+    /// Adds a folder and those that it is in, where they are missing; or fails as
+    /// writing does.
     pub fn folder(&mut self, path: &str) -> io::Result<()> {
+        if let Some((parent, _)) = path.rsplit_once('/') {
+            self.folder(parent)?;
+        }
         self.entry(path, FOLDER | 0o755, &[])
     }
 
-    /// Adds a file, executable or not, or fails as writing does.
+    /// Adds a file, executable or not, unless it is there; or fails as writing does.
     pub fn file(&mut self, path: &str, executable: bool, contents: &[u8]) -> io::Result<()> {
+        if let Some((parent, _)) = path.rsplit_once('/') {
+            self.folder(parent)?;
+        }
         self.entry(path, FILE | if executable { 0o755 } else { 0o644 }, contents)
     }
 
@@ -36,12 +45,15 @@ impl<W: Write> Archive<W> {
     }
 
     fn entry(&mut self, path: &str, mode: u32, contents: &[u8]) -> io::Result<()> {
-        self.entries += 1;
+        if !self.paths.insert(path.to_owned()) {
+            return Ok(());
+        }
+        let inode = u32::try_from(self.paths.len()).map_err(io::Error::other)?;
         let size = u32::try_from(contents.len()).map_err(io::Error::other)?;
         let name = u32::try_from(path.len() + 1).map_err(io::Error::other)?;
         let links = 1;
         // inode, mode, uid, gid, links, mtime, size, two device numbers, name with its NUL, checksum
-        let fields = [self.entries, mode, 0, 0, links, 0, size, 0, 0, 0, 0, name, 0];
+        let fields = [inode, mode, 0, 0, links, 0, size, 0, 0, 0, 0, name, 0];
         write!(self.to, "070701")?;
         for field in fields {
             write!(self.to, "{field:08X}")?;
@@ -65,11 +77,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn entries_are_aligned_and_carry_their_sizes() {
+    fn entries_are_aligned_carry_their_sizes_and_come_once() {
         let mut bytes = Vec::new();
         let mut archive = Archive::new(&mut bytes);
-        archive.folder("bin").unwrap();
-        archive.file("bin/five", true, b"12345").unwrap();
+        for _ in 0..2 {
+            archive.file("bin/five", true, b"12345").unwrap();
+        }
         archive.finish().unwrap();
         assert_eq!(bytes.len() % 4, 0);
         let field = |at: usize, n: usize| {
@@ -85,5 +98,6 @@ mod tests {
         let contents = (name + 9).next_multiple_of(4);
         assert_eq!(&bytes[contents..contents + 8], b"12345\0\0\0");
         assert_eq!(&bytes[contents + 8..contents + 14], b"070701");
+        assert_eq!(&bytes[contents + 8 + 110..][..10], b"TRAILER!!!");
     }
 }

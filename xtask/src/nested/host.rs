@@ -1,26 +1,25 @@
-//! One run of the nested host: its start, the command's output, and its end.
+//! The nested host with SVM: Debian's Linux on QEMU's software CPU.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
-use std::fs::{self, File};
-use std::io::{self, BufRead as _, BufReader, BufWriter, PipeReader, Read as _};
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::fs::File;
+use std::io::BufWriter;
+use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use umbra_testkit::cpio::Archive;
 
+use super::initrd::Initrd;
 use super::packages::{self, Kernel, Program};
+use super::watch::{self, Ended, Output, Ports, Watch};
 use crate::Context;
-use crate::process::{Command, Running};
+use crate::process::{Command, TemporaryFolder};
 use crate::progress::Progress;
 
-/// The first program of the host.
-const INIT: &str = include_str!("init.sh");
-/// What it loads, with parameters: nobody needs a third level of virtual machines.
+/// What its first program does with the command.
+const INIT: &str = include_str!("svm.sh");
+/// The modules that it loads, with parameters: nobody needs a third level of virtual machines.
 const MODULES: [(&str, &str); 6] = [
     ("kvm_amd", "nested=0"),
     ("virtio_pci", ""),
@@ -50,23 +49,6 @@ pub struct Job {
     pub memory_mib: u32,
     /// For all of it.
     pub timeout: Duration,
-}
-
-/// How a run ended.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Ended {
-    /// The command ended, with this status.
-    Exit(u8),
-    /// It did not, for this reason.
-    Trouble(String),
-}
-
-/// Where the command's output goes.
-pub enum Output<'a> {
-    /// Standard output and standard error of this program.
-    PassedOn,
-    /// Each line of both, as it comes.
-    Lines(&'a mut (dyn FnMut(&str) + Send)),
 }
 
 /// A word between the quotes of a shell. A name that is not UTF-8 is not kept.
@@ -125,28 +107,20 @@ impl Host {
     ///
     /// The host cannot be started at all.
     pub fn run(&self, job: &Job, progress: &Progress, output: Output<'_>) -> Result<Ended> {
-        let folder = tempfile::tempdir().context("no temporary folder can be made")?;
+        let folder = TemporaryFolder::new()?;
         let initrd = folder.path().join("initrd");
         self.write_initrd(&initrd, job).context("cannot write the nested host's first files")?;
         let console = folder.path().join("console");
-        let (control, to_control) = io::pipe()?;
-        let (out, to_out) = io::pipe()?;
-        let (err, to_err) = match output {
-            Output::PassedOn => io::pipe()?,
-            Output::Lines(_) => (out.try_clone()?, to_out.try_clone()?),
-        };
-        let ports = [to_out, to_err, to_control].map(OwnedFd::from);
+        let (streams, ports) = watch::pipes(&output)?;
         let mut qemu = self.qemu(job, &initrd, &console, &ports);
         let running = qemu.start(&ports)?;
         drop(ports);
-        let begin = Instant::now();
-        let end = Watch { running, begin, timeout: job.timeout, progress }
-            .follow(control, out, err, output)?;
-        Ok(end.unwrap_or_else(|| Ended::Trouble(crashed(&console))))
+        let (begin, timeout, logs) = (Instant::now(), job.timeout, [console]);
+        Watch { running, begin, boot: BOOT, timeout, logs: &logs, progress }.follow(streams, output)
     }
 
     /// QEMU's command line. `ports` are the command's standard output and error, and control.
-    fn qemu(&self, job: &Job, initrd: &Path, console: &Path, ports: &[OwnedFd; 3]) -> Command {
+    fn qemu(&self, job: &Job, initrd: &Path, console: &Path, ports: &Ports) -> Command {
         let mut command = Command::new(&self.qemu.path, &self.workspace);
         for (name, value) in &self.qemu.variables {
             command.env(name, value);
@@ -197,22 +171,17 @@ impl Host {
     }
 
     fn write_initrd(&self, file: &Path, job: &Job) -> Result<()> {
-        let mut archive = Archive::new(BufWriter::new(File::create(file)?));
-        for folder in ["bin", "dev", "proc", "sys", "machine", "modules", "job"] {
-            archive.folder(folder)?;
-        }
-        archive.file("bin/busybox", true, &fs::read(&self.busybox)?)?;
-        archive.file("init", true, INIT.as_bytes())?;
-        let mut order = String::new();
-        for (name, bytes) in self.kernel.modules(&MODULES.map(|(name, _)| name))? {
-            let parameters = MODULES.iter().find(|(module, _)| *module == name);
-            let _ =
-                writeln!(order, "{name} {}", parameters.map_or("", |(_, parameters)| parameters));
-            archive.file(&format!("modules/{name}.ko"), false, &bytes)?;
-        }
-        archive.file("modules/order", false, order.as_bytes())?;
+        let initrd = Initrd {
+            busybox: &self.busybox,
+            kernel: &self.kernel,
+            modules: &MODULES,
+            specific: INIT,
+            ports: ["/dev/vport0p1", "/dev/vport0p2", "/dev/vport0p3"],
+            script: &job.script,
+        };
+        let mut archive = initrd.write(BufWriter::new(File::create(file)?))?;
+        archive.folder("machine")?;
         archive.file("job/workspace", false, self.workspace.as_os_str().as_encoded_bytes())?;
-        archive.file("job/command", false, &job.script)?;
         archive.finish()?;
         Ok(())
     }
@@ -231,181 +200,6 @@ fn option(before: &str, path: &Path, after: &str) -> OsString {
     option
 }
 
-/// Why a host ended without a word: the last lines of its console, if there are any.
-fn crashed(console: &Path) -> String {
-    let text = fs::read(console).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text).replace('\r', "");
-    let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-    let last = lines[lines.len().saturating_sub(5)..].join(" | ");
-    let last: String = last.chars().filter(|c| !c.is_control()).take(600).collect();
-    if last.is_empty() {
-        "the nested host ended before the command did".into()
-    } else {
-        format!("the nested host ended before the command did; its last words: {last}")
-    }
-}
-
-/// What a thread that reads from the host has to say.
-enum Said {
-    Control(String),
-    Line(String),
-    /// The reader of our own output is gone.
-    Unwanted,
-    /// A stream ended.
-    End,
-}
-
-/// A host that runs.
-struct Watch<'a> {
-    running: Running,
-    begin: Instant,
-    timeout: Duration,
-    progress: &'a Progress,
-}
-
-impl Watch<'_> {
-    /// Hands on what comes until the host ends. `None` if it ended without a status.
-    fn follow(
-        mut self,
-        control: PipeReader,
-        out: PipeReader,
-        err: PipeReader,
-        output: Output<'_>,
-    ) -> Result<Option<Ended>> {
-        let (send, received) = mpsc::sync_channel(64);
-        let mut threads = vec![{
-            let send = send.clone();
-            thread::spawn(move || lines(control, &send, Said::Control))
-        }];
-        let mut nothing = |_: &str| ();
-        let on_line: &mut (dyn FnMut(&str) + Send) = match output {
-            Output::PassedOn => {
-                for (stream, to) in [(out, Stream::Out), (err, Stream::Err)] {
-                    let send = send.clone();
-                    threads.push(thread::spawn(move || pass_on(stream, to, &send)));
-                }
-                &mut nothing
-            }
-            Output::Lines(on_line) => {
-                drop(err);
-                let send = send.clone();
-                threads.push(thread::spawn(move || lines(out, &send, Said::Line)));
-                on_line
-            }
-        };
-        drop(send);
-        let mut open = threads.len();
-        let mut end = None;
-        let mut ready = false;
-        while open > 0 {
-            let limit = if ready { self.timeout } else { self.timeout.min(BOOT) };
-            match received.recv_timeout(limit.saturating_sub(self.begin.elapsed())) {
-                Ok(Said::Line(line)) => on_line(&line),
-                Ok(Said::End) => open -= 1,
-                Ok(Said::Unwanted) => {
-                    end = end.or(Some(Ended::Trouble("nobody reads the output".into())))
-                }
-                Ok(Said::Control(word)) if word == "ready" => {
-                    ready = true;
-                    self.progress.finish();
-                }
-                Ok(Said::Control(word)) => end = end.or_else(|| ended(&word)),
-                Err(RecvTimeoutError::Timeout) => {
-                    end = Some(Ended::Trouble(late(ready, limit)));
-                    break;
-                }
-                Err(RecvTimeoutError::Disconnected) => break,
-            }
-            if matches!(end, Some(Ended::Trouble(_))) {
-                break;
-            }
-        }
-        self.progress.finish();
-        // Ended by itself, or has to be: then the threads come to the end of their streams.
-        if end.as_ref().is_none_or(|end| matches!(end, Ended::Trouble(_))) {
-            self.running.kill();
-        }
-        drop(received);
-        self.running.wait()?;
-        for thread in threads {
-            // Nothing in there panics; and its output would be all that is lost.
-            let _ = thread.join();
-        }
-        Ok(end)
-    }
-}
-
-fn late(ready: bool, limit: Duration) -> String {
-    let seconds = limit.as_secs();
-    if ready {
-        format!("the command did not end within {seconds} s: --timeout sets the limit")
-    } else {
-        format!("the nested host did not boot within {seconds} s")
-    }
-}
-
-/// What a word of the host's means for the end of the run.
-fn ended(word: &str) -> Option<Ended> {
-    let (what, rest) = word.split_once(' ').unwrap_or((word, ""));
-    let rest: String = rest.chars().filter(|c| !c.is_control()).take(200).collect();
-    match what {
-        "exit" => rest.parse().ok().map(Ended::Exit),
-        "no-kvm" => Some(Ended::Trouble(format!(
-            "there is no KVM in the nested host, perhaps since this QEMU's CPU has no SVM \
-             (`-cpu max,+svm`): {rest}"
-        ))),
-        "no-files" => Some(Ended::Trouble(format!(
-            "the nested host cannot use this machine's files ({rest}): is this a QEMU with virtfs?"
-        ))),
-        _ => None,
-    }
-}
-
-/// Sends each line of a stream.
-fn lines(stream: PipeReader, to: &mpsc::SyncSender<Said>, what: impl Fn(String) -> Said) {
-    let mut stream = BufReader::new(stream);
-    let mut bytes = Vec::new();
-    // A line without an end comes in pieces.
-    while stream.by_ref().take(1 << 16).read_until(b'\n', &mut bytes).is_ok_and(|count| count > 0) {
-        let line = String::from_utf8_lossy(&bytes).trim_end_matches(['\r', '\n']).to_owned();
-        if to.send(what(line)).is_err() {
-            return;
-        }
-        bytes.clear();
-    }
-    let _ = to.send(Said::End);
-}
-
-#[derive(Clone, Copy)]
-enum Stream {
-    Out,
-    Err,
-}
-
-/// Copies a stream to one of ours.
-fn pass_on(mut stream: PipeReader, to: Stream, said: &mpsc::SyncSender<Said>) {
-    let copied = match to {
-        Stream::Out => io::copy(&mut stream, &mut Flushed(io::stdout())),
-        Stream::Err => io::copy(&mut stream, &mut io::stderr()),
-    };
-    let _ = said.send(if copied.is_ok() { Said::End } else { Said::Unwanted });
-}
-
-/// Writes at once what is written, so that nobody waits for the end of a line.
-struct Flushed(io::Stdout);
-
-impl io::Write for Flushed {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let count = self.0.write(bytes)?;
-        self.0.flush()?;
-        Ok(count)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.0.flush()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -419,20 +213,6 @@ mod tests {
         let mut shell = std::process::Command::new("/bin/sh");
         let output = shell.arg("-c").arg(script).output().unwrap();
         assert_eq!(String::from_utf8_lossy(&output.stdout), "a b|it's|$HOME|\\||");
-    }
-
-    #[test]
-    fn the_hosts_words_are_understood() {
-        assert_eq!(ended("exit 3"), Some(Ended::Exit(3)));
-        assert_eq!(ended("exit 300"), None);
-        assert_eq!(ended("hello"), None);
-        let Some(Ended::Trouble(reason)) = ended("no-kvm kvm_amd: not\x1b supported") else {
-            panic!()
-        };
-        assert!(
-            reason.contains("no SVM") && reason.ends_with("kvm_amd: not supported"),
-            "{reason}"
-        );
     }
 
     #[test]

@@ -1,8 +1,9 @@
 #!/bin/busybox sh
-# The first program of the nested host. Loads KVM, makes the machine's files visible, runs /job, and
-# reports on the control port: "ready", "no-kvm REASON", "exit STATUS".
+# The start of the first program of a nested host. Loads KVM, and reports on the control port:
+# "no-kvm REASON" where that fails, "ready" when the command starts. What is specific to a host
+# follows.
 busybox=/bin/busybox
-$busybox --install -s /bin
+$busybox --install -s /bin 2>/dev/null
 export PATH=/bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
@@ -20,58 +21,35 @@ while read -r module parameters; do
 done </modules/order
 
 # Ports show up a moment after their driver.
+read -r out err control </job/ports
 i=0
-while ! [ -e /dev/vport0p3 ] && [ $i -lt 100 ]; do
+while ! [ -e "$control" ] && [ $i -lt 100 ]; do
     i=$((i + 1))
     usleep 20000
 done
-exec 3>/dev/vport0p3
+exec 3>"$control"
 if ! [ -e /dev/kvm ]; then
     echo "no-kvm $trouble" >&3
     exec poweroff -f
 fi
 chmod 666 /dev/kvm
 
-share() {
-    mkdir -p "$2"
-    mount -t 9p -o "trans=virtio,version=9p2000.L,msize=512000,cache=loose,$3" "$1" "$2" ||
-        echo "no-files $1" >&3
+# Runs a command to its end, and sets status.
+run() {
+    # Pipes instead of the ports themselves: a program may open /dev/stdout again, and should not
+    # take a port for a terminal.
+    mkfifo /out /err
+    cat /out >"$out" &
+    to_out=$!
+    cat /err >"$err" &
+    to_err=$!
+    echo ready >&3
+    "$@" </dev/null >/out 2>/err 3>&-
+    status=$?
+    # What the command leaves in the background may hold the pipes open.
+    i=0
+    while { kill -0 $to_out || kill -0 $to_err; } 2>/dev/null && [ $i -lt 100 ]; do
+        i=$((i + 1))
+        usleep 20000
+    done
 }
-# Writable, and forgotten at the end.
-share machine /lower ro
-mkdir /upper
-mount -t tmpfs tmpfs /upper
-mkdir /upper/files /upper/work
-mount -t overlay -o lowerdir=/lower,upperdir=/upper/files,workdir=/upper/work machine /machine ||
-    echo "no-files overlay" >&3
-for folder in tmp run var/tmp; do
-    mount -t tmpfs -o mode=1777 tmpfs /machine/$folder
-done
-workspace=/machine$(cat /job/workspace)
-# One of those folders may have hidden it.
-[ -e "$workspace" ] || share workspace "$workspace" ro
-share target "$workspace/target" rw
-for folder in proc sys dev; do
-    mount --rbind /$folder /machine/$folder
-done
-mkdir /machine/run/job
-cp /job/* /machine/run/job/
-
-# Pipes instead of the ports themselves: a program may open /dev/stdout again.
-mkfifo /out /err
-cat /out >/dev/vport0p1 &
-out=$!
-cat /err >/dev/vport0p2 &
-err=$!
-echo ready >&3
-chroot /machine /bin/sh /run/job/command </dev/null >/out 2>/err 3>&-
-status=$?
-# What the command leaves in the background may hold the pipes open.
-i=0
-while { kill -0 $out || kill -0 $err; } 2>/dev/null && [ $i -lt 100 ]; do
-    i=$((i + 1))
-    usleep 20000
-done
-echo "exit $status" >&3
-sync
-exec poweroff -f

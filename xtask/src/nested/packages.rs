@@ -15,6 +15,9 @@ use crate::{Context, apt};
 const KERNEL: &str = "linux-image-amd64";
 /// The program that emulates the nested host's CPU, and its package.
 const QEMU: (&str, &str) = ("qemu-system-x86_64", "qemu-system-x86");
+/// The other emulator with one of its displays, its firmware, and what makes a CD that boots.
+const BOCHS: [&str; 7] =
+    ["bochs", "bochs-term", "bochsbios", "vgabios", "grub-pc-bin", "grub-common", "xorriso"];
 /// The shell and tools of the first root file system, and their package. Linked statically.
 const BUSYBOX: (&str, &str) = ("bin/busybox", "busybox-static");
 
@@ -45,7 +48,7 @@ pub fn qemu(context: &Context) -> Result<Program> {
         Some(path) => {
             Program { path, variables: Vec::new(), data: Vec::new(), version: String::new() }
         }
-        None => unpacked_program(context, QEMU.1, QEMU.0)?,
+        None => unpacked_qemu(context)?,
     };
     let mut ask = Command::new(&program.path, &context.root);
     for (name, value) in &program.variables {
@@ -59,24 +62,51 @@ pub fn qemu(context: &Context) -> Result<Program> {
     Ok(program)
 }
 
-/// A program of a package, with the packages it depends on, in a folder of its own.
-pub fn unpacked_program(context: &Context, package: &str, name: &str) -> Result<Program> {
-    let folder = folder(context).join(package);
+/// QEMU from Debian's packages.
+fn unpacked_qemu(context: &Context) -> Result<Program> {
+    let folder = unpacked(context, QEMU.1, &[QEMU.1])?;
+    let path = program_in(&folder, QEMU.0)?;
+    let modules = folder.join("usr/lib/x86_64-linux-gnu/qemu").into_os_string();
+    let data = ["usr/share/qemu", "usr/share/seabios"].map(|data| folder.join(data)).into();
+    let variables = vec![libraries(&folder)?, ("QEMU_MODULE_DIR", modules)];
+    Ok(Program { path, variables, data, version: String::new() })
+}
+
+/// Bochs and what makes a CD for it, in a folder as if it were `/`. Even installed programs are
+/// unpacked: where their data lies is known then.
+pub fn bochs(context: &Context) -> Result<PathBuf> {
+    let folder = unpacked(context, "bochs", &BOCHS)?;
+    for program in ["bochs-bin", "grub-mkrescue", "xorriso"] {
+        program_in(&folder, program)?;
+    }
+    Ok(folder)
+}
+
+/// Packages and those that they depend on and this machine lacks, in a folder of this name.
+fn unpacked(context: &Context, name: &str, packages: &[&str]) -> Result<PathBuf> {
+    let folder = folder(context).join(name);
     if !folder.join(DONE).is_file() {
-        let packages = apt::would_install(context, package)?;
+        let packages: Vec<_> = apt::with_what_is_missing(context, packages)?.into_iter().collect();
         fetch(context, &packages, &folder)?;
     }
+    Ok(folder)
+}
+
+/// A program of unpacked packages.
+fn program_in(folder: &Path, name: &str) -> Result<PathBuf> {
     let path = folder.join("usr/bin").join(name);
     if !path.is_file() {
-        bail!("Debian's {package} holds no {name}: remove {} and try again", folder.display());
+        bail!("Debian's packages hold no {name}: remove {} and try again", folder.display());
     }
+    Ok(path)
+}
+
+/// The variable that leads a program to libraries of unpacked packages.
+pub fn libraries(folder: &Path) -> Result<(&'static str, OsString)> {
     let libraries = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu", "usr/lib"];
     let libraries = std::env::join_paths(libraries.map(|library| folder.join(library)))
         .with_context(|| format!("{} cannot be in a search path", folder.display()))?;
-    let modules = folder.join("usr/lib/x86_64-linux-gnu/qemu").into_os_string();
-    let data = ["usr/share/qemu", "usr/share/seabios"].map(|data| folder.join(data)).into();
-    let variables = vec![("LD_LIBRARY_PATH", libraries), ("QEMU_MODULE_DIR", modules)];
-    Ok(Program { path, variables, data, version: String::new() })
+    Ok(("LD_LIBRARY_PATH", libraries))
 }
 
 /// Debian's kernel.
