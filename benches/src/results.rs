@@ -18,19 +18,23 @@ const WHOLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../BENCHMARKS.md");
 const INTRODUCTION: &str = "\
 # Benchmarks
 
-What Umbra costs beside a full shadow, KASAN's layout, and beside what else one could take. `cargo xtask bench` measures and writes all
-of this page but the part on Linux, which `cargo xtask bench linux` does; each part can be measured alone, by the command that stands
-with it. Nothing here is written by hand.
+What Umbra costs beside a full shadow, KASAN's layout, and beside what else one could take. `cargo
+xtask bench` measures and writes this page, but for the parts on whole hosts and on Linux. Each part
+names its command, its host and its commit. Nothing here is written by hand.
 
 How to read it:
 
-- *Two-level* (`per-page`) is Umbra's shadow: one byte for each page, and KASAN's byte shadow only for pages that need it. *Full* is
-  KASAN's own layout, 1/8 of memory, from the start.
-- Instructions, exits and bytes repeat exactly. Seconds and nanoseconds do not: compare them only within one table, where all was
-  measured in turns.
-- On a host whose KVM emulates ring 0 (PVM) an instruction of the guest costs about 0.2 µs, and an exit as much as 50 of them.
-  On hardware an instruction costs about 0.3 ns, and an exit as much as thousands.
-- Resident memory is what the kernel says (`/proc/self/smaps`, `/proc/self/pagemap`). What is only counted is called so.
+- What hardware will pay is in the first part: it counts guest, VMM and host kernel together. All
+  other parts count or time one of them. Where they say *instructions*, these are the guest's alone.
+- *Two-level* (`per-page`) is Umbra's shadow: one byte for each page, and KASAN's byte shadow only
+  for pages that need it. *Full* is KASAN's own layout, 1/8 of memory, from the start.
+- Instructions, exits and bytes repeat exactly. Seconds and nanoseconds do not: compare them only
+  within one table, where all was measured in turns.
+- On a host whose KVM emulates ring 0 (PVM) an instruction of the guest costs about 0.2 µs, and an
+  exit as much as 50 of them. On hardware an instruction costs about 0.3 ns, and an exit as much as
+  thousands.
+- Resident memory is what the kernel says (`/proc/self/smaps`, `/proc/self/pagemap`). What is only
+  counted is called so.
 - A limit is what the project holds itself to. A figure over its limit is printed as such.
 ";
 

@@ -13,7 +13,8 @@ fn exact_figures_have_not_got_worse() {
         compared.worse.join("\n")
     );
     if compared.compared == 0 {
-        skip!("no figure was compared: {:?}", compared.skipped);
+        let why = compared.skipped.iter().map(|(figures, why)| format!("{figures}: {why}"));
+        skip!("nothing was compared; {}", why.collect::<Vec<_>>().join("; "));
     }
     for (figures, why) in compared.skipped {
         skip_part!(figures, "{why}");

@@ -193,8 +193,7 @@ fn a_path_that_cannot_be_written() -> Tested {
     check(error.contains("cannot write") && error.contains("none/page.html"), || error.clone())
 }
 
-/// A test's name, and the test.
-type Test = (&'static str, fn() -> Tested);
+type Test = fn() -> Tested;
 
 fn main() -> ExitCode {
     let browser = Command::new(CHROMIUM)
@@ -202,16 +201,17 @@ fn main() -> ExitCode {
         .output()
         .is_ok_and(|output| output.status.success());
     let browser = Need::unless((!browser).then(|| "chromium is not installed".to_owned()));
-    let need = browser.and(&Need::test_kernel()).and(&Need::fast_programs());
-    let tests: [Test; 4] = [
-        ("a_run_with_findings", a_run_with_findings),
-        ("a_clean_run", a_clean_run),
-        ("a_run_that_takes_too_long", a_run_that_takes_too_long),
-        ("a_path_that_cannot_be_written", a_path_that_cannot_be_written),
+    let kernel = Need::test_kernel();
+    let both = browser.and(&kernel).and(&Need::fast_programs());
+    let tests: [(&str, &Need, Test); 4] = [
+        ("a_run_with_findings", &both, a_run_with_findings),
+        ("a_clean_run", &both, a_clean_run),
+        ("a_run_that_takes_too_long", &both, a_run_that_takes_too_long),
+        ("a_path_that_cannot_be_written", &kernel, a_path_that_cannot_be_written),
     ];
     let mut suite = Suite::default();
-    for (name, test) in tests {
-        suite.add(name, &need, move || {
+    for (name, need, test) in tests {
+        suite.add(name, need, move || {
             if let Err(failed) = test() {
                 panic!("{}", failed.message().unwrap_or("without a message"));
             }

@@ -30,7 +30,7 @@ fn run(file: &str, options: &str, what: &str) -> Run {
         .patience(LIMIT)
         .arg(kernel(file))
         .args(options)
-        .args("--memory 128M --keep-going --timeout 500s")
+        .args("--keep-going --timeout 500s")
         .arg(format!("--cmdline=kunit.enable=0 -- {what}"))
         .arg("--initrd")
         .file(&with_program(&program))
@@ -51,18 +51,23 @@ fn is_done(run: &Run, what: &str) {
 }
 
 /// Everything good, on a kernel that nobody checks.
-fn unchecked(file: &str, cpus: u32) {
+fn unchecked(cpus: u32) {
     for what in GOOD {
-        let run = run(file, &format!("--shadow off --cpus {cpus}"), what);
-        run.expect(0);
-        is_done(&run, what);
+        runs_unchecked("small/vmlinux", &format!("--memory 128M --cpus {cpus}"), what);
     }
+}
+
+#[track_caller]
+fn runs_unchecked(file: &str, options: &str, what: &str) {
+    let run = run(file, &format!("--shadow off {options}"), what);
+    run.expect(0);
+    is_done(&run, what);
 }
 
 /// Everything good, on a checked kernel: nothing is found.
 fn checked(options: &str) {
     for what in GOOD {
-        let run = run("umbra/vmlinux", options, what);
+        let run = run("umbra/vmlinux", &format!("--memory 128M {options}"), what);
         run.expect(0);
         is_done(&run, what);
         assert!(run.findings.is_empty(), "{:?}", run.findings);
@@ -78,7 +83,7 @@ fn misbehaves() {
         ("READ_BUDDY_AFTER_FREE", "use-after-free"),
         ("SLAB_LINEAR_OVERFLOW", "slab-out-of-bounds"),
     ] {
-        let run = run("umbra/vmlinux", "", what);
+        let run = run("umbra/vmlinux", "--memory 128M", what);
         run.expect(1);
         is_done(&run, what);
         let kinds: Vec<_> = run.findings.iter().map(|finding| finding["kind"].as_str()).collect();
@@ -100,7 +105,7 @@ fn goes_through(finding: &Value, function: &str) -> bool {
 
 /// A kernel that the program makes panic.
 fn panics() {
-    let run = run("umbra/vmlinux", "", "PANIC");
+    let run = run("umbra/vmlinux", "--memory 128M", "PANIC");
     run.expect(3);
     assert_eq!(run.outcome(), "panic");
     assert!(run.stderr.contains("the guest panicked: dumptest"), "{}", run.tail());
@@ -116,9 +121,11 @@ fn main() -> ExitCode {
     let umbra = need("umbra/vmlinux").and(&programs);
     let debian = need("debian/bzImage").and(&programs);
     let mut suite = Suite::default();
-    suite.add("programs::run_on_linux", &small, || unchecked("small/vmlinux", 1));
-    suite.add("programs::run_on_two_cpus", &small, || unchecked("small/vmlinux", 2));
-    suite.add("programs::run_on_debians_kernel", &debian, || unchecked("debian/bzImage", 1));
+    suite.add("programs::run_on_linux", &small, || unchecked(1));
+    suite.add("programs::run_on_two_cpus", &small, || unchecked(2));
+    suite.add("programs::run_on_debians_kernel", &debian, || {
+        runs_unchecked("debian/bzImage", "--memory 256M", "processes");
+    });
     suite.add("programs::run_on_checked_linux", &umbra, || checked(""));
     suite.add("programs::run_on_two_checked_cpus", &umbra, || checked("--cpus 2"));
     suite.add("programs::in_sync_mode", &umbra, || checked("--notify sync"));

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::nested::{self, Ended, Host, Job};
+use crate::nested::{self, Ended, Host, Job, Output};
 use crate::{Context, demo, guest, linux, setup};
 
 /// The parts of the benchmarks that need no guest.
@@ -66,7 +66,7 @@ fn whole_host(context: &Context, arguments: &[String]) -> Result<ExitCode> {
         timeout: Duration::from_secs(3600),
     };
     context.progress.step("booting the nested host");
-    match host.run(&job, &context.progress, nested::Output::PassedOn)? {
+    match host.run(&job, &context.progress, Output::PassedOn)? {
         Ended::Exit(0) => {}
         Ended::Exit(status) => return Ok(ExitCode::from(status)),
         Ended::Trouble(reason) => bail!("{reason}"),

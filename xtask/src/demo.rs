@@ -1,13 +1,15 @@
-//! `cargo xtask demo`: builds everything and becomes `umbra demo`.
+//! `cargo xtask demo`: builds everything and becomes `umbra demo`, or runs it in the nested host
+//! where there is no KVM.
 
+use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
-use crate::{Context, guest};
+use crate::{Context, guest, nested};
 
 /// The program, in cargo's terms.
 const UMBRA: [&str; 5] = ["--release", "--package", "umbra", "--bin", "umbra"];
@@ -20,25 +22,25 @@ pub fn build(context: &Context) -> Result<PathBuf> {
     Ok(context.root.join("target/release/umbra"))
 }
 
-/// Runs it. Returns only if that fails.
+/// Runs it. Where there is KVM, returns only if that fails.
 pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
     let boots =
         !arguments.iter().any(|argument| ["--list", "--help", "-h"].contains(&argument.as_str()));
-    // Better said before minutes of building.
-    if boots && let Some(problem) = kvm_problem() {
-        bail!("{problem}");
+    let problem = kvm_problem().filter(|_| boots);
+    if let Some(problem) = &problem {
+        context.progress.say(&format!("the demo runs in the nested host: {problem}"));
     }
-    build(context)?;
+    let umbra = build(context)?;
+    if problem.is_some() {
+        let mut command: Vec<OsString> = vec![umbra.into(), "demo".into()];
+        command.extend(arguments.iter().map(OsString::from));
+        return nested::run_command(context, &command);
+    }
     context.progress.step("starting the demo");
     context.progress.finish();
     // It knows where the program is, wherever results are put.
-    context
-        .cargo()
-        .args(["run", "--quiet"])
-        .args(UMBRA)
-        .args(["--", "demo"])
-        .args(arguments)
-        .replace()
+    let run = ["run", "--quiet"];
+    context.cargo().args(run).args(UMBRA).args(["--", "demo"]).args(arguments).replace()
 }
 
 /// Why guests cannot be booted on this machine, if so, and what to do about it.

@@ -53,13 +53,12 @@ fn there_is_one_way_to_skip() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let (mut paths, mut said) = (Vec::new(), Vec::new());
     sources(&root, &mut paths);
-    assert!(paths.iter().any(|path| path.ends_with("vmm/src/lib.rs")), "{paths:?}");
+    // All but this one, whose text is partly an example.
+    let all = paths.len();
+    paths.retain(|path| !path.ends_with(file!()));
+    assert_eq!(paths.len(), all - 1, "{paths:?}");
     for path in paths {
         let shown = path.strip_prefix(&root).expect("below the root");
-        // This one, whose text is partly an example.
-        if shown == Path::new(file!()) {
-            continue;
-        }
         let may = MAY.iter().any(|allowed| shown.to_string_lossy().starts_with(allowed));
         let text = fs::read_to_string(&path).expect("it is text");
         for (line, fault) in faults(&text, may) {

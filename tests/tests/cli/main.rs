@@ -424,7 +424,7 @@ fn main() -> ExitCode {
         ("status_4_is_the_time_limit", &kvm, status_4_is_the_time_limit),
         ("demo_statuses", &test_kernel, demo_statuses),
         ("help_and_version", &nothing, help_and_version),
-        ("files_that_are_no_kernels", &nothing, images::files_that_are_no_kernels),
+        ("files_that_are_no_kernels", &kvm, images::files_that_are_no_kernels),
         ("images_that_are_no_kernels", &kvm, images::images_that_are_no_kernels),
         ("segments_that_do_not_fit", &kvm, images::segments_that_do_not_fit),
         ("kernels_cut_off_anywhere", &kvm, images::kernels_cut_off_anywhere),
@@ -449,7 +449,7 @@ fn main() -> ExitCode {
         ("a_full_pipe", &test_kernel, streams::a_full_pipe),
         ("no_colours_into_a_file", &test_kernel, streams::no_colours_into_a_file),
         ("colours_on_a_terminal", &kvm, streams::colours_on_a_terminal),
-        ("a_fifo_is_no_kernel", &nothing, streams::a_fifo_is_no_kernel),
+        ("a_fifo_is_no_kernel", &kvm, streams::a_fifo_is_no_kernel),
         ("scenarios_are_listed_without_kvm", &test_kernel, || {
             Umbra::new(PROGRAM, "demo").arg("--list").run().expect(0);
         }),

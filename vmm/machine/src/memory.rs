@@ -200,13 +200,10 @@ mod tests {
         for at in pages {
             ram.write(GuestAddress(at), &7u64.to_le_bytes()).unwrap();
         }
-        assert_eq!(
-            ram.discard(&(0x2000..0x4000)).unwrap(),
-            0x1000,
-            "the other page was never touched"
-        );
+        // The other page was never touched, but may be part of a huge page.
+        assert!([0x1000, 0x2000].contains(&ram.discard(&(0x2000..0x4000)).unwrap()));
         assert_eq!(pages.map(value), [7, 0, 7, 7, 7, 7]);
-        assert_eq!(ram.discard(&(layout::HOLE_START - 0x1000..high + 0x1000)).unwrap(), 0x2000);
+        assert!(ram.discard(&(layout::HOLE_START - 0x1000..high + 0x1000)).unwrap() >= 0x2000);
         assert_eq!(pages.map(value), [7, 0, 7, 0, 0, 7]);
         assert_eq!(ram.discard(&(ram.end()..u64::MAX)).unwrap(), 0);
     }

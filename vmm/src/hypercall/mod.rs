@@ -132,6 +132,22 @@ pub struct RingPlace {
     pub text_base: u64,
 }
 
+impl RingPlace {
+    fn decode(va: u64, bytes: u64, cpu_number: u64, text_base: u64) -> Result<Self, CallError> {
+        if !va.is_multiple_of(abi::RECORD_BYTES) {
+            return Err(wrong("ring address", va));
+        }
+        let records = (bytes / abi::RECORD_BYTES).saturating_sub(1);
+        if !bytes.is_multiple_of(abi::RECORD_BYTES)
+            || !(1..=abi::RING_MAX_RECORDS).contains(&records)
+        {
+            return Err(wrong("ring size", bytes));
+        }
+        range("ring address", va, bytes)?;
+        Ok(Self { va, records, cpu: cpu(cpu_number)?, text_base })
+    }
+}
+
 /// An access or a free that the guest's checks found wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BadAccess {
@@ -193,6 +209,18 @@ pub enum Named {
     },
 }
 
+impl Named {
+    fn decode(kind: u64, id: u32, object_size: u64) -> Result<Self, CallError> {
+        Ok(match NameKind::try_from(kind).map_err(|kind| wrong("name kind", kind))? {
+            NameKind::Cache => Self::Cache {
+                id: u16::try_from(id).map_err(|_| wrong("cache id", id.into()))?,
+                object_size,
+            },
+            NameKind::Task => Self::Task { id },
+        })
+    }
+}
+
 /// How a guest ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
@@ -214,6 +242,22 @@ pub enum Exit {
         /// The faulting address.
         address: u64,
     },
+}
+
+impl Exit {
+    fn decode(reason: u64, first: u64, second: u64, third: u64) -> Result<Self, CallError> {
+        match ExitReason::try_from(reason) {
+            Ok(ExitReason::Done) => Ok(Self::Done { failed: first != 0 }),
+            Ok(ExitReason::Panic) => Ok(Self::Panic),
+            Ok(ExitReason::Fault) => Ok(Self::Fault {
+                vector: first as u32,
+                error: (first >> 32) as u32,
+                rip: second,
+                address: third,
+            }),
+            Err(reason) => Err(wrong("exit reason", reason)),
+        }
+    }
 }
 
 /// Why a call is refused.
@@ -274,19 +318,7 @@ impl Call {
             }
             CallNumber::Hello => return Err(CallError::Version(rdi)),
             CallNumber::RegionAdd => Self::RegionAdd(Region::new(rdi, rsi, rcx)?),
-            CallNumber::RingSetup => {
-                if !rdi.is_multiple_of(abi::RECORD_BYTES) {
-                    return Err(wrong("ring address", rdi));
-                }
-                let records = (rsi / abi::RECORD_BYTES).saturating_sub(1);
-                if !rsi.is_multiple_of(abi::RECORD_BYTES)
-                    || !(1..=abi::RING_MAX_RECORDS).contains(&records)
-                {
-                    return Err(wrong("ring size", rsi));
-                }
-                range("ring address", rdi, rsi)?;
-                Self::RingSetup(RingPlace { va: rdi, records, cpu: cpu(rcx)?, text_base: r8 })
-            }
+            CallNumber::RingSetup => Self::RingSetup(RingPlace::decode(rdi, rsi, rcx, r8)?),
             CallNumber::RingDrain => {
                 let released = if rcx == 0 { None } else { Some(Array::new(rsi, rcx)?) };
                 Self::RingDrain { cpu: cpu(rdi)?, released }
@@ -326,43 +358,23 @@ impl Call {
                     owner: Owner::from_bits(rcx as u16),
                 }
             }
-            CallNumber::Report => {
-                let access = Access::try_from(rcx as u16)
-                    .map_err(|number| wrong("access", number.into()))?;
-                Self::Report(BadAccess {
-                    address: rdi,
-                    size: rsi,
-                    access,
-                    actor: Actor::from_register(rcx),
-                    ip: r8,
-                })
-            }
+            CallNumber::Report => Self::Report(BadAccess {
+                address: rdi,
+                size: rsi,
+                access: Access::try_from(rcx as u16)
+                    .map_err(|number| wrong("access", number.into()))?,
+                actor: Actor::from_register(rcx),
+                ip: r8,
+            }),
             CallNumber::Name => {
                 let (len, id) = (rcx & 0xffff_ffff, (rcx >> 32) as u32);
                 if len > abi::NAME_MAX {
                     return Err(wrong("name length", len));
                 }
                 range("name address", rsi, len)?;
-                let what = match NameKind::try_from(rdi).map_err(|kind| wrong("name kind", kind))? {
-                    NameKind::Cache => Named::Cache {
-                        id: u16::try_from(id).map_err(|_| wrong("cache id", id.into()))?,
-                        object_size: r8,
-                    },
-                    NameKind::Task => Named::Task { id },
-                };
-                Self::Name { what, va: rsi, len }
+                Self::Name { what: Named::decode(rdi, id, r8)?, va: rsi, len }
             }
-            CallNumber::Exit => Self::Exit(match ExitReason::try_from(rdi) {
-                Ok(ExitReason::Done) => Exit::Done { failed: rsi != 0 },
-                Ok(ExitReason::Panic) => Exit::Panic,
-                Ok(ExitReason::Fault) => Exit::Fault {
-                    vector: rsi as u32,
-                    error: (rsi >> 32) as u32,
-                    rip: rcx,
-                    address: r8,
-                },
-                Err(reason) => return Err(wrong("exit reason", reason)),
-            }),
+            CallNumber::Exit => Self::Exit(Exit::decode(rdi, rsi, rcx, r8)?),
             CallNumber::Globals => {
                 if !(1..=abi::GLOBALS_MAX).contains(&rsi) {
                     return Err(wrong("number of globals", rsi));

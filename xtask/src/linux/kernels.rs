@@ -269,7 +269,7 @@ mod tests {
 
     #[test]
     fn kernels_without_patches_are_built_where_no_version_works_with_them() {
-        let refused = Verdict::Refused("2.patch does not apply".into());
+        let refused = Verdict::Refused("patch 0002 does not apply".into());
         let passed_over = vec![("3-1".to_owned(), Verdict::Gone), ("2-1".to_owned(), refused)];
         let choice = |version: Option<&str>| Choice {
             version: version.map(str::to_owned),

@@ -61,13 +61,18 @@ impl Series {
             patch.args(["--no-backup-if-mismatch", "--reject-file=-", "-i"]).args([file]);
             let finished = patch.env("LC_ALL", "C").run(&context.progress)?;
             if !finished.success {
-                let name = file.file_name().unwrap_or_default().to_string_lossy();
                 let why = fault(&finished.output);
-                return Ok(Some(format!("{name} does not apply: {why}")));
+                return Ok(Some(format!("patch {} does not apply: {why}", number(file))));
             }
         }
         Ok(None)
     }
+}
+
+/// What a patch is called for short: its name begins with its number.
+fn number(file: &Path) -> String {
+    let name = file.file_name().unwrap_or_default().to_string_lossy();
+    name.split('-').next().unwrap_or(&name).to_owned()
 }
 
 /// The files that a patch of git's is about.
@@ -106,6 +111,12 @@ mod tests {
         let patch = "diff --git a/mm/a.c b/mm/a.c\n--- a/mm/a.c\n+++ b/mm/a.c\n--- a/no.c\n\
                      diff --git a/mm/new.c b/mm/new.c\n--- /dev/null\n+++ b/mm/new.c\n";
         assert_eq!(files(patch).collect::<Vec<_>>(), ["mm/a.c", "mm/new.c"]);
+    }
+
+    #[test]
+    fn a_patch_is_called_by_its_number() {
+        assert_eq!(number(Path::new("/a/0008-mm-check-a-page.patch")), "0008");
+        assert_eq!(number(Path::new("fix.patch")), "fix.patch");
     }
 
     #[test]

@@ -57,7 +57,10 @@ mod tests {
     #[test]
     fn the_table_has_a_line_for_each_version() {
         let rows = [
-            ("6.1.4-1".to_owned(), Verdict::Refused("2.patch: a.c has changed".into())),
+            (
+                "6.1.4-1".to_owned(),
+                Verdict::Refused("patch 0002 does not apply: a.c has changed".into()),
+            ),
             ("6.1.3-1".to_owned(), Verdict::Gone),
             ("6.1.2-1".to_owned(), Verdict::Works),
         ];
@@ -65,7 +68,7 @@ mod tests {
         assert_eq!(
             table,
             "linux-source-6.1  known to work  patches apply\n\
-             6.1.4-1           no             no: 2.patch: a.c has changed\n\
+             6.1.4-1           no             no: patch 0002 does not apply: a.c has changed\n\
              6.1.3-1           no             unknown: it cannot be downloaded\n\
              6.1.2-1           yes            yes  <- the one to build\n"
         );

@@ -240,7 +240,7 @@ mod tests {
             Ok(match () {
                 () if is_in(&works) => Verdict::Works,
                 () if is_in(&gone) => Verdict::Gone,
-                () => Verdict::Refused("2.patch does not apply".into()),
+                () => Verdict::Refused("patch 0002 does not apply".into()),
             })
         });
         let choice = choice.unwrap();
@@ -263,7 +263,7 @@ mod tests {
         let (version, notice, tried) = chosen("4-1 3-1 2-1 1-1", "1-1 2-1 5-1", "3-1 2-1 1-1", "");
         assert_eq!(version.as_deref(), Some("2-1"));
         let notice = notice.unwrap();
-        assert!(notice.contains("linux-source-6.1 2-1 instead of 4-1 (2.patch does not apply)"));
+        assert!(notice.contains("linux-source-6.1 2-1 instead of 4-1 (patch 0002 does not apply)"));
         assert_eq!(tried, ["4-1", "2-1"]);
 
         let (version, notice, _) = chosen("4-1 3-1 2-1 1-1", "3-1 2-1", "2-1", "4-1 3-1");
@@ -277,7 +277,7 @@ mod tests {
         assert_eq!((version, tried), (None, versions("4-1 3-1")), "each is tried once");
         let notice = notice.unwrap();
         assert!(notice.starts_with("NO PATCHED LINUX"), "{notice}");
-        assert!(notice.contains("4-1 does not work (2.patch does not apply)"), "{notice}");
+        assert!(notice.contains("4-1 does not work (patch 0002 does not apply)"), "{notice}");
 
         let (version, notice, tried) = chosen("", "3-1", "3-1", "");
         assert_eq!((version, tried), (None, vec![]));

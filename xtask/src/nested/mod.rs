@@ -27,6 +27,10 @@ pub use watch::{Ended, Output};
 
 use vmx::{VmxHost, VmxJob};
 
+/// Memory of the nested host, in MiB, and seconds for a command, unless others are given.
+const MEMORY_MIB: u32 = 4096;
+const TIMEOUT_SECONDS: u64 = 3600;
+
 /// `cargo xtask nested`.
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -43,7 +47,7 @@ pub struct Arguments {
     #[arg(
         long,
         value_name = "MIB",
-        default_value_t = 4096,
+        default_value_t = MEMORY_MIB,
         default_value_if("vmx", "true", "2048"),
         value_parser = clap::value_parser!(u32).range(512..)
     )]
@@ -53,7 +57,7 @@ pub struct Arguments {
     #[arg(
         long,
         value_name = "SECONDS",
-        default_value_t = 3600,
+        default_value_t = TIMEOUT_SECONDS,
         default_value_if("vmx", "true", "7200"),
         value_parser = clap::value_parser!(u64).range(1..)
     )]
@@ -70,36 +74,42 @@ pub struct Arguments {
 
 /// Runs a command in a nested host. Passes on its output and its exit status.
 pub fn run(context: &Context, arguments: &Arguments) -> Result<ExitCode> {
-    let ended = if arguments.vmx { on_vmx(context, arguments) } else { on_svm(context, arguments) };
-    match ended? {
-        Ended::Exit(status) => Ok(ExitCode::from(status)),
-        Ended::Trouble(reason) => bail!("{reason}"),
+    let timeout = Duration::from_secs(arguments.timeout);
+    if arguments.vmx {
+        return exit_code(run_on_vmx(context, arguments, timeout)?);
     }
+    let script = in_this_place(&arguments.command)?;
+    let job = Job { script, icount: arguments.icount, memory_mib: arguments.memory, timeout };
+    exit_code(run_job(context, &job)?)
 }
 
-fn on_svm(context: &Context, arguments: &Arguments) -> Result<Ended> {
+/// The same with SVM and with what the options are by default.
+pub fn run_command(context: &Context, command: &[OsString]) -> Result<ExitCode> {
+    let timeout = Duration::from_secs(TIMEOUT_SECONDS);
+    let script = in_this_place(command)?;
+    let job = Job { script, icount: false, memory_mib: MEMORY_MIB, timeout };
+    exit_code(run_job(context, &job)?)
+}
+
+fn run_job(context: &Context, job: &Job) -> Result<Ended> {
     let host = Host::prepare(context)?;
-    let job = Job {
-        script: in_this_place(&arguments.command)?,
-        icount: arguments.icount,
-        memory_mib: arguments.memory,
-        timeout: Duration::from_secs(arguments.timeout),
-    };
     context.progress.step("booting the nested host");
-    host.run(&job, &context.progress, Output::PassedOn)
+    host.run(job, &context.progress, Output::PassedOn)
 }
 
-fn on_vmx(context: &Context, arguments: &Arguments) -> Result<Ended> {
+fn run_on_vmx(context: &Context, arguments: &Arguments, timeout: Duration) -> Result<Ended> {
     let host = VmxHost::prepare(context)?;
     let mut command = arguments.command.clone();
     if command.is_empty() {
         command = vec![demo::build(context)?.into(), "demo".into()];
     }
-    let job = VmxJob {
-        script: in_this_place(&command)?,
-        command,
-        memory_mib: arguments.memory,
-        timeout: Duration::from_secs(arguments.timeout),
-    };
-    host.run(context, &job)
+    let script = in_this_place(&command)?;
+    host.run(context, &VmxJob { command, script, memory_mib: arguments.memory, timeout })
+}
+
+fn exit_code(ended: Ended) -> Result<ExitCode> {
+    match ended {
+        Ended::Exit(status) => Ok(ExitCode::from(status)),
+        Ended::Trouble(reason) => bail!("{reason}"),
+    }
 }
