@@ -19,6 +19,7 @@ pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
     if let Some((first, rest)) = arguments.split_first()
         && first == "nested"
     {
+        let rest = rest.strip_prefix(&["--".to_owned()]).unwrap_or(rest);
         return whole_host(context, rest);
     }
     let without = |first: &String| {

@@ -30,9 +30,9 @@ pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
     if let Some(problem) = &problem {
         context.progress.say(&format!("the demo runs in the nested host: {problem}"));
     }
-    let umbra = build(context)?;
+    let program = build(context)?;
     if problem.is_some() {
-        let mut command: Vec<OsString> = vec![umbra.into(), "demo".into()];
+        let mut command: Vec<OsString> = vec![program.into(), "demo".into()];
         command.extend(arguments.iter().map(OsString::from));
         return nested::run_command(context, &command);
     }

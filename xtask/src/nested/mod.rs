@@ -74,42 +74,52 @@ pub struct Arguments {
 
 /// Runs a command in a nested host. Passes on its output and its exit status.
 pub fn run(context: &Context, arguments: &Arguments) -> Result<ExitCode> {
-    let timeout = Duration::from_secs(arguments.timeout);
-    if arguments.vmx {
-        return exit_code(run_on_vmx(context, arguments, timeout)?);
-    }
-    let script = in_this_place(&arguments.command)?;
-    let job = Job { script, icount: arguments.icount, memory_mib: arguments.memory, timeout };
-    exit_code(run_job(context, &job)?)
+    let ended = if arguments.vmx {
+        on_vmx(context, arguments)
+    } else {
+        let (memory, timeout) = (arguments.memory, arguments.timeout);
+        on_svm(context, &arguments.command, arguments.icount, memory, timeout)
+    };
+    passed_on(ended?)
 }
 
-/// The same with SVM and with what the options are by default.
+/// Runs a command in a nested host with SVM, as `run` does without options.
 pub fn run_command(context: &Context, command: &[OsString]) -> Result<ExitCode> {
-    let timeout = Duration::from_secs(TIMEOUT_SECONDS);
-    let script = in_this_place(command)?;
-    let job = Job { script, icount: false, memory_mib: MEMORY_MIB, timeout };
-    exit_code(run_job(context, &job)?)
+    passed_on(on_svm(context, command, false, MEMORY_MIB, TIMEOUT_SECONDS)?)
 }
 
-fn run_job(context: &Context, job: &Job) -> Result<Ended> {
+fn passed_on(ended: Ended) -> Result<ExitCode> {
+    match ended {
+        Ended::Exit(status) => Ok(ExitCode::from(status)),
+        Ended::Trouble(reason) => bail!("{reason}"),
+    }
+}
+
+fn on_svm(
+    context: &Context,
+    command: &[OsString],
+    icount: bool,
+    memory_mib: u32,
+    seconds: u64,
+) -> Result<Ended> {
     let host = Host::prepare(context)?;
+    let script = in_this_place(command)?;
+    let job = Job { script, icount, memory_mib, timeout: Duration::from_secs(seconds) };
     context.progress.step("booting the nested host");
-    host.run(job, &context.progress, Output::PassedOn)
+    host.run(&job, &context.progress, Output::PassedOn)
 }
 
-fn run_on_vmx(context: &Context, arguments: &Arguments, timeout: Duration) -> Result<Ended> {
+fn on_vmx(context: &Context, arguments: &Arguments) -> Result<Ended> {
     let host = VmxHost::prepare(context)?;
     let mut command = arguments.command.clone();
     if command.is_empty() {
         command = vec![demo::build(context)?.into(), "demo".into()];
     }
-    let script = in_this_place(&command)?;
-    host.run(context, &VmxJob { command, script, memory_mib: arguments.memory, timeout })
-}
-
-fn exit_code(ended: Ended) -> Result<ExitCode> {
-    match ended {
-        Ended::Exit(status) => Ok(ExitCode::from(status)),
-        Ended::Trouble(reason) => bail!("{reason}"),
-    }
+    let job = VmxJob {
+        script: in_this_place(&command)?,
+        command,
+        memory_mib: arguments.memory,
+        timeout: Duration::from_secs(arguments.timeout),
+    };
+    host.run(context, &job)
 }
