@@ -19,6 +19,21 @@ pub(super) struct Cost {
     pub(super) stats: Value,
 }
 
+/// The cheapest of three runs: the kernel's own chores come in between now and then.
+///
+/// # Errors
+/// As [`run`].
+pub(super) fn cheapest(program: &Path, kernel: &Path, arguments: &[&str]) -> Result<Cost> {
+    let mut best = run(program, kernel, arguments)?;
+    for _ in 1..3 {
+        let other = run(program, kernel, arguments)?;
+        if other.whole < best.whole {
+            best = other;
+        }
+    }
+    Ok(best)
+}
+
 /// Runs `umbra run` on a kernel's file.
 ///
 /// # Errors

@@ -59,8 +59,9 @@ fn linux(text: &mut String, measured: &[Measured]) {
     ] {
         let _ = write!(
             text,
-            "\n| {group} | {unit} | of unchecked | of stock outline | of stock inline |\n\
-             | --- | ---: | ---: | ---: | ---: |\n"
+            "\n| {} | {unit} | of unchecked | of stock outline | of stock inline |\n\
+             | --- | ---: | ---: | ---: | ---: |\n",
+            group.trim_end_matches(", KiB")
         );
         for (name, ..) in KERNELS {
             let Some(here) = value(group, name) else { continue };
