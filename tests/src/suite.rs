@@ -62,9 +62,12 @@ impl Need {
         Self::kvm().and(&Self::unless(missing))
     }
 
-    /// The nested host: the guest executes more than a host that emulates ring 0 does in a minute.
-    pub fn fast_ring0() -> Self {
-        if host_is("machine") && ring0_is_emulated() { Self::Elsewhere } else { Self::There }
+    /// A host on which guests can wait for timers. QEMU 7.2's nested SVM at times loses the
+    /// interrupt that ends the wait, and the whole nested host with it.
+    pub fn steady_timers() -> Self {
+        let reason = "the nested host may hang while a guest waits for a timer: \
+                      `cargo xtask test --all` tries it all the same";
+        Self::unless(host_is("svm").then(|| reason.to_owned()))
     }
 
     /// The machine itself: a big program runs besides the guest, which the nested host's emulated
@@ -80,7 +83,6 @@ impl Need {
         });
         match probed {
             Ok(true) => Self::There,
-            Ok(false) if host_is("machine") => Self::Elsewhere,
             Ok(false) => Self::Missing(
                 "a probe guest found that system calls from ring 3 do not reach ring 0 here".into(),
             ),

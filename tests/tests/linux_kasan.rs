@@ -396,8 +396,7 @@ fn main() -> ExitCode {
         Need::unless((!kernel(SOURCES).exists() || !Need::has("git") || !Need::has("perl")).then(
             || "it needs git, perl, and the sources that `cargo xtask linux` fetches".to_owned(),
         ));
-    // Where ring 0 is emulated one test shows that the kernel boots and works; the rest takes minutes.
-    let quick = &need.and(&Need::fast_ring0());
+    let need = need.and(&Need::steady_timers());
     let mut suite = Suite::default();
     let here = sources.and(&Need::fast_programs());
     suite.add("linux_kasan::patches_are_in_good_form", &here, patches_are_in_good_form);
@@ -408,31 +407,31 @@ fn main() -> ExitCode {
     );
     suite.add(
         "linux_kasan::what_lies_in_a_memory_pool_is_free",
-        quick,
+        &need,
         what_lies_in_a_memory_pool_is_free,
     );
     suite.add(
         "linux_kasan::follows_the_quarantine_and_redzone_settings",
-        quick,
+        &need,
         follows_the_quarantine_and_redzone_settings,
     );
     suite.add(
         "linux_kasan::boots_unchecked_where_there_is_no_shadow",
-        quick,
+        &need,
         boots_unchecked_where_there_is_no_shadow,
     );
-    suite.add("linux_kasan::boots_unchecked_on_another_version", quick, another_version);
-    suite.add("linux_kasan::boots_unchecked_with_windows_too_small", quick, windows_too_small);
-    suite.add("linux_kasan::ends_at_the_shadow_limit", quick, shadow_limit);
+    suite.add("linux_kasan::boots_unchecked_on_another_version", &need, another_version);
+    suite.add("linux_kasan::boots_unchecked_with_windows_too_small", &need, windows_too_small);
+    suite.add("linux_kasan::ends_at_the_shadow_limit", &need, shadow_limit);
     let missing = (!Need::has("qemu-system-x86_64"))
         .then(|| "QEMU is not installed: qemu-system-x86".to_owned());
     let emulator =
         umbra_tests::linux::need(BZIMAGE).and(&Need::unless(missing)).and(&Need::fast_programs());
     suite.add("linux_kasan::boots_unchecked_under_qemu", &emulator, boots_unchecked_under_qemu);
     suite.add("linux_kasan::suite_under_qemu", &emulator, suite_under_qemu);
-    suite.add("linux_kasan::suite_with_rings", quick, suite_with_rings);
-    suite.add("linux_kasan::suite_in_sync_mode", quick, suite_in_sync_mode);
-    let vmalloc = umbra_tests::linux::need(VMALLOC).and(&Need::fast_ring0());
+    suite.add("linux_kasan::suite_with_rings", &need, suite_with_rings);
+    suite.add("linux_kasan::suite_in_sync_mode", &need, suite_in_sync_mode);
+    let vmalloc = umbra_tests::linux::need(VMALLOC).and(&Need::steady_timers());
     suite.add("linux_kasan::suite_with_virtual_memory", &vmalloc, suite_with_virtual_memory);
     suite.run()
 }

@@ -116,7 +116,7 @@ fn main() -> ExitCode {
     let missing = (!program.is_file()).then(|| {
         format!("there is no {}: `cargo xtask test` builds it with gcc", program.display())
     });
-    let programs = Need::programs().and(&Need::unless(missing));
+    let programs = Need::programs().and(&Need::unless(missing)).and(&Need::steady_timers());
     let small = need("small/vmlinux").and(&programs);
     let umbra = need("umbra/vmlinux").and(&programs);
     let debian = need("debian/bzImage").and(&programs);

@@ -462,8 +462,7 @@ fn main() -> ExitCode {
         reports::decode_stacktrace_knows_the_frames,
     );
     // Where ring 0 is emulated that takes an hour.
-    let long = Need::fast_ring0()
-        .and(&Need::long_if_emulated("`UMBRA_LONG_TESTS=1 cargo xtask test a_million` runs it"));
+    let long = Need::long_if_emulated("`UMBRA_LONG_TESTS=1 cargo xtask test a_million` runs it");
     suite.add("a_million_random_operations", &need.and(&long), random::a_million_random_operations);
     suite.run()
 }
