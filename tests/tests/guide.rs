@@ -213,7 +213,7 @@ fn programs(names: &[&str]) -> Need {
 
 fn main() -> ExitCode {
     let mut suite = Suite::default();
-    let need = Need::kvm().and(&library()).and(&Need::fast_programs());
+    let need = Need::kvm().and(&library()).and(&Need::machine());
     suite.add("rust", &need.and(&programs(&["cargo", "patch"])), || {
         done_as_it_says("A kernel in Rust", str::to_owned);
     });

@@ -204,8 +204,6 @@ fn debians_kernel_reaches_its_first_program() {
 fn main() -> ExitCode {
     let mut suite = Suite::default();
     let small = need("small/vmlinux");
-    let timers = Need::steady_timers();
-    let small = small.and(&timers);
     suite.add("elf_64m_panics", &small, elf_64m_panics);
     suite.add("elf_two_cpus_256m_reboots", &small, elf_two_cpus_256m_reboots);
     suite.add(
@@ -240,7 +238,7 @@ fn main() -> ExitCode {
         ),
     ];
     for (name, kernel, test) in others {
-        suite.add(name, &need(kernel).and(&timers), test);
+        suite.add(name, &need(kernel).and(&Need::nested()), test);
     }
     suite.run()
 }

@@ -116,7 +116,7 @@ fn main() -> ExitCode {
     let missing = (!program.is_file()).then(|| {
         format!("there is no {}: `cargo xtask test` builds it with gcc", program.display())
     });
-    let programs = Need::programs().and(&Need::unless(missing)).and(&Need::steady_timers());
+    let programs = Need::programs().and(&Need::unless(missing));
     let small = need("small/vmlinux").and(&programs);
     let umbra = need("umbra/vmlinux").and(&programs);
     let debian = need("debian/bzImage").and(&programs);
@@ -128,7 +128,6 @@ fn main() -> ExitCode {
     });
     suite.add("programs::run_on_checked_linux", &umbra, || checked(""));
     suite.add("programs::run_on_two_checked_cpus", &umbra, || checked("--cpus 2"));
-    suite.add("programs::in_sync_mode", &umbra, || checked("--notify sync"));
     suite.add("programs::bugs_that_a_program_provokes_are_found", &umbra, misbehaves);
     suite.add("programs::a_panic_that_a_program_provokes_is_told", &umbra, panics);
     suite.run()

@@ -20,9 +20,9 @@ const CONFIGURATIONS: [(&str, &[&str]); 4] = [
 /// Operations of the two runs whose costs are compared: half of them allocations, half frees.
 const OPERATIONS: [u64; 2] = [20_000, 60_000];
 /// The same where each is an exit or two.
-const OPERATIONS_SYNC: [u64; 2] = [2_000, 6_000];
+const OPERATIONS_SYNC: [u64; 2] = [2_000, 22_000];
 /// Exits of the two runs.
-const EXITS: [u64; 2] = [100, 4_100];
+const EXITS: [u64; 2] = [100, 40_100];
 /// First touches of byte shadow of the two runs; there are 64 at most.
 const FAULTS: [u64; 2] = [4, 60];
 

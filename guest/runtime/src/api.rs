@@ -189,7 +189,7 @@ fn free_now(mode: Features, address: u64, start: u64, slot: u64, code: u8, fp: u
             return true;
         }
     }
-    freed_slowly(mode, address, start, slot, code, None, fp)
+    freed_slowly(mode, address, start, slot, code, 0, fp)
 }
 
 /// [`free_now`] for memory that does not go through the quarantine.
@@ -253,11 +253,12 @@ pub extern "C" fn umbra_free_later(
             return false;
         }
     }
-    freed_slowly(mode, address, start, slot, code, Some(owner), frame_pointer())
+    freed_slowly(mode, address, start, slot, code, owner.to_bits(), frame_pointer())
 }
 
 /// [`free_now`] and [`umbra_free_later`] where the fast path does not fit, or where something is
-/// wrong. `fp` is their frame; memory with an owner goes into the quarantine.
+/// wrong. `fp` is their frame. `owner` holds the bits of an [`Owner`], and memory that has one goes
+/// into the quarantine; 0 for none. (An `Option<Owner>` would be packed and unpacked on the way.)
 #[cold]
 #[inline(never)]
 fn freed_slowly(
@@ -266,7 +267,7 @@ fn freed_slowly(
     start: u64,
     slot: u64,
     code: u8,
-    owner: Option<Owner>,
+    owner: u16,
     fp: u64,
 ) -> bool {
     if !mode.has(Features::SHADOW) {
@@ -278,16 +279,15 @@ fn freed_slowly(
         return false;
     }
     if mode.has(Features::SYNC) {
-        let low = owner.map_or(0, Owner::to_bits);
-        let due = ring::call(CallNumber::Freed, start, 0, low, slot_register(slot, code));
+        let due = ring::call(CallNumber::Freed, start, 0, owner, slot_register(slot, code));
         // After an error the VMM does not have the memory.
-        let quarantined = owner.is_some() && !host::is_error(due);
+        let quarantined = owner != 0 && !host::is_error(due);
         if quarantined && due != 0 {
             quarantine::drain(false);
         }
         return !quarantined;
     }
-    if let Some(owner) = owner {
+    if let Some(owner) = Owner::from_bits(owner) {
         return quarantined_slowly(start, slot, code, owner, fp);
     }
     // SAFETY: the frame is the caller's.
@@ -344,7 +344,7 @@ pub extern "C" fn umbra_aux_stack(address: u64) {
     let mode = state::mode();
     if mode.has(Features::RING) {
         // SAFETY: this function's own frame.
-        unsafe { ring::push_slowly(PackedRecord::related(), address, frame_pointer()) }
+        unsafe { ring::push(PackedRecord::related(), address, frame_pointer()) }
     } else if mode.has(Features::SYNC) {
         ring::call(CallNumber::Related, address, 0, 0, 0);
     }

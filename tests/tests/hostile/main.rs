@@ -66,7 +66,7 @@ fn ring0_is_emulated() -> bool {
 
 fn main() -> ExitCode {
     let mut suite = Suite::default();
-    let kvm = Need::kvm().and(&Need::fast_programs());
+    let kvm = Need::kvm().and(&Need::machine());
     for (name, test) in
         calls::ALL.iter().chain(crash::ALL).chain(linux::ALL).chain(windows::ALL).chain(smp::ALL)
     {

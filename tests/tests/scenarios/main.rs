@@ -458,7 +458,7 @@ fn main() -> ExitCode {
     let tools = Need::unless(tools.map(|tool| format!("{tool} is not installed")));
     suite.add(
         "decode_stacktrace_knows_the_frames",
-        &need.and(&script).and(&tools).and(&Need::fast_programs()),
+        &need.and(&script).and(&tools).and(&Need::machine()),
         reports::decode_stacktrace_knows_the_frames,
     );
     // Where ring 0 is emulated that takes an hour.
