@@ -128,10 +128,12 @@ pub extern "C" fn umbra_is_poisoned(address: u64) -> bool {
 pub extern "C" fn umbra_alloc(address: u64, bytes: u64, slot: u64, redzone: u8, cache: u16) {
     let mode = state::mode();
     if mode.has(Features::RING) {
-        let record = if object::allocated(mode, address, bytes, slot, redzone) {
+        let in_slot = object::allocated(mode, address, bytes, slot, redzone)
+            || allocated_slowly(address, bytes, slot, redzone);
+        let record = if in_slot {
             PackedRecord::allocated_in_slot(cache, bytes, slot)
         } else {
-            allocated_slowly(address, bytes, slot, redzone, cache)
+            PackedRecord::allocated(cache, bytes)
         };
         // SAFETY: this function's own frame.
         unsafe { ring::push(record, address, frame_pointer()) }
@@ -149,18 +151,16 @@ fn slot_register(bytes: u64, code: u8) -> u64 {
     if bytes == 0 { 0 } else { Slot { bytes, code }.to_register() }
 }
 
+/// Changes the shadow for [`umbra_alloc`] where the fast path does not fit. Returns whether a record
+/// can hold the slot.
 #[cold]
 #[inline(never)]
-fn allocated_slowly(address: u64, bytes: u64, slot: u64, redzone: u8, cache: u16) -> PackedRecord {
+fn allocated_slowly(address: u64, bytes: u64, slot: u64, redzone: u8) -> bool {
     shadow::unpoison(address, bytes);
     if slot > bytes {
         shadow::poison(address.wrapping_add(bytes), slot - bytes, redzone);
     }
-    if slot < 1 << 16 && bytes <= slot {
-        PackedRecord::allocated_in_slot(cache, bytes, slot)
-    } else {
-        PackedRecord::allocated(cache, bytes)
-    }
+    slot < 1 << 16 && bytes <= slot
 }
 
 /// An allocator takes back what was at `address`. The slot of `slot` bytes becomes inaccessible
@@ -344,7 +344,7 @@ pub extern "C" fn umbra_aux_stack(address: u64) {
     let mode = state::mode();
     if mode.has(Features::RING) {
         // SAFETY: this function's own frame.
-        unsafe { ring::push(PackedRecord::related(), address, frame_pointer()) }
+        unsafe { ring::push_slowly(PackedRecord::related(), address, frame_pointer()) }
     } else if mode.has(Features::SYNC) {
         ring::call(CallNumber::Related, address, 0, 0, 0);
     }
