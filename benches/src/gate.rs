@@ -7,24 +7,15 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
-use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
-use umbra::shadow::Mode;
 
 use crate::figure::{Figure, number};
-use crate::meter::Meter;
-use crate::replay::replay;
-use crate::suite::{SLICE, exact};
 
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/gate.json");
 /// How much more a figure may be, in percent.
 const MORE: f64 = 2.0;
-/// The units of what repeats exactly.
-const UNITS: [&str; 4] = ["instructions", "exits", "exits/call", "KiB"];
-/// Memory of the machine that the trace was recorded on.
-const MEMORY: u64 = 24 << 30;
 /// What the two kinds of figures are called where they are not compared.
 const NATIVELY: &str = "figures without a guest";
 /// The other kind.
@@ -79,49 +70,6 @@ impl Measured {
     pub fn count(&self) -> usize {
         self.natively.len() + self.guests.as_ref().map_or(0, |(_, figures)| figures.len())
     }
-}
-
-/// The compiler that a kernel's file names.
-fn compiler(kernel: &[u8]) -> String {
-    const MARK: &[u8] = b"rustc version ";
-    let at = kernel.windows(MARK.len()).position(|part| part == MARK);
-    let text = at.and_then(|at| kernel.get(at..)).unwrap_or_default();
-    let end = text.iter().take(100).position(|byte| !(b' '..=b'~').contains(byte)).unwrap_or(0);
-    String::from_utf8_lossy(&text[..end]).replace("))", ")")
-}
-
-/// Measures all that repeats. `tick` hears what is being done.
-///
-/// # Errors
-/// Something that can be measured here could not.
-pub fn measure(tick: impl Fn(&str) + 'static) -> Result<Measured> {
-    tick("replaying the trace's slice");
-    let slice = replay(Path::new(SLICE), MEMORY, Mode::PerPage, |_, _| {})?.figures;
-    let kib = |name: &str, bytes: u64| {
-        Figure::new("replay of the slice, two-level", name, bytes as f64 / 1024.0, "KiB")
-    };
-    let natively = vec![
-        kib("page shadow", slice.page_bytes),
-        kib("byte shadow resident at the peak", slice.byte_peak_resident_bytes),
-        kib("byte shadow resident at the end", slice.byte_resident_bytes),
-        kib("byte shadow used at the peak", slice.byte_used_peak_bytes),
-    ];
-    Ok(Measured { natively, guests: guests(tick)? })
-}
-
-fn guests(tick: impl Fn(&str) + 'static) -> Result<Result<(String, Vec<Figure>), String>> {
-    let Some(kernel) = umbra::kernel::test_kernel() else {
-        return Ok(Err("there is no test kernel in this build".into()));
-    };
-    Ok(match Meter::new(kernel.into(), None, Box::new(tick)) {
-        Err(error) => Err(format!("{error:#}")),
-        Ok(meter) if !meter.counts() => Err("this host does not count guest instructions".into()),
-        Ok(meter) => {
-            let mut figures = exact(&meter)?;
-            figures.retain(|figure| UNITS.contains(&figure.unit));
-            Ok((compiler(kernel), figures))
-        }
-    })
 }
 
 fn key(figure: &Figure) -> String {
@@ -208,6 +156,21 @@ impl Gate {
 }
 
 impl Compared {
+    /// Prints it.
+    pub fn print(&self) {
+        for (figures, why) in &self.skipped {
+            println!("{}", umbra_skip::line(figures, why));
+        }
+        self.worse.iter().chain(&self.better).for_each(|line| println!("{line}"));
+        println!(
+            "{} figures compared: {} within 2 % of those held, {} worse or gone, {} better or new",
+            self.compared,
+            self.same,
+            self.worse.len(),
+            self.better.len()
+        );
+    }
+
     fn take(&mut self, kind: &'static str, held: &Held, measured: &[Figure]) {
         let before = self.compared;
         for figure in measured {
@@ -327,14 +290,5 @@ mod tests {
         assert_eq!((compared.compared, compared.better.len(), compared.worse.len()), (0, 2, 0));
         let skipped: Vec<_> = compared.skipped.iter().map(|(kind, _)| *kind).collect();
         assert_eq!(skipped, [NATIVELY, GUESTS]);
-    }
-
-    #[test]
-    fn the_compiler_is_in_the_file() {
-        assert_eq!(
-            compiler(b"\0\x7fELF rustc version 1.96.0 (x)\0more"),
-            "rustc version 1.96.0 (x)"
-        );
-        assert_eq!(compiler(b"nothing"), "");
     }
 }

@@ -14,6 +14,7 @@ pub mod clock;
 pub mod figure;
 pub mod gate;
 pub mod heap;
+mod host;
 pub mod linux;
 pub mod linux_kasan;
 pub mod meter;

@@ -14,9 +14,9 @@ use serde_json::Value;
 use umbra_tests::linux::{initrd, kernel};
 
 use crate::figure::{Figure, Verdict, markdown, table};
-use crate::program::Program;
+use crate::host::Host;
+use crate::program::{FOLDER, Program};
 use crate::results::Section;
-use crate::suite::{FOLDER, Host};
 
 /// What Linux says before its first program.
 const INIT: &[u8] = b"Run /init as init process";

@@ -13,6 +13,9 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use umbra_shadow::abi::{CallNumber, PORT};
 
+/// Folder for the figures as JSON, and for the files of the programs that are run.
+pub(crate) const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bench");
+
 /// The built program, and a folder for what it reads and writes.
 pub struct Program {
     program: PathBuf,

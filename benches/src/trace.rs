@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 
 use umbra_shadow::codes::PAGE_SIZE;
 
+/// The slice of a trace that is in the repository.
+pub const SLICE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/traces/kernel-build-slice.kmt.zst");
 /// The first bytes of a trace.
 const MAGIC: [u8; 8] = *b"KMEMTRC1";
 /// Bytes of an event.

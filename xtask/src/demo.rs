@@ -4,23 +4,12 @@
 use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::io;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
 
-use crate::{Context, guest, nested};
-
-/// The program, in cargo's terms.
-const UMBRA: [&str; 5] = ["--release", "--package", "umbra", "--bin", "umbra"];
-
-/// Builds the test kernel and Umbra with it, and returns the program.
-pub fn build(context: &Context) -> Result<PathBuf> {
-    guest::build(context)?;
-    context.progress.step("building Umbra");
-    context.cargo().args(["build"]).args(UMBRA).run_or_fail(&context.progress)?;
-    Ok(context.root.join("target/release/umbra"))
-}
+use crate::programs::UMBRA;
+use crate::{Context, nested, programs};
 
 /// Runs it. Where there is KVM, returns only if that fails.
 pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
@@ -30,7 +19,7 @@ pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
     if let Some(problem) = &problem {
         context.progress.say(&format!("the demo runs in the nested host: {problem}"));
     }
-    let program = build(context)?;
+    let program = programs::umbra(context)?;
     if problem.is_some() {
         let mut command: Vec<OsString> = vec![program.into(), "demo".into()];
         command.extend(arguments.iter().map(OsString::from));

@@ -4,6 +4,7 @@
 mod apt;
 mod bench;
 mod c_kernel;
+mod context;
 mod demo;
 mod guest;
 mod hosts;
@@ -18,13 +19,11 @@ mod summary;
 mod tests;
 mod toolchain;
 
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
 
-use crate::progress::Progress;
+use context::Context;
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Umbra's chores")]
@@ -127,38 +126,6 @@ enum LinuxTask {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
         arguments: Vec<String>,
     },
-}
-
-/// What every task needs to know.
-struct Context {
-    /// The workspace's root.
-    root: PathBuf,
-    /// The cargo that started this.
-    cargo: PathBuf,
-    progress: Progress,
-}
-
-impl Context {
-    fn new(verbose: bool) -> Result<Self> {
-        let manifest = std::env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
-        let manifest = manifest.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).to_owned());
-        let root = manifest.parent().context("xtask is not in a workspace")?.to_owned();
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()).into();
-        Ok(Self { root, cargo, progress: Progress::new(verbose) })
-    }
-
-    /// Another program, in the workspace's folder.
-    fn program(&self, path: &Path) -> process::Command {
-        process::Command::new(path, &self.root)
-    }
-
-    /// A cargo command for the host.
-    fn cargo(&self) -> process::Command {
-        let mut command = process::Command::new(&self.cargo, &self.root);
-        // `target/guest/umbra-kernel`, which is just built, is what gets embedded without it.
-        command.without("UMBRA_KERNEL");
-        command
-    }
 }
 
 fn main() -> ExitCode {

@@ -1,9 +1,22 @@
 //! Builds the first program of the Linux guests that tests boot.
 
+use std::path::PathBuf;
+
 use anyhow::{Context as _, Result};
 
 use crate::process::Command;
-use crate::{Context, setup};
+use crate::{Context, guest, setup};
+
+/// The program, in cargo's terms.
+pub const UMBRA: [&str; 5] = ["--release", "--package", "umbra", "--bin", "umbra"];
+
+/// Builds the test kernel and Umbra with it, and returns the program.
+pub fn umbra(context: &Context) -> Result<PathBuf> {
+    guest::build(context)?;
+    context.progress.step("building Umbra");
+    context.cargo().args(["build"]).args(UMBRA).run_or_fail(&context.progress)?;
+    Ok(context.root.join("target/release/umbra"))
+}
 
 /// The source, and the library that it is linked with.
 const SOURCE: &str = "tests/programs/init.c";

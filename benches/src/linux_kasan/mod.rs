@@ -24,14 +24,13 @@ use serde::Deserialize;
 use umbra_tests::ktap::{self, Verdict};
 use umbra_tests::linux::kernel;
 
-use crate::program::Program;
+use crate::host::Host;
+use crate::program::{FOLDER, Program};
 use crate::results::Section;
-use crate::suite::{FOLDER, Host};
 use crate::trace::Trace;
 
 /// The recorded events that are replayed.
-pub(crate) const TRACE: &str =
-    concat!(env!("CARGO_MANIFEST_DIR"), "/traces/kernel-build-slice.kmt.zst");
+pub(crate) const TRACE: &str = crate::trace::SLICE;
 
 /// Boots Linux without KASAN, with its own (outline and inline), and with Umbra's, and compares
 /// them. Exit status: 0, 1 when a figure is over its limit and that is not known already, 2 when

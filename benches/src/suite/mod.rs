@@ -2,6 +2,7 @@
 
 mod checks;
 mod costs;
+pub mod exact;
 mod process;
 mod replay;
 mod ring3;
@@ -15,7 +16,6 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::thread::available_parallelism;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -25,14 +25,20 @@ use serde::Serialize;
 
 use crate::figure::{Figure, Verdict, markdown, table};
 use crate::gate::{self, Gate};
+use crate::host::{Host, SPARE, available_memory};
 use crate::meter::Meter;
 use crate::native;
 use crate::program::Program;
 use crate::results::Section;
-use crate::trace::Trace;
+use crate::trace::{SLICE, Trace};
 
-/// Where the figures go, and what the programs that are run read and write.
-pub(crate) const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bench");
+// The nested part still names these by this module.
+pub(crate) use crate::program::FOLDER;
+
+/// Prints what a comparison came to.
+pub(crate) fn tell_compared(compared: &gate::Compared) {
+    compared.print();
+}
 
 /// Measures what Umbra promises and prints it beside the promise; BENCHMARKS.md gets it too. Exit
 /// status: 0, 1 when a figure is over its limit and that is not known already, 2 when something
@@ -75,13 +81,8 @@ struct Arguments {
     bench: bool,
 }
 
-/// The slice that is in the repository.
-pub(crate) const SLICE: &str =
-    concat!(env!("CARGO_MANIFEST_DIR"), "/traces/kernel-build-slice.kmt.zst");
 /// How many guests `scale` holds at once.
 const GUESTS: u16 = 24;
-/// Host memory that is left alone when a size is tried.
-const SPARE: u64 = 1 << 30;
 
 fn size(text: &str) -> Result<u64, String> {
     let bytes = parse_size::Config::new()
@@ -156,56 +157,6 @@ impl Part {
     }
 }
 
-/// What the figures were measured on.
-#[derive(Serialize)]
-pub(crate) struct Host {
-    /// None where no guest was asked.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    kind: Option<&'static str>,
-    cpus: usize,
-    cpu: String,
-    memory_mib: u64,
-    kernel: String,
-    /// Processes that want to run, over the last minute: what else the host had to do.
-    load: String,
-}
-
-impl Host {
-    /// This host. `counted` tells whether its KVM counts guest instructions, if that matters.
-    pub(crate) fn new(counted: Option<bool>) -> Self {
-        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
-        let info = read("/proc/cpuinfo");
-        let cpu = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
-        let memory = read("/proc/meminfo");
-        let total = memory
-            .lines()
-            .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB"));
-        let release = read("/proc/sys/kernel/osrelease");
-        Self {
-            kind: counted.map(|counted| match counted {
-                true => "PVM or another host that emulates ring 0: guest instructions are counted exactly",
-                false => "a host that does not count guest instructions: times, limits in instructions do not apply",
-            }),
-            cpus: available_parallelism().map_or(1, usize::from),
-            cpu: cpu.map_or_else(|| "unknown".to_owned(), |(_, name)| name.trim().to_owned()),
-            memory_mib: total.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) >> 10,
-            // The version without what its builder added to it.
-            kernel: release.split('.').take(2).collect::<Vec<_>>().join("."),
-            load: read("/proc/loadavg").split_whitespace().next().unwrap_or("unknown").to_owned(),
-        }
-    }
-}
-
-impl std::fmt::Display for Host {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { kind, cpus, cpu, memory_mib, kernel, load } = self;
-        if let Some(kind) = kind {
-            write!(f, "{kind}; ")?;
-        }
-        write!(f, "{cpus} CPUs ({cpu}), {memory_mib} MiB, Linux {kernel}, load {load}")
-    }
-}
-
 /// What `core.json` holds.
 #[derive(Serialize)]
 struct Results<'a> {
@@ -253,7 +204,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     bar.enable_steady_tick(Duration::from_millis(100));
     if arguments.parts.contains(&Part::Gate) {
         let ticking = bar.clone();
-        let measured = gate::measure(move |what| ticking.set_message(what.to_owned()));
+        let measured = exact::measure(move |what| ticking.set_message(what.to_owned()));
         bar.finish_and_clear();
         return compare(&measured?, arguments.update);
     }
@@ -288,7 +239,7 @@ fn compare(measured: &gate::Measured, update: bool) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let compared = Gate::read()?.compare(measured);
-    tell_compared(&compared);
+    compared.print();
     Ok(match (compared.worse.len(), compared.compared) {
         (0, 0) => {
             println!("{}", umbra_skip::line(Part::Gate.word(), "no figure was compared"));
@@ -297,29 +248,6 @@ fn compare(measured: &gate::Measured, update: bool) -> Result<ExitCode> {
         (0, _) => ExitCode::SUCCESS,
         _ => ExitCode::from(1),
     })
-}
-
-/// Prints what a comparison came to.
-pub(crate) fn tell_compared(compared: &gate::Compared) {
-    for (figures, why) in &compared.skipped {
-        println!("{}", umbra_skip::line(figures, why));
-    }
-    compared.worse.iter().chain(&compared.better).for_each(|said| println!("{said}"));
-    println!(
-        "{} figures compared: {} within 2 % of those held, {} worse or gone, {} better or new",
-        compared.compared,
-        compared.same,
-        compared.worse.len(),
-        compared.better.len()
-    );
-}
-
-/// The figures of guests that have no times in them.
-pub(crate) fn exact(meter: &Meter) -> Result<Vec<Figure>> {
-    let mut all = replay::figures(meter, Path::new(SLICE))?.0;
-    all.extend(checks::figures(meter)?);
-    all.extend(costs::exact(meter)?);
-    Ok(all)
 }
 
 impl Arguments {
@@ -485,14 +413,6 @@ fn guests(
         arguments.tell(part, &host, text, figures, bar, measured)?;
     }
     Ok(())
-}
-
-/// Host memory that is free or can be made so, in bytes; 0 if the kernel does not say.
-fn available_memory() -> u64 {
-    let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-    kib.unwrap_or(0) << 10
 }
 
 #[cfg(test)]

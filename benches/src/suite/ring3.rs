@@ -17,9 +17,9 @@ use umbra::machine::{Kvm, Machine, MachineConfig, layout};
 use umbra_shadow::codes::{GRANULE, GRANULE_SHIFT, PAGE_BYTES, PAGE_SHIFT, PAGE_VALID};
 use vm_memory::GuestAddress;
 
-use super::{SPARE, available_memory};
 use crate::clock::thread_cpu;
 use crate::figure::Figure;
+use crate::host::{SPARE, available_memory};
 use crate::native::memory::Map;
 use crate::native::{IN_ORDER, SCATTER, size};
 use crate::program::one_segment;

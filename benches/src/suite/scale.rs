@@ -8,13 +8,13 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
-use super::{SLICE, SPARE, available_memory};
 use crate::figure::{Figure, number};
+use crate::host::{SPARE, available_memory};
 use crate::plot::{self, Axis, Line};
 use crate::program::{Program, Running, until};
 use crate::replay::guest;
 use crate::results;
-use crate::trace::Trace;
+use crate::trace::{SLICE, Trace};
 
 /// Guests from 64 MiB to 64 GiB.
 const SIZES: [u64; 6] = [64 << 20, 256 << 20, 1 << 30, 4 << 30, 16 << 30, 64 << 30];

@@ -8,7 +8,8 @@ use umbra_shadow::abi::{
 };
 use vm_memory::GuestAddress;
 
-use super::dispatch::{Dispatcher, ExitContext, Flow};
+use super::context::{ExitContext, Flow};
+use super::dispatch::Dispatcher;
 use super::{Outcome, investigate};
 use crate::hypercall::{
     Actor, Array, BadAccess, Call, CallError, Exit, Named, Region, RingPlace, Slot,

@@ -1,9 +1,9 @@
 //! The CPUID leaves by which a guest finds Umbra.
 
 use umbra_machine::cpuid::CpuidLeaf;
-use umbra_shadow::abi::{self, CPUID_FIRST, CPUID_STEP, Features, PORT};
+use umbra_shadow::abi::{self, CPUID_FIRST, CPUID_STEP, Features, PORT, Redzone};
 
-use super::{Redzone, ShadowMode};
+use super::ShadowMode;
 use crate::shadow::{Layout, Notify};
 
 /// The features of a run.

@@ -3,73 +3,24 @@
 //! [`Dispatcher::dispatch`] is a plain function of an exit. It takes registers, RAM and memory
 //! slots through traits and references, so tests feed it with exits that no guest made.
 
-use umbra_machine::complete::{CompleteError, Completer, Cpu};
+use umbra_machine::complete::{CompleteError, Completer};
 use umbra_machine::devices::{DeviceEvent, Devices};
 use umbra_machine::memory::Ram;
-use umbra_machine::vcpu::{Vcpu, VmExit};
+use umbra_machine::vcpu::VmExit;
 use umbra_provenance::Provenance;
+use umbra_report::Sample;
 use umbra_shadow::abi::PORT;
 use vm_memory::GuestAddress;
 
+use super::Outcome;
+use super::context::{ExitContext, Flow};
+use super::counts::{EventStats, ExitStats};
 use super::guest_info::GuestInfo;
 use super::ring_memory::RingRam;
 use super::session::Session;
 use super::shadow_host::{ShadowHost, fault};
-use super::stats::{EventStats, ExitStats};
 use super::watch::{Sign, Watch};
-use super::{Outcome, Sample};
-use crate::shadow::{FaultOutcome, ShadowError, Slots};
-
-/// A vCPU as the dispatcher needs it.
-pub trait GuestCpu: Cpu {
-    /// Completes the read that the last exit asked for.
-    fn complete_read(&mut self, value: &[u8]);
-}
-
-impl GuestCpu for Vcpu {
-    fn complete_read(&mut self, value: &[u8]) {
-        self.complete_read(value);
-    }
-}
-
-/// The other vCPUs of the machine.
-pub trait OtherVcpus {
-    /// Gets all of them out of the guest, where they stay until this exit has been handled.
-    ///
-    /// # Errors
-    /// The host does not let go of one.
-    fn pause(&mut self) -> Result<(), Outcome>;
-}
-
-/// The vCPU that made an exit, and the machine around it.
-pub struct ExitContext<'a> {
-    /// The vCPU's number.
-    pub id: u8,
-    /// The vCPU, stopped.
-    pub cpu: &'a mut dyn GuestCpu,
-    /// Guest memory.
-    pub ram: &'a Ram,
-    /// The machine's memory slots.
-    pub slots: &'a mut dyn Slots,
-    /// The other vCPUs, which may be running.
-    pub others: &'a mut dyn OtherVcpus,
-}
-
-impl ExitContext<'_> {
-    /// The instruction pointer; 0 if it cannot be read.
-    fn rip(&self) -> u64 {
-        self.cpu.regs().map(|regs| regs.rip).unwrap_or_default()
-    }
-}
-
-/// What to do after an exit.
-#[derive(Debug)]
-pub enum Flow {
-    /// Run the guest on.
-    Continue,
-    /// End the run.
-    End(Outcome),
-}
+use crate::shadow::{FaultOutcome, ShadowError};
 
 /// The parts of a run that exits change.
 pub(super) struct Parts {

@@ -6,8 +6,9 @@ use umbra_machine::walk::AddressSpace;
 use umbra_report::symbols::Symbols;
 use vm_memory::GuestAddress;
 
+use super::Outcome;
 use super::globals::Globals;
-use super::{CodeLocation, Outcome};
+use super::location::CodeLocation;
 use crate::hypercall::{CallError, Region, Regions};
 
 /// What is known about the guest.

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::thread;
 use std::time::Duration;
 
-use super::run::Shared;
+use super::shared::Shared;
 
 /// Ctrl-A.
 const ESCAPE: u8 = 1;

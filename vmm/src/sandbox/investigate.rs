@@ -4,16 +4,14 @@
 //! is and who allocated and freed it; the frame pointers give the stack; ELF and DWARF give names
 //! and lines.
 
-use std::fmt;
-
 use umbra_machine::memory::Ram;
 use umbra_machine::walk::AddressSpace;
 use umbra_provenance::{FoundObject, ObjectEvent, Provenance, ShadowHint};
 use umbra_report::frame::{self, DESCRIPTION_MAX, FRAME_MAGIC, StackFrame};
 use umbra_report::stack::{Stack, walk};
-use umbra_report::symbols::{Position, Symbols};
+use umbra_report::symbols::Position;
 use umbra_report::{
-    AccessKind, Finding, Frame, Object, Previous, ROW_SHADOW, ShadowDump, Task, Track, Variable,
+    AccessKind, Finding, Object, Previous, ROW_SHADOW, ShadowDump, Task, Track, Variable,
 };
 use umbra_shadow::codes::{
     GRANULE, GRANULE_SHIFT, LARGE_REDZONE, PAGE_SHIFT, PAGE_SIZE, SLAB_REDZONE, STACK_LEFT, UNKNOWN,
@@ -21,7 +19,8 @@ use umbra_shadow::codes::{
 use umbra_shadow::{BugKind, Cause, Shadow as _, Violation, classify};
 
 use super::Outcome;
-use super::dispatch::{Dispatcher, ExitContext, Flow};
+use super::context::{ExitContext, Flow};
+use super::dispatch::Dispatcher;
 use super::guest_info::GuestInfo;
 use super::shadow_host::ShadowHost;
 use crate::hypercall::{Access, BadAccess};
@@ -33,30 +32,6 @@ const GRANULE_BYTES: u8 = GRANULE as u8;
 const STACK_SEARCH: u64 = 64 << 10;
 /// Most frames in a finding's stack.
 const FRAMES: usize = 32;
-
-/// A location in the guest's code, for a message.
-pub struct CodeLocation {
-    rip: u64,
-    frame: Option<Frame>,
-}
-
-impl CodeLocation {
-    /// The location of the instruction at `rip`.
-    pub fn new(rip: u64, symbols: &Symbols) -> Self {
-        Self { rip, frame: symbols.frames(rip, Position::Instruction).pop() }
-    }
-}
-
-impl fmt::Display for CodeLocation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "rip {:#x}", self.rip)?;
-        let Some((frame, symbol)) = self.frame.as_ref().and_then(|f| Some((f, f.symbol.as_ref()?)))
-        else {
-            return Ok(());
-        };
-        write!(f, ", in {symbol}+{:#x}", frame.offset)
-    }
-}
 
 /// The stack that begins at the vCPU's frame pointer.
 pub(super) fn stack(context: &ExitContext, start_ip: Option<u64>, most: usize) -> Stack {

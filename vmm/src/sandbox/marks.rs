@@ -10,7 +10,7 @@ use serde::Serialize;
 use umbra_machine::stats::Counters;
 
 use super::console::LINE_BYTES;
-use super::stats::{EventStats, ExitStats};
+use super::counts::{EventStats, ExitStats};
 use crate::shadow::{ProcessMemory, Windows};
 
 /// What a run has cost at a line of the console. Sizes are bytes.

@@ -12,16 +12,16 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 use umbra_machine::devices::{COM1_IRQ, Devices};
 use umbra_machine::loader::{Boot, Emulated, is_bzimage, is_linux, with_defaults};
 use umbra_machine::memory::Ram;
 use umbra_machine::stats::{Counters, emulates_ring0, tsc_khz};
 use umbra_machine::vcpu::Vcpu;
-use umbra_machine::{Kvm, Machine, MachineConfig, MachineError, SlotId, layout};
+use umbra_machine::{Kvm, Machine, MachineConfig, MachineError, layout};
 use umbra_provenance::{ObjectLimits, Objects, Provenance, Quarantine, quarantine};
+use umbra_report::Picture;
 use umbra_report::symbols::Symbols;
-use vm_memory::GuestAddress;
 
 use super::console::ConsoleWatch;
 use super::discovery::{self, Settings};
@@ -31,72 +31,17 @@ use super::marks::Marks;
 use super::picture::{self, Tail, Timeline};
 use super::session::Session;
 use super::shadow_host::ShadowHost;
-use super::vcpus::{self, Vcpus};
+use super::shared::{MachineSlots, Shared};
+use super::vcpu_thread;
+use super::vcpus::Vcpus;
 use super::watch::Watch;
-use super::{
-    Config, Console, GuestFile, Observer, Outcome, Picture, Report, RunError, input, stats,
-};
-use crate::shadow::{Layout, ShadowError, SlotError, Slots, Windows, WindowsConfig, page_map};
+use super::{Config, Console, GuestFile, Observer, Outcome, Report, RunError, input, stats};
+use crate::shadow::{Layout, ShadowError, Windows, WindowsConfig, page_map};
 
 /// Poll interval for the stop flag.
 const TICK: Duration = Duration::from_millis(20);
 /// Interval between two checks whether all vCPUs have halted for good.
 const HALT_CHECK: Duration = Duration::from_millis(500);
-/// Time limit for getting at the state when the run ends.
-const LOCK_LIMIT: Duration = Duration::from_secs(2);
-
-/// The machine's memory slots, for the shadow.
-pub(super) struct MachineSlots<'a>(pub &'a Machine);
-
-impl Slots for MachineSlots<'_> {
-    fn map(&mut self, gpa: u64, host: *mut u8, len: u64, readonly: bool) -> Result<u32, SlotError> {
-        // SAFETY: `Shared` drops the machine before the windows, and the vCPUs' threads hold both;
-        // shadow is memory that is meant for the guest to write. Should the windows fail half made,
-        // they go first, but no vCPU runs then or later.
-        let slot = unsafe { self.0.map(GuestAddress(gpa), host, len, readonly) };
-        slot.map(SlotId::into_raw).map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
-    }
-
-    fn unmap(&mut self, slot: u32) -> Result<(), SlotError> {
-        self.0
-            .unmap(SlotId::from_raw(slot))
-            .map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
-    }
-}
-
-/// What all threads of a run share. Fields are dropped in this order: the machine, whose memory
-/// slots lie in the windows, before them.
-pub(super) struct Shared {
-    pub(super) machine: Machine,
-    pub(super) vcpus: Vcpus,
-    counters: Option<Arc<Counters>>,
-    /// All threads are to end.
-    pub(super) stop: AtomicBool,
-    /// The user typed the key that ends the run.
-    pub(super) quit: AtomicBool,
-    /// The state. The lock is fair: a vCPU that makes one exit after the other does not keep the
-    /// others waiting. A panic does not poison it. The panic shows when its thread is joined, and
-    /// the findings are still good.
-    dispatcher: Mutex<Dispatcher>,
-}
-
-impl Shared {
-    /// The state.
-    pub(super) fn dispatcher(&self) -> MutexGuard<'_, Dispatcher> {
-        self.dispatcher.lock()
-    }
-
-    /// The state, if no other thread has it.
-    pub(super) fn try_dispatcher(&self) -> Option<MutexGuard<'_, Dispatcher>> {
-        self.dispatcher.try_lock()
-    }
-
-    /// The state, unless a vCPU's thread does not let go of it: it may be writing to a pipe that
-    /// nobody reads.
-    fn dispatcher_in_time(&self) -> Option<MutexGuard<'_, Dispatcher>> {
-        self.dispatcher.try_lock_for(LOCK_LIMIT)
-    }
-}
 
 /// Runs a kernel to its end. `console` is its serial port, `observer` gets its findings; `stop`
 /// ends it from outside.
@@ -297,7 +242,7 @@ impl Prepared {
         let mut threads = Vec::with_capacity(vcpus.len());
         let start = || {
             for vcpu in vcpus {
-                threads.push(vcpus::spawn(vcpu, shared.clone(), sender.clone())?);
+                threads.push(vcpu_thread::spawn(vcpu, shared.clone(), sender.clone())?);
             }
             input.map_or(Ok(()), |input| input::spawn(input, Arc::downgrade(&shared)))
         };

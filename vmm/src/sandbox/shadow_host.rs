@@ -6,8 +6,8 @@ use umbra_shadow::Shadow as _;
 use umbra_shadow::abi::{Features, GuestFlags};
 use umbra_shadow::codes::{GRANULE, PAGE_SIZE, VMALLOC_INVALID};
 
+use super::context::ExitContext;
 use super::discovery::features;
-use super::dispatch::ExitContext;
 use super::guest_pages::GuestPageReclaim;
 use super::{Outcome, ShadowMode};
 use crate::shadow::{FaultOutcome, Mode, Model, Notify, ShadowError, Windows, reclaim_unused};

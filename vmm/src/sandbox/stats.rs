@@ -1,11 +1,10 @@
 //! The figures of a run: what `--stats` writes.
 
-use std::collections::BTreeMap;
-
 use serde::Serialize;
 use umbra_machine::memory::Ram;
 use umbra_provenance::{ProvenanceFigures, QuarantineFigures};
 
+pub use super::counts::{EventStats, ExitStats};
 use super::dispatch::Dispatcher;
 use super::{Config, Mark, Outcome};
 use crate::shadow::accounting::resident_bytes;
@@ -90,36 +89,6 @@ pub struct GuestStats {
     pub instructions: Option<u64>,
     /// Memory of its free pages and of its quarantine that was reclaimed.
     pub released_bytes: u64,
-}
-
-/// Exits by kind.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct ExitStats {
-    /// All of them.
-    pub total: u64,
-    /// Hypercalls.
-    pub hypercall: u64,
-    /// First touches of byte shadow.
-    pub shadow_fault: u64,
-    /// Ports other than the hypercall's.
-    pub io: u64,
-    /// Guest-physical addresses that are neither memory nor shadow.
-    pub mmio: u64,
-    /// Instructions that KVM refused and Umbra completed, by mnemonic.
-    pub completed: BTreeMap<&'static str, u64>,
-}
-
-/// Events of the guest's allocators.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct EventStats {
-    /// Allocations.
-    pub allocations: u64,
-    /// Frees.
-    pub frees: u64,
-    /// Times that a ring was emptied.
-    pub ring_drains: u64,
-    /// Events and calls with values that make no sense, and were left out.
-    pub refused: u64,
 }
 
 /// What Umbra needed.

@@ -21,8 +21,9 @@ use umbra_shadow::codes::{PAGE_BYTES, SLAB_FREE};
 use vm_memory::GuestAddress;
 
 use super::console::ConsoleWatch;
+use super::context::{ExitContext, Flow, GuestCpu, OtherVcpus};
 use super::discovery::{Settings, leaves};
-use super::dispatch::{Dispatcher, ExitContext, Flow, GuestCpu, OtherVcpus, Parts};
+use super::dispatch::{Dispatcher, Parts};
 use super::guest_info::GuestInfo;
 use super::marks::Marks;
 use super::session::Session;

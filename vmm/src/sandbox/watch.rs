@@ -1,12 +1,14 @@
 //! What is watched during a run beside its exits: the console, the marks on it, and the shadow's
 //! memory over time.
 
+use umbra_report::Sample;
+
+use super::Outcome;
 use super::console::ConsoleWatch;
 pub(super) use super::console::Sign;
+use super::counts::{EventStats, ExitStats};
 use super::marks::{Mark, Marks};
 use super::picture::Timeline;
-use super::stats::{EventStats, ExitStats};
-use super::{Outcome, Sample};
 use crate::shadow::Windows;
 
 /// Watches a run.

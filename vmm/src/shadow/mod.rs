@@ -12,6 +12,7 @@ pub mod model;
 pub mod pages;
 pub mod reclaim;
 mod stack_pages;
+mod stack_store;
 pub mod windows;
 
 #[cfg(test)]

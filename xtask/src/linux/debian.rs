@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result};
 
-use super::{empty, is_made_from, stamp};
+use super::made_from::{empty, is_made_from, stamp};
 use crate::{Context, apt};
 
 /// The package that names Debian's newest cloud kernel.

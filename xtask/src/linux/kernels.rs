@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
+use super::made_from::{empty, is_made_from, stamp};
 use super::source::{PACKAGE, Sources};
 use super::versions::{Choice, Verdict};
-use super::{empty, is_made_from, stamp};
 use crate::process::Command;
 use crate::{Context, setup};
 

@@ -7,17 +7,17 @@
 
 mod debian;
 mod kernels;
+mod made_from;
 mod series;
 mod source;
 pub mod status;
 pub mod suite;
 mod versions;
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
 use crate::Context;
 use kernels::{ACPI, Builder, COMPARED, Kernel, SMALL, UMBRA};
@@ -117,23 +117,4 @@ impl Made {
         self.complete = false;
         self.notices.push(format!("not built: the Linux kernel {names}: {error:#}"));
     }
-}
-
-/// The file that says what was made from what, in the folder with it.
-fn stamp(folder: &Path) -> PathBuf {
-    folder.join("made-from")
-}
-
-/// Whether what is in `folder` was made from `wanted`.
-fn is_made_from(folder: &Path, wanted: &str) -> bool {
-    fs::read_to_string(stamp(folder)).is_ok_and(|made| made == wanted)
-}
-
-/// An empty folder in place of whatever there is.
-fn empty(folder: &Path) -> Result<()> {
-    if folder.exists() {
-        fs::remove_dir_all(folder)
-            .with_context(|| format!("cannot remove {}", folder.display()))?;
-    }
-    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))
 }

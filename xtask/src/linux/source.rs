@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
+use super::made_from::{empty, is_made_from, stamp};
 use super::series::Series;
 use super::versions::{self, Choice, Verdict};
-use super::{empty, is_made_from, stamp};
 use crate::process::{Command, which};
 use crate::{Context, apt, setup};
 

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 
-use crate::{Context, demo};
+use crate::{Context, programs};
 
 pub use host::{Host, Job, in_this_place, quoted, with_this_environment};
 pub use watch::{Ended, Output};
@@ -113,7 +113,7 @@ fn on_vmx(context: &Context, arguments: &Arguments) -> Result<Ended> {
     let host = VmxHost::prepare(context)?;
     let mut command = arguments.command.clone();
     if command.is_empty() {
-        command = vec![demo::build(context)?.into(), "demo".into()];
+        command = vec![programs::umbra(context)?.into(), "demo".into()];
     }
     let job = VmxJob {
         script: in_this_place(&command)?,
