@@ -1,9 +1,13 @@
 //! Calls about virtual memory with shadow of its own, and what is found there.
 
-use umbra_shadow::abi::{MemoryUse, Slot, VIRTUAL_UNIT};
+use umbra_report::Finding;
+use umbra_shadow::abi::{self, CallNumber, MemoryUse, NameKind, Slot, VIRTUAL_UNIT};
 use umbra_shadow::codes::{STACK_LEFT, STACK_RIGHT, VMALLOC_INVALID};
+use vm_memory::GuestAddress;
 
-use super::*;
+use super::RAM;
+use super::bench::*;
+use crate::shadow::{Mode, Notify};
 
 const VA: u64 = 0xffff_c900_0000_3000;
 const LEN: u64 = 0x20_0000;
