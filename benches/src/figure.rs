@@ -187,7 +187,10 @@ pub fn markdown(figures: &[Figure]) -> String {
             // Writing to a string does not fail.
             let _ = write!(
                 text,
-                "\n### {group}\n\n| figure | measured | limit | unit | |\n| --- | ---: | ---: | --- | --- |\n"
+                "\n\
+                 ### {group}\n\n\
+                 | figure | measured | limit | unit | |\n\
+                 | --- | ---: | ---: | --- | --- |\n"
             );
         }
         let verdict = f.verdict.as_str();

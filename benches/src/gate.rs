@@ -145,7 +145,8 @@ impl Gate {
                     let known =
                         if known.is_empty() { "no compiler".into() } else { known.join(", ") };
                     let why = format!(
-                        "the guest is compiled by {compiler}, and figures are held for {known}; {HOLD}"
+                        "the guest is compiled by {compiler}, and figures are held for {known}; \
+                         {HOLD}"
                     );
                     compared.skipped.push((GUESTS, why));
                 }
@@ -267,7 +268,8 @@ mod tests {
         assert_eq!((compared.same, compared.compared, compared.skipped.len()), (1, 5, 0));
         measured.guests = of("rustc version 2");
         let compared = gate.compare(&measured);
-        let why = "the guest is compiled by rustc version 2, and figures are held for rustc version 1, rustc version 3; `cargo xtask bench gate --update` holds these";
+        let why = "the guest is compiled by rustc version 2, and figures are held for rustc \
+                   version 1, rustc version 3; `cargo xtask bench gate --update` holds these";
         assert_eq!(
             (compared.worse.as_slice(), compared.skipped),
             ([BYTES.into()].as_slice(), vec![(GUESTS, why.into())])

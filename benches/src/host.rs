@@ -35,8 +35,14 @@ impl Host {
         let release = read("/proc/sys/kernel/osrelease");
         Self {
             kind: counted.map(|counted| match counted {
-                true => "PVM or another host that emulates ring 0: guest instructions are counted exactly",
-                false => "a host that does not count guest instructions: times, limits in instructions do not apply",
+                true => {
+                    "PVM or another host that emulates ring 0: guest instructions are counted \
+                         exactly"
+                }
+                false => {
+                    "a host that does not count guest instructions: times, limits in \
+                          instructions do not apply"
+                }
             }),
             cpus: available_parallelism().map_or(1, usize::from),
             cpu: cpu.map_or_else(|| "unknown".to_owned(), |(_, name)| name.trim().to_owned()),

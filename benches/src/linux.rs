@@ -33,10 +33,12 @@ const STOCK: &str =
     "Debian's own kernel (bzImage) in 256 MiB, one CPU, unchecked, to the start of /init";
 /// What the page says before the figures.
 const ABOUT: &str = "\
-`vmlinux` of `cargo xtask linux` (`guest/linux/config/small.config` on top of `tinyconfig`), started without a boot loader, until its
-console says that it starts `/init`; and Debian's kernel the same way. Umbra's command line is its own default, which is longer where ring 0 is emulated
-(`vmm/machine/src/loader/linux.rs`). QEMU is Debian's, with the same kernel and initrd, and `console=ttyS0 panic=-1`; what it cannot boot
-has the reason beside it. All seconds are by the clock, and begin with the program's start.
+`vmlinux` of `cargo xtask linux` (`guest/linux/config/small.config` on top of `tinyconfig`), started
+without a boot loader, until its console says that it starts `/init`; and Debian's kernel the same
+way. Umbra's command line is its own default, which is longer where ring 0 is emulated
+(`vmm/machine/src/loader/linux.rs`). QEMU is Debian's, with the same kernel and initrd, and
+`console=ttyS0 panic=-1`; what it cannot boot has the reason beside it. All seconds are by the
+clock, and begin with the program's start.
 ";
 
 /// Measures what it costs to boot Linux; BENCHMARKS.md gets it too. Exit status: 0, 1 when a figure

@@ -59,17 +59,58 @@ impl Section<'_> {
     /// A file cannot be written or read.
     pub fn write(&self) -> Result<()> {
         let Self { name, title, command, host, body } = self;
-        let text = format!(
+        let text = wrapped(&format!(
             "## {title}\n\nMade by `{command}`, at {}, on {host}.\n\n{}\n",
             commit(),
             body.trim_matches('\n')
-        );
+        ));
         let path = Path::new(FOLDER).join(format!("{name}.md"));
         fs::create_dir_all(FOLDER).with_context(|| format!("cannot create {FOLDER}"))?;
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
         let whole = whole(Path::new(FOLDER))?;
         fs::write(WHOLE, whole).with_context(|| format!("cannot write {WHOLE}"))
     }
+}
+
+/// Most columns of a line of prose.
+const COLUMNS: usize = 100;
+
+/// Markdown whose paragraphs are filled up to [`COLUMNS`]. Tables, headings, lists, and all else
+/// whose lines begin with something other than a word stay as they are.
+fn wrapped(text: &str) -> String {
+    let mut filled = String::new();
+    // Columns of the last line of a paragraph; 0 if there is none to go on with.
+    let mut columns = 0;
+    for line in text.lines() {
+        let is_prose = line.starts_with(|c: char| c.is_alphanumeric() || "(`*".contains(c))
+            && !line.starts_with("* ")
+            && !line.starts_with("```");
+        if !is_prose {
+            if columns > 0 {
+                filled.push('\n');
+            }
+            filled.push_str(line);
+            filled.push('\n');
+            columns = 0;
+            continue;
+        }
+        for word in line.split_whitespace() {
+            let len = word.chars().count();
+            if columns > 0 && columns + 1 + len > COLUMNS {
+                filled.push('\n');
+                columns = 0;
+            } else if columns > 0 {
+                filled.push(' ');
+                columns += 1;
+            }
+            filled.push_str(word);
+            columns += len;
+        }
+    }
+    if columns > 0 {
+        filled.push('\n');
+    }
+    filled
 }
 
 /// The commit that is checked out, and whether it was changed since.
@@ -120,6 +161,22 @@ mod tests {
     fn the_page_is_what_its_parts_are() {
         let page = fs::read_to_string(WHOLE).expect("BENCHMARKS.md is in the repository");
         assert_eq!(page, whole(Path::new(FOLDER)).unwrap(), "BENCHMARKS.md was edited by hand");
+    }
+
+    #[test]
+    fn paragraphs_are_filled() {
+        let long = "word ".repeat(30);
+        let text = format!("## {long}\n\nOne\ntwo {long}\n\n| a {long} |\n\n*New*: three\n");
+        let filled = wrapped(&text);
+        let lines: Vec<_> = filled.lines().collect();
+        assert_eq!(lines[0], format!("## {long}"));
+        assert!(lines[2].starts_with("One two word word") && lines[2].ends_with("word"));
+        assert!((96..=COLUMNS).contains(&lines[2].len()), "{}", lines[2]);
+        assert_eq!(lines[5..], [&format!("| a {long} |"), "", "*New*: three"]);
+        assert_eq!(wrapped(&filled), filled);
+        let fits = format!("{} b\n", "a".repeat(COLUMNS - 2));
+        assert_eq!(wrapped(&fits), fits);
+        assert_eq!(wrapped(&format!("{} bc\n", "a".repeat(COLUMNS - 2))).lines().count(), 2);
     }
 
     #[test]

@@ -33,8 +33,8 @@ const USAGE: u8 = 2;
 #[command(
     version,
     about = "Boots an x86_64 kernel under KVM and finds its memory errors as they happen",
-    after_help = "Exit status: 0 clean, 1 findings, 2 usage or host problem, 3 the guest crashed, 4 time limit, \
-                  130 interrupted. RUST_LOG=info (or debug) tells more."
+    after_help = "Exit status: 0 clean, 1 findings, 2 usage or host problem, 3 the guest crashed, \
+                  4 time limit, 130 interrupted. RUST_LOG=info (or debug) tells more."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -89,7 +89,8 @@ struct Run {
     #[arg(long, conflicts_with = "stop_at")]
     keep_going: bool,
     /// Stop after so many different findings.
-    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value = "1",
+          value_parser = clap::value_parser!(u32).range(1..))]
     stop_at: u32,
     /// How to print function names: as in the source, or as in the ELF (what
     /// scripts/decode_stacktrace.sh and syzkaller look for).
@@ -122,7 +123,8 @@ struct Guest {
     memory: u64,
     /// CPUs of the guest. More than one come with interrupt controllers, so that `hlt` no longer
     /// ends the run.
-    #[arg(long, default_value = "1", value_name = "N", value_parser = clap::value_parser!(u8).range(1..=MAX_CPUS))]
+    #[arg(long, value_name = "N", default_value = "1",
+          value_parser = clap::value_parser!(u8).range(1..=MAX_CPUS))]
     cpus: u8,
     /// Which shadow to keep.
     #[arg(long, value_enum, default_value_t = Shadow::PerPage)]

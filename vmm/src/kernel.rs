@@ -189,8 +189,8 @@ mod tests {
             Err(ScenarioError::NotText(_))
         ));
         let mut cut = umbra_testkit::elf::with_section(SECTION, b"name|silent|about");
-        // `e_shoff` leads to the section headers. The first is empty, the second this section's; its
-        // `sh_offset` is made to lead out of the file.
+        // `e_shoff` leads to the section headers. The first is empty, the second this section's.
+        // Make its `sh_offset` lead out of the file.
         let headers = u64::from_le_bytes(cut[40..48].try_into().unwrap()) as usize;
         cut[headers + 64 + 24..][..8].copy_from_slice(&u64::MAX.to_le_bytes());
         assert!(matches!(scenarios(&cut), Err(ScenarioError::Unreadable(_))));

@@ -28,7 +28,8 @@ pub fn build(context: &Context) -> Result<Vec<String>> {
         let kernel = folder.join(format!("c-kernel-{compiler}"));
         if !setup::programs(context, &[compiler, "make"])? {
             context.progress.say(&format!(
-                "not built: the C test kernel by {compiler}: install {compiler} and make (`apt-get install {compiler} make`)"
+                "not built: the C test kernel by {compiler}: install {compiler} and make \
+                 (`apt-get install {compiler} make`)"
             ));
             continue;
         }

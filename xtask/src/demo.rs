@@ -37,15 +37,18 @@ pub fn kvm_problem() -> Option<String> {
     OpenOptions::new().read(true).write(true).open("/dev/kvm").err().as_ref().map(describe)
 }
 
+const NO_KVM: &str = "\
+    there is no /dev/kvm: enable virtualization (VT-x or AMD-V) in the firmware and load kvm_intel \
+    or kvm_amd, or nested KVM where this is a virtual machine, or pass the device into the \
+    container where this is one";
+const NO_PERMISSION: &str = "\
+    no permission to use /dev/kvm: join the group that owns it (`sudo usermod -aG kvm $USER`) and \
+    log in again";
+
 fn describe(error: &io::Error) -> String {
     match error.kind() {
-        io::ErrorKind::NotFound => "there is no /dev/kvm: enable virtualization (VT-x or AMD-V) in the firmware and \
-             load kvm_intel or kvm_amd, or nested KVM where this is a virtual machine, or pass the device into the \
-             container where this is one"
-            .into(),
-        io::ErrorKind::PermissionDenied => "no permission to use /dev/kvm: join the group that owns it \
-             (`sudo usermod -aG kvm $USER`) and log in again"
-            .into(),
+        io::ErrorKind::NotFound => NO_KVM.into(),
+        io::ErrorKind::PermissionDenied => NO_PERMISSION.into(),
         _ => format!("/dev/kvm cannot be used: {error}"),
     }
 }

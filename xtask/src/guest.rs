@@ -95,7 +95,8 @@ pub fn library(context: &Context) -> Result<()> {
     let folder = build_library(context)?;
     context.progress.finish();
     println!(
-        "{}: libumbra_rt.a; umbra.h and umbra.mk for kernels in C; umbra.toml for kernels in Rust (docs/your-kernel.md)",
+        "{}: libumbra_rt.a; umbra.h and umbra.mk for kernels in C; umbra.toml for kernels in Rust \
+         (docs/your-kernel.md)",
         folder.display()
     );
     Ok(())
@@ -245,7 +246,8 @@ impl<'a> Guest<'a> {
         flags.push(linked("-Clinker=", &self.tools.linker));
         flags.push(linked("-Clink-arg=", &self.folder.join("libumbra_rt.a")));
         format!(
-            "# For kernels that Umbra checks: `RUSTC_BOOTSTRAP=1 cargo build --release --config umbra.toml`.\n\
+            "# For kernels that Umbra checks: `RUSTC_BOOTSTRAP=1 cargo build --release --config \
+             umbra.toml`.\n\
              # Made by `cargo xtask guest --lib` for this machine.\n\n\
              [build]\nrustc = {}\ntarget = {TARGET:?}\n\n\
              [unstable]\nbuild-std = [\"core\", \"alloc\", \"compiler_builtins\"]\n\n\

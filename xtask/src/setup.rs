@@ -42,16 +42,19 @@ pub fn guest_tools(context: &Context) -> Result<Tools> {
 fn advice(missing: Missing) -> String {
     match missing {
         Missing::Compiler => format!(
-            "the guest's core library is built from source, and no rustc of version {}.{} or later has it: run \
-             `rustup component add rust-src`, or as root `apt-get update && apt-get install rustc-web rust-web-src`",
+            "the guest's core library is built from source, and no rustc of version {}.{} or \
+             later has it: run `rustup component add rust-src`, or as root `apt-get update && \
+             apt-get install rustc-web rust-web-src`",
             OLDEST.0, OLDEST.1
         ),
         Missing::Linker => {
-            "no linker for the guest kernel was found: install lld (`apt-get install lld`), or a Rust toolchain by \
-             rustup, which has rust-lld"
+            "no linker for the guest kernel was found: install lld (`apt-get install lld`), or a \
+             Rust toolchain by rustup, which has rust-lld"
                 .into()
         }
-        Missing::Objcopy => "objcopy was not found: install binutils (`apt-get install binutils`)".into(),
+        Missing::Objcopy => {
+            "objcopy was not found: install binutils (`apt-get install binutils`)".into()
+        }
     }
 }
 
@@ -83,8 +86,8 @@ fn compiler(context: &Context) -> Result<()> {
             .stream(|_| {})?;
         if let Some(version) = matching_pair(&policy.output) {
             context.progress.step(&format!(
-                "installing Debian's {compiler} and {sources} {version}: the guest's core library is built from \
-                 source, which rustup could not provide"
+                "installing Debian's {compiler} and {sources} {version}: the guest's core library \
+                 is built from source, which rustup could not provide"
             ));
             let names = [format!("{compiler}={version}"), format!("{sources}={version}")];
             return apt_install(context, &names.each_ref().map(String::as_str));
@@ -204,7 +207,8 @@ mod tests {
     fn policy(compiler: &str, sources: &str) -> String {
         let of = |name: &str, version: &str| {
             format!(
-                "{name}:\n  Installed: (none)\n  Candidate: {version}\n  Version table:\n     {version} 500\n"
+                "{name}:\n  Installed: (none)\n  Candidate: {version}\n  Version table:\n     \
+                 {version} 500\n"
             )
         };
         of("rustc-web", compiler) + &of("rust-web-src", sources)

@@ -3,8 +3,9 @@
 //!
 //! All four are optimized for speed, as the kernels of distributions are. They have the patches of
 //! `guest/linux/patches` in their sources, for the workload; without `CONFIG_KASAN_UMBRA` these
-//! change nothing else. Each boots once for each size of guest, replays the workload, and, where there is KASAN and the guest is the smaller one, runs Linux's own tests
-//! of KASAN. What it cost until then is counted when the console says so (`--mark`).
+//! change nothing else. Each boots once for each size of guest and replays the workload. A kernel
+//! with KASAN also runs Linux's own tests of KASAN, in the smaller guest. Marks on the console
+//! (`--mark`) take the figures.
 
 mod recording;
 mod report;

@@ -27,9 +27,11 @@ const NEAR_BYTES: f64 = 1.2;
 pub fn measure(available: u64, folder: &Path, write: bool) -> Result<(Vec<Figure>, String)> {
     let times = times(available, folder)?;
     let mut text = String::from(
-        "Nanoseconds of a CPU for a call that checks 8 valid bytes, the median (criterion). The first column is a call that only returns,\n\
-         with the same loop around it; other work on the host shows as columns that are slower as a whole. *KASAN's check* is generic KASAN's in outline mode, written from its description\n\
-         (`benches/src/native/kasan.rs`); *full* is the same layout by Umbra's crate.\n",
+        "Nanoseconds of a CPU for a call that checks 8 valid bytes, the median (criterion). The \
+         first column is a call that only returns, with the same loop around it; other work on \
+         the host shows as columns that are slower as a whole. *KASAN's check* is generic KASAN's \
+         in outline mode, written from its description (`benches/src/native/kasan.rs`); *full* is \
+         the same layout by Umbra's crate.\n",
     );
     for set in SETS.iter().filter(|set| needed(**set) >= available) {
         // Writing to a string does not fail.

@@ -168,9 +168,11 @@ fn table(two: &Replay, ways: &[Way], memory: u64, path: &Path) -> String {
     let full = memory as f64 / 8.0;
     let trace = path.file_name().unwrap_or(path.as_os_str()).display();
     let mut text = format!(
-        "{} allocator events of a real kernel that builds Linux (`{trace}`), at their physical addresses in {} MiB, by KASAN's\n\
-         rules (`benches/src/replay/kasan.rs`). Shadow in MiB:\n\n\
-         | shadow | | static | now | peak | used at most | unused at the end | static and peak | of full | CPU seconds, start and replay |\n\
+        "{} allocator events of a real kernel that builds Linux (`{trace}`), at their physical \
+         addresses in {} MiB, by KASAN's rules (`benches/src/replay/kasan.rs`). Shadow in \
+         MiB:\n\n\
+         | shadow | | static | now | peak | used at most | unused at the end | static and peak | \
+         of full | CPU seconds, start and replay |\n\
          | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n",
         number(two.events as f64),
         number(memory as f64 / MIB),
@@ -207,11 +209,14 @@ fn table(two: &Replay, ways: &[Way], memory: u64, path: &Path) -> String {
     let peak = two.samples.iter().max_by_key(|s| s.resident).copied().unwrap_or_default();
     let _ = write!(
         text,
-        "\nOf the two-level byte shadow, {:.0} % is unused by any byte-checked page at its peak: one page of shadow serves eight pages.\n\
-         {} MiB were given back on the way. Live objects have {} MiB at most, and KASAN's redzones would add {} MiB to these, which\n\
-         the recorded kernel did not have: with them the byte shadow grows about as much as the slabs do. Slabs of before the recording that\n\
-         nothing happens in are not known, and there is no quarantine. The start is what it takes to make the shadow, which for a full one\n\
-         means all of it; the replay has the reading of the trace in it.\n",
+        "\n\
+         Of the two-level byte shadow, {:.0} % is unused by any byte-checked page at its peak: \
+         one page of shadow serves eight pages. {} MiB were given back on the way. Live objects \
+         have {} MiB at most, and KASAN's redzones would add {} MiB to these, which the recorded \
+         kernel did not have: with them the byte shadow grows about as much as the slabs do. \
+         Slabs of before the recording that nothing happens in are not known, and there is no \
+         quarantine. The start is what it takes to make the shadow, which for a full one means \
+         all of it; the replay has the reading of the trace in it.\n",
         (1.0 - peak.used as f64 / (peak.resident as f64).max(1.0)) * 100.0,
         number((figures.released_bytes as f64 / MIB).round()),
         number((most(&two.samples, |s| s.slots) / MIB).round()),

@@ -21,7 +21,8 @@ struct Case {
 
 /// Why some unaligned accesses are over their limits. Compilers call `__asan_loadN` for what they
 /// know to be unaligned.
-const UNALIGNED: &str = "unaligned: a page of another kind beside, or a granule that is not whole, takes more instructions";
+const UNALIGNED: &str = "unaligned: a page of another kind beside, or a granule that is not \
+                         whole, takes more instructions";
 
 impl Case {
     fn word(&self) -> Word {

@@ -106,7 +106,8 @@ fn instructions(meter: &Meter) -> Result<Vec<Figure>> {
             for (name, more) in [
                 ("ring: kmalloc(64) and kfree, more than off, before the quarantine is full", more),
                 (
-                    "ring: kmalloc(64) and kfree, more than off, one object out for each that goes in",
+                    "ring: kmalloc(64) and kfree, more than off, one object out for each that \
+                     goes in",
                     full,
                 ),
             ] {
@@ -141,7 +142,8 @@ fn provenance(meter: &Meter) -> Result<Vec<Figure>> {
             "bytes",
         );
         all.push(each.limit(PROVENANCE).note(format!(
-            "{bytes} bytes: {live} live, {freed} freed, of which {waiting} are in the quarantine, {} stacks",
+            "{bytes} bytes: {live} live, {freed} freed, of which {waiting} are in the quarantine, \
+             {} stacks",
             stats.stacks
         )));
         let live = bytes as f64 / live.max(1) as f64;

@@ -63,7 +63,8 @@ struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 40_000)]
     events: u64,
     /// With `scale`: how many guests to hold at once, as far as memory allows.
-    #[arg(long, value_name = "N", default_value_t = GUESTS, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = GUESTS,
+          value_parser = clap::value_parser!(u16).range(1..))]
     guests: u16,
     /// With `gate`: hold the figures as they are now.
     #[arg(long)]

@@ -77,12 +77,14 @@ pub fn figures(meter: &Meter, slice: &Path) -> Result<(Vec<Figure>, String)> {
 
 fn head(trace: &GuestTrace) -> String {
     format!(
-        "The first {} events of the trace's slice in the repository, through the test kernel's own slab and page allocators: {} objects\n\
-         and {} blocks of pages allocated, {} frees, {} events in all. (Frees of what was allocated before the recording, and pages that\n\
-         became slabs, are left out: the kernel makes slabs by itself.) Instructions are those of the replay alone, its loop included;\n\
-         exits, shadow and memory are those of the whole run. Memory in KiB:\n\n\
-         | shadow | instructions for each event | seconds | exits | hypercalls | shadow faults | page shadow | byte shadow, peak | \
-         used, peak | memory of `umbra`, peak |\n\
+        "The first {} events of the trace's slice in the repository, through the test kernel's \
+         own slab and page allocators: {} objects and {} blocks of pages allocated, {} frees, {} \
+         events in all. (Frees of what was allocated before the recording, and pages that became \
+         slabs, are left out: the kernel makes slabs by itself.) Instructions are those of the \
+         replay alone, its loop included; exits, shadow and memory are those of the whole run. \
+         Memory in KiB:\n\n\
+         | shadow | instructions for each event | seconds | exits | hypercalls | shadow faults | \
+         page shadow | byte shadow, peak | used, peak | memory of `umbra`, peak |\n\
          | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n",
         number(EVENTS as f64),
         number(trace.objects as f64),

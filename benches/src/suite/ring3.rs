@@ -296,12 +296,16 @@ pub fn figures(kernel: &[u8], tick: impl Fn(&str)) -> Result<(Vec<Figure>, Strin
     let kvm = Kvm::open()?;
     tick("checks in ring 3");
     let mut text = String::from(
-        "The guest runtime's own code (`guest/runtime/src/checks.rs`), taken out of the test kernel and called in a loop in a guest's ring 3, which a CPU\n\
-         executes on every host. Nanoseconds of a CPU for a round, the loop of eleven instructions included: medians, measured in turns. The shadow is\n\
-         the host's memory in pages of 4 KiB, as behind the windows. (Allocations and what else changes shadow keep interrupts off, which ring 3\n\
+        "The guest runtime's own code (`guest/runtime/src/checks.rs`), taken out of the test \
+         kernel and called in a loop in a guest's ring 3, which a CPU executes on every host. \
+         Nanoseconds of a CPU for a round, the loop of eleven instructions included: medians, \
+         measured in turns. The shadow is the host's memory in pages of 4 KiB, as behind the \
+         windows. (Allocations and what else changes shadow keep interrupts off, which ring 3 \
          cannot: their figures are instructions and exits.)\n\n\
-         A bare `ret` may take longer than a check, and so may one check than another that has the same to do: how calls and returns of code this\n\
-         short follow each other is part of it. Differences of about one nanosecond say nothing of the shadow; those of the large sets do.\n\n",
+         A bare `ret` may take longer than a check, and so may one check than another that has \
+         the same to do: how calls and returns of code this short follow each other is part of \
+         it. Differences of about one nanosecond say nothing of the shadow; those of the large \
+         sets do.\n\n",
     );
     text.push_str(&sizes(&mut Guest::new(&kvm, kernel, SMALL, VALID)?)?);
     let mut all = Vec::new();
@@ -309,7 +313,10 @@ pub fn figures(kernel: &[u8], tick: impl Fn(&str)) -> Result<(Vec<Figure>, Strin
         // Writing to a string does not fail.
         let _ = write!(
             text,
-            "\n### 8 bytes, {name}\n\n| working set | empty call | two-level, untyped | two-level, byte-checked | full | full to untyped |\n\
+            "\n\
+             ### 8 bytes, {name}\n\n\
+             | working set | empty call | two-level, untyped | two-level, byte-checked | full | \
+             full to untyped |\n\
              | --- | ---: | ---: | ---: | ---: | ---: |\n"
         );
         for set in SETS {
@@ -375,8 +382,9 @@ fn ratios(set: u64, untyped: f64, bytes: f64) -> Vec<Figure> {
 /// The checks of all sizes, of one address.
 fn sizes(guest: &mut Guest) -> Result<String> {
     let mut text = String::from(
-        "| check | untyped | untyped, unaligned | byte-checked, whole granule | byte-checked, partial granule | full, whole granule | full, \
-         partial granule |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n",
+        "| check | untyped | untyped, unaligned | byte-checked, whole granule | byte-checked, \
+         partial granule | full, whole granule | full, partial granule |\n\
+         | --- | ---: | ---: | ---: | ---: | ---: | ---: |\n",
     );
     let at = |check, base, size| Access { check, base, set: GRANULE, step: STAY, size };
     let start = guest.start();

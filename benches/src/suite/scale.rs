@@ -59,8 +59,10 @@ pub fn figures(
 
 fn sizes(program: &Program, write: bool, tick: &impl Fn(&str)) -> Result<String> {
     let mut text = String::from(
-        "A guest that ends with its first instruction: what is there before any guest runs. Memory in MiB:\n\n\
-         | guest memory | shadow | page shadow | byte shadow, resident | memory of `umbra`, peak | start to the guest's first instruction, ms |\n\
+        "A guest that ends with its first instruction: what is there before any guest runs. \
+         Memory in MiB:\n\n\
+         | guest memory | shadow | page shadow | byte shadow, resident | memory of `umbra`, peak \
+         | start to the guest's first instruction, ms |\n\
          | ---: | --- | ---: | ---: | ---: | ---: |\n",
     );
     let mut skipped = String::new();
@@ -138,11 +140,16 @@ fn many(
     fs::write(&initrd, trace.file).with_context(|| format!("cannot write {}", initrd.display()))?;
     let total = available_memory() as f64;
     let mut text = format!(
-        "\n### Many guests at once\n\nThe test kernel in {} MiB, held after the first {} events of the trace's slice, and, in other guests, after it has touched all of its\n\
-         memory. *One more guest* is what each held process has for itself (`smaps_rollup`), on average over those that were held at once; the\n\
-         last columns are the host's memory divided by that, without the fraction: the {} MiB that were available here before, and what hosts of\n\
-         other sizes would have if all of it were available. (What KVM itself takes of the host's memory is not in it; guests are started until\n\
-         there are as many as `--guests` says, or {} MiB are left.)\n\n| guest memory | shadow | guests at once | one more guest, MiB | fit here |",
+        "\n\
+         ### Many guests at once\n\n\
+         The test kernel in {} MiB, held after the first {} events of the trace's slice, and, in \
+         other guests, after it has touched all of its memory. *One more guest* is what each held \
+         process has for itself (`smaps_rollup`), on average over those that were held at once; \
+         the last columns are the host's memory divided by that, without the fraction: the {} MiB \
+         that were available here before, and what hosts of other sizes would have if all of it \
+         were available. (What KVM itself takes of the host's memory is not in it; guests are \
+         started until there are as many as `--guests` says, or {} MiB are left.)\n\n\
+         | guest memory | shadow | guests at once | one more guest, MiB | fit here |",
         GUEST >> 20,
         number(EVENTS as f64),
         number(total / MIB),

@@ -24,7 +24,8 @@ const FIRST_LINE: &str = "bench begin";
 /// # Errors
 /// Umbra does not start.
 pub fn figures(program: &Program, kernel: &[u8], tick: impl Fn(&str)) -> Result<Vec<Figure>> {
-    const LINE: &str = "process start to the first instructions of a guest: a kernel of 14 bytes, which says a line";
+    const LINE: &str = "process start to the first instructions of a guest: a kernel of 14 bytes, \
+                        which says a line";
     const KERNEL: &str = "process start to the test kernel's first line";
     let (small, large) = (program.folder().join("says-a-line"), program.folder().join("kernel"));
     std::fs::write(&small, pvh::says_a_line())
@@ -61,7 +62,8 @@ pub fn figures(program: &Program, kernel: &[u8], tick: impl Fn(&str)) -> Result<
         .with_context(|| format!("cannot write {}", same.display()))?;
     all.extend(qemu(KERNEL, &same, FIRST_LINE, &tick).map(|figure| {
         let note =
-            "without shadow; with a few instructions before it, because QEMU starts ELF files by PVH only";
+            "without shadow; with a few instructions before it, because QEMU starts ELF files by \
+             PVH only";
         if figure.note.is_empty() { figure.note(note) } else { figure }
     }));
     for shadow in ["off", "per-page", "full"] {

@@ -1,8 +1,8 @@
 //! Who allocated and freed what.
 //!
-//! A record goes one way: from its CPU's ring ([`rings`]), decoded once (`umbra_shadow::abi::Record`), through
-//! [`Provenance::drain`] into the table of objects with their call stacks ([`objects`]) and, if it
-//! is a free, into the quarantine ([`quarantine`]).
+//! A record goes one way: from its CPU's ring ([`rings`]), where it is decoded once
+//! (`umbra_shadow::abi::Record`), through [`Provenance::drain`] into the table of objects with
+//! their call stacks ([`objects`]) and, if it is a free, into the quarantine ([`quarantine`]).
 //!
 //! The crate knows neither KVM nor the shadow's windows. Guest memory is what a caller passes in
 //! ([`rings::RingMemory`]), and an address is whatever the caller keys memory by: Umbra passes

@@ -283,7 +283,8 @@ mod tests {
                         *waiting = if drain && at == cpu { 0 } else { *waiting };
                     }
                 }
-                let in_rings: u64 = rings.iter().flat_map(|ring| &ring.0).map(|m| u64::from(m.slot)).sum();
+                let in_rings = rings.iter().flat_map(|ring| &ring.0);
+                let in_rings: u64 = in_rings.map(|m| u64::from(m.slot)).sum();
                 prop_assert!(quarantine.figures().bytes + in_rings <= LIMIT);
                 if drain && quarantine.needs_eviction() {
                     quarantine.evict(usize::MAX, false);

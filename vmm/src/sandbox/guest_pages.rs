@@ -1,8 +1,8 @@
 //! Reclaims host memory behind guest pages whose contents are dead: free pages, freed objects in
 //! the quarantine, and the empty part of rings.
 //!
-//! The shadow says which pages these are. The guest says once, in its first call ([`GuestFlags`]), that
-//! their contents may be discarded. For free pages this does what the free page reporting of a
+//! The shadow says which pages these are. The guest says once, in its first call ([`GuestFlags`]),
+//! that their contents may be discarded. For free pages this does what the free page reporting of a
 //! balloon does, without a driver.
 //!
 //! **Why nothing live is lost.** It runs while every vCPU stands still. An allocator unpoisons a

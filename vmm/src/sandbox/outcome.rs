@@ -42,7 +42,11 @@ pub enum Outcome {
         place: String,
     },
     /// A CPU exception the guest had no answer to.
-    #[error("the guest died of exception {vector} ({name}) at {place}, error code {error:#x}, address {address:#x}", name = exception(*vector))]
+    #[error(
+        "the guest died of exception {vector} ({name}) at {place}, error code {error:#x}, \
+         address {address:#x}",
+        name = exception(*vector)
+    )]
     Fault {
         /// The exception's vector.
         vector: u32,

@@ -270,7 +270,8 @@ mod tests {
     #[test]
     fn smaps_counts_only_private_memory_of_the_range() {
         let smaps = b"1000-2000 rw-p 00000000 00:00 0 \nSize: 4 kB\nAnonymous:      4 kB\n\
-            2000-4000 rw-p 00000000 00:00 0 \nRss: 96 kB\nAnonymous:      8 kB\nAnonHugePages: 64 kB\nSwap:   4 kB\n\
+            2000-4000 rw-p 00000000 00:00 0 \nRss: 96 kB\n\
+             Anonymous:      8 kB\nAnonHugePages: 64 kB\nSwap:   4 kB\n\
             SwapPss: 4 kB\n\
             4000-6000 rw-p 00000000 00:00 0 /tmp/a-b \xff\nAnonymous:   16 kB\n\
             6000-9000 rw-p 0 00:00 0\nAnonymous: 32 kB\n" as &[u8];

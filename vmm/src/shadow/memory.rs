@@ -338,9 +338,15 @@ mod tests {
             // The page shadow, and how the byte shadow begins and ends.
             values in proptest::collection::vec(
                 (
-                    proptest::sample::select(vec![0u8, 1, 1, 2, 0xfe, SLAB_FREE_TRACK, FREE_PAGE, FREE_PAGE]),
-                    proptest::sample::select(vec![SLAB_FREE_TRACK, SLAB_FREE_TRACK, SLAB_REDZONE, 0, 5, 0xfb, 0xfe]),
-                    proptest::sample::select(vec![SLAB_FREE_TRACK, SLAB_REDZONE, SLAB_REDZONE, 0, 0xfb]),
+                    proptest::sample::select(vec![
+                        0u8, 1, 1, 2, 0xfe, SLAB_FREE_TRACK, FREE_PAGE, FREE_PAGE,
+                    ]),
+                    proptest::sample::select(vec![
+                        SLAB_FREE_TRACK, SLAB_FREE_TRACK, SLAB_REDZONE, 0, 5, 0xfb, 0xfe,
+                    ]),
+                    proptest::sample::select(vec![
+                        SLAB_FREE_TRACK, SLAB_REDZONE, SLAB_REDZONE, 0, 0xfb,
+                    ]),
                     1..512u64,
                 ),
                 1..100,
@@ -364,7 +370,8 @@ mod tests {
                 SLAB_FREE_TRACK => objects,
                 PAGE_BYTES => {
                     let both = [*left, *right];
-                    let fits = both.iter().all(|code| [SLAB_FREE_TRACK, SLAB_REDZONE].contains(code));
+                    let expected = [SLAB_FREE_TRACK, SLAB_REDZONE];
+                    let fits = both.iter().all(|code| expected.contains(code));
                     objects && fits && both.contains(&SLAB_FREE_TRACK)
                 }
                 _ => false,

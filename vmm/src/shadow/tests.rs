@@ -401,9 +401,11 @@ fn the_limit_holds_and_unused_chunks_make_room() {
     let (third, limit) = (guest.byte_gpa(chunk(3)), 2 * CHUNK_BYTES + 4095);
     for _ in 0..2 {
         let over = guest.windows.fault(third, 8, true, &mut guest.slots);
-        assert!(
-            matches!(over, Err(ShadowError::Limit { limit: l, needed }) if l == limit && needed == 3 * CHUNK_BYTES)
-        );
+        assert!(matches!(
+            over,
+            Err(ShadowError::Limit { limit: l, needed })
+                if l == limit && needed == 3 * CHUNK_BYTES
+        ));
     }
     assert_eq!((guest.byte(chunk(0)), guest.byte(chunk(2) + 4096)), (SLAB_FREE, SLAB_REDZONE));
     assert_eq!(guest.slots.live(), 3);
@@ -489,7 +491,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let len = prop_oneof![0..300u64, (0..12u64).prop_map(|pages| pages * 4096), 0..0x5000u64];
     let range = (start, len).prop_map(|(start, len)| (start, len.min(RAM - start)));
     let step = prop_oneof![
-        3 => (range.clone(), 0x80..=0xffu8).prop_map(|((start, len), code)| Step::Poison(start, len, code)),
+        3 => (range.clone(), 0x80..=0xffu8)
+            .prop_map(|((start, len), code)| Step::Poison(start, len, code)),
         3 => range.prop_map(|(start, len)| Step::Unpoison(start, len)),
         1 => Just(Step::Release),
     ];
@@ -539,7 +542,8 @@ proptest! {
             prop_assert!(guest.memory().windows.model().memory().mapped_bytes() <= limit);
             match result {
                 Err(ShadowError::Limit { .. }) if sync => continue, // Unchanged.
-                Err(ShadowError::Limit { .. }) => return Ok(()), // The guest is stopped in the middle.
+                // The guest is stopped in the middle.
+                Err(ShadowError::Limit { .. }) => return Ok(()),
                 other => prop_assert!(other.is_ok(), "{other:?}"),
             }
             match step {

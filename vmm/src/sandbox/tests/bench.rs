@@ -2,6 +2,7 @@
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use std::sync::{Arc, Mutex};
+
 use umbra_machine::complete::Cpu;
 use umbra_machine::devices::Devices;
 use umbra_machine::memory::Ram;

@@ -2,6 +2,7 @@
 //! run.
 
 use std::time::Duration;
+
 use umbra_machine::devices::COM1;
 use umbra_machine::vcpu::{Data, VmExit};
 use umbra_provenance::Quarantine;

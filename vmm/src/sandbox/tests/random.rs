@@ -44,7 +44,8 @@ fn exits() -> impl Strategy<Value = VmExit> {
         3 => (gpa(), data).prop_map(|(gpa, data)| VmExit::MmioWrite { gpa, data }),
         1 => (gpa(), addresses(), any::<u64>())
             .prop_map(|(gpa, size, flags)| VmExit::MemoryFault { gpa, size, flags }),
-        1 => (any::<[u8; 15]>(), any::<u8>()).prop_map(|(bytes, len)| VmExit::EmulationFailed { bytes, len }),
+        1 => (any::<[u8; 15]>(), any::<u8>())
+            .prop_map(|(bytes, len)| VmExit::EmulationFailed { bytes, len }),
         1 => prop::sample::select(vec![
             VmExit::Hlt, VmExit::Shutdown, VmExit::Interrupted, VmExit::SystemEvent { kind: 1 },
             VmExit::FailEntry { reason: 1 }, VmExit::InternalError { suberror: 2 },
