@@ -1,8 +1,9 @@
-//! Keeps the figures that repeat exactly from getting worse unseen: `gate.json` holds them, a test
-//! compares.
+//! The gate: `gate.json` holds the figures that repeat exactly, and a test fails when one gets
+//! worse.
 //!
 //! Instructions, exits and bytes of shadow do not depend on the host's speed or load. They depend
-//! on the compiler of the guest, which is held too; instructions exist only where KVM counts them.
+//! on the guest's compiler, so figures are held for each compiler. Instructions are measured only
+//! where KVM counts them.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -14,15 +15,15 @@ use serde::{Deserialize, Serialize};
 use crate::figure::{Figure, number};
 
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/gate.json");
-/// How much more a figure may be, in percent.
+/// Most that a figure may grow, in percent.
 const MORE: f64 = 2.0;
-/// What the two kinds of figures are called where they are not compared.
+/// Figures without a guest, in the list of what was not compared.
 const NATIVELY: &str = "figures without a guest";
-/// The other kind.
+/// Figures of guests.
 pub const GUESTS: &str = "figures of guests";
-/// What a nested host spends is called so.
+/// Figures of the nested host.
 const NESTED: &str = "figures of the nested host";
-/// What to do where figures are not held.
+/// Advice where no figure is held.
 const HOLD: &str = "`cargo xtask bench gate --update` holds these";
 
 /// Figures by group and name.
@@ -32,36 +33,36 @@ type Held = BTreeMap<String, f64>;
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Gate {
-    /// What is measured without a guest.
+    /// Figures without a guest.
     natively: Held,
-    /// What guests do, by the compiler of the guest: another one makes other instructions.
+    /// Figures of guests, by the guest's compiler: another one generates other instructions.
     guests: BTreeMap<String, Held>,
-    /// What the nested host spends, by what that is made of.
+    /// Figures of the nested host, by its versions of QEMU and Linux.
     #[serde(default)]
     nested: BTreeMap<String, Held>,
 }
 
-/// What a comparison came to, in sentences.
+/// The result of a comparison, in sentences.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Compared {
-    /// What got worse, or is gone.
+    /// Figures that got worse, or are gone.
     pub worse: Vec<String>,
-    /// What got better, or is new.
+    /// Figures that got better, or are new.
     pub better: Vec<String>,
-    /// Figures that are as they were.
+    /// Number of figures within the tolerance.
     pub same: usize,
-    /// Figures for which one is held: if there are none, nothing was compared.
+    /// Number of figures for which one is held; if 0, nothing was compared.
     pub compared: usize,
-    /// Which figures were not compared, and why.
+    /// Kinds of figures that were not compared, and why.
     pub skipped: Vec<(&'static str, String)>,
 }
 
-/// What can be measured here.
+/// The figures that this host can measure.
 #[derive(Debug)]
 pub struct Measured {
     /// Figures without a guest.
     pub natively: Vec<Figure>,
-    /// Figures of guests, and the guest's compiler; or why no guest was asked.
+    /// The guest's compiler and the figures of guests, or why no guest was run.
     pub guests: Result<(String, Vec<Figure>), String>,
 }
 
@@ -80,14 +81,14 @@ impl Gate {
     /// Reads the file.
     ///
     /// # Errors
-    /// There is none, or it is not as [`Gate::update`] writes it.
+    /// The file is missing, or not as [`Gate::update`] writes it.
     pub fn read() -> Result<Self> {
         let text = fs::read(FILE).with_context(|| format!("cannot read {FILE}"))?;
         serde_json::from_slice(&text).with_context(|| format!("{FILE} is damaged"))
     }
 
-    /// Holds what was measured from now on; what could not be measured, and what another compiler
-    /// made, stays as it was.
+    /// Replaces the held figures by `measured`. Figures that could not be measured, and those of
+    /// other compilers, stay.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -105,7 +106,7 @@ impl Gate {
             .with_context(|| format!("cannot write {FILE}"))
     }
 
-    /// Holds figures of a nested host from now on, by its versions.
+    /// Replaces the held figures of the nested host with these versions.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -115,7 +116,7 @@ impl Gate {
         self.write()
     }
 
-    /// Compares figures of a nested host with those that are held for one of the same versions.
+    /// Compares figures of a nested host with those held for the same versions.
     pub fn compare_nested(&self, versions: &str, figures: &[Figure]) -> Compared {
         let mut compared = Compared::default();
         match self.nested.get(versions) {
@@ -132,7 +133,7 @@ impl Gate {
         compared
     }
 
-    /// Compares.
+    /// Compares figures with those held.
     pub fn compare(&self, measured: &Measured) -> Compared {
         let mut compared = Compared::default();
         compared.take(NATIVELY, &self.natively, &measured.natively);
@@ -157,7 +158,7 @@ impl Gate {
 }
 
 impl Compared {
-    /// Prints it.
+    /// Prints the result.
     pub fn print(&self) {
         for (figures, why) in &self.skipped {
             println!("{}", umbra_skip::line(figures, why));

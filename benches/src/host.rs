@@ -1,29 +1,29 @@
-//! What the host is that figures are measured on, and how much memory it can spare.
+//! The host that figures are measured on, and the memory it can spare.
 
 use std::fs;
 use std::thread::available_parallelism;
 
 use serde::Serialize;
 
-/// Host memory that is left alone when a size is tried.
+/// Host memory that a measurement leaves free.
 pub(crate) const SPARE: u64 = 1 << 30;
 
-/// What the figures were measured on.
+/// The host that figures were measured on.
 #[derive(Serialize)]
 pub(crate) struct Host {
-    /// None where no guest was asked.
+    /// None where no guest was run.
     #[serde(skip_serializing_if = "Option::is_none")]
     kind: Option<&'static str>,
     cpus: usize,
     cpu: String,
     memory_mib: u64,
     kernel: String,
-    /// Processes that want to run, over the last minute: what else the host had to do.
+    /// Load average over the last minute: other work of the host.
     load: String,
 }
 
 impl Host {
-    /// This host. `counted` tells whether its KVM counts guest instructions, if that matters.
+    /// This host. `counted`: whether its KVM counts guest instructions, if that matters.
     pub(crate) fn new(counted: Option<bool>) -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let info = read("/proc/cpuinfo");
@@ -47,7 +47,7 @@ impl Host {
             cpus: available_parallelism().map_or(1, usize::from),
             cpu: cpu.map_or_else(|| "unknown".to_owned(), |(_, name)| name.trim().to_owned()),
             memory_mib: total.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) >> 10,
-            // The version without what its builder added to it.
+            // The version without suffixes of its builder.
             kernel: release.split('.').take(2).collect::<Vec<_>>().join("."),
             load: read("/proc/loadavg").split_whitespace().next().unwrap_or("unknown").to_owned(),
         }

@@ -1,8 +1,6 @@
-//! Where the measured figures are kept: one file for each part, and `BENCHMARKS.md`, which is all
-//! of them in order.
+//! Keeps the results: one file for each part, and `BENCHMARKS.md`, which has all of them in order.
 //!
-//! A part writes `results/NN-name.md`, and its plots beside it. Whoever adds a part picks a number;
-//! nothing else has to know.
+//! A part writes `results/NN-name.md`, and its plots beside it. A new part only needs a number.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,29 +16,29 @@ const WHOLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../BENCHMARKS.md");
 const INTRODUCTION: &str = "\
 # Benchmarks
 
-What Umbra costs beside a full shadow, KASAN's layout, and beside what else one could take. `cargo
-xtask bench` measures and writes this page, but for the parts on whole hosts and on Linux. Each part
+What Umbra costs, compared with a full shadow (KASAN's layout) and with the alternatives. `cargo
+xtask bench` measures and writes this page, except the parts on whole hosts and on Linux. Each part
 names its command, its host and its commit. Nothing here is written by hand.
 
 How to read it:
 
-- What hardware will pay is in the first part: it counts guest, VMM and host kernel together. All
-  other parts count or time one of them. Where they say *instructions*, these are the guest's alone.
+- The first part shows what hardware will pay: it counts guest, VMM and host kernel together. All
+  other parts count or time one of them. There, *instructions* are the guest's alone.
 - *Two-level* (`per-page`) is Umbra's shadow: one byte for each page, and KASAN's byte shadow only
   for pages that need it. *Full* is KASAN's own layout, 1/8 of memory, from the start.
 - Instructions, exits and bytes repeat exactly. Seconds and nanoseconds do not: compare them only
-  within one table, where all was measured in turns.
-- On a host whose KVM emulates ring 0 (PVM) an instruction of the guest costs about 0.2 µs, and an
-  exit as much as 50 of them. On hardware an instruction costs about 0.3 ns, and an exit as much as
+  within one table, where all were measured in turns.
+- On a host whose KVM emulates ring 0 (PVM), an instruction of the guest costs about 0.2 µs, and an
+  exit as much as 50 of them. On hardware, an instruction costs about 0.3 ns, and an exit as much as
   thousands.
-- Resident memory is what the kernel says (`/proc/self/smaps`, `/proc/self/pagemap`). What is only
-  counted is called so.
-- A limit is what the project holds itself to. A figure over its limit is printed as such.
+- Resident memory is what the kernel reports (`/proc/self/smaps`, `/proc/self/pagemap`). Figures
+  that are only counted say so.
+- A limit is what the project promises. A figure over its limit is marked.
 ";
 
 /// A part of the page.
 pub struct Section<'a> {
-    /// The name of its file: two digits that say where it comes, and a word.
+    /// The name of its file: two digits, which give its place, and a word.
     pub name: &'a str,
     /// Its heading.
     pub title: &'a str,
@@ -53,7 +51,7 @@ pub struct Section<'a> {
 }
 
 impl Section<'_> {
-    /// Writes it, and the whole page anew.
+    /// Writes its file, and the whole page anew.
     ///
     /// # Errors
     /// A file cannot be written or read.
@@ -122,14 +120,14 @@ fn commit() -> String {
     let Some(hash) = git(&["rev-parse", "--short", "HEAD"]) else {
         return "an unknown commit".into();
     };
-    // Only what was measured before may differ.
+    // The results may differ.
     let changed =
         git(&["status", "--porcelain", "--", ":/", ":!/benches/results", ":!/BENCHMARKS.md"]);
     let changed = changed.is_none_or(|changed| !changed.is_empty());
     format!("commit {hash}{}", if changed { " with changes" } else { "" })
 }
 
-/// The path of a plot, and how the page names it.
+/// The path of a plot, and its path on the page.
 pub fn plot(name: &str) -> (PathBuf, String) {
     (Path::new(FOLDER).join(name), format!("benches/results/{name}"))
 }

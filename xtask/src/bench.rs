@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: builds what a part of the benchmarks needs, and becomes it.
+//! `cargo xtask bench`: builds what a part of the benchmarks needs, and executes it.
 
 use std::ffi::OsString;
 use std::fs;

@@ -1,4 +1,4 @@
-//! What every task needs to know.
+//! State that every task needs.
 
 use std::path::{Path, PathBuf};
 
@@ -25,7 +25,7 @@ impl Context {
         Ok(Self { root, cargo, progress: Progress::new(verbose) })
     }
 
-    /// Another program, in the workspace's folder.
+    /// A command for another program, in the workspace's folder.
     pub fn program(&self, path: &Path) -> Command {
         Command::new(path, &self.root)
     }
@@ -33,7 +33,8 @@ impl Context {
     /// A cargo command for the host.
     pub fn cargo(&self) -> Command {
         let mut command = Command::new(&self.cargo, &self.root);
-        // `target/guest/umbra-kernel`, which is just built, is what gets embedded without it.
+        // Without this variable, the kernel that was just built is embedded
+        // (`target/guest/umbra-kernel`).
         command.without("UMBRA_KERNEL");
         command
     }

@@ -1,5 +1,5 @@
-//! `cargo xtask demo`: builds everything and becomes `umbra demo`, or runs it in the nested host
-//! where there is no KVM.
+//! `cargo xtask demo`: builds everything and executes `umbra demo`, in the nested host if there is
+//! no KVM.
 
 use std::ffi::OsString;
 use std::fs::OpenOptions;
@@ -11,7 +11,7 @@ use anyhow::Result;
 use crate::programs::UMBRA;
 use crate::{Context, nested, programs};
 
-/// Runs it. Where there is KVM, returns only if that fails.
+/// Runs the demo. With KVM, returns only on failure.
 pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
     let boots =
         !arguments.iter().any(|argument| ["--list", "--help", "-h"].contains(&argument.as_str()));
@@ -27,12 +27,12 @@ pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
     }
     context.progress.step("starting the demo");
     context.progress.finish();
-    // It knows where the program is, wherever results are put.
+    // cargo knows where the program is, whatever its target folder.
     let run = ["run", "--quiet"];
     context.cargo().args(run).args(UMBRA).args(["--", "demo"]).args(arguments).replace()
 }
 
-/// Why guests cannot be booted on this machine, if so, and what to do about it.
+/// The reason why guests cannot be booted on this machine, if any, and what to do about it.
 pub fn kvm_problem() -> Option<String> {
     OpenOptions::new().read(true).write(true).open("/dev/kvm").err().as_ref().map(describe)
 }

@@ -1,4 +1,4 @@
-//! Builds the first program of the Linux guests that tests boot.
+//! Builds the program `umbra`, and the first program of the Linux guests that tests boot.
 
 use std::path::PathBuf;
 
@@ -7,10 +7,10 @@ use anyhow::{Context as _, Result};
 use crate::process::Command;
 use crate::{Context, guest, setup};
 
-/// The program, in cargo's terms.
+/// cargo's arguments for the program `umbra`.
 pub const UMBRA: [&str; 5] = ["--release", "--package", "umbra", "--bin", "umbra"];
 
-/// Builds the test kernel and Umbra with it, and returns the program.
+/// Builds the test kernel, and Umbra with it. Returns the path of `umbra`.
 pub fn umbra(context: &Context) -> Result<PathBuf> {
     guest::build(context)?;
     context.progress.step("building Umbra");
@@ -18,12 +18,12 @@ pub fn umbra(context: &Context) -> Result<PathBuf> {
     Ok(context.root.join("target/release/umbra"))
 }
 
-/// The source, and the library that it is linked with.
+/// Source of the first program, and the library that it is linked with.
 const SOURCE: &str = "tests/programs/init.c";
 const LIBRARY: (&str, &str) = ("/usr/lib/x86_64-linux-gnu/libc.a", "libc6-dev");
 
-/// Builds `target/guest/programs/init`, linked statically. Without a compiler says so; the tests
-/// that need it are skipped then.
+/// Builds `target/guest/programs/init`, linked statically. Without a compiler, prints that it is
+/// missing; the tests that need the program are then skipped.
 pub fn build(context: &Context) -> Result<()> {
     let needed = [("gcc", "gcc"), LIBRARY];
     let missing = setup::packages(context, &needed, "programs for guests are built with them")?;

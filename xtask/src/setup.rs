@@ -1,4 +1,4 @@
-//! Installs what a machine lacks, and says in one sentence what to do where it cannot.
+//! Installs what is missing on a machine. If it cannot, one sentence says what to do.
 
 use std::path::Path;
 
@@ -38,7 +38,7 @@ pub fn guest_tools(context: &Context) -> Result<Tools> {
     }
 }
 
-/// What a user must do about it.
+/// Advice for the user.
 fn advice(missing: Missing) -> String {
     match missing {
         Missing::Compiler => format!(
@@ -77,7 +77,7 @@ fn compiler(context: &Context) -> Result<()> {
         return Ok(());
     };
     context.progress.step("updating the list of packages");
-    // An old list may still do.
+    // An old list may be good enough.
     apt.command("apt-get", &context.root).args(["update", "-qq"]).run(&context.progress)?;
     for (compiler, sources) in PACKAGES {
         let policy = Command::new("apt-cache", &context.root)
@@ -96,16 +96,16 @@ fn compiler(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// The version that apt would install of both packages, if it is the same and new enough. Takes
-/// what `apt-cache policy` says about the two.
+/// The version that apt would install of both packages, if it is the same and new enough. `policy`
+/// is the output of `apt-cache policy` for both.
 fn matching_pair(policy: &str) -> Option<&str> {
     let mut candidates = policy.lines().filter_map(|line| line.trim().strip_prefix("Candidate: "));
     let (compiler, sources) = (candidates.next()?, candidates.next()?);
     (compiler == sources && Version::parse(compiler)? >= OLDEST).then_some(compiler)
 }
 
-/// Installs packages, where there is apt-get and the right to use it; else does nothing, and the
-/// look that follows tells the user what to do. Never removes a package for it.
+/// Installs packages, if there is apt-get and the right to use it. If not, does nothing: the check
+/// that follows tells the user what to do. Never removes a package.
 fn apt_install(context: &Context, packages: &[&str]) -> Result<()> {
     if let Some(apt) = Apt::find(context) {
         let install = || {
@@ -115,7 +115,7 @@ fn apt_install(context: &Context, packages: &[&str]) -> Result<()> {
                 .args(packages);
             command.run(&context.progress)
         };
-        // A list of packages that is missing or old names files that are gone.
+        // The list of packages may be missing, or too old to download from.
         let update =
             || apt.command("apt-get", &context.root).args(["update", "-qq"]).run(&context.progress);
         let installed = install()?.success || (update()?.success && install()?.success);
@@ -126,7 +126,7 @@ fn apt_install(context: &Context, packages: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Whether programs are there; tries to install those that are not, by Debian packages of the same
+/// Whether programs are there. Tries to install missing ones from Debian packages of the same
 /// names.
 pub fn programs(context: &Context, names: &[&str]) -> Result<bool> {
     let missing = || names.iter().copied().filter(|name| which(name).is_none()).collect::<Vec<_>>();
@@ -140,7 +140,7 @@ pub fn programs(context: &Context, names: &[&str]) -> Result<bool> {
     Ok(missing().is_empty())
 }
 
-/// Whether files are there; tries to install Debian's packages of those that are not, for a reason.
+/// Looks for files, and tries to install the Debian packages of missing ones. `why` is shown.
 pub fn packages(
     context: &Context,
     wanted: &[(&str, &'static str)],
@@ -164,8 +164,7 @@ pub fn packages(
     Ok(missing())
 }
 
-/// A browser for the tests of the page that `--html` writes. Without one they are skipped, and say
-/// so.
+/// Installs a browser for the tests of the `--html` page. Without one they are skipped.
 pub fn browser(context: &Context) -> Result<()> {
     if which("chromium").is_some() || Apt::find(context).is_none() {
         return Ok(());
@@ -177,8 +176,8 @@ pub fn browser(context: &Context) -> Result<()> {
     apt_install(context, &["chromium", "fonts-dejavu-core"])
 }
 
-/// Whether a part of the toolchain that cargo calls (`fmt`, `clippy`) is there; tries to install it
-/// by rustup.
+/// Whether a part of the toolchain that cargo calls (`fmt`, `clippy`) is there. Tries to install it
+/// with rustup.
 pub fn component(context: &Context, program: &str, component: &str) -> Result<bool> {
     let works = || -> Result<bool> {
         Ok(context

@@ -1,4 +1,4 @@
-//! The tables of what was measured, and the figures beside their limits.
+//! The tables, and the figures with their limits.
 
 use std::fmt::Write as _;
 
@@ -8,10 +8,10 @@ use super::{All, KERNELS, MEMORY, Mark, Measured, WITH_SUITE};
 use crate::figure::{Figure, markdown, number};
 
 const MIB: f64 = 1_048_576.0;
-/// The kernels whose shadow is memory of theirs.
+/// The kernels whose shadow is in guest memory.
 const IN_THE_GUEST: [&str; 2] = ["outline", "inline"];
 
-/// What happened between two moments, or from the start of the guest.
+/// The cost between two marks, or from the start of the guest.
 fn since(from: Option<&Mark>, to: &Mark) -> Mark {
     let nothing = Mark::default();
     let from = from.unwrap_or(&nothing);
@@ -25,7 +25,7 @@ fn since(from: Option<&Mark>, to: &Mark) -> Mark {
     }
 }
 
-/// The parts of a run by themselves.
+/// The parts of a run.
 const PARTS: [(&str, Part); 3] = [("boot", boot), ("workload", workload), ("suite", suite)];
 type Part = fn(&Measured) -> Option<Mark>;
 
@@ -41,7 +41,8 @@ fn suite(run: &Measured) -> Option<Mark> {
     Some(since(Some(run.workload.as_ref()?), run.suite.as_ref()?))
 }
 
-/// What a kernel with KASAN executed for its boot and the suite, without the workload between them.
+/// Instructions of a kernel with KASAN for its boot and the suite, without the workload between
+/// them.
 fn boot_and_suite(run: &Measured) -> Option<u64> {
     Some(boot(run)?.instructions? + suite(run)?.instructions?)
 }

@@ -13,19 +13,18 @@ use crate::plot::{self, Axis, Line};
 use crate::results;
 
 const MIB: f64 = 1_048_576.0;
-/// Most that page shadow and peak byte shadow of the whole trace may be together, in MiB, on 24
-/// GiB.
+/// Limit for page shadow and peak byte shadow of the whole trace together, in MiB, on 24 GiB.
 const MOST: f64 = 25.0;
-/// Most that they may be of a full shadow, in percent.
+/// Limit relative to a full shadow, in percent.
 const SHARE: f64 = 1.0;
-/// Most seconds that 5 million events may take.
+/// Limit for 5 million events, in seconds.
 const SECONDS: f64 = 5.0;
 /// Events of the whole trace.
 const WHOLE: u64 = 5_000_000;
 /// Memory of the machine that it was recorded on.
 const RECORDED: u64 = 24 << 30;
 
-/// A way to keep shadow, and what it takes, in bytes.
+/// A layout of shadow, and its cost in bytes.
 struct Way {
     name: &'static str,
     how: &'static str,
@@ -36,7 +35,7 @@ struct Way {
     time: Option<[Spent; 2]>,
 }
 
-/// What a replay of both models says: figures with limits, and text for the page.
+/// The result of a replay of both models: figures with limits, and text for the page.
 pub struct Told {
     /// The figures.
     pub figures: Vec<Figure>,
@@ -44,8 +43,8 @@ pub struct Told {
     pub text: String,
 }
 
-/// Replays the trace at `path` with both models. `no_full` is why a full shadow cannot be had, if
-/// so; `write` has plots written.
+/// Replays the trace at `path` with both models. `no_full` is the reason why there is no full
+/// shadow, if so. `write`: also write the plots.
 ///
 /// # Errors
 /// As [`replay`], or a plot cannot be written.

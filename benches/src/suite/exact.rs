@@ -1,4 +1,4 @@
-//! The figures that repeat exactly: what the gate compares.
+//! The figures that repeat exactly, which the gate compares.
 
 use std::path::Path;
 
@@ -12,15 +12,15 @@ use crate::meter::Meter;
 use crate::replay::replay as replay_natively;
 use crate::trace::SLICE;
 
-/// The units of what repeats exactly.
+/// The units of figures that repeat exactly.
 const UNITS: [&str; 4] = ["instructions", "exits", "exits/call", "KiB"];
 /// Memory of the machine that the trace was recorded on.
 const MEMORY: u64 = 24 << 30;
 
-/// Measures all that repeats. `tick` hears what is being done.
+/// Measures the figures that repeat exactly. `tick` gets each step.
 ///
 /// # Errors
-/// Something that can be measured here could not.
+/// A measurement failed that this host supports.
 pub fn measure(tick: impl Fn(&str) + 'static) -> Result<Measured> {
     tick("replaying the trace's slice");
     let slice = replay_natively(Path::new(SLICE), MEMORY, Mode::PerPage, |_, _| {})?.figures;
@@ -51,7 +51,7 @@ fn guests(tick: impl Fn(&str) + 'static) -> Result<Result<(String, Vec<Figure>),
     })
 }
 
-/// The figures of guests that have no times in them.
+/// The figures of guests, without times.
 fn of_guests(meter: &Meter) -> Result<Vec<Figure>> {
     let mut all = replay::figures(meter, Path::new(SLICE))?.0;
     all.extend(checks::figures(meter)?);
@@ -59,7 +59,7 @@ fn of_guests(meter: &Meter) -> Result<Vec<Figure>> {
     Ok(all)
 }
 
-/// The compiler that a kernel's file names.
+/// The compiler that is named in a kernel's file.
 fn compiler(kernel: &[u8]) -> String {
     const MARK: &[u8] = b"rustc version ";
     let at = kernel.windows(MARK.len()).position(|part| part == MARK);

@@ -32,10 +32,10 @@ use crate::program::Program;
 use crate::results::Section;
 use crate::trace::{SLICE, Trace};
 
-// The nested part still names these by this module.
+// `nested` uses these by this path.
 pub(crate) use crate::program::FOLDER;
 
-/// Prints what a comparison came to.
+/// Prints the result of a comparison.
 pub(crate) fn tell_compared(compared: &gate::Compared) {
     compared.print();
 }
@@ -62,18 +62,18 @@ struct Arguments {
     /// How many events --slice takes.
     #[arg(long, value_name = "N", default_value_t = 40_000)]
     events: u64,
-    /// With `scale`: how many guests to hold at once, as far as memory allows.
+    /// With `scale`: number of guests to hold at once, as far as memory allows.
     #[arg(long, value_name = "N", default_value_t = GUESTS,
           value_parser = clap::value_parser!(u16).range(1..))]
     guests: u16,
-    /// With `gate`: hold the figures as they are now.
+    /// With `gate`: replace the held figures by those of now.
     #[arg(long)]
     update: bool,
-    /// Leave BENCHMARKS.md, and the files that it is made of, as they are.
+    /// Do not change BENCHMARKS.md and the files that it is made of.
     #[arg(long)]
     keep: bool,
-    /// Measure by the clock, as on a host that does not count guest instructions, in so many
-    /// rounds.
+    /// Measure wall-clock time in this many rounds, as on a host that does not count guest
+    /// instructions.
     #[arg(long, value_name = "ROUNDS", num_args = 0..=1, default_missing_value = "2000000",
           value_parser = clap::value_parser!(u64).range(1..))]
     clock: Option<u64>,
@@ -82,7 +82,7 @@ struct Arguments {
     bench: bool,
 }
 
-/// How many guests `scale` holds at once.
+/// Guests that `scale` holds at once.
 const GUESTS: u16 = 24;
 
 fn size(text: &str) -> Result<u64, String> {
@@ -110,20 +110,20 @@ enum Part {
     Ring3,
     /// What allocations, events and calls cost, in a guest.
     Costs,
-    /// Compare the figures that repeat exactly with those in benches/gate.json. Only if named.
+    /// Compare the figures that repeat exactly with benches/gate.json. Only if named.
     Gate,
-    /// Boot, churn, and the shadow of both beside a full one.
+    /// Boot and churn, and their shadow compared with a full one.
     Workload,
     /// Memory and start of the program.
     Process,
     /// Guests from 64 MiB to 64 GiB, and many at once.
     Scale,
-    /// Time to a guest's first line, beside QEMU's.
+    /// Time to a guest's first line, compared with QEMU.
     Start,
 }
 
 impl Part {
-    /// Those that need a guest.
+    /// The parts that need a guest.
     const GUESTS: [Self; 8] = [
         Self::GuestReplay,
         Self::Checks,
@@ -182,7 +182,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// What all parts came to.
+/// The figures of all parts.
 #[derive(Default)]
 struct Measured {
     figures: Vec<Figure>,
@@ -229,7 +229,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     Ok(if over.iter().any(|f| f.is_news()) { ExitCode::from(1) } else { ExitCode::SUCCESS })
 }
 
-/// Compares what repeats exactly with what is held, or holds it.
+/// Compares the figures that repeat exactly with those held, or replaces these.
 fn compare(measured: &gate::Measured, update: bool) -> Result<ExitCode> {
     if update {
         if let Err(why) = &measured.guests {
@@ -256,7 +256,7 @@ impl Arguments {
         self.parts.is_empty() || self.parts.contains(&part)
     }
 
-    /// Prints what a part came to, and writes it down.
+    /// Prints the result of a part, and writes its file.
     fn tell(
         &self,
         part: Part,
@@ -291,7 +291,7 @@ impl Arguments {
     }
 }
 
-/// A path as the user meant it: cargo starts this program in another folder.
+/// A path relative to the user's folder: cargo starts this program in another one.
 fn from(path: &Path) -> PathBuf {
     match std::env::var_os("UMBRA_BENCH_FROM") {
         Some(folder) => Path::new(&folder).join(path),
@@ -329,7 +329,7 @@ fn natively(arguments: &Arguments, bar: &ProgressBar, measured: &mut Measured) -
     if arguments.wants(Part::Native) {
         let host = Host::new(None);
         let available = available_memory().saturating_sub(SPARE);
-        // Criterion says what it does.
+        // Criterion prints its own progress.
         bar.disable_steady_tick();
         bar.finish_and_clear();
         let (figures, text) = native::measure(available, Path::new(FOLDER), !arguments.keep)?;
@@ -340,7 +340,7 @@ fn natively(arguments: &Arguments, bar: &ProgressBar, measured: &mut Measured) -
     Ok(())
 }
 
-/// The parts that need one.
+/// The parts that need a guest.
 fn guests(
     arguments: &Arguments,
     folder: &Path,

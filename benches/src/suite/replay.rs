@@ -13,7 +13,7 @@ use crate::trace::Trace;
 
 /// Events of the slice that are replayed.
 const EVENTS: usize = 20_000;
-/// Most instructions with two-level shadow, to those with a full one.
+/// Limit for instructions with two-level shadow, relative to a full one.
 const MORE: f64 = 1.05;
 const KIB: f64 = 1024.0;
 const GROUP: &str = "replay of a trace in 256 MiB";
@@ -26,7 +26,7 @@ const MODES: [(Mode, &str); 5] = [
     (Mode::FULL_SYNC, "full, sync"),
 ];
 
-/// Measures it. Returns a table, too.
+/// Measures. Also returns a table.
 ///
 /// # Errors
 /// The slice in the repository is bad, or as [`Meter::run`].

@@ -1,4 +1,4 @@
-//! Guests of all sizes, and many at once: what shadow costs a host.
+//! The cost of shadow for a host: guests of all sizes, and many at once.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -19,28 +19,28 @@ use crate::trace::{SLICE, Trace};
 /// Guests from 64 MiB to 64 GiB.
 const SIZES: [u64; 6] = [64 << 20, 256 << 20, 1 << 30, 4 << 30, 16 << 30, 64 << 30];
 const SHADOWS: [&str; 3] = ["off", "per-page", "full"];
-/// Each of many guests, and the most that it takes of the host, with a full shadow.
+/// Memory of each of many guests, and the most host memory of one, with a full shadow.
 const GUEST: u64 = 256 << 20;
 const MOST: u64 = GUEST + GUEST / 8 + (32 << 20);
-/// Host memory that is left alone while there are many: more than for one, which is soon over.
+/// Host memory that is left free while there are many guests: more than for one, which ends soon.
 const LEFT: u64 = 4 << 30;
 /// Events of the trace that each of them replays.
 const EVENTS: usize = 4000;
-/// How many guests are held that have not touched all of their memory: they are all alike.
+/// Guests to hold that have not touched all of their memory; they are all alike.
 const FEW: usize = 4;
-/// Hosts for which it is projected, in GiB.
+/// Memory of the hosts in the projection, in GiB.
 const HOSTS: [u64; 4] = [32, 64, 256, 1024];
-/// What the guests do.
+/// Work of the guests.
 const DONE: [(&str, &str); 2] = [
     ("as the replay left it", "bench=replay:1"),
     ("all of it touched", "bench=replay:1 bench=touch:1"),
 ];
-/// How long one of them may take to get there.
+/// Time limit for that work.
 const LIMIT: Duration = Duration::from_secs(300);
 const MIB: f64 = 1_048_576.0;
 
-/// Measures. `guests` is how many are tried at once; `write` has a plot written; `tick` hears what
-/// is being done. Returns a table, too.
+/// Measures with up to `guests` guests at once. `write`: also write a plot. `tick` gets each step.
+/// Also returns a table.
 ///
 /// # Errors
 /// A guest does not start.
@@ -115,7 +115,7 @@ fn sizes(program: &Program, write: bool, tick: &impl Fn(&str)) -> Result<String>
     Ok(text + &skipped)
 }
 
-/// What a process holds for itself, in bytes: all that goes when it ends.
+/// Private memory of a process, in bytes: what is freed when it ends.
 fn private(process: &Running) -> Result<f64> {
     let path = format!("/proc/{}/smaps_rollup", process.id());
     let rollup = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;

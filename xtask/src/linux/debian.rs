@@ -1,4 +1,4 @@
-//! Debian's own kernel, as its package has it.
+//! Debian's own kernel, from its package.
 
 use std::fs;
 use std::path::Path;

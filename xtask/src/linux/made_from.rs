@@ -1,22 +1,22 @@
-//! A result that is kept knows what it was made from, so that it is made again only when that
-//! changes.
+//! Stamps: a file beside each result says what it was made from, so that it is made again only when
+//! that changes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
-/// The file that says what was made from what, in the folder with it.
+/// The stamp in a folder.
 pub fn stamp(folder: &Path) -> PathBuf {
     folder.join("made-from")
 }
 
-/// Whether what is in `folder` was made from `wanted`.
+/// Whether the result in `folder` was made from `wanted`.
 pub fn is_made_from(folder: &Path, wanted: &str) -> bool {
     fs::read_to_string(stamp(folder)).is_ok_and(|made| made == wanted)
 }
 
-/// An empty folder in place of whatever there is.
+/// Replaces a folder by an empty one.
 pub fn empty(folder: &Path) -> Result<()> {
     if folder.exists() {
         fs::remove_dir_all(folder)

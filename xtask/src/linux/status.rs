@@ -1,5 +1,5 @@
-//! `cargo xtask linux status`: which versions of Linux's sources there are, and which of them the
-//! series applies to.
+//! `cargo xtask linux status`: lists the versions of Linux's sources, and whether the series
+//! applies.
 
 use std::process::ExitCode;
 

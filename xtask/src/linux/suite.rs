@@ -1,5 +1,5 @@
 //! Linux's own tests of KASAN: in the kernel that Umbra checks, and in one with Linux's own KASAN
-//! for what they have to come to.
+//! for the expected results.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -13,7 +13,7 @@ use super::{build_all, build_compared};
 use crate::process::Command;
 use crate::{Context, setup};
 
-/// The list that the tests hold against.
+/// The list of expected results.
 const LIST: &str = "tests/data/kasan-suite.txt";
 /// Linux restarts the machine after the suite.
 const CMDLINE: &str = "console=ttyS0 panic=-1 reboot=k kunit_shutdown=reboot";

@@ -90,7 +90,7 @@ fn who_fails_after_a_skip_has_failed() {
     let (counts, shown) = sum(text, false);
     assert_eq!(counts, "0 passed, 1 failed, 1 skipped");
     assert!(shown.contains(&"SKIPPED: a/part: no KVM"));
-    // One that captures nothing, with a single thread.
+    // A harness with one thread that captures nothing.
     let text = "running 3 tests
          test a ... SKIPPED: a/part: no KVM
          thread 'main' panicked
@@ -179,10 +179,10 @@ fn failures_are_counted_shown_and_never_lost() {
     assert_eq!(sum("error: could not compile", false).0, "0 passed, 1 failed, 0 skipped");
 }
 
-/// What a test does in a harness of its own, which is this program once more.
+/// The variable that tells a test what to do in its own harness, another run of this program.
 const DO: &str = "UMBRA_SUMMARY_TEST";
 
-/// Runs the test of this name in such a harness, as `what` says, and sums what that prints.
+/// Runs the test of this name in such a harness, doing `what`, and sums the output.
 fn summed(name: &str, what: &str, threads: &str) -> String {
     let mut command = Command::new(std::env::current_exe().unwrap());
     let output =
