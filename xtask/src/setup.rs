@@ -140,7 +140,8 @@ pub fn programs(context: &Context, names: &[&str]) -> Result<bool> {
     Ok(missing().is_empty())
 }
 
-/// Looks for files, and tries to install the Debian packages of missing ones. `why` is shown.
+/// Installs the Debian packages of missing programs and files, if it can. Returns those that are
+/// still missing. `why` is shown to the user.
 pub fn packages(
     context: &Context,
     wanted: &[(&str, &'static str)],

@@ -179,7 +179,7 @@ fn wrong_arguments_are_refused() {
     assert_eq!(CallError::Mode(5).result(), abi::ERR_MODE);
 }
 
-/// Values around all that is checked.
+/// Values around all checked limits.
 fn wild() -> impl Strategy<Value = u64> {
     prop_oneof![
         any::<u64>(),

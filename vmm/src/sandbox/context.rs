@@ -1,4 +1,4 @@
-//! What the dispatcher sees of the machine at an exit, and what it answers.
+//! The machine at an exit, as the dispatcher sees it, and what to do next.
 
 use umbra_machine::complete::Cpu;
 use umbra_machine::memory::Ram;
@@ -24,7 +24,7 @@ pub trait OtherVcpus {
     /// Gets all of them out of the guest, where they stay until this exit has been handled.
     ///
     /// # Errors
-    /// The host does not let go of one.
+    /// A vCPU does not come out of the guest.
     fn pause(&mut self) -> Result<(), Outcome>;
 }
 
@@ -52,7 +52,7 @@ impl ExitContext<'_> {
 /// What to do after an exit.
 #[derive(Debug)]
 pub enum Flow {
-    /// Run the guest on.
+    /// Continue the guest.
     Continue,
     /// End the run.
     End(Outcome),

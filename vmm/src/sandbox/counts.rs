@@ -28,8 +28,8 @@ pub struct EventStats {
     pub allocations: u64,
     /// Frees.
     pub frees: u64,
-    /// Times that a ring was emptied.
+    /// Drains of rings.
     pub ring_drains: u64,
-    /// Events and calls with values that make no sense, and were left out.
+    /// Refused events and calls, whose values make no sense.
     pub refused: u64,
 }

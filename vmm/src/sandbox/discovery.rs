@@ -19,14 +19,14 @@ pub(super) fn features(mode: ShadowMode, notify: Notify) -> Features {
     }
 }
 
-/// What the guest's runtime is to do.
+/// Settings of the guest's runtime.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Settings {
     /// Bytes of the quarantine; 0 for none.
     pub quarantine: u64,
     /// Bytes that a CPU may put into it between two drains.
     pub quarantine_batch: u64,
-    /// How much its allocators put behind each object.
+    /// Size of the redzone behind each object.
     pub redzone: Redzone,
 }
 

@@ -30,17 +30,17 @@ pub(super) struct Parts {
     pub shadow: ShadowHost,
     /// Who allocated and freed what.
     pub provenance: Provenance,
-    /// What the guest has said about itself.
+    /// What the guest has reported about itself.
     pub guest: GuestInfo,
-    /// What was found.
+    /// Findings.
     pub session: Session,
-    /// What is watched beside that.
+    /// Console, marks and samples.
     pub watch: Watch,
 }
 
 /// The state of a run, which changes with each exit.
 pub struct Dispatcher {
-    /// Holds on to the machine for its interrupts. Dropped before the shadow's windows, in which
+    /// Keeps the machine alive for its interrupts. Dropped before the shadow's windows, in which
     /// the machine's memory slots lie.
     pub(super) devices: Devices,
     pub(super) shadow: ShadowHost,
@@ -142,7 +142,7 @@ impl Dispatcher {
     /// The guest has ended a line on its console.
     fn console_line(&mut self, line: &[u8], context: &mut ExitContext) -> Result<Sign, Outcome> {
         if self.watch.is_mark(line) {
-            // So that the memory at a mark is that of this moment.
+            // Memory at a mark is up to date then.
             self.shadow.reclaim_all_guest_pages(self.provenance.rings(), context)?;
             let events = self.events();
             self.watch.mark(line, &self.exits, &events, self.shadow.windows_mut());
@@ -208,7 +208,7 @@ impl Dispatcher {
                 self.exits.shadow_fault += u64::from(outcome == FaultOutcome::Mapped);
                 windows.apply_write(gpa.0, data)?;
             }
-            // Half in a window, half beyond: nothing is there.
+            // Half in a window, half beyond: no effect.
             Err(ShadowError::OutsideWindow { .. }) => {}
             Err(error) => return Err(error.into()),
         }
@@ -292,7 +292,7 @@ impl Dispatcher {
         }
     }
 
-    /// Samples the shadow, if samples were asked for and it is time for one.
+    /// Samples the shadow, if requested and if it is time for a sample.
     pub(super) fn sample(&mut self) {
         self.watch.sample(self.shadow.windows_mut());
     }
@@ -328,12 +328,12 @@ impl Dispatcher {
         }
     }
 
-    /// What is watched beside exits.
+    /// Console, marks and samples.
     pub(super) fn watch(&self) -> &Watch {
         &self.watch
     }
 
-    /// Takes the last sample and returns all of them, if they were asked for.
+    /// Takes the last sample and returns all of them, if samples were requested.
     pub(super) fn finish_samples(&mut self) -> Option<Vec<Sample>> {
         self.watch.finish_samples(self.shadow.windows_mut())
     }

@@ -1,4 +1,4 @@
-//! What a guest has said about itself: its memory regions and global variables; and its symbols.
+//! What is known about a guest: its memory regions and global variables, and its symbols.
 
 use umbra_machine::complete::Cpu;
 use umbra_machine::memory::Ram;
@@ -19,7 +19,7 @@ pub(super) struct GuestInfo {
 }
 
 impl GuestInfo {
-    /// A guest that has said nothing yet.
+    /// A guest that has reported nothing yet.
     pub(super) fn new(symbols: Symbols) -> Self {
         Self { regions: Regions::default(), globals: Globals::default(), symbols }
     }

@@ -1,4 +1,4 @@
-//! What a caller learns of a run while it goes on.
+//! How a caller observes a run.
 
 use std::sync::Arc;
 
@@ -10,8 +10,8 @@ pub trait Observer: Send {
     /// A finding that is the first of its kind.
     fn finding(&mut self, finding: &Finding);
 
-    /// Called right before the guest runs. `counters` are its vCPUs', if they were asked for and
-    /// KVM has them.
+    /// Called right before the guest runs. `counters` are its vCPUs', if requested and if KVM has
+    /// them.
     fn starts(&mut self, counters: Option<Arc<Counters>>) {
         let _ = counters;
     }

@@ -1,8 +1,8 @@
 //! Runs a kernel: set up, watch, tear down.
 //!
 //! Each vCPU runs in a thread of its own. The calling thread waits for them, watches the time limit
-//! and the request to stop, and gets the vCPUs out of the guest for either. If the host does not
-//! let go of one, the run still ends, with all that was found.
+//! and the stop flag, and gets the vCPUs out of the guest. If one does not come out, the run still
+//! ends with its findings.
 
 use std::io::Read;
 use std::ops::Range;
@@ -43,12 +43,11 @@ const TICK: Duration = Duration::from_millis(20);
 /// Interval between two checks whether all vCPUs have halted for good.
 const HALT_CHECK: Duration = Duration::from_millis(500);
 
-/// Runs a kernel to its end. `console` is its serial port, `observer` gets its findings; `stop`
-/// ends it from outside.
+/// Runs a kernel to its end. `console` is its serial port, `observer` gets its findings, and `stop`
+/// ends the run.
 ///
 /// # Errors
-/// The run could not begin: no KVM, a bad kernel, no memory. Once it has begun, everything is an
-/// [`Outcome`].
+/// The run could not begin: no KVM, a bad kernel, no memory. Later errors are an [`Outcome`].
 pub fn run(
     config: &Config,
     console: impl Into<Console>,
@@ -76,7 +75,7 @@ struct Prepared {
     shared: Arc<Shared>,
     vcpus: Vec<Vcpu>,
     input: Option<Box<dyn Read + Send>>,
-    /// The end of the console, if a picture was asked for.
+    /// The end of the console, if a picture was requested.
     tail: Tail,
     has_irqchip: bool,
     emulated: bool,
@@ -88,7 +87,7 @@ fn set_up(
     mut observer: Box<dyn Observer>,
 ) -> Result<Prepared, RunError> {
     let Hardware { machine, vcpus, linux, emulated } = hardware(config)?;
-    // Last of what can fail: if it does, no vCPU has run on the slots that it made.
+    // The last step that can fail: if it does, no vCPU has run on its slots.
     let windows = windows(config, &machine)?;
     let counters = config.count_instructions.then(|| Counters::open(&vcpus)).and_then(|counters| {
         counters.inspect_err(|e| log::info!("guest instructions are not counted: {e}")).ok()
@@ -134,7 +133,7 @@ fn set_up(
 /// Makes the machine and loads the kernel.
 fn hardware(config: &Config) -> Result<Hardware, RunError> {
     let kvm = Kvm::open()?;
-    // Before anything is computed from it.
+    // Check it before it is used.
     Ram::check(config.memory).map_err(MachineError::from)?;
     let kernel = config.kernel.read()?;
     let linux = is_linux(&kernel);
@@ -256,7 +255,7 @@ impl Prepared {
 }
 
 impl Running {
-    /// Waits until a vCPU ends the run, or the time limit, the user or an idle machine does. None
+    /// Waits until the run is to end: by a vCPU, the time limit, the user, or an idle machine. None
     /// if a thread panicked.
     fn watch(&self, config: &Config, stop: &AtomicBool) -> Option<Outcome> {
         // A limit that overflows the clock is none.
@@ -293,7 +292,7 @@ impl Running {
         }
     }
 
-    /// Ends all threads and collects what the run came to.
+    /// Ends all threads and collects the report.
     fn tear_down(mut self, config: &Config, outcome: Option<Outcome>) -> Result<Report, RunError> {
         let (outcome, left_behind) = self.end_threads(outcome)?;
         let shared = &self.shared;
@@ -332,7 +331,7 @@ impl Running {
     fn end_threads(&mut self, outcome: Option<Outcome>) -> Result<(Outcome, bool), RunError> {
         self.shared.stop.store(true, SeqCst);
         let left_behind = !self.shared.vcpus.end(&self.threads);
-        // The guest may have ended the run by itself just now.
+        // The guest may just have ended the run itself.
         let itself = self.outcomes.try_iter().find(Option::is_some).flatten();
         for thread in self.threads.drain(..) {
             if thread.is_finished() && thread.join().is_err() {
@@ -368,7 +367,7 @@ impl HaltCheck {
     }
 }
 
-/// What the run looked like, if that was asked for.
+/// Data for the page about the run, if requested.
 fn picture(config: &Config, dispatcher: &mut Dispatcher, tail: Tail) -> Option<Picture> {
     let samples = dispatcher.finish_samples()?;
     let windows = dispatcher.shadow.windows();

@@ -22,8 +22,8 @@ pub(super) struct MachineSlots<'a>(pub &'a Machine);
 impl Slots for MachineSlots<'_> {
     fn map(&mut self, gpa: u64, host: *mut u8, len: u64, readonly: bool) -> Result<u32, SlotError> {
         // SAFETY: `Shared` drops the machine before the windows, and the vCPUs' threads hold both;
-        // shadow is memory that is meant for the guest to write. Should the windows fail half made,
-        // they go first, but no vCPU runs then or later.
+        // shadow is memory that is meant for the guest to write. If the windows fail while they are
+        // made, they are dropped first, but then no vCPU ever runs.
         let slot = unsafe { self.0.map(GuestAddress(gpa), host, len, readonly) };
         slot.map(SlotId::into_raw).map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
     }
@@ -62,8 +62,7 @@ impl Shared {
         self.dispatcher.try_lock()
     }
 
-    /// The state, unless a vCPU's thread does not let go of it: it may be writing to a pipe that
-    /// nobody reads.
+    /// The state, unless a vCPU's thread keeps it: it may be writing to a pipe that nobody reads.
     pub(super) fn dispatcher_in_time(&self) -> Option<MutexGuard<'_, Dispatcher>> {
         self.dispatcher.try_lock_for(LOCK_LIMIT)
     }

@@ -13,25 +13,26 @@ use crate::shadow::{Notify, ProcessMemory};
 /// All figures of a run. Sizes are bytes.
 #[derive(Clone, Debug, Serialize)]
 pub struct Stats {
-    /// How it ended, in a word ([`super::Outcome::word`]).
+    /// How it ended ([`super::Outcome::word`]).
     pub outcome: &'static str,
-    /// The last lines of the console, if the guest did not come to an end of its own.
+    /// The last lines of the console, if the guest did not end by itself.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub console_tail: Vec<String>,
-    /// What it had cost at lines of the console that were looked for, if any were.
+    /// Costs until lines of the console, if marks were requested.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub marks: Vec<Mark>,
     /// Different findings.
     pub findings: usize,
-    /// Findings with those that were only counted: repeats, and different ones past the bound.
+    /// All findings, with those that were only counted: repeats, and different ones beyond the
+    /// limit.
     pub findings_total: u64,
     /// The shadow.
     pub shadow: ShadowStats,
-    /// Freed memory that waited before it was handed out again.
+    /// The quarantine.
     pub quarantine: QuarantineFigures,
     /// Redzones behind objects.
     pub redzones: RedzoneStats,
-    /// What is known of objects, and what that takes.
+    /// The table of objects.
     pub provenance: ProvenanceFigures,
     /// The guest.
     pub guest: GuestStats,
@@ -43,7 +44,7 @@ pub struct Stats {
     pub host: HostStats,
 }
 
-/// What the shadow cost.
+/// Costs of the shadow.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct ShadowStats {
     /// `per-page`, `full` or `off`.
@@ -68,8 +69,8 @@ pub struct ShadowStats {
     pub released_bytes: u64,
 }
 
-/// What redzones cost: what the slots of live objects have beyond what their caches hand out. At
-/// most 2,040 bytes of each are counted, and none in slots of whole pages.
+/// Costs of redzones: bytes of live slots beyond what their caches hand out. At most 2,040 bytes of
+/// each are counted, and none in slots of whole pages.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct RedzoneStats {
     /// At the end.
@@ -78,7 +79,7 @@ pub struct RedzoneStats {
     pub peak_bytes: u64,
 }
 
-/// What the guest was.
+/// The guest.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct GuestStats {
     /// Its memory.
@@ -91,18 +92,18 @@ pub struct GuestStats {
     pub released_bytes: u64,
 }
 
-/// What Umbra needed.
+/// Costs of Umbra itself.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct HostStats {
     /// The most memory that the process held, guest and shadow included.
     pub rss_peak_bytes: u64,
-    /// What it held at the end beside guest memory and shadow.
+    /// Memory at the end, without guest memory and shadow.
     pub vmm_overhead_bytes: u64,
     /// From the start of the run to the guest's first instruction.
     pub start_seconds: f64,
     /// From there to the end.
     pub seconds: f64,
-    /// Of that, what each vCPU's thread spent outside of the guest, for all of them together.
+    /// Of that, time outside of the guest, summed over the vCPUs' threads.
     pub outside_seconds: f64,
 }
 

@@ -1,4 +1,4 @@
-//! The thread of a vCPU: runs it, and has its exits handled, until the run ends.
+//! The thread of a vCPU: runs it and handles its exits until the run ends.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -13,7 +13,7 @@ use super::context::{ExitContext, Flow, OtherVcpus};
 use super::shared::{MachineSlots, Shared};
 use super::vcpus::Vcpus;
 
-/// Pauses the other vCPUs for one that handles an exit; they go on when it is dropped.
+/// Pauses the other vCPUs for one that handles an exit; they continue when it is dropped.
 struct PauseGuard<'a> {
     vcpus: &'a Vcpus,
     me: usize,
@@ -37,7 +37,7 @@ impl Drop for PauseGuard<'_> {
     }
 }
 
-/// Sends how the run ended; and `None` when its thread ends, also by a panic.
+/// Sends how the run ended. Sends `None` when its thread ends, also by a panic.
 struct OutcomeSender(SyncSender<Option<Outcome>>);
 
 impl Drop for OutcomeSender {

@@ -18,8 +18,7 @@ use umbra_machine::vcpu::Vcpu;
 /// Time between two kicks.
 const RETRY: Duration = Duration::from_millis(5);
 /// Most kicks for a vCPU that does not come out at the end of a run: some seconds' worth, then it
-/// is left behind. A number of kicks and not a time, so that a host that stands still does not
-/// count.
+/// is left behind. A number and not a time, so that a suspended host does not count.
 const KICKS: u32 = 400;
 /// Most kicks for a vCPU that is to be paused, after which the run ends. A host with far more to do
 /// than it has CPUs may take that long.
@@ -143,8 +142,8 @@ impl Vcpus {
         self.hold.store(false, SeqCst);
     }
 
-    /// Gets all vCPUs out of the guest, whose threads are to end, and waits until they have. False
-    /// if some do not.
+    /// Gets all vCPUs out of the guest and waits until their threads have ended. Returns false if
+    /// some have not.
     pub(super) fn end(&self, threads: &[JoinHandle<()>]) -> bool {
         let done = || threads.iter().all(JoinHandle::is_finished);
         for _ in 0..KICKS {

@@ -9,7 +9,7 @@ pub(super) struct StackPages {
 }
 
 impl StackPages {
-    /// Puts the whole pages of `len` bytes at `gpa` in, or takes them out. The range lies in guest
+    /// Adds the whole pages of `len` bytes at `gpa`, or removes them. The range lies in guest
     /// memory.
     pub fn set(&mut self, gpa: u64, len: u64, stack: bool) {
         for page in gpa.div_ceil(PAGE_SIZE)..gpa.saturating_add(len) >> PAGE_SHIFT {

@@ -16,13 +16,13 @@ use super::{
 
 impl Windows {
     /// The whole pages of `len` bytes at `gpa` become a stack of the guest, or cease to be one. The
-    /// range lies in guest memory. Means something in `sync` mode only.
+    /// range lies in guest memory. Only `sync` mode uses it.
     pub fn mark_stack(&mut self, gpa: u64, len: u64, stack: bool) {
         self.stack_pages.set(gpa, len, stack);
     }
 
-    /// A guest stored `data` to a read-only window at `gpa`: carries that out if it is what a
-    /// compiler stores to the shadow of a stack. Tells whether it did.
+    /// A guest stored `data` to a read-only window at `gpa`: carries it out if a compiler may store
+    /// it to the shadow of a stack. Returns whether it did.
     ///
     /// # Errors
     /// The limit is reached: the shadow is unchanged then.

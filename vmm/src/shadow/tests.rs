@@ -22,7 +22,7 @@ struct Slot {
     readonly: bool,
 }
 
-/// What KVM would be told, and what it would refuse.
+/// The slots that KVM would have, and what it would refuse.
 #[derive(Default)]
 struct FakeSlots {
     slots: Vec<Option<Slot>>,
@@ -370,7 +370,7 @@ fn release_takes_only_what_nobody_uses() {
     assert_eq!((after.released_bytes, after.byte_mapped_bytes), (4 * 4096, 2 * CHUNK_BYTES));
     assert_eq!(after.byte_unused_bytes, 4 * 4096 - 2 * 512);
 
-    // Nothing is left to take; what is given back can be written again without an exit.
+    // Nothing is left to reclaim; reclaimed shadow can be written again without an exit.
     assert_eq!(reclaim_unused(&mut guest.windows).unwrap(), 0);
     let gpa = guest.byte_gpa(shadow_pages[3]);
     assert_eq!(guest.store(gpa, 5).unwrap(), FaultOutcome::AlreadyMapped);
@@ -502,8 +502,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
 
-    /// Whatever is taken back when, and whoever writes: the shadow says what a plain one says, the
-    /// limit holds, and no more is resident than is mapped.
+    /// With any reclaim and any writer, the shadow agrees with a plain one, the limit holds, and no
+    /// more is resident than is mapped.
     #[test]
     fn nothing_live_is_ever_taken(steps in steps(), sync: bool, chunks in 1..=4u64) {
         let notify = if sync { Notify::Sync } else { Notify::Ring };
