@@ -31,7 +31,7 @@ pub struct Mode {
     pub shadow: ShadowMode,
     /// Who writes it.
     pub notify: Notify,
-    /// How much freed memory waits.
+    /// Size of the quarantine.
     pub quarantine: QuarantineSize,
 }
 

@@ -51,7 +51,7 @@ pub fn choose(scenarios: &[Scenario], names: &[String]) -> Result<Vec<Scenario>>
 /// scenario got its verdict.
 ///
 /// # Errors
-/// The run could not begin, or the page that was asked for could not be written.
+/// The run could not begin, or the page could not be written.
 pub(crate) fn run(
     config: &Config,
     chosen: &[Scenario],

@@ -7,7 +7,7 @@ use umbra_report::{Finding, Names, json};
 
 use crate::sandbox::Observer;
 
-/// Prints findings as they come: text to standard error, JSON where it was asked for.
+/// Prints findings as they come: text to standard error, JSON if requested.
 pub(crate) struct Printer {
     pub(crate) style: TextStyle,
     pub(crate) quiet: bool,

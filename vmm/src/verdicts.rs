@@ -22,9 +22,9 @@ pub struct Verdict {
     pub name: String,
     /// Whether it ran to its end.
     pub ran: bool,
-    /// What was expected.
+    /// Expected findings.
     pub expected: Vec<Expected>,
-    /// What was found.
+    /// Findings.
     pub found: Vec<Expected>,
 }
 
@@ -195,7 +195,7 @@ mod tests {
         assert_eq!(choice(&all, &all[3..5]), "scenarios=a_name_003,a_name_004");
         assert_eq!(choice(&all, &all), "");
         assert_eq!(choice(&all, &all[2..]), "without=a_name_000,a_name_001");
-        // Twice, or in another order, can only be said by name.
+        // Repeats and another order need names.
         let twice: Vec<_> = all.iter().chain(&all[..1]).cloned().collect();
         assert!(choice(&all, &twice).starts_with("scenarios=a_name_000,"));
         assert_eq!(choice(&[], &all[..1]), "scenarios=a_name_000");

@@ -88,7 +88,7 @@ pub struct Time {
     pub pattern: Pattern,
     /// The working set, in bytes.
     pub set: u64,
-    /// Whether large pages were asked for behind the shadow.
+    /// Whether the shadow is in large pages, if the kernel has them.
     pub huge: bool,
     /// Nanoseconds of one check, the median.
     pub ns: f64,

@@ -36,7 +36,7 @@ struct Way {
 }
 
 /// The result of a replay of both models: figures with limits, and text for the page.
-pub struct Told {
+pub struct Measured {
     /// The figures.
     pub figures: Vec<Figure>,
     /// The text.
@@ -54,7 +54,7 @@ pub fn measure(
     no_full: Option<String>,
     write: bool,
     mut tick: impl FnMut(&str, u64, u64),
-) -> Result<Told> {
+) -> Result<Measured> {
     let two = replay(path, memory, Mode::PerPage, |at, of| tick("two-level", at, of))?;
     let full = match no_full {
         Some(why) => Err(why),
@@ -70,7 +70,7 @@ pub fn measure(
     if write {
         text.push_str(&plots(&two, memory)?);
     }
-    Ok(Told { figures, text })
+    Ok(Measured { figures, text })
 }
 
 fn most(samples: &[Sample], of: impl Fn(&Sample) -> u64) -> f64 {

@@ -59,7 +59,7 @@ struct Arguments {
     /// Write the first events of --trace into a file, and measure nothing.
     #[arg(long, value_name = "FILE", requires = "trace")]
     slice: Option<PathBuf>,
-    /// How many events --slice takes.
+    /// Number of events for --slice.
     #[arg(long, value_name = "N", default_value_t = 40_000)]
     events: u64,
     /// With `scale`: number of guests to hold at once, as far as memory allows.
@@ -100,15 +100,15 @@ fn size(text: &str) -> Result<u64, String> {
 enum Part {
     /// A recorded trace of allocator events, natively: the memory of each kind of shadow.
     Replay,
-    /// What each check costs natively, by working set: two-level, full, and KASAN's own.
+    /// The cost of each check, natively, by working set: two-level, full, and KASAN's own.
     Native,
     /// A slice of the trace through the test kernel's allocators.
     GuestReplay,
-    /// What each check costs, in a guest.
+    /// The cost of each check, in a guest.
     Checks,
-    /// What each check costs in a guest's ring 3, in nanoseconds.
+    /// The cost of each check in a guest's ring 3, in nanoseconds.
     Ring3,
-    /// What allocations, events and calls cost, in a guest.
+    /// The cost of allocations, events and calls, in a guest.
     Costs,
     /// Compare the figures that repeat exactly with benches/gate.json. Only if named.
     Gate,
@@ -257,7 +257,7 @@ impl Arguments {
     }
 
     /// Prints the result of a part, and writes its file.
-    fn tell(
+    fn publish(
         &self,
         part: Part,
         host: &Host,
@@ -312,7 +312,7 @@ fn natively(arguments: &Arguments, bar: &ProgressBar, measured: &mut Measured) -
             )
         });
         let host = Host::new(None);
-        let told = crate::replay::report::measure(
+        let replayed = crate::replay::report::measure(
             &trace,
             arguments.memory,
             no_full,
@@ -324,7 +324,14 @@ fn natively(arguments: &Arguments, bar: &ProgressBar, measured: &mut Measured) -
                 ));
             },
         )?;
-        arguments.tell(Part::Replay, &host, Some(told.text), told.figures, bar, measured)?;
+        arguments.publish(
+            Part::Replay,
+            &host,
+            Some(replayed.text),
+            replayed.figures,
+            bar,
+            measured,
+        )?;
     }
     if arguments.wants(Part::Native) {
         let host = Host::new(None);
@@ -335,7 +342,7 @@ fn natively(arguments: &Arguments, bar: &ProgressBar, measured: &mut Measured) -
         let (figures, text) = native::measure(available, Path::new(FOLDER), !arguments.keep)?;
         bar.reset();
         bar.enable_steady_tick(Duration::from_millis(100));
-        arguments.tell(Part::Native, &host, Some(text), figures, bar, measured)?;
+        arguments.publish(Part::Native, &host, Some(text), figures, bar, measured)?;
     }
     Ok(())
 }
@@ -411,7 +418,7 @@ fn guests(
             Part::Costs => costs::figures(&meter)?,
             Part::Replay | Part::Native | Part::Gate => continue,
         };
-        arguments.tell(part, &host, text, figures, bar, measured)?;
+        arguments.publish(part, &host, text, figures, bar, measured)?;
     }
     Ok(())
 }

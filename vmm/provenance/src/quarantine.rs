@@ -28,7 +28,7 @@ const MORE: usize = 8 * RING_MAX_RECORDS as usize;
 /// Most CPUs that have rings.
 const CPUS: usize = 64;
 
-/// How large the quarantine is.
+/// Size of the quarantine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum QuarantineSize {
     /// A share of guest memory, 1/32, as in KASAN.
@@ -61,7 +61,7 @@ pub fn batch(limit: u64, cpus: u8) -> u64 {
 pub struct QuarantineFigures {
     /// Its limit; 0 without a quarantine.
     pub limit_bytes: u64,
-    /// What waits now.
+    /// Bytes that wait now.
     pub bytes: u64,
     /// The most that waited.
     pub peak_bytes: u64,
@@ -221,7 +221,7 @@ mod tests {
         // It waits, but does not come out.
         assert!(out(&mut quarantine).is_empty());
         assert_eq!((quarantine.figures().objects, quarantine.figures().bytes), (1, 8));
-        // What comes next from the same CPU shows that it is done; from another CPU nothing does.
+        // The next event of the same CPU completes it; an event of another CPU does not.
         assert!(quarantine.push_or_defer(0, None, true));
         assert!(out(&mut quarantine).is_empty());
         assert!(quarantine.push_or_defer(1, Some(memory(2, 8)), true));

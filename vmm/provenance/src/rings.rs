@@ -326,7 +326,7 @@ mod tests {
             });
             (addresses, ram.read_u64(header).expect("inside RAM"))
         };
-        // Its CPU may be about to write the third: the count is left alone, and goes on from there.
+        // Its CPU may be about to write the third record: the count stays as it is.
         assert_eq!(addresses(None, None), (vec![1, 2], 2));
         assert_eq!(addresses(Some(0), None), (vec![], 2), "another CPU asks");
         assert_eq!(addresses(None, Some(3)), (vec![3], 3));

@@ -71,7 +71,8 @@ pub enum Call {
         actor: Actor,
         /// The slot that becomes inaccessible, if the VMM is to change the shadow.
         slot: Option<Slot>,
-        /// Who gets it when it is evicted from the quarantine; none if it does not go there.
+        /// The owner that gets it when it is evicted from the quarantine; none if it does not go
+        /// there.
         owner: Option<Owner>,
     },
     /// A violation.

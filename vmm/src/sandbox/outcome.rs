@@ -88,7 +88,7 @@ pub enum Outcome {
     /// The time limit.
     #[error("the time limit of {0:?} is over")]
     TimeLimit(Duration),
-    /// The user asked for the end.
+    /// The user ended the run.
     #[error("interrupted")]
     Interrupted,
     /// The guest needs more shadow than it may have.

@@ -95,7 +95,7 @@ fn field(line: &str, name: &str) -> Option<u64> {
     value.trim_end().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// What this process holds in memory, shadow and guest memory included.
+/// Memory of this process, shadow and guest memory included.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ProcessMemory {
     /// Resident bytes now.
@@ -142,8 +142,8 @@ pub(super) struct Accounting {
 /// Costs of the shadow. All sizes in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Figures {
-    /// Page shadow, in whole pages: that of RAM, resident from the start, and that of the virtual
-    /// memory which the guest asked for, resident from then on.
+    /// Page shadow, in whole pages: that of RAM, resident from the start, and that of virtual
+    /// memory, resident since the guest got its key.
     pub page_bytes: u64,
     /// Byte shadow mapped now, whole chunks: what could become resident without a further exit.
     pub byte_mapped_bytes: u64,

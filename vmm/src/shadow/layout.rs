@@ -53,7 +53,7 @@ impl Window {
     "guest memory that ends at {ram_end:#x} is not a multiple of 4 KiB between 4 KiB and 4 TiB"
 )]
 pub struct LayoutError {
-    /// The end of guest memory that was asked for.
+    /// The requested end of guest memory.
     pub ram_end: u64,
 }
 

@@ -89,7 +89,7 @@ pub enum ShadowError {
     /// The host did not give the address space or the memory.
     #[error("cannot reserve {bytes} bytes for shadow memory")]
     Reserve {
-        /// How much was asked for.
+        /// Requested bytes.
         bytes: u64,
         /// Why not.
         #[source]
@@ -398,8 +398,8 @@ impl Windows {
             .map_err(ShadowError::host("read /proc/self/pagemap"))
     }
 
-    /// What the shadow holds of host memory at this moment: page shadow, byte shadow that is
-    /// mapped, resident, and used by byte-checked pages, in bytes. As quick as [`Self::sample`].
+    /// Host memory of the shadow at this moment: page shadow, byte shadow that is mapped, resident,
+    /// and used by byte-checked pages, in bytes. As quick as [`Self::sample`].
     pub fn sample_all(&mut self) -> Result<[u64; 4], ShadowError> {
         let resident = self.sample()?;
         let shadow = self.model.memory();
@@ -419,8 +419,8 @@ impl Windows {
             .map_err(ShadowError::host("read /proc/self/smaps"))
     }
 
-    /// Where an access to `len` bytes at `gpa` goes, if all of it is shadow of RAM, or of virtual
-    /// memory that the guest has.
+    /// The place of `len` bytes at `gpa`, if all of it is shadow of RAM, or of virtual memory that
+    /// has a key.
     pub(super) fn place(&self, gpa: u64, len: u64) -> Result<WindowOffset, ShadowError> {
         let layout = self.model.memory().layout();
         let shadow = |at: &u64, ram: u64, shift: u32| {

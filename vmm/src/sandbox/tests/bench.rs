@@ -162,7 +162,7 @@ impl Bench {
         Self::make(mode, notify, limit, stop_at, Quarantine::new(0, 1), false)
     }
 
-    /// One with such a quarantine, whose guest may be Linux.
+    /// A bench with a quarantine, whose guest may be Linux.
     pub(super) fn with(mode: Mode, notify: Notify, quarantine: Quarantine, linux: bool) -> Self {
         Self::make(Some(mode), notify, None, None, quarantine, linux)
     }

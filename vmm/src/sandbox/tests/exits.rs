@@ -26,7 +26,7 @@ fn reset_ports_end_the_run() {
     }
 }
 
-/// Prints a line on the console. Returns what the last exit of it came to.
+/// Prints a line on the console. Returns the flow of its last exit.
 fn prints(bench: &mut Bench, line: &str) -> Flow {
     let byte = |byte: u8| VmExit::IoOut { port: COM1, data: Data::new(&[byte]) };
     for b in line.bytes() {
@@ -136,6 +136,6 @@ fn a_vcpu_that_fails_is_a_host_error() {
         let outcome = ended(flow);
         assert!(matches!(outcome, Outcome::Host(_)), "{outcome:?}");
     }
-    // Where only a message would name the place, the outcome stays what it is.
+    // If only the place in the message is missing, the outcome stays the same.
     assert!(matches!(ended(bench.exit(VmExit::Shutdown)), Outcome::TripleFault { .. }));
 }

@@ -37,7 +37,7 @@ fn what_waits_is_fetched_when_it_is_due() {
     assert_eq!(bench.call(CallNumber::Quarantine, [0, to, 0, 0]), 0);
     assert_eq!(bench.call(CallNumber::Quarantine, [1, to, 100, 0]), 44);
     assert_eq!(bench.state.provenance.quarantine().figures().bytes, 0);
-    // A free that does not wait says nothing of what is due.
+    // A free that does not wait does not ask for an eviction.
     assert_eq!(
         bench.call(
             CallNumber::Freed,

@@ -10,7 +10,7 @@ use super::bench::*;
 use crate::sandbox::context::Flow;
 use crate::shadow::{CHUNK_BYTES, Layout, Mode, Notify};
 
-/// Guest-physical addresses near everything there is.
+/// Guest-physical addresses near all limits.
 fn addresses() -> impl Strategy<Value = u64> {
     let layout = Layout::new(RAM).unwrap();
     let edges = [
@@ -57,7 +57,7 @@ fn exits() -> impl Strategy<Value = VmExit> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
 
-    /// Whatever exits come with whatever registers: no panic, figures that fit, one-line outcomes.
+    /// Any exits with any registers: no panic, consistent figures, one-line outcomes.
     #[test]
     fn random_exits_never_panic(
         mode in prop::sample::select(vec![None, Some(Mode::PerPage), Some(Mode::Full)]),
