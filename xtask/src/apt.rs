@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::Context;
+use crate::context::Context;
 use crate::process::{Command, which};
 
 /// The version of a package that apt would install; `None` where there is no apt, or no such

@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::context::Context;
 use crate::nested::{self, Ended, Host, Job, Output};
-use crate::{Context, guest, linux, programs, setup};
+use crate::{guest, linux, programs, setup};
 
 /// The parts of the benchmarks that need no guest.
 const NATIVE: [&str; 2] = ["replay", "native"];

@@ -2,8 +2,9 @@
 
 use anyhow::Result;
 
+use crate::context::Context;
 use crate::process::Command;
-use crate::{Context, guest, setup};
+use crate::{guest, setup};
 
 /// The compilers. Their Debian packages have the same names.
 const COMPILERS: [&str; 2] = ["gcc", "clang"];

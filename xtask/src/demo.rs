@@ -8,8 +8,9 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
+use crate::context::Context;
 use crate::programs::UMBRA;
-use crate::{Context, nested, programs};
+use crate::{nested, programs};
 
 /// Runs the demo. With KVM, returns only on failure.
 pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {

@@ -8,9 +8,10 @@ use std::{fs, io};
 
 use anyhow::{Context as _, Result};
 
+use crate::context::Context;
 use crate::process::{Command, which};
+use crate::setup;
 use crate::toolchain::Tools;
-use crate::{Context, setup};
 
 /// The guests' target: no operating system, no floating point.
 const TARGET: &str = "x86_64-unknown-none";

@@ -5,8 +5,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::context::Context;
 use crate::process::{Command, which};
-use crate::{Context, demo, guest, setup};
+use crate::{demo, guest, setup};
 
 /// The picture, in the workspace.
 const PICTURE: &str = "docs/images/report.png";

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 
+use crate::context::Context;
 use crate::process::Command;
-use crate::{Context, guest, setup};
+use crate::{guest, setup};
 
 /// cargo's arguments for the program `umbra`.
 pub const UMBRA: [&str; 5] = ["--release", "--package", "umbra", "--bin", "umbra"];

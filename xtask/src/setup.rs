@@ -4,8 +4,8 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 
-use crate::Context;
 use crate::apt::Apt;
+use crate::context::Context;
 use crate::process::{Command, which};
 use crate::toolchain::{self, Missing, OLDEST, Tools, Version};
 

@@ -4,10 +4,11 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
+use crate::context::Context;
 use crate::hosts::{self, Count, Selection};
 use crate::process::Command;
 use crate::summary::Summary;
-use crate::{Context, c_kernel, guest, linux, programs, setup};
+use crate::{c_kernel, guest, linux, programs, setup};
 
 /// Runs the tests, and the other checks unless only some tests are selected. Prints the counts of
 /// each host, then of all hosts.

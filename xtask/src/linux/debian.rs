@@ -6,7 +6,8 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 
 use super::made_from::{empty, is_made_from, stamp};
-use crate::{Context, apt};
+use crate::apt;
+use crate::context::Context;
 
 /// The package that names Debian's newest cloud kernel.
 const PACKAGE: &str = "linux-image-cloud-amd64";

@@ -9,8 +9,9 @@ use anyhow::{Context as _, Result, bail};
 use super::made_from::{empty, is_made_from, stamp};
 use super::source::{PACKAGE, Sources};
 use super::versions::{Choice, Verdict};
+use crate::context::Context;
 use crate::process::Command;
-use crate::{Context, setup};
+use crate::setup;
 
 /// Build dependencies of a kernel: programs, a header, and their packages.
 const NEEDED: [(&str, &str); 7] = [

@@ -19,7 +19,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
-use crate::Context;
+use crate::context::Context;
 use kernels::{ACPI, Builder, COMPARED, Kernel, SMALL, UMBRA};
 
 /// The kernels that the tests boot, besides Debian's.

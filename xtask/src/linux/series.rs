@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
-use crate::Context;
+use crate::context::Context;
 use crate::process::Command;
 
 /// The folder with them.

@@ -13,8 +13,9 @@ use anyhow::{Context as _, Result, bail};
 use super::made_from::{empty, is_made_from, stamp};
 use super::series::Series;
 use super::versions::{self, Choice, Verdict};
+use crate::context::Context;
 use crate::process::{Command, which};
-use crate::{Context, apt, setup};
+use crate::{apt, setup};
 
 /// Debian's package with the sources. The archive in it and the folder in that have the same name.
 pub const PACKAGE: &str = "linux-source-6.1";

@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use super::source::{PACKAGE, Sources};
 use super::versions::{self, Verdict};
-use crate::Context;
+use crate::context::Context;
 
 /// Prints the table. Exit status 1 if nothing can be built.
 pub fn run(context: &Context) -> Result<ExitCode> {

@@ -10,8 +10,9 @@ use umbra_testkit::ktap;
 
 use super::kernels::{STOCK_KASAN, UMBRA, UMBRA_VMALLOC};
 use super::{build_all, build_compared};
+use crate::context::Context;
 use crate::process::Command;
-use crate::{Context, setup};
+use crate::setup;
 
 /// The list of expected results.
 const LIST: &str = "tests/data/kasan-suite.txt";

@@ -20,7 +20,8 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 
-use crate::{Context, programs};
+use crate::context::Context;
+use crate::programs;
 
 pub use host::{Host, Job, in_this_place, quoted, with_this_environment};
 pub use watch::{Ended, Output};

@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::apt;
+use crate::context::Context;
 use crate::process::{Command, which};
-use crate::{Context, apt};
 
 /// The package that names Debian's newest kernel with all its modules.
 const KERNEL: &str = "linux-image-amd64";

@@ -16,7 +16,7 @@ use anyhow::{Context as _, Result};
 use super::initrd::Initrd;
 use super::packages::{self, Kernel};
 use super::watch::{self, Ended, Output, Ports, Watch};
-use crate::Context;
+use crate::context::Context;
 use crate::process::{Command, Running, TemporaryFolder};
 
 /// The specific part of its first program.
