@@ -1,11 +1,11 @@
-//! Time by the clock, and of a CPU, which other work on the host does not lengthen.
+//! Wall-clock time and CPU time. Other work on the host does not lengthen CPU time.
 
 use std::ops::{Add, Sub};
 use std::time::{Duration, Instant};
 
 use criterion::measurement::{Measurement, ValueFormatter, WallTime};
 
-/// The time that this thread has had of a CPU.
+/// CPU time of this thread.
 pub fn thread_cpu() -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the pointer is to a value of this type. This clock always exists on Linux; if not,
@@ -14,12 +14,12 @@ pub fn thread_cpu() -> Duration {
     Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs() as u32)
 }
 
-/// What something took.
+/// Time that something took.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Spent {
-    /// By the clock.
+    /// Wall-clock time.
     pub clock: Duration,
-    /// Of this thread's CPU.
+    /// CPU time of this thread.
     pub cpu: Duration,
 }
 
@@ -49,18 +49,18 @@ pub struct Moment {
 }
 
 impl Moment {
-    /// This one.
+    /// Now.
     pub fn now() -> Self {
         Self { clock: Instant::now(), cpu: thread_cpu() }
     }
 
-    /// What has been spent since.
+    /// Time since then.
     pub fn elapsed(&self) -> Spent {
         Spent { clock: self.clock.elapsed(), cpu: thread_cpu().saturating_sub(self.cpu) }
     }
 }
 
-/// Has criterion measure the CPU's time.
+/// Makes criterion measure CPU time.
 pub struct CpuTime;
 
 impl Measurement for CpuTime {

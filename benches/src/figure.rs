@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 /// One measured value.
 #[derive(Clone, Debug, Serialize)]
 pub struct Figure {
-    /// Figures of one kind stand together under this heading.
+    /// Heading of its table.
     pub group: Cow<'static, str>,
     /// What was measured.
     pub name: String,
@@ -16,19 +16,19 @@ pub struct Figure {
     pub measured: f64,
     /// Its unit.
     pub unit: &'static str,
-    /// The most that it may be; none for a figure that is only told.
+    /// Upper limit; none for a figure without a promise.
     pub limit: Option<f64>,
-    /// What it came to.
+    /// The verdict.
     pub verdict: Verdict,
-    /// What else is to say.
+    /// A remark.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub note: String,
-    /// Why it stays over its limit for now; none where that would be news.
+    /// Known reason why it is over its limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub known: Option<&'static str>,
 }
 
-/// A value that was measured in the nested host, and is written down there.
+/// A value that was measured in the nested host, which writes it to a file.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Measured {
     /// The heading.
@@ -54,7 +54,7 @@ impl Measured {
     }
 }
 
-/// What a figure came to.
+/// How a figure compares with its limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
@@ -64,7 +64,7 @@ pub enum Verdict {
     Over,
     /// There is no limit.
     Told,
-    /// There is one, but not in the unit that this host allows to measure in.
+    /// There is a limit, but this host cannot measure in its unit.
     NotApplicable,
 }
 
@@ -100,14 +100,14 @@ impl Figure {
         }
     }
 
-    /// Says the most that it may be.
+    /// Sets the upper limit.
     #[must_use]
     pub fn limit(self, limit: f64) -> Self {
         let verdict = if self.measured <= limit { Verdict::Ok } else { Verdict::Over };
         Self { limit: Some(limit), verdict, ..self }
     }
 
-    /// Says that its limit is in a unit in which nothing can be measured here.
+    /// Marks its limit as one that this host cannot measure.
     #[must_use]
     pub fn not_applicable(self) -> Self {
         match self.limit {
@@ -116,7 +116,7 @@ impl Figure {
         }
     }
 
-    /// Whether it is over its limit and nothing says why.
+    /// Whether it is over its limit without a known reason.
     pub fn is_news(&self) -> bool {
         self.verdict == Verdict::Over && self.known.is_none()
     }
@@ -187,7 +187,10 @@ pub fn markdown(figures: &[Figure]) -> String {
             // Writing to a string does not fail.
             let _ = write!(
                 text,
-                "\n### {group}\n\n| figure | measured | limit | unit | |\n| --- | ---: | ---: | --- | --- |\n"
+                "\n\
+                 ### {group}\n\n\
+                 | figure | measured | limit | unit | |\n\
+                 | --- | ---: | ---: | --- | --- |\n"
             );
         }
         let verdict = f.verdict.as_str();

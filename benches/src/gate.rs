@@ -1,37 +1,29 @@
-//! Keeps the figures that repeat exactly from getting worse unseen: `gate.json` holds them, a test
-//! compares.
+//! The gate: `gate.json` holds the figures that repeat exactly, and a test fails when one gets
+//! worse.
 //!
 //! Instructions, exits and bytes of shadow do not depend on the host's speed or load. They depend
-//! on the compiler of the guest, which is held too; instructions exist only where KVM counts them.
+//! on the guest's compiler, so figures are held for each compiler. Instructions are measured only
+//! where KVM counts them.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
-use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
-use umbra::shadow::Mode;
 
 use crate::figure::{Figure, number};
-use crate::meter::Meter;
-use crate::replay::replay;
-use crate::suite::{SLICE, exact};
 
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/gate.json");
-/// How much more a figure may be, in percent.
+/// Most that a figure may grow, in percent.
 const MORE: f64 = 2.0;
-/// The units of what repeats exactly.
-const UNITS: [&str; 4] = ["instructions", "exits", "exits/call", "KiB"];
-/// Memory of the machine that the trace was recorded on.
-const MEMORY: u64 = 24 << 30;
-/// What the two kinds of figures are called where they are not compared.
+/// Figures without a guest, in the list of what was not compared.
 const NATIVELY: &str = "figures without a guest";
-/// The other kind.
+/// Figures of guests.
 pub const GUESTS: &str = "figures of guests";
-/// What a nested host spends is called so.
+/// Figures of the nested host.
 const NESTED: &str = "figures of the nested host";
-/// What to do where figures are not held.
+/// Advice where no figure is held.
 const HOLD: &str = "`cargo xtask bench gate --update` holds these";
 
 /// Figures by group and name.
@@ -41,36 +33,36 @@ type Held = BTreeMap<String, f64>;
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Gate {
-    /// What is measured without a guest.
+    /// Figures without a guest.
     natively: Held,
-    /// What guests do, by the compiler of the guest: another one makes other instructions.
+    /// Figures of guests, by the guest's compiler: another one generates other instructions.
     guests: BTreeMap<String, Held>,
-    /// What the nested host spends, by what that is made of.
+    /// Figures of the nested host, by its versions of QEMU and Linux.
     #[serde(default)]
     nested: BTreeMap<String, Held>,
 }
 
-/// What a comparison came to, in sentences.
+/// The result of a comparison, in sentences.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Compared {
-    /// What got worse, or is gone.
+    /// Figures that got worse, or are gone.
     pub worse: Vec<String>,
-    /// What got better, or is new.
+    /// Figures that got better, or are new.
     pub better: Vec<String>,
-    /// Figures that are as they were.
+    /// Number of figures within the tolerance.
     pub same: usize,
-    /// Figures for which one is held: if there are none, nothing was compared.
+    /// Number of figures for which one is held; if 0, nothing was compared.
     pub compared: usize,
-    /// Which figures were not compared, and why.
+    /// Kinds of figures that were not compared, and why.
     pub skipped: Vec<(&'static str, String)>,
 }
 
-/// What can be measured here.
+/// The figures that this host can measure.
 #[derive(Debug)]
 pub struct Measured {
     /// Figures without a guest.
     pub natively: Vec<Figure>,
-    /// Figures of guests, and the guest's compiler; or why no guest was asked.
+    /// The guest's compiler and the figures of guests, or why no guest was run.
     pub guests: Result<(String, Vec<Figure>), String>,
 }
 
@@ -81,49 +73,6 @@ impl Measured {
     }
 }
 
-/// The compiler that a kernel's file names.
-fn compiler(kernel: &[u8]) -> String {
-    const MARK: &[u8] = b"rustc version ";
-    let at = kernel.windows(MARK.len()).position(|part| part == MARK);
-    let text = at.and_then(|at| kernel.get(at..)).unwrap_or_default();
-    let end = text.iter().take(100).position(|byte| !(b' '..=b'~').contains(byte)).unwrap_or(0);
-    String::from_utf8_lossy(&text[..end]).replace("))", ")")
-}
-
-/// Measures all that repeats. `tick` hears what is being done.
-///
-/// # Errors
-/// Something that can be measured here could not.
-pub fn measure(tick: impl Fn(&str) + 'static) -> Result<Measured> {
-    tick("replaying the trace's slice");
-    let slice = replay(Path::new(SLICE), MEMORY, Mode::PerPage, |_, _| {})?.figures;
-    let kib = |name: &str, bytes: u64| {
-        Figure::new("replay of the slice, two-level", name, bytes as f64 / 1024.0, "KiB")
-    };
-    let natively = vec![
-        kib("page shadow", slice.page_bytes),
-        kib("byte shadow resident at the peak", slice.byte_peak_resident_bytes),
-        kib("byte shadow resident at the end", slice.byte_resident_bytes),
-        kib("byte shadow used at the peak", slice.byte_used_peak_bytes),
-    ];
-    Ok(Measured { natively, guests: guests(tick)? })
-}
-
-fn guests(tick: impl Fn(&str) + 'static) -> Result<Result<(String, Vec<Figure>), String>> {
-    let Some(kernel) = umbra::kernel::test_kernel() else {
-        return Ok(Err("there is no test kernel in this build".into()));
-    };
-    Ok(match Meter::new(kernel.into(), None, Box::new(tick)) {
-        Err(error) => Err(format!("{error:#}")),
-        Ok(meter) if !meter.counts() => Err("this host does not count guest instructions".into()),
-        Ok(meter) => {
-            let mut figures = exact(&meter)?;
-            figures.retain(|figure| UNITS.contains(&figure.unit));
-            Ok((compiler(kernel), figures))
-        }
-    })
-}
-
 fn key(figure: &Figure) -> String {
     format!("{}: {}", figure.group, figure.name)
 }
@@ -132,14 +81,14 @@ impl Gate {
     /// Reads the file.
     ///
     /// # Errors
-    /// There is none, or it is not as [`Gate::update`] writes it.
+    /// The file is missing, or not as [`Gate::update`] writes it.
     pub fn read() -> Result<Self> {
         let text = fs::read(FILE).with_context(|| format!("cannot read {FILE}"))?;
         serde_json::from_slice(&text).with_context(|| format!("{FILE} is damaged"))
     }
 
-    /// Holds what was measured from now on; what could not be measured, and what another compiler
-    /// made, stays as it was.
+    /// Replaces the held figures by `measured`. Figures that could not be measured, and those of
+    /// other compilers, stay.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -157,7 +106,7 @@ impl Gate {
             .with_context(|| format!("cannot write {FILE}"))
     }
 
-    /// Holds figures of a nested host from now on, by its versions.
+    /// Replaces the held figures of the nested host with these versions.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -167,7 +116,7 @@ impl Gate {
         self.write()
     }
 
-    /// Compares figures of a nested host with those that are held for one of the same versions.
+    /// Compares figures of a nested host with those held for the same versions.
     pub fn compare_nested(&self, versions: &str, figures: &[Figure]) -> Compared {
         let mut compared = Compared::default();
         match self.nested.get(versions) {
@@ -184,7 +133,7 @@ impl Gate {
         compared
     }
 
-    /// Compares.
+    /// Compares figures with those held.
     pub fn compare(&self, measured: &Measured) -> Compared {
         let mut compared = Compared::default();
         compared.take(NATIVELY, &self.natively, &measured.natively);
@@ -197,7 +146,8 @@ impl Gate {
                     let known =
                         if known.is_empty() { "no compiler".into() } else { known.join(", ") };
                     let why = format!(
-                        "the guest is compiled by {compiler}, and figures are held for {known}; {HOLD}"
+                        "the guest is compiled by {compiler}, and figures are held for {known}; \
+                         {HOLD}"
                     );
                     compared.skipped.push((GUESTS, why));
                 }
@@ -208,6 +158,21 @@ impl Gate {
 }
 
 impl Compared {
+    /// Prints the result.
+    pub fn print(&self) {
+        for (figures, why) in &self.skipped {
+            println!("{}", umbra_skip::line(figures, why));
+        }
+        self.worse.iter().chain(&self.better).for_each(|line| println!("{line}"));
+        println!(
+            "{} figures compared: {} within 2 % of those held, {} worse or gone, {} better or new",
+            self.compared,
+            self.same,
+            self.worse.len(),
+            self.better.len()
+        );
+    }
+
     fn take(&mut self, kind: &'static str, held: &Held, measured: &[Figure]) {
         let before = self.compared;
         for figure in measured {
@@ -304,7 +269,8 @@ mod tests {
         assert_eq!((compared.same, compared.compared, compared.skipped.len()), (1, 5, 0));
         measured.guests = of("rustc version 2");
         let compared = gate.compare(&measured);
-        let why = "the guest is compiled by rustc version 2, and figures are held for rustc version 1, rustc version 3; `cargo xtask bench gate --update` holds these";
+        let why = "the guest is compiled by rustc version 2, and figures are held for rustc \
+                   version 1, rustc version 3; `cargo xtask bench gate --update` holds these";
         assert_eq!(
             (compared.worse.as_slice(), compared.skipped),
             ([BYTES.into()].as_slice(), vec![(GUESTS, why.into())])
@@ -327,14 +293,5 @@ mod tests {
         assert_eq!((compared.compared, compared.better.len(), compared.worse.len()), (0, 2, 0));
         let skipped: Vec<_> = compared.skipped.iter().map(|(kind, _)| *kind).collect();
         assert_eq!(skipped, [NATIVELY, GUESTS]);
-    }
-
-    #[test]
-    fn the_compiler_is_in_the_file() {
-        assert_eq!(
-            compiler(b"\0\x7fELF rustc version 1.96.0 (x)\0more"),
-            "rustc version 1.96.0 (x)"
-        );
-        assert_eq!(compiler(b"nothing"), "");
     }
 }

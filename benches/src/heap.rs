@@ -1,4 +1,4 @@
-//! What something takes on the heap, measured by giving it back.
+//! Heap memory of a value, measured by dropping it.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 static COUNTING: AtomicBool = AtomicBool::new(false);
 static GIVEN_BACK: AtomicU64 = AtomicU64::new(0);
 
-/// The system's allocator. It counts what is given back while [`bytes_of`] runs, and costs nothing
-/// else at other times.
+/// The system's allocator. It counts what is freed while [`bytes_of`] runs, and costs nothing at
+/// other times.
 struct Counting;
 
 // SAFETY: all of it is the system's allocator.
@@ -39,8 +39,8 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static HEAP: Counting = Counting;
 
-/// Bytes that `value` has on the heap, all that was allocated ahead included. No other thread may
-/// free anything meanwhile.
+/// Bytes of `value` on the heap, spare capacity included. No other thread may free anything
+/// meanwhile.
 pub fn bytes_of<T>(value: T) -> u64 {
     GIVEN_BACK.store(0, Relaxed);
     COUNTING.store(true, Relaxed);

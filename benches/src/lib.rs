@@ -4,16 +4,17 @@
 //! kernel with the library and counts what its `bench=` words do, exactly where KVM counts guest
 //! instructions; [`program::Program`] runs the program `umbra` as a process of its own, for what a
 //! process costs. [`suite`] holds the figures of the core, [`linux`] those of booting Linux,
-//! [`linux_kasan`] those of Linux checked in different ways,
-//! [`nested`] what a whole host spends. [`gate`] holds what repeats exactly,
-//! [`heap`] measures memory. [`native`] times checks without a guest, [`replay`] replays a recorded
-//! [`trace`]. [`pvh`] makes kernels that QEMU starts, too. [`results`] keeps what was measured in
-//! the repository, with [`plot`]s.
+//! [`linux_kasan`] those of Linux with different checks, [`nested`] those of a whole host. [`gate`]
+//! compares the figures that repeat exactly with those of before. [`heap`] measures memory.
+//! [`native`] times checks without a guest, [`replay`] replays a recorded [`trace`]. [`pvh`] makes
+//! kernels that QEMU can also start. [`results`] keeps the results in the repository, with
+//! [`plot`]s.
 
 pub mod clock;
 pub mod figure;
 pub mod gate;
 pub mod heap;
+mod host;
 pub mod linux;
 pub mod linux_kasan;
 pub mod meter;

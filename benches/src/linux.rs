@@ -1,5 +1,4 @@
-//! What booting the small Linux costs, to the start of its first program: by Umbra, and by QEMU
-//! beside it.
+//! The cost of booting the small Linux to the start of its first program, with Umbra and with QEMU.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -14,29 +13,31 @@ use serde_json::Value;
 use umbra_tests::linux::{initrd, kernel};
 
 use crate::figure::{Figure, Verdict, markdown, table};
-use crate::program::Program;
+use crate::host::Host;
+use crate::program::{FOLDER, Program};
 use crate::results::Section;
-use crate::suite::{FOLDER, Host};
 
-/// What Linux says before its first program.
+/// The line that Linux prints before its first program.
 const INIT: &[u8] = b"Run /init as init process";
-/// That program: `1: jmp 1b`.
+/// The first program: `1: jmp 1b`.
 const SPIN: [u8; 2] = [0xeb, 0xfe];
-/// No boot takes as long.
+/// Time limit of a boot.
 const LIMIT: Duration = Duration::from_secs(1800);
-/// How often the console is looked at.
+/// Poll interval for the console.
 const LOOK: Duration = Duration::from_millis(5);
 const MIB: f64 = 1_048_576.0;
 const BOOT: &str = "the small Linux in 128 MiB, one CPU, unchecked, to the start of /init";
-/// The other kernel, as its package has it.
+/// Debian's kernel, unchanged.
 const STOCK: &str =
     "Debian's own kernel (bzImage) in 256 MiB, one CPU, unchecked, to the start of /init";
-/// What the page says before the figures.
+/// Text before the figures.
 const ABOUT: &str = "\
-`vmlinux` of `cargo xtask linux` (`guest/linux/config/small.config` on top of `tinyconfig`), started without a boot loader, until its
-console says that it starts `/init`; and Debian's kernel the same way. Umbra's command line is its own default, which is longer where ring 0 is emulated
-(`vmm/machine/src/loader/linux.rs`). QEMU is Debian's, with the same kernel and initrd, and `console=ttyS0 panic=-1`; what it cannot boot
-has the reason beside it. All seconds are by the clock, and begin with the program's start.
+`vmlinux` of `cargo xtask linux` (`guest/linux/config/small.config` on top of `tinyconfig`), started
+without a boot loader, until its console says that it starts `/init`; and Debian's kernel the same
+way. Umbra's command line is its own default, which is longer where ring 0 is emulated
+(`vmm/machine/src/loader/linux.rs`). QEMU is Debian's, with the same kernel and initrd, and
+`console=ttyS0 panic=-1`; what it cannot boot has the reason beside it. All seconds are by the
+clock, and begin with the program's start.
 ";
 
 /// Measures what it costs to boot Linux; BENCHMARKS.md gets it too. Exit status: 0, 1 when a figure
@@ -47,7 +48,7 @@ struct Arguments {
     /// Only Umbra.
     #[arg(long)]
     no_qemu: bool,
-    /// Leave BENCHMARKS.md, and the files that it is made of, as they are.
+    /// Do not change BENCHMARKS.md and the files that it is made of.
     #[arg(long)]
     keep: bool,
     /// Given by cargo.
@@ -106,7 +107,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     let file = folder.join("linux.json");
     fs::write(&file, serde_json::to_string_pretty(&figures)? + "\n")
         .with_context(|| format!("cannot write {}", file.display()))?;
-    // A part of the figures is not the page's.
+    // A run without QEMU is incomplete, so it does not go on the page.
     if !arguments.keep && !arguments.no_qemu {
         Section {
             name: "40-linux-boot",
@@ -131,7 +132,7 @@ struct Booted<'a> {
     folder: &'a Path,
 }
 
-/// Boots by Umbra. Returns `--stats` and the seconds to the first program.
+/// Boots with Umbra. Returns `--stats` and the seconds to the first program.
 fn run_umbra(program: &Program, booted: &Booted) -> Result<(Value, f64)> {
     let &Booted { kernel, memory, initrd, folder, .. } = booted;
     let stats_file = folder.join("linux-stats.json");
@@ -147,7 +148,7 @@ fn run_umbra(program: &Program, booted: &Booted) -> Result<(Value, f64)> {
     Ok((stats, seconds))
 }
 
-/// Debian's kernel, by Umbra.
+/// Debian's kernel, with Umbra.
 fn debian(program: &Program, booted: &Booted) -> Result<Vec<Figure>> {
     let (stats, seconds) = run_umbra(program, booted)?;
     let counted = stats.pointer("/guest/instructions").and_then(Value::as_f64);
@@ -156,7 +157,7 @@ fn debian(program: &Program, booted: &Booted) -> Result<Vec<Figure>> {
     Ok(counted.into_iter().chain([Figure::new(STOCK, "umbra (KVM)", seconds, "s")]).collect())
 }
 
-/// The small kernel, by Umbra. Returns whether the host counts guest instructions, too.
+/// The small kernel, with Umbra. Also returns whether the host counts guest instructions.
 fn umbra(program: &Program, booted: &Booted) -> Result<(Vec<Figure>, bool)> {
     let (stats, seconds) = run_umbra(program, booted)?;
     let number = |path: &str| {
@@ -181,11 +182,11 @@ fn umbra(program: &Program, booted: &Booted) -> Result<(Vec<Figure>, bool)> {
     Ok((figures, instructions.is_some()))
 }
 
-/// Boots by QEMU, which may not be able to.
+/// Boots with QEMU, which may fail.
 fn qemu(accel: &str, booted: &Booted) -> Figure {
     let &Booted { group, kernel, memory, initrd, folder } = booted;
     let mut command = Command::new("qemu-system-x86_64");
-    // As much as possible, less what keeps a guest from getting further where ring 0 is emulated.
+    // All features, except those that stop a guest where ring 0 is emulated.
     let cpu = if accel == "kvm" { "host,-arch-capabilities,-cx16" } else { "max" };
     command.args(["-accel", accel, "-cpu", cpu, "-m", memory, "-nodefaults", "-display", "none"]);
     command.args(["-serial", "stdio", "-no-reboot", "-append", "console=ttyS0 panic=-1"]);
@@ -202,8 +203,8 @@ fn qemu(accel: &str, booted: &Booted) -> Figure {
     }
 }
 
-/// Starts a command, and waits until Linux starts its first program on its standard output. Returns
-/// the process, still running, and the seconds that it took.
+/// Starts a command, and waits until its output says that Linux starts its first program. Returns
+/// the running process and the seconds until then.
 fn boot(command: &mut Command, log: &Path) -> Result<(Child, f64)> {
     let path = |suffix: &str| -> PathBuf {
         let mut name = OsString::from(log);
@@ -228,7 +229,7 @@ fn boot(command: &mut Command, log: &Path) -> Result<(Child, f64)> {
         }
         let ended = child.try_wait().context("cannot wait for it")?;
         let failed = fs::read_to_string(&err).unwrap_or_default();
-        // QEMU does not end when KVM gives up on its guest.
+        // QEMU does not exit when KVM cannot run its guest.
         let stuck = failed.contains("KVM internal error") || failed.contains("emulation failure");
         if ended.is_some() || stuck || begin.elapsed() > LIMIT {
             let _ = child.kill();

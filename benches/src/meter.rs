@@ -13,15 +13,15 @@ use umbra::report::{Finding, Findings};
 use umbra::sandbox::{self, Config, Observer, Outcome, ShadowMode};
 use umbra::shadow::Notify;
 
-/// How long one guest may run.
+/// Time limit of a guest.
 const TIMEOUT: Duration = Duration::from_secs(600);
-/// Each word is run with both numbers of rounds, and the difference is taken.
+/// Each word runs with both numbers of rounds; the cost is the difference.
 const ROUNDS: [u64; 2] = [100, 300];
-/// Rounds where there is only the clock, on a CPU that executes the guest itself.
+/// Rounds where time is measured, on a CPU that executes the guest itself.
 const CLOCK_ROUNDS: u64 = 2_000_000;
-/// How often the clock is tried.
+/// Tries where time is measured.
 const CLOCK_TRIES: usize = 3;
-/// Words in one command line.
+/// Most words in one command line.
 const BATCH: usize = 16;
 
 /// How the guest runs.
@@ -31,7 +31,7 @@ pub struct Mode {
     pub shadow: ShadowMode,
     /// Who writes it.
     pub notify: Notify,
-    /// How much freed memory waits.
+    /// Size of the quarantine.
     pub quarantine: QuarantineSize,
 }
 
@@ -52,7 +52,7 @@ impl Mode {
     }
 }
 
-/// A word: what stands before and after its number of rounds.
+/// A `bench=` word without its number of rounds.
 #[derive(Clone, Debug)]
 pub struct Word {
     what: &'static str,
@@ -70,19 +70,19 @@ impl Word {
     }
 }
 
-/// What a run cost.
+/// The result of a run.
 pub struct Run {
     /// Its figures.
     pub stats: sandbox::stats::Stats,
     /// Its findings.
     pub findings: Findings,
-    /// What lay between each pair of lines `bench begin` and `bench end`.
+    /// The cost between each pair of lines `bench begin` and `bench end`.
     pub between: Vec<Between>,
-    /// What was known of the guest's objects at the end.
+    /// The table of the guest's objects at the end.
     pub objects: Objects,
 }
 
-/// What lay between two lines.
+/// The cost between two lines.
 #[derive(Clone, Copy, Debug)]
 pub struct Between {
     /// Time.
@@ -91,8 +91,8 @@ pub struct Between {
     pub instructions: u64,
 }
 
-/// Looks at the clock and the counter when the lines that enclose a benchmark arrive. Everything
-/// else that the test kernel says is about something that went wrong.
+/// Reads the clock and the counter when the lines around a benchmark arrive. Every other line of
+/// the test kernel is a complaint.
 struct Marks {
     line: Vec<u8>,
     seen: Arc<Mutex<Seen>>,
@@ -106,7 +106,7 @@ struct Seen {
     complaints: String,
 }
 
-/// Gets hold of the counters.
+/// Keeps the counters.
 struct Starts(Arc<Mutex<Seen>>);
 
 impl Observer for Starts {
@@ -168,8 +168,8 @@ pub struct Meter {
 }
 
 impl Meter {
-    /// A meter for `kernel`. `tick` hears of each guest that is about to run. With `clock`, it
-    /// measures as on a host that does not count instructions, in so many rounds.
+    /// A meter for `kernel`. It calls `tick` before each guest. With `clock`, it measures as on a
+    /// host that does not count instructions, in that many rounds.
     ///
     /// # Errors
     /// There is no KVM, or it does not run a probe guest.
@@ -180,7 +180,7 @@ impl Meter {
         Ok(Self { kernel, counts, clock_rounds: clock.unwrap_or(CLOCK_ROUNDS), tick })
     }
 
-    /// Whether guest instructions are counted; else a cost is in nanoseconds.
+    /// Whether guest instructions are counted. If not, costs are in nanoseconds.
     pub fn counts(&self) -> bool {
         self.counts
     }
@@ -239,15 +239,15 @@ impl Meter {
         })
     }
 
-    /// [`Meter::run`] with benchmarks and no scenario; nothing may be found.
+    /// [`Meter::run`] with benchmarks and no scenario. A finding is an error.
     fn bench(&self, mode: Mode, words: &[String]) -> Result<Run> {
         let run = self.run(mode, &format!("scenarios=- {}", words.join(" ")))?;
         ensure!(run.findings.is_empty(), "there were findings in {}", words.join(" "));
         Ok(run)
     }
 
-    /// What one round of each word costs, the loop and the call included: exact instructions, or
-    /// else nanoseconds by the clock.
+    /// The cost of one round of each word, with the loop and the call: exact instructions, or else
+    /// nanoseconds of wall-clock time.
     ///
     /// # Errors
     /// As [`Meter::run`].
@@ -269,8 +269,8 @@ impl Meter {
         Ok(costs)
     }
 
-    /// [`Meter::cost`] of a word whose first rounds cost something else: by the difference of two
-    /// numbers of rounds, each in a guest of its own, which has done nothing before.
+    /// [`Meter::cost`] of a word whose first rounds cost something else: the difference of two
+    /// numbers of rounds, each in a fresh guest.
     ///
     /// # Errors
     /// As [`Meter::run`].
@@ -287,7 +287,7 @@ impl Meter {
         Ok((instructions(high)? - instructions(low)?) / (high - low) as f64)
     }
 
-    /// Nanoseconds of one round by the clock, the least of several tries.
+    /// Nanoseconds of wall-clock time for one round: the least of several tries.
     ///
     /// # Errors
     /// As [`Meter::run`].
@@ -300,7 +300,7 @@ impl Meter {
         Ok(least.as_nanos() as f64 / rounds as f64)
     }
 
-    /// Exits for each round of a word, by the difference of two runs: hypercalls and all others.
+    /// Exits of each round of a word, hypercalls and others: the difference of two runs.
     ///
     /// # Errors
     /// As [`Meter::run`].

@@ -9,9 +9,9 @@ use plotters::prelude::*;
 
 /// Width and height, in pixels.
 const SIZE: (u32, u32) = (900, 400);
-/// The part of the width that the legend has.
+/// Width of the legend, in pixels.
 const LEGEND: i32 = 230;
-/// Colours that can be told apart, also by those who see no red or green (Okabe and Ito's).
+/// Colours that colour-blind readers can also distinguish (Okabe and Ito).
 const COLOURS: [RGBColor; 7] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
@@ -24,7 +24,7 @@ const COLOURS: [RGBColor; 7] = [
 
 /// A line: its name and its points.
 pub struct Line {
-    /// As the legend has it.
+    /// Name in the legend.
     pub name: String,
     /// From left to right.
     pub points: Vec<(f64, f64)>,
@@ -32,11 +32,11 @@ pub struct Line {
 
 /// An axis: what it shows and its scale.
 pub struct Axis<'a> {
-    /// With its unit.
+    /// Name with unit.
     pub name: &'a str,
-    /// Whether equal distances are equal factors.
+    /// Logarithmic scale.
     pub logarithmic: bool,
-    /// How its numbers are written.
+    /// Formats its numbers.
     pub label: &'a dyn Fn(f64) -> String,
 }
 
@@ -108,7 +108,7 @@ where
         chart
             .draw_series(LineSeries::new(line.points.iter().copied(), style))
             .map_err(|e| wrong(&e))?;
-        // A few points are marked, many are a curve.
+        // Mark the points only if there are few.
         if line.points.len() <= 20 {
             let dots = line.points.iter().map(|point| Circle::new(*point, 3, colour.filled()));
             chart.draw_series(dots).map_err(|e| wrong(&e))?;

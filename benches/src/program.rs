@@ -13,6 +13,9 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use umbra_shadow::abi::{CallNumber, PORT};
 
+/// Folder for the figures as JSON, and for the files of the programs that are run.
+pub(crate) const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bench");
+
 /// The built program, and a folder for what it reads and writes.
 pub struct Program {
     program: PathBuf,
@@ -53,7 +56,7 @@ impl Program {
         &self.program
     }
 
-    /// Runs a kernel in 256 MiB; the figures of `--stats`.
+    /// Runs a kernel in 256 MiB. Returns the figures of `--stats`.
     ///
     /// # Errors
     /// It cannot be started, or ends with another status than `expected`.
@@ -76,7 +79,7 @@ impl Program {
         serde_json::from_slice(&text).context("--stats is not JSON")
     }
 
-    /// Runs a kernel that ends at once in so much memory; the figures of `--stats`.
+    /// Runs a kernel that ends at once, with `memory` bytes. Returns the figures of `--stats`.
     ///
     /// # Errors
     /// It cannot be started, or does not end well.
@@ -99,8 +102,8 @@ impl Program {
         serde_json::from_slice(&text).context("--stats is not JSON")
     }
 
-    /// The median time from the start of the process to its end, of `times` runs of a kernel that
-    /// ends at once, in 256 MiB: a bound for the time to the guest's first instruction.
+    /// Median time from the start of the process to its end, for `times` runs of a kernel that ends
+    /// at once, in 256 MiB. It bounds the time to the guest's first instruction.
     ///
     /// # Errors
     /// As [`Program::stats`].
@@ -132,19 +135,19 @@ impl Program {
     }
 }
 
-/// A process that ends when this value does, or this program.
+/// A process that is killed when this value is dropped or this program ends.
 pub struct Running(Child);
 
 impl Running {
-    /// Its number.
+    /// Its process id.
     pub fn id(&self) -> u32 {
         self.0.id()
     }
 
-    /// Holds it where it is.
+    /// Stops it (`SIGSTOP`).
     pub fn stop(&self) {
         // SAFETY: `kill` touches no memory; the process is a child that was not waited for, so the
-        // number is its own.
+        // id is its own.
         unsafe { libc::kill(self.0.id().cast_signed(), libc::SIGSTOP) };
     }
 }
@@ -157,8 +160,8 @@ impl Drop for Running {
     }
 }
 
-/// Starts a command and waits until the `times`th line of what it prints has `text` in it. Returns
-/// it, still running, and the time until then.
+/// Starts a command and waits for the `times`th line of its output that contains `text`. Returns
+/// the running process and the time until then.
 ///
 /// # Errors
 /// It cannot be started, ends before, or takes longer than `limit`.
@@ -218,10 +221,10 @@ pub fn until(
     Ok((child, at - begin))
 }
 
-/// An ELF kernel of one segment, which is `code` and is entered at its start.
+/// An ELF kernel of one segment: `code`, entered at its start.
 pub fn one_segment(code: &[u8]) -> Vec<u8> {
     const LOAD: u64 = 1 << 20;
-    // Of 120 bytes, so that code may count on its alignment.
+    // 120 bytes, padded to align the code.
     const HEADERS: u64 = 128;
     let bytes = HEADERS + code.len() as u64;
     // Elf64_Ehdr: ELF, 64 bits, little endian, version 1; executable, x86_64, version 1.
@@ -242,12 +245,12 @@ pub fn one_segment(code: &[u8]) -> Vec<u8> {
     file
 }
 
-/// A kernel that says with its first instructions that it is done.
+/// A kernel whose first instructions end the run.
 pub(crate) fn exits_at_once() -> Vec<u8> {
     exits_after(0)
 }
 
-/// A kernel that writes `count` times to a port that means nothing to anybody, and is done.
+/// A kernel that writes `count` times to an unused port and ends the run.
 pub(crate) fn exits_after(count: u64) -> Vec<u8> {
     // mov rcx, count; test rcx, rcx; jz 2f; 1: out 0x80, al; dec rcx; jnz 1b; 2:
     let mut code = vec![0x48, 0xb9];

@@ -4,16 +4,15 @@
 use anyhow::{Context as _, Result, ensure};
 use object::{Object as _, ObjectSegment as _, ObjectSymbol as _};
 
-/// What the test kernel finds at its start lies behind the memory that it is told of, since it
-/// counts on zeroes there, and firmware clears low memory: the way to its entry, and from there on
-/// its boot parameters and its command line.
+/// The code before its entry, its boot parameters and its command line lie behind the memory that
+/// the test kernel gets: it expects zeroes there, and firmware clears low memory. The boot
+/// parameters have this offset.
 const PARAMS: usize = 0x1000;
 const COMMAND_LINE: usize = 0x2000;
-/// Memory that has to be there for that, in bytes; firmware has its own things at the end of all
-/// memory.
+/// Additional memory for these, in bytes; firmware uses the end of all memory.
 pub const MORE: u64 = 16 << 20;
 
-/// A part of a kernel: where it lies in memory, its bytes, and how many it has there.
+/// A segment: its address, its bytes in the file, and its size in memory.
 type Segment<'a> = (u64, &'a [u8], u64);
 
 /// An ELF file with a PVH note.
@@ -66,7 +65,7 @@ fn file(entry: u64, segments: &[Segment]) -> Vec<u8> {
     file
 }
 
-/// A kernel of 14 bytes that says one line on the serial port.
+/// A kernel of 14 bytes that prints one line on the serial port.
 pub fn says_a_line() -> Vec<u8> {
     const LOAD: u64 = 1 << 20;
     // mov edx, COM1; mov al, '!'; out dx, al; mov al, '\n'; out dx, al; hlt; jmp back
@@ -74,9 +73,8 @@ pub fn says_a_line() -> Vec<u8> {
     file(LOAD, &[(LOAD, &code, code.len() as u64)])
 }
 
-/// The test kernel, which starts by the Linux boot protocol, with a few instructions before it that
-/// lead there from PVH's start, and with what it would be told of a machine of `memory` bytes. The
-/// machine has to have [`MORE`].
+/// The test kernel, with a few instructions in front that lead from PVH's start to the Linux boot
+/// protocol, and with boot parameters for `memory` bytes. The machine needs [`MORE`] bytes more.
 ///
 /// # Errors
 /// It is not a kernel as expected, or `memory` is not below 1 GiB.
@@ -143,7 +141,7 @@ fn code(at: u32, tables: u32, entry: u32) -> Vec<u8> {
     put(0xb8, entry); // mov eax, entry
     code.extend_from_slice(&[0xff, 0xe0]); // jmp rax
     code.resize(0x80, 0xcc);
-    // The limit and the address of the descriptors behind it: none, none, 64-bit code, data.
+    // The limit and the address of the descriptors behind it: two null ones, 64-bit code, data.
     code.extend_from_slice(&31u16.to_le_bytes());
     code.extend_from_slice(&(gdt + 8).to_le_bytes());
     code.extend_from_slice(&[0, 0]);

@@ -1,8 +1,6 @@
-//! Where the measured figures are kept: one file for each part, and `BENCHMARKS.md`, which is all
-//! of them in order.
+//! Keeps the results: one file for each part, and `BENCHMARKS.md`, which has all of them in order.
 //!
-//! A part writes `results/NN-name.md`, and its plots beside it. Whoever adds a part picks a number;
-//! nothing else has to know.
+//! A part writes `results/NN-name.md`, and its plots beside it. A new part only needs a number.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,29 +16,29 @@ const WHOLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../BENCHMARKS.md");
 const INTRODUCTION: &str = "\
 # Benchmarks
 
-What Umbra costs beside a full shadow, KASAN's layout, and beside what else one could take. `cargo
-xtask bench` measures and writes this page, but for the parts on whole hosts and on Linux. Each part
+What Umbra costs, compared with a full shadow (KASAN's layout) and with the alternatives. `cargo
+xtask bench` measures and writes this page, except the parts on whole hosts and on Linux. Each part
 names its command, its host and its commit. Nothing here is written by hand.
 
 How to read it:
 
-- What hardware will pay is in the first part: it counts guest, VMM and host kernel together. All
-  other parts count or time one of them. Where they say *instructions*, these are the guest's alone.
+- The first part shows what hardware will pay: it counts guest, VMM and host kernel together. All
+  other parts count or time one of them. There, *instructions* are the guest's alone.
 - *Two-level* (`per-page`) is Umbra's shadow: one byte for each page, and KASAN's byte shadow only
   for pages that need it. *Full* is KASAN's own layout, 1/8 of memory, from the start.
 - Instructions, exits and bytes repeat exactly. Seconds and nanoseconds do not: compare them only
-  within one table, where all was measured in turns.
-- On a host whose KVM emulates ring 0 (PVM) an instruction of the guest costs about 0.2 µs, and an
-  exit as much as 50 of them. On hardware an instruction costs about 0.3 ns, and an exit as much as
+  within one table, where all were measured in turns.
+- On a host whose KVM emulates ring 0 (PVM), an instruction of the guest costs about 0.2 µs, and an
+  exit as much as 50 of them. On hardware, an instruction costs about 0.3 ns, and an exit as much as
   thousands.
-- Resident memory is what the kernel says (`/proc/self/smaps`, `/proc/self/pagemap`). What is only
-  counted is called so.
-- A limit is what the project holds itself to. A figure over its limit is printed as such.
+- Resident memory is what the kernel reports (`/proc/self/smaps`, `/proc/self/pagemap`). Figures
+  that are only counted say so.
+- A limit is what the project promises. A figure over its limit is marked.
 ";
 
 /// A part of the page.
 pub struct Section<'a> {
-    /// The name of its file: two digits that say where it comes, and a word.
+    /// The name of its file: two digits, which give its place, and a word.
     pub name: &'a str,
     /// Its heading.
     pub title: &'a str,
@@ -53,23 +51,64 @@ pub struct Section<'a> {
 }
 
 impl Section<'_> {
-    /// Writes it, and the whole page anew.
+    /// Writes its file, and the whole page anew.
     ///
     /// # Errors
     /// A file cannot be written or read.
     pub fn write(&self) -> Result<()> {
         let Self { name, title, command, host, body } = self;
-        let text = format!(
+        let text = wrapped(&format!(
             "## {title}\n\nMade by `{command}`, at {}, on {host}.\n\n{}\n",
             commit(),
             body.trim_matches('\n')
-        );
+        ));
         let path = Path::new(FOLDER).join(format!("{name}.md"));
         fs::create_dir_all(FOLDER).with_context(|| format!("cannot create {FOLDER}"))?;
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
         let whole = whole(Path::new(FOLDER))?;
         fs::write(WHOLE, whole).with_context(|| format!("cannot write {WHOLE}"))
     }
+}
+
+/// Most columns of a line of prose.
+const COLUMNS: usize = 100;
+
+/// Markdown whose paragraphs are filled up to [`COLUMNS`]. Tables, headings, lists, and all else
+/// whose lines begin with something other than a word stay as they are.
+fn wrapped(text: &str) -> String {
+    let mut filled = String::new();
+    // Columns of the last line of a paragraph; 0 if there is none to go on with.
+    let mut columns = 0;
+    for line in text.lines() {
+        let is_prose = line.starts_with(|c: char| c.is_alphanumeric() || "(`*".contains(c))
+            && !line.starts_with("* ")
+            && !line.starts_with("```");
+        if !is_prose {
+            if columns > 0 {
+                filled.push('\n');
+            }
+            filled.push_str(line);
+            filled.push('\n');
+            columns = 0;
+            continue;
+        }
+        for word in line.split_whitespace() {
+            let len = word.chars().count();
+            if columns > 0 && columns + 1 + len > COLUMNS {
+                filled.push('\n');
+                columns = 0;
+            } else if columns > 0 {
+                filled.push(' ');
+                columns += 1;
+            }
+            filled.push_str(word);
+            columns += len;
+        }
+    }
+    if columns > 0 {
+        filled.push('\n');
+    }
+    filled
 }
 
 /// The commit that is checked out, and whether it was changed since.
@@ -81,14 +120,14 @@ fn commit() -> String {
     let Some(hash) = git(&["rev-parse", "--short", "HEAD"]) else {
         return "an unknown commit".into();
     };
-    // Only what was measured before may differ.
+    // The results may differ.
     let changed =
         git(&["status", "--porcelain", "--", ":/", ":!/benches/results", ":!/BENCHMARKS.md"]);
     let changed = changed.is_none_or(|changed| !changed.is_empty());
     format!("commit {hash}{}", if changed { " with changes" } else { "" })
 }
 
-/// The path of a plot, and how the page names it.
+/// The path of a plot, and its path on the page.
 pub fn plot(name: &str) -> (PathBuf, String) {
     (Path::new(FOLDER).join(name), format!("benches/results/{name}"))
 }
@@ -120,6 +159,22 @@ mod tests {
     fn the_page_is_what_its_parts_are() {
         let page = fs::read_to_string(WHOLE).expect("BENCHMARKS.md is in the repository");
         assert_eq!(page, whole(Path::new(FOLDER)).unwrap(), "BENCHMARKS.md was edited by hand");
+    }
+
+    #[test]
+    fn paragraphs_are_filled() {
+        let long = "word ".repeat(30);
+        let text = format!("## {long}\n\nOne\ntwo {long}\n\n| a {long} |\n\n*New*: three\n");
+        let filled = wrapped(&text);
+        let lines: Vec<_> = filled.lines().collect();
+        assert_eq!(lines[0], format!("## {long}"));
+        assert!(lines[2].starts_with("One two word word") && lines[2].ends_with("word"));
+        assert!((96..=COLUMNS).contains(&lines[2].len()), "{}", lines[2]);
+        assert_eq!(lines[5..], [&format!("| a {long} |"), "", "*New*: three"]);
+        assert_eq!(wrapped(&filled), filled);
+        let fits = format!("{} b\n", "a".repeat(COLUMNS - 2));
+        assert_eq!(wrapped(&fits), fits);
+        assert_eq!(wrapped(&format!("{} bc\n", "a".repeat(COLUMNS - 2))).lines().count(), 2);
     }
 
     #[test]

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 
 use umbra_shadow::codes::PAGE_SIZE;
 
+/// The slice of a trace that is in the repository.
+pub const SLICE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/traces/kernel-build-slice.kmt.zst");
 /// The first bytes of a trace.
 const MAGIC: [u8; 8] = *b"KMEMTRC1";
 /// Bytes of an event.
@@ -21,7 +23,7 @@ const MOST_CACHES: u32 = 1 << 8;
 const MOST_SITES: u32 = 1 << 16;
 /// The largest block of Linux's page allocator (`MAX_PAGE_ORDER`).
 const MOST_ORDER: u8 = 10;
-/// How much zstd may try to make a file small that is written once.
+/// Compression level: a slice is written once.
 const LEVEL: i32 = 19;
 
 /// What is wrong with a trace.
@@ -30,7 +32,7 @@ pub enum TraceError {
     /// There is no such file, or it cannot be read.
     #[error("cannot read the trace {}", .0.display())]
     Open(PathBuf, #[source] io::Error),
-    /// It is something else.
+    /// It is not a trace.
     #[error("{} is not an allocator trace: {}", .0.display(), .1)]
     Foreign(PathBuf, &'static str),
     /// It stops before its end.
@@ -38,9 +40,9 @@ pub enum TraceError {
     Truncated {
         /// The file.
         path: PathBuf,
-        /// Events that are whole, and one.
+        /// The first event that is not whole.
         at: u64,
-        /// Events that it says it has.
+        /// Events according to its header.
         events: u64,
     },
     /// One of its events makes no sense.
@@ -48,7 +50,7 @@ pub enum TraceError {
     Event {
         /// The file.
         path: PathBuf,
-        /// Which, from 1 on.
+        /// The number of the event, from 1.
         at: u64,
         /// What is wrong.
         what: String,
@@ -74,14 +76,14 @@ pub enum Event {
         /// The object.
         addr: u64,
     },
-    /// A block of `1 << order` pages was handed out.
+    /// A block of `1 << order` pages was allocated.
     PageAlloc {
         /// Its first page.
         addr: u64,
         /// Its order.
         order: u8,
     },
-    /// A block was given back.
+    /// A block was freed.
     PageFree {
         /// Its first page.
         addr: u64,
@@ -123,7 +125,7 @@ impl Event {
         }
     }
 
-    /// The first address behind what it is about, as far as it tells.
+    /// The end of the memory that it names.
     pub fn end(&self) -> u64 {
         match *self {
             Self::Alloc { addr, slot, .. } => addr.saturating_add(slot.into()),
@@ -151,7 +153,7 @@ impl Trace {
     /// Opens a trace and reads all but its events.
     ///
     /// # Errors
-    /// It cannot be read, or is none.
+    /// It cannot be read, or is no trace.
     pub fn open(path: &Path) -> Result<Self, TraceError> {
         let cannot = |error| TraceError::Open(path.to_owned(), error);
         let foreign = |why| TraceError::Foreign(path.to_owned(), why);
@@ -227,7 +229,7 @@ impl Trace {
         })
     }
 
-    /// Writes the first `events` of those that are left into a file of their own.
+    /// Writes the next `events` events to a file of their own.
     ///
     /// # Errors
     /// The trace is bad, or the file cannot be written.

@@ -8,9 +8,8 @@ use std::path::Path;
 use std::process::{Command, ExitCode, Output, Stdio};
 
 use umbra_benches::suite;
+use umbra_benches::trace::SLICE;
 use umbra_tests::suite::{Need, Suite};
-
-const SLICE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/traces/kernel-build-slice.kmt.zst");
 
 /// The benchmarks with these arguments.
 fn benchmarks(arguments: &[&str]) -> Command {

@@ -1,6 +1,7 @@
 //! The figures that repeat exactly are not worse than those in `gate.json`.
 
-use umbra_benches::gate::{Gate, measure};
+use umbra_benches::gate::Gate;
+use umbra_benches::suite::exact::measure;
 use umbra_skip::{skip, skip_part};
 
 #[test]

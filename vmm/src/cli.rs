@@ -33,8 +33,8 @@ const USAGE: u8 = 2;
 #[command(
     version,
     about = "Boots an x86_64 kernel under KVM and finds its memory errors as they happen",
-    after_help = "Exit status: 0 clean, 1 findings, 2 usage or host problem, 3 the guest crashed, 4 time limit, \
-                  130 interrupted. RUST_LOG=info (or debug) tells more."
+    after_help = "Exit status: 0 clean, 1 findings, 2 usage or host problem, 3 the guest crashed, \
+                  4 time limit, 130 interrupted. RUST_LOG=info (or debug) tells more."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -43,24 +43,23 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run a kernel. Its console goes to standard output, findings to standard error. A Linux
+    /// Run a kernel. Its console goes to standard output, findings go to standard error. A Linux
     /// kernel's console reads standard input; Ctrl-A x ends the run, Ctrl-A b sends a break, Ctrl-A
     /// Ctrl-A sends Ctrl-A.
     Run(Run),
-    /// Run the built-in test kernel, whose scenarios misbehave on purpose, and compare what is
-    /// found with what is expected. Exit status 0 when every scenario got its verdict.
+    /// Run the built-in test kernel, whose scenarios misbehave on purpose, and compare the findings
+    /// with what is expected. Exit status 0 if every scenario got its verdict.
     Demo(Demo),
 }
 
 #[derive(Args)]
 struct Run {
-    /// The kernel: an x86_64 ELF file, with symbols, and instrumented if it is to be checked; or a
-    /// Linux bzImage.
+    /// The kernel: an x86_64 ELF file with symbols, instrumented to be checked; or a Linux bzImage.
     kernel: PathBuf,
     /// How to boot it.
     #[arg(long, value_enum, default_value_t = Boot::Auto)]
     boot: Boot,
-    /// A file for the kernel to find in memory.
+    /// A file that the kernel gets in memory.
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
     /// The kernel's command line. Linux gets console=ttyS0, reboot=k and panic=-1 in front of it,
@@ -78,18 +77,19 @@ struct Run {
     /// Write the run's figures as a JSON object to a file, or to standard output (-).
     #[arg(long, value_name = "FILE")]
     stats: Option<PathBuf>,
-    /// When the console first says this, count what the run has cost by then: `marks` in --stats.
+    /// When this text first appears on the console, add the costs until then to `marks` in --stats.
     /// Can be given more than once.
     #[arg(long, value_name = "TEXT", requires = "stats", allow_hyphen_values = true)]
     mark: Vec<String>,
-    /// Write a page about the run, to look at in a browser. It appears at the end, whole.
+    /// Write an HTML page about the run, when it has ended.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// Go on after findings.
+    /// Continue after findings.
     #[arg(long, conflicts_with = "stop_at")]
     keep_going: bool,
-    /// Stop after so many different findings.
-    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..))]
+    /// Stop after this many different findings.
+    #[arg(long, value_name = "N", default_value = "1",
+          value_parser = clap::value_parser!(u32).range(1..))]
     stop_at: u32,
     /// How to print function names: as in the source, or as in the ELF (what
     /// scripts/decode_stacktrace.sh and syzkaller look for).
@@ -101,7 +101,7 @@ struct Run {
 struct Demo {
     /// Scenarios to run; all if none is named.
     scenarios: Vec<String>,
-    /// List the scenarios and what they lead to.
+    /// List the scenarios and their expected findings.
     #[arg(long)]
     list: bool,
     #[command(flatten)]
@@ -109,7 +109,7 @@ struct Demo {
     /// Do not print the findings themselves.
     #[arg(long, short)]
     quiet: bool,
-    /// Write a page about the run, to look at in a browser.
+    /// Write an HTML page about the run.
     #[arg(long, value_name = "FILE", conflicts_with = "list")]
     html: Option<PathBuf>,
 }
@@ -120,37 +120,38 @@ struct Guest {
     /// Guest memory.
     #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = parse_size)]
     memory: u64,
-    /// CPUs of the guest. More than one come with interrupt controllers, so that `hlt` no longer
-    /// ends the run.
-    #[arg(long, default_value = "1", value_name = "N", value_parser = clap::value_parser!(u8).range(1..=MAX_CPUS))]
+    /// CPUs of the guest. With more than one it has interrupt controllers, so `hlt` does not end
+    /// the run.
+    #[arg(long, value_name = "N", default_value = "1",
+          value_parser = clap::value_parser!(u8).range(1..=MAX_CPUS))]
     cpus: u8,
     /// Which shadow to keep.
     #[arg(long, value_enum, default_value_t = Shadow::PerPage)]
     shadow: Shadow,
-    /// Who writes it: the guest, which records its allocations in a ring; or the VMM, at one call
-    /// each, with the shadow read-only for the guest.
+    /// Who writes the shadow: the guest, which records its allocations in a ring; or the VMM, with
+    /// one call per event and the shadow read-only for the guest.
     #[arg(long, value_enum, default_value_t = HowToNotify::Ring)]
     notify: HowToNotify,
     /// Stop the guest rather than map more byte shadow than this.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     shadow_limit: Option<u64>,
-    /// How much freed memory waits before it is handed out again, so that uses of it are found: a
-    /// SIZE, `off`, or `auto` (1/32 of guest memory).
+    /// Quarantine: the amount of freed memory that waits before it is allocated again, so that uses
+    /// after free are found. A SIZE, `off`, or `auto` (1/32 of guest memory).
     #[arg(long, default_value = "auto", value_name = "SIZE", value_parser = parse_quarantine)]
     quarantine: QuarantineSize,
-    /// Bytes between objects, where an overrun is found: a SIZE (a multiple of 8), `off` (objects
-    /// lie as in a kernel that is not checked), or `auto` (more behind larger objects).
+    /// Redzones between objects, where overruns are found. A SIZE (a multiple of 8), `off` (objects
+    /// lie as in an unchecked kernel), or `auto` (more behind larger objects).
     #[arg(long, default_value = "auto", value_name = "SIZE", value_parser = parse_redzone)]
     redzone: Redzone,
-    /// Host memory for who allocated and freed what. When it is used up, the oldest freed objects
-    /// are forgotten first.
+    /// Host memory for the history of allocations and frees. When it is full, the oldest freed
+    /// objects are dropped first.
     #[arg(long, default_value = "64M", value_name = "SIZE", value_parser = parse_size)]
     provenance: u64,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Boot {
-    /// As the file wants.
+    /// As the file requires.
     Auto,
     /// ELF, by the Linux 64-bit boot protocol.
     Elf,
@@ -164,7 +165,7 @@ enum Boot {
 enum Shadow {
     /// One byte for each page, byte shadow on demand.
     PerPage,
-    /// KASAN's layout, 1/8 of all memory, to compare with.
+    /// KASAN's layout, 1/8 of all memory, for comparison.
     Full,
     /// None.
     Off,
@@ -174,7 +175,7 @@ enum Shadow {
 enum HowToNotify {
     /// No exit for an allocation.
     Ring,
-    /// Slower; a wild write cannot reach the shadow, and is found.
+    /// Slower, but a wild write to the shadow has no effect, and is found.
     Sync,
 }
 
@@ -270,7 +271,7 @@ fn output(path: &Path) -> Result<Box<dyn Write + Send>> {
     Ok(Box::new(BufWriter::new(file)))
 }
 
-/// Looks whether a page can be written to `path`, before the run begins.
+/// Checks before the run whether a page can be written to `path`.
 fn page(path: Option<&Path>) -> Result<Option<html::Target>> {
     let target = |path: &Path| {
         html::Target::new(path).with_context(|| format!("cannot write {}", path.display()))
@@ -286,7 +287,7 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
         |path: &Option<PathBuf>| path.as_ref().is_some_and(|path| path.as_os_str() == "-");
     let json = args.findings.as_deref().map(output).transpose()?;
     let stats = args.stats.as_deref().map(output).transpose()?;
-    // Standard output is either the guest's or the JSON's.
+    // Standard output has either the guest's console or the JSON.
     let output: Box<dyn Write + Send> = if is_dash(&args.findings) || is_dash(&args.stats) {
         Box::new(io::stderr())
     } else {
@@ -318,7 +319,7 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
     let report = sandbox::run(&config, console, Box::new(printer), stop);
     drop(restore);
     let report = report?;
-    // As above: what cannot be printed to standard error is lost.
+    // If standard error is closed, the output is lost.
     let _ = text::write_repeats(&mut io::stderr().lock(), &report.findings, style);
     say(format_args!("{}", summary(&report)));
     if let Some(mut stats) = stats {
@@ -338,7 +339,7 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
     Ok(report.status())
 }
 
-/// The option that would have let a run go on, for a message.
+/// The option that would let a run continue, for a message.
 fn hint(outcome: &Outcome) -> &'static str {
     match outcome {
         Outcome::TimeLimit(_) => ": --timeout gives it more",
@@ -347,7 +348,7 @@ fn hint(outcome: &Outcome) -> &'static str {
     }
 }
 
-/// A run in one line.
+/// Summary of a run, in one line.
 fn summary(report: &Report) -> String {
     let outcome = format!("{}{}", report.outcome, hint(&report.outcome));
     let stats = &report.stats;
@@ -379,7 +380,7 @@ fn demo(args: &Demo, stop: &AtomicBool) -> Result<u8> {
     }
     let mut chosen = demo::choose(&scenarios, &args.scenarios)?;
     if matches!(args.guest.shadow, Shadow::Off) && args.scenarios.is_empty() {
-        // Unchecked, the others would really do what they are about.
+        // Unchecked, the others would really corrupt memory.
         chosen.retain(|scenario| scenario.expected.is_empty());
     }
     let page = page(args.html.as_deref())?;
@@ -388,8 +389,7 @@ fn demo(args: &Demo, stop: &AtomicBool) -> Result<u8> {
     demo::run(&config, &chosen, args.quiet, page, stop)
 }
 
-/// Puts the terminal back when a signal ends the process. For those that end the run first it comes
-/// before.
+/// Restores the terminal when a signal ends the process, or ends the run.
 fn restore_terminal_at_signals() {
     use signal_hook::consts::{SIGABRT, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
     for signal in [SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGABRT] {
@@ -407,7 +407,7 @@ fn restore_terminal_at_signals() {
     }
 }
 
-/// Parses the command line and does what it says.
+/// Parses the command line and executes it.
 pub fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
         .format_timestamp(None)
@@ -416,7 +416,7 @@ pub fn main() -> ExitCode {
     // clap itself exits with 2 on a bad command line and 0 for help.
     let cli = Cli::parse();
     let stop = Arc::new(AtomicBool::new(false));
-    // The first Ctrl-C ends the run in good order; a second one ends the process.
+    // The first Ctrl-C ends the run cleanly; a second one ends the process.
     restore_terminal_at_signals();
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         let registered =
@@ -434,8 +434,7 @@ pub fn main() -> ExitCode {
         Ok(status) => status.into(),
         Err(error) => match error.downcast_ref() {
             Some(RunError::Abandoned(outcome)) => {
-                // Standard error may be what nobody reads, so a thread that need not come back says
-                // it.
+                // Nobody may be reading standard error, so another thread prints the error.
                 let status = outcome.status(false);
                 std::thread::spawn(move || say(format_args!("{error:#}")));
                 std::thread::sleep(Duration::from_millis(200));

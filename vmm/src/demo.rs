@@ -1,5 +1,5 @@
-//! `umbra demo`: the built-in test kernel's scenarios, each held against its expected verdict, and
-//! what the shadow cost beside a full one.
+//! `umbra demo`: runs the built-in test kernel's scenarios, compares each with its expected
+//! verdict, and compares the cost of the shadow with a full one.
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
@@ -14,7 +14,7 @@ use crate::print::{Printer, say, size};
 use crate::sandbox::{Config, Report, ShadowMode};
 use crate::verdicts::{self, Verdict, config_for};
 
-/// What was expected of a scenario, in words.
+/// The expected findings of a scenario, in words.
 fn in_words(expected: &[Expected]) -> String {
     if expected.is_empty() {
         return "silent".into();
@@ -33,10 +33,10 @@ pub fn list(scenarios: &[Scenario], out: &mut dyn Write) -> io::Result<()> {
     Ok(())
 }
 
-/// The scenarios that `names` name, all if there are none.
+/// The scenarios with these names; all if there are no names.
 ///
 /// # Errors
-/// There is no scenario of a name.
+/// There is no scenario with one of the names.
 pub fn choose(scenarios: &[Scenario], names: &[String]) -> Result<Vec<Scenario>> {
     for name in names {
         if !scenarios.iter().any(|s| s.name == *name) {
@@ -51,7 +51,7 @@ pub fn choose(scenarios: &[Scenario], names: &[String]) -> Result<Vec<Scenario>>
 /// scenario got its verdict.
 ///
 /// # Errors
-/// The run could not begin, or the page that was asked for could not be written.
+/// The run could not begin, or the page could not be written.
 pub(crate) fn run(
     config: &Config,
     chosen: &[Scenario],
@@ -78,7 +78,7 @@ pub(crate) fn run(
     if stray > 0 {
         writeln!(table, "{stray} finding(s) belong to no scenario that was chosen")?;
     }
-    // If standard output is closed, the exit status still says it.
+    // If standard output is closed, the exit status still has the result.
     let _ = write!(
         io::stdout(),
         "\n{table}\n{}: {} scenarios, {}\n",
@@ -131,8 +131,8 @@ fn write_page(
     target.write(|out| html::write(out, &page)).context("cannot write --html")
 }
 
-/// Runs the same once more with a full shadow and prints both costs. Returns whether that found the
-/// same.
+/// Runs the same scenarios with a full shadow and prints the costs of both. Returns whether the
+/// findings are the same.
 fn compare(
     config: &Config,
     chosen: &[Scenario],

@@ -1,12 +1,12 @@
-//! The test kernel that is built into Umbra, and what its scenarios are expected to lead to.
+//! The test kernel that is built into Umbra, and the expected findings of its scenarios.
 
 use object::{Object as _, ObjectSection as _};
 use thiserror::Error;
 
-/// The section that says what the scenarios are.
+/// The section that describes the scenarios.
 const SECTION: &str = ".umbra.scenarios";
 
-/// One finding that a scenario is expected to lead to.
+/// An expected finding of a scenario.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Expected {
     /// The kind of bug, as reports name it: `slab-out-of-bounds`.
@@ -15,7 +15,7 @@ pub struct Expected {
     pub access: String,
     /// Bytes of the access.
     pub size: u64,
-    /// Where the first bad byte lies, from the start of the object or variable; none if there is
+    /// Offset of the first bad byte from the start of the object or variable; none if there is
     /// neither.
     pub offset: Option<i64>,
 }
@@ -23,9 +23,9 @@ pub struct Expected {
 /// Something that the test kernel does on request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Scenario {
-    /// Its name, by which the kernel's command line chooses it.
+    /// Its name on the kernel's command line.
     pub name: String,
-    /// The findings it leads to, in their order; none for one that must stay silent.
+    /// Its expected findings, in order; none if it must stay silent.
     pub expected: Vec<Expected>,
     /// What it does, in a few words.
     pub about: String,
@@ -34,7 +34,7 @@ pub struct Scenario {
 /// Why the scenarios of a kernel cannot be read.
 #[derive(Debug, Error)]
 pub enum ScenarioError {
-    /// The file is not one that has sections.
+    /// The file is not an ELF file.
     #[error("the test kernel is not an ELF file that can be read")]
     NotElf(#[source] object::Error),
     /// It was built without scenarios, or stripped of them.
@@ -43,7 +43,7 @@ pub enum ScenarioError {
     /// The section's content is outside of the file.
     #[error("the test kernel's section {SECTION} cannot be read")]
     Unreadable(#[source] object::Error),
-    /// The section holds something else than text.
+    /// The section is not text.
     #[error("the test kernel's section {SECTION} is not text")]
     NotText(#[source] std::str::Utf8Error),
     /// A line is not `name|verdict|description`.
@@ -59,7 +59,7 @@ pub enum ScenarioError {
     Verdict {
         /// The scenario's name.
         scenario: String,
-        /// The verdict, or the one of several that is wrong.
+        /// The wrong verdict.
         verdict: String,
     },
 }
@@ -189,8 +189,8 @@ mod tests {
             Err(ScenarioError::NotText(_))
         ));
         let mut cut = umbra_testkit::elf::with_section(SECTION, b"name|silent|about");
-        // `e_shoff` leads to the section headers. The first is empty, the second this section's; its
-        // `sh_offset` is made to lead out of the file.
+        // `e_shoff` leads to the section headers. The first is empty, the second this section's.
+        // Make its `sh_offset` lead out of the file.
         let headers = u64::from_le_bytes(cut[40..48].try_into().unwrap()) as usize;
         cut[headers + 64 + 24..][..8].copy_from_slice(&u64::MAX.to_le_bytes());
         assert!(matches!(scenarios(&cut), Err(ScenarioError::Unreadable(_))));

@@ -7,7 +7,7 @@ use umbra_report::{Finding, Names, json};
 
 use crate::sandbox::Observer;
 
-/// Prints findings as they come: text to standard error, JSON where it was asked for.
+/// Prints findings as they come: text to standard error, JSON if requested.
 pub(crate) struct Printer {
     pub(crate) style: TextStyle,
     pub(crate) quiet: bool,
@@ -27,7 +27,8 @@ impl Printer {
 
 impl Observer for Printer {
     fn finding(&mut self, finding: &Finding) {
-        // If standard error is closed, the guest goes on, and the exit status reports the finding.
+        // If standard error is closed, the guest continues, and the exit status reports the
+        // finding.
         if !self.quiet {
             let _ = text::write(&mut io::stderr().lock(), finding, self.style);
         }
@@ -46,12 +47,12 @@ pub(crate) fn stderr_color() -> bool {
         && io::stderr().is_terminal()
 }
 
-/// Says something on standard error. If nobody listens there, the exit status has to do.
+/// Prints a line to standard error. If that is closed, only the exit status is left.
 pub(crate) fn say(what: std::fmt::Arguments) {
     let _ = writeln!(io::stderr().lock(), "umbra: {what}");
 }
 
-/// Bytes, in a unit that suits them.
+/// Formats a size in a suitable unit.
 pub(crate) fn size(bytes: u64) -> String {
     match bytes {
         0..1024 => format!("{bytes} B"),

@@ -1,5 +1,5 @@
 //! The terminal as a guest's console: each key goes to the guest at once, and only the guest
-//! echoes. Its settings are restored on every way out that a program can act on.
+//! echoes. Its settings are restored on every exit that a program can catch.
 
 use std::io::{self, IsTerminal, Read, stdin, stdout};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -13,15 +13,15 @@ use rustix::termios::{
 
 use crate::sandbox::input::KEYS;
 
-/// The terminal's settings before.
+/// The terminal's original settings.
 static BEFORE: OnceLock<Termios> = OnceLock::new();
-/// The terminal is raw now.
+/// Whether the terminal is raw now.
 static RAW: AtomicBool = AtomicBool::new(false);
 /// Set when the terminal must not be changed any more.
 static OVER: Mutex<bool> = Mutex::new(false);
 
-/// What a guest's console may read: the terminal, if the console is shown there and the terminal is
-/// ours at the moment; or else a file or pipe.
+/// Input for a guest's console: the terminal, if the console is shown there and this process is in
+/// the foreground; or else a file or pipe.
 pub fn input() -> Option<Box<dyn Read + Send>> {
     if !stdin().is_terminal() {
         return Some(Box::new(stdin()));
@@ -36,7 +36,7 @@ struct Keyboard;
 impl Read for Keyboard {
     fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
         make_raw()?;
-        // Not through the standard library's buffer, which may wait for more.
+        // Bypass the standard library's buffer, which may wait for more.
         Ok(rustix::io::read(stdin(), to)?)
     }
 }
@@ -54,7 +54,7 @@ fn make_raw() -> io::Result<()> {
         InputModes::ICRNL | InputModes::IXON | InputModes::ISTRIP | InputModes::BRKINT;
     raw.special_codes[SpecialCodeIndex::VMIN] = 1;
     raw.special_codes[SpecialCodeIndex::VTIME] = 0;
-    // Before it can be needed.
+    // Set before it can be needed.
     let _ = BEFORE.set(before);
     RAW.store(true, SeqCst);
     tcsetattr(stdin(), OptionalActions::Now, &raw)?;
@@ -62,7 +62,7 @@ fn make_raw() -> io::Result<()> {
     Ok(())
 }
 
-/// Puts the terminal back. May be called in a signal handler.
+/// Restores the terminal. May be called in a signal handler.
 pub fn restore() {
     if RAW.swap(false, SeqCst)
         && let Some(before) = BEFORE.get()
@@ -71,7 +71,7 @@ pub fn restore() {
     }
 }
 
-/// Puts the terminal back for good when it is dropped.
+/// Restores the terminal for good when dropped.
 pub struct Restore;
 
 impl Drop for Restore {

@@ -1,4 +1,4 @@
-//! Runs scenarios of a test kernel and compares what is found with what they expect. The
+//! Runs scenarios of a test kernel and compares the findings with those expected. The
 //! demonstration, the tests and the benchmarks use it.
 
 use std::io::{self, Write};
@@ -12,7 +12,7 @@ use umbra_report::frame::StackVariable;
 use crate::kernel::{self, Expected, Scenario};
 use crate::sandbox::{self, Config, Observer, Report, RunError, ShadowMode};
 
-/// Time limit of a run that has none.
+/// Default time limit.
 const TIMEOUT: Duration = Duration::from_secs(300);
 
 /// The result of one scenario.
@@ -22,9 +22,9 @@ pub struct Verdict {
     pub name: String,
     /// Whether it ran to its end.
     pub ran: bool,
-    /// What was expected.
+    /// Expected findings.
     pub expected: Vec<Expected>,
-    /// What was found.
+    /// Findings.
     pub found: Vec<Expected>,
 }
 
@@ -48,8 +48,8 @@ fn as_expected(finding: &Finding) -> Expected {
     }
 }
 
-/// Where the first bad byte lies, seen from the start of the variable that it belongs to. Of a
-/// stack frame's variables that is the nearest.
+/// Offset of the first bad byte from the start of its variable. For a stack frame, that is the
+/// nearest variable.
 fn offset_from_variable(finding: &Finding) -> Option<i64> {
     if let Some(variable) = &finding.variable {
         return Some(finding.shadow.first_bad.wrapping_sub(variable.start).cast_signed());
@@ -64,7 +64,7 @@ fn offset_from_variable(finding: &Finding) -> Option<i64> {
     i64::try_from(at - i128::from(nearest.offset)).ok()
 }
 
-/// The guest's console: passes lines on, but keeps those that say that a scenario ran.
+/// The guest's console: passes lines on, except those that report that a scenario ran.
 struct ScenarioConsole {
     line: Vec<u8>,
     ran: Arc<Mutex<Vec<String>>>,
@@ -94,7 +94,7 @@ impl Write for ScenarioConsole {
     }
 }
 
-/// Most bytes of scenarios' names on the command line, which the boot protocol bounds.
+/// Most bytes of scenario names on the command line. The boot protocol bounds it.
 const NAMES_MAX: usize = 1800;
 
 /// The word of the command line that makes a test kernel with the scenarios `all` run `chosen`. If
@@ -106,7 +106,7 @@ pub fn choice(all: &[Scenario], chosen: &[Scenario]) -> String {
     };
     let by_name = named("scenarios", &chosen.iter().collect::<Vec<_>>());
     let (kept, left): (Vec<_>, Vec<_>) = all.iter().partition(|s| chosen.contains(s));
-    // Without names each runs once, in the kernel's order.
+    // Without names, each scenario runs once, in the kernel's order.
     if by_name.len() <= NAMES_MAX || !kept.into_iter().eq(chosen) {
         return by_name;
     }
@@ -115,7 +115,7 @@ pub fn choice(all: &[Scenario], chosen: &[Scenario]) -> String {
 
 /// The configuration of a guest that runs `chosen`.
 pub(crate) fn config_for(config: &Config, chosen: &[Scenario]) -> Config {
-    // If something is wrong with the file, booting it fails and says so.
+    // If the file is bad, booting it fails with an error.
     let all =
         config.kernel.read().ok().and_then(|elf| kernel::scenarios(&elf).ok()).unwrap_or_default();
     Config {
@@ -125,8 +125,8 @@ pub(crate) fn config_for(config: &Config, chosen: &[Scenario]) -> Config {
     }
 }
 
-/// Runs `chosen` in one guest, whose kernel is a test kernel. `config.cmdline` is added to the word
-/// that chooses them.
+/// Runs `chosen` in one guest with a test kernel. `config.cmdline` comes behind the word that
+/// chooses them.
 ///
 /// # Errors
 /// The run could not begin.
@@ -195,7 +195,7 @@ mod tests {
         assert_eq!(choice(&all, &all[3..5]), "scenarios=a_name_003,a_name_004");
         assert_eq!(choice(&all, &all), "");
         assert_eq!(choice(&all, &all[2..]), "without=a_name_000,a_name_001");
-        // Twice, or in another order, can only be said by name.
+        // Repeats and another order need names.
         let twice: Vec<_> = all.iter().chain(&all[..1]).cloned().collect();
         assert!(choice(&all, &twice).starts_with("scenarios=a_name_000,"));
         assert_eq!(choice(&[], &all[..1]), "scenarios=a_name_000");

@@ -1,4 +1,4 @@
-//! Debian's packages: what is offered, and fetching it without installing it.
+//! Debian's packages: which versions apt offers, and how to fetch them without installing.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::Context;
+use crate::context::Context;
 use crate::process::{Command, which};
 
 /// The version of a package that apt would install; `None` where there is no apt, or no such
@@ -39,16 +39,16 @@ pub fn version(context: &Context, package: &str) -> Result<String> {
     version.with_context(|| format!("apt does not offer {package}, a package of Debian 12"))
 }
 
-/// The first package that a package depends on: of one that only names the newest version of
-/// something, that version.
+/// The first dependency of a package. For a package that only depends on the newest version of
+/// something, that is this version.
 pub fn dependency(context: &Context, package: &str) -> Result<String> {
     let depends = reader(context, "apt-cache").args(["depends", package]).stream(|_| {})?.output;
     let first = depends.lines().find_map(|line| line.trim().strip_prefix("Depends: "));
     Ok(first.with_context(|| format!("{package} depends on nothing"))?.to_owned())
 }
 
-/// Packages and what apt would install for them on this machine, with versions. A package that is
-/// installed already is among them all the same.
+/// Packages, and those that apt would install for them on this machine, with versions. A package
+/// that is already installed is also in the list.
 pub fn with_what_is_missing(
     context: &Context,
     packages: &[&str],
@@ -72,8 +72,7 @@ fn to_be_installed(line: &str) -> Option<(String, String)> {
     Some((name.to_owned(), version.to_owned()))
 }
 
-/// A program of apt that only reads its lists: the system's, or those that an ordinary user
-/// fetched.
+/// A program of apt that only reads its lists: the system's, or those in `target/apt`.
 pub fn reader(context: &Context, program: &str) -> Command {
     reader_in(context, program, &context.root)
 }
@@ -89,13 +88,13 @@ fn reader_in(context: &Context, program: &str, folder: &Path) -> Command {
     command
 }
 
-/// The configuration of apt that leads it to lists in `target/apt`.
+/// The configuration of apt for lists in `target/apt`.
 fn own_lists(context: &Context) -> PathBuf {
     context.root.join("target/apt/apt.conf")
 }
 
-/// Fetches the lists of packages anew: the system's, or where this user may not, some of our own.
-/// False if that fails.
+/// Fetches the lists of packages anew: the system's, or our own if this user may not. False if that
+/// fails.
 pub fn renew_lists(context: &Context) -> Result<bool> {
     context.progress.step("updating the list of packages");
     if let Some(apt) = Apt::find(context) {
@@ -115,7 +114,7 @@ pub fn renew_lists(context: &Context) -> Result<bool> {
     Ok(update.success)
 }
 
-/// Downloads packages of these versions into a folder, together; `None` if apt cannot.
+/// Downloads packages of these versions into a folder; `None` if apt cannot.
 pub fn download(
     context: &Context,
     packages: &[(&str, &str)],
@@ -138,7 +137,7 @@ pub fn download(
     Ok(Some(files))
 }
 
-/// Unpacks a package that was downloaded, and removes it. Nothing is installed.
+/// Unpacks a downloaded package and removes the file. Installs nothing.
 pub fn unpack_file(context: &Context, file: &Path, folder: &Path) -> Result<()> {
     Command::new("dpkg-deb", folder)
         .args([OsStr::new("-x"), file.as_os_str(), OsStr::new(".")])
@@ -146,8 +145,8 @@ pub fn unpack_file(context: &Context, file: &Path, folder: &Path) -> Result<()> 
     fs::remove_file(file).with_context(|| format!("cannot remove {}", file.display()))
 }
 
-/// Downloads packages of these versions into an empty folder, and unpacks them there. Nothing is
-/// installed.
+/// Downloads packages of these versions into an empty folder, and unpacks them there. Installs
+/// nothing.
 pub fn unpack(context: &Context, packages: &[(&str, &str)], folder: &Path) -> Result<()> {
     let download = || download(context, packages, folder);
     let files = match download()? {
@@ -163,19 +162,19 @@ pub fn unpack(context: &Context, packages: &[(&str, &str)], folder: &Path) -> Re
     files.iter().try_for_each(|file| unpack_file(context, file, folder))
 }
 
-/// The last line that a program printed, which mostly is the reason why it failed.
+/// The last line of a program's output: mostly the reason why it failed.
 fn last_line(output: &str) -> &str {
     output.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("it did not say why").trim()
 }
 
-/// The way to install Debian's packages.
+/// The right to install Debian's packages.
 pub struct Apt {
     /// Set for a user who is not root.
     sudo: Option<PathBuf>,
 }
 
 impl Apt {
-    /// If this user may, which is asked without a word.
+    /// If this user has it. Asks for no password.
     pub fn find(context: &Context) -> Option<Self> {
         which("apt-get")?;
         // SAFETY: geteuid has no preconditions.

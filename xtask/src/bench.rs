@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: builds what a part of the benchmarks needs, and becomes it.
+//! `cargo xtask bench`: builds what a part of the benchmarks needs, and executes it.
 
 use std::ffi::OsString;
 use std::fs;
@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::context::Context;
 use crate::nested::{self, Ended, Host, Job, Output};
-use crate::{Context, demo, guest, linux, setup};
+use crate::{guest, linux, programs, setup};
 
 /// The parts of the benchmarks that need no guest.
 const NATIVE: [&str; 2] = ["replay", "native"];
@@ -49,7 +50,7 @@ pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
 
 /// `cargo xtask bench nested`: measures in the nested host, and reports on the machine.
 fn whole_host(context: &Context, arguments: &[String]) -> Result<ExitCode> {
-    let umbra = demo::build(context)?;
+    let umbra = programs::umbra(context)?;
     linux::build_compared(context)?;
     context.progress.step("building the benchmarks");
     let bench = bench_program(context)?;

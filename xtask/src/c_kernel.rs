@@ -1,11 +1,12 @@
-//! Builds the C test kernel, by each compiler that there is.
+//! Builds the C test kernel with each available compiler.
 
 use anyhow::Result;
 
+use crate::context::Context;
 use crate::process::Command;
-use crate::{Context, guest, setup};
+use crate::{guest, setup};
 
-/// The compilers, which are also the names of their Debian packages.
+/// The compilers. Their Debian packages have the same names.
 const COMPILERS: [&str; 2] = ["gcc", "clang"];
 
 /// `cargo xtask guest --c`.
@@ -18,9 +19,8 @@ pub fn run(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// Builds the runtime and, with every compiler that is there or can be installed,
-/// `target/guest/c-kernel-COMPILER`. Returns the kernels; for a compiler that is missing it says
-/// so.
+/// Builds the runtime and, with every compiler that is available or can be installed,
+/// `target/guest/c-kernel-COMPILER`. Returns the kernels, and prints which compilers are missing.
 pub fn build(context: &Context) -> Result<Vec<String>> {
     let folder = guest::build_library(context)?;
     let mut built = Vec::new();
@@ -28,7 +28,8 @@ pub fn build(context: &Context) -> Result<Vec<String>> {
         let kernel = folder.join(format!("c-kernel-{compiler}"));
         if !setup::programs(context, &[compiler, "make"])? {
             context.progress.say(&format!(
-                "not built: the C test kernel by {compiler}: install {compiler} and make (`apt-get install {compiler} make`)"
+                "not built: the C test kernel by {compiler}: install {compiler} and make \
+                 (`apt-get install {compiler} make`)"
             ));
             continue;
         }

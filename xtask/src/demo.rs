@@ -1,28 +1,18 @@
-//! `cargo xtask demo`: builds everything and becomes `umbra demo`, or runs it in the nested host
-//! where there is no KVM.
+//! `cargo xtask demo`: builds everything and executes `umbra demo`, in the nested host if there is
+//! no KVM.
 
 use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::io;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
 
-use crate::{Context, guest, nested};
+use crate::context::Context;
+use crate::programs::UMBRA;
+use crate::{nested, programs};
 
-/// The program, in cargo's terms.
-const UMBRA: [&str; 5] = ["--release", "--package", "umbra", "--bin", "umbra"];
-
-/// Builds the test kernel and Umbra with it, and returns the program.
-pub fn build(context: &Context) -> Result<PathBuf> {
-    guest::build(context)?;
-    context.progress.step("building Umbra");
-    context.cargo().args(["build"]).args(UMBRA).run_or_fail(&context.progress)?;
-    Ok(context.root.join("target/release/umbra"))
-}
-
-/// Runs it. Where there is KVM, returns only if that fails.
+/// Runs the demo. With KVM, returns only on failure.
 pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
     let boots =
         !arguments.iter().any(|argument| ["--list", "--help", "-h"].contains(&argument.as_str()));
@@ -30,7 +20,7 @@ pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
     if let Some(problem) = &problem {
         context.progress.say(&format!("the demo runs in the nested host: {problem}"));
     }
-    let program = build(context)?;
+    let program = programs::umbra(context)?;
     if problem.is_some() {
         let mut command: Vec<OsString> = vec![program.into(), "demo".into()];
         command.extend(arguments.iter().map(OsString::from));
@@ -38,25 +28,28 @@ pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
     }
     context.progress.step("starting the demo");
     context.progress.finish();
-    // It knows where the program is, wherever results are put.
+    // cargo knows where the program is, whatever its target folder.
     let run = ["run", "--quiet"];
     context.cargo().args(run).args(UMBRA).args(["--", "demo"]).args(arguments).replace()
 }
 
-/// Why guests cannot be booted on this machine, if so, and what to do about it.
+/// The reason why guests cannot be booted on this machine, if any, and what to do about it.
 pub fn kvm_problem() -> Option<String> {
     OpenOptions::new().read(true).write(true).open("/dev/kvm").err().as_ref().map(describe)
 }
 
+const NO_KVM: &str = "\
+    there is no /dev/kvm: enable virtualization (VT-x or AMD-V) in the firmware and load kvm_intel \
+    or kvm_amd, or nested KVM where this is a virtual machine, or pass the device into the \
+    container where this is one";
+const NO_PERMISSION: &str = "\
+    no permission to use /dev/kvm: join the group that owns it (`sudo usermod -aG kvm $USER`) and \
+    log in again";
+
 fn describe(error: &io::Error) -> String {
     match error.kind() {
-        io::ErrorKind::NotFound => "there is no /dev/kvm: enable virtualization (VT-x or AMD-V) in the firmware and \
-             load kvm_intel or kvm_amd, or nested KVM where this is a virtual machine, or pass the device into the \
-             container where this is one"
-            .into(),
-        io::ErrorKind::PermissionDenied => "no permission to use /dev/kvm: join the group that owns it \
-             (`sudo usermod -aG kvm $USER`) and log in again"
-            .into(),
+        io::ErrorKind::NotFound => NO_KVM.into(),
+        io::ErrorKind::PermissionDenied => NO_PERMISSION.into(),
         _ => format!("/dev/kvm cannot be used: {error}"),
     }
 }

@@ -1,6 +1,6 @@
-//! Builds the guest: the runtime and the test kernel's allocators as one object each, never
-//! instrumented, with a `core` of their own; then the rest of the test kernel, instrumented through
-//! and through, linked with both.
+//! Builds the guest. The runtime and the test kernel's allocators become one object each, without
+//! instrumentation and with a `core` of their own. The rest of the test kernel is instrumented and
+//! linked with both.
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::path::{Path, PathBuf};
@@ -8,9 +8,10 @@ use std::{fs, io};
 
 use anyhow::{Context as _, Result};
 
+use crate::context::Context;
 use crate::process::{Command, which};
+use crate::setup;
 use crate::toolchain::Tools;
-use crate::{Context, setup};
 
 /// The guests' target: no operating system, no floating point.
 const TARGET: &str = "x86_64-unknown-none";
@@ -21,9 +22,9 @@ struct Plain {
     part: &'static str,
     package: &'static str,
     object: &'static str,
-    /// Symbols that a kernel sees: everything else becomes local to it, its own `core` included.
+    /// Symbols that stay global. All others become local, its `core` included.
     kept: &'static [&'static str],
-    /// What is called otherwise from then on.
+    /// Symbols that get another name.
     renamed: &'static [(&'static str, &'static str)],
 }
 
@@ -32,7 +33,7 @@ const RUNTIME: Plain = Plain {
     package: "umbra-runtime",
     object: "libumbra_rt.o",
     kept: &["umbra_*", "__asan_*"],
-    // The runtime's checked memory functions take the C names, after its own unchecked ones were
+    // The runtime's checked memory functions get the C names, after its own unchecked ones were
     // made local.
     renamed: &[
         ("umbra_checked_memcpy", "memcpy"),
@@ -53,8 +54,7 @@ const MEMORY: Plain = Plain {
     renamed: &[],
 };
 
-/// How any guest code is compiled: at fixed addresses in the highest 2 GiB, with frame pointers for
-/// stacks.
+/// Flags for all guest code: fixed addresses in the highest 2 GiB, and frame pointers for stacks.
 const COMMON: [&str; 5] = [
     "-Clinker-flavor=ld.lld",
     "-Crelocation-model=static",
@@ -63,12 +63,12 @@ const COMMON: [&str; 5] = [
     "-Cpanic=abort",
 ];
 
-/// How the kernel is instrumented: every check is a call, stack and globals have redzones. The
-/// mapping offset makes the compiler's own stores to a stack's shadow agree with the runtime's
-/// look-ups (address >>s 3, nothing added).
+/// Flags for instrumented code: every check is a call, stack and globals have redzones. The mapping
+/// offset makes the compiler's own stores to a stack's shadow agree with the runtime's look-ups
+/// (address >>s 3, nothing added).
 ///
-/// rustc drops the names of variables in a release build unless it is told not to; findings on a
-/// stack show them.
+/// A release build of rustc drops the names of variables by default; findings on a stack print
+/// them.
 const SANITIZER: [&str; 9] = [
     "-Zfewer-names=no",
     "-Zsanitizer=kernel-address",
@@ -95,13 +95,14 @@ pub fn library(context: &Context) -> Result<()> {
     let folder = build_library(context)?;
     context.progress.finish();
     println!(
-        "{}: libumbra_rt.a; umbra.h and umbra.mk for kernels in C; umbra.toml for kernels in Rust (docs/your-kernel.md)",
+        "{}: libumbra_rt.a; umbra.h and umbra.mk for kernels in C; umbra.toml for kernels in Rust \
+         (docs/your-kernel.md)",
         folder.display()
     );
     Ok(())
 }
 
-/// Builds what other kernels need, all in one folder, which is returned.
+/// Builds what other kernels need into one folder, and returns it.
 pub fn build_library(context: &Context) -> Result<PathBuf> {
     let guest = Guest::new(context)?;
     context.progress.step("building the guest runtime");
@@ -114,7 +115,7 @@ pub fn build_library(context: &Context) -> Result<PathBuf> {
     Ok(guest.folder)
 }
 
-/// Builds runtime and kernel, for a task that uses them.
+/// Builds the runtime and the test kernel.
 pub fn build(context: &Context) -> Result<()> {
     Guest::new(context)?.all().map(drop)
 }
@@ -122,7 +123,7 @@ pub fn build(context: &Context) -> Result<()> {
 struct Guest<'a> {
     context: &'a Context,
     tools: Tools,
-    /// Where everything goes. Always in the workspace, where Umbra's build looks for the kernel.
+    /// The output folder. Always in the workspace, where Umbra's build looks for the kernel.
     folder: PathBuf,
 }
 
@@ -158,19 +159,19 @@ impl<'a> Guest<'a> {
             .env("RUSTC", &compiler.rustc)
             // The sanitizer and the build of `core` are unstable features.
             .env("RUSTC_BOOTSTRAP", "1")
-            // Fewer instructions, and one unit of debug information for each crate: reading those
-            // of 16 would be most of the VMM's memory.
+            // One codegen unit gives fewer instructions, and one unit of debug information for each
+            // crate: with 16, reading these would take most of the VMM's memory.
             .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "1")
             .args(["rustc", "--release", "--target", TARGET, "--target-dir"])
             .args([self.folder.join(part)]);
         command
     }
 
-    /// What files are called in debug information: names that are the same on every machine.
+    /// Names of files in debug information, the same on every machine.
     fn remapped(&self) -> Vec<(PathBuf, &'static str)> {
         let library = self.tools.compiler.library();
         let mut all = vec![(self.context.root.clone(), ""), (library.clone(), "library")];
-        // A distribution's sources may be behind a link, which rustc sees resolved.
+        // A distribution's sources may be behind a link, which rustc resolves.
         if let Ok(real) = library.canonicalize()
             && real != library
         {
@@ -179,7 +180,7 @@ impl<'a> Guest<'a> {
         all
     }
 
-    /// Everything that the test kernel is made of, and the kernel.
+    /// Builds the test kernel and its parts.
     fn all(&self) -> Result<PathBuf> {
         self.context.progress.step("building the guest runtime");
         let runtime = self.plain(&RUNTIME)?;
@@ -213,7 +214,7 @@ impl<'a> Guest<'a> {
         if self.tools.linker.ends_with("rust-lld") {
             link.args(["-flavor", "gnu"]);
         }
-        // Only the members that the entry points need.
+        // Link only the members that the entry points need.
         link.args(["-r"])
             .args(kept.iter().map(|name| format!("--undefined-glob={name}")))
             .args([&archive])
@@ -236,7 +237,7 @@ impl<'a> Guest<'a> {
         Ok(object)
     }
 
-    /// The configuration of cargo for kernels in Rust: this machine's compiler, and the flags.
+    /// cargo's configuration for kernels in Rust: this machine's compiler, and the flags.
     fn configuration(&self) -> String {
         let text = |path: &Path| format!("{:?}", path.display().to_string());
         let linked = |what: &str, path: &Path| format!("{:?}", format!("{what}{}", path.display()));
@@ -245,7 +246,8 @@ impl<'a> Guest<'a> {
         flags.push(linked("-Clinker=", &self.tools.linker));
         flags.push(linked("-Clink-arg=", &self.folder.join("libumbra_rt.a")));
         format!(
-            "# For kernels that Umbra checks: `RUSTC_BOOTSTRAP=1 cargo build --release --config umbra.toml`.\n\
+            "# For kernels that Umbra checks: `RUSTC_BOOTSTRAP=1 cargo build --release --config \
+             umbra.toml`.\n\
              # Made by `cargo xtask guest --lib` for this machine.\n\n\
              [build]\nrustc = {}\ntarget = {TARGET:?}\n\n\
              [unstable]\nbuild-std = [\"core\", \"alloc\", \"compiler_builtins\"]\n\n\
@@ -255,9 +257,8 @@ impl<'a> Guest<'a> {
         )
     }
 
-    /// The runtime as an archive, for kernels in any language. Its memory functions are weak there:
-    /// a kernel may have its own, which are then not checked but where the kernel itself is
-    /// instrumented.
+    /// The runtime as an archive, for kernels in any language. Its memory functions are weak there.
+    /// A kernel may have its own, which are checked only as far as they are instrumented.
     fn archive(&self, object: &Path) -> Result<()> {
         let ar = which("ar")
             .or_else(|| which("llvm-ar"))
@@ -275,7 +276,7 @@ impl<'a> Guest<'a> {
             }
             _ => {}
         }
-        // `D`: no times, so that the same runtime makes the same archive.
+        // `D`: no timestamps, so that the same runtime gives the same archive.
         Command::new(ar, &self.folder)
             .args(["crsD"])
             .args([&archive, &member])
@@ -283,21 +284,20 @@ impl<'a> Guest<'a> {
         install(&archive, &self.folder.join("libumbra_rt.a"))
     }
 
-    /// The test kernel, with the objects that are part of it.
+    /// Links the test kernel with these objects.
     fn kernel(&self, objects: &[&Path]) -> Result<PathBuf> {
         let progress = &self.context.progress;
         progress.step("building the test kernel");
         let script = self.context.root.join("guest/kernel/link.ld");
-        // Cargo does not know about files that only the linker reads. With their content in its
-        // arguments, it links again when they changed, and compiles only the kernel's own crate for
-        // it.
+        // Cargo does not track files that only the linker reads. A fingerprint of them in the
+        // arguments makes it link again when they change, and compile only the kernel's own crate.
         let files: Vec<&Path> = objects.iter().copied().chain([script.as_path()]).collect();
         let linked_with = fingerprint(&files, &[])?;
         self.cargo("kernel", &SANITIZER)
             .args(["--package", "umbra-kernel", "--bin", "umbra-kernel", "--features", "guest"])
             .args(["-Zbuild-std=core,alloc,compiler_builtins", "--"])
             .args(["--cfg".to_owned(), format!("umbra_linked_with=\"{linked_with}\"")])
-            // Findings tell where a global variable is declared; line tables alone do not have
+            // Findings print where a global variable is declared; line tables alone do not have
             // that.
             .args(["-Cdebuginfo=full"])
             .args(objects.iter().map(|object| link_argument("", object)))
@@ -312,7 +312,7 @@ impl<'a> Guest<'a> {
         Ok(kernel)
     }
 
-    /// Where cargo puts a result.
+    /// Path of a result of cargo.
     fn built(&self, part: &str, name: &str) -> PathBuf {
         self.folder.join(part).join(TARGET).join("release").join(name)
     }
@@ -322,8 +322,8 @@ fn link_argument(option: &str, file: &Path) -> String {
     format!("-Clink-arg={option}{}", file.display())
 }
 
-/// Whether an environment variable, set for the host's build or by the cargo that started this,
-/// would change the guest's.
+/// Whether an environment variable, set for the host's build or by the outer cargo, would change
+/// the guest's build.
 fn disturbs(name: &str) -> bool {
     let settings =
         ["CARGO_BUILD_", "CARGO_TARGET_", "CARGO_PROFILE_", "CARGO_UNSTABLE_", "CARGO_PKG_"];
@@ -341,7 +341,7 @@ fn disturbs(name: &str) -> bool {
     single.contains(&name) || settings.iter().any(|prefix| name.starts_with(prefix))
 }
 
-/// A short text that is another one when the files' contents or the names are.
+/// A short text that depends on the files' contents and on the names.
 fn fingerprint(files: &[&Path], names: &[&Path]) -> Result<String> {
     let mut hasher = DefaultHasher::new();
     names.hash(&mut hasher);
@@ -353,14 +353,14 @@ fn fingerprint(files: &[&Path], names: &[&Path]) -> Result<String> {
     Ok(format!("{:016x}", hasher.finish()))
 }
 
-/// Copies a file, at once and only if it differs: what depends on it is rebuilt when its time
-/// changes.
+/// Copies a file atomically, and only if it differs: a new timestamp would rebuild what depends on
+/// it.
 fn install(from: &Path, to: &Path) -> Result<()> {
     let content = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
     write_if_new(&content, to)
 }
 
-/// Writes a file, at once and only if it is another than before.
+/// Writes a file atomically, and only if it differs.
 fn write_if_new(content: &[u8], to: &Path) -> Result<()> {
     if fs::read(to).is_ok_and(|old| old == content) {
         return Ok(());

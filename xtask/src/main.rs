@@ -1,9 +1,10 @@
-//! Umbra's chores: `cargo xtask demo` and `cargo xtask test` set up what a machine lacks, build the
+//! Umbra's chores: `cargo xtask demo` and `cargo xtask test` install what is missing, build the
 //! guest and run.
 
 mod apt;
 mod bench;
 mod c_kernel;
+mod context;
 mod demo;
 mod guest;
 mod hosts;
@@ -18,18 +19,16 @@ mod summary;
 mod tests;
 mod toolchain;
 
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
 
-use crate::progress::Progress;
+use context::Context;
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Umbra's chores")]
 struct Arguments {
-    /// Show what every command prints
+    /// Show the output of every command
     #[arg(short, long, global = true)]
     verbose: bool,
     #[command(subcommand)]
@@ -52,54 +51,54 @@ enum Task {
     ///
     /// Installs what is missing first. Tests run on this machine and, side by side with it, in the
     /// nested host (see `cargo xtask nested`), where their names begin with `svm::`. Without KVM
-    /// here, what needs it runs there only. The last lines count what passed, failed, and was
-    /// skipped on each host, and together.
+    /// here, tests that need it run there only. The last lines count the passed, failed and skipped
+    /// tests of each host, and of both.
     Test {
-        /// Only the tests whose names contain this, and none of the other checks; only in the
-        /// nested host if it begins with `svm::`
+        /// Only the tests whose names contain this, without the other checks. Only in the nested
+        /// host if it begins with `svm::`
         name: Option<String>,
-        /// Those too that take very long, and on both hosts what belongs to one of them
+        /// Also run tests that take very long, and all tests on both hosts
         #[arg(long)]
         all: bool,
     },
-    /// Run a command on a KVM host like hardware's, which QEMU's software CPU gives on any machine
+    /// Run a command on a KVM host as on hardware, made by QEMU's software CPU on any machine
     ///
-    /// AMD's SVM with nested paging. The command sees this machine's files, at the same paths, and
-    /// a /tmp of its own. What it writes is forgotten, but in `target` of this workspace. It reads
-    /// nothing from standard input. Its exit status is passed on; 2 is a host that does not start,
-    /// and a command that does not end in time. The host has one CPU; guests may have more.
+    /// The CPU has AMD's SVM with nested paging. The command sees this machine's files, at the same
+    /// paths, and a /tmp of its own. What it writes is lost, except in `target` of this workspace.
+    /// Its standard input is empty. Its exit status is passed on; 2 means that the host did not
+    /// start, or the command did not end in time. The host has one CPU; guests may have more.
     Nested(nested::Arguments),
     /// Measure what Umbra costs, and write BENCHMARKS.md
     ///
     /// `cargo xtask bench -- --help` lists the parts and their options. Without arguments it
-    /// measures all parts but `linux`, which takes some minutes.
+    /// measures all parts except `linux`, which takes some minutes.
     Bench {
-        /// `linux` for what booting Linux costs; otherwise parts and options
+        /// `linux` to measure booting Linux; otherwise parts and options
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
         arguments: Vec<String>,
     },
-    /// Run every scenario of the test kernels and write what was found to docs/scenarios.md
+    /// Run every scenario of the test kernels and write the findings to docs/scenarios.md
     ///
-    /// `cargo xtask test` fails where the file says something else than what was found.
+    /// `cargo xtask test` fails if the file differs from the findings.
     Scenarios,
-    /// Make the README's picture of the page that `--html` writes
+    /// Make the README's picture of the `--html` page
     ///
-    /// Needs KVM and chromium, which is installed where it is missing.
+    /// Needs KVM and chromium, which is installed if it is missing.
     Picture,
     /// Build the Linux kernels that the tests boot and fetch Debian's, into target/linux
     ///
     /// They are Debian's linux-source-6.1 with configurations from guest/linux/config: a small one,
-    /// and one with the patches in guest/linux/patches, which Umbra checks. What a build needs is
-    /// installed; the kernels are not. Where the newest version does not work with the patches, one
-    /// that is known to is built, and the last line says so.
+    /// and one with the patches in guest/linux/patches, which Umbra checks. Build tools are
+    /// installed; the kernels are not. If the newest version does not work with the patches, an
+    /// older one that is known to work is built, and the last line says so.
     Linux {
         #[command(subcommand)]
         task: Option<LinuxTask>,
     },
     /// Build the guest runtime and the test kernel from source, into target/guest
     Guest {
-        /// Only the runtime: libumbra_rt.a, to link into a kernel of your own, with umbra.h and
-        /// umbra.mk for one in C
+        /// Only the runtime: libumbra_rt.a to link into your own kernel, with umbra.h and umbra.mk
+        /// for C
         #[arg(long)]
         lib: bool,
         /// Only the runtime and the C test kernel, by gcc and by clang
@@ -110,55 +109,22 @@ enum Task {
 
 #[derive(Subcommand)]
 enum LinuxTask {
-    /// List the versions of Linux's sources that apt offers, and which of them the patches apply to
+    /// List the versions of Linux's sources that apt offers, and whether the patches apply
     ///
-    /// Downloads each version once, to look; installs nothing.
+    /// Downloads each version once; installs nothing.
     Status,
     /// Run Linux's own tests of KASAN in the kernel that Umbra checks
     Test,
-    /// Write down anew what these tests come to with Linux's own KASAN, under QEMU
+    /// Record the results of these tests with Linux's own KASAN, under QEMU
     Expected,
-    /// Boot the same Linux without KASAN, with its own, and with Umbra's, and compare what that
-    /// costs
+    /// Boot the same Linux without KASAN, with its own, and with Umbra's, and compare the costs
     ///
-    /// Takes most of an hour where KVM emulates ring 0: Linux's own KASAN is slow there.
+    /// Takes most of an hour if KVM emulates ring 0: Linux's own KASAN is slow there.
     Compare {
         /// Arguments for the benchmark (see `cargo xtask linux compare -- --help`)
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
         arguments: Vec<String>,
     },
-}
-
-/// What every task needs to know.
-struct Context {
-    /// The workspace's root.
-    root: PathBuf,
-    /// The cargo that started this.
-    cargo: PathBuf,
-    progress: Progress,
-}
-
-impl Context {
-    fn new(verbose: bool) -> Result<Self> {
-        let manifest = std::env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
-        let manifest = manifest.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).to_owned());
-        let root = manifest.parent().context("xtask is not in a workspace")?.to_owned();
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()).into();
-        Ok(Self { root, cargo, progress: Progress::new(verbose) })
-    }
-
-    /// Another program, in the workspace's folder.
-    fn program(&self, path: &Path) -> process::Command {
-        process::Command::new(path, &self.root)
-    }
-
-    /// A cargo command for the host.
-    fn cargo(&self) -> process::Command {
-        let mut command = process::Command::new(&self.cargo, &self.root);
-        // `target/guest/umbra-kernel`, which is just built, is what gets embedded without it.
-        command.without("UMBRA_KERNEL");
-        command
-    }
 }
 
 fn main() -> ExitCode {

@@ -1,18 +1,19 @@
-//! `cargo xtask picture`: makes the README's picture of the page that `--html` writes.
+//! `cargo xtask picture`: makes the README's picture of the `--html` page.
 
 use std::fs;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::context::Context;
 use crate::process::{Command, which};
-use crate::{Context, demo, guest, setup};
+use crate::{demo, guest, setup};
 
 /// The picture, in the workspace.
 const PICTURE: &str = "docs/images/report.png";
 /// The scenario on it.
 const SCENARIO: &str = "scenarios=box_use_after_free";
-/// Its size: down to the end of the call trace.
+/// Its size: to the end of the call trace.
 const SIZE: &str = "--window-size=1100,1325";
 /// For root in a container, without scroll bars, and without the network.
 const FLAGS: [&str; 8] = [
@@ -26,7 +27,7 @@ const FLAGS: [&str; 8] = [
     "--hide-scrollbars",
 ];
 
-/// Runs one scenario, and has a browser draw its page.
+/// Runs one scenario, and lets a browser draw its page.
 pub fn run(context: &Context) -> Result<ExitCode> {
     if let Some(problem) = demo::kvm_problem() {
         bail!("{problem}");
@@ -37,10 +38,10 @@ pub fn run(context: &Context) -> Result<ExitCode> {
     let folder = context.root.join("target/picture");
     let (page, picture) = (folder.join("page.html"), context.root.join(PICTURE));
     fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
-    // None of an earlier run.
+    // Remove the page of an earlier run.
     let _ = fs::remove_file(&page);
     context.progress.step("running a scenario");
-    // Its exit status is that of a finding.
+    // Its exit status is 1: there is a finding.
     context
         .cargo()
         .args(["run", "--quiet", "--release", "--package", "umbra", "--bin", "umbra", "--", "run"])

@@ -1,7 +1,7 @@
 //! Runs other programs so that none outlives this one.
 //!
-//! Each has a process group of its own, which a signal that ends this program ends first; and the
-//! kernel ends it should this program be killed.
+//! Each has its own process group. A signal that ends this program ends the group first. If this
+//! program is killed, the kernel ends the child.
 
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead as _, BufReader};
@@ -22,7 +22,7 @@ use crate::progress::Progress;
 /// The process groups of the programs that run now; 0 where a place is free.
 static RUNNING: [AtomicI32; 8] = [const { AtomicI32::new(0) }; 8];
 
-/// Takes a place for a process group. With all of them taken, only the kernel ends the program.
+/// Takes a place for a process group. If all are taken, only the kernel ends the program.
 fn remember(group: i32) {
     let _ = RUNNING.iter().any(|place| place.compare_exchange(0, group, SeqCst, SeqCst).is_ok());
 }
@@ -32,8 +32,7 @@ fn forget(group: i32) {
     let _ = RUNNING.iter().any(|place| place.compare_exchange(group, 0, SeqCst, SeqCst).is_ok());
 }
 
-/// Makes Ctrl-C, and the other ways to ask a program to end, end the running children first, and
-/// remove what they worked on.
+/// Makes Ctrl-C and similar signals end the running children first, and remove temporary folders.
 pub fn forward_signals() -> Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot handle signals")?;
     std::thread::spawn(move || {
@@ -43,11 +42,11 @@ pub fn forward_signals() -> Result<()> {
                 unsafe { libc::kill(-group, SIGTERM) };
             }
             for folder in folders().iter() {
-                // Nobody is left to be told.
+                // There is nobody to report an error to.
                 let _ = std::fs::remove_dir_all(folder);
             }
-            // Its error could not be told from here; the default action for these signals is to
-            // end.
+            // Its error cannot be reported here; the default action for these signals ends the
+            // process.
             let _ = signal_hook::low_level::emulate_default_handler(signal);
         }
     });
@@ -60,11 +59,11 @@ fn folders() -> MutexGuard<'static, Vec<PathBuf>> {
     FOLDERS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A folder that is gone when it is dropped, and when a signal ends this program.
+/// A folder that is removed when it is dropped, and when a signal ends this program.
 pub struct TemporaryFolder(TempDir);
 
 impl TemporaryFolder {
-    /// An empty one.
+    /// A new empty folder.
     pub fn new() -> Result<Self> {
         let mut folders = folders();
         let folder = tempfile::tempdir().context("no temporary folder can be made")?;
@@ -72,7 +71,7 @@ impl TemporaryFolder {
         Ok(Self(folder))
     }
 
-    /// Where it lies.
+    /// Its path.
     pub fn path(&self) -> &Path {
         self.0.path()
     }
@@ -84,11 +83,11 @@ impl Drop for TemporaryFolder {
     }
 }
 
-/// What a finished program left.
+/// The result of a program.
 pub struct Finished {
     /// It ended with status 0.
     pub success: bool,
-    /// What it printed, both streams as they came.
+    /// Its output, both streams in order.
     pub output: String,
 }
 
@@ -119,20 +118,20 @@ impl Command {
         self
     }
 
-    /// Takes an environment variable away.
+    /// Removes an environment variable.
     pub fn without(&mut self, name: impl AsRef<OsStr>) -> &mut Self {
         self.inner.env_remove(name);
         self
     }
 
-    /// Runs it to its end and hands each line it prints to `line`, as it comes.
+    /// Runs it to its end and passes each line of its output to `line` at once.
     pub fn stream(&mut self, mut line: impl FnMut(&str)) -> Result<Finished> {
         // One pipe for both streams keeps their lines in order.
         let (reader, writer) = std::io::pipe().context("cannot make a pipe")?;
         let copy = writer.try_clone().context("cannot make a pipe")?;
         self.inner.stdin(Stdio::null()).stdout(writer).stderr(copy);
         let child = self.spawn(&[]);
-        // The command's own ends of the pipe would keep it open.
+        // The command's copies of the pipe would keep it open.
         self.inner.stdout(Stdio::null()).stderr(Stdio::null());
         let mut child = child?;
         let mut output = String::new();
@@ -162,7 +161,7 @@ impl Command {
         self.stream(|text| if verbose { eprintln!("{text}") } else { progress.detail(text) })
     }
 
-    /// Runs it and shows what it printed if it fails, which is then an error.
+    /// Runs it. If it fails, shows its output and returns an error.
     pub fn run_or_fail(&mut self, progress: &Progress) -> Result<String> {
         let finished = self.run(progress)?;
         if !finished.success {
@@ -175,18 +174,18 @@ impl Command {
         Ok(finished.output)
     }
 
-    /// Becomes the program. Returns only if that fails.
+    /// Replaces this process by the program. Returns only on failure.
     pub fn replace(&mut self) -> Result<ExitCode> {
         Err(self.inner.exec()).with_context(|| format!("cannot run {}", self.program.display()))
     }
 
-    /// Starts it with nothing to read and nothing to print to but standard error and `inherited`,
-    /// which it has under the same numbers.
+    /// Starts it without standard input and output. It inherits standard error and the descriptors
+    /// `inherited`, under the same numbers.
     pub fn start(&mut self, inherited: &[OwnedFd]) -> Result<Running> {
         self.start_with(Stdio::null(), Stdio::inherit(), inherited)
     }
 
-    /// The same with these for standard input and standard error.
+    /// The same, with this standard input and standard error.
     pub fn start_with(
         &mut self,
         input: Stdio,
@@ -196,7 +195,7 @@ impl Command {
         self.inner.stdin(input).stdout(Stdio::null()).stderr(error);
         let inherited: Vec<RawFd> = inherited.iter().map(|fd| fd.as_raw_fd()).collect();
         let child = self.spawn(&inherited);
-        // The command's own copies would keep a pipe open.
+        // The command's copies would keep a pipe open.
         self.inner.stdin(Stdio::null()).stderr(Stdio::null());
         Ok(Running { child: child? })
     }
@@ -228,13 +227,13 @@ impl Command {
     }
 }
 
-/// A program that runs beside this one. Dropped, it ends.
+/// A program that runs in the background. Killed when dropped.
 pub struct Running {
     child: Child,
 }
 
 impl Running {
-    /// Ends it at once.
+    /// Kills it.
     pub fn kill(&mut self) {
         // It may have ended by itself.
         let _ = self.child.kill();
@@ -250,20 +249,20 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         self.kill();
-        // Nothing can be done about it here.
+        // An error cannot be handled here.
         let _ = self.child.wait();
         forget(self.child.id().cast_signed());
     }
 }
 
-/// What a program prints to its standard output, if it can be run and succeeds.
+/// The standard output of a program, if it succeeds.
 pub fn ask(program: &Path, arguments: &[&str]) -> Option<String> {
     let output =
         std::process::Command::new(program).args(arguments).stdin(Stdio::null()).output().ok()?;
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-/// Where a program lies, if the search path has it.
+/// The path of a program in the search path.
 pub fn which(name: &str) -> Option<PathBuf> {
     let path: OsString = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.is_file())

@@ -1,4 +1,4 @@
-//! Tells which step is being done: a spinner on a terminal, one line a step elsewhere.
+//! Shows the current step: a spinner on a terminal, one line per step elsewhere.
 
 use std::io::IsTerminal as _;
 use std::sync::{Mutex, PoisonError};
@@ -14,7 +14,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Starts without a step. `verbose` shows what commands print, instead of a spinner.
+    /// Starts without a step. `verbose` shows the output of commands instead of a spinner.
     pub fn new(verbose: bool) -> Self {
         let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
         let spins = !verbose && !dumb && std::io::stderr().is_terminal();
@@ -26,7 +26,7 @@ impl Progress {
             } else {
                 "{spinner} {prefix} {elapsed} {wide_msg}"
             };
-            // The template is a constant; if it were wrong, the default style does as well.
+            // The template is a constant; the default style would also do.
             bar.set_style(
                 ProgressStyle::with_template(template)
                     .unwrap_or_else(|_| ProgressStyle::default_spinner()),
@@ -36,7 +36,7 @@ impl Progress {
         Self { verbose, bar, step: Mutex::default() }
     }
 
-    /// Whether commands print right away.
+    /// Whether the output of commands is shown.
     pub fn verbose(&self) -> bool {
         self.verbose
     }
@@ -55,12 +55,12 @@ impl Progress {
         }
     }
 
-    /// The current step, to say in an error what was being done.
+    /// The current step, for error messages.
     pub fn current(&self) -> String {
         self.step.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Shows what the current step is at; nothing where there is no spinner.
+    /// Shows a detail of the current step, if there is a spinner.
     pub fn detail(&self, line: &str) {
         if let Some(bar) = &self.bar {
             bar.set_message(line.trim().to_owned());
@@ -75,7 +75,7 @@ impl Progress {
         }
     }
 
-    /// Prints what a command said, as it is.
+    /// Prints the output of a command unchanged.
     pub fn show(&self, text: &str) {
         match &self.bar {
             Some(bar) => bar.suspend(|| eprint!("{text}")),
@@ -83,7 +83,7 @@ impl Progress {
         }
     }
 
-    /// Takes the spinner away, for something else to print.
+    /// Removes the spinner, so that others can print.
     pub fn finish(&self) {
         if let Some(bar) = &self.bar {
             bar.disable_steady_tick();

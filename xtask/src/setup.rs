@@ -1,11 +1,11 @@
-//! Installs what a machine lacks, and says in one sentence what to do where it cannot.
+//! Installs what is missing on a machine. If it cannot, one sentence says what to do.
 
 use std::path::Path;
 
 use anyhow::{Result, bail};
 
-use crate::Context;
 use crate::apt::Apt;
+use crate::context::Context;
 use crate::process::{Command, which};
 use crate::toolchain::{self, Missing, OLDEST, Tools, Version};
 
@@ -38,20 +38,23 @@ pub fn guest_tools(context: &Context) -> Result<Tools> {
     }
 }
 
-/// What a user must do about it.
+/// Advice for the user.
 fn advice(missing: Missing) -> String {
     match missing {
         Missing::Compiler => format!(
-            "the guest's core library is built from source, and no rustc of version {}.{} or later has it: run \
-             `rustup component add rust-src`, or as root `apt-get update && apt-get install rustc-web rust-web-src`",
+            "the guest's core library is built from source, and no rustc of version {}.{} or \
+             later has it: run `rustup component add rust-src`, or as root `apt-get update && \
+             apt-get install rustc-web rust-web-src`",
             OLDEST.0, OLDEST.1
         ),
         Missing::Linker => {
-            "no linker for the guest kernel was found: install lld (`apt-get install lld`), or a Rust toolchain by \
-             rustup, which has rust-lld"
+            "no linker for the guest kernel was found: install lld (`apt-get install lld`), or a \
+             Rust toolchain by rustup, which has rust-lld"
                 .into()
         }
-        Missing::Objcopy => "objcopy was not found: install binutils (`apt-get install binutils`)".into(),
+        Missing::Objcopy => {
+            "objcopy was not found: install binutils (`apt-get install binutils`)".into()
+        }
     }
 }
 
@@ -74,7 +77,7 @@ fn compiler(context: &Context) -> Result<()> {
         return Ok(());
     };
     context.progress.step("updating the list of packages");
-    // An old list may still do.
+    // An old list may be good enough.
     apt.command("apt-get", &context.root).args(["update", "-qq"]).run(&context.progress)?;
     for (compiler, sources) in PACKAGES {
         let policy = Command::new("apt-cache", &context.root)
@@ -83,8 +86,8 @@ fn compiler(context: &Context) -> Result<()> {
             .stream(|_| {})?;
         if let Some(version) = matching_pair(&policy.output) {
             context.progress.step(&format!(
-                "installing Debian's {compiler} and {sources} {version}: the guest's core library is built from \
-                 source, which rustup could not provide"
+                "installing Debian's {compiler} and {sources} {version}: the guest's core library \
+                 is built from source, which rustup could not provide"
             ));
             let names = [format!("{compiler}={version}"), format!("{sources}={version}")];
             return apt_install(context, &names.each_ref().map(String::as_str));
@@ -93,16 +96,16 @@ fn compiler(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// The version that apt would install of both packages, if it is the same and new enough. Takes
-/// what `apt-cache policy` says about the two.
+/// The version that apt would install of both packages, if it is the same and new enough. `policy`
+/// is the output of `apt-cache policy` for both.
 fn matching_pair(policy: &str) -> Option<&str> {
     let mut candidates = policy.lines().filter_map(|line| line.trim().strip_prefix("Candidate: "));
     let (compiler, sources) = (candidates.next()?, candidates.next()?);
     (compiler == sources && Version::parse(compiler)? >= OLDEST).then_some(compiler)
 }
 
-/// Installs packages, where there is apt-get and the right to use it; else does nothing, and the
-/// look that follows tells the user what to do. Never removes a package for it.
+/// Installs packages, if there is apt-get and the right to use it. If not, does nothing: the check
+/// that follows tells the user what to do. Never removes a package.
 fn apt_install(context: &Context, packages: &[&str]) -> Result<()> {
     if let Some(apt) = Apt::find(context) {
         let install = || {
@@ -112,7 +115,7 @@ fn apt_install(context: &Context, packages: &[&str]) -> Result<()> {
                 .args(packages);
             command.run(&context.progress)
         };
-        // A list of packages that is missing or old names files that are gone.
+        // The list of packages may be missing, or too old to download from.
         let update =
             || apt.command("apt-get", &context.root).args(["update", "-qq"]).run(&context.progress);
         let installed = install()?.success || (update()?.success && install()?.success);
@@ -123,7 +126,7 @@ fn apt_install(context: &Context, packages: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Whether programs are there; tries to install those that are not, by Debian packages of the same
+/// Whether programs are there. Tries to install missing ones from Debian packages of the same
 /// names.
 pub fn programs(context: &Context, names: &[&str]) -> Result<bool> {
     let missing = || names.iter().copied().filter(|name| which(name).is_none()).collect::<Vec<_>>();
@@ -137,7 +140,8 @@ pub fn programs(context: &Context, names: &[&str]) -> Result<bool> {
     Ok(missing().is_empty())
 }
 
-/// Whether files are there; tries to install Debian's packages of those that are not, for a reason.
+/// Installs the Debian packages of missing programs and files, if it can. Returns those that are
+/// still missing. `why` is shown to the user.
 pub fn packages(
     context: &Context,
     wanted: &[(&str, &'static str)],
@@ -161,8 +165,7 @@ pub fn packages(
     Ok(missing())
 }
 
-/// A browser for the tests of the page that `--html` writes. Without one they are skipped, and say
-/// so.
+/// Installs a browser for the tests of the `--html` page. Without one they are skipped.
 pub fn browser(context: &Context) -> Result<()> {
     if which("chromium").is_some() || Apt::find(context).is_none() {
         return Ok(());
@@ -174,8 +177,8 @@ pub fn browser(context: &Context) -> Result<()> {
     apt_install(context, &["chromium", "fonts-dejavu-core"])
 }
 
-/// Whether a part of the toolchain that cargo calls (`fmt`, `clippy`) is there; tries to install it
-/// by rustup.
+/// Whether a part of the toolchain that cargo calls (`fmt`, `clippy`) is there. Tries to install it
+/// with rustup.
 pub fn component(context: &Context, program: &str, component: &str) -> Result<bool> {
     let works = || -> Result<bool> {
         Ok(context
@@ -204,7 +207,8 @@ mod tests {
     fn policy(compiler: &str, sources: &str) -> String {
         let of = |name: &str, version: &str| {
             format!(
-                "{name}:\n  Installed: (none)\n  Candidate: {version}\n  Version table:\n     {version} 500\n"
+                "{name}:\n  Installed: (none)\n  Candidate: {version}\n  Version table:\n     \
+                 {version} 500\n"
             )
         };
         of("rustc-web", compiler) + &of("rust-web-src", sources)

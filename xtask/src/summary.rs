@@ -1,49 +1,49 @@
-//! Sums what test harnesses print: libtest's, rustdoc's, libtest-mimic's.
+//! Sums the results in the output of test harnesses: libtest, rustdoc, libtest-mimic.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-/// What came of all tests and checks.
+/// Results of all tests and checks.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Summary {
-    /// Those that did what they should.
+    /// Passed.
     pub passed: usize,
-    /// Those that did not.
+    /// Failed.
     pub failed: usize,
-    /// Those that could not run here, and parts of others that could not.
+    /// Tests that could not run here, and parts of others.
     pub skipped: usize,
-    /// What else nobody may miss, each in a line: it is printed before the counts.
+    /// Notices, one line each: printed before the counts.
     pub notices: Vec<String>,
     harness: Option<Harness>,
-    /// What was said to be skipped, `what: why`, since the last harness ended.
+    /// Skips (`what: why`) since the last harness ended.
     said: BTreeSet<String>,
 }
 
 /// The harness that is running.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Harness {
-    /// How many tests it announced; then how many those did whose output one of its tests shows,
+    /// Number of tests that it announced; then those of the harnesses in the output of its tests,
     /// the innermost last.
     announced: Vec<usize>,
     section: Section,
     ended: BTreeMap<String, Verdict>,
-    /// The test whose name is printed, and whose verdict is not.
+    /// The test whose name is printed, but not its verdict yet.
     current: Option<String>,
 }
 
-/// Where in its output a harness is.
+/// Section of the output of a harness.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Section {
-    /// It tells how tests end.
+    /// Verdicts of tests.
     #[default]
     Running,
-    /// It shows what passing tests printed.
+    /// Output of passing tests.
     Passing,
-    /// It lists passing tests.
+    /// List of passing tests.
     Passed,
-    /// It shows what failing tests printed.
+    /// Output of failing tests.
     Failing,
-    /// It lists failing tests.
+    /// List of failing tests.
     Failed,
 }
 
@@ -54,11 +54,11 @@ enum Verdict {
     Ignored,
 }
 
-/// What a line means to a harness.
+/// Meaning of a line.
 enum Event {
-    /// Another one begins.
+    /// A harness begins.
     Begin,
-    /// It ended, with this result.
+    /// This harness ended.
     End(Harness),
     /// Something is skipped.
     Skip(String),
@@ -67,7 +67,7 @@ enum Event {
 }
 
 impl Summary {
-    /// Takes a line. True if it is worth showing: what passing tests print is not, but for what
+    /// Takes a line. Returns whether to show it: the output of passing tests is hidden, except what
     /// they skip.
     pub fn line(&mut self, line: &str) -> bool {
         let event = match &mut self.harness {
@@ -103,8 +103,7 @@ impl Summary {
         self.skipped += other.skipped;
     }
 
-    /// After the last line; `success` tells whether the program that ran the harnesses said all was
-    /// well.
+    /// After the last line; `success`: the program that ran the harnesses succeeded.
     pub fn end(&mut self, success: bool) {
         let before = self.failed;
         self.end_harness();
@@ -127,17 +126,17 @@ impl Summary {
         let (mut tests, mut parts) = (BTreeSet::new(), BTreeSet::new());
         for said in std::mem::take(&mut self.said) {
             match harness.test_of(&said) {
-                // It counts as that.
+                // It is counted already.
                 Some((_, Verdict::Failed | Verdict::Ignored, _)) => {}
                 Some((test, Verdict::Passed, None)) => drop(tests.insert(test)),
                 Some((test, Verdict::Passed, Some(part))) => {
                     parts.insert((test, part.to_owned()));
                 }
-                // Better counted under a wrong name than passed.
+                // Count it under a wrong name rather than as passed.
                 None => drop(parts.insert(("", said))),
             }
         }
-        // A test that skipped itself passed, for its harness.
+        // A test that skipped itself has passed for its harness.
         self.passed += count(result, "passed").saturating_sub(tests.len());
         self.failed += count(result, "failed");
         self.skipped += count(result, "ignored") + tests.len() + parts.len();
@@ -174,7 +173,7 @@ impl Harness {
         if matches!(self.section, Running | Passing) { said(line) } else { Event::Other }
     }
 
-    /// Takes a line with a result: of this harness, or of one whose output a test shows.
+    /// Takes a line with a result: of this harness, or of one in the output of a test.
     fn end(&mut self, result: &str) -> Event {
         let tests = ["passed", "failed", "ignored", "measured"].map(|what| count(result, what));
         let tests: usize = tests.iter().sum();
@@ -189,9 +188,9 @@ impl Harness {
         }
     }
 
-    /// Takes a line that may tell how a test ended: `test NAME ... ok`. A test that prints has its
-    /// name and its verdict on two lines, if it is the only one at that time. libtest-mimic pads
-    /// names.
+    /// Takes a line that may have the verdict of a test: `test NAME ... ok`. A test that prints has
+    /// its name and its verdict on two lines, if it is the only one at that time. libtest-mimic
+    /// pads names.
     fn verdict(&mut self, line: &str) {
         let test = line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... "));
         if let Some((name, _)) = test {
@@ -211,7 +210,7 @@ impl Harness {
 
     /// The test that `said` is about (`TEST: why` or `TEST/PART: why`), how it ended, and the part.
     fn test_of<'a>(&self, said: &'a str) -> Option<(&str, Verdict, Option<&'a str>)> {
-        // The last of them is the longest.
+        // The last match is the longest.
         self.ended.iter().rev().find_map(|(test, verdict)| {
             let rest = said.strip_prefix(test.as_str())?;
             let part = match rest.strip_prefix('/') {
@@ -222,7 +221,7 @@ impl Harness {
         })
     }
 
-    /// Whether what it prints now is worth showing.
+    /// Whether to show its output in this section.
     fn is_shown(&self) -> bool {
         !matches!(self.section, Section::Passing | Section::Passed)
     }

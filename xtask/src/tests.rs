@@ -4,13 +4,14 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
+use crate::context::Context;
 use crate::hosts::{self, Count, Selection};
 use crate::process::Command;
 use crate::summary::Summary;
-use crate::{Context, c_kernel, guest, linux, programs, setup};
+use crate::{c_kernel, guest, linux, programs, setup};
 
-/// Runs the tests, with the other checks unless only some tests are asked for. Prints the counts of
-/// each host, and last those of all together.
+/// Runs the tests, and the other checks unless only some tests are selected. Prints the counts of
+/// each host, then of all hosts.
 pub fn run(context: &Context, selection: &Selection) -> ExitCode {
     let mut checks = Summary::default();
     let counts = run_all(context, selection, &mut checks);
@@ -33,8 +34,8 @@ pub fn run(context: &Context, selection: &Selection) -> ExitCode {
     if all.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// `cargo xtask scenarios`: the tests that make the tables of docs/scenarios.md, told to write
-/// them.
+/// `cargo xtask scenarios`: runs the tests that make the tables of docs/scenarios.md, and lets them
+/// write the file.
 pub fn write_tables(context: &Context) -> Result<ExitCode> {
     guest::build(context)?;
     c_kernel::build(context)?;
@@ -106,7 +107,7 @@ fn lints(context: &Context, summary: &mut Summary) -> Result<()> {
     check(context, summary, &mut clippy)
 }
 
-/// Counts one check; what it found is shown, and the others go on.
+/// Counts one check and shows what it found. A failed check does not end the others.
 fn check(context: &Context, summary: &mut Summary, command: &mut Command) -> Result<()> {
     let finished = command.run(&context.progress)?;
     if finished.success {

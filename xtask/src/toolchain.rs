@@ -1,11 +1,11 @@
-//! Finds what the guest is built with: a rustc that has the sources of its own library, since the
-//! guest's `core` and `alloc` are compiled with the guest's flags; a linker; objcopy.
+//! Finds the tools for the guest: a rustc with the sources of its library, since the guest's `core`
+//! and `alloc` are compiled with the guest's flags; a linker; objcopy.
 
 use std::path::{Path, PathBuf};
 
 use crate::process::{ask, which};
 
-/// The oldest rustc that will do.
+/// The oldest supported rustc.
 pub const OLDEST: Version = Version(1, 95, 0);
 
 /// A release of Rust.
@@ -24,11 +24,11 @@ impl Version {
 /// A compiler and the sources of its library.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Compiler {
-    /// Where it is installed.
+    /// Its installation folder.
     pub sysroot: PathBuf,
     /// The compiler.
     pub rustc: PathBuf,
-    /// The cargo that came with it, if one did; another is as good.
+    /// The cargo that came with it, if any; another one also works.
     pub cargo: Option<PathBuf>,
 }
 
@@ -39,8 +39,8 @@ impl Compiler {
     }
 }
 
-/// The first of the sysroots that has a fitting compiler with sources. `release` tells a compiler's
-/// version.
+/// The compiler of the first sysroot that has a fitting one with sources. `release` returns a
+/// compiler's version.
 pub fn find(sysroots: &[PathBuf], release: impl Fn(&Path) -> Option<Version>) -> Option<Compiler> {
     sysroots.iter().find_map(|sysroot| {
         let rustc = sysroot.join("bin/rustc");
@@ -59,13 +59,13 @@ pub fn find(sysroots: &[PathBuf], release: impl Fn(&Path) -> Option<Version>) ->
     })
 }
 
-/// The version of the sources, where they tell: rustup's don't, and always match; a distribution's
-/// packages of compiler and sources may be of different versions.
+/// The version of the sources, if they have one. rustup's have none and always match; a
+/// distribution's packages of compiler and sources may have different versions.
 fn source_version(library: &Path) -> Option<Version> {
     Version::parse(&std::fs::read_to_string(library.parent()?.join("src/version")).ok()?)
 }
 
-/// Where compilers may be: the active one's place, those of rustup, the system's.
+/// Sysroots to search: of the active compiler, of rustup's toolchains, of the system.
 pub fn sysroots() -> Vec<PathBuf> {
     let rustc = std::env::var_os("RUSTC").map_or_else(|| "rustc".into(), PathBuf::from);
     let mut all: Vec<PathBuf> =
@@ -83,8 +83,7 @@ fn rustup_home() -> Option<PathBuf> {
     std::env::var_os("RUSTUP_HOME").map(PathBuf::from).or_else(home)
 }
 
-/// The toolchains in a folder, numbered and stable ones before others: what a nightly does to
-/// unstable flags is less certain.
+/// The toolchains in a folder, numbered and stable ones first: a nightly may change unstable flags.
 fn rustup_toolchains(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let mut all: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
@@ -115,7 +114,7 @@ pub struct Tools {
     pub objcopy: PathBuf,
 }
 
-/// A linker: one that a toolchain ships, or the system's. `on_path` looks a program up.
+/// A linker: a toolchain's, or the system's. `on_path` searches for a program.
 pub fn find_linker(
     sysroots: &[PathBuf],
     on_path: impl Fn(&str) -> Option<PathBuf>,
@@ -123,7 +122,7 @@ pub fn find_linker(
     shipped(sysroots, "rust-lld").or_else(|| ["rust-lld", "ld.lld"].into_iter().find_map(on_path))
 }
 
-/// An objcopy: the system's, which comes with its C compiler, or one that a toolchain ships.
+/// An objcopy: the system's, which comes with its C compiler, or a toolchain's.
 pub fn find_objcopy(
     sysroots: &[PathBuf],
     on_path: impl Fn(&str) -> Option<PathBuf>,
@@ -140,7 +139,7 @@ fn shipped(sysroots: &[PathBuf], name: &str) -> Option<PathBuf> {
     sysroots.iter().map(place).find(|file| file.is_file())
 }
 
-/// What is missing to build the guest.
+/// A missing tool for the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Missing {
     /// A compiler with the sources of its library.
@@ -151,7 +150,7 @@ pub enum Missing {
     Objcopy,
 }
 
-/// Looks for everything.
+/// Looks for all tools.
 pub fn look() -> Result<Tools, Missing> {
     let sysroots = sysroots();
     let compiler = find(&sysroots, release).ok_or(Missing::Compiler)?;

@@ -1,10 +1,11 @@
-//! The same Linux four times: without KASAN, with its own (generic) outline and inline, and with
-//! Umbra's shadow under it.
+//! The same Linux four times: without KASAN, with its own (generic, outline and inline), and with
+//! Umbra's shadow.
 //!
 //! All four are optimized for speed, as the kernels of distributions are. They have the patches of
 //! `guest/linux/patches` in their sources, for the workload; without `CONFIG_KASAN_UMBRA` these
-//! change nothing else. Each boots once for each size of guest, replays the workload, and, where there is KASAN and the guest is the smaller one, runs Linux's own tests
-//! of KASAN. What it cost until then is counted when the console says so (`--mark`).
+//! change nothing else. Each boots once for each size of guest and replays the workload. A kernel
+//! with KASAN also runs Linux's own tests of KASAN, in the smaller guest. Marks on the console
+//! (`--mark`) take the figures.
 
 mod recording;
 mod report;
@@ -24,14 +25,13 @@ use serde::Deserialize;
 use umbra_tests::ktap::{self, Verdict};
 use umbra_tests::linux::kernel;
 
-use crate::program::Program;
+use crate::host::Host;
+use crate::program::{FOLDER, Program};
 use crate::results::Section;
-use crate::suite::{FOLDER, Host};
 use crate::trace::Trace;
 
 /// The recorded events that are replayed.
-pub(crate) const TRACE: &str =
-    concat!(env!("CARGO_MANIFEST_DIR"), "/traces/kernel-build-slice.kmt.zst");
+pub(crate) const TRACE: &str = crate::trace::SLICE;
 
 /// Boots Linux without KASAN, with its own (outline and inline), and with Umbra's, and compares
 /// them. Exit status: 0, 1 when a figure is over its limit and that is not known already, 2 when
@@ -54,28 +54,28 @@ struct Arguments {
     bench: bool,
 }
 
-/// The kernels: what they are called, where they lie, and what they get as `--shadow`.
+/// The kernels: name, file, and `--shadow`.
 const KERNELS: [(&str, &str, &str); 4] = [
     ("none", "compare-none/vmlinux", "off"),
     ("outline", "compare-outline/vmlinux", "off"),
     ("inline", "compare-inline/vmlinux", "off"),
     ("umbra", "compare-umbra/vmlinux", "per-page"),
 ];
-/// The guests.
+/// Memory of the guests.
 const MEMORY: [(&str, u64); 2] = [("1G", 1 << 30), ("4G", 4 << 30)];
 /// The guest in which the suite runs.
 const WITH_SUITE: &str = "1G";
-/// What the console says at the end of the boot, of the workload, and of the suite after it.
+/// Lines of the console at the end of the boot, of the workload, and of the suite after it.
 pub(crate) const POINTS: [&str; 3] =
     ["umbra replay: memory after boot", "umbra replay: memory at the end", "# kasan: pass:"];
-/// The replay restarts the machine, or the suite after it does.
+/// Command lines. The machine restarts after the replay, or after the suite.
 pub(crate) const REPLAY: &str = "umbra_replay=restart";
 const REPLAY_AND_SUITE: &str = "umbra_replay=1 kunit_shutdown=reboot";
 
 /// The exit status of a run that the user ended.
 const INTERRUPTED: i32 = 130;
 
-/// What `--stats` tells of a line of the console. Sizes are bytes.
+/// A mark in `--stats`. Sizes are bytes.
 #[derive(Clone, Debug, Default, Deserialize)]
 struct Mark {
     text: String,
@@ -90,7 +90,7 @@ struct Mark {
 }
 
 impl Mark {
-    /// A figure of the guest's own, which it tells in KiB.
+    /// A figure that the guest prints in KiB; returns bytes.
     fn said(&self, name: &str) -> Option<u64> {
         let mut words = self.line.split_ascii_whitespace();
         words.find(|word| *word == name)?;
@@ -98,7 +98,7 @@ impl Mark {
     }
 }
 
-/// What is read of `--stats`.
+/// The part of `--stats` that is read.
 #[derive(Deserialize)]
 struct Stats {
     outcome: String,
@@ -107,7 +107,7 @@ struct Stats {
     marks: Vec<Mark>,
 }
 
-/// One run, as far as it got.
+/// The marks of one run.
 #[derive(Clone, Debug, Default)]
 struct Measured {
     boot: Option<Mark>,
@@ -167,7 +167,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     for (memory, _) in MEMORY {
         for (name, ..) in KERNELS {
             let files = Files::new(&folder, name, memory);
-            // One that runs has written nothing yet.
+            // A run in progress has written nothing yet.
             if files.stats.metadata().is_ok_and(|file| file.len() > 0) {
                 let measured = files.read(cmdline(name, memory) == REPLAY_AND_SUITE);
                 all.insert((name, memory), measured.with_context(|| format!("{name}, {memory}"))?);
@@ -190,13 +190,13 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     Ok(ExitCode::from(u8::from(figures.iter().any(crate::figure::Figure::is_news))))
 }
 
-/// What a kernel is told.
+/// The command line of a kernel.
 fn cmdline(name: &str, memory: &str) -> &'static str {
     if name == "none" || memory != WITH_SUITE { REPLAY } else { REPLAY_AND_SUITE }
 }
 
-/// Where a run leaves its figures and its console. They stay, so that kernels can be measured one
-/// by one.
+/// The files of a run: its figures and its console. They are kept, so that kernels can be measured
+/// one by one.
 struct Files {
     stats: PathBuf,
     console: PathBuf,
@@ -208,7 +208,7 @@ impl Files {
         Self { stats: file("json"), console: file("console") }
     }
 
-    /// Boots a kernel, to its end.
+    /// Runs a kernel to its end.
     fn run(
         &self,
         program: &Program,
@@ -233,7 +233,7 @@ impl Files {
         let output =
             command.stdin(Stdio::null()).stdout(console).output().context("cannot start umbra")?;
         ensure!(
-            // Ended by the user: it counts as far as it got.
+            // If the user ended it, the marks until then count.
             matches!(output.status.code(), Some(0 | 1 | INTERRUPTED)),
             "umbra ended with {}: {}",
             output.status,
@@ -242,7 +242,7 @@ impl Files {
         Ok(())
     }
 
-    /// What a run came to.
+    /// Reads the result of a run.
     fn read(&self, with_suite: bool) -> Result<Measured> {
         let stats: Stats =
             serde_json::from_slice(&fs::read(&self.stats)?).context("bad --stats")?;
@@ -256,7 +256,7 @@ impl Files {
         let [boot, workload, suite] = POINTS.map(mark);
         if whole {
             let all = boot.is_some() && workload.is_some() && suite.is_some() == with_suite;
-            ensure!(all, "the console did not say what it says at the end of each part");
+            ensure!(all, "the console lacks the line at the end of a part");
         }
         ensure!(
             suite.is_some() || stats.findings == 0,

@@ -1,4 +1,4 @@
-//! A [`trace`](crate::trace) as the workload of the Linux kernels that are compared: what their
+//! Converts a [`trace`](crate::trace) into the workload of the compared Linux kernels, which an
 //! initcall replays (`guest/linux/patches`, `mm/umbra_replay.c`).
 
 use std::collections::{BTreeMap, HashMap};
@@ -13,7 +13,7 @@ const MAGIC: [u8; 8] = *b"UMBRPLY1";
 const HEADER: usize = 24;
 const EVENT: usize = 12;
 
-/// What an event of a recording does.
+/// Types of events.
 const KMALLOC: u8 = 0;
 const KFREE: u8 = 1;
 const CACHE_ALLOC: u8 = 2;
@@ -23,13 +23,13 @@ const PAGE_FREE: u8 = 5;
 
 /// A recording, and what is in it.
 pub struct Recording {
-    /// For the guest to find in memory.
+    /// The file: an initrd.
     pub bytes: Vec<u8>,
     /// Allocations in it.
     pub allocations: u64,
 }
 
-/// An event of a recording, and whether it counts.
+/// An event of a recording, and whether it is kept.
 struct Replayed {
     kind: u8,
     c: u8,
@@ -39,7 +39,7 @@ struct Replayed {
 }
 
 impl Replayed {
-    /// An object goes.
+    /// An object is freed.
     fn free(slot: u32, cache: Option<u8>) -> Self {
         let kind = if cache.is_some() { CACHE_FREE } else { KFREE };
         Self { kind, c: cache.unwrap_or(0), slot, size: 0, left_out: false }
@@ -77,7 +77,7 @@ pub fn record(
                 {
                     block.left_out = true;
                 }
-                // An object that is not known to be free was freed unseen.
+                // The free of the object that was here is not in the trace.
                 let known = objects.get(&addr).copied();
                 if let Some((slot, cache)) = known {
                     all.push(Replayed::free(slot, cache));

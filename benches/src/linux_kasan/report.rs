@@ -1,4 +1,4 @@
-//! The tables of what was measured, and the figures beside their limits.
+//! The tables, and the figures with their limits.
 
 use std::fmt::Write as _;
 
@@ -8,10 +8,10 @@ use super::{All, KERNELS, MEMORY, Mark, Measured, WITH_SUITE};
 use crate::figure::{Figure, markdown, number};
 
 const MIB: f64 = 1_048_576.0;
-/// The kernels whose shadow is memory of theirs.
+/// The kernels whose shadow is in guest memory.
 const IN_THE_GUEST: [&str; 2] = ["outline", "inline"];
 
-/// What happened between two moments, or from the start of the guest.
+/// The cost between two marks, or from the start of the guest.
 fn since(from: Option<&Mark>, to: &Mark) -> Mark {
     let nothing = Mark::default();
     let from = from.unwrap_or(&nothing);
@@ -25,7 +25,7 @@ fn since(from: Option<&Mark>, to: &Mark) -> Mark {
     }
 }
 
-/// The parts of a run by themselves.
+/// The parts of a run.
 const PARTS: [(&str, Part); 3] = [("boot", boot), ("workload", workload), ("suite", suite)];
 type Part = fn(&Measured) -> Option<Mark>;
 
@@ -41,7 +41,8 @@ fn suite(run: &Measured) -> Option<Mark> {
     Some(since(Some(run.workload.as_ref()?), run.suite.as_ref()?))
 }
 
-/// What a kernel with KASAN executed for its boot and the suite, without the workload between them.
+/// Instructions of a kernel with KASAN for its boot and the suite, without the workload between
+/// them.
 fn boot_and_suite(run: &Measured) -> Option<u64> {
     Some(boot(run)?.instructions? + suite(run)?.instructions?)
 }
@@ -119,8 +120,9 @@ pub(super) fn body(all: &All, figures: &[Figure], allocations: u64) -> Result<St
          without KASAN, *outline* and *inline* have Linux's own (generic) with checks that are \
          called and with checks that the compiler writes out, and *umbra* has the same as \
          *outline* with Umbra's shadow. The workload is {} allocations of a kernel that builds \
-         Linux, replayed by an initcall through the kernel's own `kmalloc`, caches and page allocator, each object written and read. Where ring 0 is emulated, Umbra gives all of them \
-         a slower clock, so that few ticks of the timer are in the counts.\n",
+         Linux, replayed by an initcall through the kernel's own `kmalloc`, caches and page \
+         allocator, each object written and read. Where ring 0 is emulated, Umbra gives all of \
+         them a slower clock, so that few ticks of the timer are in the counts.\n",
         number(allocations as f64)
     );
     text += &markdown(figures);
@@ -134,15 +136,19 @@ fn memory(text: &mut String, all: &All) -> Result<()> {
         |bytes: Option<u64>| bytes.map_or("-".into(), |bytes| format!("{:.1}", bytes as f64 / MIB));
     writeln!(
         text,
-        "\n### Memory\n\nIn MiB, at the end of the workload; of a run that was ended before, at the \
-         end of the boot. The shadow of *outline* and *inline* is in the guest, and not in its \
-         MemTotal; that of *umbra* is outside. Net is what is available less the shadow outside. The last three columns are the memory that the host holds for the whole \
-         process, guest and shadow included; at these points Umbra looks for unused memory of a checked guest, as it does about once a \
-         second otherwise.\n"
+        "\n\
+         ### Memory\n\n\
+         In MiB, at the end of the workload; of a run that was ended before, at the end of the \
+         boot. The shadow of *outline* and *inline* is in the guest, and not in its MemTotal; \
+         that of *umbra* is outside. Net is what is available less the shadow outside. The last \
+         three columns are the memory that the host holds for the whole process, guest and shadow \
+         included; at these points Umbra looks for unused memory of a checked guest, as it does \
+         about once a second otherwise.\n"
     )?;
     writeln!(
         text,
-        "| guest | KASAN | MemTotal | MemAvailable | shadow at its peak | net available | host: after the boot | after the workload | after the suite |"
+        "| guest | KASAN | MemTotal | MemAvailable | shadow at its peak | net available | host: \
+         after the boot | after the workload | after the suite |"
     )?;
     writeln!(text, "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")?;
     for (memory, bytes) in MEMORY {
@@ -168,10 +174,15 @@ fn memory(text: &mut String, all: &All) -> Result<()> {
     }
     writeln!(
         text,
-        "\nThe patch set of 2017 (per-page shadow inside of the guest), as its author measured it on machines of his, in MB:\n\n\
-         | guest | KASAN | MemTotal | shadow at run time | net |\n| --- | --- | ---: | ---: | ---: |\n\
-         | about 1 GB | stock of then | 858 | 0 | 858 |\n| | per-page shadow | 987 | 30 | 957 |\n\
-         | 4096 MB | stock of then | 3477 | 0 | 3477 |\n| | per-page shadow | 4000 | 50 | 3950 |\n\n\
+        "\n\
+         The patch set of 2017 (per-page shadow inside of the guest), as its author measured it \
+         on machines of his, in MB:\n\n\
+         | guest | KASAN | MemTotal | shadow at run time | net |\n\
+         | --- | --- | ---: | ---: | ---: |\n\
+         | about 1 GB | stock of then | 858 | 0 | 858 |\n\
+         | | per-page shadow | 987 | 30 | 957 |\n\
+         | 4096 MB | stock of then | 3477 | 0 | 3477 |\n\
+         | | per-page shadow | 4000 | 50 | 3950 |\n\n\
          A kernel build took it 224 s instead of 204 s."
     )?;
     Ok(())
@@ -180,10 +191,13 @@ fn memory(text: &mut String, all: &All) -> Result<()> {
 fn counts(text: &mut String, all: &All) -> Result<()> {
     writeln!(
         text,
-        "\n### Instructions and exits\n\nThe workload follows the boot, and the suite, Linux's own tests of KASAN, the workload: each line is what \
-         was between two lines on the console. *To the end of the suite* is boot and suite together. Most exits are the console's; those \
-         that a checked kernel makes for Umbra are hypercalls (a full ring, a report, a name) and first touches of shadow. Seconds are \
-         those of a machine with other work.\n"
+        "\n\
+         ### Instructions and exits\n\n\
+         The workload follows the boot, and the suite, Linux's own tests of KASAN, the workload: \
+         each line is what was between two lines on the console. *To the end of the suite* is \
+         boot and suite together. Most exits are the console's; those that a checked kernel makes \
+         for Umbra are hypercalls (a full ring, a report, a name) and first touches of shadow. \
+         Seconds are those of a machine with other work.\n"
     )?;
     writeln!(
         text,
@@ -221,7 +235,8 @@ fn counts(text: &mut String, all: &All) -> Result<()> {
                 let Some(count) = run(name) else { continue };
                 writeln!(
                     text,
-                    "| {memory} | to the end of the suite | {name} | {} | {} | {} | - | - | - | - | - |",
+                    "| {memory} | to the end of the suite | {name} | {} | {} | {} | - | - | - | - \
+                     | - |",
                     million(Some(count)),
                     share(Some(count), run("outline")),
                     share(Some(count), run("inline"))

@@ -1,8 +1,8 @@
 //! The check of Linux's generic KASAN in outline mode, written from its description
-//! (`Documentation/dev-tools/kasan.rst`, and how `mm/kasan/generic.c` is explained there): what
-//! `__asan_load8` and its kin do before each access.
+//! (`Documentation/dev-tools/kasan.rst`, and how `mm/kasan/generic.c` is explained there): the
+//! check in `__asan_load8` and its kin.
 //!
-//! One byte of shadow tells of eight bytes: 0, all are valid; 1 to 7, the first so many are;
+//! One byte of shadow stands for eight bytes: 0, all are valid; 1 to 7, that many are valid;
 //! negative, none is. An access of one byte is bad if its place in the granule is not below a
 //! shadow value other than 0. One of up to 8 bytes is judged by its last byte, and, if it reaches
 //! into a second granule, by the first granule's value as well, which then must be 0. Before that,
@@ -15,7 +15,7 @@ use umbra_shadow::codes::{GRANULE, GRANULE_SHIFT};
 #[derive(Clone, Copy)]
 pub struct Kasan<'a> {
     shadow: &'a [u8],
-    /// The lowest address that has shadow, and the first that has none.
+    /// The lowest address with shadow, and the end of those with shadow.
     lowest: u64,
     end: u64,
 }

@@ -15,8 +15,7 @@ pub struct Map {
 }
 
 impl Map {
-    /// Maps `bytes` bytes that all hold `value`; `huge` asks for pages of 2 MiB behind it, which
-    /// the kernel may not have.
+    /// Maps `bytes` bytes of `value`. `huge` asks for pages of 2 MiB, which the kernel may refuse.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -42,8 +41,8 @@ impl Map {
         let advice = if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
         // SAFETY: the advice is for the mapping made above, and changes no contents.
         unsafe { libc::madvise(start.as_ptr().cast(), bytes, advice) };
-        // A store to each byte, so that no page is the kernel's shared page of zeroes.
-        // SAFETY: as many bytes were mapped, and nobody else knows of them.
+        // A store to each byte makes all pages resident: none stays the kernel's shared page of
+        // zeroes. SAFETY: as many bytes were mapped, and nobody else knows of them.
         unsafe { start.as_ptr().write_bytes(value, bytes) };
         Ok(map)
     }
@@ -51,7 +50,7 @@ impl Map {
     /// Sets one byte.
     ///
     /// # Panics
-    /// It has none there.
+    /// `at` is out of bounds.
     pub fn set(&mut self, at: usize, value: u8) {
         assert!(at < self.bytes, "byte {at} of {}", self.bytes);
         // SAFETY: inside the mapping, which nobody else has a reference to.
@@ -72,7 +71,7 @@ impl Drop for Map {
     }
 }
 
-/// Shadow that is only read: what checks need.
+/// Read-only shadow, for checks.
 #[derive(Clone, Copy)]
 pub struct HostMemory<'a> {
     page: &'a [u8],

@@ -1,10 +1,10 @@
-//! What a check costs without a guest, in nanoseconds: the models of `umbra-shadow`, and KASAN's
-//! own check beside them.
+//! The cost of a check without a guest, in nanoseconds: the models of `umbra-shadow`, and KASAN's
+//! own check.
 //!
-//! Each check is a call, as instrumented code makes it, for 8 bytes of memory that is valid. What
-//! is checked does not exist, only its shadow does. Working sets are walked through, or addresses
-//! in them picked at random, so that a large set's shadow is met in the cache that it fits. Times
-//! are a CPU's, because they are also right on a host that has other work.
+//! Each check is a call for 8 valid bytes, as instrumented code makes it. The checked memory does
+//! not exist, only its shadow. Addresses of a working set come in order or at random, so the shadow
+//! of a large set comes from the cache that holds it. Times are CPU time, which is also right on a
+//! host with other work.
 
 pub mod kasan;
 pub mod memory;
@@ -29,17 +29,17 @@ pub use report::{measure, size};
 /// Working sets, in bytes of checked memory.
 pub const SETS: [u64; 8] =
     [32 << 10, 256 << 10, 2 << 20, 16 << 20, 128 << 20, 1 << 30, 4 << 30, 16 << 30];
-/// The set that is also measured with large pages behind the shadow.
+/// The set that is also measured with the shadow in large pages.
 pub const LARGE: u64 = 4 << 30;
 /// Checks in one iteration.
 const CHECKS: u64 = 4096;
 const GROUP: &str = "checks";
-/// Pairs of turns, and runs of [`CHECKS`] in a turn: for sets that the caches hold, and for others,
-/// which have to be in them again after the other's turn.
+/// Pairs of turns, and runs of [`CHECKS`] in a turn: for sets that fit the caches, and for others,
+/// which must be loaded again after the other's turn.
 const TURNS: (usize, usize) = (401, 16);
 const FAR_TURNS: (usize, usize) = (51, 512);
 
-/// How a working set is gone through.
+/// Order of the addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pattern {
     /// Each granule after the one before.
@@ -48,7 +48,7 @@ pub enum Pattern {
     Random,
 }
 
-/// What checks.
+/// The check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Check {
     /// A call that only returns.
@@ -67,7 +67,7 @@ impl Check {
     /// All of them.
     pub const ALL: [Self; 5] = [Self::Nothing, Self::Untyped, Self::Bytes, Self::Full, Self::Kasan];
 
-    /// As tables and plots have it.
+    /// Name in tables and plots.
     pub fn name(self) -> &'static str {
         match self {
             Self::Nothing => "empty call",
@@ -82,20 +82,20 @@ impl Check {
 /// One measured value.
 #[derive(Clone, Copy, Debug)]
 pub struct Time {
-    /// What checked.
+    /// The check.
     pub check: Check,
-    /// How.
+    /// The order of the addresses.
     pub pattern: Pattern,
     /// The working set, in bytes.
     pub set: u64,
-    /// Whether large pages were asked for behind the shadow.
+    /// Whether the shadow is in large pages, if the kernel has them.
     pub huge: bool,
     /// Nanoseconds of one check, the median.
     pub ns: f64,
 }
 
-// Each check begins at a cache line, as the guest runtime's do: where a function of a dozen
-// instructions happens to lie costs as much as one of them.
+// Each check begins at a cache line, as in the guest runtime. Otherwise the alignment of such a
+// short function would cost as much as an instruction.
 std::arch::global_asm!(
     ".irp name, nothing, untyped, bytes, full, kasan",
     ".section .text.checks.\\name, \"ax\", @progbits",
@@ -104,7 +104,7 @@ std::arch::global_asm!(
     ".text",
 );
 
-/// What the fast path leaves, out of its way as in a kernel: [`Shadow::check`] as a whole.
+/// The slow path, out of line as in a kernel: all of [`Shadow::check`].
 #[cold]
 #[inline(never)]
 fn slow(model: &impl Shadow, addr: u64) -> bool {
@@ -160,15 +160,15 @@ fn needed(set: u64) -> u64 {
     (set >> GRANULE_SHIFT) + 2 * (set >> PAGE_SHIFT)
 }
 
-/// Makes numbers that look random, and none of which waits for the one before: a sum of the first,
+/// Factors for pseudo-random addresses that do not depend on each other: multiples of the first,
 /// folded and multiplied by the second (constants of SplitMix64).
 pub const SCATTER: [u64; 2] = [0x9e37_79b9_7f4a_7c15, 0xbf58_476d_1ce4_e5b9];
-/// The same for numbers that come one after the other.
+/// Factors for addresses in order.
 pub const IN_ORDER: [u64; 2] = [GRANULE, 1];
 
-/// Calls a function for [`CHECKS`] addresses. The loop is written out, and begins at a cache line,
-/// so that it is the same one around all checks, which are short enough for a compiler's choices in
-/// it to decide what is measured.
+/// Calls a function for [`CHECKS`] addresses. The loop is in assembly and begins at a cache line,
+/// so it is the same for all checks. They are so short that a compiler's choices in the loop would
+/// show.
 macro_rules! calls {
     ($function:ident, $checks:expr, $next:expr, $step:expr) => {{
         let (checks, [step, factor]): (&Checks, [u64; 2]) = ($checks, $step);
@@ -225,7 +225,7 @@ impl<'a> Checks<'a> {
         }
     }
 
-    /// [`CHECKS`] addresses from where `next` is on; how many of them passed before one did not.
+    /// Checks [`CHECKS`] addresses from `next` on. Returns how many passed before one did not.
     #[inline(never)]
     fn run(&self, next: &mut u64, check: Check, pattern: Pattern) -> u64 {
         let step = match pattern {
@@ -242,8 +242,8 @@ impl<'a> Checks<'a> {
     }
 }
 
-/// The time of `check` to that of a full shadow, at random over `set`: the median of many pairs of
-/// short turns, because other work on the host then slows both alike.
+/// The time of `check` divided by a full shadow's, at random over `set`: the median of many pairs
+/// of short turns, since other work on the host slows both alike.
 ///
 /// # Errors
 /// The host does not give the memory.
@@ -260,14 +260,13 @@ pub fn ratio(check: Check, set: u64) -> Result<f64> {
         (thread_cpu() - begin).as_nanos() as f64
     };
     let mut ratios: Vec<_> = (0..pairs).map(|_| turn(check) / turn(Check::Full)).collect();
-    // What does not pass takes another way.
+    // A check that fails takes the slow path.
     ensure!(passed == 2 * (pairs * times) as u64 * CHECKS, "some checks did not pass");
     ratios.sort_by(f64::total_cmp);
     ratios.get(pairs / 2).copied().context("no pairs")
 }
 
-/// Measures all sets for which `available` bytes of host memory are enough. Criterion's files go to
-/// `folder`.
+/// Measures all sets that fit into `available` bytes of host memory. Criterion writes to `folder`.
 ///
 /// # Errors
 /// The host does not give the memory, or criterion's result cannot be read.
@@ -304,7 +303,7 @@ pub fn times(available: u64, folder: &Path) -> Result<Vec<Time>> {
     Ok(times)
 }
 
-/// The median of a benchmark, in nanoseconds, as criterion has written it.
+/// The median of a benchmark, in nanoseconds, from the files of criterion.
 fn median(folder: &Path) -> Result<f64> {
     let file = folder.join("new/estimates.json");
     let text = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;

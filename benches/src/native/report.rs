@@ -10,13 +10,13 @@ use crate::figure::Figure;
 use crate::plot::{self, Axis, Line};
 use crate::results;
 
-/// A set that the smallest cache holds.
+/// A set that fits the smallest cache.
 const CACHED: u64 = SETS[0];
-/// Most time of a check in untyped memory, to a full shadow's, over [`LARGE`] at random.
+/// Most time of a check in untyped memory, relative to a full shadow's, over [`LARGE`] at random.
 const FAR: f64 = 1.0 / 3.0;
-/// Most over a cached set, in untyped memory.
+/// The same over a cached set, in untyped memory.
 const NEAR: f64 = 1.05;
-/// Most over a cached set, in byte-checked memory.
+/// The same over a cached set, in byte-checked memory.
 const NEAR_BYTES: f64 = 1.2;
 
 /// Measures, within `available` bytes of host memory. Returns the figures and the text for the
@@ -27,9 +27,11 @@ const NEAR_BYTES: f64 = 1.2;
 pub fn measure(available: u64, folder: &Path, write: bool) -> Result<(Vec<Figure>, String)> {
     let times = times(available, folder)?;
     let mut text = String::from(
-        "Nanoseconds of a CPU for a call that checks 8 valid bytes, the median (criterion). The first column is a call that only returns,\n\
-         with the same loop around it; other work on the host shows as columns that are slower as a whole. *KASAN's check* is generic KASAN's in outline mode, written from its description\n\
-         (`benches/src/native/kasan.rs`); *full* is the same layout by Umbra's crate.\n",
+        "Nanoseconds of a CPU for a call that checks 8 valid bytes, the median (criterion). The \
+         first column is a call that only returns, with the same loop around it; other work on \
+         the host shows as columns that are slower as a whole. *KASAN's check* is generic KASAN's \
+         in outline mode, written from its description (`benches/src/native/kasan.rs`); *full* is \
+         the same layout by Umbra's crate.\n",
     );
     for set in SETS.iter().filter(|set| needed(**set) >= available) {
         // Writing to a string does not fail.
@@ -56,7 +58,7 @@ fn find(times: &[Time], key: (Check, Pattern, u64, bool)) -> Option<f64> {
     times.iter().find(|t| (t.check, t.pattern, t.set, t.huge) == key).map(|t| t.ns)
 }
 
-/// A size for people: a working set's.
+/// Formats the size of a working set.
 pub fn size(bytes: u64) -> String {
     match bytes {
         0..0x10_0000 => format!("{} KiB", bytes >> 10),

@@ -1,9 +1,10 @@
-//! A trace for the test kernel: the same allocations and frees, through its allocators.
+//! Converts a trace for the test kernel, whose allocators replay its allocations and frees.
 //!
-//! The kernel cannot take addresses; it gets events about numbered *places*, each of which holds
-//! one allocation at a time. What the kernel's slab allocator does by itself is left out: blocks of
-//! pages that became slabs. A freed slab's objects, and an object whose place is handed out again,
-//! are freed first, because frees of many objects at once have no event in the trace.
+//! The kernel cannot allocate at given addresses. Its events have numbered *places* instead, each
+//! of which holds one allocation at a time. Blocks of pages that became slabs are left out, since
+//! the kernel's slab allocator makes its own. The trace has no event for frees of many objects at
+//! once. So the objects of a freed slab, and an object whose place is handed out again, are freed
+//! first.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -12,12 +13,12 @@ use umbra_shadow::codes::PAGE_SIZE;
 
 use crate::trace::{Event, TraceError};
 
-/// Most caches that the kernel makes for it.
+/// Most caches in the kernel.
 const CACHES: usize = 16;
-/// The largest object of the kernel's caches; larger ones are taken from `kmalloc`.
+/// The largest object of the kernel's caches; larger ones come from `kmalloc`.
 const LARGEST: u32 = 4096;
 
-/// The first byte of an event, as `guest/kernel/src/replay.rs` has them.
+/// The first byte of an event (`guest/kernel/src/replay.rs`).
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 enum What {
@@ -37,7 +38,7 @@ pub struct GuestTrace {
     pub objects: u64,
     /// Blocks of pages allocated.
     pub blocks: u64,
-    /// Both freed.
+    /// Frees of both.
     pub frees: u64,
 }
 
@@ -48,7 +49,7 @@ impl GuestTrace {
     }
 }
 
-/// An event for the kernel before it is known whether it is needed.
+/// An event that may still be left out.
 struct Step {
     what: What,
     argument: u8,
@@ -56,7 +57,7 @@ struct Step {
     place: u32,
 }
 
-/// A block of pages that is handed out.
+/// A block of allocated pages.
 struct Block {
     /// The step that allocates it; none once it is known to be a slab.
     step: Option<usize>,
@@ -69,7 +70,7 @@ struct Maker {
     steps: Vec<Option<Step>>,
     blocks: BTreeMap<u64, Block>,
     objects: BTreeMap<u64, u32>,
-    /// Places that are empty, and how many there are.
+    /// Empty places, and the number of all places.
     empty: Vec<u32>,
     places: u32,
 }
@@ -93,7 +94,7 @@ impl Maker {
         }
     }
 
-    /// The block that `addr` lies in, if it is known.
+    /// The known block that holds `addr`.
     fn block(&mut self, addr: u64) -> Option<&mut Block> {
         self.blocks
             .range_mut(..=addr)
@@ -102,7 +103,7 @@ impl Maker {
             .filter(|block| addr < block.end)
     }
 
-    /// Forgets the blocks that begin in a range, and frees them and what they hold.
+    /// Frees the blocks that begin in a range, with their objects.
     fn drop_blocks(&mut self, range: Range<u64>) {
         let objects: Vec<_> = self.objects.range(range.clone()).map(|(addr, _)| *addr).collect();
         objects.into_iter().for_each(|addr| self.free(addr));
@@ -129,7 +130,7 @@ impl Maker {
             Event::PageFree { addr, order } => self.drop_blocks(addr..addr + (PAGE_SIZE << order)),
             Event::Alloc { addr, bytes, cache, .. } => {
                 self.free(addr);
-                // The kernel's slab allocator takes its pages by itself. Their place stays unused.
+                // The kernel's slab allocator allocates its own pages. Their place stays unused.
                 if let Some(step) = self.block(addr).and_then(|block| block.step.take())
                     && let Some(step) = self.steps.get_mut(step)
                 {
@@ -147,7 +148,7 @@ impl Maker {
     }
 }
 
-/// Makes the file of so many events of a trace.
+/// Makes the file of the first events of a trace.
 ///
 /// # Errors
 /// The trace is bad.

@@ -9,12 +9,11 @@
 //! | object freed | it is poisoned as freed | `kasan_slab_free` |
 //! | large `kmalloc` (over 8 KiB) | its block is no slab: the bytes behind those asked for are poisoned, and nothing when it is freed: its pages are | `kasan_kmalloc_large` |
 //!
-//! The recorded kernel had no KASAN: its objects lie where they lay, without the redzones that
-//! KASAN puts behind each. [`Live::redzones`] tells how much that would be. What was there before
-//! the recording is not known: memory begins accessible, a slab of that time is poisoned page by
-//! page as its objects appear, and a free of an object of that time does nothing. Frees of many
-//! objects at once have no event: their objects stay live until their place or their pages are
-//! handed out again.
+//! The recorded kernel had no KASAN: its objects lie without KASAN's redzones. [`Live::redzones`]
+//! is what these would add. Older allocations are not known: memory begins accessible, an older
+//! slab is poisoned page by page as its objects appear, and a free of an older object does nothing.
+//! Frees of many objects at once have no event: their objects stay live until their place or their
+//! pages are handed out again.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -28,30 +27,31 @@ use crate::trace::Event;
 /// The largest slot of `kmalloc`'s caches (`KMALLOC_MAX_CACHE_SIZE`); beyond it, `kmalloc` takes
 /// pages.
 const LARGEST_SLOT: u32 = 8192;
-/// The largest block's order, and one.
+/// Number of orders of blocks.
 const ORDERS: u64 = 11;
-/// A granule, if one byte of shadow tells of 32 bytes instead of 8: no two objects share one.
+/// Bytes of a granule if one byte of shadow covers 32 bytes instead of 8: no two objects share a
+/// granule.
 const LARGE_GRANULE: u64 = 32;
 
-/// A change of the shadow: address, bytes, and a poison code, or none where they become accessible.
+/// A change of the shadow: address, bytes, and a poison code; `None` unpoisons.
 pub type Change = (u64, u64, Option<u8>);
 
-/// What is known of a page.
+/// State of a page.
 #[derive(Clone, Copy, Default)]
 struct Page {
-    /// For the first page of a block that was handed out: its order, and one.
+    /// For the first page of an allocated block: its order plus one.
     order: u8,
     slab: bool,
 }
 
-/// A live object's bytes: of the object in its cache, and of its slot.
+/// Bytes of a live object, and of its slot.
 #[derive(Clone, Copy)]
 struct Object {
     bytes: u32,
     slot: u32,
 }
 
-/// What all live objects amount to, in bytes.
+/// Sums over all live objects, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Live {
     /// Their number.
@@ -60,7 +60,7 @@ pub struct Live {
     pub slots: u64,
     /// The redzones that KASAN would add to the slots.
     pub redzones: u64,
-    /// What the slots would grow by if each began at a multiple of 32 bytes.
+    /// Growth of the slots if each began at a multiple of 32 bytes.
     pub aligned_to_32: u64,
 }
 
@@ -76,7 +76,7 @@ impl Live {
 }
 
 /// KASAN's redzone behind an object of this size (`optimal_redzone` in `mm/kasan/generic.c`),
-/// without the room for its own notes.
+/// without its metadata.
 fn redzone(bytes: u32) -> u64 {
     match bytes {
         0..=48 => 16,
@@ -109,7 +109,8 @@ impl Kasan {
         self.live
     }
 
-    /// Tells `change` what `event` changes, in order. The event lies inside the memory.
+    /// Calls `change` for each change that `event` makes, in order. The event lies inside the
+    /// memory.
     ///
     /// # Errors
     /// Those of `change`.
@@ -183,7 +184,7 @@ impl Kasan {
         Ok(())
     }
 
-    /// The block that a page belongs to, as far as is known.
+    /// The known block of a page.
     fn block(&self, page: u64) -> Range<u64> {
         (0..ORDERS)
             .find_map(|order| {
@@ -197,7 +198,7 @@ impl Kasan {
             .unwrap_or(page..page + 1)
     }
 
-    /// Forgets what is known of the pages of a block, and the objects in it.
+    /// Forgets the pages of a block and its objects.
     fn forget(&mut self, addr: u64, order: u8) {
         let first = (addr >> PAGE_SHIFT) as usize;
         let mut slab = false;

@@ -1,8 +1,8 @@
 //! Replays a recorded trace through the VMM's own shadow windows, without a guest.
 //!
 //! The windows are in `sync` mode: the VMM writes the shadow, as it does on a guest's hypercalls.
-//! They give host memory back as often as with a guest, which is when a ring of [`RING_RECORDS`]
-//! events is full. What is resident is what the kernel says.
+//! They reclaim host memory as often as with a guest: when a ring of [`RING_RECORDS`] records would
+//! be full. The kernel reports what is resident.
 
 pub mod guest;
 pub mod kasan;
@@ -22,16 +22,16 @@ use self::kasan::Kasan;
 use crate::clock::{Moment, Spent};
 use crate::trace::{Trace, TraceError};
 
-/// Records in the ring of the test kernels: the VMM looks for shadow to give back when one is full.
+/// Records in the ring of the test kernels: the VMM reclaims shadow when it is full.
 pub const RING_RECORDS: u64 = 8191;
-/// How often the shadow is looked at closely.
+/// Number of samples of the shadow.
 const SAMPLES: u64 = 200;
-/// How often the clock is told, in events.
+/// Interval between two calls of `tick`, in events.
 const TICK: u64 = 1 << 16;
-/// Pages of memory whose shadow is one page of shadow, if a byte of it tells of 32 bytes.
+/// Pages of memory per page of shadow, if a byte of shadow covers 32 bytes.
 const PAGES_AT_32: u64 = 32;
 
-/// What the shadow was at one moment, in bytes.
+/// A sample of the shadow, in bytes.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Sample {
     /// Events until then.
@@ -44,33 +44,32 @@ pub struct Sample {
     pub resident: u64,
     /// Byte shadow of byte-checked pages.
     pub used: u64,
-    /// The 4 KiB pages of byte shadow that would be resident if a byte of it told of 32 bytes
+    /// Byte shadow that would be resident (whole 4 KiB pages) if a byte of it covered 32 bytes
     /// instead of 8.
     pub resident_at_32: u64,
     /// Slots of live objects.
     pub slots: u64,
     /// KASAN's redzones behind them, which the recorded kernel did not have.
     pub redzones: u64,
-    /// What they would grow by if each began at a multiple of 32 bytes.
+    /// Growth of the slots if each began at a multiple of 32 bytes.
     pub aligned_to_32: u64,
 }
 
-/// What a replay came to.
+/// The result of a replay.
 pub struct Replay {
-    /// Its moments, in order.
+    /// Samples, in order.
     pub samples: Vec<Sample>,
     /// Its figures at the end, with the exact peaks.
     pub figures: Figures,
     /// Events.
     pub events: u64,
-    /// What it took to read the trace, change the shadow, and give it back; without
-    /// [`Self::samples`].
+    /// Time to read the trace, and to change and reclaim the shadow; without [`Self::samples`].
     pub time: Spent,
-    /// What it took to make the windows.
+    /// Time to make the windows.
     pub start: Spent,
 }
 
-/// No machine: nobody sees the windows.
+/// No machine: no guest has the windows.
 struct NoGuest;
 
 impl Slots for NoGuest {
@@ -92,8 +91,8 @@ enum Problem {
     Shadow(#[from] ShadowError),
 }
 
-/// Replays the trace at `path` in a machine with `memory` bytes. `tick` hears how many of how many
-/// events are done.
+/// Replays the trace at `path` in a machine with `memory` bytes. `tick` gets the number of replayed
+/// events, and of all.
 ///
 /// # Errors
 /// The trace is bad, or has addresses beyond the memory, or the host does not give the shadow.

@@ -13,19 +13,18 @@ use crate::plot::{self, Axis, Line};
 use crate::results;
 
 const MIB: f64 = 1_048_576.0;
-/// Most that page shadow and peak byte shadow of the whole trace may be together, in MiB, on 24
-/// GiB.
+/// Limit for page shadow and peak byte shadow of the whole trace together, in MiB, on 24 GiB.
 const MOST: f64 = 25.0;
-/// Most that they may be of a full shadow, in percent.
+/// Limit relative to a full shadow, in percent.
 const SHARE: f64 = 1.0;
-/// Most seconds that 5 million events may take.
+/// Limit for 5 million events, in seconds.
 const SECONDS: f64 = 5.0;
 /// Events of the whole trace.
 const WHOLE: u64 = 5_000_000;
 /// Memory of the machine that it was recorded on.
 const RECORDED: u64 = 24 << 30;
 
-/// A way to keep shadow, and what it takes, in bytes.
+/// A layout of shadow, and its cost in bytes.
 struct Way {
     name: &'static str,
     how: &'static str,
@@ -36,16 +35,16 @@ struct Way {
     time: Option<[Spent; 2]>,
 }
 
-/// What a replay of both models says: figures with limits, and text for the page.
-pub struct Told {
+/// The result of a replay of both models: figures with limits, and text for the page.
+pub struct Measured {
     /// The figures.
     pub figures: Vec<Figure>,
     /// The text.
     pub text: String,
 }
 
-/// Replays the trace at `path` with both models. `no_full` is why a full shadow cannot be had, if
-/// so; `write` has plots written.
+/// Replays the trace at `path` with both models. `no_full` is the reason why there is no full
+/// shadow, if so. `write`: also write the plots.
 ///
 /// # Errors
 /// As [`replay`], or a plot cannot be written.
@@ -55,7 +54,7 @@ pub fn measure(
     no_full: Option<String>,
     write: bool,
     mut tick: impl FnMut(&str, u64, u64),
-) -> Result<Told> {
+) -> Result<Measured> {
     let two = replay(path, memory, Mode::PerPage, |at, of| tick("two-level", at, of))?;
     let full = match no_full {
         Some(why) => Err(why),
@@ -71,7 +70,7 @@ pub fn measure(
     if write {
         text.push_str(&plots(&two, memory)?);
     }
-    Ok(Told { figures, text })
+    Ok(Measured { figures, text })
 }
 
 fn most(samples: &[Sample], of: impl Fn(&Sample) -> u64) -> f64 {
@@ -168,9 +167,11 @@ fn table(two: &Replay, ways: &[Way], memory: u64, path: &Path) -> String {
     let full = memory as f64 / 8.0;
     let trace = path.file_name().unwrap_or(path.as_os_str()).display();
     let mut text = format!(
-        "{} allocator events of a real kernel that builds Linux (`{trace}`), at their physical addresses in {} MiB, by KASAN's\n\
-         rules (`benches/src/replay/kasan.rs`). Shadow in MiB:\n\n\
-         | shadow | | static | now | peak | used at most | unused at the end | static and peak | of full | CPU seconds, start and replay |\n\
+        "{} allocator events of a real kernel that builds Linux (`{trace}`), at their physical \
+         addresses in {} MiB, by KASAN's rules (`benches/src/replay/kasan.rs`). Shadow in \
+         MiB:\n\n\
+         | shadow | | static | now | peak | used at most | unused at the end | static and peak | \
+         of full | CPU seconds, start and replay |\n\
          | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n",
         number(two.events as f64),
         number(memory as f64 / MIB),
@@ -207,11 +208,14 @@ fn table(two: &Replay, ways: &[Way], memory: u64, path: &Path) -> String {
     let peak = two.samples.iter().max_by_key(|s| s.resident).copied().unwrap_or_default();
     let _ = write!(
         text,
-        "\nOf the two-level byte shadow, {:.0} % is unused by any byte-checked page at its peak: one page of shadow serves eight pages.\n\
-         {} MiB were given back on the way. Live objects have {} MiB at most, and KASAN's redzones would add {} MiB to these, which\n\
-         the recorded kernel did not have: with them the byte shadow grows about as much as the slabs do. Slabs of before the recording that\n\
-         nothing happens in are not known, and there is no quarantine. The start is what it takes to make the shadow, which for a full one\n\
-         means all of it; the replay has the reading of the trace in it.\n",
+        "\n\
+         Of the two-level byte shadow, {:.0} % is unused by any byte-checked page at its peak: \
+         one page of shadow serves eight pages. {} MiB were given back on the way. Live objects \
+         have {} MiB at most, and KASAN's redzones would add {} MiB to these, which the recorded \
+         kernel did not have: with them the byte shadow grows about as much as the slabs do. \
+         Slabs of before the recording that nothing happens in are not known, and there is no \
+         quarantine. The start is what it takes to make the shadow, which for a full one means \
+         all of it; the replay has the reading of the trace in it.\n",
         (1.0 - peak.used as f64 / (peak.resident as f64).max(1.0)) * 100.0,
         number((figures.released_bytes as f64 / MIB).round()),
         number((most(&two.samples, |s| s.slots) / MIB).round()),

@@ -19,9 +19,10 @@ struct Case {
     known: Option<&'static str>,
 }
 
-/// Why some unaligned accesses are over their limits. Compilers call `__asan_loadN` for what they
-/// know to be unaligned.
-const UNALIGNED: &str = "unaligned: a page of another kind beside, or a granule that is not whole, takes more instructions";
+/// Why some unaligned accesses are over their limits. Compilers call `__asan_loadN` for accesses
+/// that they know to be unaligned.
+const UNALIGNED: &str = "unaligned: a page of another kind beside, or a granule that is not \
+                         whole, takes more instructions";
 
 impl Case {
     fn word(&self) -> Word {
@@ -29,8 +30,8 @@ impl Case {
     }
 }
 
-/// The places where accesses of a fixed size are tried. The object has 125 whole granules and 5
-/// valid bytes in one more.
+/// The places of accesses of a fixed size. The object has 125 whole granules and 5 valid bytes in
+/// one more.
 fn fixed(size: u64) -> Vec<(&'static str, u64, &'static str, Option<f64>)> {
     let mut all = vec![
         ("page", 0, "untyped page", Some(UNTYPED)),
@@ -100,7 +101,7 @@ fn cases() -> Vec<Case> {
     for access in ["load", "store"] {
         for size in [1, 2, 4, 8, 16] {
             for (place, offset, name, limit) in fixed(size) {
-                // Loads and stores are made of one macro: the less common ways are tried once.
+                // Loads and stores come from one macro: measure the less common cases once.
                 if access == "load" || !name.contains("unaligned") {
                     let known = name.contains("unaligned").then_some(UNALIGNED);
                     all.push(Case {

@@ -1,4 +1,4 @@
-//! What allocations, events and calls cost, in guest instructions and exits, or in time.
+//! The cost of allocations, events and calls, in guest instructions and exits, or in time.
 
 use anyhow::{Context as _, Result};
 use umbra::provenance::QuarantineSize;
@@ -7,17 +7,17 @@ use crate::figure::Figure;
 use crate::heap;
 use crate::meter::{Meter, Mode, Word};
 
-/// Rounds that are timed.
+/// Rounds of the timings.
 const TIMED: u64 = 2000;
-/// Most instructions that an allocation and its free may cost more than in the same kernel without
-/// checks.
+/// Limit for the additional instructions of an allocation and its free, over the same kernel
+/// without checks.
 const MORE: f64 = 400.0;
-/// Most bytes of the VMM's memory for each object.
+/// Limit for the VMM's memory per object, in bytes.
 const PROVENANCE: f64 = 64.0;
 /// Blocks of 2 MiB whose shadow is touched.
 const CHUNKS: u64 = 60;
 
-/// Measures them.
+/// Measures all of these.
 pub fn figures(meter: &Meter) -> Result<Vec<Figure>> {
     let mut all = exact(meter)?;
     all.extend(provenance(meter)?);
@@ -25,7 +25,7 @@ pub fn figures(meter: &Meter) -> Result<Vec<Figure>> {
     Ok(all)
 }
 
-/// Measures those without times.
+/// Measures those that repeat exactly.
 pub fn exact(meter: &Meter) -> Result<Vec<Figure>> {
     let mut all = instructions(meter)?;
     all.extend(exits(meter)?);
@@ -106,7 +106,8 @@ fn instructions(meter: &Meter) -> Result<Vec<Figure>> {
             for (name, more) in [
                 ("ring: kmalloc(64) and kfree, more than off, before the quarantine is full", more),
                 (
-                    "ring: kmalloc(64) and kfree, more than off, one object out for each that goes in",
+                    "ring: kmalloc(64) and kfree, more than off, one object out for each that \
+                     goes in",
                     full,
                 ),
             ] {
@@ -118,8 +119,7 @@ fn instructions(meter: &Meter) -> Result<Vec<Figure>> {
     Ok(all)
 }
 
-/// What it takes to know who allocated and freed an object, in the middle of a churn: all of it on
-/// the heap, names included.
+/// Heap memory of provenance in the middle of a churn, names included.
 fn provenance(meter: &Meter) -> Result<Vec<Figure>> {
     const GROUP: &str =
         "provenance: memory of the VMM in a churn of 4,000 operations, stacks included";
@@ -133,7 +133,8 @@ fn provenance(meter: &Meter) -> Result<Vec<Figure>> {
         let stats = &run.stats.provenance;
         let (live, freed, waiting) = (stats.live, stats.freed, run.stats.quarantine.objects);
         let bytes = heap::bytes_of(run.objects);
-        // What was freed is remembered until its memory is handed out again, quarantine or not.
+        // A freed object is remembered until its memory is handed out again, with or without a
+        // quarantine.
         let each = Figure::new(
             GROUP,
             format!("{with}, for each object that is remembered, live or freed"),
@@ -141,7 +142,8 @@ fn provenance(meter: &Meter) -> Result<Vec<Figure>> {
             "bytes",
         );
         all.push(each.limit(PROVENANCE).note(format!(
-            "{bytes} bytes: {live} live, {freed} freed, of which {waiting} are in the quarantine, {} stacks",
+            "{bytes} bytes: {live} live, {freed} freed, of which {waiting} are in the quarantine, \
+             {} stacks",
             stats.stacks
         )));
         let live = bytes as f64 / live.max(1) as f64;
@@ -152,13 +154,12 @@ fn provenance(meter: &Meter) -> Result<Vec<Figure>> {
     Ok(all)
 }
 
-/// `kmalloc(64)` and `kfree` with a quarantine that is full: each free has another object given
-/// back to its allocator, some time. A small quarantine, so that it is full soon and gives back in
-/// small batches.
+/// `kmalloc(64)` and `kfree` with a full quarantine: each free leads to an eviction at some time.
+/// The quarantine is small, so that it fills soon and evicts in small batches.
 fn quarantined(meter: &Meter, empty: f64) -> Result<f64> {
     const BYTES: u64 = 512 << 10;
-    // An object of 64 bytes has a slot of 96. The first number fills it; the difference are ten
-    // batches of a sixteenth each.
+    // An object of 64 bytes has a slot of 96. The first number of rounds fills the quarantine; the
+    // difference is ten batches of a sixteenth each.
     const FULL: u64 = BYTES / 96 + 1000;
     const BATCHES: u64 = 10 * (BYTES / 16 / 96 + 1);
     let mode = Mode { quarantine: QuarantineSize::Bytes(BYTES), ..Mode::RING };

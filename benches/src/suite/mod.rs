@@ -2,6 +2,7 @@
 
 mod checks;
 mod costs;
+pub mod exact;
 mod process;
 mod replay;
 mod ring3;
@@ -15,7 +16,6 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::thread::available_parallelism;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -25,14 +25,20 @@ use serde::Serialize;
 
 use crate::figure::{Figure, Verdict, markdown, table};
 use crate::gate::{self, Gate};
+use crate::host::{Host, SPARE, available_memory};
 use crate::meter::Meter;
 use crate::native;
 use crate::program::Program;
 use crate::results::Section;
-use crate::trace::Trace;
+use crate::trace::{SLICE, Trace};
 
-/// Where the figures go, and what the programs that are run read and write.
-pub(crate) const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bench");
+// `nested` uses these by this path.
+pub(crate) use crate::program::FOLDER;
+
+/// Prints the result of a comparison.
+pub(crate) fn tell_compared(compared: &gate::Compared) {
+    compared.print();
+}
 
 /// Measures what Umbra promises and prints it beside the promise; BENCHMARKS.md gets it too. Exit
 /// status: 0, 1 when a figure is over its limit and that is not known already, 2 when something
@@ -53,20 +59,21 @@ struct Arguments {
     /// Write the first events of --trace into a file, and measure nothing.
     #[arg(long, value_name = "FILE", requires = "trace")]
     slice: Option<PathBuf>,
-    /// How many events --slice takes.
+    /// Number of events for --slice.
     #[arg(long, value_name = "N", default_value_t = 40_000)]
     events: u64,
-    /// With `scale`: how many guests to hold at once, as far as memory allows.
-    #[arg(long, value_name = "N", default_value_t = GUESTS, value_parser = clap::value_parser!(u16).range(1..))]
+    /// With `scale`: number of guests to hold at once, as far as memory allows.
+    #[arg(long, value_name = "N", default_value_t = GUESTS,
+          value_parser = clap::value_parser!(u16).range(1..))]
     guests: u16,
-    /// With `gate`: hold the figures as they are now.
+    /// With `gate`: replace the held figures by those of now.
     #[arg(long)]
     update: bool,
-    /// Leave BENCHMARKS.md, and the files that it is made of, as they are.
+    /// Do not change BENCHMARKS.md and the files that it is made of.
     #[arg(long)]
     keep: bool,
-    /// Measure by the clock, as on a host that does not count guest instructions, in so many
-    /// rounds.
+    /// Measure wall-clock time in this many rounds, as on a host that does not count guest
+    /// instructions.
     #[arg(long, value_name = "ROUNDS", num_args = 0..=1, default_missing_value = "2000000",
           value_parser = clap::value_parser!(u64).range(1..))]
     clock: Option<u64>,
@@ -75,13 +82,8 @@ struct Arguments {
     bench: bool,
 }
 
-/// The slice that is in the repository.
-pub(crate) const SLICE: &str =
-    concat!(env!("CARGO_MANIFEST_DIR"), "/traces/kernel-build-slice.kmt.zst");
-/// How many guests `scale` holds at once.
+/// Guests that `scale` holds at once.
 const GUESTS: u16 = 24;
-/// Host memory that is left alone when a size is tried.
-const SPARE: u64 = 1 << 30;
 
 fn size(text: &str) -> Result<u64, String> {
     let bytes = parse_size::Config::new()
@@ -98,30 +100,30 @@ fn size(text: &str) -> Result<u64, String> {
 enum Part {
     /// A recorded trace of allocator events, natively: the memory of each kind of shadow.
     Replay,
-    /// What each check costs natively, by working set: two-level, full, and KASAN's own.
+    /// The cost of each check, natively, by working set: two-level, full, and KASAN's own.
     Native,
     /// A slice of the trace through the test kernel's allocators.
     GuestReplay,
-    /// What each check costs, in a guest.
+    /// The cost of each check, in a guest.
     Checks,
-    /// What each check costs in a guest's ring 3, in nanoseconds.
+    /// The cost of each check in a guest's ring 3, in nanoseconds.
     Ring3,
-    /// What allocations, events and calls cost, in a guest.
+    /// The cost of allocations, events and calls, in a guest.
     Costs,
-    /// Compare the figures that repeat exactly with those in benches/gate.json. Only if named.
+    /// Compare the figures that repeat exactly with benches/gate.json. Only if named.
     Gate,
-    /// Boot, churn, and the shadow of both beside a full one.
+    /// Boot and churn, and their shadow compared with a full one.
     Workload,
     /// Memory and start of the program.
     Process,
     /// Guests from 64 MiB to 64 GiB, and many at once.
     Scale,
-    /// Time to a guest's first line, beside QEMU's.
+    /// Time to a guest's first line, compared with QEMU.
     Start,
 }
 
 impl Part {
-    /// Those that need a guest.
+    /// The parts that need a guest.
     const GUESTS: [Self; 8] = [
         Self::GuestReplay,
         Self::Checks,
@@ -156,56 +158,6 @@ impl Part {
     }
 }
 
-/// What the figures were measured on.
-#[derive(Serialize)]
-pub(crate) struct Host {
-    /// None where no guest was asked.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    kind: Option<&'static str>,
-    cpus: usize,
-    cpu: String,
-    memory_mib: u64,
-    kernel: String,
-    /// Processes that want to run, over the last minute: what else the host had to do.
-    load: String,
-}
-
-impl Host {
-    /// This host. `counted` tells whether its KVM counts guest instructions, if that matters.
-    pub(crate) fn new(counted: Option<bool>) -> Self {
-        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
-        let info = read("/proc/cpuinfo");
-        let cpu = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
-        let memory = read("/proc/meminfo");
-        let total = memory
-            .lines()
-            .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB"));
-        let release = read("/proc/sys/kernel/osrelease");
-        Self {
-            kind: counted.map(|counted| match counted {
-                true => "PVM or another host that emulates ring 0: guest instructions are counted exactly",
-                false => "a host that does not count guest instructions: times, limits in instructions do not apply",
-            }),
-            cpus: available_parallelism().map_or(1, usize::from),
-            cpu: cpu.map_or_else(|| "unknown".to_owned(), |(_, name)| name.trim().to_owned()),
-            memory_mib: total.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) >> 10,
-            // The version without what its builder added to it.
-            kernel: release.split('.').take(2).collect::<Vec<_>>().join("."),
-            load: read("/proc/loadavg").split_whitespace().next().unwrap_or("unknown").to_owned(),
-        }
-    }
-}
-
-impl std::fmt::Display for Host {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { kind, cpus, cpu, memory_mib, kernel, load } = self;
-        if let Some(kind) = kind {
-            write!(f, "{kind}; ")?;
-        }
-        write!(f, "{cpus} CPUs ({cpu}), {memory_mib} MiB, Linux {kernel}, load {load}")
-    }
-}
-
 /// What `core.json` holds.
 #[derive(Serialize)]
 struct Results<'a> {
@@ -230,7 +182,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// What all parts came to.
+/// The figures of all parts.
 #[derive(Default)]
 struct Measured {
     figures: Vec<Figure>,
@@ -253,7 +205,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     bar.enable_steady_tick(Duration::from_millis(100));
     if arguments.parts.contains(&Part::Gate) {
         let ticking = bar.clone();
-        let measured = gate::measure(move |what| ticking.set_message(what.to_owned()));
+        let measured = exact::measure(move |what| ticking.set_message(what.to_owned()));
         bar.finish_and_clear();
         return compare(&measured?, arguments.update);
     }
@@ -277,7 +229,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     Ok(if over.iter().any(|f| f.is_news()) { ExitCode::from(1) } else { ExitCode::SUCCESS })
 }
 
-/// Compares what repeats exactly with what is held, or holds it.
+/// Compares the figures that repeat exactly with those held, or replaces these.
 fn compare(measured: &gate::Measured, update: bool) -> Result<ExitCode> {
     if update {
         if let Err(why) = &measured.guests {
@@ -288,7 +240,7 @@ fn compare(measured: &gate::Measured, update: bool) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let compared = Gate::read()?.compare(measured);
-    tell_compared(&compared);
+    compared.print();
     Ok(match (compared.worse.len(), compared.compared) {
         (0, 0) => {
             println!("{}", umbra_skip::line(Part::Gate.word(), "no figure was compared"));
@@ -299,36 +251,13 @@ fn compare(measured: &gate::Measured, update: bool) -> Result<ExitCode> {
     })
 }
 
-/// Prints what a comparison came to.
-pub(crate) fn tell_compared(compared: &gate::Compared) {
-    for (figures, why) in &compared.skipped {
-        println!("{}", umbra_skip::line(figures, why));
-    }
-    compared.worse.iter().chain(&compared.better).for_each(|said| println!("{said}"));
-    println!(
-        "{} figures compared: {} within 2 % of those held, {} worse or gone, {} better or new",
-        compared.compared,
-        compared.same,
-        compared.worse.len(),
-        compared.better.len()
-    );
-}
-
-/// The figures of guests that have no times in them.
-pub(crate) fn exact(meter: &Meter) -> Result<Vec<Figure>> {
-    let mut all = replay::figures(meter, Path::new(SLICE))?.0;
-    all.extend(checks::figures(meter)?);
-    all.extend(costs::exact(meter)?);
-    Ok(all)
-}
-
 impl Arguments {
     fn wants(&self, part: Part) -> bool {
         self.parts.is_empty() || self.parts.contains(&part)
     }
 
-    /// Prints what a part came to, and writes it down.
-    fn tell(
+    /// Prints the result of a part, and writes its file.
+    fn publish(
         &self,
         part: Part,
         host: &Host,
@@ -362,7 +291,7 @@ impl Arguments {
     }
 }
 
-/// A path as the user meant it: cargo starts this program in another folder.
+/// A path relative to the user's folder: cargo starts this program in another one.
 fn from(path: &Path) -> PathBuf {
     match std::env::var_os("UMBRA_BENCH_FROM") {
         Some(folder) => Path::new(&folder).join(path),
@@ -383,7 +312,7 @@ fn natively(arguments: &Arguments, bar: &ProgressBar, measured: &mut Measured) -
             )
         });
         let host = Host::new(None);
-        let told = crate::replay::report::measure(
+        let replayed = crate::replay::report::measure(
             &trace,
             arguments.memory,
             no_full,
@@ -395,23 +324,30 @@ fn natively(arguments: &Arguments, bar: &ProgressBar, measured: &mut Measured) -
                 ));
             },
         )?;
-        arguments.tell(Part::Replay, &host, Some(told.text), told.figures, bar, measured)?;
+        arguments.publish(
+            Part::Replay,
+            &host,
+            Some(replayed.text),
+            replayed.figures,
+            bar,
+            measured,
+        )?;
     }
     if arguments.wants(Part::Native) {
         let host = Host::new(None);
         let available = available_memory().saturating_sub(SPARE);
-        // Criterion says what it does.
+        // Criterion prints its own progress.
         bar.disable_steady_tick();
         bar.finish_and_clear();
         let (figures, text) = native::measure(available, Path::new(FOLDER), !arguments.keep)?;
         bar.reset();
         bar.enable_steady_tick(Duration::from_millis(100));
-        arguments.tell(Part::Native, &host, Some(text), figures, bar, measured)?;
+        arguments.publish(Part::Native, &host, Some(text), figures, bar, measured)?;
     }
     Ok(())
 }
 
-/// The parts that need one.
+/// The parts that need a guest.
 fn guests(
     arguments: &Arguments,
     folder: &Path,
@@ -482,17 +418,9 @@ fn guests(
             Part::Costs => costs::figures(&meter)?,
             Part::Replay | Part::Native | Part::Gate => continue,
         };
-        arguments.tell(part, &host, text, figures, bar, measured)?;
+        arguments.publish(part, &host, text, figures, bar, measured)?;
     }
     Ok(())
-}
-
-/// Host memory that is free or can be made so, in bytes; 0 if the kernel does not say.
-fn available_memory() -> u64 {
-    let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-    kib.unwrap_or(0) << 10
 }
 
 #[cfg(test)]

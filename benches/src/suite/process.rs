@@ -1,15 +1,15 @@
-//! What the program `umbra` costs as a process.
+//! The cost of the program `umbra` as a process.
 
 use anyhow::{Context as _, Result};
 
 use crate::figure::Figure;
 use crate::program::Program;
 
-/// Starts of which the median is taken.
+/// Starts for the median.
 const STARTS: usize = 20;
 const MIB: f64 = 1_048_576.0;
 
-/// Measures it.
+/// Measures all of these.
 pub fn figures(program: &Program, kernel: &[u8]) -> Result<Vec<Figure>> {
     const MEMORY: &str = "memory of umbra, beside 256 MiB of guest and its shadow";
     let mut all = Vec::new();

@@ -13,7 +13,7 @@ use crate::trace::Trace;
 
 /// Events of the slice that are replayed.
 const EVENTS: usize = 20_000;
-/// Most instructions with two-level shadow, to those with a full one.
+/// Limit for instructions with two-level shadow, relative to a full one.
 const MORE: f64 = 1.05;
 const KIB: f64 = 1024.0;
 const GROUP: &str = "replay of a trace in 256 MiB";
@@ -26,7 +26,7 @@ const MODES: [(Mode, &str); 5] = [
     (Mode::FULL_SYNC, "full, sync"),
 ];
 
-/// Measures it. Returns a table, too.
+/// Measures. Also returns a table.
 ///
 /// # Errors
 /// The slice in the repository is bad, or as [`Meter::run`].
@@ -77,12 +77,14 @@ pub fn figures(meter: &Meter, slice: &Path) -> Result<(Vec<Figure>, String)> {
 
 fn head(trace: &GuestTrace) -> String {
     format!(
-        "The first {} events of the trace's slice in the repository, through the test kernel's own slab and page allocators: {} objects\n\
-         and {} blocks of pages allocated, {} frees, {} events in all. (Frees of what was allocated before the recording, and pages that\n\
-         became slabs, are left out: the kernel makes slabs by itself.) Instructions are those of the replay alone, its loop included;\n\
-         exits, shadow and memory are those of the whole run. Memory in KiB:\n\n\
-         | shadow | instructions for each event | seconds | exits | hypercalls | shadow faults | page shadow | byte shadow, peak | \
-         used, peak | memory of `umbra`, peak |\n\
+        "The first {} events of the trace's slice in the repository, through the test kernel's \
+         own slab and page allocators: {} objects and {} blocks of pages allocated, {} frees, {} \
+         events in all. (Frees of what was allocated before the recording, and pages that became \
+         slabs, are left out: the kernel makes slabs by itself.) Instructions are those of the \
+         replay alone, its loop included; exits, shadow and memory are those of the whole run. \
+         Memory in KiB:\n\n\
+         | shadow | instructions for each event | seconds | exits | hypercalls | shadow faults | \
+         page shadow | byte shadow, peak | used, peak | memory of `umbra`, peak |\n\
          | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n",
         number(EVENTS as f64),
         number(trace.objects as f64),

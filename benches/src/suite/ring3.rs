@@ -1,11 +1,11 @@
-//! What a check costs in a real guest, in nanoseconds: in its ring 3, which a CPU executes on every
-//! host, where some emulate ring 0.
+//! The cost of a check in a guest's ring 3, in nanoseconds. Some hosts emulate ring 0, but the CPU
+//! executes ring 3 on every host.
 //!
-//! The checks are the guest runtime's own machine code, taken out of the test kernel's file and
-//! patched as `guest/runtime/src/checks.rs` does it. They do not depend on where they run: they
-//! shift the address and look there. So they lie in a guest of nothing but them and a loop, whose
-//! page tables are open to ring 3, and check addresses in the lower half, whose shadow lies at the
-//! same shifts. What tells events or changes shadow keeps interrupts off, and cannot run there.
+//! The checks are the guest runtime's machine code, taken from the test kernel's file and patched
+//! as in `guest/runtime/src/checks.rs`. They are position-independent: they shift the address and
+//! load from there. So the guest has nothing but them and a loop, and its page tables are open to
+//! ring 3. It checks addresses in the lower half, whose shadow lies at the same shifts. Code that
+//! records events or changes shadow disables interrupts, so it cannot run in ring 3.
 
 use std::fmt::Write as _;
 
@@ -17,9 +17,9 @@ use umbra::machine::{Kvm, Machine, MachineConfig, layout};
 use umbra_shadow::codes::{GRANULE, GRANULE_SHIFT, PAGE_BYTES, PAGE_SHIFT, PAGE_VALID};
 use vm_memory::GuestAddress;
 
-use super::{SPARE, available_memory};
 use crate::clock::thread_cpu;
 use crate::figure::Figure;
+use crate::host::{SPARE, available_memory};
 use crate::native::memory::Map;
 use crate::native::{IN_ORDER, SCATTER, size};
 use crate::program::one_segment;
@@ -28,33 +28,31 @@ use crate::program::one_segment;
 const SETS: [u64; 6] = [SMALL, 2 << 20, 16 << 20, 128 << 20, 1 << 30, LARGE];
 const SMALL: u64 = 32 << 10;
 const LARGE: u64 = 4 << 30;
-/// Turns of which the median is taken, and rounds in a turn: for sets that the caches hold, and for
-/// others, which have to be in them again after another check's turn. Two more turns only fill
-/// caches.
+/// Turns for the median, and rounds in a turn: for sets that fit the caches, and for others, which
+/// must be loaded again after another check's turn. Two more turns only fill caches.
 const TURNS: (usize, u64) = (201, 100_000);
 const FAR_TURNS: (usize, u64) = (21, 1_000_000);
 const WARM: usize = 2;
-/// Memory that is accessible as a whole, and memory that is byte-checked. Nothing is there, only
-/// its shadow: at 2 MiB (which is where the guest's RAM ends), at 3 MiB, and at 1.5 GiB.
+/// Memory that is accessible as a whole, and memory that is byte-checked. Only its shadow exists:
+/// at 2 MiB (which is where the guest's RAM ends), at 3 MiB, and at 1.5 GiB.
 const UNTYPED: u64 = 8 << 30;
 const BYTES: u64 = UNTYPED + LARGE;
 /// Valid bytes of the last granule of a set, where there is a partial one.
 const VALID: u8 = 5;
-/// Rounds that are taken off a turn: with the exit at its end.
+/// Rounds that are subtracted from a turn, with the exit at its end.
 const FEW: u64 = 1000;
-/// What opens a page to ring 3, in all levels of the page tables.
+/// The bit that opens a page to ring 3, in all levels of the page tables.
 const USER: u64 = 4;
-/// Where nothing is: a store there ends a run of the loop. In the hole, and in the page tables of
-/// the start.
+/// An address without memory: a store there ends a run of the loop. It lies in the hole, and the
+/// first page tables map it.
 const NOTHING: u64 = 0xd000_0000;
-/// Most time of a check to a full shadow's: of all untyped memory, of a cached set of it, of a
-/// cached set of byte-checked memory.
+/// Limits for the time of a check relative to a full shadow's: for untyped memory, for a cached set
+/// of it, and for a cached set of byte-checked memory.
 const LIMITS: [f64; 3] = [1.0 / 3.0, 1.05, 1.2];
 
-/// How the loop gets from a round's number to an address: by two factors, as in `native`. Always
-/// the same one.
+/// Factors from a round's number to an address, as in `native`. These always give the same address.
 const STAY: [u64; 2] = [0, 1];
-/// The pages of the byte shadow, one after the other.
+/// These give one address for each page of byte shadow, in order.
 const SHADOW_PAGES: [u64; 2] = [1 << (PAGE_SHIFT + GRANULE_SHIFT), 1];
 
 /// The loop. `r14` rounds of: any address of a set of `r9` + 1 bytes at `r12`, chosen by `r8` and
@@ -96,7 +94,7 @@ fn code() -> &'static [u8] {
     }
 }
 
-/// Where in it the loop begins.
+/// Offset of the loop in it.
 const LOOP: u64 = 64;
 
 /// The runtime's checks for one kind of shadow.
@@ -107,10 +105,10 @@ struct Checks {
 }
 
 impl Checks {
-    /// The names, in their order.
+    /// The names, in order.
     const NAMES: [&str; 6] = ["load1", "load2", "load4", "load8", "load16", "loadN"];
 
-    /// Those of a kernel, patched with the fast paths at the symbol `templates`.
+    /// The checks of a kernel, patched with the fast paths at the symbol `templates`.
     fn new(kernel: &[u8], templates: &str) -> Result<Self> {
         let file = object::File::parse(kernel).context("the test kernel is not an ELF file")?;
         let symbol = |name: &str| {
@@ -157,10 +155,10 @@ impl Checks {
 /// A guest in ring 3, with the shadow of a working set.
 struct Guest {
     vcpu: Vcpu,
-    // Before what it shows to the guest.
+    // Dropped before the memory that it maps.
     _machine: Machine,
     _shadow: [Map; 3],
-    /// Where the checks for two-level and for full shadow lie, and the bytes of each.
+    /// Addresses of the checks for two-level and for full shadow, and the bytes of each.
     checks: [u64; 2],
     each: u64,
 }
@@ -231,7 +229,7 @@ impl Guest {
         Ok(Self { vcpu, _machine: machine, _shadow: shadow, checks, each: two_level.each as u64 })
     }
 
-    /// The CPU's time of so many rounds.
+    /// CPU time of `rounds` rounds.
     fn run(&mut self, access: Access, rounds: u64) -> Result<f64> {
         let Access { check, base, set, step, size } = access;
         let mut regs = self.vcpu.regs()?;
@@ -252,7 +250,7 @@ impl Guest {
         Ok((thread_cpu() - begin).as_nanos() as f64)
     }
 
-    /// Nanoseconds of one round of each, the loop included: measured in turns, the median.
+    /// Nanoseconds of one round of each, with the loop: the median over turns.
     fn times<const N: usize>(
         &mut self,
         all: [Access; N],
@@ -288,7 +286,7 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// Measures. `tick` hears what is being done. Returns a table, too.
+/// Measures. `tick` gets each step. Also returns a table.
 ///
 /// # Errors
 /// KVM refuses, or the kernel's checks are not as expected.
@@ -296,12 +294,16 @@ pub fn figures(kernel: &[u8], tick: impl Fn(&str)) -> Result<(Vec<Figure>, Strin
     let kvm = Kvm::open()?;
     tick("checks in ring 3");
     let mut text = String::from(
-        "The guest runtime's own code (`guest/runtime/src/checks.rs`), taken out of the test kernel and called in a loop in a guest's ring 3, which a CPU\n\
-         executes on every host. Nanoseconds of a CPU for a round, the loop of eleven instructions included: medians, measured in turns. The shadow is\n\
-         the host's memory in pages of 4 KiB, as behind the windows. (Allocations and what else changes shadow keep interrupts off, which ring 3\n\
+        "The guest runtime's own code (`guest/runtime/src/checks.rs`), taken out of the test \
+         kernel and called in a loop in a guest's ring 3, which a CPU executes on every host. \
+         Nanoseconds of a CPU for a round, the loop of eleven instructions included: medians, \
+         measured in turns. The shadow is the host's memory in pages of 4 KiB, as behind the \
+         windows. (Allocations and what else changes shadow keep interrupts off, which ring 3 \
          cannot: their figures are instructions and exits.)\n\n\
-         A bare `ret` may take longer than a check, and so may one check than another that has the same to do: how calls and returns of code this\n\
-         short follow each other is part of it. Differences of about one nanosecond say nothing of the shadow; those of the large sets do.\n\n",
+         A bare `ret` may take longer than a check, and so may one check than another that has \
+         the same to do: how calls and returns of code this short follow each other is part of \
+         it. Differences of about one nanosecond say nothing of the shadow; those of the large \
+         sets do.\n\n",
     );
     text.push_str(&sizes(&mut Guest::new(&kvm, kernel, SMALL, VALID)?)?);
     let mut all = Vec::new();
@@ -309,7 +311,10 @@ pub fn figures(kernel: &[u8], tick: impl Fn(&str)) -> Result<(Vec<Figure>, Strin
         // Writing to a string does not fail.
         let _ = write!(
             text,
-            "\n### 8 bytes, {name}\n\n| working set | empty call | two-level, untyped | two-level, byte-checked | full | full to untyped |\n\
+            "\n\
+             ### 8 bytes, {name}\n\n\
+             | working set | empty call | two-level, untyped | two-level, byte-checked | full | \
+             full to untyped |\n\
              | --- | ---: | ---: | ---: | ---: | ---: |\n"
         );
         for set in SETS {
@@ -330,7 +335,7 @@ pub fn figures(kernel: &[u8], tick: impl Fn(&str)) -> Result<(Vec<Figure>, Strin
                 of(BYTES, two_level),
                 of(BYTES, full),
             ];
-            // Each page of shadow is met once, which is slow.
+            // The first access to each page of shadow is slow.
             for access in &accesses[1..] {
                 guest.run(
                     Access { step: SHADOW_PAGES, ..*access },
@@ -356,7 +361,7 @@ pub fn figures(kernel: &[u8], tick: impl Fn(&str)) -> Result<(Vec<Figure>, Strin
     Ok((all, text))
 }
 
-/// What the project holds itself to.
+/// The figures with limits.
 fn ratios(set: u64, untyped: f64, bytes: f64) -> Vec<Figure> {
     const GROUP: &str = "checks in a guest's ring 3, at random, time to that of full";
     let [far, near, near_bytes] = LIMITS;
@@ -375,8 +380,9 @@ fn ratios(set: u64, untyped: f64, bytes: f64) -> Vec<Figure> {
 /// The checks of all sizes, of one address.
 fn sizes(guest: &mut Guest) -> Result<String> {
     let mut text = String::from(
-        "| check | untyped | untyped, unaligned | byte-checked, whole granule | byte-checked, partial granule | full, whole granule | full, \
-         partial granule |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n",
+        "| check | untyped | untyped, unaligned | byte-checked, whole granule | byte-checked, \
+         partial granule | full, whole granule | full, partial granule |\n\
+         | --- | ---: | ---: | ---: | ---: | ---: | ---: |\n",
     );
     let at = |check, base, size| Access { check, base, set: GRANULE, step: STAY, size };
     let start = guest.start();
@@ -387,7 +393,7 @@ fn sizes(guest: &mut Guest) -> Result<String> {
     for (name, size) in Checks::NAMES.iter().zip([1, 2, 4, 8, 16, u64::from(VALID)]) {
         let (two_level, full) = (guest.check(name, false)?, guest.check(name, true)?);
         let any = *name == "loadN";
-        // What the fast paths let pass; the rest is for the model, which is not here.
+        // Only accesses that the fast paths pass: there is no model here.
         let accesses = [
             Some(at(two_level, UNTYPED, size)),
             (size > 1).then(|| at(two_level, UNTYPED + 1, size)),

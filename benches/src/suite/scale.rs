@@ -1,4 +1,4 @@
-//! Guests of all sizes, and many at once: what shadow costs a host.
+//! The cost of shadow for a host: guests of all sizes, and many at once.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -8,39 +8,39 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
-use super::{SLICE, SPARE, available_memory};
 use crate::figure::{Figure, number};
+use crate::host::{SPARE, available_memory};
 use crate::plot::{self, Axis, Line};
 use crate::program::{Program, Running, until};
 use crate::replay::guest;
 use crate::results;
-use crate::trace::Trace;
+use crate::trace::{SLICE, Trace};
 
 /// Guests from 64 MiB to 64 GiB.
 const SIZES: [u64; 6] = [64 << 20, 256 << 20, 1 << 30, 4 << 30, 16 << 30, 64 << 30];
 const SHADOWS: [&str; 3] = ["off", "per-page", "full"];
-/// Each of many guests, and the most that it takes of the host, with a full shadow.
+/// Memory of each of many guests, and the most host memory of one, with a full shadow.
 const GUEST: u64 = 256 << 20;
 const MOST: u64 = GUEST + GUEST / 8 + (32 << 20);
-/// Host memory that is left alone while there are many: more than for one, which is soon over.
+/// Host memory that is left free while there are many guests: more than for one, which ends soon.
 const LEFT: u64 = 4 << 30;
 /// Events of the trace that each of them replays.
 const EVENTS: usize = 4000;
-/// How many guests are held that have not touched all of their memory: they are all alike.
+/// Guests to hold that have not touched all of their memory; they are all alike.
 const FEW: usize = 4;
-/// Hosts for which it is projected, in GiB.
+/// Memory of the hosts in the projection, in GiB.
 const HOSTS: [u64; 4] = [32, 64, 256, 1024];
-/// What the guests do.
+/// Work of the guests.
 const DONE: [(&str, &str); 2] = [
     ("as the replay left it", "bench=replay:1"),
     ("all of it touched", "bench=replay:1 bench=touch:1"),
 ];
-/// How long one of them may take to get there.
+/// Time limit for that work.
 const LIMIT: Duration = Duration::from_secs(300);
 const MIB: f64 = 1_048_576.0;
 
-/// Measures. `guests` is how many are tried at once; `write` has a plot written; `tick` hears what
-/// is being done. Returns a table, too.
+/// Measures with up to `guests` guests at once. `write`: also write a plot. `tick` gets each step.
+/// Also returns a table.
 ///
 /// # Errors
 /// A guest does not start.
@@ -59,8 +59,10 @@ pub fn figures(
 
 fn sizes(program: &Program, write: bool, tick: &impl Fn(&str)) -> Result<String> {
     let mut text = String::from(
-        "A guest that ends with its first instruction: what is there before any guest runs. Memory in MiB:\n\n\
-         | guest memory | shadow | page shadow | byte shadow, resident | memory of `umbra`, peak | start to the guest's first instruction, ms |\n\
+        "A guest that ends with its first instruction: what is there before any guest runs. \
+         Memory in MiB:\n\n\
+         | guest memory | shadow | page shadow | byte shadow, resident | memory of `umbra`, peak \
+         | start to the guest's first instruction, ms |\n\
          | ---: | --- | ---: | ---: | ---: | ---: |\n",
     );
     let mut skipped = String::new();
@@ -113,7 +115,7 @@ fn sizes(program: &Program, write: bool, tick: &impl Fn(&str)) -> Result<String>
     Ok(text + &skipped)
 }
 
-/// What a process holds for itself, in bytes: all that goes when it ends.
+/// Private memory of a process, in bytes: what is freed when it ends.
 fn private(process: &Running) -> Result<f64> {
     let path = format!("/proc/{}/smaps_rollup", process.id());
     let rollup = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
@@ -138,11 +140,16 @@ fn many(
     fs::write(&initrd, trace.file).with_context(|| format!("cannot write {}", initrd.display()))?;
     let total = available_memory() as f64;
     let mut text = format!(
-        "\n### Many guests at once\n\nThe test kernel in {} MiB, held after the first {} events of the trace's slice, and, in other guests, after it has touched all of its\n\
-         memory. *One more guest* is what each held process has for itself (`smaps_rollup`), on average over those that were held at once; the\n\
-         last columns are the host's memory divided by that, without the fraction: the {} MiB that were available here before, and what hosts of\n\
-         other sizes would have if all of it were available. (What KVM itself takes of the host's memory is not in it; guests are started until\n\
-         there are as many as `--guests` says, or {} MiB are left.)\n\n| guest memory | shadow | guests at once | one more guest, MiB | fit here |",
+        "\n\
+         ### Many guests at once\n\n\
+         The test kernel in {} MiB, held after the first {} events of the trace's slice, and, in \
+         other guests, after it has touched all of its memory. *One more guest* is what each held \
+         process has for itself (`smaps_rollup`), on average over those that were held at once; \
+         the last columns are the host's memory divided by that, without the fraction: the {} MiB \
+         that were available here before, and what hosts of other sizes would have if all of it \
+         were available. (What KVM itself takes of the host's memory is not in it; guests are \
+         started until there are as many as `--guests` says, or {} MiB are left.)\n\n\
+         | guest memory | shadow | guests at once | one more guest, MiB | fit here |",
         GUEST >> 20,
         number(EVENTS as f64),
         number(total / MIB),

@@ -1,4 +1,4 @@
-//! How long a start takes, beside QEMU's.
+//! Time of a start, compared with QEMU.
 
 use std::path::Path;
 use std::process::Command;
@@ -10,21 +10,22 @@ use crate::figure::Figure;
 use crate::program::{Program, until};
 use crate::pvh;
 
-/// Starts of which the median is taken.
+/// Starts for the median.
 const STARTS: usize = 11;
 const LIMIT: Duration = Duration::from_secs(60);
-/// Memory of the guests, here and at QEMU: what Umbra gives by default.
+/// Memory of the guests, also with QEMU: Umbra's default.
 const MEMORY: u64 = 256 << 20;
-/// Has the test kernel say a line as soon as it is there.
+/// Makes the test kernel print a line as soon as it has started.
 const COMMAND_LINE: &str = "scenarios=- bench=check:1:none:page:0:0";
 const FIRST_LINE: &str = "bench begin";
 
-/// Measures it. `tick` hears what is being done.
+/// Measures. `tick` gets each step.
 ///
 /// # Errors
 /// Umbra does not start.
 pub fn figures(program: &Program, kernel: &[u8], tick: impl Fn(&str)) -> Result<Vec<Figure>> {
-    const LINE: &str = "process start to the first instructions of a guest: a kernel of 14 bytes, which says a line";
+    const LINE: &str = "process start to the first instructions of a guest: a kernel of 14 bytes, \
+                        which says a line";
     const KERNEL: &str = "process start to the test kernel's first line";
     let (small, large) = (program.folder().join("says-a-line"), program.folder().join("kernel"));
     std::fs::write(&small, pvh::says_a_line())
@@ -61,7 +62,8 @@ pub fn figures(program: &Program, kernel: &[u8], tick: impl Fn(&str)) -> Result<
         .with_context(|| format!("cannot write {}", same.display()))?;
     all.extend(qemu(KERNEL, &same, FIRST_LINE, &tick).map(|figure| {
         let note =
-            "without shadow; with a few instructions before it, because QEMU starts ELF files by PVH only";
+            "without shadow; with a few instructions before it, because QEMU starts ELF files by \
+             PVH only";
         if figure.note.is_empty() { figure.note(note) } else { figure }
     }));
     for shadow in ["off", "per-page", "full"] {
@@ -84,7 +86,7 @@ pub fn figures(program: &Program, kernel: &[u8], tick: impl Fn(&str)) -> Result<
     Ok(all)
 }
 
-/// The same with QEMU, by KVM and by its own software CPU.
+/// The same with QEMU, with KVM and with its software CPU.
 fn qemu(group: &'static str, kernel: &Path, line: &str, tick: &impl Fn(&str)) -> [Figure; 2] {
     ["kvm", "tcg"].map(|accel| {
         tick(&format!("starting QEMU, {accel}"));
@@ -92,7 +94,7 @@ fn qemu(group: &'static str, kernel: &Path, line: &str, tick: &impl Fn(&str)) ->
         let time = median(
             || {
                 let mut command = Command::new("qemu-system-x86_64");
-                // This MSR is one that not all hosts let QEMU set.
+                // Not all hosts let QEMU set this MSR.
                 let cpu = if accel == "kvm" { "host,-arch-capabilities" } else { "max" };
                 command.args(["-accel", accel, "-cpu", cpu, "-nodefaults", "-display", "none"]);
                 command.arg("-m").arg(format!("{}M", (MEMORY + pvh::MORE) >> 20));

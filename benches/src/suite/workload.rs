@@ -1,4 +1,4 @@
-//! Boot, churn, and all scenarios: what they cost with two-level and with full shadow.
+//! The cost of boot, churn, and all scenarios, with two-level and with full shadow.
 
 use std::collections::BTreeSet;
 
@@ -17,8 +17,8 @@ fn churn(meter: &Meter, mode: Mode, operations: u64) -> Result<Run> {
     meter.run(mode, &format!("scenarios=huge_churn churn={operations}"))
 }
 
-/// What was found, as far as it is the same in two runs of one kernel: addresses are not, since
-/// page tables for more shadow take more memory.
+/// The findings, without what differs between two runs of one kernel: addresses do, since page
+/// tables for more shadow take more memory.
 fn found(run: &Run) -> BTreeSet<String> {
     let line = |f: &Finding| {
         let offset = f.object.as_ref().map(|object| object.offset);
@@ -40,7 +40,7 @@ fn shadow_bytes(run: &Run) -> f64 {
     (run.stats.shadow.page_bytes + run.stats.shadow.byte_peak_resident_bytes) as f64
 }
 
-/// Measures them.
+/// Measures all of these.
 pub fn figures(meter: &Meter) -> Result<Vec<Figure>> {
     let mut all = Vec::new();
     if meter.counts() {

@@ -1,12 +1,12 @@
-//! The state of a run's provenance: rings are drained into the table of objects and the quarantine.
+//! The provenance of a run: drains rings into the table of objects and the quarantine.
 
 use umbra_shadow::abi::{Record, RecordBody, Released};
 
 use crate::rings::{RingError, RingMemory, RingRecord, Rings};
 use crate::{Objects, Quarantine};
 
-/// Finds the key of so many bytes at a guest-virtual address; none if it is not memory that a guest
-/// may have objects in.
+/// Finds the key of a range: guest-virtual address and bytes. None if the guest cannot have objects
+/// there.
 pub type KeyOf<'a> = &'a dyn Fn(u64, u64) -> Option<u64>;
 
 /// An allocation.
@@ -14,7 +14,7 @@ pub type KeyOf<'a> = &'a dyn Fn(u64, u64) -> Option<u64>;
 pub struct Allocation {
     /// The key of its address.
     pub key: u64,
-    /// Bytes that were asked for.
+    /// Requested bytes.
     pub size: u64,
     /// Bytes of its slot; 0 if they are not known.
     pub slot: u64,
@@ -31,7 +31,7 @@ pub struct EventCounts {
     pub allocations: u64,
     /// Frees.
     pub frees: u64,
-    /// Rings that were drained, each time counted.
+    /// Drains of rings.
     pub ring_drains: u64,
 }
 
@@ -55,12 +55,12 @@ impl Provenance {
         &self.objects
     }
 
-    /// The freed memory that waits.
+    /// The quarantine.
     pub fn quarantine(&self) -> &Quarantine {
         &self.quarantine
     }
 
-    /// The freed memory that waits, to add to it or to evict from it.
+    /// The quarantine, to push to it or to evict from it.
     pub fn quarantine_mut(&mut self) -> &mut Quarantine {
         &mut self.quarantine
     }
@@ -75,12 +75,12 @@ impl Provenance {
         self.counts
     }
 
-    /// All objects, with nothing left here.
+    /// Takes all objects out.
     pub fn take_objects(&mut self) -> Objects {
         std::mem::take(&mut self.objects)
     }
 
-    /// Names a cache and says how many bytes one of its object slots has.
+    /// Names a cache, and sets the bytes of its object slots.
     pub fn name_cache(&mut self, id: u16, name: &[u8], object_size: u64) {
         self.objects.name_cache(id, name, object_size);
     }
@@ -93,7 +93,7 @@ impl Provenance {
     /// Sets up a ring; see [`Rings::set_up`].
     ///
     /// # Errors
-    /// There cannot be such a ring.
+    /// The ring is refused.
     pub fn set_up_ring(
         &mut self,
         cpu: u16,
@@ -122,13 +122,13 @@ impl Provenance {
     }
 
     /// Drains all rings; see [`Rings::drain`]. If a CPU `asked` for it, all its events are
-    /// complete, since a CPU records and poisons with interrupts off. Returns how many records made
-    /// no sense.
+    /// complete, since a CPU records and poisons with interrupts off. Returns the number of refused
+    /// records.
     pub fn drain(&mut self, asked: Option<u16>, memory: &dyn RingMemory, key_of: KeyOf<'_>) -> u64 {
         if let Some(cpu) = asked {
             self.quarantine.complete_in_flight(cpu);
         }
-        // The records change everything but the rings.
+        // The records change all other fields.
         let mut rings = std::mem::take(&mut self.rings);
         let mut refused = 0;
         self.counts.ring_drains += rings.drain(asked, memory, |record, last| {
@@ -139,7 +139,7 @@ impl Provenance {
         refused
     }
 
-    /// Takes in one record. None if it makes no sense, or there is no room for it.
+    /// Applies a record. None if it makes no sense, or there is no room for it.
     fn take_in(&mut self, record: &RingRecord, in_flight: bool, key_of: KeyOf<'_>) -> Option<()> {
         let frames = record.frames.get(..record.depth).unwrap_or_default();
         let mut waits = None;

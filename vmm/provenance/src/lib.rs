@@ -1,12 +1,12 @@
-//! Who allocated and freed what.
+//! Provenance: who allocated and freed what.
 //!
-//! A record goes one way: from its CPU's ring ([`rings`]), decoded once (`umbra_shadow::abi::Record`), through
-//! [`Provenance::drain`] into the table of objects with their call stacks ([`objects`]) and, if it
-//! is a free, into the quarantine ([`quarantine`]).
+//! A record goes one way: from its CPU's ring ([`rings`]), where it is decoded once
+//! (`umbra_shadow::abi::Record`), through [`Provenance::drain`] into the table of objects with
+//! their call stacks ([`objects`]) and, if it is a free, into the quarantine ([`quarantine`]).
 //!
-//! The crate knows neither KVM nor the shadow's windows. Guest memory is what a caller passes in
-//! ([`rings::RingMemory`]), and an address is whatever the caller keys memory by: Umbra passes
-//! guest-physical addresses, so that aliases of a page share one history.
+//! The crate knows neither KVM nor the shadow's windows. The caller passes in guest memory
+//! ([`rings::RingMemory`]), and chooses the keys of memory: Umbra uses guest-physical addresses, so
+//! that aliases of a page share one history.
 //!
 //! # What is stored
 //!
@@ -17,8 +17,8 @@
 //! - The freed memory that waits, oldest first, and the last free of each CPU.
 //!
 //! All of it is bounded. The table of objects and the stacks have a budget in bytes of host memory,
-//! with what the allocator adds; what no longer fits is dropped, oldest freed objects first, and
-//! counted.
+//! including the allocator's overhead. What no longer fits is dropped, oldest freed objects first,
+//! and counted.
 //!
 //! # Why no `BTreeMap`
 //!

@@ -1,4 +1,4 @@
-//! Names that a guest gives to its tasks and caches, bounded in number and made harmless to print.
+//! Names of tasks and caches: bounded in number, and safe to print.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -13,7 +13,7 @@ pub fn sanitize(name: &[u8]) -> String {
     if name.trim().is_empty() { "?".to_owned() } else { name }
 }
 
-/// Task names by task id; the oldest go first.
+/// Task names by task id; the oldest are dropped first.
 #[derive(Debug)]
 pub struct TaskNames {
     names: HashMap<u32, String>,

@@ -1,46 +1,45 @@
-//! The quarantine: freed memory that waits before the guest's allocators get it back, oldest first.
+//! The quarantine: freed memory waits before it returns to the guest's allocators, oldest first.
 //!
-//! The queue is in the VMM and not in the guest: the VMM hears of each free anyway, and no wild
-//! write of the guest can break the queue. When a drain says that objects are to be evicted, the
-//! guest fetches their list (`guest/runtime/src/quarantine.rs`).
+//! The queue is in the VMM and not in the guest: the VMM sees each free anyway, and no wild write
+//! of the guest can break the queue. When a drain says that objects are to be evicted, the guest
+//! fetches their list (`guest/runtime/src/quarantine.rs`).
 //!
-//! What comes in is bounded by what a guest can free between two drains, and by [`MOST`]; what a
-//! hostile guest makes of it concerns its own allocators only.
+//! Its size is bounded by what a guest can free between two drains, and by [`MOST`]. A hostile
+//! guest can only harm its own allocators.
 
 use std::collections::VecDeque;
 
 use umbra_shadow::abi::{RING_MAX_RECORDS, Released};
 
-/// How much of guest memory it takes unless a setting says otherwise: as KASAN's
-/// (`mm/kasan/quarantine.c`).
+/// Default size, as a share of guest memory: as in KASAN (`mm/kasan/quarantine.c`).
 const SHARE: u64 = 32;
-/// Most that a CPU frees between two drains: as KASAN's queue of a CPU.
+/// Most bytes that a CPU frees between two drains: as KASAN's queue of a CPU.
 const BATCH_MAX: u64 = 1 << 20;
 /// Batches of each CPU that fit into the quarantine.
 const BATCHES: u64 = 16;
-/// Of these, how many are kept free: what one CPU has freed since the last eviction, and
-/// for all of them what lies in their rings, twice, since the last object of a batch may be as
+/// Batches of each CPU that an eviction leaves free: for what one CPU has freed since the last
+/// eviction, and for what lies in all rings, twice, since the last object of a batch may be as
 /// large as the batch.
 const BATCHES_FREE: u64 = 5;
-/// Objects that are kept; beyond it the oldest are evicted whatever their size. 16 bytes each.
+/// Most objects; above that the oldest are evicted whatever their size. 16 bytes each.
 pub const MOST: usize = 1 << 20;
-/// How many more there can be until the guest fetches them: all records of all rings, twice.
+/// Most additional objects until the guest fetches evicted ones: all records of all rings, twice.
 const MORE: usize = 8 * RING_MAX_RECORDS as usize;
 /// Most CPUs that have rings.
 const CPUS: usize = 64;
 
-/// How large the quarantine is.
+/// Size of the quarantine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum QuarantineSize {
     /// A share of guest memory, 1/32, as in KASAN.
     #[default]
     Auto,
-    /// So many bytes; 0 is none.
+    /// This many bytes; 0 is none.
     Bytes(u64),
 }
 
 impl QuarantineSize {
-    /// The least that makes sense, but for 0.
+    /// The least size except 0.
     pub const LEAST: u64 = 64 << 10;
 
     /// Bytes for a guest with `memory` bytes.
@@ -57,20 +56,20 @@ pub fn batch(limit: u64, cpus: u8) -> u64 {
     (limit / BATCHES / u64::from(cpus).max(1)).min(BATCH_MAX)
 }
 
-/// What the quarantine did. Sizes are bytes of slots, redzones included.
+/// Figures of the quarantine. Sizes are bytes of slots, redzones included.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct QuarantineFigures {
-    /// The most that may wait; 0 without a quarantine.
+    /// Its limit; 0 without a quarantine.
     pub limit_bytes: u64,
-    /// What waits now.
+    /// Bytes that wait now.
     pub bytes: u64,
     /// The most that waited.
     pub peak_bytes: u64,
     /// Objects that wait now.
     pub objects: u64,
-    /// Objects that were put into it.
+    /// Objects pushed so far.
     pub held: u64,
-    /// Objects that were given back to their allocators.
+    /// Evicted objects.
     pub released: u64,
 }
 
@@ -80,14 +79,14 @@ pub struct Quarantine {
     queue: VecDeque<Released>,
     /// The last free of each CPU, if it may not have poisoned the memory yet.
     in_flight: [Option<Released>; CPUS],
-    /// Bytes that an eviction leaves.
+    /// Bytes that an eviction keeps.
     keep: u64,
     batch: u64,
     figures: QuarantineFigures,
 }
 
 impl Quarantine {
-    /// An empty one of at most `limit` bytes, for a guest with so many CPUs.
+    /// An empty quarantine of at most `limit` bytes, for a guest with `cpus` CPUs.
     pub fn new(limit: u64, cpus: u8) -> Self {
         let batch = batch(limit, cpus);
         let free = batch.saturating_mul(BATCHES_FREE).saturating_mul(cpus.into());
@@ -100,18 +99,18 @@ impl Quarantine {
         }
     }
 
-    /// What it did so far.
+    /// Its figures so far.
     pub fn figures(&self) -> QuarantineFigures {
         self.figures
     }
 
-    /// Bytes that the VMM needs for it.
+    /// Host memory of the queue, in bytes.
     pub fn host_bytes(&self) -> u64 {
         (self.queue.capacity() * size_of::<Released>()) as u64
     }
 
-    /// Adds freed memory, which is poisoned already. False if a guest that fetches
-    /// nothing has filled the queue.
+    /// Pushes freed memory, which is already poisoned. False if the queue is full: the guest has
+    /// fetched nothing.
     pub fn push(&mut self, memory: Released) -> bool {
         let good = self.count(memory);
         if good {
@@ -133,10 +132,9 @@ impl Quarantine {
         true
     }
 
-    /// Takes in a CPU's next event: a free of `memory`, or anything else. The CPU's event before
-    /// it is complete now. This one may not be yet if it is `in_flight`: the CPU's last event,
-    /// whose memory it may still be about to poison. False if a guest that fetches nothing has
-    /// filled the queue.
+    /// Handles a CPU's next event: a free of `memory`, or anything else. The CPU's previous event
+    /// is complete now. If this one is `in_flight` (the CPU's last event), the CPU may not have
+    /// poisoned its memory yet. False if the queue is full: the guest has fetched nothing.
     pub fn push_or_defer(&mut self, cpu: u16, memory: Option<Released>, in_flight: bool) -> bool {
         self.complete_in_flight(cpu);
         let Some(memory) = memory else { return true };
@@ -155,7 +153,7 @@ impl Quarantine {
         self.queue.extend(memory);
     }
 
-    /// Whether the guest has to fetch some: a batch more than the limit allows to keep waits.
+    /// Whether the guest has to fetch evicted memory: a batch more waits than an eviction keeps.
     pub fn needs_eviction(&self) -> bool {
         self.figures.bytes > self.keep + self.batch || self.queue.len() > MOST
     }
@@ -223,7 +221,7 @@ mod tests {
         // It waits, but does not come out.
         assert!(out(&mut quarantine).is_empty());
         assert_eq!((quarantine.figures().objects, quarantine.figures().bytes), (1, 8));
-        // What comes next from the same CPU shows that it is done; from another CPU nothing does.
+        // The next event of the same CPU completes it; an event of another CPU does not.
         assert!(quarantine.push_or_defer(0, None, true));
         assert!(out(&mut quarantine).is_empty());
         assert!(quarantine.push_or_defer(1, Some(memory(2, 8)), true));
@@ -283,7 +281,8 @@ mod tests {
                         *waiting = if drain && at == cpu { 0 } else { *waiting };
                     }
                 }
-                let in_rings: u64 = rings.iter().flat_map(|ring| &ring.0).map(|m| u64::from(m.slot)).sum();
+                let in_rings = rings.iter().flat_map(|ring| &ring.0);
+                let in_rings: u64 = in_rings.map(|m| u64::from(m.slot)).sum();
                 prop_assert!(quarantine.figures().bytes + in_rings <= LIMIT);
                 if drain && quarantine.needs_eviction() {
                     quarantine.evict(usize::MAX, false);

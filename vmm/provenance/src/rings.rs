@@ -42,9 +42,9 @@ pub enum RingError {
     /// A table is full.
     #[error("more than {most} {what}")]
     Limit {
-        /// What there is too much of.
+        /// What there are too many of.
         what: &'static str,
-        /// How many may be.
+        /// The limit.
         most: u64,
     },
     /// Another CPU's ring is there.
@@ -61,7 +61,7 @@ struct Ring {
     gpa: u64,
     records: u64,
     text_base: u64,
-    /// How many of its records were drained already.
+    /// Records that were already drained.
     drained: u64,
 }
 
@@ -70,7 +70,7 @@ struct Ring {
 pub struct RingRecord {
     /// The CPU that wrote it.
     pub cpu: u16,
-    /// Its place among the records of all CPUs.
+    /// Its number among the records of all CPUs.
     pub sequence: u32,
     /// What the guest wrote. The addresses in it have not been checked.
     pub record: Result<Record, BadRecord>,
@@ -101,7 +101,7 @@ const BLOCK: usize = 64;
 struct Reader {
     ring: Ring,
     cpu: u16,
-    /// Records drained or in `block`, those of earlier drains too, and how many there are in all.
+    /// Records drained or in `block`, also in earlier drains; and the number of all records.
     read: u64,
     count: u64,
     block: Vec<RingRecord>,
@@ -120,7 +120,7 @@ impl Reader {
         ring.drained = count;
         if asked {
             ring.drained = 0;
-            // It was readable, so it is RAM and can be written.
+            // It was readable, so it is RAM, and the write succeeds.
             let _ = ram.write(ring.gpa, &0u64.to_le_bytes());
         }
         let mut reader = Self { ring: *ring, cpu, read, count, block: Vec::new(), next: 0 };
@@ -326,7 +326,7 @@ mod tests {
             });
             (addresses, ram.read_u64(header).expect("inside RAM"))
         };
-        // Its CPU may be about to write the third: the count is left alone, and goes on from there.
+        // Its CPU may be about to write the third record: the count stays as it is.
         assert_eq!(addresses(None, None), (vec![1, 2], 2));
         assert_eq!(addresses(Some(0), None), (vec![], 2), "another CPU asks");
         assert_eq!(addresses(None, Some(3)), (vec![3], 3));

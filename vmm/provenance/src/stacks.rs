@@ -1,4 +1,4 @@
-//! Each distinct call stack once: most allocations share a few of them.
+//! Interns call stacks: most allocations share a few of them.
 
 use std::{
     collections::HashMap,
@@ -26,27 +26,27 @@ impl StackId {
 pub struct Stacks {
     /// The frames of all stacks, one after the other.
     frames: Vec<u64>,
-    /// Where in `frames` stack `id - 1` ends; it starts where the one before ends.
+    /// End of stack `id - 1` in `frames`; it starts where the previous one ends.
     ends: Vec<u32>,
     /// Stack by hash. The hash has a random key, so a guest cannot aim for equal ones.
     index: HashMap<u64, StackId>,
     hash: RandomState,
-    /// Bytes that its stacks take, without what was allocated ahead.
+    /// Bytes of its stacks, without spare capacity.
     used: usize,
 }
 
-/// Bytes of a stack beside its frames: its end, and its share of the index.
+/// Bytes of a stack without its frames: its end, and its share of the index.
 const STACK_BYTES: usize = 5 + heap::of_value::<u64, StackId>();
-/// Bytes of a frame, with an eighth for those to come.
+/// Bytes of a frame, with an eighth of spare capacity.
 const FRAME_BYTES: usize = size_of::<u64>() * 9 / 8;
 
 impl Stacks {
-    /// Bytes that a stack of so many frames takes.
+    /// Bytes of a stack of `frames` frames.
     pub const fn cost(frames: usize) -> usize {
         STACK_BYTES + frames * FRAME_BYTES
     }
 
-    /// Bytes that its stacks take, by [`Stacks::cost`].
+    /// Bytes of its stacks, by [`Stacks::cost`].
     pub fn used(&self) -> usize {
         self.used
     }

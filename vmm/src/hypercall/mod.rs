@@ -1,5 +1,4 @@
-//! A guest's calls, decoded: numbers in registers become a typed [`Call`], or the error that the
-//! guest gets.
+//! Decodes a guest's calls: registers become a typed [`Call`], or the error that the guest gets.
 //!
 //! Everything that does not depend on the state of the run is checked here. The handler checks the
 //! rest: whether memory lies in a region, and whether the call fits the mode.
@@ -19,14 +18,14 @@ pub use umbra_shadow::abi::{Access, Actor, Slot};
 pub enum Call {
     /// The guest speaks this version of the ABI.
     Hello {
-        /// What it says about itself.
+        /// Its flags.
         flags: GuestFlags,
     },
     /// Virtual memory that maps guest-physical memory one to one.
     RegionAdd(Region),
     /// A ring of events.
     RingSetup(RingPlace),
-    /// Take all records out of a CPU's ring.
+    /// Drain a CPU's ring.
     RingDrain {
         /// The CPU.
         cpu: u16,
@@ -39,7 +38,7 @@ pub enum Call {
         va: u64,
         /// Bytes; may be 0.
         len: u64,
-        /// Why, at least [`POISON_MIN`].
+        /// The poison code, at least [`POISON_MIN`].
         code: u8,
     },
     /// Make memory accessible.
@@ -72,7 +71,8 @@ pub enum Call {
         actor: Actor,
         /// The slot that becomes inaccessible, if the VMM is to change the shadow.
         slot: Option<Slot>,
-        /// Who gets it when it leaves the quarantine; none if it does not go there.
+        /// The owner that gets it when it is evicted from the quarantine; none if it does not go
+        /// there.
         owner: Option<Owner>,
     },
     /// A violation.
@@ -86,8 +86,8 @@ pub enum Call {
         /// Bytes; may be 0.
         len: u64,
     },
-    /// Give `len` bytes (not 0) of virtual memory at `va` shadow of their own. Both are multiples
-    /// of 4096.
+    /// Give `len` bytes (not 0) of virtual memory at `va` their own shadow. Both are multiples of
+    /// 4096.
     VirtualAdd {
         /// Virtual address.
         va: u64,
@@ -224,14 +224,14 @@ impl Named {
 /// How a guest ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
-    /// It has done what it was to do.
+    /// It is done.
     Done {
-        /// Whether that went wrong.
+        /// Whether it failed.
         failed: bool,
     },
     /// It panicked.
     Panic,
-    /// A CPU exception it had no answer to.
+    /// A CPU exception that it did not handle.
     Fault {
         /// The exception.
         vector: u32,
@@ -283,9 +283,9 @@ pub enum CallError {
     /// A table is full.
     #[error("more than {most} {what}")]
     Limit {
-        /// What there is too much of.
+        /// What there are too many of.
         what: &'static str,
-        /// How many may be.
+        /// The limit.
         most: u64,
     },
 }
@@ -402,7 +402,7 @@ fn range(what: &'static str, start: u64, len: u64) -> Result<(), CallError> {
     }
 }
 
-/// A CPU number, as it fits all calls and records.
+/// A CPU number that fits all calls and records.
 fn cpu(value: u64) -> Result<u16, CallError> {
     u16::try_from(value).map_err(|_| wrong("CPU", value))
 }

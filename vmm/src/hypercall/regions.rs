@@ -4,8 +4,8 @@ use umbra_shadow::codes::PAGE_SIZE;
 
 use super::{CallError, range, wrong};
 
-/// Virtual memory that maps guest-physical memory one to one, or for whose addresses keys stand
-/// that do not exist as memory. At least a page; neither end wraps.
+/// Virtual memory that maps guest-physical memory one to one, or that has keys instead, behind
+/// which there is no memory. At least a page; neither end wraps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Region {
     va: u64,
@@ -73,11 +73,11 @@ impl Regions {
         Ok(())
     }
 
-    /// Adds `len` bytes of virtual memory at `va`, as [`Call::VirtualAdd`](super::Call::VirtualAdd)
-    /// has them, if `key` has a key for them.
+    /// Adds `len` bytes of virtual memory at `va` ([`Call::VirtualAdd`](super::Call::VirtualAdd)),
+    /// if `key` returns a key for them.
     ///
     /// # Errors
-    /// It has none; or the memory overlaps a region, or there are too many.
+    /// There is no key; or the memory overlaps a region, or there are too many.
     pub fn add_virtual(
         &mut self,
         va: u64,
@@ -117,7 +117,7 @@ impl Regions {
         })
     }
 
-    /// The virtual address of `gpa` in the region that was added first of those that show it.
+    /// The virtual address of `gpa`, in the first region with it that was added.
     pub fn to_va(&self, gpa: u64) -> Option<u64> {
         self.regions.iter().find_map(|region| {
             let offset = gpa.checked_sub(region.gpa)?;

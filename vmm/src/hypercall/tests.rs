@@ -179,7 +179,7 @@ fn wrong_arguments_are_refused() {
     assert_eq!(CallError::Mode(5).result(), abi::ERR_MODE);
 }
 
-/// Values around all that is checked.
+/// Values around all checked limits.
 fn wild() -> impl Strategy<Value = u64> {
     prop_oneof![
         any::<u64>(),
@@ -195,20 +195,28 @@ proptest! {
 
     /// Every call with wild values is an error of the ABI, or a call that keeps its promises.
     #[test]
-    fn wild_values_never_get_through(number in 0..17u32, rdi in wild(), rsi in wild(), rdx in wild(), rcx in wild()) {
+    fn wild_values_never_get_through(
+        number in 0..17u32,
+        rdi in wild(),
+        rsi in wild(),
+        rdx in wild(),
+        rcx in wild(),
+    ) {
         let holds = |va: u64, len: u64| len == 0 || va.checked_add(len - 1).is_some();
         match Call::decode(number, rdi, rsi, rdx, rcx) {
             Err(error) => {
                 prop_assert!(error.result() >= abi::ERR_MIN);
                 prop_assert!(!error.to_string().contains('\n'));
                 prop_assert_eq!(error.result() == abi::ERR_CALL, !(1..=15).contains(&number));
-                prop_assert_eq!(error.result() == abi::ERR_VERSION, number == u32::from(CallNumber::Hello));
+                let is_hello = number == u32::from(CallNumber::Hello);
+                prop_assert_eq!(error.result() == abi::ERR_VERSION, is_hello);
             }
             Ok(Call::RegionAdd(region)) => {
                 let mut regions = Regions::default();
                 if regions.add(region, 1 << 32).is_ok() {
                     prop_assert!(region.bytes() > 0 && region.gpa() + region.bytes() <= 1 << 32);
-                    prop_assert_eq!(regions.to_gpa(region.va(), region.bytes()), Some(region.gpa()));
+                    let gpa = regions.to_gpa(region.va(), region.bytes());
+                    prop_assert_eq!(gpa, Some(region.gpa()));
                     prop_assert_eq!(regions.to_gpa(region.va(), region.bytes() + 1), None);
                     prop_assert_eq!(regions.to_va(region.gpa()), Some(region.va()));
                 }
@@ -216,7 +224,8 @@ proptest! {
                 regions.to_va(rcx);
             }
             Ok(Call::RingSetup(RingPlace { va, records, .. })) => {
-                prop_assert!(va.is_multiple_of(64) && (1..=abi::RING_MAX_RECORDS).contains(&records));
+                prop_assert!(va.is_multiple_of(64));
+                prop_assert!((1..=abi::RING_MAX_RECORDS).contains(&records));
                 prop_assert!(holds(va, 64 + records * 64));
             }
             Ok(Call::Poison { va, len, code }) => prop_assert!(code >= 0x80 && holds(va, len)),

@@ -1,4 +1,4 @@
-//! The library's face: a run, built step by step.
+//! The library's interface: a run, built step by step.
 
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -36,7 +36,7 @@ pub struct Sandbox {
 
 impl Sandbox {
     /// A run of `kernel` with 256 MiB, one CPU, the per-page shadow, and no limits. Its console
-    /// goes nowhere.
+    /// output is dropped.
     pub fn new(kernel: GuestFile) -> Self {
         Self::with_config(Config { kernel, ..Config::default() })
     }
@@ -79,14 +79,14 @@ impl Sandbox {
         self
     }
 
-    /// Limits how long the guest may run.
+    /// Sets the time limit.
     #[must_use]
     pub fn timeout(mut self, limit: Duration) -> Self {
         self.config.timeout = Some(limit);
         self
     }
 
-    /// Ends the run after so many different findings.
+    /// Ends the run after this many different findings.
     #[must_use]
     pub fn stop_at(mut self, findings: usize) -> Self {
         self.config.stop_at = Some(findings);

@@ -8,7 +8,8 @@ use umbra_shadow::abi::{
 };
 use vm_memory::GuestAddress;
 
-use super::dispatch::{Dispatcher, ExitContext, Flow};
+use super::context::{ExitContext, Flow};
+use super::dispatch::Dispatcher;
 use super::{Outcome, investigate};
 use crate::hypercall::{
     Actor, Array, BadAccess, Call, CallError, Exit, Named, Region, RingPlace, Slot,
@@ -266,8 +267,8 @@ impl Dispatcher {
         }
     }
 
-    /// Changes the shadow at a guest's wish. A wrong range is the guest's mistake, everything else
-    /// ends the run.
+    /// Changes the shadow for a guest. A wrong range is the guest's mistake; every other error ends
+    /// the run.
     fn change_shadow(
         &mut self,
         va: u64,
@@ -320,7 +321,7 @@ impl From<Outcome> for Refused {
     }
 }
 
-/// The guest frees and frees, and never fetches what is to be evicted.
+/// The guest only frees, and never fetches what is to be evicted.
 const QUARANTINE_FULL: CallError =
     CallError::Limit { what: "objects in the quarantine", most: quarantine::MOST as u64 };
 

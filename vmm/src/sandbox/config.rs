@@ -17,7 +17,7 @@ pub enum ShadowMode {
     /// One byte for each page, byte shadow on demand.
     #[default]
     PerPage,
-    /// KASAN's own layout, to compare with.
+    /// KASAN's own layout, for comparison.
     Full,
     /// None: the guest runs unchecked.
     Off,
@@ -50,7 +50,7 @@ pub struct Config {
     pub kernel: GuestFile,
     /// How to boot it.
     pub boot: Protocol,
-    /// A file for the kernel to find in memory.
+    /// A file that the kernel gets in memory.
     pub initrd: Option<GuestFile>,
     /// Its command line. Linux gets some defaults, see
     /// [`with_defaults`](umbra_machine::loader::with_defaults).
@@ -71,15 +71,15 @@ pub struct Config {
     pub notify: Notify,
     /// Most byte shadow that may be mapped, in bytes.
     pub shadow_limit: Option<u64>,
-    /// How much freed memory waits before it is handed out again.
+    /// Size of the quarantine: freed memory that waits before it is allocated again.
     pub quarantine: QuarantineSize,
-    /// How much lies behind each object.
+    /// Size of the redzone behind each object.
     pub redzone: Redzone,
-    /// Host memory for who allocated and freed what, in bytes.
+    /// Host memory for the history of allocations and frees, in bytes.
     pub provenance: u64,
-    /// How long the guest may run.
+    /// Time limit.
     pub timeout: Option<Duration>,
-    /// After how many different findings to stop; never if none.
+    /// Stop after this many different findings; never if none.
     pub stop_at: Option<usize>,
     /// Find out whether the host counts guest instructions, and read the count. Costs a probe
     /// guest.
@@ -87,12 +87,11 @@ pub struct Config {
     /// Watch the run for [`Report::picture`](super::Report::picture). Without it nothing is
     /// sampled.
     pub picture: bool,
-    /// Texts to look for on the console. When one first appears, what the run has cost by then goes
-    /// to [`Stats::marks`](super::stats::Stats::marks).
+    /// Texts to look for on the console. When one first appears, the costs until then go to
+    /// [`Stats::marks`](super::stats::Stats::marks).
     pub marks: Vec<String>,
-    /// CPUID leaves for the guest to find. One with the number of a leaf of Umbra's own replaces
-    /// it, which changes only what the guest reads: it can be shown another version of Umbra, or
-    /// smaller windows.
+    /// Additional CPUID leaves. One with the number of Umbra's own leaf replaces it. That changes
+    /// only what the guest reads, for example another version of Umbra, or smaller windows.
     pub cpuid: Vec<CpuidLeaf>,
 }
 

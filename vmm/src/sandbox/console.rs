@@ -7,18 +7,18 @@ use std::collections::VecDeque;
 const LINES: usize = 64;
 /// Bytes of each that are kept.
 pub(super) const LINE_BYTES: usize = 400;
-/// Linux's messages (kernel/panic.c, kernel/reboot.c). Without a way to switch the machine off it
-/// halts instead.
+/// Linux's messages (kernel/panic.c, kernel/reboot.c). Linux halts if it cannot switch the machine
+/// off.
 const PANIC: &str = "Kernel panic - not syncing: ";
 const PANIC_END: &str = "---[ end Kernel panic - not syncing: ";
 const STOPS: [&str; 2] = ["reboot: Power down", "reboot: System halted"];
 
-/// What a line says about the end of the guest.
+/// What a line means for the end of the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Sign {
     /// Nothing.
     None,
-    /// The guest has panicked, and will do nothing more.
+    /// The guest has panicked and stopped.
     PanicEnd,
     /// The guest has stopped on purpose.
     Stopped,
@@ -38,7 +38,7 @@ impl ConsoleWatch {
         Self { linux, ..Self::default() }
     }
 
-    /// Takes in a line, without its end.
+    /// Handles a line, without its end.
     pub(super) fn line(&mut self, line: &[u8]) -> Sign {
         let line = String::from_utf8_lossy(&line[..line.len().min(LINE_BYTES)]);
         let line: String =
@@ -54,7 +54,7 @@ impl ConsoleWatch {
     fn sign(&mut self, line: &str) -> Sign {
         let said = without_stamps(line);
         if let Some(message) = said.strip_prefix(PANIC) {
-            // The first one says what went wrong.
+            // The first panic has the reason.
             self.panic.get_or_insert_with(|| message.to_owned());
         } else if said.starts_with(PANIC_END) {
             return Sign::PanicEnd;
@@ -64,7 +64,7 @@ impl ConsoleWatch {
         Sign::None
     }
 
-    /// What a Linux panic was about, once there was one.
+    /// The message of a Linux panic, if there was one.
     pub(super) fn panic(&self) -> Option<&str> {
         self.panic.as_deref()
     }

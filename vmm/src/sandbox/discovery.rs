@@ -1,9 +1,9 @@
 //! The CPUID leaves by which a guest finds Umbra.
 
 use umbra_machine::cpuid::CpuidLeaf;
-use umbra_shadow::abi::{self, CPUID_FIRST, CPUID_STEP, Features, PORT};
+use umbra_shadow::abi::{self, CPUID_FIRST, CPUID_STEP, Features, PORT, Redzone};
 
-use super::{Redzone, ShadowMode};
+use super::ShadowMode;
 use crate::shadow::{Layout, Notify};
 
 /// The features of a run.
@@ -19,14 +19,14 @@ pub(super) fn features(mode: ShadowMode, notify: Notify) -> Features {
     }
 }
 
-/// What the guest's runtime is to do.
+/// Settings of the guest's runtime.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Settings {
     /// Bytes of the quarantine; 0 for none.
     pub quarantine: u64,
     /// Bytes that a CPU may put into it between two drains.
     pub quarantine_batch: u64,
-    /// How much its allocators put behind each object.
+    /// Size of the redzone behind each object.
     pub redzone: Redzone,
 }
 

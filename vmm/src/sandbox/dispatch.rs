@@ -3,73 +3,24 @@
 //! [`Dispatcher::dispatch`] is a plain function of an exit. It takes registers, RAM and memory
 //! slots through traits and references, so tests feed it with exits that no guest made.
 
-use umbra_machine::complete::{CompleteError, Completer, Cpu};
+use umbra_machine::complete::{CompleteError, Completer};
 use umbra_machine::devices::{DeviceEvent, Devices};
 use umbra_machine::memory::Ram;
-use umbra_machine::vcpu::{Vcpu, VmExit};
+use umbra_machine::vcpu::VmExit;
 use umbra_provenance::Provenance;
+use umbra_report::Sample;
 use umbra_shadow::abi::PORT;
 use vm_memory::GuestAddress;
 
+use super::Outcome;
+use super::context::{ExitContext, Flow};
+use super::counts::{EventStats, ExitStats};
 use super::guest_info::GuestInfo;
 use super::ring_memory::RingRam;
 use super::session::Session;
 use super::shadow_host::{ShadowHost, fault};
-use super::stats::{EventStats, ExitStats};
 use super::watch::{Sign, Watch};
-use super::{Outcome, Sample};
-use crate::shadow::{FaultOutcome, ShadowError, Slots};
-
-/// A vCPU as the dispatcher needs it.
-pub trait GuestCpu: Cpu {
-    /// Completes the read that the last exit asked for.
-    fn complete_read(&mut self, value: &[u8]);
-}
-
-impl GuestCpu for Vcpu {
-    fn complete_read(&mut self, value: &[u8]) {
-        self.complete_read(value);
-    }
-}
-
-/// The other vCPUs of the machine.
-pub trait OtherVcpus {
-    /// Gets all of them out of the guest, where they stay until this exit has been handled.
-    ///
-    /// # Errors
-    /// The host does not let go of one.
-    fn pause(&mut self) -> Result<(), Outcome>;
-}
-
-/// The vCPU that made an exit, and the machine around it.
-pub struct ExitContext<'a> {
-    /// The vCPU's number.
-    pub id: u8,
-    /// The vCPU, stopped.
-    pub cpu: &'a mut dyn GuestCpu,
-    /// Guest memory.
-    pub ram: &'a Ram,
-    /// The machine's memory slots.
-    pub slots: &'a mut dyn Slots,
-    /// The other vCPUs, which may be running.
-    pub others: &'a mut dyn OtherVcpus,
-}
-
-impl ExitContext<'_> {
-    /// The instruction pointer; 0 if it cannot be read.
-    fn rip(&self) -> u64 {
-        self.cpu.regs().map(|regs| regs.rip).unwrap_or_default()
-    }
-}
-
-/// What to do after an exit.
-#[derive(Debug)]
-pub enum Flow {
-    /// Run the guest on.
-    Continue,
-    /// End the run.
-    End(Outcome),
-}
+use crate::shadow::{FaultOutcome, ShadowError};
 
 /// The parts of a run that exits change.
 pub(super) struct Parts {
@@ -79,17 +30,17 @@ pub(super) struct Parts {
     pub shadow: ShadowHost,
     /// Who allocated and freed what.
     pub provenance: Provenance,
-    /// What the guest has said about itself.
+    /// What the guest has reported about itself.
     pub guest: GuestInfo,
-    /// What was found.
+    /// Findings.
     pub session: Session,
-    /// What is watched beside that.
+    /// Console, marks and samples.
     pub watch: Watch,
 }
 
 /// The state of a run, which changes with each exit.
 pub struct Dispatcher {
-    /// Holds on to the machine for its interrupts. Dropped before the shadow's windows, in which
+    /// Keeps the machine alive for its interrupts. Dropped before the shadow's windows, in which
     /// the machine's memory slots lie.
     pub(super) devices: Devices,
     pub(super) shadow: ShadowHost,
@@ -191,7 +142,7 @@ impl Dispatcher {
     /// The guest has ended a line on its console.
     fn console_line(&mut self, line: &[u8], context: &mut ExitContext) -> Result<Sign, Outcome> {
         if self.watch.is_mark(line) {
-            // So that the memory at a mark is that of this moment.
+            // Memory at a mark is up to date then.
             self.shadow.reclaim_all_guest_pages(self.provenance.rings(), context)?;
             let events = self.events();
             self.watch.mark(line, &self.exits, &events, self.shadow.windows_mut());
@@ -257,7 +208,7 @@ impl Dispatcher {
                 self.exits.shadow_fault += u64::from(outcome == FaultOutcome::Mapped);
                 windows.apply_write(gpa.0, data)?;
             }
-            // Half in a window, half beyond: nothing is there.
+            // Half in a window, half beyond: no effect.
             Err(ShadowError::OutsideWindow { .. }) => {}
             Err(error) => return Err(error.into()),
         }
@@ -341,7 +292,7 @@ impl Dispatcher {
         }
     }
 
-    /// Samples the shadow, if samples were asked for and it is time for one.
+    /// Samples the shadow, if requested and if it is time for a sample.
     pub(super) fn sample(&mut self) {
         self.watch.sample(self.shadow.windows_mut());
     }
@@ -377,12 +328,12 @@ impl Dispatcher {
         }
     }
 
-    /// What is watched beside exits.
+    /// Console, marks and samples.
     pub(super) fn watch(&self) -> &Watch {
         &self.watch
     }
 
-    /// Takes the last sample and returns all of them, if they were asked for.
+    /// Takes the last sample and returns all of them, if samples were requested.
     pub(super) fn finish_samples(&mut self) -> Option<Vec<Sample>> {
         self.watch.finish_samples(self.shadow.windows_mut())
     }

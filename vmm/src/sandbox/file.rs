@@ -1,5 +1,5 @@
 //! Kernels and initrds. A file is read when it is copied into guest memory, and a kernel again when
-//! a report needs its symbols. In between, files on disk are not kept in memory.
+//! a report needs its symbols. Files on disk are not kept in memory in between.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -19,7 +19,7 @@ pub enum GuestFile {
     Disk(DiskFile),
 }
 
-/// A file on disk, as it was when it was opened first.
+/// A file on disk, with its state when it was first opened.
 #[derive(Clone, Debug)]
 pub struct DiskFile {
     what: &'static str,
@@ -47,7 +47,7 @@ impl From<&[u8]> for GuestFile {
 }
 
 impl GuestFile {
-    /// The file at `path`, which messages call `what`.
+    /// The file at `path`. Messages call it `what`.
     ///
     /// # Errors
     /// There is none.
@@ -65,10 +65,10 @@ impl GuestFile {
         }
     }
 
-    /// Its contents, not read yet if it is on disk.
+    /// Its contents; a file on disk is read later.
     ///
     /// # Errors
-    /// It cannot be opened, or is not the same file any more.
+    /// It cannot be opened, or has changed.
     pub fn contents(&self) -> Result<Contents, LoadError> {
         match self {
             Self::Memory(bytes) => Ok(bytes.clone().into()),
@@ -85,7 +85,7 @@ impl GuestFile {
     /// Its contents.
     ///
     /// # Errors
-    /// It cannot be read, or is not the same file any more.
+    /// It cannot be read, or has changed.
     pub fn read(&self) -> Result<Arc<[u8]>, LoadError> {
         match self {
             Self::Memory(bytes) => Ok(bytes.clone()),
@@ -110,7 +110,7 @@ impl DiskFile {
     }
 }
 
-/// What changes when a file is written.
+/// State that changes when a file is written.
 fn state(meta: &Metadata) -> (u64, Option<SystemTime>) {
     (meta.len(), meta.modified().ok())
 }

@@ -1,4 +1,4 @@
-//! The guest's global variables that have redzones, as its compiler described them.
+//! The guest's global variables with redzones, from its compiler's descriptions.
 //!
 //! Only the addresses of the descriptions are kept. A finding reads them from guest memory.
 
@@ -17,7 +17,7 @@ const DESCRIPTIONS: u64 = 1 << 17;
 /// Most bytes of a name.
 const NAME_MAX: usize = 256;
 
-/// Where the descriptions are.
+/// Addresses of the descriptions.
 #[derive(Debug, Default)]
 pub struct Globals {
     arrays: Vec<(u64, u64)>,
@@ -29,7 +29,7 @@ impl Globals {
     /// # Errors
     /// There are too many arrays, or too many descriptions in all.
     pub fn add(&mut self, va: u64, count: u64) -> Result<(), CallError> {
-        // The same address again is a module that was loaded in the place of another.
+        // The same address again: a module was loaded in the place of another.
         self.arrays.retain(|(known, _)| *known != va);
         if self.arrays.len() >= ARRAYS {
             return Err(CallError::Limit { what: "arrays of globals", most: ARRAYS as u64 });

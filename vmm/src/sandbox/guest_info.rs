@@ -1,4 +1,4 @@
-//! What a guest has said about itself: its memory regions and global variables; and its symbols.
+//! What is known about a guest: its memory regions and global variables, and its symbols.
 
 use umbra_machine::complete::Cpu;
 use umbra_machine::memory::Ram;
@@ -6,8 +6,9 @@ use umbra_machine::walk::AddressSpace;
 use umbra_report::symbols::Symbols;
 use vm_memory::GuestAddress;
 
+use super::Outcome;
 use super::globals::Globals;
-use super::{CodeLocation, Outcome};
+use super::location::CodeLocation;
 use crate::hypercall::{CallError, Region, Regions};
 
 /// What is known about the guest.
@@ -18,7 +19,7 @@ pub(super) struct GuestInfo {
 }
 
 impl GuestInfo {
-    /// A guest that has said nothing yet.
+    /// A guest that has reported nothing yet.
     pub(super) fn new(symbols: Symbols) -> Self {
         Self { regions: Regions::default(), globals: Globals::default(), symbols }
     }

@@ -1,8 +1,8 @@
 //! Reclaims host memory behind guest pages whose contents are dead: free pages, freed objects in
 //! the quarantine, and the empty part of rings.
 //!
-//! The shadow says which pages these are. The guest says once, in its first call ([`GuestFlags`]), that
-//! their contents may be discarded. For free pages this does what the free page reporting of a
+//! The shadow says which pages these are. The guest says once, in its first call ([`GuestFlags`]),
+//! that their contents may be discarded. For free pages this does what the free page reporting of a
 //! balloon does, without a driver.
 //!
 //! **Why nothing live is lost.** It runs while every vCPU stands still. An allocator unpoisons a
@@ -30,8 +30,8 @@ const RUNS: usize = 1024;
 /// Decides when to scan, and discards what a scan finds.
 #[derive(Debug)]
 pub(super) struct GuestPageReclaim {
-    /// The flags of the guest's first call; `None` before its first call. A second first call is
-    /// another kernel's, which may live in pages that are free to the first: nothing is discarded
+    /// The flags of the guest's first call; `None` before its first call. A second first call comes
+    /// from another kernel, which may use pages that are free for the first: nothing is discarded
     /// from then on.
     allowed: Option<GuestFlags>,
     /// Where the next scan begins.
@@ -47,7 +47,7 @@ impl Default for GuestPageReclaim {
 }
 
 impl GuestPageReclaim {
-    /// The guest's first call, or another one, allows what `flags` say.
+    /// Handles a first call of the guest: `flags` allow to discard memory.
     pub(super) fn allow(&mut self, flags: GuestFlags) {
         self.allowed = Some(if self.allowed.is_none() { flags } else { GuestFlags::default() });
     }

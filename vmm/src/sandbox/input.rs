@@ -1,5 +1,5 @@
-//! Input for the guest's console: a thread reads it and gives it to the serial port. Ctrl-A is the
-//! key that commands to Umbra itself begin with.
+//! Input for the guest's console: a thread reads it and passes it to the serial port. Ctrl-A begins
+//! a command to Umbra itself.
 
 use std::io::Read;
 use std::sync::Weak;
@@ -7,13 +7,13 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::thread;
 use std::time::Duration;
 
-use super::run::Shared;
+use super::shared::Shared;
 
 /// Ctrl-A.
 const ESCAPE: u8 = 1;
 /// Bytes per read.
 const CHUNK: usize = 256;
-/// Pause before input that the guest has no room for is offered again, and between two flushes.
+/// Pause before a retry when the serial port has no room for input, and between two flushes.
 const FULL: Duration = Duration::from_millis(10);
 
 /// The keys after Ctrl-A, for the user.
@@ -54,8 +54,8 @@ impl Keys {
     }
 }
 
-/// Starts the threads. The reading one ends with the input, or when something is typed after the
-/// end of the run.
+/// Starts the threads. The reading thread ends at the end of the input, or at the first key after
+/// the run.
 pub(super) fn spawn(mut input: Box<dyn Read + Send>, shared: Weak<Shared>) -> std::io::Result<()> {
     let flushed = shared.clone();
     let run = move || {
@@ -93,7 +93,7 @@ fn keep_flushing(shared: &Weak<Shared>) {
     }
 }
 
-/// Executes a key. False: the run has ended.
+/// Executes a key. Returns false if the run has ended.
 fn execute(key: Key, shared: &Weak<Shared>) -> bool {
     loop {
         let Some(shared) = shared.upgrade() else { return false };

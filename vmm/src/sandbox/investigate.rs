@@ -1,19 +1,16 @@
-//! Makes a finding of what a guest reported.
+//! Makes a finding of a report of a guest.
 //!
-//! The shadow says which address is bad and what it is; the table of objects says whose memory it
-//! is and who allocated and freed it; the frame pointers give the stack; ELF and DWARF give names
-//! and lines.
-
-use std::fmt;
+//! The shadow has the bad address and its kind. The table of objects has the object, and who
+//! allocated and freed it. The frame pointers give the stack; ELF and DWARF give names and lines.
 
 use umbra_machine::memory::Ram;
 use umbra_machine::walk::AddressSpace;
 use umbra_provenance::{FoundObject, ObjectEvent, Provenance, ShadowHint};
 use umbra_report::frame::{self, DESCRIPTION_MAX, FRAME_MAGIC, StackFrame};
 use umbra_report::stack::{Stack, walk};
-use umbra_report::symbols::{Position, Symbols};
+use umbra_report::symbols::Position;
 use umbra_report::{
-    AccessKind, Finding, Frame, Object, Previous, ROW_SHADOW, ShadowDump, Task, Track, Variable,
+    AccessKind, Finding, Object, Previous, ROW_SHADOW, ShadowDump, Task, Track, Variable,
 };
 use umbra_shadow::codes::{
     GRANULE, GRANULE_SHIFT, LARGE_REDZONE, PAGE_SHIFT, PAGE_SIZE, SLAB_REDZONE, STACK_LEFT, UNKNOWN,
@@ -21,7 +18,8 @@ use umbra_shadow::codes::{
 use umbra_shadow::{BugKind, Cause, Shadow as _, Violation, classify};
 
 use super::Outcome;
-use super::dispatch::{Dispatcher, ExitContext, Flow};
+use super::context::{ExitContext, Flow};
+use super::dispatch::Dispatcher;
 use super::guest_info::GuestInfo;
 use super::shadow_host::ShadowHost;
 use crate::hypercall::{Access, BadAccess};
@@ -29,34 +27,10 @@ use crate::shadow::Model;
 
 /// [`GRANULE`], as shadow bytes count.
 const GRANULE_BYTES: u8 = GRANULE as u8;
-/// How far below an address the start of its stack frame is looked for, in bytes.
+/// Most bytes below an address to search for the start of its stack frame.
 const STACK_SEARCH: u64 = 64 << 10;
 /// Most frames in a finding's stack.
 const FRAMES: usize = 32;
-
-/// A location in the guest's code, for a message.
-pub struct CodeLocation {
-    rip: u64,
-    frame: Option<Frame>,
-}
-
-impl CodeLocation {
-    /// The location of the instruction at `rip`.
-    pub fn new(rip: u64, symbols: &Symbols) -> Self {
-        Self { rip, frame: symbols.frames(rip, Position::Instruction).pop() }
-    }
-}
-
-impl fmt::Display for CodeLocation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "rip {:#x}", self.rip)?;
-        let Some((frame, symbol)) = self.frame.as_ref().and_then(|f| Some((f, f.symbol.as_ref()?)))
-        else {
-            return Ok(());
-        };
-        write!(f, ", in {symbol}+{:#x}", frame.offset)
-    }
-}
 
 /// The stack that begins at the vCPU's frame pointer.
 pub(super) fn stack(context: &ExitContext, start_ip: Option<u64>, most: usize) -> Stack {
@@ -81,7 +55,7 @@ impl Dispatcher {
         }
     }
 
-    /// Adds a finding, which ends the run if there are enough.
+    /// Adds a finding. Ends the run if that was the last one wanted.
     pub(super) fn report(&mut self, finding: Finding) -> Result<Flow, Outcome> {
         let devices = &mut self.devices;
         match self.session.add(finding, || devices.flush()) {
@@ -91,7 +65,7 @@ impl Dispatcher {
     }
 }
 
-/// All that a finding is made of. The rings are drained, and every vCPU stands still.
+/// The state that a finding is made of. The rings are drained, and every vCPU stands still.
 pub(super) struct Investigation<'a, 'b> {
     shadow: &'a ShadowHost,
     provenance: &'a Provenance,
@@ -104,7 +78,7 @@ pub(super) struct Investigation<'a, 'b> {
 struct BadAddress {
     /// The guest's own address.
     va: u64,
-    /// What the shadow and the objects know it by; none outside of all regions.
+    /// Its key in the shadow and the object table; none outside of all regions.
     key: Option<u64>,
     kind: BugKind,
 }
@@ -140,7 +114,7 @@ impl Investigation<'_, '_> {
             BugKind::StackOutOfBounds | BugKind::UseAfterScope => self.stack_frame(bad.va),
             _ => None,
         };
-        // In virtual memory one code means both. On a stack there, the frame is known.
+        // In virtual memory one code means both. It is a use after scope if there is a stack frame.
         if bad.kind == BugKind::UseAfterScope
             && stack_frame.is_none()
             && bad.key.is_some_and(|key| self.shadow.is_virtual(key))
@@ -167,7 +141,7 @@ impl Investigation<'_, '_> {
             size: access.size,
             address: access.address,
             ip: access.ip,
-            // Not the number that the guest gave: this one cannot be wrong.
+            // Not the guest's own number: this one cannot be wrong.
             cpu: self.context.id.into(),
             task: task(access.actor.task, self.provenance.objects().task_name(access.actor.task)),
             frames,
@@ -236,7 +210,7 @@ impl Investigation<'_, '_> {
         let allocated = found.allocated.as_ref().map(&mut track);
         let freed = found.freed.as_ref().map(&mut track);
         let related_work = found.related.iter().map(&mut track).collect();
-        // Only if the pointer may have been to that object.
+        // Only if the pointer may have pointed to that object.
         let before = found
             .previous
             .as_ref()
@@ -267,7 +241,7 @@ impl Investigation<'_, '_> {
         if counts.dropped + counts.evicted == 0 || !bad.is_on_heap() {
             return None;
         }
-        // What is beside an object may belong to one that was forgotten.
+        // Memory beside an object may belong to one that was dropped.
         let sure = |object: &&Object| (0..object.size.cast_signed()).contains(&object.offset);
         if history.object.as_ref().filter(sure).is_none() {
             Some("the table of objects was full: the object may be missing in it".into())
@@ -358,8 +332,8 @@ impl Investigation<'_, '_> {
         }
     }
 
-    /// The guest's own address of a place in a window. Which of its mappings it used is not known;
-    /// this is the one where its checks look.
+    /// The guest's own address of a place in a window. It is not known which mapping the guest
+    /// used; this is the one that its checks use.
     fn window_address(&self, gpa: u64) -> Option<u64> {
         let windows = self.shadow.windows()?;
         let in_page = windows.page_window().and_then(|window| window.offset(gpa, 1));
@@ -385,7 +359,7 @@ fn object(found: &FoundObject, key: u64, va: u64) -> Object {
 }
 
 /// What is wrong with an access to `size` bytes at `key`, whose region ends `left` bytes behind it.
-/// What follows there is other memory to the guest.
+/// The memory behind it is another region, or none.
 fn access_violation(model: &Model, key: u64, size: u64, left: u64) -> Option<Violation> {
     // A negative size is wrong wherever it is.
     if size <= left || size > i64::MAX as u64 {

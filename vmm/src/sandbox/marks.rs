@@ -1,5 +1,5 @@
-//! Marks: what a run has cost when its guest's console first says something, such as the end of a
-//! boot or of a test.
+//! Marks: the costs of a run when a text first appears on the guest's console, such as at the end
+//! of a boot or of a test.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -10,10 +10,10 @@ use serde::Serialize;
 use umbra_machine::stats::Counters;
 
 use super::console::LINE_BYTES;
-use super::stats::{EventStats, ExitStats};
+use super::counts::{EventStats, ExitStats};
 use crate::shadow::{ProcessMemory, Windows};
 
-/// What a run has cost at a line of the console. Sizes are bytes.
+/// Costs of a run until a line of the console. Sizes are bytes.
 #[derive(Clone, Debug, Serialize)]
 pub struct Mark {
     /// The text that was looked for.
@@ -42,7 +42,7 @@ pub struct Mark {
     pub shadow_peak_bytes: u64,
 }
 
-/// Waits for the texts.
+/// Looks for the texts.
 pub(super) struct Marks {
     wanted: Vec<String>,
     passed: Vec<Mark>,
@@ -76,7 +76,7 @@ impl Marks {
         Some((self.wanted.iter().position(|text| line.contains(text.as_str()))?, line))
     }
 
-    /// Takes in a line of the console.
+    /// Handles a line of the console.
     pub(super) fn line(
         &mut self,
         line: &[u8],
@@ -85,7 +85,7 @@ impl Marks {
         windows: Option<&mut Windows>,
     ) {
         let Some((at, line)) = self.find(line) else { return };
-        // 0 if the host does not report it: no reason to end a run.
+        // 0 if the host does not report it.
         let memory = ProcessMemory::read().unwrap_or_default();
         let shadow = windows.and_then(|windows| windows.figures().ok());
         self.passed.push(Mark {
@@ -108,7 +108,7 @@ impl Marks {
         });
     }
 
-    /// Those that came, in the order in which they came.
+    /// The marks so far, in order.
     pub(super) fn passed(&self) -> &[Mark] {
         &self.passed
     }

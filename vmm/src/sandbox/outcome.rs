@@ -11,19 +11,19 @@ use crate::shadow::ShadowError;
 /// How a run ended. Display is a sentence for people.
 #[derive(Debug, Error)]
 pub enum Outcome {
-    /// The guest said that it is done.
+    /// The guest reported success.
     #[error("the guest is done")]
     Done,
-    /// The guest said that it is done, and that it failed.
+    /// The guest reported failure.
     #[error("the guest says that it failed")]
     Failed,
-    /// As many findings as were asked for.
+    /// There are as many findings as `stop_at`.
     #[error("stopped after {0} finding(s)")]
     FindingLimit(usize),
     /// The guest reset the machine.
     #[error("the guest reset the machine")]
     Reset,
-    /// The guest switched the machine off, or said that it has halted.
+    /// The guest switched the machine off, or printed that it has halted.
     #[error("the guest switched itself off")]
     PowerOff,
     /// The guest halted for good: there is no interrupt that could wake it.
@@ -35,14 +35,18 @@ pub enum Outcome {
     /// Linux panicked.
     #[error("the guest panicked: {0}")]
     LinuxPanic(String),
-    /// All CPUs halted with interrupts off, and Linux did not say that it means to.
+    /// All CPUs halted with interrupts off, without a message of Linux.
     #[error("all CPUs of the guest halted with interrupts off, the first at {place}")]
     HaltedForGood {
         /// Where, with its symbol if it is known.
         place: String,
     },
-    /// A CPU exception the guest had no answer to.
-    #[error("the guest died of exception {vector} ({name}) at {place}, error code {error:#x}, address {address:#x}", name = exception(*vector))]
+    /// A CPU exception that the guest did not handle.
+    #[error(
+        "the guest died of exception {vector} ({name}) at {place}, error code {error:#x}, \
+         address {address:#x}",
+        name = exception(*vector)
+    )]
     Fault {
         /// The exception's vector.
         vector: u32,
@@ -84,7 +88,7 @@ pub enum Outcome {
     /// The time limit.
     #[error("the time limit of {0:?} is over")]
     TimeLimit(Duration),
-    /// The user asked for the end.
+    /// The user ended the run.
     #[error("interrupted")]
     Interrupted,
     /// The guest needs more shadow than it may have.

@@ -1,5 +1,5 @@
-//! Collects what a run looks like, for a page about it: the shadow's memory over time, and the end
-//! of the console. It does so only if it was asked for, and in bounded memory.
+//! Collects data for the page about a run: the shadow's memory over time, and the end of the
+//! console. Only on request, and in bounded memory.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -21,7 +21,7 @@ const REST: u32 = 100;
 /// Bytes of the console that are kept.
 const CONSOLE: usize = 32 << 10;
 
-/// Samples of a run of any length: whenever there are too many, every other one goes.
+/// Samples of a run of any length: whenever there are too many, every other one is dropped.
 #[derive(Debug)]
 pub(super) struct Timeline {
     samples: Vec<Sample>,
@@ -60,7 +60,7 @@ impl Timeline {
                 let at = now.saturating_duration_since(start);
                 self.add(Sample { at, page, mapped, resident, used });
             }
-            // The figures at the end fail as well then, and say so.
+            // The figures at the end will fail as well, with a warning.
             Err(error) => log::debug!("a sample of the shadow is missing: {error}"),
         }
         let end = Instant::now();
@@ -71,8 +71,7 @@ impl Timeline {
 
     fn add(&mut self, sample: Sample) {
         if self.samples.len() >= SAMPLES {
-            // Of two samples the higher one stays, so that no peak is lost. The first one, where it
-            // began, stays too.
+            // Keep the higher one of two samples, so that no peak is lost, and the first one.
             let rest = self.samples.split_off(1);
             let higher = |pair: &[Sample]| {
                 pair.iter().copied().max_by_key(|sample| (sample.resident, sample.mapped))
@@ -102,7 +101,7 @@ impl Tail {
         (to, tail)
     }
 
-    /// What was kept.
+    /// The kept end of the output.
     pub fn take(self) -> Vec<u8> {
         std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner)).into()
     }

@@ -1,4 +1,4 @@
-//! What a run came to.
+//! The result of a run.
 
 use thiserror::Error;
 use umbra_machine::MachineError;
@@ -28,27 +28,27 @@ pub enum RunError {
     Abandoned(Outcome),
 }
 
-/// What a run came to.
+/// The result of a run.
 pub struct Report {
     /// How it ended.
     pub outcome: Outcome,
-    /// What was found.
+    /// Findings.
     pub findings: Findings,
-    /// What it cost.
+    /// Figures.
     pub stats: Stats,
-    /// What it looked like, if that was asked for.
+    /// Data for the page about it, if requested.
     pub picture: Option<Picture>,
-    /// What the guest had allocated at the end, what it had freed, and from where.
+    /// The table of objects at the end: live and freed ones, with their history.
     pub objects: Objects,
 }
 
 impl Report {
-    /// The exit status that belongs to it.
+    /// Its exit status.
     pub fn status(&self) -> u8 {
         self.outcome.status(!self.findings.is_empty())
     }
 
-    /// The run of `config` that this is the report of, for a page about it.
+    /// Summary of this run of `config`, for the page about it.
     pub fn summary<'a>(&'a self, config: &'a Config) -> RunSummary<'a> {
         let stats = &self.stats;
         let shadow = (stats.shadow.mode != "off").then(|| ShadowSummary {
@@ -71,7 +71,7 @@ impl Report {
             frees: stats.events.frees,
             exits: stats.exits.total,
             seconds: stats.host.seconds,
-            // Plain numbers and names: there is nothing in it that could fail.
+            // Plain numbers and names cannot fail to serialize.
             figures: serde_json::to_value(stats).unwrap_or_default(),
             picture: self.picture.as_ref(),
         }

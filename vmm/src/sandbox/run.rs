@@ -1,8 +1,8 @@
 //! Runs a kernel: set up, watch, tear down.
 //!
 //! Each vCPU runs in a thread of its own. The calling thread waits for them, watches the time limit
-//! and the request to stop, and gets the vCPUs out of the guest for either. If the host does not
-//! let go of one, the run still ends, with all that was found.
+//! and the stop flag, and gets the vCPUs out of the guest. If one does not come out, the run still
+//! ends with its findings.
 
 use std::io::Read;
 use std::ops::Range;
@@ -12,16 +12,16 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 use umbra_machine::devices::{COM1_IRQ, Devices};
 use umbra_machine::loader::{Boot, Emulated, is_bzimage, is_linux, with_defaults};
 use umbra_machine::memory::Ram;
 use umbra_machine::stats::{Counters, emulates_ring0, tsc_khz};
 use umbra_machine::vcpu::Vcpu;
-use umbra_machine::{Kvm, Machine, MachineConfig, MachineError, SlotId, layout};
+use umbra_machine::{Kvm, Machine, MachineConfig, MachineError, layout};
 use umbra_provenance::{ObjectLimits, Objects, Provenance, Quarantine, quarantine};
+use umbra_report::Picture;
 use umbra_report::symbols::Symbols;
-use vm_memory::GuestAddress;
 
 use super::console::ConsoleWatch;
 use super::discovery::{self, Settings};
@@ -31,79 +31,23 @@ use super::marks::Marks;
 use super::picture::{self, Tail, Timeline};
 use super::session::Session;
 use super::shadow_host::ShadowHost;
-use super::vcpus::{self, Vcpus};
+use super::shared::{MachineSlots, Shared};
+use super::vcpu_thread;
+use super::vcpus::Vcpus;
 use super::watch::Watch;
-use super::{
-    Config, Console, GuestFile, Observer, Outcome, Picture, Report, RunError, input, stats,
-};
-use crate::shadow::{Layout, ShadowError, SlotError, Slots, Windows, WindowsConfig, page_map};
+use super::{Config, Console, GuestFile, Observer, Outcome, Report, RunError, input, stats};
+use crate::shadow::{Layout, ShadowError, Windows, WindowsConfig, page_map};
 
 /// Poll interval for the stop flag.
 const TICK: Duration = Duration::from_millis(20);
 /// Interval between two checks whether all vCPUs have halted for good.
 const HALT_CHECK: Duration = Duration::from_millis(500);
-/// Time limit for getting at the state when the run ends.
-const LOCK_LIMIT: Duration = Duration::from_secs(2);
 
-/// The machine's memory slots, for the shadow.
-pub(super) struct MachineSlots<'a>(pub &'a Machine);
-
-impl Slots for MachineSlots<'_> {
-    fn map(&mut self, gpa: u64, host: *mut u8, len: u64, readonly: bool) -> Result<u32, SlotError> {
-        // SAFETY: `Shared` drops the machine before the windows, and the vCPUs' threads hold both;
-        // shadow is memory that is meant for the guest to write. Should the windows fail half made,
-        // they go first, but no vCPU runs then or later.
-        let slot = unsafe { self.0.map(GuestAddress(gpa), host, len, readonly) };
-        slot.map(SlotId::into_raw).map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
-    }
-
-    fn unmap(&mut self, slot: u32) -> Result<(), SlotError> {
-        self.0
-            .unmap(SlotId::from_raw(slot))
-            .map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
-    }
-}
-
-/// What all threads of a run share. Fields are dropped in this order: the machine, whose memory
-/// slots lie in the windows, before them.
-pub(super) struct Shared {
-    pub(super) machine: Machine,
-    pub(super) vcpus: Vcpus,
-    counters: Option<Arc<Counters>>,
-    /// All threads are to end.
-    pub(super) stop: AtomicBool,
-    /// The user typed the key that ends the run.
-    pub(super) quit: AtomicBool,
-    /// The state. The lock is fair: a vCPU that makes one exit after the other does not keep the
-    /// others waiting. A panic does not poison it. The panic shows when its thread is joined, and
-    /// the findings are still good.
-    dispatcher: Mutex<Dispatcher>,
-}
-
-impl Shared {
-    /// The state.
-    pub(super) fn dispatcher(&self) -> MutexGuard<'_, Dispatcher> {
-        self.dispatcher.lock()
-    }
-
-    /// The state, if no other thread has it.
-    pub(super) fn try_dispatcher(&self) -> Option<MutexGuard<'_, Dispatcher>> {
-        self.dispatcher.try_lock()
-    }
-
-    /// The state, unless a vCPU's thread does not let go of it: it may be writing to a pipe that
-    /// nobody reads.
-    fn dispatcher_in_time(&self) -> Option<MutexGuard<'_, Dispatcher>> {
-        self.dispatcher.try_lock_for(LOCK_LIMIT)
-    }
-}
-
-/// Runs a kernel to its end. `console` is its serial port, `observer` gets its findings; `stop`
-/// ends it from outside.
+/// Runs a kernel to its end. `console` is its serial port, `observer` gets its findings, and `stop`
+/// ends the run.
 ///
 /// # Errors
-/// The run could not begin: no KVM, a bad kernel, no memory. Once it has begun, everything is an
-/// [`Outcome`].
+/// The run could not begin: no KVM, a bad kernel, no memory. Later errors are an [`Outcome`].
 pub fn run(
     config: &Config,
     console: impl Into<Console>,
@@ -131,7 +75,7 @@ struct Prepared {
     shared: Arc<Shared>,
     vcpus: Vec<Vcpu>,
     input: Option<Box<dyn Read + Send>>,
-    /// The end of the console, if a picture was asked for.
+    /// The end of the console, if a picture was requested.
     tail: Tail,
     has_irqchip: bool,
     emulated: bool,
@@ -143,7 +87,7 @@ fn set_up(
     mut observer: Box<dyn Observer>,
 ) -> Result<Prepared, RunError> {
     let Hardware { machine, vcpus, linux, emulated } = hardware(config)?;
-    // Last of what can fail: if it does, no vCPU has run on the slots that it made.
+    // The last step that can fail: if it does, no vCPU has run on its slots.
     let windows = windows(config, &machine)?;
     let counters = config.count_instructions.then(|| Counters::open(&vcpus)).and_then(|counters| {
         counters.inspect_err(|e| log::info!("guest instructions are not counted: {e}")).ok()
@@ -189,7 +133,7 @@ fn set_up(
 /// Makes the machine and loads the kernel.
 fn hardware(config: &Config) -> Result<Hardware, RunError> {
     let kvm = Kvm::open()?;
-    // Before anything is computed from it.
+    // Check it before it is used.
     Ram::check(config.memory).map_err(MachineError::from)?;
     let kernel = config.kernel.read()?;
     let linux = is_linux(&kernel);
@@ -297,7 +241,7 @@ impl Prepared {
         let mut threads = Vec::with_capacity(vcpus.len());
         let start = || {
             for vcpu in vcpus {
-                threads.push(vcpus::spawn(vcpu, shared.clone(), sender.clone())?);
+                threads.push(vcpu_thread::spawn(vcpu, shared.clone(), sender.clone())?);
             }
             input.map_or(Ok(()), |input| input::spawn(input, Arc::downgrade(&shared)))
         };
@@ -311,7 +255,7 @@ impl Prepared {
 }
 
 impl Running {
-    /// Waits until a vCPU ends the run, or the time limit, the user or an idle machine does. None
+    /// Waits until the run is to end: by a vCPU, the time limit, the user, or an idle machine. None
     /// if a thread panicked.
     fn watch(&self, config: &Config, stop: &AtomicBool) -> Option<Outcome> {
         // A limit that overflows the clock is none.
@@ -348,7 +292,7 @@ impl Running {
         }
     }
 
-    /// Ends all threads and collects what the run came to.
+    /// Ends all threads and collects the report.
     fn tear_down(mut self, config: &Config, outcome: Option<Outcome>) -> Result<Report, RunError> {
         let (outcome, left_behind) = self.end_threads(outcome)?;
         let shared = &self.shared;
@@ -387,7 +331,7 @@ impl Running {
     fn end_threads(&mut self, outcome: Option<Outcome>) -> Result<(Outcome, bool), RunError> {
         self.shared.stop.store(true, SeqCst);
         let left_behind = !self.shared.vcpus.end(&self.threads);
-        // The guest may have ended the run by itself just now.
+        // The guest may just have ended the run itself.
         let itself = self.outcomes.try_iter().find(Option::is_some).flatten();
         for thread in self.threads.drain(..) {
             if thread.is_finished() && thread.join().is_err() {
@@ -423,7 +367,7 @@ impl HaltCheck {
     }
 }
 
-/// What the run looked like, if that was asked for.
+/// Data for the page about the run, if requested.
 fn picture(config: &Config, dispatcher: &mut Dispatcher, tail: Tail) -> Option<Picture> {
     let samples = dispatcher.finish_samples()?;
     let windows = dispatcher.shadow.windows();

@@ -22,13 +22,13 @@ impl Session {
         &self.findings
     }
 
-    /// All findings, with nothing left here.
+    /// Takes all findings out.
     pub(super) fn take_findings(&mut self) -> Findings {
         std::mem::take(&mut self.findings)
     }
 
     /// Adds a finding. If it is new, calls `flush` and then the observer. Returns how the run ends,
-    /// if that was enough.
+    /// if that was the last one wanted.
     pub(super) fn add(&mut self, finding: Finding, flush: impl FnOnce()) -> Option<Outcome> {
         let Added::New(at) = self.findings.add(finding) else { return None };
         flush();

@@ -6,14 +6,13 @@ use umbra_shadow::Shadow as _;
 use umbra_shadow::abi::{Features, GuestFlags};
 use umbra_shadow::codes::{GRANULE, PAGE_SIZE, VMALLOC_INVALID};
 
+use super::context::ExitContext;
 use super::discovery::features;
-use super::dispatch::ExitContext;
 use super::guest_pages::GuestPageReclaim;
 use super::{Outcome, ShadowMode};
 use crate::shadow::{FaultOutcome, Mode, Model, Notify, ShadowError, Windows, reclaim_unused};
 
-/// The shadow as the dispatcher uses it. With `ShadowMode::Off` there are no windows: then nothing
-/// is accessible through it, and there is nothing to reclaim.
+/// The shadow of a run. With `ShadowMode::Off` there are no windows, and nothing to reclaim.
 pub(super) struct ShadowHost {
     windows: Option<Windows>,
     guest_pages: GuestPageReclaim,
@@ -69,7 +68,7 @@ impl ShadowHost {
         self.windows.as_mut().filter(|windows| windows.contains(gpa))
     }
 
-    /// The guest's first call allows to discard what `flags` say.
+    /// Handles the guest's first call: `flags` allow to discard memory.
     pub(super) fn allow_reclaim(&mut self, flags: GuestFlags) {
         // Only page shadow says which pages are free.
         let has_pages = self.windows.as_ref().is_some_and(|w| w.mode() == Mode::PerPage);

@@ -1,11 +1,10 @@
 //! The figures of a run: what `--stats` writes.
 
-use std::collections::BTreeMap;
-
 use serde::Serialize;
 use umbra_machine::memory::Ram;
 use umbra_provenance::{ProvenanceFigures, QuarantineFigures};
 
+pub use super::counts::{EventStats, ExitStats};
 use super::dispatch::Dispatcher;
 use super::{Config, Mark, Outcome};
 use crate::shadow::accounting::resident_bytes;
@@ -14,25 +13,26 @@ use crate::shadow::{Notify, ProcessMemory};
 /// All figures of a run. Sizes are bytes.
 #[derive(Clone, Debug, Serialize)]
 pub struct Stats {
-    /// How it ended, in a word ([`super::Outcome::word`]).
+    /// How it ended ([`super::Outcome::word`]).
     pub outcome: &'static str,
-    /// The last lines of the console, if the guest did not come to an end of its own.
+    /// The last lines of the console, if the guest did not end by itself.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub console_tail: Vec<String>,
-    /// What it had cost at lines of the console that were looked for, if any were.
+    /// Costs until lines of the console, if marks were requested.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub marks: Vec<Mark>,
     /// Different findings.
     pub findings: usize,
-    /// Findings with those that were only counted: repeats, and different ones past the bound.
+    /// All findings, with those that were only counted: repeats, and different ones beyond the
+    /// limit.
     pub findings_total: u64,
     /// The shadow.
     pub shadow: ShadowStats,
-    /// Freed memory that waited before it was handed out again.
+    /// The quarantine.
     pub quarantine: QuarantineFigures,
     /// Redzones behind objects.
     pub redzones: RedzoneStats,
-    /// What is known of objects, and what that takes.
+    /// The table of objects.
     pub provenance: ProvenanceFigures,
     /// The guest.
     pub guest: GuestStats,
@@ -44,7 +44,7 @@ pub struct Stats {
     pub host: HostStats,
 }
 
-/// What the shadow cost.
+/// Costs of the shadow.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct ShadowStats {
     /// `per-page`, `full` or `off`.
@@ -69,8 +69,8 @@ pub struct ShadowStats {
     pub released_bytes: u64,
 }
 
-/// What redzones cost: what the slots of live objects have beyond what their caches hand out. At
-/// most 2,040 bytes of each are counted, and none in slots of whole pages.
+/// Costs of redzones: bytes of live slots beyond what their caches hand out. At most 2,040 bytes of
+/// each are counted, and none in slots of whole pages.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct RedzoneStats {
     /// At the end.
@@ -79,7 +79,7 @@ pub struct RedzoneStats {
     pub peak_bytes: u64,
 }
 
-/// What the guest was.
+/// The guest.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct GuestStats {
     /// Its memory.
@@ -92,48 +92,18 @@ pub struct GuestStats {
     pub released_bytes: u64,
 }
 
-/// Exits by kind.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct ExitStats {
-    /// All of them.
-    pub total: u64,
-    /// Hypercalls.
-    pub hypercall: u64,
-    /// First touches of byte shadow.
-    pub shadow_fault: u64,
-    /// Ports other than the hypercall's.
-    pub io: u64,
-    /// Guest-physical addresses that are neither memory nor shadow.
-    pub mmio: u64,
-    /// Instructions that KVM refused and Umbra completed, by mnemonic.
-    pub completed: BTreeMap<&'static str, u64>,
-}
-
-/// Events of the guest's allocators.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct EventStats {
-    /// Allocations.
-    pub allocations: u64,
-    /// Frees.
-    pub frees: u64,
-    /// Times that a ring was emptied.
-    pub ring_drains: u64,
-    /// Events and calls with values that make no sense, and were left out.
-    pub refused: u64,
-}
-
-/// What Umbra needed.
+/// Costs of Umbra itself.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct HostStats {
     /// The most memory that the process held, guest and shadow included.
     pub rss_peak_bytes: u64,
-    /// What it held at the end beside guest memory and shadow.
+    /// Memory at the end, without guest memory and shadow.
     pub vmm_overhead_bytes: u64,
     /// From the start of the run to the guest's first instruction.
     pub start_seconds: f64,
     /// From there to the end.
     pub seconds: f64,
-    /// Of that, what each vCPU's thread spent outside of the guest, for all of them together.
+    /// Of that, time outside of the guest, summed over the vCPUs' threads.
     pub outside_seconds: f64,
 }
 

@@ -1,30 +1,24 @@
-//! The vCPUs of a run, each in a thread of its own: how they are started, paused, and ended.
+//! The vCPUs of a run, as other threads see them: how they are paused and ended.
 //!
 //! **Pausing.** Some work must not happen while the guest runs: draining rings, reclaiming memory.
 //! The vCPU that handles an exit does it, and holds the state's lock. It sets `hold`, kicks the
-//! vCPUs that are inside the guest, and waits for them ([`OtherVcpus::pause`]). Each vCPU marks
+//! vCPUs that are inside the guest, and waits for them ([`Vcpus::pause`]). Each vCPU marks
 //! itself as inside *before* it reads `hold`. So either it sees `hold` and stays out, or it is seen
 //! inside and kicked. Those that are out wait for the lock, which is free once that exit has been
 //! handled.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
-use std::sync::mpsc::SyncSender;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use umbra_machine::kick::Kicker;
-use umbra_machine::vcpu::{Vcpu, VmExit};
-
-use super::Outcome;
-use super::dispatch::{ExitContext, Flow, OtherVcpus};
-use super::run::{MachineSlots, Shared};
+use umbra_machine::vcpu::Vcpu;
 
 /// Time between two kicks.
 const RETRY: Duration = Duration::from_millis(5);
 /// Most kicks for a vCPU that does not come out at the end of a run: some seconds' worth, then it
-/// is left behind. A number of kicks and not a time, so that a host that stands still does not
-/// count.
+/// is left behind. A number and not a time, so that a suspended host does not count.
 const KICKS: u32 = 400;
 /// Most kicks for a vCPU that is to be paused, after which the run ends. A host with far more to do
 /// than it has CPUs may take that long.
@@ -80,7 +74,7 @@ impl Vcpus {
     }
 
     /// A vCPU's part of a check.
-    fn note_halted(&self, vcpu: &Vcpu) {
+    pub(super) fn note_halted(&self, vcpu: &Vcpu) {
         if let Some(rip) = vcpu.halted_for_good()
             && let Some(state) = self.halted.get(usize::from(vcpu.id()))
         {
@@ -94,8 +88,23 @@ impl Vcpus {
         Duration::from_nanos(self.outside.load(SeqCst))
     }
 
+    /// Adds time that a thread spent outside of the guest.
+    pub(super) fn add_outside(&self, time: Duration) {
+        self.outside.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), SeqCst);
+    }
+
+    /// Whether a vCPU has ended the run. Called under the state's lock.
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended.load(SeqCst)
+    }
+
+    /// A vCPU has ended the run. Called under the state's lock.
+    pub(super) fn set_ended(&self) {
+        self.ended.store(true, SeqCst);
+    }
+
     /// Whether vCPU `id` may enter the guest now. If so it counts as inside until [`Self::leave`].
-    fn enter(&self, id: usize) -> bool {
+    pub(super) fn enter(&self, id: usize) -> bool {
         self.inside[id].store(true, SeqCst);
         let may = !self.hold.load(SeqCst);
         if !may {
@@ -104,14 +113,14 @@ impl Vcpus {
         may
     }
 
-    fn leave(&self, id: usize) {
+    pub(super) fn leave(&self, id: usize) {
         self.inside[id].store(false, SeqCst);
     }
 
     /// Gets all vCPUs but `me` out of the guest and keeps them out until [`Self::resume`]. The
     /// error is the number of one that does not come out. If the run is to `stop`, fewer kicks are
     /// sent.
-    fn pause(&self, me: usize, stop: &AtomicBool) -> Result<(), usize> {
+    pub(super) fn pause(&self, me: usize, stop: &AtomicBool) -> Result<(), usize> {
         self.hold.store(true, SeqCst);
         let others = || self.inside.iter().enumerate().filter(|(id, _)| *id != me);
         let inside = || others().filter(|(_, inside)| inside.load(SeqCst)).map(|(id, _)| id);
@@ -129,12 +138,12 @@ impl Vcpus {
         inside().next().map_or(Ok(()), Err)
     }
 
-    fn resume(&self) {
+    pub(super) fn resume(&self) {
         self.hold.store(false, SeqCst);
     }
 
-    /// Gets all vCPUs out of the guest, whose threads are to end, and waits until they have. False
-    /// if some do not.
+    /// Gets all vCPUs out of the guest and waits until their threads have ended. Returns false if
+    /// some have not.
     pub(super) fn end(&self, threads: &[JoinHandle<()>]) -> bool {
         let done = || threads.iter().all(JoinHandle::is_finished);
         for _ in 0..KICKS {
@@ -163,106 +172,4 @@ fn wait_for(done: impl Fn() -> bool) {
     while !done() && begin.elapsed() < RETRY {
         thread::sleep(POLL_SLEEP);
     }
-}
-
-/// Pauses the other vCPUs for one that handles an exit; they go on when it is dropped.
-struct PauseGuard<'a> {
-    vcpus: &'a Vcpus,
-    me: usize,
-    stop: &'a AtomicBool,
-    paused: bool,
-}
-
-impl OtherVcpus for PauseGuard<'_> {
-    fn pause(&mut self) -> Result<(), Outcome> {
-        if !self.paused {
-            self.vcpus.pause(self.me, self.stop).map_err(|id| Outcome::Unstoppable { id })?;
-            self.paused = true;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for PauseGuard<'_> {
-    fn drop(&mut self) {
-        self.vcpus.resume();
-    }
-}
-
-/// Sends how the run ended; and `None` when its thread ends, also by a panic.
-struct OutcomeSender(SyncSender<Option<Outcome>>);
-
-impl Drop for OutcomeSender {
-    fn drop(&mut self) {
-        // If this thread took too long to end, nobody receives it.
-        let _ = self.0.send(None);
-    }
-}
-
-/// Starts a thread that runs `vcpu` until the run ends. If this vCPU ends it, the outcome goes to
-/// `sender`; each thread sends `None` as its last value. The channel holds two values for each
-/// vCPU.
-pub(super) fn spawn(
-    mut vcpu: Vcpu,
-    shared: Arc<Shared>,
-    sender: SyncSender<Option<Outcome>>,
-) -> std::io::Result<JoinHandle<()>> {
-    let name = format!("vcpu{}", vcpu.id());
-    thread::Builder::new().name(name).spawn(move || {
-        let sender = OutcomeSender(sender);
-        run(&mut vcpu, &shared, &sender);
-    })
-}
-
-fn run(vcpu: &mut Vcpu, shared: &Shared, sender: &OutcomeSender) {
-    let id = usize::from(vcpu.id());
-    let Shared { vcpus, machine, .. } = shared;
-    // When it last came out of the guest.
-    let mut out = None;
-    while !shared.stop.load(SeqCst) {
-        if !vcpus.enter(id) {
-            // Waits until the vCPU that paused this one has handled its exit.
-            drop(shared.dispatcher());
-            continue;
-        }
-        if let Some(out) = out.take() {
-            vcpus.outside.fetch_add(nanoseconds(out), SeqCst);
-        }
-        let exit = vcpu.run();
-        out = Some(Instant::now());
-        vcpus.leave(id);
-        if let Ok(VmExit::Interrupted) = exit {
-            vcpus.note_halted(vcpu);
-            continue;
-        }
-        let mut dispatcher = shared.dispatcher();
-        if vcpus.ended.load(SeqCst) {
-            return;
-        }
-        let flow = match exit {
-            Ok(exit) => {
-                let mut slots = MachineSlots(machine);
-                // Dropped before the lock.
-                let mut others = PauseGuard { vcpus, me: id, stop: &shared.stop, paused: false };
-                let mut context = ExitContext {
-                    id: vcpu.id(),
-                    cpu: vcpu,
-                    ram: machine.ram(),
-                    slots: &mut slots,
-                    others: &mut others,
-                };
-                dispatcher.dispatch(exit, &mut context)
-            }
-            Err(error) => Flow::End(error.into()),
-        };
-        if let Flow::End(outcome) = flow {
-            vcpus.ended.store(true, SeqCst);
-            let _ = sender.0.send(Some(outcome));
-            return;
-        }
-    }
-}
-
-fn nanoseconds(since: Instant) -> u64 {
-    u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
 }

@@ -1,34 +1,35 @@
-//! What is watched during a run beside its exits: the console, the marks on it, and the shadow's
-//! memory over time.
+//! Watches a run beside its exits: the console, the marks on it, and the shadow's memory over time.
 
+use umbra_report::Sample;
+
+use super::Outcome;
 use super::console::ConsoleWatch;
 pub(super) use super::console::Sign;
+use super::counts::{EventStats, ExitStats};
 use super::marks::{Mark, Marks};
 use super::picture::Timeline;
-use super::stats::{EventStats, ExitStats};
-use super::{Outcome, Sample};
 use crate::shadow::Windows;
 
 /// Watches a run.
 pub(super) struct Watch {
     console: ConsoleWatch,
     marks: Marks,
-    /// None if no samples were asked for.
+    /// None if no samples were requested.
     timeline: Option<Timeline>,
 }
 
 impl Watch {
-    /// Watches `console` for `marks` and for how the guest ends, and fills `timeline`.
+    /// Watches `console` for `marks` and for the end of the guest, and fills `timeline`.
     pub(super) fn new(console: ConsoleWatch, marks: Marks, timeline: Option<Timeline>) -> Self {
         Self { console, marks, timeline }
     }
 
-    /// Whether a line has one of the texts that are looked for.
+    /// Whether a line has the text of a mark.
     pub(super) fn is_mark(&self, line: &[u8]) -> bool {
         self.marks.wants(line)
     }
 
-    /// Notes what the run has cost at a line.
+    /// Records the costs until a line.
     pub(super) fn mark(
         &mut self,
         line: &[u8],
@@ -39,7 +40,7 @@ impl Watch {
         self.marks.line(line, exits, events, windows);
     }
 
-    /// Takes in a line of the console.
+    /// Handles a line of the console.
     pub(super) fn console_line(&mut self, line: &[u8]) -> Sign {
         self.console.line(line)
     }
@@ -54,20 +55,19 @@ impl Watch {
         self.marks.passed()
     }
 
-    /// Samples the shadow, if samples were asked for and it is time for one.
+    /// Samples the shadow, if requested and if it is time for a sample.
     pub(super) fn sample(&mut self, windows: Option<&mut Windows>) {
         if let (Some(timeline), Some(windows)) = (&mut self.timeline, windows) {
             timeline.sample(windows);
         }
     }
 
-    /// Takes the last sample and returns all of them, if they were asked for.
+    /// Takes the last sample and returns all of them, if samples were requested.
     pub(super) fn finish_samples(&mut self, windows: Option<&mut Windows>) -> Option<Vec<Sample>> {
         self.timeline.take().map(|timeline| timeline.finish(windows))
     }
 
-    /// How the run really ended, by what the console said before: Linux resets or halts the machine
-    /// after a panic.
+    /// Corrects how the run ended by the console: Linux resets or halts the machine after a panic.
     pub(super) fn correct(&self, outcome: Outcome) -> Outcome {
         match (outcome, self.console.panic()) {
             (

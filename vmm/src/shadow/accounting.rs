@@ -1,4 +1,4 @@
-//! What shadow memory costs, by the kernel's figures and not by our own books.
+//! The cost of shadow memory, by the kernel's figures.
 //!
 //! Resident memory only grows until some is reclaimed. So a sample right before each reclaim and
 //! one at the end give the exact peak.
@@ -6,7 +6,7 @@
 //! The kernel reports it in two places. `/proc/self/smaps` has a line for the whole byte shadow,
 //! which anybody can check, but reading it walks over all memory of this process, the guest's
 //! included. The final figures come from there. `/proc/self/pagemap` reports single pages of mapped
-//! chunks. It decides what to reclaim, and gives the samples.
+//! chunks. It is used for samples, and to decide what to reclaim.
 
 use std::{
     fs::File,
@@ -95,7 +95,7 @@ fn field(line: &str, name: &str) -> Option<u64> {
     value.trim_end().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// What this process holds in memory, shadow and guest memory included.
+/// Memory of this process, shadow and guest memory included.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ProcessMemory {
     /// Resident bytes now.
@@ -127,7 +127,7 @@ pub(super) fn count(held: &[bool]) -> u64 {
     held.iter().filter(|held| **held).count() as u64 * HOST_PAGE
 }
 
-/// Counts what cannot be asked for later.
+/// Counts what the kernel does not keep.
 #[derive(Debug)]
 pub(super) struct Accounting {
     range: Range<u64>,
@@ -139,11 +139,11 @@ pub(super) struct Accounting {
     peak_used: u64,
 }
 
-/// What the shadow costs. All sizes in bytes.
+/// Costs of the shadow. All sizes in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Figures {
-    /// Page shadow, in whole pages: that of RAM, resident from the start, and that of the virtual
-    /// memory which the guest asked for, resident from then on.
+    /// Page shadow, in whole pages: that of RAM, resident from the start, and that of virtual
+    /// memory, resident since the guest got its key.
     pub page_bytes: u64,
     /// Byte shadow mapped now, whole chunks: what could become resident without a further exit.
     pub byte_mapped_bytes: u64,
@@ -151,8 +151,8 @@ pub struct Figures {
     pub byte_mapped_peak_bytes: u64,
     /// Byte shadow resident now.
     pub byte_resident_bytes: u64,
-    /// The most that was resident. Exact, but where the limit made the VMM take chunks from a guest
-    /// with several CPUs: what the others stored in those microseconds may be missing.
+    /// The most that was resident. Exact, unless the limit made the VMM unmap chunks of a guest
+    /// with several CPUs: stores of the others in those microseconds may be missing.
     pub byte_peak_resident_bytes: u64,
     /// Byte shadow of byte-checked pages now.
     pub byte_used_bytes: u64,
@@ -270,7 +270,8 @@ mod tests {
     #[test]
     fn smaps_counts_only_private_memory_of_the_range() {
         let smaps = b"1000-2000 rw-p 00000000 00:00 0 \nSize: 4 kB\nAnonymous:      4 kB\n\
-            2000-4000 rw-p 00000000 00:00 0 \nRss: 96 kB\nAnonymous:      8 kB\nAnonHugePages: 64 kB\nSwap:   4 kB\n\
+            2000-4000 rw-p 00000000 00:00 0 \nRss: 96 kB\n\
+             Anonymous:      8 kB\nAnonHugePages: 64 kB\nSwap:   4 kB\n\
             SwapPss: 4 kB\n\
             4000-6000 rw-p 00000000 00:00 0 /tmp/a-b \xff\nAnonymous:   16 kB\n\
             6000-9000 rw-p 0 00:00 0\nAnonymous: 32 kB\n" as &[u8];

@@ -1,9 +1,9 @@
-//! Keys for virtual memory: memory that a guest maps page by page (vmalloc) has shadow of its own,
-//! which is looked up by addresses above RAM that stand for it and for nothing else.
+//! Keys for virtual memory. Memory that a guest maps page by page (vmalloc) has its own shadow.
+//! Keys look it up: addresses above RAM behind which there is no memory.
 //!
 //! To the shadow, to provenance and to reports a key is a guest-physical address like any other.
 //! Keys are handed out in units of [`VIRTUAL_UNIT`], so that no page of page shadow serves two
-//! ranges, and only once: what a range's shadow is stays as long as the guest runs.
+//! ranges, and only once: a range keeps its shadow as long as the guest runs.
 
 use umbra_shadow::{
     Shadow,
@@ -39,7 +39,7 @@ impl Windows {
         let gpa = window.gpa.saturating_add(at);
         if let Some(page) = &mut self.model.memory_mut().page {
             let outside = || ShadowError::OutsideWindow { gpa, len: bytes };
-            // The guest cannot reach it yet.
+            // The guest cannot reach the shadow yet.
             page.fill(at, bytes, VMALLOC_INVALID).ok_or_else(outside)?;
             let host = page.pointer(at, bytes).ok_or_else(outside)?;
             slots

@@ -1,6 +1,6 @@
-//! Where the shadow windows lie in guest-physical memory: above RAM, the page window first. And the
-//! *keys* that shadow is looked up by: the addresses of RAM, then those that stand for virtual
-//! memory with shadow of its own.
+//! The place of the shadow windows in guest-physical memory: above RAM, the page window first. And
+//! the *keys* of the shadow: the addresses of RAM, then the keys of virtual memory with its own
+//! shadow.
 
 use umbra_shadow::{
     abi::VIRTUAL_UNIT,
@@ -17,13 +17,12 @@ pub const CHUNK_COVERS: u64 = CHUNK_BYTES << GRANULE_SHIFT;
 const WINDOW_ALIGN: u64 = 1 << 30;
 /// No window below this address, where devices and the interrupt controllers are.
 const LOWEST_WINDOW: u64 = 4 << 30;
-/// The end of the largest guest memory that is accepted. It keeps the tables of this module small
-/// whatever a command line asks for.
+/// The end of the largest accepted guest memory. It keeps tables small for any command line.
 const MAX_RAM_END: u64 = 4 << 40;
-/// Virtual memory that there are keys for, in bytes: as much as guest memory, but at least this. A
-/// key costs nothing until the guest asks for it.
+/// Least bytes of keys for virtual memory; otherwise there are as many as RAM has. A key costs
+/// nothing until the guest gets it.
 const LEAST_VIRTUAL: u64 = 4 << 30;
-/// Least byte shadow that is allowed for virtual memory by default; otherwise as much as RAM has.
+/// Least byte shadow for virtual memory by default; otherwise as much as RAM has.
 const LEAST_VIRTUAL_SHADOW: u64 = 32 << 20;
 
 /// A guest-physical range that shows shadow memory.
@@ -48,13 +47,13 @@ impl Window {
     }
 }
 
-/// Guest memory that no windows can be laid out for.
+/// Guest memory for which there are no windows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "guest memory that ends at {ram_end:#x} is not a multiple of 4 KiB between 4 KiB and 4 TiB"
 )]
 pub struct LayoutError {
-    /// The end of guest memory that was asked for.
+    /// The requested end of guest memory.
     pub ram_end: u64,
 }
 
@@ -92,7 +91,7 @@ impl Layout {
         Ok(Self { ram_end, virtual_start, keys_end, page, byte })
     }
 
-    /// Bytes of virtual memory that there are keys for.
+    /// Bytes of keys for virtual memory.
     pub fn virtual_bytes(&self) -> u64 {
         self.keys_end - self.virtual_start
     }
@@ -112,15 +111,14 @@ impl Layout {
         (self.virtual_start / CHUNK_COVERS) as usize
     }
 
-    /// The most byte shadow that may be mapped by default, in bytes. RAM bounds its
-    /// own shadow; without this, virtual memory would let a small guest take any amount.
+    /// The most byte shadow that may be mapped by default, in bytes. RAM bounds its own shadow;
+    /// without this limit, a small guest could take any amount for virtual memory.
     pub fn default_limit(&self) -> u64 {
         let ram = self.ram_chunks() as u64 * CHUNK_BYTES;
         ram + ram.max(LEAST_VIRTUAL_SHADOW)
     }
 
-    /// The first guest-physical address above everything: the guest's physical addresses must reach
-    /// it.
+    /// The end of all windows. The guest's physical addresses must reach it.
     pub fn end(&self) -> u64 {
         self.byte.end()
     }

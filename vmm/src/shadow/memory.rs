@@ -1,5 +1,4 @@
-//! The shadow bytes themselves, as the model of `umbra-shadow` wants them: by guest-physical
-//! address.
+//! The shadow bytes, by guest-physical address, as the models of `umbra-shadow` access them.
 
 use std::{iter, ops::Range};
 
@@ -23,8 +22,8 @@ const CHUNK_PAGES: u64 = CHUNK_COVERS >> PAGE_SHIFT;
 /// address; the keys of virtual memory ([`Layout`]) are addresses to it like any other.
 ///
 /// Reads are safe while guest vCPUs run; each value is read once. Byte shadow of a chunk that was
-/// never mapped reads as zero and costs nothing. A write to such a chunk maps it as far as
-/// accounting goes; [`super::Windows`] makes sure beforehand that the limit allows it.
+/// never mapped reads as zero and costs nothing. A write to such a chunk counts it as mapped;
+/// [`super::Windows`] checks the limit before.
 #[derive(Debug)]
 pub struct HostShadow {
     layout: Layout,
@@ -64,7 +63,7 @@ impl HostShadow {
         &self.layout
     }
 
-    /// There are keys up to `end` from now on.
+    /// Extends the keys to `end`.
     pub(super) fn extend(&mut self, end: u64) {
         self.end = self.end.max(end);
     }
@@ -151,8 +150,8 @@ impl HostShadow {
 
     /// The free pages between two guest-physical addresses, multiples of 4096, by rising address;
     /// neighbours together. With `objects` also those that hold nothing but freed objects whose
-    /// frees are known ([`SLAB_FREE_TRACK`]), or parts of such and redzones. A full shadow does not
-    /// tell them.
+    /// frees are known ([`SLAB_FREE_TRACK`]), or parts of such and redzones. A full shadow has no
+    /// page shadow to find them.
     pub fn unused_pages(
         &self,
         range: Range<u64>,
@@ -168,7 +167,7 @@ impl HostShadow {
             _ => false,
         };
         iter::from_fn(move || {
-            // Most words are of pages that were never free, or of a long run of them.
+            // Most words have no free page, or only free pages.
             while let Some(word) = word(at)
                 && !unused(word, at)
             {
@@ -338,9 +337,15 @@ mod tests {
             // The page shadow, and how the byte shadow begins and ends.
             values in proptest::collection::vec(
                 (
-                    proptest::sample::select(vec![0u8, 1, 1, 2, 0xfe, SLAB_FREE_TRACK, FREE_PAGE, FREE_PAGE]),
-                    proptest::sample::select(vec![SLAB_FREE_TRACK, SLAB_FREE_TRACK, SLAB_REDZONE, 0, 5, 0xfb, 0xfe]),
-                    proptest::sample::select(vec![SLAB_FREE_TRACK, SLAB_REDZONE, SLAB_REDZONE, 0, 0xfb]),
+                    proptest::sample::select(vec![
+                        0u8, 1, 1, 2, 0xfe, SLAB_FREE_TRACK, FREE_PAGE, FREE_PAGE,
+                    ]),
+                    proptest::sample::select(vec![
+                        SLAB_FREE_TRACK, SLAB_FREE_TRACK, SLAB_REDZONE, 0, 5, 0xfb, 0xfe,
+                    ]),
+                    proptest::sample::select(vec![
+                        SLAB_FREE_TRACK, SLAB_REDZONE, SLAB_REDZONE, 0, 0xfb,
+                    ]),
                     1..512u64,
                 ),
                 1..100,
@@ -364,7 +369,8 @@ mod tests {
                 SLAB_FREE_TRACK => objects,
                 PAGE_BYTES => {
                     let both = [*left, *right];
-                    let fits = both.iter().all(|code| [SLAB_FREE_TRACK, SLAB_REDZONE].contains(code));
+                    let expected = [SLAB_FREE_TRACK, SLAB_REDZONE];
+                    let fits = both.iter().all(|code| expected.contains(code));
                     objects && fits && both.contains(&SLAB_FREE_TRACK)
                 }
                 _ => false,

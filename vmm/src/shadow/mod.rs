@@ -1,5 +1,4 @@
-//! The host side of shadow memory: the windows a guest sees it through, what they cost, and giving
-//! host memory back.
+//! The host side of shadow memory: the windows of a guest, their cost, and reclaim of host memory.
 //!
 //! Everything is keyed by guest-physical address, so that aliases of a page share one shadow.
 
@@ -12,6 +11,7 @@ pub mod model;
 pub mod pages;
 pub mod reclaim;
 mod stack_pages;
+mod stack_store;
 pub mod windows;
 
 #[cfg(test)]

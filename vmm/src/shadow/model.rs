@@ -1,4 +1,4 @@
-//! The model of `umbra-shadow` that this run uses, over host memory.
+//! The model of `umbra-shadow` for a run, over host memory.
 
 use umbra_shadow::{Full, RangeError, Shadow, TwoLevel, Violation};
 

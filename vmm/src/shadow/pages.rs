@@ -1,5 +1,4 @@
-//! What each part of guest memory is at one moment, in as few cells as a picture has: the page map
-//! of a run.
+//! The page map: the state of each part of guest memory at one moment, in few cells.
 
 use std::ops::Range;
 
@@ -13,11 +12,10 @@ use umbra_shadow::{
 
 use super::{memory::HostShadow, windows::Windows};
 
-/// Looks at all pages of `ram` (guest-physical, in order) and puts them into at most `most`
-/// cells. Safe while vCPUs run, but what they change meanwhile may be seen or not.
+/// Classifies all pages of `ram` (guest-physical, in order) into at most `most` cells. Safe while
+/// vCPUs run; their changes meanwhile may be missing.
 ///
-/// With page shadow it reads one byte for each page; with a full shadow it has to read all of
-/// that.
+/// With page shadow it reads one byte per page; a full shadow is read as a whole.
 pub fn page_map(windows: &Windows, ram: &[Range<u64>], most: usize) -> PageMap {
     let shadow = windows.model().memory();
     let pages = ram.last().map_or(0, |last| last.end >> PAGE_SHIFT);
@@ -35,7 +33,7 @@ pub fn page_map(windows: &Windows, ram: &[Range<u64>], most: usize) -> PageMap {
     PageMap { pages_per_cell, cells, total }
 }
 
-/// What a page is.
+/// State of a page.
 #[derive(Clone, Copy)]
 enum Class {
     Valid,

@@ -22,7 +22,7 @@ struct Slot {
     readonly: bool,
 }
 
-/// What KVM would be told, and what it would refuse.
+/// The slots that KVM would have, and what it would refuse.
 #[derive(Default)]
 struct FakeSlots {
     slots: Vec<Option<Slot>>,
@@ -370,7 +370,7 @@ fn release_takes_only_what_nobody_uses() {
     assert_eq!((after.released_bytes, after.byte_mapped_bytes), (4 * 4096, 2 * CHUNK_BYTES));
     assert_eq!(after.byte_unused_bytes, 4 * 4096 - 2 * 512);
 
-    // Nothing is left to take; what is given back can be written again without an exit.
+    // Nothing is left to reclaim; reclaimed shadow can be written again without an exit.
     assert_eq!(reclaim_unused(&mut guest.windows).unwrap(), 0);
     let gpa = guest.byte_gpa(shadow_pages[3]);
     assert_eq!(guest.store(gpa, 5).unwrap(), FaultOutcome::AlreadyMapped);
@@ -401,9 +401,11 @@ fn the_limit_holds_and_unused_chunks_make_room() {
     let (third, limit) = (guest.byte_gpa(chunk(3)), 2 * CHUNK_BYTES + 4095);
     for _ in 0..2 {
         let over = guest.windows.fault(third, 8, true, &mut guest.slots);
-        assert!(
-            matches!(over, Err(ShadowError::Limit { limit: l, needed }) if l == limit && needed == 3 * CHUNK_BYTES)
-        );
+        assert!(matches!(
+            over,
+            Err(ShadowError::Limit { limit: l, needed })
+                if l == limit && needed == 3 * CHUNK_BYTES
+        ));
     }
     assert_eq!((guest.byte(chunk(0)), guest.byte(chunk(2) + 4096)), (SLAB_FREE, SLAB_REDZONE));
     assert_eq!(guest.slots.live(), 3);
@@ -489,7 +491,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let len = prop_oneof![0..300u64, (0..12u64).prop_map(|pages| pages * 4096), 0..0x5000u64];
     let range = (start, len).prop_map(|(start, len)| (start, len.min(RAM - start)));
     let step = prop_oneof![
-        3 => (range.clone(), 0x80..=0xffu8).prop_map(|((start, len), code)| Step::Poison(start, len, code)),
+        3 => (range.clone(), 0x80..=0xffu8)
+            .prop_map(|((start, len), code)| Step::Poison(start, len, code)),
         3 => range.prop_map(|(start, len)| Step::Unpoison(start, len)),
         1 => Just(Step::Release),
     ];
@@ -499,8 +502,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
 
-    /// Whatever is taken back when, and whoever writes: the shadow says what a plain one says, the
-    /// limit holds, and no more is resident than is mapped.
+    /// With any reclaim and any writer, the shadow agrees with a plain one, the limit holds, and no
+    /// more is resident than is mapped.
     #[test]
     fn nothing_live_is_ever_taken(steps in steps(), sync: bool, chunks in 1..=4u64) {
         let notify = if sync { Notify::Sync } else { Notify::Ring };
@@ -539,7 +542,8 @@ proptest! {
             prop_assert!(guest.memory().windows.model().memory().mapped_bytes() <= limit);
             match result {
                 Err(ShadowError::Limit { .. }) if sync => continue, // Unchanged.
-                Err(ShadowError::Limit { .. }) => return Ok(()), // The guest is stopped in the middle.
+                // The guest is stopped in the middle.
+                Err(ShadowError::Limit { .. }) => return Ok(()),
                 other => prop_assert!(other.is_ok(), "{other:?}"),
             }
             match step {

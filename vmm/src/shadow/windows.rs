@@ -1,4 +1,4 @@
-//! The windows through which a guest sees its shadow, and the policy of what backs them when.
+//! The windows through which a guest sees its shadow, and the policy of what backs them.
 
 use std::{io, ops::Range};
 
@@ -21,7 +21,7 @@ use super::{
 pub enum Mode {
     /// One byte for each page, and byte shadow only where a page needs it.
     PerPage,
-    /// Byte shadow for all memory, resident from the start: KASAN's own layout, to compare with.
+    /// Byte shadow for all memory, resident from the start: KASAN's own layout, for comparison.
     Full,
 }
 
@@ -34,7 +34,7 @@ pub enum Notify {
     Sync,
 }
 
-/// What to make windows for.
+/// Configuration of the windows.
 #[derive(Clone, Debug)]
 pub struct WindowsConfig {
     /// The guest-physical ranges that are RAM, in order, page-aligned.
@@ -44,7 +44,7 @@ pub struct WindowsConfig {
     /// Who writes it.
     pub notify: Notify,
     /// The most byte shadow that may be mapped at a time, in bytes. Less than a chunk allows none.
-    /// Without a limit it is [`Layout::default_limit`], which only virtual memory can come to.
+    /// The default is [`Layout::default_limit`], which only virtual memory can reach.
     pub limit: Option<u64>,
 }
 
@@ -57,7 +57,7 @@ pub trait Slots {
     /// not let the guest run on it for longer.
     fn map(&mut self, gpa: u64, host: *mut u8, len: u64, readonly: bool) -> Result<u32, SlotError>;
 
-    /// Takes a slot away. When it returns no vCPU can reach the memory any more.
+    /// Removes a slot. When it returns, no vCPU can reach the memory any more.
     fn unmap(&mut self, slot: u32) -> Result<(), SlotError>;
 }
 
@@ -89,7 +89,7 @@ pub enum ShadowError {
     /// The host did not give the address space or the memory.
     #[error("cannot reserve {bytes} bytes for shadow memory")]
     Reserve {
-        /// How much was asked for.
+        /// Requested bytes.
         bytes: u64,
         /// Why not.
         #[source]
@@ -152,7 +152,7 @@ impl ShadowError {
     }
 }
 
-/// What a guest's access to a window came to.
+/// Result of a guest's access to a window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FaultOutcome {
     /// Shadow was mapped there; the access can be completed.
@@ -178,7 +178,7 @@ pub struct Windows {
     pub(super) accounting: Accounting,
     pub(super) stack_pages: StackPages,
     pub(super) notify: Notify,
-    /// The first key that no virtual memory has yet.
+    /// The next key for virtual memory.
     pub(super) next_key: u64,
     limit: u64,
     /// The memory slot of each chunk that the guest can see.
@@ -291,14 +291,14 @@ impl Windows {
         (layout.page.gpa..layout.end()).contains(&gpa)
     }
 
-    /// The shadow, for checks and reports, by guest-physical address. Safe while vCPUs run, but
-    /// what they write in ring mode may change from one question to the next.
+    /// The shadow, for checks and reports, by guest-physical address. Safe while vCPUs run, but in
+    /// ring mode they may change it between two reads.
     pub fn model(&self) -> &Model {
         &self.model
     }
 
-    /// Poisons guest memory on the guest's behalf, in sync mode. In ring mode guests write the
-    /// shadow themselves and promotions of theirs could be under way: do not call it then.
+    /// Poisons guest memory on the guest's behalf, in sync mode. Do not call it in ring mode, where
+    /// guests write the shadow themselves and may be in a promotion.
     ///
     /// # Errors
     /// The range or the code is wrong, or the limit is reached: the shadow is unchanged then.
@@ -398,8 +398,8 @@ impl Windows {
             .map_err(ShadowError::host("read /proc/self/pagemap"))
     }
 
-    /// What the shadow holds of host memory at this moment: page shadow, byte shadow that is
-    /// mapped, resident, and used by byte-checked pages, in bytes. As quick as [`Self::sample`].
+    /// Host memory of the shadow at this moment: page shadow, byte shadow that is mapped, resident,
+    /// and used by byte-checked pages, in bytes. As quick as [`Self::sample`].
     pub fn sample_all(&mut self) -> Result<[u64; 4], ShadowError> {
         let resident = self.sample()?;
         let shadow = self.model.memory();
@@ -412,15 +412,15 @@ impl Windows {
         self.accounting.sample_used(self.model.memory())
     }
 
-    /// What the shadow costs, as of now.
+    /// The costs of the shadow now.
     pub fn figures(&mut self) -> Result<Figures, ShadowError> {
         self.accounting
             .figures(self.model.memory())
             .map_err(ShadowError::host("read /proc/self/smaps"))
     }
 
-    /// Where an access to `len` bytes at `gpa` goes, if all of it is shadow of RAM, or of virtual
-    /// memory that the guest has.
+    /// The place of `len` bytes at `gpa`, if all of it is shadow of RAM, or of virtual memory that
+    /// has a key.
     pub(super) fn place(&self, gpa: u64, len: u64) -> Result<WindowOffset, ShadowError> {
         let layout = self.model.memory().layout();
         let shadow = |at: &u64, ram: u64, shift: u32| {
@@ -439,8 +439,8 @@ impl Windows {
         page.or_else(byte).filter(|_| len > 0).ok_or(ShadowError::OutsideWindow { gpa, len })
     }
 
-    /// Whether `chunk` is mapped when it is touched. Not so those of a full shadow that are for
-    /// RAM.
+    /// Whether `chunk` is mapped on its first touch. In a full shadow, those for RAM are mapped
+    /// from the start.
     fn on_demand(&self, chunk: usize) -> bool {
         self.mode() == Mode::PerPage || chunk >= self.model.memory().layout().first_virtual_chunk()
     }
@@ -462,7 +462,7 @@ impl Windows {
         let gpa = self.byte_window().gpa + at;
         let outside = ShadowError::OutsideWindow { gpa, len: CHUNK_BYTES };
         let host = self.model.memory().byte.pointer(at, CHUNK_BYTES).ok_or(outside)?;
-        // First, for a new one may have to be filled before the guest sees it.
+        // Before the slot: a new chunk may have to be filled before the guest sees it.
         let before = self.model.memory().is_mapped(chunk);
         self.model.memory_mut().set_mapped(chunk, true);
         match slots.map(gpa, host, CHUNK_BYTES, self.notify == Notify::Sync) {
@@ -489,7 +489,7 @@ impl Windows {
         value: u8,
         slots: &mut dyn Slots,
     ) -> Result<(), ShadowError> {
-        // The model says what is wrong with a range or a code.
+        // The model reports a wrong range or code.
         if value != PAGE_VALID && value < POISON_MIN {
             return Ok(());
         }
@@ -519,8 +519,7 @@ impl Windows {
         Ok(())
     }
 
-    /// Sees to it that `chunk` may be mapped within the limit; takes unused chunks other than
-    /// `keep` away if that is needed.
+    /// Makes room for `chunk` within the limit. If needed, unmaps unused chunks other than `keep`.
     pub(super) fn make_room(
         &mut self,
         chunk: usize,
@@ -540,13 +539,13 @@ impl Windows {
         Ok(())
     }
 
-    /// Unmaps all chunks other than `keep` in which no page is byte-checked, and gives their host
-    /// memory back.
+    /// Unmaps all chunks other than `keep` without byte-checked pages, and reclaims their host
+    /// memory.
     ///
-    /// Other vCPUs may run meanwhile. One of them may start a promotion after a chunk was looked
-    /// at: so the page shadow is looked at again once the chunk is out of the guest's reach. Byte
-    /// shadow is only stored to after the page was marked `PAGE_BUSY`; what was stored before the
-    /// slot went is therefore seen now, and what comes later faults and waits for us.
+    /// Other vCPUs may run meanwhile. One of them may start a promotion after the first check of a
+    /// chunk. So the page shadow is checked again after the slot was removed. A vCPU stores to byte
+    /// shadow only after it has marked the page `PAGE_BUSY`. So an earlier promotion is seen now,
+    /// and a later one faults and waits for this thread.
     fn evict_unused(
         &mut self,
         keep: &Range<usize>,

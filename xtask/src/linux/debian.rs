@@ -1,12 +1,13 @@
-//! Debian's own kernel, as its package has it.
+//! Debian's own kernel, from its package.
 
 use std::fs;
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
 
-use super::{empty, is_made_from, stamp};
-use crate::{Context, apt};
+use super::made_from::{empty, is_made_from, stamp};
+use crate::apt;
+use crate::context::Context;
 
 /// The package that names Debian's newest cloud kernel.
 const PACKAGE: &str = "linux-image-cloud-amd64";

@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
+use super::made_from::{empty, is_made_from, stamp};
 use super::source::{PACKAGE, Sources};
 use super::versions::{Choice, Verdict};
-use super::{empty, is_made_from, stamp};
+use crate::context::Context;
 use crate::process::Command;
-use crate::{Context, setup};
+use crate::setup;
 
-/// What a kernel is built with: programs, a header, and their packages.
+/// Build dependencies of a kernel: programs, a header, and their packages.
 const NEEDED: [(&str, &str); 7] = [
     ("make", "make"),
     ("gcc", "gcc"),
@@ -26,7 +27,7 @@ const NEEDED: [(&str, &str); 7] = [
 /// A kernel that is built.
 #[derive(Clone, Copy)]
 pub struct Kernel {
-    /// The folder below target/linux that it ends up in.
+    /// Its folder below target/linux.
     pub name: &'static str,
     /// Fragments of configuration, in guest/linux/config, one after the other on top of `make
     /// tinyconfig`.
@@ -43,19 +44,19 @@ const fn patched(name: &'static str, config: &'static [&'static str]) -> Kernel 
     Kernel { name, config, patched: true }
 }
 
-/// One that nobody changed.
+/// A small unpatched kernel.
 pub const SMALL: Kernel = unpatched("small", &["small"]);
 /// The same with ACPI.
 pub const ACPI: Kernel = unpatched("acpi", &["small", "acpi"]);
-/// The one that Umbra checks, with Linux's own tests of KASAN in it.
+/// The kernel that Umbra checks, with Linux's own tests of KASAN.
 pub const UMBRA: Kernel = patched("umbra", &["small", "kasan", "umbra", "replay", "provoke"]);
 /// The same with shadow for virtual memory: only for its own test.
 pub const UMBRA_VMALLOC: Kernel =
     patched("umbra-vmalloc", &["small", "kasan", "umbra", "replay", "provoke", "vmalloc"]);
-/// The same with Linux's own KASAN, and nothing of ours.
+/// The same with Linux's own KASAN, unpatched.
 pub const STOCK_KASAN: Kernel = unpatched("kasan", &["small", "kasan"]);
-/// Those that are compared: without KASAN, with Linux's own in both of its forms, with Umbra's.
-/// They are optimized as the kernels of distributions are.
+/// The compared kernels: without KASAN, with Linux's own (outline, inline), with Umbra's. They are
+/// optimized as the kernels of distributions are.
 pub const COMPARED: [Kernel; 4] = [
     patched("compare-none", &["small", "compare", "replay"]),
     patched("compare-outline", &["small", "kasan", "compare", "replay"]),
@@ -85,17 +86,17 @@ pub struct Builder<'a> {
     context: &'a Context,
     sources: Sources<'a>,
     version: String,
-    /// What is to be known of the version: that it is not the newest one, or has no patches.
+    /// A notice about the version: it is not the newest one, or has no patches.
     pub notice: Option<String>,
     patches_work: bool,
 }
 
 impl<'a> Builder<'a> {
-    /// Chooses the version: one that the patches work with. Where there is none, kernels without
-    /// patches are built from the newest that can be had.
+    /// Chooses a version that the patches work with. If there is none, unpatched kernels are built
+    /// from the newest one available.
     ///
-    /// Of a version that nobody knows yet, those of `wanted` that have patches are built right
-    /// away: it only works if they can be.
+    /// To find out whether an unknown version works, the patched kernels among `wanted` are built
+    /// at once.
     pub fn new(context: &'a Context, wanted: &[Kernel]) -> Result<Self> {
         let sources = Sources::new(context)?;
         let known = sources.known()?;
@@ -122,7 +123,7 @@ impl<'a> Builder<'a> {
         Ok(Self { context, sources, version, notice, patches_work })
     }
 
-    /// Builds a kernel, unless it is there. Returns the folder with `vmlinux`, `bzImage` and
+    /// Builds a kernel, unless it is up to date. Returns the folder with `vmlinux`, `bzImage` and
     /// `config`.
     pub fn build(&self, kernel: &Kernel) -> Result<PathBuf> {
         if kernel.patched && !self.patches_work {
@@ -136,14 +137,14 @@ impl<'a> Builder<'a> {
     }
 }
 
-/// The version to build kernels without patches from.
+/// The version for unpatched kernels.
 fn version(choice: Choice) -> Option<String> {
     let passed_over = choice.passed_over.into_iter();
     let mut there = passed_over.filter(|(_, verdict)| *verdict != Verdict::Gone);
     choice.version.or_else(|| Some(there.next()?.0))
 }
 
-/// Installs what a kernel is built with.
+/// Installs the build dependencies.
 fn tools(context: &Context) -> Result<()> {
     let missing = setup::packages(context, &NEEDED, "Linux is built with them")?;
     if !missing.is_empty() {
@@ -152,7 +153,7 @@ fn tools(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// What a kernel is made from.
+/// A kernel's stamp: version, patches and configuration.
 fn ingredients(
     context: &Context,
     sources: &Sources<'_>,
@@ -182,7 +183,7 @@ fn build(context: &Context, sources: &Sources<'_>, version: &str, kernel: &Kerne
     let build = folder.join("build");
     let make = || {
         let mut make = Command::new("make", &tree);
-        // So that a build says nothing of who made it when and where.
+        // Makes builds reproducible: no user, host and time.
         for (name, value) in [("USER", "umbra"), ("HOST", "umbra"), ("TIMESTAMP", "1970-01-01")] {
             make.env(&format!("KBUILD_BUILD_{name}"), value);
         }
@@ -207,7 +208,7 @@ fn build(context: &Context, sources: &Sources<'_>, version: &str, kernel: &Kerne
     fs::write(stamp(&folder), wanted).with_context(|| format!("cannot write {}", folder.display()))
 }
 
-/// Puts a kernel's configuration on top of the one in a file. What Linux does not keep of it is an
+/// Adds a kernel's configuration to the one in a file. An option that Linux does not keep is an
 /// error.
 fn configure(
     context: &Context,
@@ -231,8 +232,8 @@ fn configure(
     Ok(())
 }
 
-/// The lines of a fragment that a configuration does not have. What one line says of an option, a
-/// later one may change.
+/// The lines of a fragment that are missing in a configuration. A later line may override an
+/// earlier one.
 fn lost<'a>(fragment: &'a str, config: &str) -> Vec<&'a str> {
     let kept: HashSet<_> = config.lines().collect();
     let set: HashSet<_> = config.lines().filter_map(|line| Some(line.split_once('=')?.0)).collect();
@@ -241,7 +242,7 @@ fn lost<'a>(fragment: &'a str, config: &str) -> Vec<&'a str> {
         let not_set = line.strip_prefix("# ").and_then(|line| line.strip_suffix(" is not set"));
         let name = not_set.or_else(|| Some(line.split_once('=')?.0));
         if let Some(name) = name.filter(|name| name.starts_with("CONFIG_")) {
-            // What has no name any more is not set either.
+            // An option that no longer exists is not set either.
             let is_kept = if not_set.is_some() { !set.contains(name) } else { kept.contains(line) };
             said.insert(name, (line, is_kept));
         }

@@ -1,37 +1,36 @@
 //! `cargo xtask linux`: the Linux kernels that the tests boot.
 //!
 //! Some are built from Debian's `linux-source-6.1` with our own configurations, one of them with
-//! our patches; the other is Debian's stock cloud kernel as its package has it. Both packages are
-//! unpacked below `target/linux` and not installed. Beside each result lies a file that says what
-//! it was made from; as long as that is the same, it is not made again.
+//! our patches; the other is Debian's stock cloud kernel from its package. Both packages are
+//! unpacked below `target/linux` and not installed. A result is made again only when what it was
+//! made from changes.
 
 mod debian;
 mod kernels;
+mod made_from;
 mod series;
 mod source;
 pub mod status;
 pub mod suite;
 mod versions;
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
-use crate::Context;
+use crate::context::Context;
 use kernels::{ACPI, Builder, COMPARED, Kernel, SMALL, UMBRA};
 
-/// Those that the tests boot, besides Debian's.
+/// The kernels that the tests boot, besides Debian's.
 const TESTED: [Kernel; 3] = [SMALL, ACPI, UMBRA];
 
-/// What was made.
+/// The result of a build.
 #[derive(Default)]
 pub struct Made {
-    /// The kernels that there are.
+    /// The kernels.
     kernels: Vec<PathBuf>,
-    /// What nobody may miss, each in a line: that the version is not the newest one, and which
-    /// kernels there are not.
+    /// Notices, one line each: the version is not the newest one; a kernel was not built.
     pub notices: Vec<String>,
     /// Nothing is missing.
     complete: bool,
@@ -50,26 +49,27 @@ pub fn run(context: &Context) -> Result<ExitCode> {
     Ok(if made.complete { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Makes what the tests boot, as far as it is missing or old. Of what cannot be made it says why.
+/// Builds the kernels that the tests boot, if they are missing or old. Prints which were not built,
+/// and why.
 pub fn build(context: &Context) -> Made {
     let made = make(context, &TESTED);
     made.say(context);
     made
 }
 
-/// The same for [`SMALL`] and Debian's, which are those that `cargo xtask bench linux` boots.
+/// The same for [`SMALL`] and Debian's kernel, which `cargo xtask bench linux` boots.
 pub fn build_measured(context: &Context) {
     make(context, &[SMALL]).say(context);
 }
 
 /// Builds the kernels that are compared: without KASAN, with Linux's own (outline, inline), with
-/// Umbra's. They end up in `target/linux/compare-none`, `compare-outline`, `compare-inline` and
+/// Umbra's. They are in `target/linux/compare-none`, `compare-outline`, `compare-inline` and
 /// `compare-umbra`.
 pub fn build_compared(context: &Context) -> Result<Vec<PathBuf>> {
     build_all(context, &COMPARED)
 }
 
-/// Builds kernels, or none. Returns their folders.
+/// Builds kernels, all or none. Returns their folders.
 fn build_all(context: &Context, kernels: &[Kernel]) -> Result<Vec<PathBuf>> {
     let builder = Builder::new(context, kernels)?;
     if let Some(notice) = &builder.notice {
@@ -78,7 +78,7 @@ fn build_all(context: &Context, kernels: &[Kernel]) -> Result<Vec<PathBuf>> {
     kernels.iter().map(|kernel| builder.build(kernel)).collect()
 }
 
-/// Makes those of `wanted` that can be made, and Debian's.
+/// Builds as many of `wanted` as possible, and fetches Debian's kernel.
 fn make(context: &Context, wanted: &[Kernel]) -> Made {
     let mut made = Made { complete: true, ..Made::default() };
     match Builder::new(context, wanted) {
@@ -117,23 +117,4 @@ impl Made {
         self.complete = false;
         self.notices.push(format!("not built: the Linux kernel {names}: {error:#}"));
     }
-}
-
-/// The file that says what was made from what, in the folder with it.
-fn stamp(folder: &Path) -> PathBuf {
-    folder.join("made-from")
-}
-
-/// Whether what is in `folder` was made from `wanted`.
-fn is_made_from(folder: &Path, wanted: &str) -> bool {
-    fs::read_to_string(stamp(folder)).is_ok_and(|made| made == wanted)
-}
-
-/// An empty folder in place of whatever there is.
-fn empty(folder: &Path) -> Result<()> {
-    if folder.exists() {
-        fs::remove_dir_all(folder)
-            .with_context(|| format!("cannot remove {}", folder.display()))?;
-    }
-    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))
 }

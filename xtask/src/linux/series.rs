@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
-use crate::Context;
+use crate::context::Context;
 use crate::process::Command;
 
 /// The folder with them.
@@ -23,7 +23,7 @@ struct Patch {
 }
 
 impl Series {
-    /// Reads it.
+    /// Reads the series.
     pub fn read(context: &Context) -> Result<Self> {
         let folder = context.root.join(FOLDER);
         let read =
@@ -42,18 +42,18 @@ impl Series {
         Ok(Self { patches: files.into_iter().map(patch).collect::<Result<_>>()? })
     }
 
-    /// All of its text.
+    /// The text of all patches.
     pub fn text(&self) -> String {
         self.patches.iter().map(|patch| patch.text.as_str()).collect()
     }
 
-    /// The files that it changes, and those that it makes.
+    /// The files that it changes or creates.
     pub fn files(&self) -> BTreeSet<&str> {
         self.patches.iter().flat_map(|patch| files(&patch.text)).collect()
     }
 
-    /// Applies it to a tree of sources, or to those files of a tree that it changes. Returns the
-    /// first patch that does not apply, and why.
+    /// Applies it to a source tree, or to the files of a tree that it changes. Returns the first
+    /// patch that does not apply, and why.
     pub fn apply(&self, context: &Context, tree: &Path) -> Result<Option<String>> {
         for Patch { file, .. } in &self.patches {
             let mut patch = Command::new("patch", tree);
@@ -69,19 +69,19 @@ impl Series {
     }
 }
 
-/// What a patch is called for short: its name begins with its number.
+/// A patch's number, with which its name begins.
 fn number(file: &Path) -> String {
     let name = file.file_name().unwrap_or_default().to_string_lossy();
     name.split('-').next().unwrap_or(&name).to_owned()
 }
 
-/// The files that a patch of git's is about.
+/// The files in a patch of git.
 fn files(patch: &str) -> impl Iterator<Item = &str> {
     let pairs = patch.lines().filter_map(|line| line.strip_prefix("diff --git a/"));
     pairs.filter_map(|pair| Some(pair.split_once(" b/")?.0))
 }
 
-/// What patch(1) says of the first file that it cannot change.
+/// patch(1)'s message about the first file that it cannot change.
 fn fault(output: &str) -> String {
     let mut file = "a file";
     for line in output.lines() {

@@ -1,7 +1,7 @@
 //! The sources of Linux: which version they are, and the trees that kernels are built from.
 //!
-//! All lies below `target/linux`: in `originals/VERSION` the files that the series changes, as they
-//! are before it, which is enough to tell whether it applies; in `source` one whole tree, and in
+//! All of it is below `target/linux`. `originals/VERSION` has the files that the series changes,
+//! before it is applied: enough to check whether it applies. `source` has one whole tree, and
 //! `source-umbra` the same with the series.
 
 use std::cell::Cell;
@@ -10,18 +10,18 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
+use super::made_from::{empty, is_made_from, stamp};
 use super::series::Series;
 use super::versions::{self, Choice, Verdict};
-use super::{empty, is_made_from, stamp};
+use crate::context::Context;
 use crate::process::{Command, which};
-use crate::{Context, apt, setup};
+use crate::{apt, setup};
 
-/// Debian's package with the sources, which is also the name of the archive in it and of the folder
-/// in that.
+/// Debian's package with the sources. The archive in it and the folder in that have the same name.
 pub const PACKAGE: &str = "linux-source-6.1";
 /// The versions that are known to work.
 const KNOWN: &str = "guest/linux/versions";
-/// What it takes to unpack and patch.
+/// Tools to unpack and patch.
 const NEEDED: [(&str, &str); 2] = [("patch", "patch"), ("xz", "xz-utils")];
 
 /// The package with the sources, and the series.
@@ -29,12 +29,12 @@ pub struct Sources<'a> {
     context: &'a Context,
     /// The series.
     pub series: Series,
-    /// Whether apt's lists were renewed for want of a package.
+    /// Whether apt's lists were renewed because a package was missing.
     renewed: Cell<bool>,
 }
 
 impl<'a> Sources<'a> {
-    /// Prepares for it.
+    /// Installs the tools and reads the series.
     pub fn new(context: &'a Context) -> Result<Self> {
         if which("apt-cache").is_none() {
             bail!("there is no apt: {PACKAGE} is a package of Debian 12");
@@ -60,7 +60,7 @@ impl<'a> Sources<'a> {
         ask()
     }
 
-    /// Those that the project knows to work.
+    /// The versions that are known to work.
     pub fn known(&self) -> Result<Vec<String>> {
         let file = self.context.root.join(KNOWN);
         let text =
@@ -68,11 +68,11 @@ impl<'a> Sources<'a> {
         Ok(versions::list(&text))
     }
 
-    /// Chooses the version to build. `try_out` says whether one works.
+    /// Chooses the version to build. `try_out` tests whether one works.
     pub fn choose(&self, mut try_out: impl FnMut(&str) -> Result<Verdict>) -> Result<Choice> {
         let (offered, known) = (self.offered()?, self.known()?);
         let choice = versions::choose(&offered, &known, &mut try_out)?;
-        // What was offered was an old list's, if something of it is gone.
+        // If a version is gone, the list was old.
         let offered_now = if self.renewed.get() { self.offered()? } else { offered.clone() };
         if offered_now == offered {
             return Ok(choice);
@@ -80,7 +80,7 @@ impl<'a> Sources<'a> {
         versions::choose(&offered_now, &known, try_out)
     }
 
-    /// Renews apt's lists, at most once. False where that has been done, or cannot be.
+    /// Renews apt's lists, at most once. False if that was done before, or failed.
     fn renew(&self) -> Result<bool> {
         Ok(!self.renewed.replace(true) && apt::renew_lists(self.context)?)
     }
@@ -150,7 +150,7 @@ impl<'a> Sources<'a> {
         Ok(Some(archive))
     }
 
-    /// Removes what is only needed until a tree is unpacked.
+    /// Removes the archive, which is only needed until a tree is unpacked.
     pub fn tidy(&self) -> Result<()> {
         let archive = self.place("archive");
         if archive.exists() {
@@ -178,8 +178,8 @@ impl<'a> Sources<'a> {
         Ok(tree)
     }
 
-    /// The same with the series. What that leaves alone are links to the files of the other tree,
-    /// which nothing writes to.
+    /// The same with the series. Unchanged files are links to those of the other tree, which
+    /// nothing writes to.
     pub fn patched_tree(&self, version: &str) -> Result<PathBuf> {
         let original = self.tree(version)?;
         let folder = self.place("source-umbra");
@@ -200,8 +200,8 @@ impl<'a> Sources<'a> {
     }
 }
 
-/// Whether all that tar(1) has to say is that files are not in an archive. Those that the series
-/// makes are in none.
+/// Whether tar(1) only complains about files that are not in the archive: files that the series
+/// creates are in none.
 fn only_misses_files(output: &str) -> bool {
     let of_files = |line: &str| {
         line.ends_with(": Not found in archive") || line.contains("Exiting with failure status")
@@ -209,7 +209,7 @@ fn only_misses_files(output: &str) -> bool {
     output.lines().all(of_files)
 }
 
-/// Copies those files of a tree that the series changes.
+/// Copies the files of a tree that the series changes.
 fn copy(from: &Path, to: &Path, series: &Series) -> Result<()> {
     for file in series.files() {
         let (from, to) = (from.join(file), to.join(file));

@@ -1,5 +1,5 @@
-//! `cargo xtask linux status`: which versions of Linux's sources there are, and which of them the
-//! series applies to.
+//! `cargo xtask linux status`: lists the versions of Linux's sources, and whether the series
+//! applies.
 
 use std::process::ExitCode;
 
@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use super::source::{PACKAGE, Sources};
 use super::versions::{self, Verdict};
-use crate::Context;
+use crate::context::Context;
 
 /// Prints the table. Exit status 1 if nothing can be built.
 pub fn run(context: &Context) -> Result<ExitCode> {

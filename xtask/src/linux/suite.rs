@@ -1,5 +1,5 @@
 //! Linux's own tests of KASAN: in the kernel that Umbra checks, and in one with Linux's own KASAN
-//! for what they have to come to.
+//! for the expected results.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -10,10 +10,11 @@ use umbra_testkit::ktap;
 
 use super::kernels::{STOCK_KASAN, UMBRA, UMBRA_VMALLOC};
 use super::{build_all, build_compared};
+use crate::context::Context;
 use crate::process::Command;
-use crate::{Context, setup};
+use crate::setup;
 
-/// The list that the tests hold against.
+/// The list of expected results.
 const LIST: &str = "tests/data/kasan-suite.txt";
 /// Linux restarts the machine after the suite.
 const CMDLINE: &str = "console=ttyS0 panic=-1 reboot=k kunit_shutdown=reboot";
@@ -61,7 +62,8 @@ pub fn expected(context: &Context) -> Result<ExitCode> {
     let version = fs::read_to_string(folder.join("made-from"))?;
     let version = version.lines().next().context("no version in made-from")?;
     let mut list = format!(
-        "# What Linux's own tests of KASAN come to with Linux's own KASAN (generic, outline), and how many reports each made.\n\
+        "# What Linux's own tests of KASAN come to with Linux's own KASAN (generic, outline), and \
+         how many reports each made.\n\
          # Written by `cargo xtask linux expected` from {version}.\n"
     );
     for case in cases {

@@ -33,7 +33,7 @@ fn compare_part(one: &str, other: &str) -> Ordering {
     Ordering::Equal
 }
 
-/// Takes the bytes of a kind off the beginning of a text.
+/// Removes the leading bytes of a kind from a text.
 fn take<'a>(text: &mut &'a [u8], is: impl Fn(&u8) -> bool) -> &'a [u8] {
     let end = text.iter().position(|byte| !is(byte)).unwrap_or(text.len());
     let (taken, rest) = text.split_at(end);
@@ -53,7 +53,7 @@ fn compare_text(one: &[u8], other: &[u8]) -> Ordering {
     ranks(one).cmp(&ranks(other))
 }
 
-/// Of any length, and with zeros before them.
+/// Compares numbers of any length, with leading zeros.
 fn compare_number(one: &[u8], other: &[u8]) -> Ordering {
     let significant = |digits: &[u8]| {
         digits.iter().copied().skip_while(|digit| *digit == b'0').collect::<Vec<_>>()
@@ -62,12 +62,12 @@ fn compare_number(one: &[u8], other: &[u8]) -> Ordering {
     one.len().cmp(&other.len()).then(one.cmp(&other))
 }
 
-/// The versions of a package, the newest first, in what `apt-cache madison` says of it.
+/// The versions of a package in the output of `apt-cache madison`, the newest first.
 pub fn offered(madison: &str, package: &str) -> Vec<String> {
     let version = |line: &str| {
         let columns: Vec<_> = line.split('|').map(str::trim).collect();
         match columns[..] {
-            // Lines that end in `Sources` are about what packages are built from.
+            // Lines that end in `Sources` are about source packages.
             [name, version, from] if name == package && from.ends_with("Packages") => {
                 Some(version.to_owned())
             }
@@ -80,13 +80,13 @@ pub fn offered(madison: &str, package: &str) -> Vec<String> {
     versions
 }
 
-/// The versions in a list: one a line, after `#` comes a comment.
+/// The versions in a list: one per line, `#` begins a comment.
 pub fn list(text: &str) -> Vec<String> {
     let version = |line: &str| line.split('#').next().unwrap_or("").trim().to_owned();
     text.lines().map(version).filter(|version| !version.is_empty()).collect()
 }
 
-/// What came of trying a version out.
+/// The result of testing a version.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// It works.
@@ -98,7 +98,7 @@ pub enum Verdict {
 }
 
 impl Verdict {
-    /// What is wrong with the version.
+    /// Why the version does not work.
     pub fn fault(&self) -> &str {
         match self {
             Self::Works => "",
@@ -108,17 +108,17 @@ impl Verdict {
     }
 }
 
-/// Which version is built.
+/// The version to build.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Choice {
-    /// The one that works; none if none does.
+    /// The version that works, if any.
     pub version: Option<String>,
-    /// Those that were tried before it, and what is wrong with them.
+    /// The versions that were tested before it, and their results.
     pub passed_over: Vec<(String, Verdict)>,
 }
 
 /// Chooses among the versions `offered`, which are ordered from the newest one: the newest if it
-/// works, else the newest of those `known` to work. `try_out` says whether one does.
+/// works, else the newest of those `known` to work. `try_out` tests a version.
 pub fn choose(
     offered: &[String],
     known: &[String],
@@ -138,7 +138,7 @@ pub fn choose(
 }
 
 impl Choice {
-    /// What nobody may miss, in one line: that the newest version is not built, or none.
+    /// A notice in one line, if the newest version is not built, or none is.
     pub fn notice(&self, package: &str) -> Option<String> {
         let newest = self.passed_over.first().map(|(newest, verdict)| (newest, verdict.fault()));
         match (&self.version, newest) {
@@ -169,7 +169,7 @@ mod tests {
 
     #[test]
     fn versions_are_ordered_as_debian_orders_them() {
-        // `dpkg --compare-versions` says so of each pair of neighbours.
+        // `dpkg --compare-versions` agrees for each pair of neighbours.
         let ascending = [
             "6.1~rc7-1",
             "6.1",
@@ -224,8 +224,8 @@ mod tests {
         assert!(known.is_sorted_by(|one, next| compare(one, next).is_gt()), "{known:?}");
     }
 
-    /// Chooses where the versions in `works` work, those in `gone` are gone, and all others are
-    /// refused. Returns the notice, too, and what was tried.
+    /// Chooses when the versions in `works` work, those in `gone` are gone, and all others are
+    /// refused. Also returns the notice, and the tested versions.
     fn chosen(
         offered: &str,
         known: &str,
@@ -259,7 +259,7 @@ mod tests {
 
     #[test]
     fn the_newest_known_one_that_is_offered_stands_in_and_that_is_told() {
-        // 5-1 is known but not offered any more; 3-1 would work, but nobody knows.
+        // 5-1 is known but no longer offered; 3-1 would work, but is not known.
         let (version, notice, tried) = chosen("4-1 3-1 2-1 1-1", "1-1 2-1 5-1", "3-1 2-1 1-1", "");
         assert_eq!(version.as_deref(), Some("2-1"));
         let notice = notice.unwrap();

@@ -10,26 +10,26 @@ use umbra_testkit::cpio::Archive;
 
 use super::packages::Kernel;
 
-/// What the first program of every host begins with.
+/// The beginning of every host's first program.
 const START: &str = include_str!("init.sh");
 
-/// What is in the first root file system of every host.
+/// Contents of every host's first root file system.
 pub struct Initrd<'a> {
     /// Statically linked; its shell runs the first program.
     pub busybox: &'a Path,
     pub kernel: &'a Kernel,
     /// The modules to load, with parameters.
     pub modules: &'a [(&'a str, &'a str)],
-    /// What the first program does once there is KVM.
+    /// The rest of the first program, after KVM was loaded.
     pub specific: &'a str,
-    /// The devices that take standard output, standard error, and control words.
+    /// The devices for standard output, standard error, and control words.
     pub ports: [&'a str; 3],
     /// The script to run.
     pub script: &'a [u8],
 }
 
 impl Initrd<'_> {
-    /// Begins an archive with all of that.
+    /// Begins an archive with all of these.
     pub fn write<W: Write>(&self, to: W) -> Result<Archive<W>> {
         let mut archive = Archive::new(to);
         for folder in ["dev", "proc", "sys"] {

@@ -1,12 +1,12 @@
-//! `cargo xtask nested`: a KVM host like hardware's, on any machine.
+//! `cargo xtask nested`: a KVM host as on hardware, on any machine.
 //!
 //! QEMU's software CPU has AMD's SVM with nested paging. A Debian Linux booted on it loads
 //! `kvm_amd`, and its `/dev/kvm` behaves as on hardware: second-stage faults, exceptions, programs
 //! in guests. A command runs there with this machine's files at their usual paths. What it writes
-//! is forgotten, but in the workspace's `target` folder.
+//! is lost, except in the workspace's `target` folder.
 //!
-//! Bochs' CPU has Intel's VMX with EPT, for `kvm_intel`. It is far slower, and sees of this
-//! machine's files only those that the command names.
+//! Bochs' CPU has Intel's VMX with EPT, for `kvm_intel`. It is far slower, and has only those of
+//! this machine's files that the command names.
 
 mod host;
 mod initrd;
@@ -20,7 +20,8 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 
-use crate::{Context, demo};
+use crate::context::Context;
+use crate::programs;
 
 pub use host::{Host, Job, in_this_place, quoted, with_this_environment};
 pub use watch::{Ended, Output};
@@ -34,11 +35,11 @@ const TIMEOUT_SECONDS: u64 = 3600;
 /// `cargo xtask nested`.
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// Make one instruction, of guest, program or kernel alike, one nanosecond of the host's clock
+    /// Let each instruction, in guest, program or kernel, take one nanosecond of the host's clock
     #[arg(long)]
     icount: bool,
-    /// Intel's VMX instead of SVM, by Bochs: takes minutes to boot, and has only those files that
-    /// are words of the command, with the libraries they are linked with
+    /// Intel's VMX instead of SVM, with Bochs: takes minutes to boot, and has only the files that
+    /// are words of the command, and their libraries
     ///
     /// Without a command it builds Umbra and runs `umbra demo`.
     #[arg(long, conflicts_with = "icount")]
@@ -52,8 +53,7 @@ pub struct Arguments {
         value_parser = clap::value_parser!(u32).range(512..)
     )]
     memory: u32,
-    /// End the command after this many seconds, those of the start included; with --vmx 7200 by
-    /// default
+    /// End the command after this many seconds, including the boot; with --vmx 7200 by default
     #[arg(
         long,
         value_name = "SECONDS",
@@ -113,7 +113,7 @@ fn on_vmx(context: &Context, arguments: &Arguments) -> Result<Ended> {
     let host = VmxHost::prepare(context)?;
     let mut command = arguments.command.clone();
     if command.is_empty() {
-        command = vec![demo::build(context)?.into(), "demo".into()];
+        command = vec![programs::umbra(context)?.into(), "demo".into()];
     }
     let job = VmxJob {
         script: in_this_place(&command)?,

@@ -1,5 +1,5 @@
-//! What the nested host is made of, from Debian's packages: QEMU, a kernel with its modules, and
-//! busybox. They are unpacked below `target/nested`, not installed, and kept there.
+//! The parts of the nested host, from Debian's packages: QEMU, a kernel with its modules, and
+//! busybox. They are unpacked below `target/nested` and kept there, not installed.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::apt;
+use crate::context::Context;
 use crate::process::{Command, which};
-use crate::{Context, apt};
 
 /// The package that names Debian's newest kernel with all its modules.
 const KERNEL: &str = "linux-image-amd64";
@@ -27,7 +28,7 @@ pub struct Program {
     pub path: PathBuf,
     /// Variables that it needs to find its libraries, and options that lead it to its data.
     pub variables: Vec<(&'static str, OsString)>,
-    /// The folders in which it looks for firmware.
+    /// Folders with its firmware.
     pub data: Vec<PathBuf>,
     /// Its version, in its own words.
     pub version: String,
@@ -42,7 +43,8 @@ pub struct Kernel {
     modules: BTreeMap<String, PathBuf>,
 }
 
-/// QEMU: the installed one, or Debian's package and all that it needs and this machine lacks.
+/// QEMU: the installed one, or Debian's package with those of its dependencies that this machine
+/// lacks.
 pub fn qemu(context: &Context) -> Result<Program> {
     let mut program = match which(QEMU.0) {
         Some(path) => {
@@ -72,8 +74,8 @@ fn unpacked_qemu(context: &Context) -> Result<Program> {
     Ok(Program { path, variables, data, version: String::new() })
 }
 
-/// Bochs and what makes a CD for it, in a folder as if it were `/`. Even installed programs are
-/// unpacked: where their data lies is known then.
+/// Bochs and what makes a CD for it, in a folder as if it were `/`. Installed programs are unpacked
+/// too, so that the place of their data is known.
 pub fn bochs(context: &Context) -> Result<PathBuf> {
     let folder = unpacked(context, "bochs", &BOCHS)?;
     for program in ["bochs-bin", "grub-mkrescue", "xorriso"] {
@@ -82,7 +84,8 @@ pub fn bochs(context: &Context) -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// Packages and those that they depend on and this machine lacks, in a folder of this name.
+/// Unpacks packages, with those of their dependencies that this machine lacks, into a folder of
+/// this name.
 fn unpacked(context: &Context, name: &str, packages: &[&str]) -> Result<PathBuf> {
     let folder = folder(context).join(name);
     if !folder.join(DONE).is_file() {
@@ -101,7 +104,7 @@ fn program_in(folder: &Path, name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// The variable that leads a program to libraries of unpacked packages.
+/// The environment variable for the libraries of unpacked packages.
 pub fn libraries(folder: &Path) -> Result<(&'static str, OsString)> {
     let libraries = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu", "usr/lib"];
     let libraries = std::env::join_paths(libraries.map(|library| folder.join(library)))
@@ -136,7 +139,7 @@ pub fn busybox(context: &Context) -> Result<PathBuf> {
 }
 
 impl Kernel {
-    /// The modules of these names and all that they need, in the order to load them in.
+    /// These modules and their dependencies, in the order to load them.
     ///
     /// # Errors
     ///
@@ -167,7 +170,7 @@ impl Kernel {
 /// Present in a folder whose packages are all there.
 const DONE: &str = "complete";
 
-/// Where everything is kept.
+/// The folder for all of it.
 fn folder(context: &Context) -> PathBuf {
     context.root.join("target/nested")
 }
@@ -215,8 +218,7 @@ fn collect_modules(folder: &Path, modules: &mut BTreeMap<String, PathBuf>) -> Re
     Ok(())
 }
 
-/// The modules that a module says it needs: `depends=a,b` in its `.modinfo`
-/// (`scripts/mod/modpost.c`).
+/// A module's dependencies: `depends=a,b` in its `.modinfo` (`scripts/mod/modpost.c`).
 fn needs(module: &[u8]) -> Vec<String> {
     let key = b"\0depends=";
     let Some(start) = module.windows(key.len()).position(|window| window == key) else {

@@ -1,7 +1,7 @@
 //! The nested host with VMX: Debian's Linux on Bochs' CPU.
 //!
-//! Bochs shares no folders with this machine and boots from a CD only. So the command's files are
-//! put into the first root file system, and that, the kernel and GRUB on a CD.
+//! Bochs shares no folders with this machine and boots from a CD only. So the command's files go
+//! into the first root file system, which goes on a CD with the kernel and GRUB.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -16,16 +16,16 @@ use anyhow::{Context as _, Result};
 use super::initrd::Initrd;
 use super::packages::{self, Kernel};
 use super::watch::{self, Ended, Output, Ports, Watch};
-use crate::Context;
+use crate::context::Context;
 use crate::process::{Command, Running, TemporaryFolder};
 
-/// What its first program does with the command.
+/// The specific part of its first program.
 const INIT: &str = include_str!("vmx.sh");
 /// The module that it loads, with parameters.
 const MODULES: [(&str, &str); 1] = [("kvm_intel", "nested=0")];
-/// GRUB's menu. The kernel cannot measure clocks here, and what nobody needs would take most of its
-/// instructions: tests of its own, and the preparation of tracing. It reboots by a triple fault,
-/// which ends Bochs.
+/// GRUB's menu. The kernel cannot measure clocks here. Its self-tests and the preparation of
+/// tracing are off: they would take most of its instructions. It reboots by a triple fault, which
+/// ends Bochs.
 const MENU: &str = "\
 set timeout=0
 menuentry host {
@@ -35,10 +35,10 @@ initcall_blacklist=ftrace_check_for_weak_functions,trace_eval_init,tracer_init_t
     initrd /boot/initrd
 }
 ";
-/// What Bochs' debugger reads: go on; and once the host is off, end.
+/// Input of Bochs' debugger: continue; and quit once the host is off.
 const DEBUGGER: &[u8] = b"c\nquit\n";
 
-/// All that the host is made of.
+/// The parts of the host.
 pub struct VmxHost {
     /// Bochs and GRUB, unpacked.
     programs: PathBuf,
@@ -48,12 +48,12 @@ pub struct VmxHost {
 
 /// What to run, and how.
 pub struct VmxJob {
-    /// The command's words. Those that name files are looked up here.
+    /// The command's words. Words that name files of this machine are copied.
     pub command: Vec<OsString>,
     /// A script for `/bin/sh` that runs it.
     pub script: Vec<u8>,
     pub memory_mib: u32,
-    /// For all of it.
+    /// Time limit of the run.
     pub timeout: Duration,
 }
 
@@ -95,7 +95,7 @@ impl VmxHost {
         let (running, _to_debugger) = self.start(folder.path(), &ports)?;
         drop(ports);
         let (begin, timeout, progress) = (Instant::now(), job.timeout, &context.progress);
-        // How long Bochs takes to boot depends on the machine too much for a limit of its own.
+        // The boot time of Bochs varies too much between machines for its own limit.
         Watch { running, begin, boot: timeout, timeout, logs: &logs, progress }
             .follow(streams, Output::PassedOn)
     }
@@ -110,7 +110,7 @@ impl VmxHost {
         Ok((bochs.start_with(input.into(), Stdio::null(), ports)?, to_debugger))
     }
 
-    /// An unpacked program, to run in a folder and to leave its files there.
+    /// An unpacked program, to run in a folder.
     fn program(&self, name: &str, folder: &Path) -> Result<Command> {
         let programs = self.programs.join("usr/bin");
         let mut command = Command::new(programs.join(name), folder);
@@ -181,7 +181,7 @@ fn library(line: &str) -> Option<PathBuf> {
     path.starts_with('/').then(|| path.into())
 }
 
-/// An absolute path as the archive has it: relative to the root, and without links.
+/// An absolute path as in the archive: relative to the root, and without links.
 fn in_archive(path: &Path) -> String {
     let mut names: Vec<String> = Vec::new();
     for component in path.components() {
@@ -200,8 +200,8 @@ fn configuration(programs: &Path, memory_mib: u32, ports: &Ports) -> String {
     let (bios, vga) = ("bochs/BIOS-bochs-latest", "vgabios/vgabios.bin");
     let [out, err, control] =
         ports.each_ref().map(|fd| format!("/proc/self/fd/{}", fd.as_raw_fd()));
-    // Unknown registers must not end it, as they do by default, nor must it wait for clocks or for
-    // somebody who watches its screen. Its other displays need a terminal, or have one.
+    // By default, unknown registers end Bochs; not here. It must not wait for clocks, or for a
+    // viewer of its screen. Its other displays need a terminal, or have one.
     format!(
         "cpu: model=corei7_skylake_x, count=1, ips=100000000\n\
          cpu: ignore_bad_msrs=1, reset_on_triple_fault=0\n\

@@ -1,4 +1,4 @@
-//! A nested host that runs: what comes from it, and its end.
+//! Watches a running nested host: passes on its output, and waits for its end.
 
 use std::fs;
 use std::io::{self, BufRead as _, BufReader, PipeReader, Read as _};
@@ -18,11 +18,11 @@ use crate::progress::Progress;
 pub enum Ended {
     /// The command ended, with this status.
     Exit(u8),
-    /// It did not, for this reason.
+    /// There is no status, for this reason.
     Trouble(String),
 }
 
-/// Where the command's output goes.
+/// Destination of the command's output.
 pub enum Output<'a> {
     /// Standard output and standard error of this program.
     PassedOn,
@@ -30,7 +30,7 @@ pub enum Output<'a> {
     Lines(&'a mut (dyn FnMut(&str) + Send)),
 }
 
-/// What a thread that reads from the host has to say.
+/// Message from a thread that reads from the host.
 enum Said {
     Control(String),
     Line(String),
@@ -66,9 +66,9 @@ pub fn pipes(output: &Output<'_>) -> io::Result<(Streams, Ports)> {
 pub struct Watch<'a> {
     pub running: Running,
     pub begin: Instant,
-    /// A host that does not say "ready" within this time never will.
+    /// Time limit until the host says "ready".
     pub boot: Duration,
-    /// For all of the run.
+    /// Time limit of the run.
     pub timeout: Duration,
     /// Files whose last lines may say why the host ended, the best one first.
     pub logs: &'a [PathBuf],
@@ -76,7 +76,7 @@ pub struct Watch<'a> {
 }
 
 impl Watch<'_> {
-    /// Hands on what comes until the host ends.
+    /// Passes on the output until the host ends.
     pub fn follow(mut self, streams: Streams, output: Output<'_>) -> Result<Ended> {
         let Streams { out, err, control } = streams;
         let (send, received) = mpsc::sync_channel(64);
@@ -128,21 +128,22 @@ impl Watch<'_> {
             }
         }
         self.progress.finish();
-        // Ended by itself, or has to be: then the threads come to the end of their streams.
+        // It ended by itself, or is killed here. Then the threads reach the end of their streams.
         if end.as_ref().is_none_or(|end| matches!(end, Ended::Trouble(_))) {
             self.running.kill();
         }
         drop(received);
         self.running.wait()?;
         for thread in threads {
-            // Nothing in there panics; and its output would be all that is lost.
+            // The thread does not panic; if it did, only its output would be lost.
             let _ = thread.join();
         }
         Ok(end.unwrap_or_else(|| Ended::Trouble(crashed(self.logs))))
     }
 }
 
-/// Why a host ended without a word: the last lines of the first of these files that has any.
+/// Why a host ended without an exit status: the last lines of the first of these files that has
+/// any.
 fn crashed(logs: &[PathBuf]) -> String {
     let last = logs.iter().map(|log| last_lines(log)).find(|last| !last.is_empty());
     match last {
@@ -168,7 +169,7 @@ fn late(ready: bool, limit: Duration, timeout: Duration) -> String {
     format!("{what} within {} s{advice}", limit.as_secs())
 }
 
-/// What a word of the host's means for the end of the run.
+/// Decodes a control word of the host that ends the run.
 fn ended(word: &str) -> Option<Ended> {
     let (what, rest) = word.split_once(' ').unwrap_or((word, ""));
     let rest: String = rest.chars().filter(|c| !c.is_control()).take(200).collect();
@@ -189,7 +190,7 @@ fn ended(word: &str) -> Option<Ended> {
 fn lines(stream: PipeReader, to: &mpsc::SyncSender<Said>, what: impl Fn(String) -> Said) {
     let mut stream = BufReader::new(stream);
     let mut bytes = Vec::new();
-    // A line without an end comes in pieces.
+    // A line that is too long comes in pieces.
     while stream.by_ref().take(1 << 16).read_until(b'\n', &mut bytes).is_ok_and(|count| count > 0) {
         let line = String::from_utf8_lossy(&bytes).trim_end_matches(['\r', '\n']).to_owned();
         if to.send(what(line)).is_err() {
@@ -215,7 +216,7 @@ fn pass_on(mut stream: PipeReader, to: Stream, said: &mpsc::SyncSender<Said>) {
     let _ = said.send(if copied.is_ok() { Said::End } else { Said::Unwanted });
 }
 
-/// Writes at once what is written, so that nobody waits for the end of a line.
+/// Flushes after each write, so that incomplete lines appear at once.
 struct Flushed(io::Stdout);
 
 impl io::Write for Flushed {

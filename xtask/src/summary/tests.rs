@@ -28,13 +28,15 @@ fn harnesses_are_summed_and_skips_are_not_passes() {
          SKIPPED: a::two: there is no /dev/kvm
          successes:
          a::one
-         test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s
+         test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; \
+         finished in 0.00s
          SKIPPED: c: boots: there is no /dev/kvm
          SKIPPED: c: boots: there is no /dev/kvm
          running 2 tests
          test c: boots ... ignored
          test decodes  ... ok
-         test result: ok. 1 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s",
+         test result: ok. 1 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; \
+         finished in 0.01s",
         true,
     );
     assert_eq!(counts, "3 passed, 0 failed, 3 skipped");
@@ -88,7 +90,7 @@ fn who_fails_after_a_skip_has_failed() {
     let (counts, shown) = sum(text, false);
     assert_eq!(counts, "0 passed, 1 failed, 1 skipped");
     assert!(shown.contains(&"SKIPPED: a/part: no KVM"));
-    // One that captures nothing, with a single thread.
+    // A harness with one thread that captures nothing.
     let text = "running 3 tests
          test a ... SKIPPED: a/part: no KVM
          thread 'main' panicked
@@ -101,7 +103,8 @@ fn who_fails_after_a_skip_has_failed() {
          test panicked
          failures:
          a
-         test result: FAILED. 2 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s";
+         test result: FAILED. 2 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; \
+         finished in 0.01s";
     assert_eq!(sum(text, false).0, "2 passed, 1 failed, 1 skipped");
 }
 
@@ -159,7 +162,8 @@ fn failures_are_counted_shown_and_never_lost() {
          thread 'bad' panicked
          failures:
          bad
-         test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s",
+         test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; \
+         finished in 0.00s",
         false,
     );
     assert_eq!(counts, "1 passed, 1 failed, 0 skipped");
@@ -175,10 +179,10 @@ fn failures_are_counted_shown_and_never_lost() {
     assert_eq!(sum("error: could not compile", false).0, "0 passed, 1 failed, 0 skipped");
 }
 
-/// What a test does in a harness of its own, which is this program once more.
+/// The variable that tells a test what to do in its own harness, another run of this program.
 const DO: &str = "UMBRA_SUMMARY_TEST";
 
-/// Runs the test of this name in such a harness, as `what` says, and sums what that prints.
+/// Runs the test of this name in such a harness, doing `what`, and sums the output.
 fn summed(name: &str, what: &str, threads: &str) -> String {
     let mut command = Command::new(std::env::current_exe().unwrap());
     let output =

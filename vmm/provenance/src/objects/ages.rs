@@ -125,7 +125,9 @@ mod tests {
     proptest! {
         /// A free is never called younger than a later one, and most merged ages stay small.
         #[test]
-        fn ages_rise(steps in prop::collection::vec((any::<bool>(), any::<prop::sample::Index>()), 1..600)) {
+        fn ages_rise(
+            steps in prop::collection::vec((any::<bool>(), any::<prop::sample::Index>()), 1..600),
+        ) {
             let (mut ages, mut plain) = (Ages::default(), Vec::new());
             for (free, which) in steps {
                 if ages.is_full(plain.len()) {

@@ -452,7 +452,10 @@ pub mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read(mut entries in prop::collection::vec(entry(0..=Entry::LAST_START), 0..60), near: bool) {
+        fn what_is_written_is_read(
+            mut entries in prop::collection::vec(entry(0..=Entry::LAST_START), 0..60),
+            near: bool,
+        ) {
             if near {
                 entries.iter_mut().for_each(|entry| entry.start %= 2000);
             }

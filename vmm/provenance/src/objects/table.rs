@@ -355,7 +355,8 @@ mod tests {
                         // Objects are put in as live ones.
                         entry.state = State::Live { redzone: entry.redzone() };
                         table.put(entry);
-                        if tree.insert(entry.start, entry).is_some() { EDIT_MOST } else { INSERT_MOST }
+                        let edited = tree.insert(entry.start, entry).is_some();
+                        if edited { EDIT_MOST } else { INSERT_MOST }
                     }
                     Step::Free { start, by, keep } => {
                         let by = Origin::from_bits(by);
@@ -382,37 +383,50 @@ mod tests {
                         let before = table.checked();
                         let mut gone = Vec::new();
                         let forgotten = table.forget_oldest(some, &mut |start| gone.push(start));
-                        prop_assert_eq!(forgotten, before.iter().filter(|entry| entry.is_freed()).count().min(some));
+                        let freed = before.iter().filter(|entry| entry.is_freed()).count();
+                        prop_assert_eq!(forgotten, freed.min(some));
                         prop_assert_eq!(forgotten, gone.len());
                         let ages = |went: bool| {
                             before.iter().filter_map(|entry| match entry.state {
-                                State::Freed { age, .. } if gone.contains(&entry.start) == went => Some(age),
+                                State::Freed { age, .. }
+                                    if gone.contains(&entry.start) == went => Some(age),
                                 _ => None,
                             }).collect::<Vec<_>>()
                         };
                         let (went, stayed) = (ages(true), ages(false));
-                        prop_assert!(went.iter().max().zip(stayed.iter().min()).is_none_or(|(went, stayed)| went <= stayed));
+                        let edge = went.iter().max().zip(stayed.iter().min());
+                        prop_assert!(edge.is_none_or(|(went, stayed)| went <= stayed));
                         tree.retain(|start, _| !gone.contains(start));
                         0
                     }
                     Step::Visit => {
-                        let halve = &mut |origin: &mut Origin| *origin = Origin::from_bits(origin.bits().min(1 << 20) - origin.bits().min(1));
+                        let halve = &mut |origin: &mut Origin| {
+                            let bits = origin.bits();
+                            *origin = Origin::from_bits(bits.min(1 << 20) - bits.min(1));
+                        };
                         // Not different for each, but never longer.
                         table.visit(halve);
                         tree.values_mut().for_each(|entry| entry.visit(halve));
                         0
                     }
                 };
-                prop_assert!(table.bytes() <= bytes + most, "{} and {most}: {}", bytes, table.bytes());
+                prop_assert!(
+                    table.bytes() <= bytes + most,
+                    "{} and {most}: {}", bytes, table.bytes()
+                );
             }
             let all: Vec<_> = table.checked().into_iter().map(ageless).collect();
             prop_assert_eq!(&all, &tree.values().copied().collect::<Vec<_>>());
             let last = tree.keys().next_back().copied().unwrap_or(0);
             for start in (0..=64).map(|i| last / 64 * i + i % 3) {
-                let before = successors(table.up_to(start), |entry| table.up_to(entry.start.checked_sub(1)?));
-                prop_assert!(before.map(ageless).take(70).eq(tree.range(..=start).rev().map(|(_, e)| *e).take(70)));
+                let before = successors(table.up_to(start), |entry| {
+                    table.up_to(entry.start.checked_sub(1)?)
+                });
+                let expected = tree.range(..=start).rev().map(|(_, e)| *e);
+                prop_assert!(before.map(ageless).take(70).eq(expected.take(70)));
                 let behind = successors(table.from(start), |entry| table.from(entry.start + 1));
-                prop_assert!(behind.map(ageless).take(70).eq(tree.range(start..).map(|(_, e)| *e).take(70)));
+                let expected = tree.range(start..).map(|(_, e)| *e);
+                prop_assert!(behind.map(ageless).take(70).eq(expected.take(70)));
             }
             tree.keys().for_each(|start| table.remove(*start));
             prop_assert!(table.chunks.is_empty() && table.bytes == 0 && table.from(0).is_none());

@@ -415,7 +415,8 @@ proptest! {
         prop_assert_eq!(objects.len(), plain.len());
         for gpa in base..=base + 699 {
             let inside = plain.iter().find(|object| (object.0..object.1).contains(&gpa));
-            let found = objects.nearest(gpa, ShadowHint::Anywhere).map(|found| (found.start, found.live));
+            let found = objects.nearest(gpa, ShadowHint::Anywhere);
+            let found = found.map(|found| (found.start, found.live));
             match inside {
                 Some(object) => prop_assert_eq!(found, Some((object.0, !object.2))),
                 None => {
@@ -423,7 +424,8 @@ proptest! {
                         true => object.0 - gpa,
                         false => gpa - object.1,
                     };
-                    let found = plain.iter().find(|object| Some(object.0) == found.map(|found| found.0));
+                    let start = found.map(|found| found.0);
+                    let found = plain.iter().find(|object| Some(object.0) == start);
                     prop_assert_eq!(found.map(distance), plain.iter().map(distance).min());
                 }
             }
@@ -487,7 +489,9 @@ proptest! {
                     Some(known) => {
                         plain[known].0.3.get_or_insert(task);
                     }
-                    None if plain.iter().any(|(object, _)| object.0 < start && start < object.1) => {}
+                    None if plain
+                        .iter()
+                        .any(|(object, _)| object.0 < start && start < object.1) => {}
                     None => plain.push(((start, start + 1, None, Some(task)), None)),
                 }
             }
@@ -500,7 +504,8 @@ proptest! {
             let end = found.start + found.size.max(1);
             prop_assert_eq!((found.start, end, task(found.allocated), task(found.freed)), object);
             let previous = found.previous.map(|object| {
-                (object.start, object.start + object.size.max(1), task(object.allocated), Some(object.freed.task))
+                let end = object.start + object.size.max(1);
+                (object.start, end, task(object.allocated), Some(object.freed.task))
             });
             prop_assert_eq!(previous, before);
         }

@@ -1,7 +1,30 @@
 //! A dispatcher with a CPU, memory and slots that are not real. Its exits are made by hand.
 
-use super::*;
-use crate::sandbox::stats::{EventStats, ExitStats};
+use kvm_bindings::{kvm_regs, kvm_sregs};
+use std::sync::{Arc, Mutex};
+
+use umbra_machine::complete::Cpu;
+use umbra_machine::devices::Devices;
+use umbra_machine::memory::Ram;
+use umbra_machine::vcpu::{Data, VcpuError, VmExit, XsaveArea};
+use umbra_provenance::{Objects, Provenance, Quarantine};
+use umbra_report::Finding;
+use umbra_report::symbols::Symbols;
+use umbra_shadow::abi::{CallNumber, PORT};
+use vm_memory::GuestAddress;
+
+use super::{CPU, RAM};
+use crate::sandbox::console::ConsoleWatch;
+use crate::sandbox::context::{ExitContext, Flow, GuestCpu, OtherVcpus};
+use crate::sandbox::counts::{EventStats, ExitStats};
+use crate::sandbox::dispatch::{Dispatcher, Parts};
+use crate::sandbox::guest_info::GuestInfo;
+use crate::sandbox::marks::Marks;
+use crate::sandbox::session::Session;
+use crate::sandbox::shadow_host::ShadowHost;
+use crate::sandbox::watch::Watch;
+use crate::sandbox::{Observer, Outcome};
+use crate::shadow::{Layout, Mode, Notify, SlotError, Slots, Windows, WindowsConfig};
 
 /// Registers, and what was done to them.
 #[derive(Default)]
@@ -139,7 +162,7 @@ impl Bench {
         Self::make(mode, notify, limit, stop_at, Quarantine::new(0, 1), false)
     }
 
-    /// One with such a quarantine, whose guest may be Linux.
+    /// A bench with a quarantine, whose guest may be Linux.
     pub(super) fn with(mode: Mode, notify: Notify, quarantine: Quarantine, linux: bool) -> Self {
         Self::make(Some(mode), notify, None, None, quarantine, linux)
     }

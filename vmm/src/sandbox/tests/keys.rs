@@ -1,13 +1,17 @@
 //! Calls about virtual memory with shadow of its own, and what is found there.
 
-use umbra_shadow::abi::{MemoryUse, Slot, VIRTUAL_UNIT};
+use umbra_report::Finding;
+use umbra_shadow::abi::{self, CallNumber, MemoryUse, NameKind, Slot, VIRTUAL_UNIT};
 use umbra_shadow::codes::{STACK_LEFT, STACK_RIGHT, VMALLOC_INVALID};
+use vm_memory::GuestAddress;
 
-use super::*;
+use super::RAM;
+use super::bench::*;
+use crate::shadow::{Mode, Notify};
 
 const VA: u64 = 0xffff_c900_0000_3000;
 const LEN: u64 = 0x20_0000;
-/// What `VA` gets first with this much RAM.
+/// The first key, for `VA`, with this much RAM.
 const KEY: u64 = RAM + 0x3000;
 
 #[test]
@@ -49,7 +53,7 @@ fn virtual_memory_gets_a_key_once() {
             bench.call(CallNumber::VirtualAdd, [VA + LEN, 0x1000, 0, 0]),
             RAM + VIRTUAL_UNIT + 0x20_3000
         );
-        // What is no memory holds no rings, and what is not mapped no names.
+        // A ring cannot lie behind a key, and a name must be mapped.
         assert_eq!(
             bench.call(CallNumber::Name, [NameKind::Task.into(), VA, 4 | 8 << 32, 0]),
             abi::ERR_ARGUMENT
@@ -65,7 +69,7 @@ fn virtual_memory_gets_a_key_once() {
 /// A kind, a first bad address, and an object's start and size.
 type Found = (&'static str, u64, Option<(u64, u64)>);
 
-/// What was found.
+/// The findings.
 fn found(bench: &Bench) -> Vec<Found> {
     let heard = bench.heard.0.lock().unwrap();
     let object = |f: &Finding| f.object.as_ref().map(|o| (o.start, o.size));

@@ -5,7 +5,7 @@ use umbra_shadow::codes::VMALLOC_INVALID;
 
 use super::*;
 
-/// Where the guest has it, and how many bytes: neither end at a unit's.
+/// Its address and bytes: neither end is at a unit's end.
 const VA: u64 = 0xffff_c900_0012_3000;
 const LEN: u64 = VIRTUAL_UNIT + 0x5000;
 /// The end of the guest's RAM.
@@ -88,7 +88,7 @@ fn the_guest_reaches_its_shadow_when_it_has_it() {
         assert_eq!(guest.slots.live(), slots + usize::from(mode == Mode::PerPage));
         for gpa in places(&guest) {
             let before = guest.load(gpa).unwrap();
-            // Byte shadow of a page that is not byte-checked says nothing.
+            // Byte shadow of a page that is not byte-checked is not used.
             let says_nothing = mode == Mode::PerPage && gpa >= guest.windows.byte_window().gpa;
             assert_eq!(before, if says_nothing { 0 } else { VMALLOC_INVALID }, "{mode:?} {gpa:#x}");
             let outcome = guest.store(gpa, 7).unwrap();
@@ -117,8 +117,7 @@ fn keys_are_handed_out_once() {
     assert_eq!(guest.windows.model().state(rest + all - 2 * VIRTUAL_UNIT - 1), VMALLOC_INVALID);
 }
 
-/// RAM bounds its own shadow. Virtual memory has no such bound, so there is one without being asked
-/// for.
+/// RAM bounds its own shadow. Virtual memory has no such bound, so there is a default limit.
 #[test]
 fn there_is_a_limit_without_one() {
     for mode in [Mode::PerPage, Mode::Full] {
@@ -137,7 +136,7 @@ fn there_is_a_limit_without_one() {
     }
 }
 
-/// A slot that KVM refuses takes nothing with it.
+/// A slot that KVM refuses changes nothing.
 #[test]
 fn a_refused_slot_is_an_error() {
     let mut guest = Guest::new(RAM, Mode::PerPage, Notify::Ring, None);

@@ -1,0 +1,69 @@
+//! What all threads of a run share.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use parking_lot::{Mutex, MutexGuard};
+use umbra_machine::stats::Counters;
+use umbra_machine::{Machine, SlotId};
+use vm_memory::GuestAddress;
+
+use super::dispatch::Dispatcher;
+use super::vcpus::Vcpus;
+use crate::shadow::{SlotError, Slots};
+
+/// Time limit for getting at the state when the run ends.
+const LOCK_LIMIT: Duration = Duration::from_secs(2);
+
+/// The machine's memory slots, for the shadow.
+pub(super) struct MachineSlots<'a>(pub &'a Machine);
+
+impl Slots for MachineSlots<'_> {
+    fn map(&mut self, gpa: u64, host: *mut u8, len: u64, readonly: bool) -> Result<u32, SlotError> {
+        // SAFETY: `Shared` drops the machine before the windows, and the vCPUs' threads hold both;
+        // shadow is memory that is meant for the guest to write. If the windows fail while they are
+        // made, they are dropped first, but then no vCPU ever runs.
+        let slot = unsafe { self.0.map(GuestAddress(gpa), host, len, readonly) };
+        slot.map(SlotId::into_raw).map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
+    }
+
+    fn unmap(&mut self, slot: u32) -> Result<(), SlotError> {
+        self.0
+            .unmap(SlotId::from_raw(slot))
+            .map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
+    }
+}
+
+/// What all threads of a run share. Fields are dropped in this order: the machine, whose memory
+/// slots lie in the windows, before them.
+pub(super) struct Shared {
+    pub(super) machine: Machine,
+    pub(super) vcpus: Vcpus,
+    pub(super) counters: Option<Arc<Counters>>,
+    /// All threads are to end.
+    pub(super) stop: AtomicBool,
+    /// The user typed the key that ends the run.
+    pub(super) quit: AtomicBool,
+    /// The state. The lock is fair: a vCPU that makes one exit after the other does not keep the
+    /// others waiting. A panic does not poison it. The panic shows when its thread is joined, and
+    /// the findings are still good.
+    pub(super) dispatcher: Mutex<Dispatcher>,
+}
+
+impl Shared {
+    /// The state.
+    pub(super) fn dispatcher(&self) -> MutexGuard<'_, Dispatcher> {
+        self.dispatcher.lock()
+    }
+
+    /// The state, if no other thread has it.
+    pub(super) fn try_dispatcher(&self) -> Option<MutexGuard<'_, Dispatcher>> {
+        self.dispatcher.try_lock()
+    }
+
+    /// The state, unless a vCPU's thread keeps it: it may be writing to a pipe that nobody reads.
+    pub(super) fn dispatcher_in_time(&self) -> Option<MutexGuard<'_, Dispatcher>> {
+        self.dispatcher.try_lock_for(LOCK_LIMIT)
+    }
+}

@@ -1,0 +1,112 @@
+//! The thread of a vCPU: runs it and handles its exits until the run ends.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::mpsc::SyncSender;
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use umbra_machine::vcpu::{Vcpu, VmExit};
+
+use super::Outcome;
+use super::context::{ExitContext, Flow, OtherVcpus};
+use super::shared::{MachineSlots, Shared};
+use super::vcpus::Vcpus;
+
+/// Pauses the other vCPUs for one that handles an exit; they continue when it is dropped.
+struct PauseGuard<'a> {
+    vcpus: &'a Vcpus,
+    me: usize,
+    stop: &'a AtomicBool,
+    paused: bool,
+}
+
+impl OtherVcpus for PauseGuard<'_> {
+    fn pause(&mut self) -> Result<(), Outcome> {
+        if !self.paused {
+            self.vcpus.pause(self.me, self.stop).map_err(|id| Outcome::Unstoppable { id })?;
+            self.paused = true;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for PauseGuard<'_> {
+    fn drop(&mut self) {
+        self.vcpus.resume();
+    }
+}
+
+/// Sends how the run ended. Sends `None` when its thread ends, also by a panic.
+struct OutcomeSender(SyncSender<Option<Outcome>>);
+
+impl Drop for OutcomeSender {
+    fn drop(&mut self) {
+        // If this thread took too long to end, nobody receives it.
+        let _ = self.0.send(None);
+    }
+}
+
+/// Starts a thread that runs `vcpu` until the run ends. If this vCPU ends it, the outcome goes to
+/// `sender`; each thread sends `None` as its last value. The channel holds two values for each
+/// vCPU.
+pub(super) fn spawn(
+    mut vcpu: Vcpu,
+    shared: Arc<Shared>,
+    sender: SyncSender<Option<Outcome>>,
+) -> std::io::Result<JoinHandle<()>> {
+    let name = format!("vcpu{}", vcpu.id());
+    thread::Builder::new().name(name).spawn(move || {
+        let sender = OutcomeSender(sender);
+        run(&mut vcpu, &shared, &sender);
+    })
+}
+
+fn run(vcpu: &mut Vcpu, shared: &Shared, sender: &OutcomeSender) {
+    let id = usize::from(vcpu.id());
+    let Shared { vcpus, machine, .. } = shared;
+    // When it last came out of the guest.
+    let mut out: Option<Instant> = None;
+    while !shared.stop.load(SeqCst) {
+        if !vcpus.enter(id) {
+            // Waits until the vCPU that paused this one has handled its exit.
+            drop(shared.dispatcher());
+            continue;
+        }
+        if let Some(out) = out.take() {
+            vcpus.add_outside(out.elapsed());
+        }
+        let exit = vcpu.run();
+        out = Some(Instant::now());
+        vcpus.leave(id);
+        if let Ok(VmExit::Interrupted) = exit {
+            vcpus.note_halted(vcpu);
+            continue;
+        }
+        let mut dispatcher = shared.dispatcher();
+        if vcpus.has_ended() {
+            return;
+        }
+        let flow = match exit {
+            Ok(exit) => {
+                let mut slots = MachineSlots(machine);
+                // Dropped before the lock.
+                let mut others = PauseGuard { vcpus, me: id, stop: &shared.stop, paused: false };
+                let mut context = ExitContext {
+                    id: vcpu.id(),
+                    cpu: vcpu,
+                    ram: machine.ram(),
+                    slots: &mut slots,
+                    others: &mut others,
+                };
+                dispatcher.dispatch(exit, &mut context)
+            }
+            Err(error) => Flow::End(error.into()),
+        };
+        if let Flow::End(outcome) = flow {
+            vcpus.set_ended();
+            let _ = sender.0.send(Some(outcome));
+            return;
+        }
+    }
+}
