@@ -15,25 +15,28 @@ use tempfile::TempDir;
 pub(super) struct Cost {
     /// Of guest, program and kernel together, from the program's start to its end.
     pub(super) whole: f64,
+    /// What the host did from the guest's first instruction to its end, whatever the process. The
+    /// CPU is the only one and a guest that is measured never waits, so it is the clock's time. It
+    /// repeats better than `whole`, which has a process's start and end in it.
+    pub(super) running: f64,
     /// Of the program and the kernel while the guest did not run.
     pub(super) outside: f64,
     /// `--stats`.
     pub(super) stats: Value,
 }
 
-/// Runs that the cheapest is taken of.
-const RUNS: usize = 5;
-
-/// The cheapest of a few runs: interrupts of the kernel's own come in between.
+/// The cheapest of three runs: interrupts of the kernel's own come in between.
 ///
 /// # Errors
 /// As [`run`].
 pub(super) fn cheapest(program: &Path, kernel: &Path, arguments: &[&str]) -> Result<Cost> {
     let mut best = run(program, kernel, arguments)?;
-    for _ in 1..RUNS {
+    for _ in 1..3 {
         let other = run(program, kernel, arguments)?;
-        if other.whole < best.whole {
-            best = other;
+        best.whole = best.whole.min(other.whole);
+        best.outside = best.outside.min(other.outside);
+        if other.running < best.running {
+            (best.running, best.stats) = (other.running, other.stats);
         }
     }
     Ok(best)
@@ -64,9 +67,12 @@ pub(super) fn run(program: &Path, kernel: &Path, arguments: &[&str]) -> Result<C
     );
     let text = fs::read(&stats).context("there are no --stats")?;
     let stats: Value = serde_json::from_slice(&text).context("--stats is not JSON")?;
-    let outside = stats.pointer("/host/outside_seconds").and_then(Value::as_f64);
-    let outside = outside.context("--stats has no outside_seconds")? * 1e9;
-    Ok(Cost { whole, outside, stats })
+    let of_host = |key: &str| {
+        let seconds = stats.pointer(&format!("/host/{key}")).and_then(Value::as_f64);
+        seconds.map(|seconds| seconds * 1e9).with_context(|| format!("--stats has no {key}"))
+    };
+    let (running, outside) = (of_host("seconds")?, of_host("outside_seconds")?);
+    Ok(Cost { whole, running, outside, stats })
 }
 
 /// Has this process's next program laid out the same way each time: what is mapped where decides

@@ -36,7 +36,7 @@ struct Arguments {
     #[arg(long, hide = true, value_name = "PROGRAM")]
     measure: Option<PathBuf>,
     /// Where the figures are left
-    #[arg(long, hide = true, value_name = "FOLDER", default_value = crate::suite::FOLDER)]
+    #[arg(long, hide = true, value_name = "FOLDER", default_value = crate::program::FOLDER)]
     folder: PathBuf,
     /// What the figures depend on besides this repository
     #[arg(long, hide = true, default_value = "unknown")]
@@ -127,7 +127,7 @@ fn report(arguments: &Arguments) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let compared = gate.compare_nested(&arguments.versions, &figures);
-    crate::suite::tell_compared(&compared);
+    compared.print();
     // Figures of another QEMU or kernel are compared with nothing, which is no failure.
     Ok(if compared.worse.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }

@@ -20,9 +20,9 @@ const CONFIGURATIONS: [(&str, &[&str]); 4] = [
 /// Operations of the two runs whose costs are compared: half of them allocations, half frees.
 const OPERATIONS: [u64; 2] = [20_000, 60_000];
 /// The same where each is an exit or two.
-const OPERATIONS_SYNC: [u64; 2] = [2_000, 22_000];
+const OPERATIONS_SYNC: [u64; 2] = [2_000, 12_000];
 /// Exits of the two runs.
-const EXITS: [u64; 2] = [100, 40_100];
+const EXITS: [u64; 2] = [100, 10_100];
 /// First touches of byte shadow of the two runs; there are 64 at most.
 const FAULTS: [u64; 2] = [4, 60];
 
@@ -48,7 +48,7 @@ pub(super) fn figures(program: &Path, tick: impl Fn(&str)) -> Result<Vec<Measure
         let run = |count| churn(program, &kernel, options, count);
         let [few, many] = [run(operations[0])?, run(operations[1])?];
         let of = |part: fn(&Cost) -> f64| slope(part(&few), part(&many), operations);
-        all.push(Measured::new(CHURN, format!("{name}: whole host"), of(|cost| cost.whole)));
+        all.push(Measured::new(CHURN, format!("{name}: whole host"), of(|cost| cost.running)));
         all.push(Measured::new(
             CHURN,
             format!("{name}: outside the guest"),
@@ -64,7 +64,7 @@ pub(super) fn figures(program: &Path, tick: impl Fn(&str)) -> Result<Vec<Measure
     tick("an exit");
     let exit = |count| cheapest(program, &file("exits", &exits_after(count))?, &["--shadow=off"]);
     let [few, many] = [exit(EXITS[0])?, exit(EXITS[1])?];
-    let each = slope(few.whole, many.whole, EXITS);
+    let each = slope(few.running, many.running, EXITS);
     all.push(Measured::new(ONCE, "an exit to Umbra and back".into(), each));
     tick("a shadow fault");
     let fault = |count| {
@@ -72,7 +72,7 @@ pub(super) fn figures(program: &Path, tick: impl Fn(&str)) -> Result<Vec<Measure
         cheapest(program, &kernel, &[&words])
     };
     let [few, many] = [fault(FAULTS[0])?, fault(FAULTS[1])?];
-    let each = slope(few.whole, many.whole, FAULTS);
+    let each = slope(few.running, many.running, FAULTS);
     all.push(Measured::new(ONCE, "a first touch of 2 MiB, its promotion included".into(), each));
     Ok(all)
 }
