@@ -38,7 +38,7 @@ macro_rules! skip_part {
     }};
 }
 
-/// What is in a `Result`. If it is an error, that is why the test ends as skipped.
+/// The value of a `Result`. Ends the test as skipped if it is an error, which is the reason.
 #[macro_export]
 macro_rules! need {
     ($result:expr) => {
@@ -59,7 +59,7 @@ macro_rules! need_cpu {
     )+};
 }
 
-/// The name of the test that this stands in, as its harness gives it.
+/// The name of the test around this, as its harness gives it.
 #[macro_export]
 macro_rules! test_name {
     () => {{
@@ -73,8 +73,8 @@ macro_rules! test_name {
 /// The thread has that name too, but not if the harness has a single thread.
 ///
 /// # Panics
-/// The thread is another test's: the function is not the test, but called by it, so its name would
-/// mean nothing to the harness.
+/// The thread belongs to another test: the function is not the test, but called by it, and the
+/// harness does not know its name.
 #[doc(hidden)]
 pub fn name_of(here: &'static str) -> &'static str {
     let path = here.strip_suffix("::here").unwrap_or(here);

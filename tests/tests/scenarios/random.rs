@@ -10,7 +10,7 @@ use umbra::shadow::Notify;
 
 use super::{CONFIGURATIONS, MEMORY, PER_PAGE, Screen};
 
-/// The kernel's random operations, and what came of them on both sides.
+/// Runs the kernel's random operations, and compares its counts with the findings.
 fn random(shadow: ShadowMode, notify: Notify, operations: u64, seed: u64, tell_each: u64) {
     let console = Screen::default();
     let config = Config {
@@ -40,7 +40,7 @@ fn random(shadow: ShadowMode, notify: Notify, operations: u64, seed: u64, tell_e
     assert_eq!(done, operations);
     assert!(good > 4 * operations && planted > 2 * operations, "{first}");
     assert_eq!(wrong, "0 missed, 0 false, 0 corrupt");
-    // Each bug that was not only counted is a finding of its kind, and there are no others.
+    // Each reported bug is a finding of its kind, and there are no others.
     let seen = |kinds: &[&str]| -> u64 {
         report
             .findings
