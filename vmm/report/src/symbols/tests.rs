@@ -1,5 +1,5 @@
-//! The files are real: this test program itself, and a small kernel-like program that `cc` (which
-//! Rust links with, so it is there) makes of the sources below.
+//! The files are real: this test program itself, and a small kernel-like program that `cc` (Rust's
+//! linker, so it is there) makes from the sources below.
 
 use std::path::Path;
 use std::process::Command;
