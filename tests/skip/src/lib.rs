@@ -1,21 +1,20 @@
 //! The one way to say that something was skipped, which `cargo xtask test` counts.
 //!
-//! A test that cannot run here says so with [`need!`], [`need_cpu!`] or [`skip!`] and ends. A test
-//! that lacks a part only says so with [`skip_part!`] and goes on: the part counts as skipped, the
-//! test as passed.
+//! A test that cannot run here ends by [`need!`], [`need_cpu!`] or [`skip!`]. A test that lacks
+//! only a part calls [`skip_part!`] and goes on: the part counts as skipped, the test as passed.
 
 use std::fmt::Display;
 use std::thread;
 
 const WORD: &str = "SKIPPED: ";
 
-/// The line that says what was skipped and why: `SKIPPED: what: why`.
+/// The line about a skipped test: `SKIPPED: what: why`.
 pub fn line(what: impl Display, why: impl Display) -> String {
     format!("{WORD}{what}: {why}").replace('\n', " ")
 }
 
-/// The part of a line that says `what: why`, if the line says that something was skipped. It may
-/// begin in the middle, because a harness may print the name of a test without ending the line.
+/// The part `what: why` of a line about a skipped test. It may begin in the middle, because a
+/// harness may print the name of a test without ending the line.
 pub fn said(line: &str) -> Option<&str> {
     line.split_once(WORD).map(|(_, said)| said)
 }
@@ -29,7 +28,7 @@ macro_rules! skip {
     }};
 }
 
-/// Says that a part of the test is skipped. Takes the part's name, and the reason like `println!`.
+/// Marks a part of the test as skipped. Takes the part's name, and the reason like `println!`.
 #[macro_export]
 macro_rules! skip_part {
     ($part:expr, $($why:tt)+) => {{

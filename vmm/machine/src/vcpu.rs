@@ -346,7 +346,7 @@ impl Vcpu {
             PendingRead::None => return,
             PendingRead::Port { offset, len } => (self.run_area(offset, len), len),
             PendingRead::Mmio { len } => {
-                // SAFETY: `read` says that the last exit was MMIO.
+                // SAFETY: `read` shows that the last exit was MMIO.
                 let mmio = unsafe { &mut self.fd.get_kvm_run().__bindgen_anon_1.mmio };
                 (mmio.data.get_mut(..usize::from(len)), len)
             }
