@@ -5,7 +5,7 @@
  * Link libumbra_rt.a, compile with -fsanitize=kernel-address (flags: guest/c/umbra.mk), and at
  * start:
  *
- *   1. umbra_discover()            looks for Umbra, and finds out where its shadow windows are
+ *   1. umbra_discover()            looks for Umbra and its shadow windows
  *   2. map umbra_mappings()        for every linear region (direct map, kernel image), read-write,
  *      cached
  *   3. umbra_region_add()          for each of them
@@ -354,10 +354,9 @@ void umbra_name_task(uint32_t id, const char *name, uint64_t len);
 bool umbra_page_fault(struct umbra_trap *trap);
 
 /*
- * Reports a bad access that the kernel found itself, by a fault: a stack that has grown into its
- * guard page, for example. The shadow at `address` decides the kind of bug; poison a guard page
- * with UMBRA_STACK_GUARD. `trap` holds the registers at the fault, where the stack of the report
- * begins.
+ * Reports a bad access that the kernel found by a fault, such as a stack that has grown into its
+ * guard page. The shadow at `address` decides the kind of bug; poison a guard page with
+ * UMBRA_STACK_GUARD. `trap` holds the registers at the fault, where the stack of the report begins.
  */
 void umbra_report(uint64_t address, uint64_t bytes, bool write, const struct umbra_trap *trap);
 

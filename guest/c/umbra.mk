@@ -11,17 +11,18 @@ UMBRA ?= $(dir $(lastword $(MAKEFILE_LIST)))
 UMBRA_LIB := $(UMBRA)/libumbra_rt.a
 
 # No vector registers; frame pointers, which reports walk; addresses in the highest 2 GiB.
-UMBRA_CFLAGS := -I$(UMBRA) -ffreestanding -fno-pic -fno-pie -mcmodel=kernel -mno-red-zone -mgeneral-regs-only \
-	-fno-omit-frame-pointer -fno-optimize-sibling-calls -fno-stack-protector -fcf-protection=none \
-	-fno-asynchronous-unwind-tables
+UMBRA_CFLAGS := -I$(UMBRA) -ffreestanding -fno-pic -fno-pie -mcmodel=kernel -mno-red-zone \
+	-mgeneral-regs-only -fno-omit-frame-pointer -fno-optimize-sibling-calls \
+	-fno-stack-protector -fcf-protection=none -fno-asynchronous-unwind-tables
 
 # Every check is a call. There are redzones around stack variables, globals and alloca, and checks
 # for use after scope. With this offset the compiler's own stores to a stack's shadow go where the
 # runtime looks: to the address shifted right arithmetically by 3.
 ifneq (,$(findstring clang,$(shell $(CC) --version)))
 UMBRA_SANITIZE := -fsanitize=kernel-address $(addprefix -mllvm -asan-, \
-	instrumentation-with-call-threshold=0 max-inline-poisoning-size=0 mapping-offset=0xe000000000000000 \
-	stack=1 globals=1 use-after-scope=1 instrument-dynamic-allocas=1)
+	instrumentation-with-call-threshold=0 max-inline-poisoning-size=0 \
+	mapping-offset=0xe000000000000000 stack=1 globals=1 use-after-scope=1 \
+	instrument-dynamic-allocas=1)
 else
 UMBRA_SANITIZE := -fsanitize=kernel-address -fasan-shadow-offset=0xe000000000000000 \
 	-fsanitize-address-use-after-scope $(addprefix --param asan-, \

@@ -1,5 +1,5 @@
-//! The byte shadow: one value per granule. The full model uses it for all pages, the two-level model
-//! for some.
+//! The byte shadow: one value per granule. The full model uses it for all pages, the two-level
+//! model for byte-checked ones.
 
 use crate::codes::{GRANULE, GRANULE_SHIFT};
 use crate::memory::ShadowMemory;
@@ -18,14 +18,14 @@ fn valid_bytes(value: u8) -> u64 {
     }
 }
 
-/// Whether `more` bytes behind `addr`, less than a page, are in the same granule. (The sum becomes a
-/// test of alignment where the compiler knows `more`.)
+/// Whether `more` bytes behind `addr`, less than a page, are in the same granule. (With a constant
+/// `more` the compiler makes a test of alignment of it.)
 #[inline]
 pub(crate) fn stays(addr: u64, more: u64) -> bool {
     (addr & MASK) + more < GRANULE
 }
 
-/// Whether an access to a single granule passes. `last` is its last byte, and `value` the byte
+/// Whether an access to a single granule is good. `last` is its last byte, and `value` the byte
 /// shadow of the granule.
 #[inline]
 pub(crate) fn passes(value: u8, last: u64) -> bool {
@@ -87,8 +87,7 @@ fn after(old: u8, start: u64, end: u64, value: u8) -> u8 {
         return if end > valid { (end & MASK) as u8 } else { old };
     }
     if end < valid {
-        // Valid bytes are behind the part, which no value can express. Memory in use must not be
-        // reported.
+        // No value can express valid bytes behind the part. Memory in use must not be reported.
         old
     } else if start == 0 {
         value

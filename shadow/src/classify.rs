@@ -30,7 +30,7 @@ pub enum BugKind {
     StackOutOfBounds,
     /// Beside an `alloca` region.
     AllocaOutOfBounds,
-    /// In virtual memory that is not allocated, or behind what was asked for.
+    /// In virtual memory that is not allocated, or behind the requested bytes.
     VmallocOutOfBounds,
     /// In a stack variable whose scope has ended.
     UseAfterScope,
@@ -75,7 +75,7 @@ impl BugKind {
         }
     }
 
-    /// The kind of a bad free, which the access alone decides; the memory may be valid.
+    /// The kind of a bad free. The access alone decides it; the memory may be valid.
     pub const fn of_free(access: Access) -> Option<Self> {
         match access {
             Access::DoubleFree => Some(Self::DoubleFree),
@@ -95,8 +95,7 @@ impl BugKind {
             GLOBAL_REDZONE => Self::GlobalOutOfBounds,
             STACK_LEFT | STACK_MID | STACK_RIGHT | STACK_PARTIAL => Self::StackOutOfBounds,
             ALLOCA_LEFT | ALLOCA_RIGHT => Self::AllocaOutOfBounds,
-            // Or `VMALLOC_INVALID`, which has the same value: the shadow does not know where stacks
-            // are.
+            // `VMALLOC_INVALID` has the same value, and the shadow does not know where stacks are.
             USE_AFTER_SCOPE => Self::UseAfterScope,
             _ => Self::Unknown,
         }

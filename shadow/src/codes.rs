@@ -46,7 +46,7 @@ pub const GLOBAL_REDZONE: u8 = 0xF9;
 /// A stack variable whose scope has ended.
 pub const USE_AFTER_SCOPE: u8 = 0xF8;
 /// Virtual memory that belongs to no allocation, or is behind the bytes asked for (Linux's
-/// `KASAN_VMALLOC_INVALID`). [`USE_AFTER_SCOPE`] has the same value; Linux gave that code up before
+/// `KASAN_VMALLOC_INVALID`). [`USE_AFTER_SCOPE`] has the same value; Linux removed that code before
 /// it introduced this one. The address decides which of them is meant.
 pub const VMALLOC_INVALID: u8 = 0xF8;
 /// Redzone left of the first variable of a stack frame.
@@ -57,7 +57,7 @@ pub const STACK_MID: u8 = 0xF2;
 pub const STACK_RIGHT: u8 = 0xF3;
 /// Partial redzone of a stack variable (older compilers).
 pub const STACK_PARTIAL: u8 = 0xF4;
-/// A stack frame that has been returned from (compilers that keep such frames; kernels have none).
+/// A frame whose function has returned (from compilers that keep such frames; kernels have none).
 pub const STACK_AFTER_RETURN: u8 = 0xF5;
 /// Redzone left of an `alloca` region.
 pub const ALLOCA_LEFT: u8 = 0xCA;
@@ -67,7 +67,14 @@ pub const ALLOCA_RIGHT: u8 = 0xCB;
 /// Whether a compiler may store this value in the byte shadow of a stack: valid bytes, and the
 /// codes of stacks.
 pub const fn on_stack(value: u8) -> bool {
-    matches!(value, 0..GRANULE_U8 | STACK_LEFT..=STACK_AFTER_RETURN | USE_AFTER_SCOPE | ALLOCA_LEFT | ALLOCA_RIGHT)
+    matches!(
+        value,
+        0..GRANULE_U8
+            | STACK_LEFT..=STACK_AFTER_RETURN
+            | USE_AFTER_SCOPE
+            | ALLOCA_LEFT
+            | ALLOCA_RIGHT
+    )
 }
 
 const GRANULE_U8: u8 = GRANULE as u8;

@@ -15,7 +15,7 @@ pub struct Full<M> {
 }
 
 impl<M: ShadowMemory> Full<M> {
-    /// A model over what `memory` holds.
+    /// A model over the shadow in `memory`.
     pub const fn new(memory: M) -> Self {
         Self { memory }
     }

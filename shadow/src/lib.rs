@@ -2,8 +2,8 @@
 //! hypercall ABI.
 //!
 //! The crate has no state and no dependencies: kernels compile it in. The model runs over a
-//! [`memory::ShadowMemory`]. That is the guest windows in the guest runtime, host memory in the VMM,
-//! and plain vectors in tests.
+//! [`memory::ShadowMemory`]. That is the guest windows in the guest runtime, host memory in the
+//! VMM, and plain vectors in tests.
 #![no_std]
 #![forbid(unsafe_code)]
 

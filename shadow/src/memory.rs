@@ -4,31 +4,30 @@ use crate::codes::PAGE_BUSY;
 
 /// Storage for shadow bytes.
 ///
-/// Every method takes *addresses of checked memory*, not of shadow: the implementation turns them
-/// into positions. A guest's implementation adds window offsets to virtual addresses; those of the
-/// VMM and the tests index host memory by guest-physical address. Callers (the models of this crate)
-/// only pass addresses from [`ShadowMemory::base`] to below [`ShadowMemory::limit`], and ranges that end
+/// Every method takes *addresses of checked memory*, not of shadow: the implementation translates
+/// them. A guest's implementation adds window offsets to virtual addresses; those of the VMM and
+/// the tests index host memory by guest-physical address. Callers (the models of this crate) only
+/// pass addresses from [`ShadowMemory::base`] to below [`ShadowMemory::limit`], and ranges that end
 /// at or below it. Both are multiples of the page size (but see `limit`), so a page is checked as a
 /// whole or not at all.
 ///
 /// **Memory that several CPUs use at once**, such as a guest's windows, has more requirements:
 ///
 /// - Stores must reach memory in program order: volatile or atomic stores, also in the setters of
-///   many.
+///   ranges.
 /// - [`claim_page`](ShadowMemory::claim_page) must be one atomic compare-and-exchange. Two objects
 ///   may share a page and belong to two CPUs; if both promoted it, the second fill would undo what
 ///   the first wrote.
-/// - [`wait_page`](ShadowMemory::wait_page) must wait, for as long as the page is
-///   [`PAGE_BUSY`]. So a change of the shadow must not be interrupted by code that is
-///   checked: it runs with interrupts off.
+/// - [`wait_page`](ShadowMemory::wait_page) must wait as long as the page is [`PAGE_BUSY`]. So
+///   checked code must not interrupt a change of the shadow: changes run with interrupts off.
 ///
-/// Two changes of the same granule, or of a whole page and a part of it, are not safe against each
-/// other. Allocators give neither to two owners.
+/// Two changes of the same granule, or of a whole page and a part of it, must not run at once.
+/// Allocators give neither to two owners.
 pub trait ShadowMemory {
-    /// The lowest address that is checked.
+    /// The lowest checked address.
     fn base(&self) -> u64;
-    /// The first address beyond what is checked, or `u64::MAX` if the last byte of the address
-    /// space is.
+    /// The first address behind the checked ones, or `u64::MAX` if the last byte of the address
+    /// space is checked.
     fn limit(&self) -> u64;
 
     /// The page shadow of the page that holds `addr`.
@@ -54,11 +53,11 @@ pub trait ShadowMemory {
         unchanged
     }
 
-    /// Waits for the end of a promotion: the page shadow of the page that holds `addr`, which was
-    /// [`PAGE_BUSY`] a moment ago. If it still is, the models read the byte shadow.
+    /// Waits for the end of a promotion. Returns the page shadow of the page that holds `addr`,
+    /// which was [`PAGE_BUSY`] a moment ago. If it still is, the models read the byte shadow.
     ///
-    /// The default is for memory that one CPU uses at a time, and for the VMM, which never waits for
-    /// a guest.
+    /// The default is for memory that one CPU uses at a time, and for the VMM, which never waits
+    /// for a guest.
     #[cold]
     fn wait_page(&self, addr: u64) -> u8 {
         self.page(addr)

@@ -1,11 +1,11 @@
 //! The interface of a shadow model, for every layout.
 //!
-//! A granule (8 bytes) can only say "the first N bytes are valid". So changes are rounded:
+//! A granule (8 bytes) can only express "the first N bytes are valid". So changes are rounded:
 //!
-//! - **poison**: in each granule the covered bytes become invalid. If a valid byte is behind them in
-//!   the same granule, the granule does not change. A bug may be missed there, but memory in use is
-//!   never reported. A granule that has no valid byte left, and is covered from its first byte on,
-//!   gets the code.
+//! - **poison**: in each granule the covered bytes become invalid. If a valid byte is behind them
+//!   in the same granule, the granule does not change. A bug may be missed there, but memory in use
+//!   is never reported. A granule that has no valid byte left, and is covered from its first byte
+//!   on, gets the code.
 //! - **unpoison**: in each granule every byte up to the end of the covered part becomes valid.
 //!
 //! [`TwoLevel`](crate::two_level::TwoLevel) and [`Full`](crate::full::Full) give the same answers.
@@ -15,10 +15,10 @@ use crate::violation::{RangeError, Violation};
 
 /// A shadow over some memory.
 pub trait Shadow {
-    /// Where the shadow bytes live.
+    /// The storage of the shadow bytes.
     type Memory: ShadowMemory;
 
-    /// Where the shadow bytes live.
+    /// The shadow bytes.
     fn memory(&self) -> &Self::Memory;
 
     /// Makes `len` bytes from `addr` on invalid; `code` says why.
@@ -34,9 +34,9 @@ pub trait Shadow {
     /// The range wraps or has addresses without shadow. No bytes are always in range.
     fn unpoison(&mut self, addr: u64, len: u64) -> Result<(), RangeError>;
 
-    /// Makes the pages that hold `len` bytes from `addr` on byte-checked, in a layout that has other
-    /// pages. The same bytes stay valid. For memory whose byte shadow others write directly, such as
-    /// stacks under instrumented code.
+    /// Makes the pages that hold `len` bytes from `addr` on byte-checked, in a layout that has
+    /// other pages. The same bytes stay valid. For memory whose byte shadow others write directly,
+    /// such as the stacks of instrumented code.
     ///
     /// # Errors
     /// The range wraps or has addresses without shadow. No bytes are always in range.
@@ -48,9 +48,8 @@ pub trait Shadow {
     /// The access touches a byte that is not valid or has no shadow, or it wraps.
     fn check(&self, addr: u64, len: u64) -> Result<(), Violation>;
 
-    /// The fast path of [`check`](Self::check), without loop or call. It is true for most accesses
-    /// that pass; if it is false, only `check` decides. For a guest that wants nothing else on its
-    /// hot path.
+    /// The fast path of [`check`](Self::check), without loop or call. It is true for most good
+    /// accesses; if it is false, `check` decides. For a guest's hot path.
     fn passes_at_once(&self, addr: u64, len: u64) -> bool;
 
     /// The first bad address of an access, if it has one.

@@ -60,9 +60,8 @@ impl Offer {
         Features::from_bits(self.features).has(Features::RING)
     }
 
-    /// What to map, read-write and cached, so that the checks find the shadow of `region`: its page
-    /// shadow and its byte shadow. Pieces of a window that does not exist in this mode have 0
-    /// bytes.
+    /// The mappings, read-write and cached, that the checks need for `region`: of its page shadow
+    /// and of its byte shadow. A piece of a window that does not exist in this mode has 0 bytes.
     pub fn mappings(&self, region: &Region) -> [Mapping; 2] {
         let piece = |shift: u32, window: u64, window_bytes: u64| {
             let first = region.gpa >> shift & !(PAGE_SIZE - 1);
@@ -101,6 +100,6 @@ pub struct Trap {
 /// Returns the CPU (bits 16..32) and the task (bits 32..64) that run now.
 pub type CurrentFn = extern "C" fn() -> u64;
 
-/// Gives memory that has left the quarantine back to its allocator: start of the object, bytes of
-/// the slot, the note of its free, and the allocator's context.
+/// Returns memory from the quarantine to its allocator: start of the object, bytes of the slot, the
+/// note of its free, and the allocator's context.
 pub type ReleaseFn = extern "C" fn(u64, u64, u8, *mut c_void);

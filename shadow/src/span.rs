@@ -5,7 +5,7 @@ use crate::codes::UNKNOWN;
 use crate::memory::ShadowMemory;
 use crate::violation::{Cause, RangeError, Violation};
 
-/// At least one byte, all of it inside the checked addresses.
+/// A range of at least one byte, wholly inside the checked addresses.
 #[derive(Clone, Copy)]
 pub(crate) struct Span {
     pub first: u64,
@@ -74,8 +74,8 @@ pub(crate) fn contains<M: ShadowMemory>(memory: &M, addr: u64) -> bool {
     addr >= memory.base() && (addr < memory.limit() || is_last(memory))
 }
 
-/// Whether memory goes on to the end of the address space, so that every address is below its end.
-/// In all other memory only bad accesses reach this.
+/// Whether memory reaches to the end of the address space, so that every address is below its end.
+/// In other memory only bad accesses call this.
 #[inline]
 fn is_last<M: ShadowMemory>(memory: &M) -> bool {
     core::hint::cold_path();

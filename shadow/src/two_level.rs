@@ -1,9 +1,8 @@
-//! Two-level shadow: a byte for each page, and a byte for each granule only of the pages that need
-//! it.
+//! Two-level shadow: a byte for each page, and a byte for each granule of the pages that need it.
 //!
 //! A change that covers whole pages writes their page shadow, and *demotes* them if they were
-//! byte-checked: the byte shadow behind them is garbage from then on. A change that covers a part of
-//! a page *promotes* it, unless the whole page already has the value that the part gets.
+//! byte-checked: the byte shadow behind them is garbage from then on. A change that covers a part
+//! of a page *promotes* it, unless the whole page already has the value that the part gets.
 //!
 //! **The order of stores in a promotion matters**, because other CPUs check accesses to the page
 //! meanwhile, and the VMM may look for host memory to reclaim:
@@ -43,7 +42,7 @@ pub struct TwoLevel<M> {
 }
 
 impl<M: ShadowMemory> TwoLevel<M> {
-    /// A model over what `memory` holds.
+    /// A model over the shadow in `memory`.
     pub const fn new(memory: M) -> Self {
         Self { memory }
     }
@@ -63,7 +62,7 @@ impl<M: ShadowMemory> TwoLevel<M> {
         self.memory
     }
 
-    /// The page shadow of the page of `addr`, after a promotion under way has ended.
+    /// The page shadow of the page of `addr`. Waits for a promotion that is under way.
     #[inline]
     fn page(&self, addr: u64) -> u8 {
         match self.memory.page(addr) {
@@ -122,8 +121,8 @@ impl<M: ShadowMemory> TwoLevel<M> {
         }
     }
 
-    /// Makes the page of `addr` byte-checked, unless all of it has the value `unless`. Returns whether
-    /// it is byte-checked now.
+    /// Makes the page of `addr` byte-checked, unless all of it has the value `unless`. Returns
+    /// whether it is byte-checked now.
     fn promote_page(&mut self, addr: u64, unless: Option<u8>) -> bool {
         let start = addr & !MASK;
         loop {
@@ -149,7 +148,7 @@ impl<M: ShadowMemory> TwoLevel<M> {
 #[inline]
 fn classify_page(page: u8) -> Class {
     match page {
-        // A promotion that will not end while we look: a stopped guest, or a broken one.
+        // A promotion that will not end now: the guest is stopped, or broken.
         PAGE_BYTES | PAGE_BUSY => Class::Bytes,
         PAGE_VALID | POISON_MIN.. => Class::Whole(page),
         _ => Class::Whole(UNKNOWN),
@@ -197,8 +196,8 @@ impl<M: ShadowMemory> Shadow for TwoLevel<M> {
     #[inline]
     fn passes_at_once(&self, addr: u64, len: u64) -> bool {
         let more = len.wrapping_sub(1);
-        // All of a page is checked or none, so the last byte needs no comparison with the limits.
-        // `check_pages` handles accesses to no bytes.
+        // A page is checked as a whole or not at all, so the last byte needs no comparison with the
+        // limits. `check_pages` handles accesses to no bytes.
         if more >= PAGE_SIZE || !contains(&self.memory, addr) {
             return false;
         }

@@ -1,5 +1,4 @@
-//! Errors of the shadow models: accesses to bytes that are not valid, and changes that make no
-//! sense.
+//! Errors of the shadow models: bad accesses, and changes that make no sense.
 
 use core::fmt;
 
@@ -23,7 +22,7 @@ pub struct Violation {
     /// The shadow value of the granule that holds `address`, as
     /// [`Shadow::state`](crate::model::Shadow::state) gives it;
     /// [`codes::UNKNOWN`](crate::codes::UNKNOWN) unless the cause is [`Cause::Poisoned`]. For 1 to
-    /// 7 the granule behind it says what is there: see [`classify`](crate::classify::classify).
+    /// 7 the code is that of the next granule: see [`classify`](crate::classify::classify).
     pub code: u8,
     /// Why it is not allowed.
     pub cause: Cause,

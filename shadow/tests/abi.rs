@@ -1,5 +1,5 @@
-//! What C says of the ABI, against the types here: the constants and structures of
-//! `guest/c/umbra.h`, and those of the Linux patches.
+//! Compares the ABI's types with their copies in C: the constants and structures of
+//! `guest/c/umbra.h` and of the Linux patches.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,7 +21,7 @@ fn read(path: &str) -> String {
     fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// What the Linux patches add, all of them in order.
+/// The lines that all Linux patches add, in order.
 fn added_to_linux() -> String {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest/linux/patches");
     let mut patches: Vec<_> = fs::read_dir(folder)
@@ -39,7 +39,7 @@ fn added_to_linux() -> String {
     text.map::<String, _>(added).collect()
 }
 
-/// The value of an expression as these constants have them: a number, `BIT(n)`, or `(1 << n)`.
+/// The value of a constant's expression: a number, `BIT(n)`, or `(1 << n)`.
 fn value(expression: &str) -> Option<u64> {
     let number = |text: &str| {
         let text = text.trim().trim_end_matches(['u', 'U', 'l', 'L']);
@@ -58,8 +58,8 @@ fn value(expression: &str) -> Option<u64> {
     }
 }
 
-/// The constants named `UMBRA_*` that a text defines with `#define` or in an `enum`. Those without a
-/// value of their own, and expressions of other kinds, are left out.
+/// The constants named `UMBRA_*` that a text defines with `#define` or in an `enum`. Leaves out
+/// those without a value of their own, and other kinds of expressions.
 fn constants(text: &str) -> Constants {
     let mut all = Constants::new();
     for line in text.lines() {
@@ -76,7 +76,7 @@ fn constants(text: &str) -> Constants {
     all
 }
 
-/// Fails unless `found` is `expected` and `own`, which has no counterpart here.
+/// Fails unless `found` is `expected` and the names in `own`, which have no counterpart here.
 #[track_caller]
 fn same(mut found: Constants, expected: &[(&str, u64)], own: &[&str]) {
     for name in own {
@@ -183,7 +183,7 @@ fn the_linux_patches_have_these_constants() {
         ("UMBRA_RECORD_FRAMES", RECORD_FRAMES as u64),
         ("UMBRA_REDZONE_ADAPTIVE", Redzone::Adaptive.to_register().into()),
     ];
-    // Its tables, its quarantine, and how much of the virtual range it asks for.
+    // Constants of its tables, its quarantine, and its part of the virtual range.
     let own =
         ["UMBRA_CPUS", "UMBRA_FRAME_MAX", "UMBRA_FRACTION", "UMBRA_AT_ONCE", "UMBRA_VMALLOC_MOST"];
     let added = added_to_linux();

@@ -1,5 +1,4 @@
-//! The edges of checks and changes, one by one, and what the two-level model stores for each
-//! change.
+//! The edges of checks and changes, and the stores of the two-level model for each change.
 
 mod common;
 
@@ -13,7 +12,7 @@ use umbra_shadow::{
 };
 
 const PAGES: u64 = 4;
-/// A boundary of the 2 MiB that a chunk of byte shadow stands for, in the middle of the memory.
+/// A boundary between chunks of byte shadow (2 MiB of memory each), in the middle of the memory.
 const CHUNK: u64 = 0xffff_8000_0040_0000;
 const BASE: u64 = CHUNK - 2 * PAGE_SIZE;
 const LIMIT: u64 = CHUNK + 2 * PAGE_SIZE;
@@ -74,7 +73,7 @@ fn outside(address: u64) -> Answer {
 #[test]
 fn end_of_an_object_with_a_partial_granule() {
     both(BASE, |run| {
-        // 13 bytes in the middle of a redzone: the end lies inside a granule.
+        // 13 bytes in the middle of a redzone: the end is inside a granule.
         let object = BASE + 0x100;
         run(Poison(BASE, PAGE_SIZE, SLAB_REDZONE));
         run(Unpoison(object, 13));
@@ -464,7 +463,7 @@ fn a_lost_race_to_promote_keeps_the_other_part() {
     let mut two = TwoLevel::new(Contended { inner, claims: 0, waits: Cell::new(0) });
     two.poison(BASE + 8, 8, SLAB_FREE).unwrap();
     assert_eq!((two.memory().claims, two.memory().waits.get()), (1, 1));
-    // The other one never gets done, so every look at the page waits for it.
+    // The other CPU never finishes, so every look at the page waits for it.
     assert_eq!(
         (two.state(BASE), two.state(BASE + 8), two.state(BASE + 16)),
         (STACK_LEFT, SLAB_FREE, 0)
@@ -493,7 +492,7 @@ fn kinds_by_code() {
         (UNKNOWN, "unknown-crash"),
     ] {
         let mut two = two_level();
-        // As a whole page, and seen from the partial granule in front of it.
+        // As a whole page, and from the partial granule before it.
         two.poison(CHUNK - 3, PAGE_SIZE + 3, code).unwrap();
         for addr in [CHUNK, CHUNK - 3] {
             let violation = two.check(addr, 1).unwrap_err();
@@ -527,7 +526,7 @@ fn kinds_that_the_shadow_does_not_decide() {
     two.poison(BASE, 8, SLAB_FREE).unwrap();
     assert_eq!(kind(&two, BASE, 8, Access::DoubleFree), "double-free");
     assert_eq!(kind(&two, 0, 1, Access::InvalidFree), "invalid-free");
-    // A partial granule with a valid one behind it does not tell.
+    // A partial granule with a valid one behind it has no code.
     two.poison(BASE + 16, 8, SLAB_FREE).unwrap();
     two.unpoison(BASE + 16, 3).unwrap();
     assert_eq!(kind(&two, BASE + 16, 4, Access::Read), "out-of-bounds");

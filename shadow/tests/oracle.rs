@@ -10,11 +10,11 @@ use umbra_shadow::{BugKind, Cause, Full, RangeError, Shadow, TwoLevel, classify}
 
 const PAGES: u64 = 6;
 const SIZE: u64 = PAGES * PAGE_SIZE;
-/// Three pages below a boundary of the 2 MiB that a chunk of byte shadow stands for.
+/// Three pages below a boundary between chunks of byte shadow (2 MiB of memory each).
 const BASE: u64 = 0xffff_8000_0060_0000 - 3 * PAGE_SIZE;
 const LIMIT: u64 = BASE + SIZE;
 
-/// What is true of the memory, byte by byte.
+/// The true state of the memory, byte by byte.
 struct Oracle {
     valid: Vec<bool>,
     /// Why a granule is poisoned, for granules without a valid byte.
@@ -164,7 +164,7 @@ proptest! {
         accesses in prop::collection::vec((address(), 1..40u64), 32),
     ) {
         let mut oracle = Oracle::new();
-        // What a page's byte shadow holds before its promotion must not matter.
+        // The byte shadow of a page before its promotion must not matter.
         let mut two = TwoLevel::new(TestMemory::new(BASE, PAGES, 0xA5));
         let mut full = Full::new(TestMemory::new(BASE, PAGES, 0));
         let half = ops.len() / 2;
@@ -173,7 +173,8 @@ proptest! {
             prop_assert_eq!(apply(&mut two, op), expected);
             prop_assert_eq!(apply(&mut full, op), expected);
             if i == half {
-                prop_assert_eq!(two.promote(promoted.0, promoted.1), full.promote(promoted.0, promoted.1));
+                let (addr, len) = promoted;
+                prop_assert_eq!(two.promote(addr, len), full.promote(addr, len));
             }
             agree(&oracle, &two, addr, len)?;
             agree(&oracle, &full, addr, len)?;

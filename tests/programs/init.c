@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 /*
- * The first program of the Linux guests that tests boot, linked statically. Its argument says what
- * it does. Each part ends with the line "program: WORD done", or with one that says what went
- * wrong, and then asks Linux to restart the machine.
+ * The first program of the Linux guests that tests boot, linked statically. Its argument names the
+ * part to run. Each part ends with the line "program: WORD done", or with an error message, and
+ * then asks Linux to restart the machine.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -60,8 +60,8 @@ static void on_signal(int number, siginfo_t *info, void *context)
 	if (number == SIGSEGV) {
 		fault_address_is_right = info->si_addr == unmapped;
 		/* The access is tried again and succeeds. */
-		mmap(unmapped, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED,
-		     -1, 0);
+		mmap(unmapped, 4096, PROT_READ | PROT_WRITE,
+		     MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
 	}
 }
 

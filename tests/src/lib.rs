@@ -1,5 +1,5 @@
-//! Helpers shared by the integration tests: lists of tests that say aloud what they skip, small ELF
-//! kernels, and the program run as a user runs it.
+//! Helpers of the integration tests: lists of tests that print what they skip, Linux guests, tables
+//! of findings, and runs of the program.
 
 pub mod linux;
 pub mod program;

@@ -1,4 +1,4 @@
-//! Linux as a guest: the kernels that `cargo xtask linux` left, and initrds with one small program.
+//! Linux as a guest: the kernels of `cargo xtask linux`, and initrds with one small program.
 
 use std::path::PathBuf;
 
@@ -7,7 +7,7 @@ use umbra_testkit::elf::{ElfBuilder, HEADER, PROGRAM_HEADER};
 
 use crate::suite::Need;
 
-/// Where the program of an initrd is loaded.
+/// The load address of an initrd's program.
 const PROGRAM: u64 = 0x40_0000;
 
 /// One of the kernels: `small/vmlinux`, `small/bzImage`, `acpi/vmlinux`, `debian/bzImage`.

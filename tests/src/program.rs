@@ -1,5 +1,4 @@
-//! The program `umbra`, run as a user runs it: its exit status, what it prints, and the memory it
-//! needs.
+//! Runs the program `umbra` as a user does: exit status, output, memory.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -12,23 +11,23 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// No run of the program in a test takes as long as this, unless the test says so.
+/// Time limit of a run, unless the test sets another.
 const HUNG: Duration = Duration::from_secs(100);
 
-/// What a run of the program came to.
+/// The result of a run.
 #[derive(Debug)]
 pub struct Run {
-    /// How it ended.
+    /// Its exit status.
     pub status: ExitStatus,
     /// Standard output.
     pub stdout: Vec<u8>,
     /// Standard error, as text.
     pub stderr: String,
-    /// `--stats`, if it was asked for.
+    /// `--stats`, if requested.
     pub stats: Value,
-    /// `--findings`, one value for each line, if it was asked for.
+    /// `--findings`, one value for each line, if requested.
     pub findings: Vec<Value>,
-    /// How long it took.
+    /// Its duration.
     pub time: Duration,
 }
 
@@ -38,7 +37,7 @@ impl Run {
         self.status.code()
     }
 
-    /// Panics unless the program ended with `code`, and in good order: no panic of its own.
+    /// Panics unless the program ended with `code`, and without a panic of its own.
     #[track_caller]
     pub fn expect(&self, code: i32) -> &Self {
         assert_eq!(self.code(), Some(code), "signal {:?}\n{}", self.status.signal(), self.tail());
@@ -70,8 +69,8 @@ impl Run {
         assert!(self.stdout.is_empty());
     }
 
-    /// Panics unless it ended with status 2 and what the command-line parser says, which holds all
-    /// of `words`.
+    /// Panics unless it ended with status 2 and a message of the command-line parser, which holds
+    /// all of `words`.
     #[track_caller]
     pub fn expect_usage(&self, words: &[&str]) {
         self.expect(2);
@@ -83,7 +82,7 @@ impl Run {
         assert!(self.stdout.is_empty());
     }
 
-    /// The word in `--stats` for how the run ended.
+    /// The outcome in `--stats`.
     #[track_caller]
     pub fn outcome(&self) -> &str {
         self.stats["outcome"]
@@ -105,7 +104,7 @@ impl Run {
     }
 }
 
-/// A run of the program that is being prepared.
+/// A run that was not started yet.
 pub struct Umbra {
     command: Command,
     dir: TempDir,
@@ -135,7 +134,7 @@ impl Umbra {
         self
     }
 
-    /// Adds arguments that stand in one string, separated by blanks.
+    /// Adds arguments from one string, separated by blanks.
     #[must_use]
     pub fn args(mut self, args: &str) -> Self {
         self.command.args(args.split_ascii_whitespace());
@@ -159,7 +158,7 @@ impl Umbra {
         self.arg("--stats").arg(stats).arg("--findings").arg(findings)
     }
 
-    /// Says how long it may take.
+    /// Sets its time limit.
     #[must_use]
     pub fn patience(mut self, patience: Duration) -> Self {
         self.patience = patience;
@@ -176,7 +175,7 @@ impl Umbra {
         &mut self.command
     }
 
-    /// Starts it. Its output goes to files, so that nobody has to read along.
+    /// Starts it. Its output goes to files, so that it never blocks on a pipe.
     pub fn start(mut self) -> Started {
         let [stdout, stderr] = ["stdout", "stderr"]
             .map(|name| File::create(self.path(name)).expect("a temporary file"));
@@ -224,7 +223,7 @@ impl Started {
         unsafe { libc::kill(self.pid(), signal) };
     }
 
-    /// What it wrote so far to standard output or standard error (`stdout`, `stderr`).
+    /// Its output so far on standard output or standard error (`stdout`, `stderr`).
     pub fn so_far(&self, which: &str) -> Vec<u8> {
         fs::read(self.umbra.path(which)).unwrap_or_default()
     }
@@ -247,7 +246,7 @@ impl Started {
         }
     }
 
-    /// Waits for its end. Panics if that does not come.
+    /// Waits for its end. Panics after the time limit.
     pub fn wait(mut self) -> Run {
         let status = self.reap();
         let read = |name| fs::read(self.umbra.path(name)).unwrap_or_default();

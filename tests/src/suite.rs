@@ -1,4 +1,4 @@
-//! A list of tests that is made at run time, and says of each test that it skips why.
+//! A list of tests that is made at run time. It prints why it skips a test.
 
 use std::process::ExitCode;
 
@@ -12,15 +12,15 @@ use umbra::machine::stats::emulates_ring0;
 pub enum Need {
     /// It is there.
     There,
-    /// It is not; why, in a few words.
+    /// It is missing, for this reason.
     Missing(String),
-    /// The test is another host's, which `cargo xtask test` runs too.
+    /// The test belongs to another host, which `cargo xtask test` runs too.
     Elsewhere,
 }
 
-/// The variable in which `cargo xtask test` says on which of its hosts a test runs: `machine`, if
-/// there is a nested host as well, or `svm`, if tests run on the machine as well. Unset, nothing is
-/// left to another host.
+/// The variable in which `cargo xtask test` names the host of a test: `machine`, if there is a
+/// nested host as well, or `svm`, if tests run on the machine as well. Unset, nothing is left to
+/// another host.
 const HOST: &str = "UMBRA_TEST_HOST";
 
 /// Whether KVM emulates ring 0 here.
@@ -33,7 +33,7 @@ fn host_is(host: &str) -> bool {
 }
 
 impl Need {
-    /// From the reason why something is missing, if it is.
+    /// There, unless `missing` has a reason.
     pub fn unless(missing: Option<String>) -> Self {
         missing.map_or(Self::There, Self::Missing)
     }
@@ -43,7 +43,7 @@ impl Need {
     pub fn and(&self, other: &Self) -> Self {
         match self {
             Self::There => other.clone(),
-            // Nothing is missing here for what is run elsewhere.
+            // A test that runs elsewhere lacks nothing here.
             Self::Missing(_) if matches!(other, Self::Elsewhere) => other.clone(),
             Self::Missing(_) | Self::Elsewhere => self.clone(),
         }
@@ -68,8 +68,8 @@ impl Need {
         if host_is("svm") { Self::Elsewhere } else { Self::There }
     }
 
-    /// The nested host, if tests run there too: a Linux guest takes seconds in it, and minutes where
-    /// ring 0 is emulated.
+    /// The nested host, if tests run there too: a Linux guest takes seconds in it, and minutes
+    /// where ring 0 is emulated.
     pub fn nested() -> Self {
         if host_is("machine") { Self::Elsewhere } else { Self::There }
     }
@@ -88,7 +88,8 @@ impl Need {
         }
     }
 
-    /// The user's wish for what takes an hour where ring 0 is emulated; `wish` says how to wish.
+    /// The user's consent to a test that takes an hour where ring 0 is emulated; `wish` tells the
+    /// user how.
     pub fn long_if_emulated(wish: &str) -> Self {
         let wished = std::env::var_os("UMBRA_LONG_TESTS").is_some();
         let missing = (!wished && ring0_is_emulated())

@@ -1,8 +1,8 @@
-//! `docs/scenarios.md`: what each scenario of the test kernels is expected to lead to, and what was
-//! found in each configuration.
+//! `docs/scenarios.md`: the expected findings of each scenario of the test kernels, and the results
+//! in each configuration.
 //!
-//! Tests make the tables out of what they found, and fail where the file says something else. With
-//! [`WRITE`] set in the environment, as `cargo xtask scenarios` does, they write it.
+//! Tests make the tables from their findings, and fail where the file differs. With [`WRITE`] set
+//! in the environment, as by `cargo xtask scenarios`, they write it.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 use umbra::kernel::Expected;
 use umbra::verdicts::Verdict;
 
-/// Set in the environment, it has the tests write the file.
+/// If this is set in the environment, the tests write the file.
 pub const WRITE: &str = "UMBRA_WRITE_TABLES";
 
 /// The cases of Linux 6.1's KASAN suite (`mm/kasan/kasan_test.c`) that apply to its generic mode.
@@ -64,7 +64,7 @@ pub const SUITE: [&str; 46] = [
     "vmalloc_oob",
 ];
 
-/// What was found, in a few words: equal findings that follow each other are counted.
+/// The findings in a few words; equal ones that follow each other are counted.
 fn in_words(found: &[Expected]) -> String {
     if found.is_empty() {
         return "silent".into();
@@ -86,7 +86,7 @@ fn in_words(found: &[Expected]) -> String {
     words.join("; ")
 }
 
-/// A cell: whether what was found is what was expected, and else what it was.
+/// A cell: that the findings are the expected ones, or the findings.
 fn cell(verdict: &Verdict) -> String {
     match (verdict.good(), verdict.found.len()) {
         (true, 0) => "silent".into(),
@@ -97,11 +97,11 @@ fn cell(verdict: &Verdict) -> String {
     }
 }
 
-/// A table of the scenarios that `wanted` names, with a column for each configuration. All have the
-/// same scenarios in the same order.
+/// A table of the scenarios that `wanted` accepts, with a column for each configuration. All have
+/// the same scenarios in the same order.
 ///
 /// # Panics
-/// They have not.
+/// They do not.
 pub fn table(configurations: &[(&str, &[Verdict])], wanted: impl Fn(&str) -> bool) -> String {
     let mut text = String::from("| scenario | expected |");
     for (name, _) in configurations {
@@ -120,11 +120,11 @@ pub fn table(configurations: &[(&str, &[Verdict])], wanted: impl Fn(&str) -> boo
     text
 }
 
-/// Holds `content` against a section of the file, which is between two comments that name it; or
+/// Compares `content` with a section of the file, which is between two comments that name it; or
 /// writes it there.
 ///
 /// # Panics
-/// The file says something else, or cannot be read or written.
+/// The file differs, or cannot be read or written.
 pub fn hold(section: &str, content: &str) {
     static FILE: Mutex<()> = Mutex::new(());
     let _alone = FILE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -147,7 +147,8 @@ pub fn hold(section: &str, content: &str) {
     let differs = old.lines().zip(content.lines()).find(|(old, new)| old != new);
     assert!(
         old == content,
-        "docs/scenarios.md says something else than what was found: `cargo xtask scenarios` writes it. First of it: {differs:?}"
+        "docs/scenarios.md differs from the findings: `cargo xtask scenarios` writes it. \
+         The first difference: {differs:?}"
     );
 }
 
@@ -170,7 +171,8 @@ mod tests {
         assert_eq!(
             table(&[("ring", &good), ("sync", &bad), ("full", &dead)], |_| true),
             "| scenario | expected | ring | sync | full |\n| --- | --- | --- | --- | --- |\n\
-             | a | oob: Write 8 at 9 (2 times) | all 2 found | **double-free: Free** | did not run to its end |\n"
+             | a | oob: Write 8 at 9 (2 times) | all 2 found | **double-free: Free** | \
+             did not run to its end |\n"
         );
         assert_eq!(table(&[("ring", &good)], |_| false).lines().count(), 2);
     }

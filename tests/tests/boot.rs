@@ -1,5 +1,5 @@
-//! Kernels, initrds and command lines that are refused: one clear sentence, and exit status 2. And
-//! the ways to boot that the program offers, with small guests.
+//! Kernels, initrds and command lines that are refused, with one sentence and exit status 2. And
+//! the program's boot protocols, with small guests.
 
 use std::process::ExitCode;
 
@@ -17,7 +17,7 @@ fn umbra() -> Umbra {
     Umbra::new(PROGRAM, "run")
 }
 
-/// A guest that is this code.
+/// A guest with this code.
 fn guest(code: &[u8]) -> Vec<u8> {
     ElfBuilder::new(BASE).segment(BASE, code).build()
 }
@@ -30,7 +30,7 @@ fn bytes(name: &str) -> Vec<u8> {
     std::fs::read(linux_kernel(name)).expect("checked before")
 }
 
-/// Runs a file that is refused for a reason with these words in it.
+/// Runs a file that is refused. The message holds these words.
 #[track_caller]
 fn refused(image: &[u8], args: &str, words: &[&str]) {
     umbra().file(image).args(args).run().expect_refusal(words);
@@ -115,7 +115,7 @@ fn a_linux_command_line_has_room_for_the_defaults_or_is_refused() {
     run.expect_refusal(&["command line", "2047"]);
 }
 
-/// Memory in the gigabytes is only reserved.
+/// Gigabytes of memory are only reserved.
 fn much_memory_costs_little() {
     let run: Run = umbra().file(&good()).args("--memory 64G --shadow off").collect().run();
     run.expect(0);
@@ -125,13 +125,13 @@ fn much_memory_costs_little() {
 }
 
 fn cpuid_bits_that_the_host_does_not_take_are_told_once() {
-    // With figures, for which there is a probe guest.
+    // With figures, which need a probe guest.
     let mut umbra = umbra().file(&good()).collect();
     umbra.command().env("RUST_LOG", "info");
     let run = umbra.run();
     run.expect(0);
     let told = run.stderr.matches("the host's KVM did not take all CPUID bits").count();
-    // Where ring 3 runs natively it sees what the host's CPU has.
+    // Where ring 3 runs natively it sees the features of the host's CPU.
     let emulated = run.stats.pointer("/guest/instructions").is_some_and(|count| count.is_number());
     assert!(told == 1 || told == 0 && !emulated, "{told} times:\n{}", run.tail());
 }

@@ -1,4 +1,4 @@
-//! The C test kernel, built by gcc and by clang, under each configuration: every scenario's exact
+//! The C test kernel, built by gcc and by clang, in each configuration: every scenario's exact
 //! verdict, and reports that name C functions, files and lines.
 //!
 //! A configuration's guest runs when the first test asks for it, and once for all of them.
@@ -22,7 +22,7 @@ use umbra_tests::table::{hold, table};
 const MEMORY: u64 = 64 << 20;
 
 const COMPILERS: [&str; 2] = ["gcc", "clang"];
-/// Each with what docs/scenarios.md calls it.
+/// The configurations and their names in docs/scenarios.md.
 const CONFIGURATIONS: [(&str, &str, ShadowMode, Notify); 4] = [
     ("per-page/ring", "`ring`", ShadowMode::PerPage, Notify::Ring),
     ("per-page/sync", "`sync`", ShadowMode::PerPage, Notify::Sync),
@@ -37,7 +37,7 @@ struct Kernel {
 }
 
 impl Kernel {
-    /// What `cargo xtask guest --c` left, if it could.
+    /// The kernel of `cargo xtask guest --c`, if it was built.
     fn built(compiler: &str) -> Option<Self> {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guest");
         let elf: Arc<[u8]> =
@@ -86,14 +86,14 @@ impl Run {
     }
 }
 
-/// What is checked of a whole run.
+/// A check of a whole run.
 type Check = (&'static str, fn(&Run));
 
 fn shown(finding: &Finding) -> String {
     text::to_string(finding, Default::default())
 }
 
-/// Fails unless a scenario ran and led to exactly what it says.
+/// Fails unless a scenario ran, with exactly the expected findings.
 fn exactly(run: &Run, scenario: &Scenario) {
     let verdict = run.get().0.iter().find(|v| v.name == scenario.name).expect("all were chosen");
     assert!(verdict.ran, "it did not run to its end");
@@ -109,8 +109,7 @@ fn nothing_else(run: &Run) {
     assert_eq!(run.get().1.stats.events.refused, 0, "the kernel made calls that were refused");
 }
 
-/// Each finding names its scenario's function with file and line, and who allocated and freed its
-/// object.
+/// Each finding names its scenario's function with file and line, and its object has stacks.
 fn told_in_c(run: &Run) {
     for finding in run.findings() {
         let text = shown(finding);
@@ -121,8 +120,7 @@ fn told_in_c(run: &Run) {
                 && f.line.is_some_and(|line| line > 0)
         };
         let scenario = finding.frames.iter().filter(frame).filter_map(|f| f.symbol.as_deref());
-        // Most scenarios misbehave in their own function; those that call another are in the trace
-        // all the same.
+        // Most scenarios misbehave in their own function, others in one that they call.
         assert!(scenario.into_iter().any(|symbol| symbol == finding.task.name), "{text}");
         assert!(finding.notes.is_empty(), "{text}");
         if finding.kind == "global-out-of-bounds" {
@@ -153,8 +151,8 @@ fn told_in_c(run: &Run) {
     }
 }
 
-/// The same kernel without shadow: what does no harm runs, though compilers store the shadow of
-/// stacks all the same.
+/// The same kernel without shadow: harmless scenarios run, though compiled code still stores the
+/// shadow of stacks.
 fn unchecked(kernel: &Kernel) {
     let mut silent = kernel.scenarios.clone();
     silent.retain(|scenario| scenario.expected.is_empty());
@@ -164,7 +162,7 @@ fn unchecked(kernel: &Kernel) {
     assert!(verdicts.iter().all(|v| v.ran), "{:?}", verdicts.iter().find(|v| !v.ran));
 }
 
-/// The table of what was found is what docs/scenarios.md shows.
+/// docs/scenarios.md has the table of these findings.
 fn the_table_is_true(compiler: &str, runs: &[(&str, Arc<Run>)]) {
     let columns: Vec<_> =
         runs.iter().map(|(title, run)| (*title, run.get().0.as_slice())).collect();

@@ -1,5 +1,5 @@
-//! `docs/your-kernel.md`, done as it says: in a folder outside of the workspace its commands are
-//! run and its changes applied, and what it shows of the findings must be in what `umbra` prints.
+//! Follows `docs/your-kernel.md`: in a folder outside of the workspace this runs its commands and
+//! applies its changes. The findings that it shows must be in the output of `umbra`.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -9,12 +9,12 @@ use std::process::{Command, ExitCode, Output};
 use tempfile::TempDir;
 use umbra_tests::suite::{Need, Suite};
 
-/// Fewer lines of change than this are promised.
+/// The guide promises fewer lines of change than this.
 const LINES: usize = 50;
 /// Seconds for all commands of a section.
 const LIMIT: &str = "900";
 
-/// Where the workspace is.
+/// The root of the workspace.
 fn workspace() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().expect("the workspace")
 }
@@ -106,7 +106,7 @@ impl Place {
     }
 }
 
-/// A line without what differs between compilers: addresses, offsets and sizes of functions.
+/// Drops what differs between compilers: addresses, offsets and sizes of functions.
 fn plain(line: &str) -> String {
     let hex = |word: &str| word.len() >= 16 && word.bytes().all(|byte| byte.is_ascii_hexdigit());
     let words = line.split_inclusive([' ', '+', '/', '[', ',', ')']);
@@ -134,7 +134,7 @@ fn shows(shown: &str, output: &str) {
     }
 }
 
-/// Does what a section says. `changed` is what the test does differently from it.
+/// Follows a section. `changed` is what the test does differently from it.
 fn done_as_it_says(title: &str, changed: fn(&str) -> String) {
     let section = Section::new(title);
     let place = Place::new();
@@ -171,7 +171,7 @@ fn done_as_it_says(title: &str, changed: fn(&str) -> String) {
     }
 }
 
-/// The kernel in C as it is before any change: it is an ordinary one.
+/// The kernel in C before any change, as an ordinary kernel.
 fn the_kernel_before() {
     let section = Section::new("A kernel in C");
     let commands: Vec<_> = section.commands().collect();
@@ -189,7 +189,7 @@ fn the_changes_are_short() {
     assert!(guide.contains(&promise), "the guide does not say: {promise}");
 }
 
-/// What the guide's first part leaves.
+/// The results of the guide's first part.
 fn library() -> Need {
     let folder = workspace().join("target/guest");
     let missing = ["libumbra_rt.a", "umbra.h", "umbra.mk", "umbra.toml"]
@@ -200,7 +200,7 @@ fn library() -> Need {
     )
 }
 
-/// Programs that the commands need.
+/// The programs that the commands need.
 fn programs(names: &[&str]) -> Need {
     let there = |name: &&&str| {
         std::env::var_os("PATH").is_some_and(|path| {

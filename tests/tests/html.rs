@@ -1,7 +1,7 @@
 //! The page about a run (`--html`), looked at in a real browser.
 //!
-//! A page of our own holds it in a frame as wide as a screen, asks the browser what it made of it,
-//! and writes the answers where `--dump-dom` shows them.
+//! A page of this test holds it in a frame as wide as a screen, measures it, and writes the answers
+//! where `--dump-dom` shows them.
 
 use std::fs;
 use std::path::Path;
@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use umbra_tests::suite::{Need, Suite};
 
 const CHROMIUM: &str = "chromium";
-/// For root in a container, and without anything that would want the network.
+/// Options for root in a container and for no use of the network.
 const FLAGS: [&str; 13] = [
     "--headless",
     "--no-sandbox",
@@ -29,24 +29,29 @@ const FLAGS: [&str; 13] = [
     "--enable-logging=stderr",
 ];
 
-/// What is asked in the browser; `WIDTH` is replaced. Answers are lines `name=value`.
+/// The page that asks the browser; `WIDTH` is replaced. Answers are lines `name=value`.
 const PROBE: &str = "<!DOCTYPE html><title>probe</title><pre id=answers></pre>\
 <iframe id=page src=page.html style='width:WIDTHpx;height:900px;border:0'></iframe><script>\
 onload = () => { \
-  const w = page.contentWindow, d = w.document, all = s => [...d.querySelectorAll(s)], answers = {}; \
+  const w = page.contentWindow, d = w.document, answers = {}; \
+  const all = s => [...d.querySelectorAll(s)]; \
   answers.findings = all('article.finding').length; \
   all('details').forEach(e => e.open = true); \
   d.documentElement.style.contentVisibility = 'visible'; \
-  const seen = s => all(s).filter(e => { const b = e.getBoundingClientRect(); return b.width > 4 && b.height > 4; }).length; \
+  const visible = b => b.width > 4 && b.height > 4; \
+  const seen = s => all(s).filter(e => visible(e.getBoundingClientRect())).length; \
   answers.cells = seen('svg.cells'); answers.lines = seen('.chart svg'); \
-  answers.shadows = seen('table.shadow'); answers.bad = seen('table.shadow td.bad'); answers.sources = seen('pre.src'); \
-  answers.map = all('svg.cells path').length; answers.series = all('.chart path:not(.grid)').length; \
+  answers.shadows = seen('table.shadow'); answers.bad = seen('table.shadow td.bad'); \
+  answers.sources = seen('pre.src'); \
+  answers.map = all('svg.cells path').length; \
+  answers.series = all('.chart path:not(.grid)').length; \
   answers.overflow = Math.max(0, d.documentElement.scrollWidth - WIDTH); \
   answers.requests = w.performance.getEntriesByType('resource').length; \
   answers.scripts = d.scripts.length; \
   answers.focusable = all('summary,a[href],[tabindex]').every(e => e.tabIndex >= 0) ? 1 : 0; \
   answers.title = d.title; \
-  document.getElementById('answers').textContent = Object.entries(answers).map(([k, v]) => k + '=' + v).join('\\n'); \
+  const lines = Object.entries(answers).map(([k, v]) => k + '=' + v); \
+  document.getElementById('answers').textContent = lines.join('\\n'); \
 };</script>";
 
 type Tested = Result<(), Failed>;
@@ -57,7 +62,7 @@ fn umbra(args: &[&str], html: &Path) -> Output {
         .arg("--html")
         .arg(html)
         .stdin(Stdio::null())
-        // Where the sources are whose lines the page shows.
+        // The page shows lines of sources, whose paths begin here.
         .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
         .output()
         .expect("the program starts")
@@ -181,7 +186,7 @@ fn a_run_that_takes_too_long() -> Tested {
     check(output.status.code() == Some(4), || format!("{output:?}"))?;
     let answer = probe(folder.path(), 1200)?;
     expect(&answer, &EVERYWHERE)?;
-    // As the browser's DOM shows a text that holds markup.
+    // A text with markup, as the browser's DOM shows it.
     check(answer("title").contains("&lt;kernel&gt;&amp;amp;"), || answer("title"))
 }
 

@@ -1,12 +1,12 @@
-//! Which crate of the workspace may use which. A wrong `use` does not compile as long as this table
-//! is short; the test makes each new arrow a decision.
+//! The dependencies between the crates of the workspace. A new one needs a line in this table, so
+//! that it is a decision.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 
 use serde_json::Value;
 
-/// Each crate of the workspace, and those of the workspace that it is built from.
+/// Each crate of the workspace, and its dependencies in the workspace.
 const LAYERS: &[(&str, &[&str])] = &[
     ("umbra-shadow", &[]),
     ("umbra-machine", &[]),
@@ -31,7 +31,7 @@ const OUTSIDE: &[(&str, &[&str])] = &[
     ("clap", &["umbra", "umbra-benches", "xtask"]),
 ];
 
-/// The normal dependencies of each crate in the workspace; those of tests alone are left out.
+/// The normal dependencies of each crate in the workspace, without those of its tests.
 fn arrows() -> BTreeMap<String, BTreeSet<String>> {
     let output = Command::new(env!("CARGO"))
         .args(["metadata", "--no-deps", "--offline", "--format-version=1"])

@@ -10,12 +10,12 @@ use umbra_tests::suite::{Need, Suite};
 
 /// The program.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_umbra-under-test");
-/// No guest here needs as long as this; where ring 0 is emulated and the machine is shared, some
-/// need a good part of it.
+/// Time limit of every guest here. Where ring 0 is emulated and the machine is shared, some need a
+/// good part of it.
 const LIMIT: Duration = Duration::from_secs(1500);
 /// `1: jmp 1b`.
 const SPIN: [u8; 2] = [0xeb, 0xfe];
-/// What Linux says before its first program.
+/// Linux's message before its first program.
 const INIT: &str = "Run /init as init process";
 
 /// Linux, whose first program is `code`.
@@ -93,18 +93,16 @@ fn pvh_5g_switches_itself_off() {
     has(&run, 5 * 1024, 1);
 }
 
-/// A kernel that looks at ACPI's tables only. By the time that it is off it has no console any
-/// more, so that what is seen of that is what it wrote to the power management registers; and it is
-/// told to print no more, so that nothing else tells it.
+/// A kernel that looks at ACPI's tables only. It has no console any more when it is off, so its
+/// writes to the power management registers show that it switched itself off.
 fn acpi_names_the_cpus_and_switches_off() {
     for (boot, cpus) in [("elf", 2), ("pvh", 1)] {
         let umbra =
             linux("acpi/vmlinux", &SPIN).args(&format!("--memory 64M --cpus {cpus} --boot {boot}"));
         let mut started = with_keyboard(umbra);
         started.wait_for("stdout", INIT);
-        // Nothing tells that the first of them is done: what it says is not printed if it
-        // interrupts the printing of another line, for by the time that this is over, level 0 hides
-        // it.
+        // The first command shows no result: if its message interrupts another line, it waits for
+        // that, and then level 0 hides it.
         started.types(&[1, b'b', b'0', 1, b'b', b'o']);
         let run = started.wait();
         run.expect(0);
@@ -134,7 +132,7 @@ fn elf_32m_boots() {
     has(&boots(linux("small/vmlinux", &SPIN).args("--memory 32M")), 32, 1);
 }
 
-/// Linux takes no more of them than it needs, for it would make a page descriptor for each page.
+/// Linux takes no more memory than it needs: it would make a page descriptor for each page.
 fn of_64g_linux_is_told_and_the_host_keeps_them() {
     let umbra = linux("small/vmlinux", &SPIN).args("--memory 64G").arg("--cmdline=mem=64M");
     let run = boots(umbra);
@@ -188,7 +186,7 @@ fn the_users_words_come_last_and_init_may_be_missing() {
     assert!(!console.contains("Linux version"), "loglevel=5 hides it: {console}");
 }
 
-/// As it is, and told nothing: as a user boots it.
+/// Without any option, as a user boots it.
 fn debians_kernel_reaches_its_first_program() {
     let mut umbra = Umbra::new(PROGRAM, "run").patience(2 * LIMIT).arg(kernel("debian/bzImage"));
     umbra = umbra.args("--shadow off --memory 256M --timeout 3000s");

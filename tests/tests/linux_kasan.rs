@@ -1,8 +1,8 @@
-//! Linux that is checked by Umbra: the patched kernel of `cargo xtask linux`, and its own tests of
-//! KASAN in it.
+//! Linux that is checked by Umbra: the patched kernel of `cargo xtask linux`, with Linux's own
+//! tests of KASAN.
 //!
-//! What each case has to come to is what it comes to with Linux's own KASAN, in
-//! `data/kasan-suite.txt` (`cargo xtask linux expected` makes that list anew).
+//! Each case must have the same result as with Linux's own KASAN. `data/kasan-suite.txt` lists
+//! those (`cargo xtask linux expected` makes it).
 
 use std::fs;
 use std::io::Write;
@@ -30,7 +30,7 @@ const BZIMAGE: &str = "umbra/bzImage";
 const VMALLOC: &str = "umbra-vmalloc/vmlinux";
 /// Where ring 0 is emulated and the machine is shared, the suite takes minutes.
 const LIMIT: Duration = Duration::from_secs(1500);
-/// What Linux's own KASAN makes of its suite.
+/// The results with Linux's own KASAN.
 const EXPECTED: &str = include_str!("../data/kasan-suite.txt");
 
 /// A kernel with a command line of its own.
@@ -67,7 +67,7 @@ fn list(cases: &[Case]) -> String {
     cases.iter().map(|case| format!("{case}\n")).collect()
 }
 
-/// Runs the suite, and holds each case against what it has to come to.
+/// Runs the suite, and compares each case with its expected result.
 fn suite(file: &str, options: &str, expected: &[Case]) -> Run {
     let run = linux(file, options, SUITE).collect().run();
     run.expect(1);
@@ -76,7 +76,7 @@ fn suite(file: &str, options: &str, expected: &[Case]) -> Run {
     let cases = ktap::cases(&console);
     assert!(expected.len() > 50, "a list of {} cases", expected.len());
     assert_eq!(list(&cases), list(expected), "\n{}", run.tail());
-    // Each case that had KASAN report on the console has Umbra's finding, too.
+    // Each case with a report of KASAN on the console has a finding of Umbra, too.
     let missing: Vec<_> = expected
         .iter()
         .filter(|case| case.verdict == Verdict::Pass && case.reports > 0)
@@ -89,7 +89,7 @@ fn suite(file: &str, options: &str, expected: &[Case]) -> Run {
 
 fn suite_with_rings() {
     let run = suite(KERNEL, "--notify ring", &expected());
-    // Who allocated and who freed comes from the rings.
+    // The stacks of allocation and free come from the rings.
     let finding = |function: &str| {
         let found = run.findings.iter().find(|finding| goes_through(finding, function));
         found.unwrap_or_else(|| panic!("no finding in {function}"))
@@ -118,7 +118,7 @@ fn suite_in_sync_mode() {
 fn suite_with_virtual_memory() {
     let mut expected = expected();
     for case in &mut expected {
-        // One bad access at each end of an object that has pages of its own.
+        // A bad access at each end of an object with pages of its own.
         if case.name == "vmalloc_oob" {
             (case.verdict, case.reports) = (Verdict::Pass, 2);
         }
@@ -128,8 +128,8 @@ fn suite_with_virtual_memory() {
     assert!(kinds.count() > 0, "{}", run.tail());
 }
 
-/// What the replay initcall reads (`mm/umbra_replay.c`): as many allocations of each kind, of all
-/// sizes; then the frees of every second one.
+/// The file of the replay initcall (`mm/umbra_replay.c`): equally many allocations of each kind, of
+/// all sizes; then the frees of every second one.
 fn recording(of_each: u32) -> Vec<u8> {
     const KINDS: u32 = 3;
     let slots = KINDS * of_each;
@@ -177,7 +177,7 @@ fn boots_and_works_without_a_finding() {
     assert!(!console.contains("BUG: "), "{console}");
     assert!(console.contains("umbra replay: 300 allocations, 150 frees, 0 failed"), "{console}");
     assert!(console.contains("Kernel panic - not syncing: No working init found"));
-    // What it needed at boot only is free again, and looked for at a mark.
+    // Memory that it needed at boot only is free again; a mark looks for it.
     assert!(run.figure("/guest/released_bytes") > 100 << 10, "{}", run.tail());
 }
 
@@ -204,7 +204,7 @@ fn follows_the_quarantine_and_redzone_settings() {
     };
     assert_eq!(case(""), Verdict::Pass);
     assert_eq!(case("--quarantine off"), Verdict::Fail);
-    // Objects that lie closer take less memory.
+    // Objects without redzones take less memory.
     let free = |options: &str| {
         let umbra = linux(KERNEL, options, &format!("{NO_SUITE} umbra_replay=restart"));
         let run = umbra.arg("--initrd").file(&recording(300)).collect().run();
@@ -245,14 +245,14 @@ impl Write for Screen {
     }
 }
 
-/// What the kernel says last where nothing is left out of its way but a first program.
+/// The kernel's last message when only a first program is missing.
 const END: &str = "Kernel panic - not syncing: No working init found";
 
 /// Memory of a guest in this process.
 const MEMORY: u64 = 128 << 20;
 
-/// Boots on an Umbra that tells something else by CPUID than the real one: the kernel says why it
-/// is not checked, and goes on without.
+/// Boots with a CPUID leaf that differs from the real Umbra's: the kernel prints why it is not
+/// checked, and goes on without.
 fn told(leaf: CpuidLeaf, why: &str) {
     let screen = Screen::default();
     let config = Config {
@@ -270,11 +270,11 @@ fn told(leaf: CpuidLeaf, why: &str) {
     assert!(console.contains(&format!("kasan: umbra: memory is NOT checked: {why}")), "{console}");
     assert!(console.contains(END), "{console}");
     assert_eq!((report.outcome.word(), report.stats.findings), ("panic", 0));
-    // It has made nothing of what it cannot trust.
+    // It has not used the leaf that it cannot trust.
     assert_eq!((report.stats.events.allocations, report.stats.shadow.faults), (0, 0));
 }
 
-/// A leaf of Umbra's, by its distance from the first.
+/// A CPUID leaf of Umbra's, by its distance from the first.
 fn leaf(number: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> CpuidLeaf {
     CpuidLeaf { function: abi::CPUID_FIRST + abi::CPUID_STEP + number, eax, ebx, ecx, edx }
 }
@@ -305,7 +305,7 @@ fn shadow_limit() {
     assert!(run.figure("/shadow/byte_mapped_bytes") <= 512 << 10);
 }
 
-/// QEMU's software CPU, with nothing of Umbra.
+/// QEMU's software CPU, without Umbra.
 fn qemu(cmdline: &str) -> String {
     let mut qemu = Command::new("qemu-system-x86_64");
     qemu.args([
@@ -343,7 +343,7 @@ fn suite_under_qemu() {
 /// The sources that the kernels are built from.
 const SOURCES: &str = "source/linux-source-6.1";
 
-/// Runs a program that has to succeed.
+/// Runs a program that must succeed.
 fn succeeds(command: &mut Command) {
     let output = command.output().expect("it starts");
     let said =
@@ -351,7 +351,7 @@ fn succeeds(command: &mut Command) {
     assert!(output.status.success(), "{command:?}: {}", said.concat());
 }
 
-/// Linux's own checker has nothing to say about the patches, and `git am` takes them.
+/// Linux's own checker finds nothing in the patches, and `git am` applies them.
 fn patches_are_in_good_form() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../guest/linux/patches");
     let mut patches: Vec<_> = fs::read_dir(folder)
@@ -364,7 +364,7 @@ fn patches_are_in_good_form() {
     for patch in &patches {
         let checker = sources.join("scripts/checkpatch.pl");
         succeeds(Command::new("perl").arg(checker).args(["--no-tree", "--quiet"]).arg(patch));
-        // Only the files that the series is about, as they are before it.
+        // Only the files that the series changes, in their old state.
         for line in fs::read_to_string(patch).expect("it is text").lines() {
             let Some(file) = line.strip_prefix("--- a/") else { continue };
             let to = tree.path().join(file);

@@ -13,9 +13,9 @@ use umbra_tests::suite::{Need, Suite};
 
 /// The program `umbra`.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_umbra-under-test");
-/// No guest here needs as long as this.
+/// Time limit of every guest here.
 const LIMIT: Duration = Duration::from_secs(600);
-/// What the guests' first program can do (`programs/init.c`) without a bug of the kernel's.
+/// The parts of the guests' first program (`programs/init.c`) that provoke no bug.
 const GOOD: [&str; 3] = ["files", "signals", "processes"];
 
 /// The guests' first program, which `cargo xtask test` builds.
@@ -23,7 +23,7 @@ fn first_program() -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/guest/programs/init"))
 }
 
-/// Boots a kernel whose first program does `what`.
+/// Boots a kernel whose first program runs the part `what`.
 fn run(file: &str, options: &str, what: &str) -> Run {
     let program = fs::read(first_program()).expect("the program");
     Umbra::new(PROGRAM, "run")
@@ -38,7 +38,7 @@ fn run(file: &str, options: &str, what: &str) -> Run {
         .run()
 }
 
-/// Panics unless the program said that it is done, and the machine was restarted after that.
+/// Panics unless the program printed that it is done and then restarted the machine.
 #[track_caller]
 fn is_done(run: &Run, what: &str) {
     let console = String::from_utf8_lossy(&run.stdout);
@@ -50,7 +50,7 @@ fn is_done(run: &Run, what: &str) {
     assert_eq!(run.outcome(), "reset");
 }
 
-/// Everything good, on a kernel that nobody checks.
+/// All parts without bugs, on a kernel that is not checked.
 fn unchecked(cpus: u32) {
     for what in GOOD {
         runs_unchecked("small/vmlinux", &format!("--memory 128M --cpus {cpus}"), what);
@@ -64,7 +64,7 @@ fn runs_unchecked(file: &str, options: &str, what: &str) {
     is_done(&run, what);
 }
 
-/// Everything good, on a checked kernel: nothing is found.
+/// All parts without bugs, on a checked kernel: nothing is found.
 fn checked(options: &str) {
     for what in GOOD {
         let run = run("umbra/vmlinux", &format!("--memory 128M {options}"), what);
@@ -74,8 +74,8 @@ fn checked(options: &str) {
     }
 }
 
-/// Linux's module for bugs on purpose, used by the program: each bug is found, of the right kind,
-/// and by the program's task. An access at either edge of what is good is none.
+/// The program uses Linux's module for bugs on purpose: each bug is found, with the right kind and
+/// the program's task. An access at either edge of good memory is not.
 fn misbehaves() {
     for (what, kind) in [
         ("WRITE_AFTER_FREE", "slab-use-after-free"),
@@ -103,7 +103,7 @@ fn goes_through(finding: &Value, function: &str) -> bool {
         .is_some_and(|frames| frames.iter().any(|frame| frame["symbol"].as_str() == Some(function)))
 }
 
-/// A kernel that the program makes panic.
+/// The program makes the kernel panic.
 fn panics() {
     let run = run("umbra/vmlinux", "--memory 128M", "PANIC");
     run.expect(3);

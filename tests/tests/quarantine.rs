@@ -1,5 +1,5 @@
-//! Quarantine and redzones: their sizes are kept to, they can be switched off, and what they cost
-//! is told.
+//! Quarantine and redzones: their sizes hold, they can be switched off, and the figures show their
+//! cost.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -41,7 +41,7 @@ fn config(cmdline: &str) -> Config {
     }
 }
 
-/// Runs the test kernel to its regular end; what it said, too.
+/// Runs the test kernel to its regular end. Returns its output, too.
 fn run(config: &Config) -> (Report, String) {
     let console = Screen::default();
     let report =
@@ -55,8 +55,8 @@ fn run(config: &Config) -> (Report, String) {
 
 const OFF: QuarantineSize = QuarantineSize::Bytes(0);
 
-/// What makes a use after free visible is the quarantine: without it the memory belongs to another
-/// object by then.
+/// The quarantine makes a use after free visible: without it the memory belongs to another object
+/// by then.
 fn finds_what_was_reused(shadow: ShadowMode, notify: Notify) {
     for (quarantine, found) in [(QuarantineSize::Auto, 1), (OFF, 0)] {
         let config = Config { quarantine, shadow, notify, ..config("scenarios=quarantine_uaf") };
@@ -69,14 +69,14 @@ fn finds_what_was_reused(shadow: ShadowMode, notify: Notify) {
             assert_eq!((figures.limit_bytes, figures.bytes, figures.peak_bytes), (0, 0, 0));
         } else {
             assert_eq!(figures.limit_bytes, MEMORY / 32);
-            // The object that was found was in it, and its free was told.
+            // The object was in the quarantine, and the finding has its free.
             let (finding, _) = report.findings.iter().next().expect("one");
             assert!(finding.freed.as_ref().is_some_and(|freed| !freed.frames.is_empty()));
         }
     }
 }
 
-/// However much is freed, no more waits than may, and the rest has come back.
+/// However much is freed, the quarantine keeps its limit, and releases the rest.
 fn keeps_to_its_size(notify: Notify, cpus: u8) {
     let (limit, cmdline) = match cpus {
         1 => (256 << 10, "scenarios=huge_churn churn=3000"),
@@ -97,7 +97,7 @@ fn keeps_to_its_size(notify: Notify, cpus: u8) {
     }
 }
 
-/// It gives way when memory is wanted, and what comes out of it is handed out again.
+/// It is drained when memory runs out, and the released memory is handed out again.
 fn gives_way(notify: Notify) {
     let scenarios = "scenarios=quarantine_under_pressure,quarantine_drained";
     let (report, said) = run(&Config { notify, ..config(scenarios) });
@@ -109,7 +109,8 @@ fn gives_way(notify: Notify) {
     assert!(figures.released > 0 && figures.peak_bytes <= figures.limit_bytes, "{figures:?}");
 }
 
-/// Both objects are told, the current and the previous one, and who made the work that freed one.
+/// A finding shows both objects, the current and the previous one, and the stack that queued a
+/// free.
 fn tells_both_objects(notify: Notify) {
     let (report, _) =
         run(&Config { notify, ..config("scenarios=stale_pointer_to_reused,queued_work_uaf") });
@@ -142,8 +143,8 @@ fn tells_both_objects(notify: Notify) {
     assert!(text.contains("\nLast potentially related work creation:\n "), "{text}");
 }
 
-/// With tables past their budget the findings are the same; what is missing is said, and what was
-/// dropped is counted.
+/// With tables past their budget the findings are the same. Notes say what is missing, and dropped
+/// entries are counted.
 fn little_room_for_provenance(notify: Notify) {
     let cmdline =
         "scenarios=huge_churn,kmalloc_oob_right,kmalloc_uaf,kmem_cache_double_free churn=1000";
@@ -178,7 +179,7 @@ fn little_room_for_provenance(notify: Notify) {
     }
 }
 
-/// How far apart the objects of each cache lie.
+/// The slot size of each cache.
 fn slots(config: &Config) -> (Report, Vec<u64>) {
     let (report, said) = run(config);
     let slots: Vec<_> = said
@@ -189,8 +190,8 @@ fn slots(config: &Config) -> (Report, Vec<u64>) {
     (report, slots)
 }
 
-/// With redzones off, objects lie as in a kernel that is not checked. Uses after free are found all
-/// the same.
+/// With redzones off, memory is laid out as in a kernel that is not checked. Uses after free are
+/// still found.
 fn redzones_can_be_off() {
     let config = config("slots scenarios=kmalloc_uaf,exact_fit,huge_churn churn=300");
     let (unchecked, plain) = slots(&Config { shadow: ShadowMode::Off, ..config.clone() });
@@ -205,10 +206,10 @@ fn redzones_can_be_off() {
     assert!(wide.iter().zip(&plain).all(|(a, b)| *a == b + 256), "{wide:?} {plain:?}");
 }
 
-/// The redzone of one object more is that much more.
+/// One object more has exactly one redzone more.
 fn redzones_are_counted() {
     let bytes = |scenarios: &str| run(&config(scenarios)).0.stats.redzones.peak_bytes;
-    // 31 of 32 bytes are asked for: what the cache hands out anyway does not count.
+    // A request of 31 bytes from a cache of 32: the last byte does not count.
     let (none, some) = (bytes("scenarios=-"), bytes("scenarios=caches"));
     // 40 objects of 72 bytes, and the cache's descriptor of 32.
     assert_eq!(some - none, 40 * 32 + 16);

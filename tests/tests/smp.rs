@@ -16,11 +16,11 @@ use umbra_tests::suite::{Need, Suite};
 
 /// Allocator operations of each CPU.
 const OPERATIONS: u32 = 300;
-/// A bug is told by its number: the CPU that frees, times this, and the CPU that uses. As in
+/// The number of a bug is the CPU that frees, times this, plus the CPU that uses. As in
 /// `guest/kernel/src/stress.rs`.
 const PLANTED: u64 = 4;
 
-/// The run's report and what the kernel said.
+/// The run's report and the kernel's output.
 fn run(cpus: u8, shadow: ShadowMode, notify: Notify, operations: u32) -> (Report, String) {
     let config = Config {
         kernel: test_kernel().expect("checked before").into(),
@@ -55,7 +55,7 @@ impl Write for Screen {
     }
 }
 
-/// The allocations and frees that the kernel says that the stress has made.
+/// The allocations and frees of the stress, as the kernel counted them.
 fn counted(said: &str) -> (u64, u64) {
     let line = said
         .lines()
@@ -65,7 +65,8 @@ fn counted(said: &str) -> (u64, u64) {
     (numbers.next().expect("allocations"), numbers.next().expect("frees"))
 }
 
-/// What was planted, as it must be told: CPU that uses, offset, who used, allocated and freed.
+/// A planted bug, as the finding must show it: the CPU that uses, the offset, and the tasks that
+/// used, allocated and freed.
 type Bug = (u32, i64, [String; 3]);
 
 fn planted(cpus: u64) -> Vec<Bug> {
@@ -100,7 +101,7 @@ fn stress(cpus: u8, shadow: ShadowMode, notify: Notify) {
     assert_eq!(found, expected);
     let events = &report.stats.events;
     assert_eq!(report.stats.guest.cpus, cpus);
-    // Not one notification was lost or came twice.
+    // No notification was lost or came twice.
     let (other, nothing) = run(cpus, shadow, notify, 0);
     let other = &other.stats.events;
     assert_eq!(counted(&nothing), (0, 0));
@@ -110,7 +111,7 @@ fn stress(cpus: u8, shadow: ShadowMode, notify: Notify) {
     );
     assert!(counted(&said).0 > u64::from(cpus) * 50, "{said}");
     if notify == Notify::Ring {
-        // Not only for the findings: rings were full in between.
+        // Rings were full in between, too.
         let reports = report.stats.findings_total;
         assert!(events.ring_drains > u64::from(cpus) * (reports + 1), "{events:?}");
     }

@@ -1,4 +1,4 @@
-//! The terminal as a guest's console: keys reach the guest, and the terminal is put back however
+//! The terminal as a guest's console: keys reach the guest, and the terminal is restored however
 //! the run ends.
 
 use std::fs::File;
@@ -17,7 +17,7 @@ use umbra_tests::suite::{Need, Suite};
 /// The program.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_umbra-under-test");
 const BASE: u64 = 1 << 20;
-/// Nothing here takes as long.
+/// Time limit of everything here.
 const HUNG: Duration = Duration::from_secs(60);
 
 /// A guest that passes for Linux, prints `>` without a line end, and then each key that comes; `q`
@@ -67,7 +67,7 @@ impl OnTerminal {
     fn start(args: &[&str]) -> Self {
         let (mut main, mut other) = (0, 0);
         let null = std::ptr::null_mut();
-        // SAFETY: two descriptors to fill in; the rest is left to its defaults.
+        // SAFETY: fills in two descriptors; the rest are defaults.
         let opened =
             unsafe { libc::openpty(&mut main, &mut other, null, null.cast(), null.cast()) };
         assert_eq!(opened, 0);
@@ -140,7 +140,7 @@ impl OnTerminal {
                 let _ = self.child.wait();
                 panic!("it does not end: {:?}", String::from_utf8_lossy(&self.seen));
             }
-            // It may wait for its output to be read.
+            // It may block until its output is read.
             let mut poll =
                 libc::pollfd { fd: self.main.as_raw_fd(), events: libc::POLLIN, revents: 0 };
             // SAFETY: one descriptor, ours.

@@ -289,7 +289,8 @@ mod tests {
     fn test_programs_are_found_in_what_cargo_says() {
         let message = |id: &str, kind: &str| {
             serde_json::json!({
-                "reason": "compiler-artifact", "package_id": id, "manifest_path": "/u/tests/Cargo.toml",
+                "reason": "compiler-artifact", "package_id": id,
+                "manifest_path": "/u/tests/Cargo.toml",
                 "target": {"name": "cli", "kind": [kind], "test": true}, "profile": {"test": true},
                 "executable": "/u/target/release/deps/cli-1"
             })

@@ -48,9 +48,9 @@ fn linux(text: &mut String, measured: &[Measured]) {
         return;
     }
     text.push_str(
-        "\nLinux in 1 GiB with one CPU, compiled with -O2: without KASAN, with its own (generic, by \
-         calls and inline), and with Umbra's shadow. The workload replays allocations of a kernel \
-         that builds Linux.\n",
+        "\nLinux in 1 GiB with one CPU, compiled with -O2: without KASAN, with its own (generic, \
+         by calls and inline), and with Umbra's shadow. The workload replays allocations of a \
+         kernel that builds Linux.\n",
     );
     for (group, unit, by) in [
         (BOOT, "million instructions", 1e6),
@@ -83,8 +83,8 @@ fn linux(text: &mut String, measured: &[Measured]) {
     {
         let _ = writeln!(
             text,
-            "\nOf the {:.1} million instructions of Umbra's whole run, {:.1} million are outside the \
-             guest.",
+            "\nOf the {:.1} million instructions of Umbra's whole run, {:.1} million are outside \
+             the guest.",
             whole / 1e6,
             outside / 1e6
         );

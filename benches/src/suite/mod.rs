@@ -28,17 +28,9 @@ use crate::gate::{self, Gate};
 use crate::host::{Host, SPARE, available_memory};
 use crate::meter::Meter;
 use crate::native;
-use crate::program::Program;
+use crate::program::{FOLDER, Program};
 use crate::results::Section;
 use crate::trace::{SLICE, Trace};
-
-// `nested` uses these by this path.
-pub(crate) use crate::program::FOLDER;
-
-/// Prints the result of a comparison.
-pub(crate) fn tell_compared(compared: &gate::Compared) {
-    compared.print();
-}
 
 /// Measures what Umbra promises and prints it beside the promise; BENCHMARKS.md gets it too. Exit
 /// status: 0, 1 when a figure is over its limit and that is not known already, 2 when something

@@ -1,4 +1,4 @@
-/* What the kernel does: it greets, and looks at the greeting once more. */
+/* The kernel prints a greeting, and looks at the greeting once more. */
 #include "kernel.h"
 
 struct message {
@@ -22,7 +22,7 @@ void kernel_main(void)
 	message->text = "hello\n";
 	message->times = 2;
 	greet(message);
-	/* A bug: it is free by now. */
+	/* A bug: the object is free by now. */
 	print_number(message->times);
 	print(" times\n");
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 /*
- * The allocators: blocks of pages, each with a description outside of it, and caches of equal
- * objects whose free lists run through the freed objects themselves. The latter touches poisoned
- * memory on purpose, so it does that with reports off.
+ * The allocators: blocks of pages, described outside of them, and caches of equal objects. A
+ * cache's free list runs through the freed objects themselves. It touches poisoned memory on
+ * purpose, so it does that with reports off.
  */
 #include "kernel.h"
 
@@ -56,7 +56,7 @@ static uint32_t head_of(const void *at)
 	return number >= first_page && number < next_page ? pages[number].head : NO_PAGE;
 }
 
-/* A block, still poisoned. */
+/* Takes a block, which stays poisoned. */
 static uint32_t block_take(unsigned order, enum use use)
 {
 	uint32_t number = free_blocks[order];
@@ -101,7 +101,8 @@ void page_free(void *at)
 		umbra_invalid_free((uint64_t)at);
 		return;
 	}
-	if (umbra_free((uint64_t)at, address_of(number), PAGE_SIZE << pages[number].order, UMBRA_FREE_PAGE))
+	if (umbra_free((uint64_t)at, address_of(number), PAGE_SIZE << pages[number].order,
+		       UMBRA_FREE_PAGE))
 		block_give(number);
 }
 
@@ -120,7 +121,11 @@ struct cache *cache_create(const char *name, size_t object)
 
 	if (cache_count == CACHES || !object || object > PAGE_SIZE)
 		return NULL;
-	*cache = (struct cache){object, (object + umbra_redzone(object) + 15) & ~15ul, object > 512 ? 3 : 0, NULL};
+	*cache = (struct cache){
+		.object = object,
+		.slot = (object + umbra_redzone(object) + 15) & ~15ul,
+		.order = object > 512 ? 3 : 0,
+	};
 	cache_count++;
 	/* Cache 0 is "none" for Umbra. */
 	umbra_name_cache((uint16_t)cache_count, name, length(name), object);
@@ -171,10 +176,12 @@ static void *object_alloc(struct cache *cache, size_t bytes)
 {
 	void *object;
 
-	if (!cache->free && !grow(cache) && !(umbra_quarantine_drain() && (cache->free || grow(cache))))
+	if (!cache->free && !grow(cache) &&
+	    !(umbra_quarantine_drain() && (cache->free || grow(cache))))
 		return NULL;
 	object = pop_free(cache);
-	umbra_alloc((uint64_t)object, bytes, cache->slot, UMBRA_SLAB_REDZONE, (uint16_t)(cache - caches + 1));
+	umbra_alloc((uint64_t)object, bytes, cache->slot, UMBRA_SLAB_REDZONE,
+		    (uint16_t)(cache - caches + 1));
 	return object;
 }
 
@@ -222,12 +229,14 @@ void kfree(void *at)
 /* How far an allocation may grow in place. */
 static size_t room_of(uint32_t number)
 {
-	return pages[number].use == SLAB ? caches[pages[number].cache].object : PAGE_SIZE << pages[number].order;
+	const struct page *page = &pages[number];
+
+	return page->use == SLAB ? caches[page->cache].object : PAGE_SIZE << page->order;
 }
 
 /*
- * All the bytes that an allocation may use, which it may from now on. 0, after a report, if it was
- * freed.
+ * Makes the whole room of an allocation accessible, and returns its bytes. 0, after a report, if it
+ * was freed.
  */
 size_t ksize(void *at)
 {
@@ -240,7 +249,7 @@ size_t ksize(void *at)
 	return room;
 }
 
-/* Leaves nothing of what was in it. */
+/* Clears the object before it is freed. */
 void kfree_sensitive(void *at)
 {
 	memset(at, 0, ksize(at));
@@ -248,8 +257,7 @@ void kfree_sensitive(void *at)
 }
 
 /*
- * In place where the slot allows it. Never called with a null pointer; with a freed one it reports
- * that.
+ * Works in place where the slot allows it. `at` is never null; if it was freed, that is reported.
  */
 void *krealloc(void *at, size_t bytes)
 {
@@ -263,12 +271,13 @@ void *krealloc(void *at, size_t bytes)
 		return NULL;
 	if (bytes <= room) {
 		umbra_alloc((uint64_t)at, bytes, slab ? cache->slot : room,
-			    slab ? UMBRA_SLAB_REDZONE : UMBRA_LARGE_REDZONE, slab ? pages[number].cache + 1 : 0);
+			    slab ? UMBRA_SLAB_REDZONE : UMBRA_LARGE_REDZONE,
+			    slab ? pages[number].cache + 1 : 0);
 		return at;
 	}
 	to = kmalloc(bytes);
 	if (to) {
-		/* All of the old slot; how much of it was asked for is not kept. */
+		/* The whole old slot is copied: the requested size is not kept. */
 		umbra_unpoison((uint64_t)at, room);
 		memcpy(to, at, room);
 		kfree(at);

@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
  * From the 64-bit boot protocol's entry (long mode, memory mapped one to one, rsi: boot parameters)
- * to C code in the higher half. The first page tables stand ready: 1 GiB at 0, as direct map and as
- * kernel image; and one scratch page wherever the byte shadow of the image would be, so that
- * compilers may store the shadow of the first stack before Umbra's windows are mapped, and where
- * there is no Umbra.
+ * to C code in the higher half. The first page tables are part of the image. They map the first GiB
+ * three times: at 0, as direct map and as kernel image. The byte shadow of the image is one scratch
+ * page, mapped everywhere: compiled code may store the shadow of the first stack before Umbra's
+ * windows are mapped, and without Umbra.
  */
 #define IMAGE_MAP 0xffffffff80000000
 #define BOOT_STACK 0x10000
+/* The vectors that push an error code: 8, 10 to 14, 17 and 21. */
+#define WITH_ERROR_CODE (1 << 8 | 0x1f << 10 | 1 << 17 | 1 << 21)
 
 	.section .text.boot, "ax"
 	.globl boot_entry
@@ -34,8 +36,8 @@ boot_high:
 	ud2
 
 /*
- * Reads a byte as instrumented code does: check, then access. kernel.h: probe_read. The fault
- * handler knows the access.
+ * probe_read of kernel.h. Reads a byte as instrumented code does: check, then access. The fault
+ * handler skips the access where it faults.
  */
 	.text
 	.globl probe_read, probe_access, probe_done
@@ -54,7 +56,7 @@ probe_done:
 	ret
 	.size probe_read, . - probe_read
 
-/* kernel.h: jump_catch and the like. The callee-saved registers are on the stack meanwhile. */
+/* jump_* of kernel.h. The callee-saved registers are on the stack meanwhile. */
 	.globl jump_catch, jump_throw, jump_with_buffer
 	.type jump_catch, @function
 jump_catch:
@@ -96,11 +98,10 @@ jump_with_buffer:
 	ret
 	.size jump_with_buffer, . - jump_with_buffer
 
-/* One stub for each CPU exception; those without an error code push 0. */
+/* One stub for each CPU exception. It pushes 0 where the CPU pushes no error code. */
 	.macro fault_stub vector
 	.balign 16
-	.if (\vector == 8) || ((\vector >= 10) && (\vector <= 14)) || (\vector == 17) || (\vector == 21)
-	.else
+	.if ((WITH_ERROR_CODE >> \vector) & 1) == 0
 	push $0
 	.endif
 	push $\vector
@@ -109,7 +110,10 @@ jump_with_buffer:
 	.balign 16
 	.globl fault_stubs
 fault_stubs:
-	.irp vector, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31
+	.irp vector, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
+	fault_stub \vector
+	.endr
+	.irp vector, 16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31
 	fault_stub \vector
 	.endr
 fault_common:
@@ -125,7 +129,7 @@ fault_common:
 	push %rbp
 	mov %rsp, %rdi
 	cld
-	/* 17 words lie on a stack that the CPU aligned. */
+	/* The CPU aligned the stack; 17 words are on it. */
 	sub $8, %rsp
 	call fault
 	add $8, %rsp

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-/* The interrupt table, and what happens on a CPU exception. */
+/* The interrupt table and the exception handler. */
 #include "kernel.h"
 
 #define VECTORS 32
 #define PAGE_FAULT 14
 #define CODE 0x08
 
-/* The stack that boot.S leaves. */
+/* The stack, as boot.S leaves it. */
 struct frame {
 	uint64_t rbp, r11, r10, r9, r8, rdi, rsi, rdx, rcx, rax;
 	uint64_t vector, error, rip, cs, rflags, rsp, ss;
@@ -30,7 +30,8 @@ void fault_init(void)
 		uint64_t stub = (uint64_t)fault_stubs + 16 * vector;
 
 		/* An interrupt gate, on the stack that is in use. */
-		idt[vector][0] = (stub & 0xffff) | CODE << 16 | 0x8eul << 40 | (stub >> 16 & 0xffff) << 48;
+		idt[vector][0] = (stub & 0xffff) | CODE << 16 | 0x8eul << 40 |
+				 (stub >> 16 & 0xffff) << 48;
 		idt[vector][1] = stub >> 32;
 	}
 	__asm__ volatile("lidt %0" : : "m"(pointer));
@@ -42,14 +43,20 @@ void fault(struct frame *frame)
 
 	__asm__ volatile("mov %%cr2, %0" : "=r"(address));
 	if (frame->vector == PAGE_FAULT) {
-		struct umbra_trap trap = {frame->rdi, frame->rsi, frame->rbp, frame->rip, frame->rsp};
+		struct umbra_trap trap = {
+			.rdi = frame->rdi,
+			.rsi = frame->rsi,
+			.rbp = frame->rbp,
+			.rip = frame->rip,
+			.rsp = frame->rsp,
+		};
 
 		if (umbra_page_fault(&trap)) {
 			frame->rip = trap.rip;
 			frame->rsp = trap.rsp;
 			return;
 		}
-		/* A scenario's wild access, which was reported: its result is not used. */
+		/* A scenario's wild access was reported already, and its result is not used. */
 		if (frame->rip == (uint64_t)probe_access) {
 			frame->rip = (uint64_t)probe_done;
 			return;
@@ -65,6 +72,7 @@ void fault(struct frame *frame)
 	print_hex(address);
 	print("\n");
 	if (on_umbra)
-		umbra_exit_fault((uint32_t)frame->vector, (uint32_t)frame->error, frame->rip, address);
+		umbra_exit_fault((uint32_t)frame->vector, (uint32_t)frame->error, frame->rip,
+				 address);
 	reset();
 }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 /*
- * Bugs through memory and string functions and operations on bits. Names as in Linux's KASAN test
- * suite.
+ * Bugs in memory and string functions and in bit operations. Names as in Linux's KASAN test suite.
  */
 #include "kernel.h"
 
-SCENARIO(kmalloc_memcpy_oob, "slab-out-of-bounds Write 40 32", "copies 40 bytes into an object of 32")
+SCENARIO(kmalloc_memcpy_oob, "slab-out-of-bounds Write 40 32",
+	 "copies 40 bytes into an object of 32")
 {
 	char *from = kmalloc(64), *to = kmalloc(32);
 
@@ -14,7 +14,8 @@ SCENARIO(kmalloc_memcpy_oob, "slab-out-of-bounds Write 40 32", "copies 40 bytes 
 	kfree(to);
 }
 
-SCENARIO(kmalloc_memset_oob, "slab-out-of-bounds Write 130 128", "fills 130 bytes of an object of 128")
+SCENARIO(kmalloc_memset_oob, "slab-out-of-bounds Write 130 128",
+	 "fills 130 bytes of an object of 128")
 {
 	char *p = kmalloc(128);
 
@@ -22,7 +23,8 @@ SCENARIO(kmalloc_memset_oob, "slab-out-of-bounds Write 130 128", "fills 130 byte
 	kfree(p);
 }
 
-SCENARIO(kmalloc_memmove_negative_size, "out-of-bounds Read 18446744073709551614 4", "moves -2 bytes")
+SCENARIO(kmalloc_memmove_negative_size, "out-of-bounds Read 18446744073709551614 4",
+	 "moves -2 bytes")
 {
 	char *p = kmalloc(64);
 
@@ -30,7 +32,8 @@ SCENARIO(kmalloc_memmove_negative_size, "out-of-bounds Read 18446744073709551614
 	kfree(p);
 }
 
-SCENARIO(kmalloc_memmove_invalid_size, "slab-out-of-bounds Read 64 64", "moves 64 bytes from within 64")
+SCENARIO(kmalloc_memmove_invalid_size, "slab-out-of-bounds Read 64 64",
+	 "moves 64 bytes from within 64")
 {
 	char *p = kmalloc(64);
 
@@ -39,35 +42,40 @@ SCENARIO(kmalloc_memmove_invalid_size, "slab-out-of-bounds Read 64 64", "moves 6
 }
 
 /* Fills the last bytes of an object of 120 bytes and `over` more. */
-#define memset_over(over, n)                                                                                           \
-	do {                                                                                                           \
-		char *p = kmalloc(120);                                                                                \
-                                                                                                                       \
-		memset(opaque(p + 120 + (over) - (n)), 0, opaque((size_t)(n)));                                        \
-		kfree(p);                                                                                              \
+#define memset_over(over, n)                                                                       \
+	do {                                                                                       \
+		char *p = kmalloc(120);                                                            \
+                                                                                                   \
+		memset(opaque(p + 120 + (over) - (n)), 0, opaque((size_t)(n)));                    \
+		kfree(p);                                                                          \
 	} while (0)
 
-SCENARIO(kmalloc_oob_in_memset, "slab-out-of-bounds Write 128 120", "fills 128 bytes of an object of 120")
+SCENARIO(kmalloc_oob_in_memset, "slab-out-of-bounds Write 128 120",
+	 "fills 128 bytes of an object of 120")
 {
 	memset_over(8, 128);
 }
 
-SCENARIO(kmalloc_oob_memset_2, "slab-out-of-bounds Write 2 120", "fills 2 bytes across the end of an object")
+SCENARIO(kmalloc_oob_memset_2, "slab-out-of-bounds Write 2 120",
+	 "fills 2 bytes across the end of an object")
 {
 	memset_over(1, 2);
 }
 
-SCENARIO(kmalloc_oob_memset_4, "slab-out-of-bounds Write 4 120", "fills 4 bytes across the end of an object")
+SCENARIO(kmalloc_oob_memset_4, "slab-out-of-bounds Write 4 120",
+	 "fills 4 bytes across the end of an object")
 {
 	memset_over(1, 4);
 }
 
-SCENARIO(kmalloc_oob_memset_8, "slab-out-of-bounds Write 8 120", "fills 8 bytes across the end of an object")
+SCENARIO(kmalloc_oob_memset_8, "slab-out-of-bounds Write 8 120",
+	 "fills 8 bytes across the end of an object")
 {
 	memset_over(1, 8);
 }
 
-SCENARIO(kmalloc_oob_memset_16, "slab-out-of-bounds Write 16 120", "fills 16 bytes across the end of an object")
+SCENARIO(kmalloc_oob_memset_16, "slab-out-of-bounds Write 16 120",
+	 "fills 16 bytes across the end of an object")
 {
 	memset_over(1, 16);
 }
@@ -165,15 +173,16 @@ static noinline size_t string_nlen(const char *text, size_t most)
 }
 
 SCENARIO(kasan_strings,
-	 "slab-use-after-free Read 1 16;slab-use-after-free Read 1 16;slab-use-after-free Read 1 16;"
-	 "slab-use-after-free Read 1 16;slab-use-after-free Read 1 16;slab-use-after-free Read 1 16",
+	 "slab-use-after-free Read 1 16;slab-use-after-free Read 1 16;"
+	 "slab-use-after-free Read 1 16;slab-use-after-free Read 1 16;"
+	 "slab-use-after-free Read 1 16;slab-use-after-free Read 1 16",
 	 "searches, compares and measures a freed string, by six functions")
 {
 	char *p = kmalloc(24);
 
 	memset(p, 0, opaque(24ul));
 	kfree(p);
-	/* The free list is in the first bytes. Each function stops at its first byte. */
+	/* The first bytes hold the free list. Each function stops at the first byte it reads. */
 	p += 16;
 	opaque(string_chr(p, '1'));
 	opaque(string_rchr(p, '1'));
@@ -184,18 +193,18 @@ SCENARIO(kasan_strings,
 }
 
 /*
- * Operations that are not atomic are assembly with their own checks, as in Linux
+ * Bit operations that are not atomic are assembly with checks of their own, as in Linux
  * (asm-generic/bitops/instrumented-non-atomic.h).
  */
-#define plain_bit(instruction, word, bit)                                                                              \
-	({                                                                                                             \
-		bool before;                                                                                           \
-		umbra_check((uint64_t)(word), 8, true);                                                                \
-		__asm__ volatile(instruction " %2, %1\n\tsetc %0"                                                      \
-				 : "=q"(before), "+m"(*(word))                                                         \
-				 : "r"((uint64_t)(bit))                                                                \
-				 : "cc");                                                                              \
-		before;                                                                                                \
+#define plain_bit(instruction, word, bit)                                                          \
+	({                                                                                         \
+		bool before;                                                                       \
+		umbra_check((uint64_t)(word), 8, true);                                            \
+		__asm__ volatile(instruction " %2, %1\n\tsetc %0"                                  \
+				 : "=q"(before), "+m"(*(word))                                     \
+				 : "r"((uint64_t)(bit))                                            \
+				 : "cc");                                                          \
+		before;                                                                            \
 	})
 
 SCENARIO(kasan_bitops_generic,

@@ -6,7 +6,8 @@
 #include "kernel.h"
 
 SCENARIO(kmalloc_oob_right,
-	 "slab-out-of-bounds Write 1 115;slab-out-of-bounds Write 1 120;slab-out-of-bounds Read 1 128",
+	 "slab-out-of-bounds Write 1 115;slab-out-of-bounds Write 1 120;"
+	 "slab-out-of-bounds Read 1 128",
 	 "writes behind a 115-byte object: at its end, a granule further, and past its slot")
 {
 	char *p = kmalloc(115);
@@ -26,7 +27,8 @@ SCENARIO(kmalloc_oob_left, "slab-out-of-bounds Read 1 -1", "reads the byte befor
 	kfree(b);
 }
 
-SCENARIO(kmalloc_node_oob_right, "slab-out-of-bounds Read 1 4096", "reads behind an object as large as a page")
+SCENARIO(kmalloc_node_oob_right, "slab-out-of-bounds Read 1 4096",
+	 "reads behind an object as large as a page")
 {
 	char *p = kmalloc(4096);
 
@@ -35,7 +37,8 @@ SCENARIO(kmalloc_node_oob_right, "slab-out-of-bounds Read 1 4096", "reads behind
 	kfree(p);
 }
 
-SCENARIO(kmalloc_large_oob_right, "slab-out-of-bounds Write 1 3840", "writes behind a large object of a slab")
+SCENARIO(kmalloc_large_oob_right, "slab-out-of-bounds Write 1 3840",
+	 "writes behind a large object of a slab")
 {
 	char *p = kmalloc(4096 - 256);
 
@@ -51,7 +54,8 @@ SCENARIO(kmalloc_pagealloc_uaf, "use-after-free Read 1 0", "reads freed pages")
 	read8(p);
 }
 
-SCENARIO(kmalloc_pagealloc_invalid_free, "invalid-free Free 0 1", "frees an address inside of the pages")
+SCENARIO(kmalloc_pagealloc_invalid_free, "invalid-free Free 0 1",
+	 "frees an address inside of the pages")
 {
 	char *p = kmalloc(4096 + 10);
 
@@ -59,7 +63,8 @@ SCENARIO(kmalloc_pagealloc_invalid_free, "invalid-free Free 0 1", "frees an addr
 	kfree(p);
 }
 
-SCENARIO(kmalloc_pagealloc_oob_right, "slab-out-of-bounds Write 1 4106;slab-out-of-bounds Write 1 8191",
+SCENARIO(kmalloc_pagealloc_oob_right,
+	 "slab-out-of-bounds Write 1 4106;slab-out-of-bounds Write 1 8191",
 	 "writes behind an allocation that has pages of its own")
 {
 	char *p = kmalloc(4096 + 10);
@@ -78,12 +83,13 @@ SCENARIO(kmalloc_uaf, "slab-use-after-free Read 1 8", "reads a freed object")
 	read8(p + 8);
 }
 
-SCENARIO(kmalloc_uaf2, "slab-use-after-free Read 1 40", "reads a freed object after another of its size was allocated")
+SCENARIO(kmalloc_uaf2, "slab-use-after-free Read 1 40",
+	 "reads a freed object after another of its size was allocated")
 {
 	char *p = kmalloc(43), *q;
 
 	kfree(p);
-	/* Elsewhere: what was freed waits. */
+	/* The quarantine holds the first object, so the second is elsewhere. */
 	q = kmalloc(43);
 	read8(p + 40);
 	kfree(q);
@@ -105,7 +111,8 @@ SCENARIO(kmalloc_uaf_read8, "slab-use-after-free Read 8 16", "reads eight bytes 
 	(void)*(volatile uint64_t *)opaque(p + 16);
 }
 
-SCENARIO(kmem_cache_oob, "slab-out-of-bounds Read 1 200", "reads behind an object of a cache of its own")
+SCENARIO(kmem_cache_oob, "slab-out-of-bounds Read 1 200",
+	 "reads behind an object of a cache of its own")
 {
 	char *p = cache_alloc(cache_create("test_cache", 200));
 
@@ -113,7 +120,8 @@ SCENARIO(kmem_cache_oob, "slab-out-of-bounds Read 1 200", "reads behind an objec
 	kfree(p);
 }
 
-SCENARIO(kmem_cache_double_free, "double-free Free 0 0", "frees an object of a cache of its own twice")
+SCENARIO(kmem_cache_double_free, "double-free Free 0 0",
+	 "frees an object of a cache of its own twice")
 {
 	char *p = cache_alloc(cache_create("double_free_cache", 200));
 
@@ -121,7 +129,8 @@ SCENARIO(kmem_cache_double_free, "double-free Free 0 0", "frees an object of a c
 	kfree(opaque(p));
 }
 
-SCENARIO(kmem_cache_invalid_free, "invalid-free Free 0 1", "frees an address inside an object of a cache of its own")
+SCENARIO(kmem_cache_invalid_free, "invalid-free Free 0 1",
+	 "frees an address inside an object of a cache of its own")
 {
 	char *p = cache_alloc(cache_create("invalid_free_cache", 200));
 
@@ -145,8 +154,9 @@ SCENARIO(krealloc_more_oob, "slab-out-of-bounds Write 1 235;slab-out-of-bounds W
 }
 
 SCENARIO(krealloc_less_oob,
-	 "slab-out-of-bounds Write 1 201;slab-out-of-bounds Write 1 208;slab-out-of-bounds Write 1 218;"
-	 "slab-out-of-bounds Write 1 234;slab-out-of-bounds Write 1 235",
+	 "slab-out-of-bounds Write 1 201;slab-out-of-bounds Write 1 208;"
+	 "slab-out-of-bounds Write 1 218;slab-out-of-bounds Write 1 234;"
+	 "slab-out-of-bounds Write 1 235",
 	 "writes where an object reached before it shrank in place")
 {
 	char *p = krealloc(kmalloc(235), 201);
@@ -160,7 +170,8 @@ SCENARIO(krealloc_less_oob,
 	kfree(p);
 }
 
-SCENARIO(krealloc_pagealloc_more_oob, "slab-out-of-bounds Write 1 4331;slab-out-of-bounds Write 1 4336",
+SCENARIO(krealloc_pagealloc_more_oob,
+	 "slab-out-of-bounds Write 1 4331;slab-out-of-bounds Write 1 4336",
 	 "writes behind an allocation that has grown in place")
 {
 	char *p = krealloc(kmalloc(4096 + 201), 4096 + 235);
@@ -175,8 +186,9 @@ SCENARIO(krealloc_pagealloc_more_oob, "slab-out-of-bounds Write 1 4331;slab-out-
 }
 
 SCENARIO(krealloc_pagealloc_less_oob,
-	 "slab-out-of-bounds Write 1 4297;slab-out-of-bounds Write 1 4304;slab-out-of-bounds Write 1 4314;"
-	 "slab-out-of-bounds Write 1 4330;slab-out-of-bounds Write 1 4331",
+	 "slab-out-of-bounds Write 1 4297;slab-out-of-bounds Write 1 4304;"
+	 "slab-out-of-bounds Write 1 4314;slab-out-of-bounds Write 1 4330;"
+	 "slab-out-of-bounds Write 1 4331",
 	 "writes where an allocation reached before it shrank in place")
 {
 	char *p = krealloc(kmalloc(4096 + 235), 4096 + 201);
@@ -235,7 +247,8 @@ SCENARIO(ksize_unpoisons_memory, "slab-out-of-bounds Read 1 128",
 	kfree(p);
 }
 
-SCENARIO(ksize_uaf, "slab-use-after-free Read 1 0;slab-use-after-free Read 1 0;slab-use-after-free Read 1 120",
+SCENARIO(ksize_uaf,
+	 "slab-use-after-free Read 1 0;slab-use-after-free Read 1 0;slab-use-after-free Read 1 120",
 	 "asks for the size of a freed object, and reads it")
 {
 	char *p = kmalloc(120);
@@ -246,7 +259,8 @@ SCENARIO(ksize_uaf, "slab-use-after-free Read 1 0;slab-use-after-free Read 1 0;s
 	read8(p + 120);
 }
 
-SCENARIO(kmalloc_double_kzfree, "slab-use-after-free Read 1 0;double-free Free 0 0", "clears and frees an object twice")
+SCENARIO(kmalloc_double_kzfree, "slab-use-after-free Read 1 0;double-free Free 0 0",
+	 "clears and frees an object twice")
 {
 	char *p = kmalloc(16);
 
@@ -258,7 +272,8 @@ struct words {
 	uint64_t word[8];
 };
 
-SCENARIO(struct_copy_oob, "slab-out-of-bounds Read 64 56", "assigns a struct of 64 bytes from an object of 56")
+SCENARIO(struct_copy_oob, "slab-out-of-bounds Read 64 56",
+	 "assigns a struct of 64 bytes from an object of 56")
 {
 	struct words *from = kmalloc(56), *to = kmalloc(64);
 
@@ -281,7 +296,8 @@ SCENARIO(bitfield_oob, "slab-out-of-bounds Read 4 4", "reads a bit-field behind 
 	kfree(p);
 }
 
-SCENARIO(kmalloc_unaligned_oob, "slab-out-of-bounds Read 8 64", "reads eight bytes across the end of an object")
+SCENARIO(kmalloc_unaligned_oob, "slab-out-of-bounds Read 8 64",
+	 "reads eight bytes across the end of an object")
 {
 	struct __attribute__((packed)) unaligned {
 		uint64_t value;
@@ -307,7 +323,8 @@ SCENARIO(pagealloc_uaf, "use-after-free Read 1 0", "reads freed pages")
 	read8(p);
 }
 
-SCENARIO(page_oob_into_free_neighbour, "use-after-free Read 1 0", "reads behind a page whose neighbour is free")
+SCENARIO(page_oob_into_free_neighbour, "use-after-free Read 1 0",
+	 "reads behind a page whose neighbour is free")
 {
 	char *p = page_alloc(0), *q = page_alloc(0);
 

@@ -28,13 +28,13 @@ void out8(uint16_t port, uint8_t value);
 /* start.c */
 extern bool on_umbra;
 _Noreturn void reset(void);
-/* The address in the direct map behind the end of memory. */
+/* The end of memory, as an address of the direct map. */
 char *memory_end(void);
 
 /* fault.c */
 void fault_init(void);
 
-/* boot.S: reads a byte at an address that may not be mapped; rdi is its whole argument. */
+/* boot.S: reads a byte at an address that may not be mapped. */
 uint8_t probe_read(uint64_t address);
 /*
  * boot.S: runs `body`, which may end by jump_throw(); runs `body` with a buffer on the stack that
@@ -71,21 +71,21 @@ void scenarios_run(const char *command_line);
  * `silent`, or findings separated by `;`, each `kind access size offset-in-object`), and its entry
  * in the kernel's table.
  */
-#define SCENARIO(name, verdict, about)                                                                                 \
-	static void name(void);                                                                                        \
-	__asm__(".pushsection .umbra.scenarios, \"a\"\n"                                                               \
-		".ascii \"" #name "|" verdict "|" about "\\n\"\n"                                                      \
-		".popsection");                                                                                        \
-	static const struct scenario scenario_##name __attribute__((used, section(".scenarios"), aligned(16))) = {     \
-		#name, name};                                                                                          \
+#define SCENARIO(name, verdict, about)                                                             \
+	static void name(void);                                                                    \
+	__asm__(".pushsection .umbra.scenarios, \"a\"\n"                                           \
+		".ascii \"" #name "|" verdict "|" about "\\n\"\n"                                  \
+		".popsection");                                                                    \
+	static const struct scenario scenario_##name                                               \
+		__attribute__((used, section(".scenarios"), aligned(16))) = {#name, name};         \
 	static noinline void name(void)
 
 /* Hides a value's origin from the optimizer. */
-#define opaque(value)                                                                                                  \
-	({                                                                                                             \
-		__auto_type hidden = (value);                                                                          \
-		__asm__ volatile("" : "+r"(hidden) : : "memory");                                                      \
-		hidden;                                                                                                \
+#define opaque(value)                                                                              \
+	({                                                                                         \
+		__auto_type hidden = (value);                                                      \
+		__asm__ volatile("" : "+r"(hidden) : : "memory");                                  \
+		hidden;                                                                            \
 	})
 
 /* Reads or writes a byte, for real. */

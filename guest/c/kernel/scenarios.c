@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 /*
- * Runs what the command line asks for (`scenarios=a,b`; all without it), each scenario as a task of
- * its name.
+ * Runs the scenarios of the command line (`scenarios=a,b`; all without it). Each is a task with the
+ * scenario's name.
  */
 #include "kernel.h"
 
@@ -13,7 +13,7 @@ uint64_t current_task(void)
 	return umbra_who(0, task);
 }
 
-/* Whether `name` is one of the words of `list`, which commas part and a blank ends. */
+/* Whether `name` is in `list`, whose words are separated by commas. A blank ends the list. */
 static bool listed(const char *list, const char *name)
 {
 	for (;;) {
@@ -30,6 +30,7 @@ static bool listed(const char *list, const char *name)
 	}
 }
 
+/* The list in the command line; null if there is none. */
 static const char *chosen(const char *command_line)
 {
 	static const char option[] = "scenarios=";

@@ -28,7 +28,8 @@ SCENARIO(reuse_after_free, "silent", "a freed object's memory is handed out agai
 	}
 }
 
-SCENARIO(krealloc_in_place_and_moved, "silent", "an allocation grows, shrinks and moves; all of it is used each time")
+SCENARIO(krealloc_in_place_and_moved, "silent",
+	 "an allocation grows, shrinks and moves; all of it is used each time")
 {
 	static const uint16_t steps[] = {30, 32, 70, 40, 200, 5000, 100, 9000};
 	char *p = kmalloc(20);
@@ -40,7 +41,8 @@ SCENARIO(krealloc_in_place_and_moved, "silent", "an allocation grows, shrinks an
 	kfree(p);
 }
 
-SCENARIO(memory_functions, "silent", "copies, moves and compares that end with their objects, or have no length")
+SCENARIO(memory_functions, "silent",
+	 "copies, moves and compares that end with their objects, or have no length")
 {
 	char *a = kmalloc(61), *b = kmalloc(61);
 
@@ -105,7 +107,8 @@ static void fill_buffer(char *buffer, size_t bytes)
 		write8(buffer + i, 0xaa);
 }
 
-SCENARIO(no_return_path, "silent", "leaves deep frames without returning, and lets code without redzones use their memory")
+SCENARIO(no_return_path, "silent",
+	 "leaves deep frames without returning, and lets code without redzones use their memory")
 {
 	for (int i = 0; i < 2; i++) {
 		jump_catch(leave_deep_frames);
@@ -155,7 +158,8 @@ SCENARIO(kmem_cache_bulk, "silent", "objects of a cache, many at once")
 	}
 }
 
-SCENARIO(variable_length_arrays, "silent", "arrays of many lengths, all of their bytes, in a loop and in a frame")
+SCENARIO(variable_length_arrays, "silent",
+	 "arrays of many lengths, all of their bytes, in a loop and in a frame")
 {
 	for (size_t n = 1; n < 70; n += 9) {
 		char array[n];

@@ -11,7 +11,8 @@ SCENARIO(kasan_stack_oob, "stack-out-of-bounds Read 1 10", "reads behind an arra
 	read8(p + 10);
 }
 
-SCENARIO(kasan_stack_oob_left, "stack-out-of-bounds Write 1 -1", "writes before an array on the stack")
+SCENARIO(kasan_stack_oob_left, "stack-out-of-bounds Write 1 -1",
+	 "writes before an array on the stack")
 {
 	char stack_array[24];
 	char *p = opaque(stack_array);
@@ -20,7 +21,8 @@ SCENARIO(kasan_stack_oob_left, "stack-out-of-bounds Write 1 -1", "writes before 
 	write8(p - 1, 1);
 }
 
-SCENARIO(stack_oob_between, "stack-out-of-bounds Read 4 12", "reads behind a variable, where another is not far")
+SCENARIO(stack_oob_between, "stack-out-of-bounds Read 4 12",
+	 "reads behind a variable, where another is not far")
 {
 	int first[3], second[3];
 	int *p = opaque(first), *q = opaque(second);
@@ -79,12 +81,14 @@ static noinline void further_down(struct range stale)
 }
 
 SCENARIO(use_after_return, "stack-out-of-bounds Write 1 24",
-	 "writes through a pointer to a variable of a function that has returned, when another uses that part of the stack")
+	 "writes through a pointer to a variable of a function that has returned, when another "
+	 "uses that part of the stack")
 {
 	further_down(dangling());
 }
 
-SCENARIO(use_after_scope_in_loop, "use-after-scope Read 1 0", "reads, in a second round, a variable of the first")
+SCENARIO(use_after_scope_in_loop, "use-after-scope Read 1 0",
+	 "reads, in a second round, a variable of the first")
 {
 	char *p = NULL;
 
@@ -100,7 +104,8 @@ SCENARIO(use_after_scope_in_loop, "use-after-scope Read 1 0", "reads, in a secon
 	read8(p);
 }
 
-SCENARIO(kasan_alloca_oob_left, "alloca-out-of-bounds Read 1 -", "reads before an array of variable length")
+SCENARIO(kasan_alloca_oob_left, "alloca-out-of-bounds Read 1 -",
+	 "reads before an array of variable length")
 {
 	char array[opaque(10ul)];
 
@@ -169,8 +174,8 @@ SCENARIO(kasan_global_oob_right, "global-out-of-bounds Read 1 13", "reads behind
 }
 
 /*
- * Neither compiler puts a redzone before a variable: the one behind its neighbour is found. A
- * variable of 13 bytes and its redzone are 32 bytes together for clang, and 64 for gcc.
+ * Compilers put no redzone before a variable: the access hits the one behind its neighbour. A
+ * variable of 13 bytes and its redzone take 32 bytes with clang, and 64 with gcc.
  */
 #ifdef __clang__
 #define BEFORE_NEIGHBOUR "29"

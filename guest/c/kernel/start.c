@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 /*
- * Page tables and the start of checks. Compiled without the sanitizer: the shadow is not there yet.
+ * Page tables and the start of checks. Compiled without the sanitizer: it runs before the shadow is
+ * mapped.
  */
 #include "kernel.h"
 
@@ -16,12 +17,12 @@ extern char boot_stack[], image_end[], text_start[], text_end[];
 extern void (*const constructors_start[])(void), (*const constructors_end[])(void);
 
 bool on_umbra;
-/* Guest-physical: where early memory is taken from, and where memory ends. */
+/* Guest-physical addresses: the next free byte at start, and the end of memory. */
 static uint64_t next, end;
 
 _Noreturn void kernel_main(uint64_t boot_params);
 
-/* Zeroed memory (it was never used), in whole pages. */
+/* Takes memory in whole pages. It is zeroed, because nothing has used it yet. */
 static uint64_t take(uint64_t bytes)
 {
 	uint64_t at = next;
@@ -36,7 +37,7 @@ static uint64_t take(uint64_t bytes)
 	return at;
 }
 
-/* Maps in large pages where both addresses allow it. */
+/* Maps with large pages where both addresses allow it. */
 static void map(const struct umbra_mapping *mapping)
 {
 	for (uint64_t done = 0; done < mapping->bytes;) {
@@ -61,7 +62,7 @@ char *memory_end(void)
 	return (char *)(DIRECT_MAP + end);
 }
 
-/* Writing cr3 drops what was cached of the old tables. */
+/* Drops what the CPU has cached of the old tables. */
 static void flush(void)
 {
 	uint64_t cr3;
@@ -70,8 +71,8 @@ static void flush(void)
 }
 
 /*
- * Reads the zero page at `at` (Documentation/arch/x86/zero-page.rst): the end of memory; the
- * command line.
+ * Reads the zero page at `at` (Documentation/arch/x86/zero-page.rst). Notes the end of memory and
+ * returns the command line.
  */
 static const char *boot_info(const uint8_t *at)
 {
@@ -108,8 +109,9 @@ static void start_checks(const struct umbra_offer *offer)
 		map(&shadow[1]);
 	}
 	flush();
-	if (!umbra_start(offer, regions, array_size(regions), (void *)(DIRECT_MAP + take(RING_BYTES)), RING_BYTES,
-			 (uint64_t)text_start, (uint64_t)text_end, current_task)) {
+	if (!umbra_start(offer, regions, array_size(regions),
+			 (void *)(DIRECT_MAP + take(RING_BYTES)), RING_BYTES, (uint64_t)text_start,
+			 (uint64_t)text_end, current_task)) {
 		print("Umbra refused: checks are off\n");
 		return;
 	}
@@ -127,14 +129,18 @@ _Noreturn void kernel_main(uint64_t boot_params)
 	if (!on_umbra)
 		print("no Umbra underneath: checks are off\n");
 	if (end > MAPPED_AT_BOOT)
-		map(&(struct umbra_mapping){DIRECT_MAP + MAPPED_AT_BOOT, MAPPED_AT_BOOT, end - MAPPED_AT_BOOT});
+		map(&(struct umbra_mapping){
+			.start = DIRECT_MAP + MAPPED_AT_BOOT,
+			.gpa = MAPPED_AT_BOOT,
+			.bytes = end - MAPPED_AT_BOOT,
+		});
 	start_checks(&offer);
 	/* Nothing runs at a low address any more. */
 	boot_pml4[0] = 0;
 	flush();
 	fault_init();
-	for (void (*const *constructor)(void) = constructors_start; constructor < constructors_end; constructor++)
-		(*constructor)();
+	for (void (*const *run)(void) = constructors_start; run < constructors_end; run++)
+		(*run)();
 	alloc_init(next, end);
 	umbra_name_task(0, "kernel", 6);
 	scenarios_run(command_line);
@@ -143,7 +149,7 @@ _Noreturn void kernel_main(uint64_t boot_params)
 	reset();
 }
 
-/* Through the keyboard controller. */
+/* Resets the machine through the keyboard controller. */
 _Noreturn void reset(void)
 {
 	out8(0x64, 0xfe);

@@ -4,9 +4,9 @@ use core::arch::asm;
 
 use crate::layout::DIRECT_MAP;
 
-/// Guest-physical address of the local APIC's registers: each CPU's own, after a reset.
+/// Guest-physical address of each CPU's own local APIC after a reset.
 pub const GPA: u64 = 0xfee0_0000;
-/// Where they are mapped.
+/// Virtual address of its registers.
 pub const REGISTERS: u64 = DIRECT_MAP + GPA;
 /// The register that a CPU writes at the end of an interrupt (Intel SDM volume 3, table 11-1).
 pub const END_OF_INTERRUPT: u64 = 0xb0;

@@ -7,13 +7,17 @@
 //!
 //! | word | what a round is |
 //! | --- | --- |
-//! | `bench=check:ROUNDS:ENTRY:PLACE:OFFSET:SIZE` | a call of `__asan_ENTRY_noabort` (`none`: of a bare `ret`) for `OFFSET` bytes into `page` (two pages, accessible as a whole), `beside` (the second is byte-checked), or `object` (1005 bytes in a slab); `SIZE` is for `loadN` and `storeN` |
+//! | `bench=check:ROUNDS:ENTRY:PLACE:OFFSET:SIZE` | a call of `__asan_ENTRY_noabort`, see below |
 //! | `bench=call:ROUNDS:NAME` | a call of the runtime, see [`calls`] |
 //! | `bench=record:ROUNDS:DEPTH` | an event without any shadow, `DEPTH` frames deep |
 //! | `bench=kmalloc:ROUNDS:BYTES` | `kmalloc` and `kfree` |
 //! | `bench=replay:1` | all events of the initrd, see [`replay`](crate::replay) |
 //! | `bench=touch:1` | all of free memory taken, and a byte of each page written |
-//! | `bench=chunks:ROUNDS:STATE` | a promotion in another 2 MiB each, of `new` or `used` byte shadow |
+//! | `bench=chunks:ROUNDS:STATE` | a promotion in 2 MiB of its own, with `new` or `used` shadow |
+//!
+//! A check looks at the address `OFFSET` bytes into `PLACE`: `page` (two pages, accessible as a
+//! whole), `beside` (the second of two is byte-checked), or `object` (1005 bytes in a slab). `SIZE`
+//! is for `loadN` and `storeN`. With the `ENTRY` `none` a bare `ret` is called.
 
 use core::arch::{asm, global_asm};
 
@@ -57,7 +61,7 @@ const CHUNK_ORDER: usize = 9;
 /// valid.
 const OBJECT: u64 = 1005;
 
-/// Calls `f(arguments)` `rounds` times. Eight instructions of each round are the loop's, besides
+/// Calls `f(arguments)` `rounds` times. The loop adds eight instructions to each round, besides
 /// `call` and `ret`.
 #[inline(never)]
 fn repeat(rounds: u64, f: Function, arguments: [u64; 5]) {
@@ -68,7 +72,8 @@ fn repeat(rounds: u64, f: Function, arguments: [u64; 5]) {
     // SAFETY: the callers' functions take such arguments; what a C function may change is declared.
     unsafe {
         asm!("2:",
-             "mov rdi, [r12]", "mov rsi, [r12 + 8]", "mov rdx, [r12 + 16]", "mov rcx, [r12 + 24]", "mov r8, [r12 + 32]",
+             "mov rdi, [r12]", "mov rsi, [r12 + 8]", "mov rdx, [r12 + 16]",
+             "mov rcx, [r12 + 24]", "mov r8, [r12 + 32]",
              "call r13", "dec r14", "jnz 2b",
              in("r12") &arguments, in("r13") f, inout("r14") rounds => _, clobber_abi("C"));
     }
@@ -82,7 +87,7 @@ fn repeat_at(depth: u64, rounds: u64, f: Function, arguments: [u64; 5]) {
         repeat(rounds, f, arguments);
     } else {
         repeat_at(depth - 1, rounds, f, arguments);
-        // Something is left to do, so that the call above keeps its frame.
+        // No tail call: the call above keeps its frame.
         core::hint::black_box(depth);
     }
 }
@@ -114,7 +119,7 @@ unsafe extern "C" fn allocate_and_free(bytes: u64) {
     }
 }
 
-/// The page of `at` becomes wholly accessible, then byte-checked.
+/// Makes the page of `at` wholly accessible, then byte-checked.
 unsafe extern "C" fn demote_and_promote(at: u64) {
     umbra_guest::unpoison(at, PAGE_SIZE);
     umbra_guest::poison(at, 8, SLAB_REDZONE);
@@ -126,9 +131,11 @@ unsafe extern "C" fn give_and_take(at: u64) {
 }
 
 unsafe extern "C" fn drain() {
-    // SAFETY: a call of the ABI without any effect on this kernel's memory but the ring's count.
+    // SAFETY: a call of the ABI. It changes nothing in this kernel's memory but the ring's count.
     unsafe {
-        asm!("out dx, eax", inout("eax") CallNumber::RingDrain as u32 => _, in("dx") PORT, in("rdi") 0, options(nostack));
+        asm!("out dx, eax",
+             inout("eax") CallNumber::RingDrain as u32 => _, in("dx") PORT, in("rdi") 0,
+             options(nostack));
     }
 }
 
@@ -169,7 +176,7 @@ fn chunks(rounds: u64, used: bool) -> Option<()> {
         *block = page::alloc(CHUNK_ORDER)?;
     }
     if used {
-        // A neighbour of the page in question, with its shadow in the same page of shadow.
+        // The next page has its shadow in the same page of shadow.
         blocks.iter().for_each(|&at| umbra_guest::poison(at + PAGE_SIZE, 8, SLAB_REDZONE));
     }
     println!("bench begin");

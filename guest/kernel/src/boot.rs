@@ -1,9 +1,8 @@
-//! From the entry of the 64-bit boot protocol to Rust code in the higher half, and the page tables
-//! that this needs.
+//! From the entry of the 64-bit boot protocol to Rust code in the higher half, and the page tables.
 //!
 //! The VMM enters in long mode with memory mapped one to one and `rsi` pointing to the boot
-//! parameters. The first page tables stand ready in the image: the first GiB at 0 (until the jump
-//! is made), as direct map and as kernel image.
+//! parameters. The first page tables are part of the image. They map the first GiB at 0 (for the
+//! jump), as direct map and as kernel image.
 
 use core::arch::{asm, global_asm};
 use core::ptr::{read_unaligned, write_volatile};
@@ -90,8 +89,7 @@ pub fn image_end() -> u64 {
     (&raw const __image_end) as u64 - IMAGE_MAP
 }
 
-/// Runs the constructors that the compiler made: each registers the globals of one compilation
-/// unit.
+/// Runs the constructors that the compiler made. Each registers the globals of a compilation unit.
 pub fn run_constructors() {
     let mut f = &raw const __init_array_start;
     while f < &raw const __init_array_end {
@@ -114,7 +112,7 @@ pub struct BootInfo {
 }
 
 impl BootInfo {
-    /// The end of the memory that is free: the initrd lies at the end of all memory.
+    /// The end of free memory. The initrd is at the end of all memory.
     pub fn free_end(&self) -> u64 {
         let initrd = (self.initrd.as_ptr() as u64).wrapping_sub(DIRECT_MAP);
         if !self.initrd.is_empty() && (self.memory.0..self.memory.1).contains(&initrd) {
@@ -125,7 +123,7 @@ impl BootInfo {
     }
 }
 
-/// Reads the boot parameters at guest-physical `at`. They lie below 1 MiB, which nothing else uses.
+/// Reads the boot parameters at guest-physical `at`, below 1 MiB. Nothing else uses that memory.
 pub fn boot_info(at: u64) -> BootInfo {
     let zero_page = (DIRECT_MAP + at) as *const u8;
     let mut memory = (0, 0);
@@ -221,8 +219,7 @@ pub fn translate(at: u64) -> Option<u64> {
     entry_of(at).map(|entry| unsafe { *entry } & FRAME)
 }
 
-/// Takes the small page at `at` out of the page tables, on this CPU. Returns its guest-physical
-/// address.
+/// Unmaps the small page at `at`, on this CPU. Returns its guest-physical address.
 pub fn unmap(at: u64) -> Option<u64> {
     let gpa = translate(at)?;
     // SAFETY: the caller does not use the page any more.
@@ -258,12 +255,11 @@ pub fn set_mapped(at: u64, mapped: bool) {
             entries = (DIRECT_MAP + (*entry & FRAME)) as *mut u64;
         }
     }
-    // SAFETY: drops what was cached of the old tables.
+    // SAFETY: drops cached translations.
     unsafe { asm!("mov {0}, cr3", "mov cr3, {0}", out(reg) _, options(nostack)) };
 }
 
-/// Copies the page table of the highest level to `to`, and has the copy map the first GiB one to
-/// one as well.
+/// Copies the top-level page table to `to`. The copy maps the first GiB one to one as well.
 ///
 /// # Safety
 /// Only the caller uses the page `to`.
@@ -276,7 +272,7 @@ pub unsafe fn copy_tables(to: *mut u64) {
     }
 }
 
-/// Has this CPU use the kernel's page tables.
+/// Switches this CPU to the kernel's page tables.
 pub fn use_tables() {
     let tables = &raw const boot_pml4 as u64 - IMAGE_MAP;
     // SAFETY: they map all that the kernel uses.
@@ -297,8 +293,7 @@ pub fn map_all(memory_end: u64, extra: &[Mapping], mut table: impl FnMut() -> u6
     for mapping in extra {
         map(mapping, &mut table);
     }
-    // SAFETY: nothing runs at a low address any more; writing cr3 drops what was cached of the old
-    // tables.
+    // SAFETY: nothing runs at a low address any more; writing cr3 drops the cached translations.
     unsafe {
         write_volatile(&raw mut boot_pml4 as *mut u64, 0);
         asm!("mov {0}, cr3", "mov cr3, {0}", out(reg) _, options(nostack));

@@ -5,13 +5,13 @@ use core::ptr::addr_of_mut;
 
 use crate::layout::{DIRECT_MAP, IMAGE_MAP};
 
-/// CPU exceptions; the interrupts' vectors begin behind theirs.
+/// The vectors of CPU exceptions. Those of interrupts follow.
 pub const VECTORS: usize = 32;
 const CODE: u16 = 0x08;
 const TSS: u16 = 0x10;
 /// Bytes of the stack on which exceptions run.
 pub const FAULT_STACK: usize = 16 << 10;
-/// The interrupt by which one CPU wakes another.
+/// The vector of the interrupt that wakes an idle CPU.
 pub const WAKE: u8 = VECTORS as u8;
 
 global_asm!("cpu_current:", "mov rax, gs:[0]", "ret");
@@ -36,7 +36,7 @@ struct Pointer {
 /// Per-CPU data. The `gs` segment begins here.
 #[repr(C)]
 struct PerCpu {
-    /// CPU and task that run now, as the ABI wants them.
+    /// The CPU and task that run now, as the ABI encodes them.
     current: u64,
     gdt: [u64; 4],
     task: TaskState,
@@ -64,8 +64,8 @@ struct Stack(#[allow(dead_code, reason = "only its address is used")] [u8; FAULT
 static mut STACK: Stack = Stack([0; FAULT_STACK]);
 
 unsafe extern "C" {
-    /// CPU and task that run now, as the ABI wants them. It runs for every allocator event: two
-    /// instructions.
+    /// The CPU and task that run now, as the ABI encodes them. Two instructions, since it runs for
+    /// every allocator event.
     pub safe fn cpu_current() -> u64;
 }
 
@@ -83,7 +83,9 @@ pub fn set_number(cpu: usize) {
     unsafe {
         (*at).current = (cpu as u64) << 16;
         let at = at as u64;
-        asm!("wrmsr", in("ecx") IA32_GS_BASE, in("eax") at as u32, in("edx") (at >> 32) as u32, options(nostack));
+        asm!("wrmsr",
+             in("ecx") IA32_GS_BASE, in("eax") at as u32, in("edx") (at >> 32) as u32,
+             options(nostack));
     }
 }
 
@@ -105,8 +107,8 @@ pub fn set_task(id: u32) {
 pub fn init(entries: u64) {
     // SAFETY: runs once, at start, on the only CPU; the tables live as long as the kernel.
     unsafe {
-        // By its address in the direct map, which is below those of all threads' stacks: so the
-        // chain of frames rises from here to what was interrupted.
+        // Its address in the direct map is below those of all threads' stacks, so the chain of
+        // frames rises from here to the interrupted code.
         let stack = addr_of_mut!(STACK) as u64 - IMAGE_MAP + DIRECT_MAP;
         umbra_guest::stack_alloc(
             stack & !0xfff,
@@ -147,10 +149,14 @@ pub unsafe fn load_tables(cpu: usize, fault_stack: u64) {
         let idt =
             Pointer { limit: (16 * (VECTORS + 1) - 1) as u16, base: addr_of_mut!(IDT) as u64 };
         asm!(
-            "lgdt [{gdt}]", "push {code}", "lea {scratch}, [rip + 3f]", "push {scratch}", "retfq", "3:",
-            "mov ds, {zero:e}", "mov es, {zero:e}", "mov ss, {zero:e}", "ltr {tss:x}", "lidt [{idt}]",
-            gdt = in(reg) &raw const gdt, idt = in(reg) &raw const idt, code = in(reg) u64::from(CODE),
-            scratch = out(reg) _, zero = in(reg) 0u64, tss = in(reg) TSS,
+            "lgdt [{gdt}]",
+            "push {code}", "lea {scratch}, [rip + 3f]", "push {scratch}", "retfq", "3:",
+            "mov ds, {zero:e}", "mov es, {zero:e}", "mov ss, {zero:e}",
+            "ltr {tss:x}",
+            "lidt [{idt}]",
+            gdt = in(reg) &raw const gdt, idt = in(reg) &raw const idt,
+            code = in(reg) u64::from(CODE), scratch = out(reg) _, zero = in(reg) 0u64,
+            tss = in(reg) TSS,
         );
     }
 }

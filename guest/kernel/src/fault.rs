@@ -1,5 +1,4 @@
-//! CPU exceptions: where they enter the kernel, and what it does about them. Most end the run
-//! through the exit call.
+//! CPU exceptions: their entry points and their handler. Most end the run through the exit call.
 
 use core::arch::{asm, global_asm};
 
@@ -10,13 +9,13 @@ use crate::platform::{on_umbra, reset};
 use crate::{apic, println, thread};
 
 const PAGE_FAULT: u64 = 14;
+/// The vectors that push an error code: 8, 10 to 14, 17 and 21 (Intel SDM volume 3, table 6-1).
+const WITH_ERROR_CODE: u32 = 1 << 8 | 0x1f << 10 | 1 << 17 | 1 << 21;
 
 global_asm!(
     ".macro fault_stub vector",
     ".balign 16",
-    // These push an error code themselves (Intel SDM volume 3, table 6-1).
-    ".if (\\vector == 8) || ((\\vector >= 10) && (\\vector <= 14)) || (\\vector == 17) || (\\vector == 21)",
-    ".else",
+    ".if (({with_error_code} >> \\vector) & 1) == 0",
     "push 0",
     ".endif",
     "push \\vector",
@@ -24,10 +23,13 @@ global_asm!(
     ".endm",
     ".balign 16",
     "fault_stubs:",
-    ".irp vector, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31",
+    ".irp vector, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15",
     "fault_stub \\vector",
     ".endr",
-    // The wake-up only ends the wait. The local APIC must get its end of interrupt.
+    ".irp vector, 16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31",
+    "fault_stub \\vector",
+    ".endr",
+    // The wake-up interrupt only ends the `hlt`; the handler just signals the end of interrupt.
     ".balign 16",
     "push rax",
     "movabs rax, {end_of_interrupt}",
@@ -50,7 +52,7 @@ global_asm!(
     "push rbp",
     "mov rdi, rsp",
     "cld",
-    // 17 words lie on a stack that began 16-byte aligned.
+    // The stack began 16-byte aligned; 17 words are on it.
     "sub rsp, 8",
     "call {fault}",
     "add rsp, 8",
@@ -66,6 +68,7 @@ global_asm!(
     "pop rax",
     "add rsp, 16",
     "iretq",
+    with_error_code = const WITH_ERROR_CODE,
     fault = sym fault,
     end_of_interrupt = const apic::REGISTERS + apic::END_OF_INTERRUPT,
 );
@@ -74,12 +77,12 @@ unsafe extern "C" {
     static fault_stubs: [u8; 16 * (VECTORS + 1)];
 }
 
-/// The entry points, 16 bytes each: one for each exception, then the one of the wake-up.
+/// The entry points, 16 bytes each: one for each exception, then that of the wake-up interrupt.
 pub fn entries() -> u64 {
     (&raw const fault_stubs) as u64
 }
 
-/// The stack in [`fault`].
+/// The stack, as the entry points leave it for [`fault`].
 #[repr(C)]
 struct Frame {
     rbp: u64,

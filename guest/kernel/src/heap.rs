@@ -13,9 +13,9 @@ pub struct Kmalloc;
 #[global_allocator]
 static HEAP: Kmalloc = Kmalloc;
 
-// SAFETY: `kmalloc` hands out distinct memory of the size asked for, aligned to 8 bytes, to 16 from
-// 16 bytes on, and to a page above 4096 bytes, which is what is asked for when the alignment is
-// larger.
+// SAFETY: `kmalloc` hands out distinct memory of at least the requested size. It is aligned to 8
+// bytes, to 16 from 16 bytes on, and to a page above 4096 bytes; a larger alignment asks for that
+// many bytes.
 unsafe impl GlobalAlloc for Kmalloc {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let size = match layout.align() {
@@ -38,7 +38,7 @@ unsafe impl GlobalAlloc for Kmalloc {
     }
 }
 
-/// A first-fit allocator over fixed memory whose free list lies *inside* the free blocks, as is
+/// A first-fit allocator over fixed memory with its free list *inside* the free blocks, as is
 /// common in small kernels. It does not know that it is being checked.
 pub struct FirstFit<const N: usize> {
     memory: UnsafeCell<Memory<N>>,

@@ -1,4 +1,4 @@
-//! Where the kernel maps memory.
+//! The kernel's mappings of memory.
 
 /// All of physical memory.
 pub const DIRECT_MAP: u64 = 0xffff_8000_0000_0000;

@@ -2,9 +2,9 @@
 //! command line names. It is an ordinary small kernel, instrumented as any other would be.
 //!
 //! Command line: `scenarios=a,b` (default: all; `-`: none), `without=a,b` (all others), `churn=N`
-//! (operations of the churn scenarios), `keep` (a churn leaves what is live), `bench=...` (see
-//! [`bench`]), `smp=N` (see [`stress`]), `random=...` (see [`random`]), `slots` (prints how far
-//! apart objects of each cache lie).
+//! (operations of the churn scenarios), `keep` (a churn does not free its live objects),
+//! `bench=...` (see [`bench`]), `smp=N` (see [`stress`]), `random=...` (see [`random`]), `slots`
+//! (prints the slot size of each cache).
 #![no_std]
 #![no_main]
 #![allow(
@@ -39,14 +39,14 @@ use umbra_guest::{Mapping, Offer, Region, StartConfig};
 
 /// Bytes of the event ring: its header and 8,191 records, so that a drain is rare.
 const RING: usize = 512 << 10;
-/// Memory for page tables and the like before there is an allocator, by guest-physical address.
+/// Allocates guest-physical memory for page tables and the like, before the allocators are set up.
 struct Early {
     next: u64,
     end: u64,
 }
 
 impl Early {
-    /// Zeroed memory (it was never used), in whole pages.
+    /// Takes memory in whole pages. It is zeroed, because nothing has used it yet.
     fn take(&mut self, bytes: u64) -> u64 {
         let at = self.next;
         self.next += bytes.next_multiple_of(4096);
@@ -90,7 +90,7 @@ fn start_checks(offer: &Offer, info: &boot::BootInfo, cpus: usize, early: &mut E
         println!("Umbra speaks ABI version {}, this kernel another: checks are off", offer.version);
     }
     let end = info.memory.1;
-    // The mappings that exist since boot. The one of the image ends with the image.
+    // The mappings of boot.rs, the second only as far as the image reaches.
     let regions = [
         Region { start: DIRECT_MAP, bytes: end & !0xfff, gpa: 0 },
         Region { start: IMAGE_MAP, bytes: boot::image_end(), gpa: 0 },

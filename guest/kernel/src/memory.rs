@@ -1,5 +1,5 @@
-//! Bindings to the kernel's allocators. These are a crate of their own (`guest/kernel/memory`),
-//! which is compiled without the sanitizer, and have C names.
+//! Bindings to the kernel's allocators (`guest/kernel/memory`), which are compiled without the
+//! sanitizer.
 
 /// Pages.
 pub mod page {
@@ -27,7 +27,7 @@ pub mod page {
         unsafe { kernel_memory_init(start, end) };
     }
 
-    /// The direct-map address behind all memory.
+    /// The end of memory, as an address of the direct map.
     pub fn end() -> u64 {
         END.load(Relaxed)
     }
@@ -50,9 +50,9 @@ pub mod page {
         Some(unsafe { kernel_pages_take(order) }).filter(|&at| at != 0)
     }
 
-    /// Gives back what [`take`] took, poisoned again.
+    /// Returns pages from [`take`], poisoned again.
     pub fn give(at: u64) {
-        // SAFETY: threads give their stacks back once.
+        // SAFETY: each thread returns its stack once.
         unsafe { kernel_pages_give(at) };
     }
 }
@@ -101,7 +101,7 @@ pub mod slab {
         Some(unsafe { ffi::krealloc(at, old, new) }).filter(|&at| at != 0)
     }
 
-    /// All the bytes that an allocation may use, which it may from now on. 0, after a report, if it
+    /// Makes an allocation's whole room accessible, and returns its bytes. 0, after a report, if it
     /// was freed.
     #[inline(always)]
     pub fn ksize(at: u64) -> u64 {
@@ -109,7 +109,7 @@ pub mod slab {
         unsafe { ffi::ksize(at) }
     }
 
-    /// Bytes from one object to the next, cache by cache.
+    /// Bytes from one object to the next, for each cache.
     pub fn slots() -> impl Iterator<Item = u64> {
         // SAFETY: any number will do.
         (0..).map(|cache| unsafe { ffi::kernel_slab_slot(cache) }).take_while(|slot| *slot != 0)
@@ -134,8 +134,7 @@ pub mod slab {
             Some(unsafe { ffi::kmem_cache_alloc(self.0) }).filter(|&at| at != 0)
         }
 
-        /// Allocates `objects.len()` objects at once. False if there is not enough memory; then it
-        /// keeps none.
+        /// Allocates `objects.len()` objects at once, or none if there is not enough memory.
         pub fn alloc_bulk(self, objects: &mut [u64]) -> bool {
             for i in 0..objects.len() {
                 let Some(object) = self.alloc() else {
@@ -153,7 +152,7 @@ pub mod slab {
             kfree(at);
         }
 
-        /// Gives the cache up. Its number is not used again.
+        /// Destroys the cache. Its number is not used again.
         pub fn destroy(self) {
             // SAFETY: `new` made this cache; a second time is found.
             unsafe { ffi::kmem_cache_destroy(self.0) };

@@ -1,4 +1,4 @@
-//! The machine underneath: whether it is Umbra's, its I/O ports, its reset.
+//! The machine: whether it is Umbra's, I/O ports, reset.
 
 use core::arch::asm;
 use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -23,8 +23,7 @@ pub fn out8(port: u16, value: u8) {
     }
 }
 
-/// Resets the machine, through the keyboard controller: how the kernel ends where there is no
-/// Umbra.
+/// Resets the machine through the keyboard controller. The kernel ends so where there is no Umbra.
 pub fn reset() -> ! {
     out8(0x64, 0xfe);
     loop {

@@ -1,11 +1,11 @@
-//! Random allocator operations with accesses at every edge: `random=OPERATIONS:SEED:REPORTED` on the
-//! command line.
+//! Random allocator operations with accesses at every edge: `random=OPERATIONS:SEED:REPORTED` on
+//! the command line.
 //!
-//! Memory that an operation makes valid is accessed and checked at both ends, by several widths.
-//! None of that may be a violation. Then bugs are planted: accesses that reach over an edge, uses
-//! after free, frees of freed memory and of addresses inside. Each must be a violation. Most are
-//! only counted (`umbra_violations`), with reports off. One in `REPORTED` is reported; the host must
-//! see as many findings of each kind as the kernel prints. The kernel counts and prints wrong
+//! The kernel accesses and checks both ends of the memory that an operation makes valid, by several
+//! widths. None of that may be a violation. Then it plants bugs: accesses that reach over an edge,
+//! uses after free, frees of freed memory and of addresses inside. Each must be a violation. Most
+//! are only counted (`umbra_violations`), with reports off. One in `REPORTED` is reported; the host
+//! must see as many findings of each kind as the kernel prints. The kernel counts and prints wrong
 //! results, and goes on.
 
 use umbra_guest::{suppressed, violations};
@@ -16,7 +16,7 @@ use crate::{bench, page, println, thread};
 
 /// Most allocations at a time.
 const LIVE: usize = 512;
-/// The least bytes of a redzone.
+/// Bytes of the smallest redzone.
 const REDZONE: u64 = 16;
 const PAGE: u64 = 4096;
 
@@ -24,9 +24,9 @@ const PAGE: u64 = 4096;
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
     Nothing,
-    /// By `kmalloc`, which gives more than 4096 bytes pages of their own.
+    /// By `kmalloc`; with pages of its own if it has more than 4096 bytes.
     Object,
-    /// By the page.
+    /// Whole pages.
     Pages,
 }
 
@@ -67,10 +67,10 @@ const CHECKS: [(&str, u64); 12] = [
 struct Run {
     random: Random,
     checks: [(Check, u64); CHECKS.len()],
-    tell_each: u64,
+    report_each: u64,
     good: u64,
     planted: u64,
-    told: [u64; 4],
+    reported: [u64; 4],
     missed: u64,
     wrong: u64,
     corrupt: u64,
@@ -85,12 +85,12 @@ pub fn run(command_line: &str) {
         let Some(numbers) = word.strip_prefix("random=") else { continue };
         let mut numbers = numbers.split(':').map(|number| number.parse().ok());
         let mut next = |default| numbers.next().flatten().unwrap_or(default);
-        let (operations, seed, tell_each) = (next(1000), next(1), next(100));
-        thread::run_named_task("random", || random(operations, seed.max(1), tell_each.max(1)));
+        let (operations, seed, report_each) = (next(1000), next(1), next(100));
+        thread::run_named_task("random", || random(operations, seed.max(1), report_each.max(1)));
     }
 }
 
-fn random(operations: u64, seed: u64, tell_each: u64) {
+fn random(operations: u64, seed: u64, report_each: u64) {
     let checks = CHECKS.map(|(name, bytes)| {
         let Some(check) = bench::entry(name) else { panic!("there is no check {name}") };
         // SAFETY: all checks are C functions of an address and, some, a length. They read shadow
@@ -100,10 +100,10 @@ fn random(operations: u64, seed: u64, tell_each: u64) {
     let mut run = Run {
         random: Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1),
         checks,
-        tell_each,
+        report_each,
         good: 0,
         planted: 0,
-        told: [0; 4],
+        reported: [0; 4],
         missed: 0,
         wrong: 0,
         corrupt: 0,
@@ -119,15 +119,18 @@ fn random(operations: u64, seed: u64, tell_each: u64) {
             run.free(allocation, 0);
         }
     }
-    let Run { good, planted, told: [oob, uaf, double, invalid], missed, wrong, corrupt, .. } = run;
+    let Run {
+        good, planted, reported: [oob, uaf, double, invalid], missed, wrong, corrupt, ..
+    } = run;
     println!("random: {operations} operations, {good} good accesses, {planted} planted bugs");
     println!(
-        "random: told {oob} out of bounds, {uaf} after free, {double} double free, {invalid} invalid free"
+        "random: reported {oob} out of bounds, {uaf} after free, {double} double free, \
+         {invalid} invalid free"
     );
     println!("random: {missed} missed, {wrong} false, {corrupt} corrupt");
 }
 
-/// Mostly small, as kernels allocate.
+/// A random size; most are small, as in kernels.
 fn size(r: u64) -> u64 {
     match r & 63 {
         0 => 4097 + (r >> 8) % 12000,
@@ -178,7 +181,7 @@ impl Run {
         }
     }
 
-    /// There is a new allocation, or another where one was.
+    /// Notes a new allocation, in a place that was empty or held another.
     fn came(&mut self, place: &mut Allocation, new: Allocation, r: u64) {
         *place = new;
         let Allocation { kind, at, bytes } = new;
@@ -189,7 +192,7 @@ impl Run {
             (at as *mut u8).write_volatile(value);
             ((at + bytes - 1) as *mut u8).write_volatile(value);
         }
-        // Three widths of twelve each time, another three each time.
+        // Three of the twelve widths, others each time.
         let first = (r >> 13) as usize % CHECKS.len();
         for i in [first, (first + 3) % CHECKS.len(), (first + 8) % CHECKS.len()] {
             let (check, n) = self.checks[i];
@@ -204,8 +207,8 @@ impl Run {
         if kind != Kind::Object {
             return;
         }
-        // An object always has its redzone, in its slot; what has pages of its own has one if they
-        // are more than it needs.
+        // A slab object always has its redzone. A larger one has the rest of its pages as redzone,
+        // if there is a rest.
         let room = if bytes > PAGE {
             bytes.div_ceil(PAGE).next_power_of_two() * PAGE - bytes
         } else {
@@ -215,7 +218,7 @@ impl Run {
             self.plant(Bug::OutOfBounds, at + bytes, room.min(REDZONE), r, true);
             self.plant_across(at + bytes, r >> 5);
         }
-        // Before an object there is a redzone, its neighbour's, unless it is the first of a slab.
+        // The redzone of its neighbour is before an object, unless it is the first of a slab.
         if bytes <= PAGE && !at.is_multiple_of(PAGE) {
             self.plant(Bug::OutOfBounds, at - REDZONE, REDZONE, r >> 9, false);
         }
@@ -245,23 +248,23 @@ impl Run {
         self.expect(Bug::DoubleFree, true, || free(at));
     }
 
-    /// Accesses one of `bytes` bytes from `at` on that are all invalid, and maybe some behind.
-    fn plant(&mut self, bug: Bug, at: u64, bytes: u64, r: u64, may_tell: bool) {
+    /// Accesses one of the `bytes` from `at` on, all of which are invalid, and maybe bytes behind.
+    fn plant(&mut self, bug: Bug, at: u64, bytes: u64, r: u64, may_report: bool) {
         let (check, n) = self.checks[(r % CHECKS.len() as u64) as usize];
-        self.expect(bug, may_tell, || check(at + r / 16 % bytes, n));
+        self.expect(bug, may_report, || check(at + r / 16 % bytes, n));
     }
 
-    /// Accesses something that begins before `end`, where the valid bytes end, and reaches beyond.
+    /// Makes an access that begins before `end`, where the valid bytes end, and reaches beyond it.
     fn plant_across(&mut self, end: u64, r: u64) {
         let (check, n) = self.checks[2 + (r % (CHECKS.len() as u64 - 2)) as usize];
         self.expect(Bug::OutOfBounds, false, || check(end - 1 - r / 16 % (n - 1), n));
     }
 
-    fn expect(&mut self, bug: Bug, may_tell: bool, plant: impl Fn()) {
+    fn expect(&mut self, bug: Bug, may_report: bool, plant: impl Fn()) {
         self.planted += 1;
         let before = violations();
-        if may_tell && self.planted.is_multiple_of(self.tell_each) {
-            self.told[bug as usize] += 1;
+        if may_report && self.planted.is_multiple_of(self.report_each) {
+            self.reported[bug as usize] += 1;
             plant();
         } else {
             suppressed(plant);

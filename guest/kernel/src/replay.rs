@@ -12,7 +12,7 @@ use crate::memory::slab::{Cache, kfree, kmalloc};
 use crate::println;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"UREP");
-/// Most caches. The allocator has room for more, of which `kmalloc` and the scenarios have some.
+/// Most caches. The allocator has room for more: `kmalloc` and the scenarios have some too.
 const CACHES: usize = 16;
 /// Bytes of an event.
 const EVENT: usize = 12;
@@ -25,7 +25,7 @@ mod what {
     pub const PAGES_FREE: u8 = 4;
 }
 
-/// One more number from the start of `file`.
+/// Takes a number from the start of `file`.
 fn number(file: &mut &[u8]) -> Option<u32> {
     let (number, rest) = file.split_first_chunk()?;
     *file = rest;

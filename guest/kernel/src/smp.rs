@@ -16,13 +16,13 @@ use umbra_guest::codes::PAGE_SIZE;
 use crate::layout::DIRECT_MAP;
 use crate::{apic, boot, cpu, page, println, thread};
 
-/// Two pages of low memory that neither the kernel nor its boot loader uses: code, and a page table
-/// of the highest level that maps that code where it lies.
+/// Two pages of low memory that neither the kernel nor its boot loader uses: code, and a top-level
+/// page table that maps the code one to one.
 const TRAMPOLINE: u64 = 0x9_0000;
 /// A CPU's stacks, in one block of pages: first the one for its work, then the one for exceptions.
 const STACK_ORDER: usize = 3;
-/// Pages of another CPU's ring, as a power of two. It is small, so that it is drained while all
-/// CPUs are busy.
+/// Pages of another CPU's ring, as a power of two. The ring is small, so that it is drained while
+/// all CPUs are busy.
 const RING_ORDER: usize = 0;
 /// How long a CPU may take to start, in loops of a few instructions.
 const PATIENCE: u32 = 4 << 20;
@@ -61,8 +61,8 @@ global_asm!(
     "xor ebp, ebp",
     "movabs rax, offset ap_high",
     "jmp rax",
-    // The code above uses these by their numbers: the assembler allows no difference of symbols
-    // there.
+    // The code above has these offsets as numbers, because the assembler takes no difference of
+    // symbols there.
     ".globl ap_start, ap_tables, ap_stack, ap_end",
     ".org ap_start + 192",
     "ap_tables: .quad 0",
@@ -88,8 +88,8 @@ unsafe extern "C" {
     static ap_end: u8;
 }
 
-/// The APIC ids of all CPUs; the first one runs now. Without an MP table there is one, whose id does
-/// not matter.
+/// The APIC ids of all CPUs; the first one runs now. Without an MP table there is one CPU, and its
+/// id does not matter.
 #[derive(Clone, Copy)]
 pub struct Cpus {
     ids: [u8; cpu::CPUS],
@@ -163,7 +163,7 @@ const NAMES: [&str; cpu::CPUS] = [
     "cpu11", "cpu12", "cpu13", "cpu14", "cpu15",
 ];
 
-/// Starts all CPUs. Checks are on, memory is there.
+/// Starts all CPUs. Called with checks on, after the allocators were set up.
 pub fn start(cpus: &Cpus, offer: &Offer) {
     if cpus.count == 1 {
         return;

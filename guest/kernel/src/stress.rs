@@ -1,8 +1,8 @@
 //! Work for all CPUs at once: `smp=OPERATIONS` on the command line.
 //!
 //! First a legal stress: each CPU allocates, uses and frees, and swaps objects with the others
-//! through a few shared slots, so that most objects are freed by another CPU than allocated them.
-//! The kernel prints the number of events; the host must have got as many. Then a legal race: all
+//! through a few shared slots. So another CPU than the allocating one frees most objects. The
+//! kernel prints the number of events; the host must have received as many. Then a legal race: all
 //! CPUs make their parts of the same pages accessible at once. Then a planted bug for each pair of
 //! CPUs: one frees an object and the other uses it.
 
@@ -17,7 +17,7 @@ use crate::scenarios::churn::Random;
 use crate::slab::{kfree, kmalloc, krealloc};
 use crate::{cpu, page, println, smp, thread};
 
-/// Common places.
+/// Slots that all CPUs share.
 const PLACES: usize = 32;
 /// Objects that a CPU keeps for itself.
 const OWN: usize = 32;
@@ -66,7 +66,7 @@ static FREES: AtomicU64 = AtomicU64::new(0);
 const HEAD: u64 = 16;
 const MAGIC: u64 = 0x5bd1_e995_9e37_79b9;
 
-/// An object with a head, and its last byte written. 0 if there is no memory.
+/// Allocates an object, and writes its head and its last byte. 0 if there is no memory.
 fn new_object(size: u64) -> u64 {
     let Some(at) = kmalloc(size) else { return 0 };
     ALLOCATIONS.fetch_add(1, Relaxed);
@@ -114,7 +114,7 @@ fn stress(number: usize) {
         let r = random.next();
         let mine = &mut own[(r % OWN as u64) as usize];
         match r >> 8 & 15 {
-            // Pages come and go as wholes, and are slabs in between: their shadow is promoted and
+            // Pages are used as wholes and as slabs by turns, so their shadow is promoted and
             // demoted.
             0 => {
                 if let Some(at) = page::alloc((r >> 12 & 1) as usize) {
@@ -129,7 +129,7 @@ fn stress(number: usize) {
                 let old = check_object(*mine);
                 let new = HEAD + 1 + (r >> 32) % 300;
                 if let Some(at) = krealloc(*mine, old, new) {
-                    // In place it is one event: the object is a new one from there on.
+                    // In place it is one event: Umbra sees a new object.
                     ALLOCATIONS.fetch_add(1, Relaxed);
                     FREES.fetch_add(u64::from(at != *mine), Relaxed);
                     fill(at, new);
@@ -157,7 +157,7 @@ fn stress(number: usize) {
     own.into_iter().for_each(drop_object);
 }
 
-/// Arrivals at [`barrier`], of all CPUs together.
+/// Arrivals of all CPUs at [`barrier`].
 static ARRIVED: AtomicUsize = AtomicUsize::new(0);
 
 /// Waits until all CPUs have come here for the `time`th time.
@@ -171,9 +171,9 @@ fn barrier(time: usize) {
 /// Pages of the race, as a power of two.
 const RACE_ORDER: usize = 5;
 
-/// All CPUs go through the same pages, which are poisoned as wholes until then, and make their
-/// parts of each accessible. The first CPU promotes the page, and the others catch up meanwhile.
-/// A part that is lost makes a false finding.
+/// All CPUs go through the same pages, which are poisoned as wholes at first, and make their parts
+/// of each accessible. The first CPU promotes a page while the others catch up. A lost part makes a
+/// false finding.
 fn race(number: usize) {
     const ROUNDS: usize = 4;
     const SLOT: u64 = 128;
@@ -199,9 +199,9 @@ fn race(number: usize) {
     }
 }
 
-/// The planted bug: the CPU that frees, times [`PLANTED`], plus the CPU that uses.
+/// The number of the planted bug: the CPU that frees, times [`PLANTED`], plus the CPU that uses.
 static TURN: AtomicUsize = AtomicUsize::new(0);
-/// How far it has come.
+/// The steps of it that are done.
 static STEP: AtomicUsize = AtomicUsize::new(0);
 static OBJECT: AtomicU64 = AtomicU64::new(0);
 
@@ -212,8 +212,8 @@ fn wait_for(step: usize) {
     }
 }
 
-/// The last CPU but the two allocates, if there is one; the one frees; the other uses, all the time
-/// from before the free until after it, so that the first bad use comes at once.
+/// A third CPU allocates, if there is one; the first frees; the second uses the object all the
+/// time, from before the free until after it, so that the first bad use comes at once.
 fn plant(number: usize) {
     let turn = TURN.load(Relaxed);
     let (a, b) = (turn / PLANTED, turn % PLANTED);

@@ -12,7 +12,7 @@ use crate::{boot, cpu, page};
 /// A stack is `1 << STACK_ORDER` pages.
 const STACK_ORDER: usize = 2;
 const STACK_BYTES: u64 = PAGE_SIZE << STACK_ORDER;
-/// The first of them, in a thread that has a guard page.
+/// Bytes at the start of a stack that are a guard page, in threads that have one.
 const GUARD_BYTES: u64 = PAGE_SIZE;
 /// Most threads at a time, with the one that boots.
 const THREADS: usize = 16;
@@ -42,8 +42,8 @@ static RUNNING: AtomicUsize = AtomicUsize::new(0);
 static NEXT_ID: AtomicU32 = AtomicU32::new(1);
 
 global_asm!(
-    // Saves the callee-saved registers, changes stacks, restores them. rdi: where to keep rsp, rsi:
-    // the other rsp.
+    // Saves the callee-saved registers, switches stacks, restores them. rdi: the address to save
+    // rsp at; rsi: the new rsp.
     ".globl switch_stacks",
     "switch_stacks:",
     "push rbp",
@@ -61,7 +61,7 @@ global_asm!(
     "pop rbx",
     "pop rbp",
     "ret",
-    // A new thread's first return comes here, with rbp 0, which ends its chain of frames.
+    // A new thread begins here, with rbp 0, which ends its chain of frames.
     "start_thread:",
     "call {main}",
     "ud2",
@@ -133,8 +133,7 @@ fn spawn_with(name: &str, entry: fn(), guard: u64) -> Option<usize> {
         boot::set_mapped(start, false);
     }
     let id = new_task(name);
-    // From the top: a word that keeps the stack aligned, the address to return to, six saved
-    // registers.
+    // From the top: a word for alignment, the return address, six saved registers.
     let top = start + STACK_BYTES - 8;
     // SAFETY: the stack is this thread's own.
     unsafe { ((top - 8) as *mut u64).write(start_thread as *const () as u64) };

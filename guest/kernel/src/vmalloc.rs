@@ -1,8 +1,8 @@
-//! Memory that is contiguous in virtual addresses only: single pages, mapped side by side, with a
-//! page that is not mapped behind each area. Its shadow is its own, by virtual address.
+//! Memory that is contiguous in virtual addresses only: single pages, mapped side by side, with an
+//! unmapped page behind each area. It has its own shadow, by virtual address.
 //!
-//! Addresses are handed out once, from below, so no CPU needs to forget a translation before they
-//! are used again; there are enough for what the scenarios do. Only one CPU calls this.
+//! Each address is handed out once, from below, so no translation has to be flushed. There are
+//! enough for the scenarios. Only one CPU calls this.
 
 use core::ptr::addr_of_mut;
 
@@ -12,7 +12,7 @@ use umbra_guest::codes::{PAGE_SIZE, VMALLOC_INVALID};
 use crate::layout::DIRECT_MAP;
 use crate::{boot, page};
 
-/// Where the areas are (Linux's `VMALLOC_START`).
+/// The start of the areas (Linux's `VMALLOC_START`).
 const START: u64 = 0xffff_c900_0000_0000;
 /// Bytes for all areas.
 const BYTES: u64 = 16 << 20;
@@ -26,7 +26,7 @@ struct Area {
 }
 
 struct Areas {
-    /// Where the next one goes; 0 before the first.
+    /// The start of the next area; 0 before the first.
     next: u64,
     areas: [Option<Area>; AREAS],
 }
@@ -38,7 +38,7 @@ fn all() -> &'static mut Areas {
     unsafe { &mut *addr_of_mut!(ALL) }
 }
 
-/// A page for page tables, zeroed: guest-physical.
+/// Allocates a zeroed page for page tables. Returns its guest-physical address.
 fn table() -> u64 {
     let Some(at) = page::alloc(0) else { panic!("no memory for page tables") };
     // SAFETY: a page of its own.
@@ -92,7 +92,7 @@ pub fn vfree(at: u64) {
     }
 }
 
-/// Where the direct map has the page of an address in an area.
+/// The direct-map address of a byte in an area.
 pub fn direct(at: u64) -> Option<u64> {
     Some(DIRECT_MAP + boot::translate(at)? + at % PAGE_SIZE)
 }

@@ -14,8 +14,8 @@ use crate::ring;
 use crate::stack::{self, frame_pointer, return_address};
 use crate::{checks, host, object, quarantine, settings, shadow, state};
 
-/// Looks for Umbra and makes the first call. Returns the features in `offer`, and 0 where there is
-/// no Umbra, or one of another ABI version (then `offer.version` tells).
+/// Looks for Umbra and makes the first call. Returns the features in `offer`: 0 where there is no
+/// Umbra, or one of another ABI version, which is in `offer.version`.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_discover(offer: &mut Offer) -> u32 {
     *offer = Offer::default();
@@ -151,8 +151,8 @@ fn slot_register(bytes: u64, code: u8) -> u64 {
     if bytes == 0 { 0 } else { Slot { bytes, code }.to_register() }
 }
 
-/// Changes the shadow for [`umbra_alloc`] where the fast path does not fit. Returns whether a record
-/// can hold the slot.
+/// Changes the shadow for [`umbra_alloc`] where the fast path does not fit. Returns whether a
+/// record can hold the slot.
 #[cold]
 #[inline(never)]
 fn allocated_slowly(address: u64, bytes: u64, slot: u64, redzone: u8) -> bool {
@@ -235,8 +235,8 @@ pub extern "C" fn umbra_free_later(
     {
         let record = PackedRecord::quarantined(owner, slot as u32);
         let fp = frame_pointer();
-        // Record and poison together: the VMM may release the memory as soon as this CPU records
-        // something else.
+        // Record and poison without an interrupt between them: the VMM may release the memory as
+        // soon as this CPU records another event.
         let due = without_interrupts(|| {
             let actor = state::current();
             let ring = ring::of(actor);
@@ -256,9 +256,9 @@ pub extern "C" fn umbra_free_later(
     freed_slowly(mode, address, start, slot, code, owner.to_bits(), frame_pointer())
 }
 
-/// [`free_now`] and [`umbra_free_later`] where the fast path does not fit, or where something is
-/// wrong. `fp` is their frame. `owner` holds the bits of an [`Owner`], and memory that has one goes
-/// into the quarantine; 0 for none. (An `Option<Owner>` would be packed and unpacked on the way.)
+/// The slow path of [`free_now`] and [`umbra_free_later`], also for bad frees. `fp` is their frame.
+/// `owner` holds the bits of an [`Owner`], whose memory goes into the quarantine; 0 for none. (An
+/// `Option<Owner>` would be packed and unpacked on the way.)
 #[cold]
 #[inline(never)]
 fn freed_slowly(
@@ -280,7 +280,7 @@ fn freed_slowly(
     }
     if mode.has(Features::SYNC) {
         let due = ring::call(CallNumber::Freed, start, 0, owner, slot_register(slot, code));
-        // After an error the VMM does not have the memory.
+        // After an error the memory is not in the quarantine.
         let quarantined = owner != 0 && !host::is_error(due);
         if quarantined && due != 0 {
             quarantine::drain(false);
@@ -296,8 +296,8 @@ fn freed_slowly(
     true
 }
 
-/// A free that does not fit the fast path, of memory that goes into the quarantine. The result is
-/// that of [`umbra_free_later`].
+/// The slow path for memory that goes into the quarantine. The result is that of
+/// [`umbra_free_later`].
 fn quarantined_slowly(start: u64, slot: u64, code: u8, owner: Owner, fp: u64) -> bool {
     let due = without_interrupts(|| {
         let actor = state::current();
@@ -314,15 +314,15 @@ fn quarantined_slowly(start: u64, slot: u64, code: u8, owner: Owner, fp: u64) ->
     if due == Some(true) {
         quarantine::drain(false);
     }
-    // Without a record the VMM does not have the memory.
+    // Without a record the memory is not in the quarantine.
     due.is_none()
 }
 
-/// Numbers an allocator whose freed memory goes through the quarantine. `release` gets memory that
-/// has left it: the start of the object, the bytes of its slot and the note that
-/// [`umbra_free_later`] got, and `context`. It runs on any CPU, inside [`umbra_free_later`] or
-/// [`umbra_quarantine_drain`]. Returns 0, which is no allocator's number, where there is no
-/// quarantine. Called after [`umbra_activate`].
+/// Numbers an allocator whose freed memory goes through the quarantine. `release` takes memory back
+/// from there. Its arguments are the object's start, slot and note, as in [`umbra_free_later`], and
+/// `context`. It runs on any CPU, inside [`umbra_free_later`] or [`umbra_quarantine_drain`].
+/// Returns 0, which is no allocator's number, where there is no quarantine. Called after
+/// [`umbra_activate`].
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_quarantine_add(release: ReleaseFn, context: *mut c_void) -> u8 {
     quarantine::add(release, context)
@@ -357,7 +357,8 @@ pub extern "C" fn umbra_redzone(object: u64) -> u64 {
     settings::redzone_of(object)
 }
 
-/// What is wrong with a free of `address`, if the object starts at `start` as the allocator says.
+/// Classifies a free of `address`, where the allocator has an object that starts at `start`. `None`
+/// if it is good.
 fn bad_free(address: u64, start: u64) -> Option<Access> {
     match shadow::value(start) {
         _ if address != start => Some(Access::InvalidFree),
@@ -378,14 +379,14 @@ pub extern "C" fn umbra_invalid_free(address: u64) {
     }
 }
 
-/// A thread gets a stack: it becomes accessible, and stays byte-checked from now on.
+/// A thread gets a stack. It becomes accessible, and stays byte-checked.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_stack_alloc(start: u64, bytes: u64) {
     shadow::unpoison_for(start, bytes, MemoryUse::Stack);
     shadow::promote(start, bytes);
 }
 
-/// A thread's stack is given back. What its frames left poisoned becomes accessible again.
+/// A thread's stack is freed. What its frames left poisoned becomes accessible again.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_stack_free(start: u64, bytes: u64) {
     shadow::unpoison_for(start, bytes, MemoryUse::NotStack);
@@ -423,17 +424,16 @@ pub extern "C" fn umbra_suppress_end() {
     state::suppress(false);
 }
 
-/// The number of bad accesses and frees so far on all CPUs, also those that were not reported
-/// because reports were off. A kernel's own tests use it: a bug that is caught raises it.
+/// The number of bad accesses and frees so far on all CPUs, reported or not. A kernel's own tests
+/// use it: a bug that is caught raises it.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_violations() -> u64 {
     state::violations()
 }
 
-/// Reports a bad access that the kernel found itself, by a fault: a stack that has grown into its
-/// guard page, for example. The shadow at `address` decides the kind of bug: a guard page is
-/// poisoned as a stack. `trap` holds the registers at the fault, where the stack of the report
-/// begins.
+/// Reports a bad access that the kernel found by a fault, such as a stack that has grown into its
+/// guard page. The shadow at `address` decides the kind of bug: a guard page is poisoned as a
+/// stack. `trap` holds the registers at the fault, where the stack of the report begins.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn umbra_report(address: u64, bytes: u64, write: bool, trap: &Trap) {
@@ -446,8 +446,8 @@ pub extern "C" fn umbra_report(address: u64, bytes: u64, write: bool, trap: &Tra
 }
 
 /// The kernel's page-fault handler calls this first. If the fault happened in a check's shadow
-/// lookup, the access it checked is to an address without shadow. That is reported, `trap` is set
-/// so that the check returns, and true comes back. The access itself then faults on its own.
+/// lookup, the checked access is to an address without shadow. Then the access is reported, `trap`
+/// is set so that the check returns, and the result is true. The access itself faults on its own.
 ///
 /// # Safety
 /// `trap` holds the registers at the fault.
@@ -456,13 +456,13 @@ pub extern "C" fn umbra_report(address: u64, bytes: u64, write: bool, trap: &Tra
 pub unsafe extern "C" fn umbra_page_fault(trap: &mut Trap) -> bool {
     let Some((size, access)) = checks::running(trap.rip, trap.rsi) else { return false };
     // SAFETY: the fast paths push nothing, so the return address is on top of the stack; the slow
-    // paths take no fault, since they look at regions first.
+    // paths do not fault, since they look at regions first.
     let ip = unsafe { *(trap.rsp as *const u64) };
-    // The fast paths have no frame. It is made here, where their `push rbp` would have put it, so
-    // that the chain goes on in the interrupted stack.
+    // The fast paths have no frame. It is made here, at the place of a `push rbp`, so that the
+    // chain goes on in the interrupted stack.
     let fp = trap.rsp - 8;
-    // The word there is put back later: where exceptions run on the stack that they interrupt, it
-    // belongs to the CPU's own frame. SAFETY: mapped stack, below the word that was read above.
+    // The word there is restored later: where exceptions run on the interrupted stack, it belongs
+    // to the CPU's own frame. SAFETY: mapped stack, below the word that was read above.
     let kept = unsafe { core::ptr::replace(fp as *mut u64, trap.rbp) };
     // The access may be good: a lookup may go one byte beyond a region's shadow.
     if !shadow::check(trap.rdi, size) {
@@ -475,19 +475,19 @@ pub unsafe extern "C" fn umbra_page_fault(trap: &mut Trap) -> bool {
     true
 }
 
-/// Ends the guest: its work is done. 0 is success.
+/// Ends the guest, whose work is done. 0 is success.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_exit(code: u64) -> ! {
     host::exit(ExitReason::Done, code, 0, 0)
 }
 
-/// Ends the guest: it panicked.
+/// Ends the guest after a panic.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_exit_panic() -> ! {
     host::exit(ExitReason::Panic, 0, 0, 0)
 }
 
-/// Ends the guest: a CPU exception that it cannot handle.
+/// Ends the guest after a CPU exception that it cannot handle.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_exit_fault(vector: u32, error: u32, rip: u64, address: u64) -> ! {
     host::exit(ExitReason::Fault, u64::from(vector) | u64::from(error) << 32, rip, address)

@@ -50,9 +50,8 @@ const LEFT_FRAMES: usize = 256;
 const LEFT_BYTES: u64 = 1 << 20;
 
 /// Called before a function that does not return. The frames on the stack may never return, and
-/// other code may use their memory without knowing of their redzones. So all frames are unpoisoned,
-/// from here to the outermost one that the chain of frame pointers leads to. (In Linux, the code that
-/// frees the stack does this.)
+/// other code may use their memory without knowing of their redzones. So this unpoisons all frames
+/// that the chain of frame pointers leads to. (In Linux, the code that frees the stack does this.)
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn __asan_handle_no_return() {
@@ -62,8 +61,8 @@ pub extern "C" fn __asan_handle_no_return() {
     let start = frame_pointer();
     let mut top = start;
     for _ in 0..LEFT_FRAMES {
-        // SAFETY: the first is this function's own frame, all others lie in regions, which are
-        // mapped; what is read may be anything.
+        // SAFETY: the first is this function's own frame, all others are in regions, which are
+        // mapped; any value will do.
         let next = unsafe { (top as *const u64).read_volatile() };
         let rises = next > top && next - start < LEFT_BYTES && next.is_multiple_of(8);
         if !rises || !state::in_region(next, next.wrapping_add(15)) {
@@ -126,7 +125,7 @@ pub extern "C" fn __asan_allocas_unpoison(top: u64, bottom: u64) {
     }
 }
 
-/// The compiler's stores of stack shadow, as calls: `n` bytes of shadow at `at` become `value`.
+/// Stores stack shadow for the compiler: `n` bytes of shadow at `at` become `value`.
 #[inline(always)]
 fn set_shadow(at: u64, n: u64, value: u8) {
     if n == 0 || state::mode() == Features::default() {

@@ -16,14 +16,14 @@
 //! | 16 bytes, unaligned | 7 (12) | model | model |
 //! | up to 8 bytes, by `__asan_loadN` | 11 | 23 to 25 | 28 |
 //!
-//! Two-level: `rax` is the page shadow's address, one unsigned comparison with `PAGE_BYTES` tells
-//! the three cases apart. An aligned access lies in one page and one granule (two granules for 16
+//! Two-level: `rax` is the page shadow's address, and one unsigned comparison with `PAGE_BYTES`
+//! separates the three cases. An aligned access is in one page and one granule (two granules for 16
 //! bytes). An unaligned one of up to 8 bytes looks at two granules at once, unless it begins in the
-//! last one of its page: then it takes up to five more, or the model if it goes on in the next page
-//! and not both are untyped.
+//! last granule of its page. Then it takes up to five more instructions, or the model if it goes on
+//! in the next page and not both are untyped.
 //!
 //! A wild address has no shadow mapped: the lookup itself faults, and
-//! [`crate::api::umbra_page_fault`] finds the access by the slot that `rip` lies in.
+//! [`crate::api::umbra_page_fault`] finds the access by the slot of `rip`.
 
 use core::arch::{asm, global_asm};
 
@@ -54,8 +54,8 @@ const SLOTS: [(u64, Access); 12] = [
     (0, Write),
 ];
 
-// Displacements in the templates are written out by hand, since they run in another place than
-// where they stand: a jump's target is the offset in the slot less the offset behind the jump.
+// Displacements in the templates are written out by hand, since the templates are copied before
+// they run. A displacement is the target's offset in the slot less the offset behind the jump.
 global_asm!(
     // Offsets in a slot.
     ".set UMBRA_PATCH, 64",
@@ -86,8 +86,8 @@ global_asm!(
     "ret",
     ".org \\name + UMBRA_BYTES, 0xcc",
     // Page shadow was not below PAGE_BYTES; the flags are still those of that comparison. The
-    // address is shifted in place, which saves a copy: no look-up in the byte shadow of a
-    // byte-checked page faults.
+    // address is shifted in place, which saves a copy: a lookup in the byte shadow of a
+    // byte-checked page does not fault.
     "8:",
     "jne 9f",
     ".if \\size < 8",
@@ -103,7 +103,7 @@ global_asm!(
     "ret",
     "1:",
     ".if \\size < 8",
-    // A granule that is not wholly valid. Poison is negative.
+    // The granule is not wholly valid. Poison is negative.
     "and ecx, 7",
     "cmp cl, [rdi]",
     "jge 2f",
@@ -117,8 +117,8 @@ global_asm!(
     "jmp 9f",
     ".org \\name + UMBRA_UNALIGNED, 0xcc",
     ".if \\size > 1",
-    // This page and the next at once, which are neighbours in the page shadow; behind the last page
-    // of a region that may fault, and then `umbra_page_fault` has the model decide.
+    // Looks at this page and the next at once, which are neighbours in the page shadow. Behind the
+    // last page of a region that may fault; then `umbra_page_fault` asks the model.
     "cmp word ptr [rax], 0",
     "jne 2f",
     "ret",
@@ -126,14 +126,14 @@ global_asm!(
     ".if \\size == 16",
     "cmp byte ptr [rax], 1",
     "jae 9f",
-    // An untyped page beside one of another kind. The access's last byte is one of the first of a
-    // page if it goes on there.
+    // An untyped page beside one of another kind. If the access goes on in the next page, its last
+    // byte is one of the first there.
     "lea ecx, [rdi + \\size - 1]",
     "test ecx, 0x1000 - \\size",
     "je 9f",
     "ret",
     ".else",
-    // Whether the second of two granules at once is in the next page, which has a class of its own.
+    // Whether the second of the two granules is in the next page, whose class is its own.
     "lea ecx, [rdi + 8]",
     "test ecx, 0xff8",
     ".if \\size == 8",
@@ -166,12 +166,12 @@ global_asm!(
     ".if (\\size > 1) && (\\size < 16)",
     "lea ecx, [rdi + 8]",
     "sar rdi, 3",
-    // Where it begins in its first granule. At most one of the two is whole.
+    // The offset of the access in its first granule. At most one of the two granules is whole.
     "4:",
     "and ecx, 7",
     "cmp byte ptr [rdi], 0",
     ".if \\size == 8",
-    // It reaches into the second one, in which its last byte is one before that.
+    // The access reaches into the second granule; the offset of its last byte there is one less.
     "jne 7f",
     "cmp cl, [rdi + 1]",
     "jg 7f",
@@ -183,12 +183,14 @@ global_asm!(
     "cmp ecx, 8 - \\size",
     "ja 5f",
     "ret",
-    "5:", // Its last byte in the second one.
+    "5:", // Its last byte is in the second granule.
     "sub ecx, 9 - \\size",
     "cmp cl, [rdi + 1]",
     "jge 5f",
     "ret",
-    "6:", // Its last byte, counted from the first one: that many are never valid if it is in the second.
+    // The offset of its last byte from the first granule. If the byte is in the second one, the
+    // first never has so many valid bytes.
+    "6:",
     "add ecx, \\size - 1",
     "cmp cl, [rdi]",
     "jge 6f",
@@ -223,7 +225,7 @@ global_asm!(
     "ret",
     ".org \\name + UMBRA_BYTES, 0xcc",
     // Two-level, all in one page that is not untyped; the flags are those of the comparison with
-    // PAGE_BYTES. Up to 8 bytes lie in the first or in the last granule.
+    // PAGE_BYTES. Up to 8 bytes are in the first or in the last granule.
     "jne 9f",
     "cmp rsi, 8",
     "ja 9f",
@@ -327,11 +329,15 @@ global_asm!(
     "umbra_slot __asan_store8_noabort, 8, 1",
     "umbra_slot __asan_store16_noabort, 16, 1",
     "umbra_slot_any __asan_storeN_noabort, 1",
-    // With `-fno-sanitize-recover` compilers leave the suffix off. Whether to stop is the VMM's
-    // choice here.
-    ".irp name, load1, load2, load4, load8, load16, loadN, store1, store2, store4, store8, store16, storeN",
+    // With `-fno-sanitize-recover` compilers leave the suffix off. Here the VMM decides whether to
+    // stop.
+    ".macro umbra_abort_name name",
     ".globl __asan_\\name",
     ".set __asan_\\name, __asan_\\name\\()_noabort",
+    ".endm",
+    ".irp bytes, 1, 2, 4, 8, 16, N",
+    "umbra_abort_name load\\bytes",
+    "umbra_abort_name store\\bytes",
     ".endr",
     ".section .rodata.umbra_checks, \"a\", @progbits",
     ".balign 64",
@@ -380,8 +386,8 @@ unsafe extern "C" {
 pub unsafe fn activate(features: Features) {
     let write_protect = 1u64 << 16;
     // SAFETY: the slots are this module's own code, and with CR0.WP clear ring 0 may write a
-    // read-only page; interrupts stay off for as long as that lasts. A `cpuid` makes the CPU drop
-    // what it fetched before.
+    // read-only page; interrupts stay off meanwhile. A `cpuid` makes the CPU drop instructions that
+    // it fetched before.
     unsafe {
         let (flags, cr0): (u64, u64);
         asm!("pushfq", "pop {}", "cli", "mov {}, cr0", out(reg) flags, out(reg) cr0);
@@ -413,13 +419,13 @@ pub fn running(rip: u64, second_argument: u64) -> Option<(u64, Access)> {
     Some((if size == 0 { second_argument } else { size }, access))
 }
 
-/// The whole check, for every access that the fast path did not let pass.
+/// The whole check, for accesses that the fast path did not pass.
 #[unsafe(no_mangle)]
 extern "C" fn umbra_slow_check(address: u64, size: u64, write: bool, ip: u64) {
     check_range(address, size, if write { Write } else { Read }, ip);
 }
 
-/// Checks any range; a violation is reported. Returns false when one was.
+/// Checks any range. Returns false when it reported a violation.
 #[inline]
 pub fn check_range(address: u64, size: u64, access: Access, ip: u64) -> bool {
     shadow::check(address, size) || !report(address, size, access, ip)

@@ -7,11 +7,11 @@ use core::arch::asm;
 #[inline(always)]
 pub fn without_interrupts<T>(work: impl FnOnce() -> T) -> T {
     let flags: u64;
-    // SAFETY: ring 0 may turn interrupts off. To the compiler this is an access to all memory, so it
-    // moves no access out of `work`.
+    // SAFETY: ring 0 may turn interrupts off. For the compiler this is an access to all memory, so
+    // it moves no access out of `work`.
     unsafe { asm!("pushfq", "pop {}", "cli", out(reg) flags) };
     let result = work();
-    // SAFETY: as they were.
+    // SAFETY: restores the flags.
     unsafe { asm!("push {}", "popfq", in(reg) flags) };
     result
 }

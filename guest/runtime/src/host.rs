@@ -1,14 +1,14 @@
-//! The way to the VMM: discovery by CPUID, and the hypercall.
+//! Discovery by CPUID, and the hypercall.
 
 use core::arch::asm;
 use core::arch::x86_64::{__cpuid, CpuidResult};
 
 use umbra_shadow::abi::{self, CallNumber, ExitReason, Features, Redzone};
 
-/// What the VMM's CPUID leaves say.
+/// The contents of the VMM's CPUID leaves.
 #[derive(Clone, Copy)]
 pub struct Host {
-    /// What it offers.
+    /// The features it offers.
     pub features: Features,
     /// ABI version of the VMM.
     pub version: u32,
@@ -58,8 +58,8 @@ pub fn discover() -> Option<Host> {
     })
 }
 
-/// Makes one hypercall. Callers have found Umbra with [`discover`]; elsewhere this would be a write
-/// to an unused port. Always inlined: for the VMM the stack begins with the caller's frame.
+/// Makes one hypercall. Callers have found Umbra with [`discover`]; elsewhere this would write to
+/// an unused port. Always inlined: for the VMM the stack begins with the caller's frame.
 #[inline(always)]
 pub fn hypercall(number: CallNumber, rdi: u64, rsi: u64, rcx: u64, r8: u64) -> u64 {
     let result;

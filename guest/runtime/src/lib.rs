@@ -1,9 +1,8 @@
-//! Umbra's guest runtime: what runs inside the guest kernel, behind a C ABI.
+//! Umbra's guest runtime: the part inside the guest kernel, behind a C ABI.
 //!
-//! It has the `__asan_*` entry points that compilers emit calls to for `-fsanitize=kernel-address`
-//! (outline), the checked memory functions, the functions for allocators, and the way to the VMM.
-//! Kernels in any language use this one implementation: `guest/rust` and `guest/c` have the
-//! bindings.
+//! It has the `__asan_*` entry points of `-fsanitize=kernel-address` (outline), the checked memory
+//! functions, the functions for allocators, and the calls to the VMM. Kernels in any language use
+//! this one implementation: `guest/rust` and `guest/c` have the bindings.
 //!
 //! All of it is compiled *without* the sanitizer, with its own `core`, and linked into one
 //! relocatable object in which only the C entry points stay global. Otherwise a check would call
@@ -31,7 +30,6 @@ pub mod state;
 #[cfg(target_os = "none")]
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo) -> ! {
-    // The runtime has no way to print. Nothing in it should panic; if it does, the guest ends
-    // visibly.
+    // The runtime cannot print. Nothing in it should panic; if it does, the guest ends visibly.
     host::exit(umbra_shadow::abi::ExitReason::Panic, 0, 0, 0)
 }

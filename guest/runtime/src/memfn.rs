@@ -13,18 +13,19 @@ use crate::stack::{frame_pointer, return_address};
 
 macro_rules! caller {
     () => {
-        // SAFETY: the function this stands in has a frame of its own and has not returned.
+        // SAFETY: the function around this has a frame of its own and has not returned.
         unsafe { return_address(frame_pointer()) }
     };
 }
 
 #[inline]
 unsafe fn copy_up(to: *mut u8, from: *const u8, n: usize) {
-    // SAFETY: the caller of the C function vouches for both ranges. Eight bytes a step: each step
-    // of a string instruction costs an instruction's time on hosts that emulate ring 0.
+    // SAFETY: the caller of the C function vouches for both ranges. Eight bytes a step: on hosts
+    // that emulate ring 0 each step of a string instruction costs as much as an instruction.
     unsafe {
         asm!("rep movsq", "mov rcx, {rest}", "rep movsb", rest = in(reg) n % 8,
-             inout("rcx") n / 8 => _, inout("rdi") to => _, inout("rsi") from => _, options(nostack));
+             inout("rcx") n / 8 => _, inout("rdi") to => _, inout("rsi") from => _,
+             options(nostack));
     }
 }
 
@@ -85,8 +86,7 @@ pub unsafe extern "C" fn umbra_checked_memmove(
 #[inline]
 unsafe fn copy_either_way(to: *mut u8, from: *const u8, n: usize, ip: u64) -> *mut c_void {
     if check_range(from as u64, n as u64, Read, ip) && check_range(to as u64, n as u64, Write, ip) {
-        // SAFETY: the caller's promise; the direction is chosen so that an overlap is read before
-        // it is written.
+        // SAFETY: the caller's promise; in this direction an overlap is read before it is written.
         unsafe {
             if (to as usize).wrapping_sub(from as usize) < n {
                 copy_down(to, from, n)

@@ -1,8 +1,8 @@
-//! The fast path for the most frequent changes of shadow: one slab object is allocated or freed, on
-//! pages that are byte-checked already.
+//! The fast path for the most frequent changes of shadow: an allocation or a free of one slab
+//! object, on pages that are byte-checked already.
 //!
-//! It is a few stores to byte shadow. Everything else (other pages, whole pages, odd slots) goes
-//! through the model (`shadow`), with the same result.
+//! It is a few stores to byte shadow. All else (other pages, whole pages, odd slots) goes through
+//! the model (`shadow`), with the same result.
 
 use umbra_shadow::abi::Features;
 use umbra_shadow::codes::{GRANULE, GRANULE_SHIFT, PAGE_BYTES, PAGE_SIZE, POISON_MIN};
@@ -72,8 +72,8 @@ pub fn slot(mode: Features, start: u64, slot: u64, code: u8) -> Option<Slot> {
 }
 
 impl Slot {
-    /// Poisons it, after `record` has recorded the free. False if the object is not accessible; then
-    /// nothing was done.
+    /// Poisons the slot, after `record` has recorded the free. False if the object is not
+    /// accessible; then nothing was done.
     #[inline(always)]
     pub fn freed(self, code: u8, record: impl FnOnce()) -> bool {
         // SAFETY: the shadow of the slot is mapped.

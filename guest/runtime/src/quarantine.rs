@@ -1,14 +1,14 @@
 //! The quarantine: freed memory waits before its allocator gets it back, so that uses of it are
 //! found for longer.
 //!
-//! The VMM keeps the queue. It hears of each free anyway, so the queue costs the guest neither
-//! memory nor instructions. The record of such a free has the bytes of its slot and the number of
-//! its allocator. At drains of the ring the VMM says that some of the memory is due; the guest then
-//! fetches a list of it, and calls the allocators' release functions.
+//! The VMM keeps the queue. It sees each free anyway, so the queue costs the guest neither memory
+//! nor instructions. The record of such a free has the bytes of its slot and the number of its
+//! allocator. At drains of the ring the VMM evicts some of the memory; the guest then fetches a
+//! list of it, and calls the allocators' release functions.
 //!
-//! Memory must not come out before its free has poisoned it. So a CPU records a free and poisons
-//! the memory with interrupts off, and the VMM keeps back the last free of every CPU except the one
-//! that asks for a drain.
+//! Memory must not leave before its free has poisoned it. So a CPU records a free and poisons the
+//! memory with interrupts off, and the VMM keeps the last free of every CPU except the one that
+//! asks for a drain.
 
 use core::ffi::c_void;
 use core::ptr::null_mut;
@@ -23,7 +23,7 @@ use crate::cpu::without_interrupts;
 use crate::settings::batch;
 use crate::{host, ring, state};
 
-/// Most allocators, number 0 included, which is none.
+/// Most allocators, with number 0, which is none.
 const ALLOCATORS: usize = 64;
 
 struct Allocator {
@@ -59,23 +59,23 @@ pub fn add(release: ReleaseFn, context: *mut c_void) -> u8 {
     (n + 1) as u8
 }
 
-/// Gives memory that has left the quarantine back to its allocators: what is due, or all of it.
-/// Returns the number of objects. The caller holds no lock that a release function takes.
+/// Returns memory to its allocators: the memory that was evicted, or all of the quarantine. The
+/// result is the number of objects. The caller holds no lock that a release function takes.
 #[cold]
 #[inline(never)]
 pub fn drain(all: bool) -> u64 {
     let actor = state::current();
     let buffer = &ring::of(actor).released;
     if all && state::mode().has(Features::RING) {
-        // The VMM then knows of all that is quarantined.
+        // Then the VMM has seen all frees.
         without_interrupts(|| {
             let actor = state::current();
             ring::of(actor).drain(actor);
         });
     }
     if !buffer.claim() {
-        // A release function or an interrupt's handler has freed something; or this thread has
-        // moved to another CPU, and that buffer's user is at work.
+        // A release function or an interrupt handler has freed something; or this thread has moved
+        // to another CPU, and somebody else uses the buffer.
         return 0;
     }
     let (entries, len) = buffer.entries(state::cpu_of(actor));

@@ -1,4 +1,4 @@
-//! Where the VMM puts memory that leaves the quarantine: a buffer for each CPU.
+//! Per-CPU buffers for the list of memory that leaves the quarantine.
 
 use core::cell::UnsafeCell;
 use core::ptr::null_mut;
@@ -26,7 +26,7 @@ static SMALL: [Small; state::CPUS] =
 pub struct ReleaseBuffer {
     entries: AtomicPtr<Released>,
     len: AtomicU64,
-    /// Entries that the VMM wrote and that were not given back to their allocators yet.
+    /// Entries that the VMM wrote and that their allocators have not got yet.
     pending: AtomicU64,
     claimed: AtomicBool,
 }
@@ -48,7 +48,7 @@ impl ReleaseBuffer {
         self.len.store(len, Relaxed);
     }
 
-    /// Where the entries of the buffer of CPU `cpu` are, and how many there are.
+    /// The address and the number of the entries, for CPU `cpu`.
     pub fn entries(&self, cpu: usize) -> (*mut Released, u64) {
         match self.entries.load(Relaxed) {
             entries if entries.is_null() => (SMALL[cpu].0.get().cast(), FEW as u64),
@@ -61,12 +61,12 @@ impl ReleaseBuffer {
         !self.claimed.swap(true, Acquire)
     }
 
-    /// Lets go of the buffer.
+    /// The counterpart of [`claim`](Self::claim).
     pub fn unclaim(&self) {
         self.claimed.store(false, Release);
     }
 
-    /// Entries that wait for their allocators.
+    /// Entries that are pending for their allocators.
     #[inline(always)]
     pub fn pending(&self) -> u64 {
         self.pending.load(Relaxed)
@@ -77,7 +77,7 @@ impl ReleaseBuffer {
         self.pending.store(entries, Relaxed);
     }
 
-    /// The entries that wait, which the caller gives back.
+    /// Takes the pending entries; the caller returns them to their allocators.
     pub fn take_pending(&self) -> u64 {
         self.pending.swap(0, Relaxed)
     }

@@ -1,4 +1,4 @@
-//! What this run's settings are: how much is quarantined, and how large redzones are.
+//! This run's settings: quarantine and redzones.
 
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
@@ -8,7 +8,7 @@ use crate::host::{self, Host};
 
 static BATCH: AtomicU64 = AtomicU64::new(0);
 static REDZONE: AtomicU32 = AtomicU32::new(UNKNOWN);
-/// The VMM was not asked yet.
+/// The VMM's setting was not read yet.
 const UNKNOWN: u32 = u32::MAX;
 
 /// Takes the settings over from the VMM, if there is one that keeps shadow.
@@ -25,11 +25,11 @@ pub fn batch() -> u64 {
 }
 
 /// Bytes of redzone behind an object. By default KASAN's (`optimal_redzone`, `mm/kasan/common.c`):
-/// objects with their redzones fill 32, 64, 128, ... bytes, where a redzone is a quarter of that,
-/// or less for large ones.
+/// objects with their redzones fill 32, 64, 128, ... bytes. A redzone is a quarter of that, or less
+/// behind large ones.
 ///
-/// The setting holds for the whole run, also for what is allocated before checks are on: an
-/// allocator may compute it again when the object is freed.
+/// The setting holds for the whole run, also before checks are on: an allocator may compute it
+/// again when the object is freed.
 pub fn redzone_of(object: u64) -> u64 {
     const MOST: [(u64, u64); 7] = [
         (64, 16),

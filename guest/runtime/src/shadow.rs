@@ -1,5 +1,5 @@
-//! The guest's view of the shadow: windows at fixed virtual offsets, which it changes directly or by
-//! hypercall.
+//! The guest's view of the shadow: windows at fixed virtual offsets. The guest changes them
+//! directly or by hypercall.
 
 use core::arch::asm;
 use core::hint::spin_loop;
@@ -28,26 +28,29 @@ pub(crate) fn byte_shadow(address: u64) -> *mut u8 {
     (address.cast_signed() >> codes::GRANULE_SHIFT) as *mut u8
 }
 
-/// Fills shadow. Whole words where it can: on hosts that emulate ring 0 each instruction counts.
+/// Fills shadow, by words where possible: on hosts that emulate ring 0 each instruction counts.
 ///
 /// # Safety
 /// `at` and the `n` bytes from it on are mapped shadow.
 #[inline]
 pub(crate) unsafe fn fill(mut at: *mut u8, mut n: u64, value: u8) {
     let word = u64::from(value) * 0x0101_0101_0101_0101;
-    // The stores before (page marked busy) and after (page marked byte-checked) must not move across
-    // this one.
+    // The stores before (which marks the page busy) and after (which marks it byte-checked) must
+    // not move across this one.
     compiler_fence(Ordering::SeqCst);
-    // SAFETY: the caller vouches for the range; x86 allows unaligned stores, which is why they are
-    // written in assembly, where the language has no say in alignment.
+    // SAFETY: the caller vouches for the range. The stores are in assembly, because they are
+    // unaligned: x86 allows that and Rust does not.
     unsafe {
         if n >= 128 {
-            asm!("rep stosq", inout("rcx") n / 8 => _, inout("rdi") at => at, in("rax") word, options(nostack));
+            asm!("rep stosq",
+                 inout("rcx") n / 8 => _, inout("rdi") at => at, in("rax") word,
+                 options(nostack));
             n %= 8;
             if n > 0 {
-                asm!("mov [{}], {}", in(reg) at.sub(8 - n as usize), in(reg) word, options(nostack));
+                // Covers the rest, and some bytes before it a second time.
+                let last = at.sub(8 - n as usize);
+                asm!("mov [{}], {}", in(reg) last, in(reg) word, options(nostack));
             }
-            // The last word has covered the rest, and some bytes before it a second time.
         } else if n >= 8 {
             let last = at.add(n as usize - 8);
             while at < last {
@@ -56,11 +59,11 @@ pub(crate) unsafe fn fill(mut at: *mut u8, mut n: u64, value: u8) {
             }
             asm!("mov [{}], {}", in(reg) last, in(reg) word, options(nostack));
         } else if n >= 4 {
-            asm!("mov [{0}], {2:e}", "mov [{1}], {2:e}", in(reg) at, in(reg) at.add(n as usize - 4), in(reg) word,
-                 options(nostack));
+            asm!("mov [{0}], {2:e}", "mov [{1}], {2:e}",
+                 in(reg) at, in(reg) at.add(n as usize - 4), in(reg) word, options(nostack));
         } else if n >= 2 {
-            asm!("mov [{0}], {2:x}", "mov [{1}], {2:x}", in(reg) at, in(reg) at.add(n as usize - 2), in(reg) word,
-                 options(nostack));
+            asm!("mov [{0}], {2:x}", "mov [{1}], {2:x}",
+                 in(reg) at, in(reg) at.add(n as usize - 2), in(reg) word, options(nostack));
         } else if n == 1 {
             asm!("mov [{}], {}", in(reg) at, in(reg_byte) value, options(nostack));
         }
@@ -131,8 +134,8 @@ fn covered(address: u64, len: u64) -> bool {
         && address.checked_add(len - 1).is_some_and(|last| state::in_region(address, last))
 }
 
-/// Poisons memory, in the way that this run's mode needs. Memory outside all regions has no shadow
-/// and does not change.
+/// Poisons memory, as this run's mode requires. Memory outside all regions has no shadow and does
+/// not change.
 pub fn poison(address: u64, len: u64, code: u8) {
     if !covered(address, len) {
         return;
@@ -142,7 +145,7 @@ pub fn poison(address: u64, len: u64, code: u8) {
     } else if full() {
         let _ = Full::new(Windows).poison(address, len, code);
     } else {
-        // An interrupt's handler must not wait for a promotion that it interrupted.
+        // An interrupt handler must not wait for a promotion that it interrupted.
         let _ = without_interrupts(|| TwoLevel::new(Windows).poison(address, len, code));
     }
 }
@@ -152,7 +155,7 @@ pub fn unpoison(address: u64, len: u64) {
     unpoison_for(address, len, MemoryUse::Unchanged);
 }
 
-/// [`unpoison`], and in `sync` mode tells the VMM what the memory is used for.
+/// [`unpoison`], which also passes the use of the memory to the VMM in `sync` mode.
 pub fn unpoison_for(address: u64, len: u64, memory_use: MemoryUse) {
     if !covered(address, len) {
         return;
@@ -166,7 +169,7 @@ pub fn unpoison_for(address: u64, len: u64, memory_use: MemoryUse) {
     }
 }
 
-/// Makes pages byte-checked, for memory whose shadow compiled code stores directly (stacks).
+/// Makes pages byte-checked. For stacks, whose shadow compiled code stores directly.
 pub fn promote(address: u64, len: u64) {
     // In `sync` mode the VMM promotes at the first poisoning. `full` has nothing to promote.
     if covered(address, len) && state::mode().has(Features::RING) && !full() {
@@ -174,7 +177,7 @@ pub fn promote(address: u64, len: u64) {
     }
 }
 
-/// Gives `granules` of a stack a byte-shadow value. Unlike [`poison`] and [`unpoison`] it never
+/// Sets the byte shadow of `granules` of a stack. Unlike [`poison`] and [`unpoison`] it never
 /// demotes a page: the compiler's next store to the stack's shadow needs a byte-checked page.
 pub fn set_on_stack(address: u64, granules: u64, value: u8) {
     let len = granules << codes::GRANULE_SHIFT;
@@ -197,7 +200,7 @@ pub fn set_on_stack(address: u64, granules: u64, value: u8) {
     }
 }
 
-/// Whether an access passes.
+/// Whether an access is good.
 pub fn check(address: u64, len: u64) -> bool {
     if len == 0 || !state::mode().has(Features::SHADOW) {
         return true;

@@ -1,21 +1,21 @@
-//! Stacks by frame pointers. The runtime is compiled with frame pointers throughout.
+//! Stack walks by frame pointers. The runtime is compiled with frame pointers throughout.
 
 use core::arch::asm;
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use umbra_shadow::abi::RECORD_FRAMES;
 
-/// Where the kernel's code starts. Recorded return addresses are distances from it.
+/// The start of the kernel's code. Recorded return addresses are distances from it.
 static TEXT_BASE: AtomicU64 = AtomicU64::new(0);
-/// The bytes of it. A return address outside ends a stack.
+/// The bytes of the kernel's code. A return address outside ends a stack.
 static TEXT_BYTES: AtomicU64 = AtomicU64::new(0);
 
-/// Sets where the kernel's code starts.
+/// Sets the start of the kernel's code.
 pub fn set_text_start(start: u64) {
     TEXT_BASE.store(start, Relaxed);
 }
 
-/// Sets where the kernel's code ends.
+/// Sets the end of the kernel's code.
 pub fn set_text_end(end: u64) {
     TEXT_BYTES.store(end.saturating_sub(TEXT_BASE.load(Relaxed)).min(1 << 32), Relaxed);
 }
@@ -42,7 +42,7 @@ pub unsafe fn return_address(fp: u64) -> u64 {
 /// The most bytes between two neighbouring frames. A larger distance means a broken chain.
 const MAX_FRAME: u64 = 64 << 10;
 
-/// One step of [`walk`]: the frame at `$fp` is the `$depth`th, and leads to the one at `$next`.
+/// One step of [`walk`], from the frame number `$depth` at `$fp` to the one at `$next`.
 macro_rules! frame {
     ($depth:literal, $fp:literal, $next:literal, $deeper:literal) => {
         concat!(
@@ -76,25 +76,25 @@ macro_rules! frame {
     };
 }
 
-/// The end of [`walk`] with so many frames.
+/// The end of [`walk`] after `$depth` frames.
 macro_rules! ends_with {
     ($depth:literal) => {
         concat!("2", $depth, ": mov {depth:e}, ", $depth, "\njmp 30f")
     };
 }
 
-/// Fills `frames` with return addresses as distances from the text base, innermost first; returns
-/// how many.
+/// Fills `frames` with return addresses as distances from the text base, innermost first. Returns
+/// their number.
 ///
-/// It runs for every event, and is most of its cost: ten instructions a frame. The two registers
-/// take turns.
+/// It runs for every event, and is most of its cost: ten instructions a frame. Two registers hold
+/// the frame pointer by turns.
 ///
 /// # Safety
 /// As [`return_address`].
 #[inline(always)]
 pub unsafe fn walk(fp: u64, frames: *mut u32) -> u64 {
     let depth: u64;
-    // SAFETY: reads the given frame, and each that it leads to a short way up the same stack;
+    // SAFETY: reads the given frame, and others that follow at a short distance up the same stack;
     // writes at most `RECORD_FRAMES` frames.
     unsafe {
         asm!(
@@ -108,8 +108,9 @@ pub unsafe fn walk(fp: u64, frames: *mut u32) -> u64 {
             frame!(7, "{b}", "{a}", 8),
             frame!(8, "{a}", "{b}", 9),
             frame!(9, "{b}", "{a}", 10),
-            ends_with!(10), ends_with!(0), ends_with!(1), ends_with!(2), ends_with!(3), ends_with!(4),
-            ends_with!(5), ends_with!(6), ends_with!(7), ends_with!(8), ends_with!(9),
+            ends_with!(10), ends_with!(0), ends_with!(1), ends_with!(2), ends_with!(3),
+            ends_with!(4), ends_with!(5), ends_with!(6), ends_with!(7), ends_with!(8),
+            ends_with!(9),
             "30:",
             a = inout(reg) fp => _, b = out(reg) _, address = out(reg) _, depth = out(reg) depth,
             base = in(reg) TEXT_BASE.load(Relaxed), text = in(reg) TEXT_BYTES.load(Relaxed),

@@ -1,4 +1,4 @@
-//! The runtime's state: the mode, the regions, and how to get the current CPU and task.
+//! The runtime's state: the mode, the regions, the current CPU and task.
 
 use core::sync::atomic::{
     AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed,
@@ -28,7 +28,7 @@ pub fn mode() -> Features {
     Features::from_bits(MODE.load(Relaxed))
 }
 
-/// Puts features in force.
+/// Sets the features in force.
 pub fn set_mode(features: Features) {
     MODE.store(features.bits(), Relaxed);
 }
@@ -67,13 +67,13 @@ pub fn add_region(start: u64, bytes: u64) -> bool {
     let n = REGION_COUNT.load(Relaxed);
     let Some((s, e)) = REGION.get(n) else { return false };
     s.store(start, Relaxed);
-    // The last region may end at the very top; its last byte is kept, not its end.
+    // A region may end at the top of memory, so its last byte is kept, not its end.
     e.store(start.wrapping_add(bytes - 1), Relaxed);
     REGION_COUNT.store(n + 1, Relaxed);
     true
 }
 
-/// Whether all of `first..=last` lies in one region, so that shadow for it is mapped.
+/// Whether all of `first..=last` is in one region, so that its shadow is mapped.
 #[inline]
 pub fn in_region(first: u64, last: u64) -> bool {
     let n = REGION_COUNT.load(Relaxed);
@@ -106,8 +106,8 @@ pub fn violations() -> u64 {
     VIOLATIONS.load(Relaxed)
 }
 
-/// Counts a bad access, and runs `report` unless reports are off on this CPU or one is being made
-/// already.
+/// Counts a bad access, and runs `report`. Does not run it while this CPU's reports are off, or
+/// inside another report.
 pub fn reporting(actor: u64, report: impl FnOnce()) {
     VIOLATIONS.fetch_add(1, Relaxed);
     let cpu = cpu_of(actor);

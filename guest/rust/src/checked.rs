@@ -7,20 +7,20 @@ use core::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
 use umbra_shadow::codes::{GRANULE, SLAB_FREE, SLAB_REDZONE};
 
-/// Least bytes of redzone before an object.
+/// Bytes of the smallest redzone before an object.
 const REDZONE: usize = 16;
-/// The last eight bytes before an object are this, combined with its address.
+/// The last eight bytes before an object are this, XORed with its address.
 const MARK: u64 = 0x5eed_0b1e_c7ed_0b1e;
 
 /// Makes an allocator checked. Every object has redzones before and behind it. Freed memory is
 /// poisoned until it is handed out again. Double and invalid frees are reported and not passed on.
 ///
-/// With [`Checked::quarantine`], freed memory goes through the quarantine before the inner allocator
-/// gets it back. Where redzones are switched off, or where there is no Umbra, the inner allocator
-/// gets the kernel's requests unchanged.
+/// With [`Checked::quarantine`], freed memory goes through the quarantine before the inner
+/// allocator gets it back. Where redzones are switched off, or where there is no Umbra, the inner
+/// allocator gets the kernel's requests unchanged.
 ///
-/// The inner allocator needs no change. It may keep its own data in free memory, so it runs with this
-/// CPU's reports off.
+/// The inner allocator needs no change. It may keep its own data in free memory, so it runs with
+/// this CPU's reports off.
 pub struct Checked<A> {
     inner: A,
     /// Its number for the quarantine, if it has one.
@@ -40,8 +40,8 @@ impl<A> Checked<A> {
 }
 
 impl<A: GlobalAlloc + Sync> Checked<A> {
-    /// From now on freed memory goes through the quarantine, if this run has one. Called once, after
-    /// [`crate::start`].
+    /// Sends freed memory through the quarantine from now on, if this run has one. Called once,
+    /// after [`crate::start`].
     pub fn quarantine(&'static self) {
         let context = core::ptr::from_ref(self).cast_mut().cast();
         // SAFETY: `release` is made for this type, and `self` stays.
@@ -50,7 +50,7 @@ impl<A: GlobalAlloc + Sync> Checked<A> {
 }
 
 impl<A: GlobalAlloc> Checked<A> {
-    /// Gives a slot back to the inner allocator.
+    /// Returns a slot to the inner allocator.
     ///
     /// # Safety
     /// The inner allocator handed it out, and nobody uses it.
@@ -142,7 +142,8 @@ unsafe fn is_marked(object: u64) -> bool {
     let found: u64;
     // SAFETY: the caller's promise.
     unsafe {
-        asm!("mov {}, [{} - 8]", out(reg) found, in(reg) object, options(nostack, preserves_flags, readonly));
+        asm!("mov {}, [{} - 8]",
+             out(reg) found, in(reg) object, options(nostack, preserves_flags, readonly));
     }
     found == MARK ^ object
 }

@@ -113,7 +113,10 @@ pub unsafe fn add_cpu(
 }
 
 macro_rules! safe_bindings {
-    ($($(#[$doc:meta])* $name:ident = $ffi:ident($($arg:ident: $type:ty),*) $(-> $result:ty)?;)*) => {$(
+    ($(
+        $(#[$doc:meta])*
+        $name:ident = $ffi:ident($($arg:ident: $type:ty),* $(,)?) $(-> $result:ty)?;
+    )*) => {$(
         $(#[$doc])*
         #[inline(always)]
         pub fn $name($($arg: $type),*) $(-> $result)? {
@@ -144,7 +147,14 @@ safe_bindings! {
     /// ([`quarantine_add`]). Then the result is false too, and the allocator's release function
     /// gets `start`, `slot` and `note` later. Release functions are called from here, for other
     /// memory: the caller holds no lock that they take.
-    free_later = umbra_free_later(address: u64, start: u64, slot: u64, code: u8, allocator: u8, note: u8) -> bool;
+    free_later = umbra_free_later(
+        address: u64,
+        start: u64,
+        slot: u64,
+        code: u8,
+        allocator: u8,
+        note: u8,
+    ) -> bool;
     /// Empties the quarantine, for an allocator that has no memory left. Returns the number of
     /// objects that their allocators got back. The caller holds no lock that a release function
     /// takes.
@@ -158,15 +168,15 @@ safe_bindings! {
     aux_stack = umbra_aux_stack(address: u64);
     /// Reports a free of something that no allocator knows.
     invalid_free = umbra_invalid_free(address: u64);
-    /// Reports a bad access that the kernel found itself, by a fault; `trap` holds the registers at
-    /// the fault.
+    /// Reports a bad access that the kernel found by a fault; `trap` holds the registers at the
+    /// fault.
     report = umbra_report(address: u64, bytes: u64, write: bool, trap: &Trap);
-    /// Bad accesses and frees seen so far on all CPUs, reported or not: for a kernel's tests of its
-    /// own.
+    /// The number of bad accesses and frees so far on all CPUs, reported or not: for a kernel's own
+    /// tests.
     violations = umbra_violations() -> u64;
     /// A thread gets a stack.
     stack_alloc = umbra_stack_alloc(start: u64, bytes: u64);
-    /// A thread's stack is given back.
+    /// A thread's stack is freed.
     stack_free = umbra_stack_free(start: u64, bytes: u64);
     /// Ends the guest, 0 for success. Needs Umbra underneath.
     exit = umbra_exit(code: u64) -> !;
@@ -188,9 +198,9 @@ pub fn name_task(id: u32, name: &str) {
     unsafe { ffi::umbra_name_task(id, name.as_ptr(), name.len() as u64) }
 }
 
-/// Numbers an allocator for [`free_later`]. `release` gets memory that has left the quarantine. It
-/// runs on any CPU, inside a call that frees. Returns 0, which is no allocator's number, where there
-/// is no quarantine. Called after [`start`].
+/// Numbers an allocator for [`free_later`]. `release` takes memory back from the quarantine. It
+/// runs on any CPU, inside a call that frees. Returns 0, which is no allocator's number, where
+/// there is no quarantine. Called after [`start`].
 ///
 /// # Safety
 /// `release` may be called with `context` until the guest ends.
@@ -209,8 +219,9 @@ pub fn suppressed<T>(work: impl FnOnce() -> T) -> T {
     result
 }
 
-/// A page-fault handler calls this first. If the fault was a check's, for an address without shadow,
-/// the access is reported, `trap` says where to go on, and the result is true.
+/// A page-fault handler calls this first. If the fault was a check's, for an address without
+/// shadow, the access is reported, `trap` is set to where the kernel goes on, and the result is
+/// true.
 ///
 /// # Safety
 /// `trap` holds the registers at the fault.

@@ -1,18 +1,20 @@
-//! The hypercalls: their numbers, and what their registers hold.
+//! The hypercalls: their numbers and their registers.
 
 use crate::codes::{PAGE_SHIFT, PAGE_SIZE};
 
 numbered! {
     /// The number of a call, in `eax`.
     ///
-    /// Several calls say who makes them: an [`Actor`] in `rcx`, whose lowest 16 bits hold something
-    /// else of the call.
+    /// Several calls have an [`Actor`] in `rcx`. The lowest 16 bits of `rcx` then hold another
+    /// argument.
     pub enum CallNumber: u32, u64 {
-        /// The first call. `rdi`: the guest's ABI version, `rsi`: [`GuestFlags`](super::GuestFlags).
-        /// Result: [`Features`](super::Features), or [`ERR_VERSION`].
+        /// The first call. `rdi`: the guest's ABI version, `rsi`:
+        /// [`GuestFlags`](super::GuestFlags). Result: [`Features`](super::Features), or
+        /// [`ERR_VERSION`].
         Hello = 1,
-        /// Adds a region: a virtual range that maps guest-physical memory one to one. `rdi`: virtual
-        /// start, `rsi`: bytes, `rcx`: guest-physical start. All three are multiples of 4096.
+        /// Adds a region: a virtual range that maps guest-physical memory one to one. `rdi`:
+        /// virtual start, `rsi`: bytes, `rcx`: guest-physical start. All three are multiples of
+        /// 4096.
         RegionAdd = 2,
         /// Hands over a ring. `rdi`: virtual address of a [`RingHeader`](super::RingHeader) (in an
         /// added region, 64-byte aligned), `rsi`: bytes of header and records, `rcx`: CPU, `r8`:
@@ -20,25 +22,26 @@ numbered! {
         RingSetup = 3,
         /// Drains all rings and empties the caller's. `rdi`: the calling CPU, whose ring is full;
         /// an error if it has none. `rsi`, `rcx`: an array as in [`Quarantine`](Self::Quarantine),
-        /// which gets the memory that is due to leave the quarantine. Result: the number of entries
+        /// for the memory that was evicted from the quarantine. Result: the number of entries
         /// written.
         RingDrain = 4,
         /// Poisons memory. `rdi`: address, `rsi`: bytes, `rcx`: code. `sync` mode only.
         Poison = 5,
-        /// Unpoisons memory. `rdi`: address, `rsi`: bytes, `rcx`: a [`MemoryUse`]. `sync` mode only.
-        Unpoison = 6,
-        /// An allocation. `rdi`: address, `rsi`: bytes, `rcx`: cache (0 for none) and actor, `r8`: a
-        /// [`Slot`]. The memory is unpoisoned and the rest of the slot is poisoned; without a slot
-        /// the shadow does not change. The VMM walks the caller's stack from `rbp`. `sync` mode
+        /// Unpoisons memory. `rdi`: address, `rsi`: bytes, `rcx`: a [`MemoryUse`]. `sync` mode
         /// only.
+        Unpoison = 6,
+        /// An allocation. `rdi`: address, `rsi`: bytes, `rcx`: cache (0 for none) and actor, `r8`:
+        /// a [`Slot`]. The memory is unpoisoned and the rest of the slot is poisoned; without a
+        /// slot the shadow does not change. The VMM walks the caller's stack from `rbp`. `sync`
+        /// mode only.
         Allocated = 7,
         /// A free. `rdi`: address, `rcx`: an [`Owner`] and actor, `r8`: a [`Slot`], which is
-        /// poisoned. Result: not 0 if memory is due to leave the quarantine. `sync` mode only.
+        /// poisoned. Result: not 0 if evicted memory is pending. `sync` mode only.
         Freed = 8,
         /// A violation. `rdi`: address of the access, `rsi`: bytes, `rcx`: an [`Access`] and actor,
-        /// `r8`: address of the instruction after the access. The VMM walks the stack from `rbp` and
-        /// starts at the frame that returns to `r8`. The finding names the vCPU that made the call.
-        /// Returns 0 when the guest shall go on.
+        /// `r8`: address of the instruction after the access. The VMM walks the stack from `rbp`
+        /// and starts at the frame that returns to `r8`. The finding names the vCPU that made the
+        /// call. Result: 0 if the guest goes on.
         Report = 9,
         /// Names something. `rdi`: a [`NameKind`], `rsi`: virtual address of the name, `rcx`: its
         /// bytes (at most [`NAME_MAX`]) in bits 0..32, the id in bits 32..64, `r8`: for a cache,
@@ -61,10 +64,10 @@ numbered! {
         /// [`VMALLOC_INVALID`](crate::codes::VMALLOC_INVALID). Keys are handed out once, in units
         /// of [`VIRTUAL_UNIT`]; a CPUID leaf says how many bytes of them there are.
         VirtualAdd = 13,
-        /// Takes memory out of the quarantine. `rdi`: 0 for what is due, 1 for all of it, `rsi`:
+        /// Takes memory out of the quarantine. `rdi`: 0 for evicted memory, 1 for all, `rsi`:
         /// virtual address of an array of [`Released`] (in an added region), `rcx`: its length, at
         /// most [`RELEASED_MAX`]; 0 only asks whether the array is accepted. Result: the number of
-        /// entries written. The guest gives the memory to its allocators.
+        /// entries written. The guest returns the memory to its allocators.
         Quarantine = 14,
         /// Work on an object was queued, such as work that will free it. `rdi`: an address in the
         /// object, `rcx`: actor. The VMM walks the caller's stack from `rbp`. `sync` mode only.
@@ -72,8 +75,7 @@ numbered! {
     }
 }
 
-/// The unit in which keys of virtual ranges are handed out: the memory that one page of page shadow
-/// describes.
+/// The unit of keys of virtual ranges: the memory that one page of page shadow describes.
 pub const VIRTUAL_UNIT: u64 = PAGE_SIZE << PAGE_SHIFT;
 
 /// The least value of `rax` that is an error.
@@ -89,7 +91,7 @@ pub const ERR_MODE: u64 = -4i64 as u64;
 /// A bounded table of the host is full.
 pub const ERR_LIMIT: u64 = -5i64 as u64;
 
-/// Who did something, in bits 16..64 of a register.
+/// The CPU and the task that did something, in bits 16..64 of a register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Actor {
     /// The guest's number of the CPU, in bits 16..32.
@@ -112,7 +114,7 @@ impl Actor {
 }
 
 numbered! {
-    /// What was tried when a violation was found.
+    /// The attempt that was a violation.
     pub enum Access: u16, u64 {
         /// A load.
         Read = 0,
@@ -153,27 +155,26 @@ numbered! {
     /// What unpoisoned memory is used for.
     ///
     /// Compilers store the shadow of stack variables directly, which read-only windows refuse. The
-    /// VMM carries out such a store if all that it covers is stack and each of its bytes is one
-    /// that a stack's shadow may hold ([`on_stack`](crate::codes::on_stack)). Any other store to a
-    /// window is shadow tampering.
+    /// VMM carries out such a store if it covers only stack and each of its bytes may be shadow of
+    /// a stack ([`on_stack`](crate::codes::on_stack)). Any other store to a window is shadow
+    /// tampering.
     pub enum MemoryUse: u64 {
         /// The use does not change.
         Unchanged = 0,
-        /// From now on its whole pages are a stack. They stop being one with
-        /// [`NotStack`](Self::NotStack), or when whole pages are poisoned with a code that is not
-        /// one of stacks.
+        /// Its whole pages become a stack. That ends with [`NotStack`](Self::NotStack), or when
+        /// whole pages are poisoned with a code that is not a stack's.
         Stack = 1,
         /// It is no stack any more.
         NotStack = 2,
     }
 }
 
-/// An allocator's slot: what an object and its redzone take up. In a register, 0 is no slot.
+/// An allocator's slot: the room of an object and its redzone. In a register, 0 is no slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slot {
     /// Its bytes, in bits 0..56.
     pub bytes: u64,
-    /// The code that poisons the part of it that is not allocated, in bits 56..64.
+    /// The code for the part of it that is not allocated, in bits 56..64.
     pub code: u8,
 }
 

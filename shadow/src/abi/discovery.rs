@@ -1,8 +1,7 @@
-//! What a guest learns before its first call, and what it says in it.
+//! Discovery by CPUID, and the flags of the first call.
 //!
-//! A hypervisor has a block of CPUID leaves at `0x4000_0000 + 0x100 * n`. Umbra's block is found by
-//! its signature, so it can stand next to KVM's own, and a kernel on another machine does not find
-//! it.
+//! A hypervisor has a block of CPUID leaves at `0x4000_0000 + 0x100 * n`. Umbra's block has a
+//! signature, so it can be next to KVM's own, and a kernel on another machine does not find it.
 //!
 //! | leaf | eax | ebx | ecx | edx |
 //! | --- | --- | --- | --- | --- |
@@ -13,11 +12,11 @@
 //! | base + 4 | bytes of keys for virtual memory, low | high | 0 | 0 |
 //! | base + 5 | quarantine batch in bytes | [`Redzone`] | quarantine in bytes, low | high |
 
-/// First leaf where a hypervisor block may start.
+/// The first leaf that a hypervisor block may start at.
 pub const CPUID_FIRST: u32 = 0x4000_0000;
-/// Distance between the places where a hypervisor block may start.
+/// Leaves between possible starts of a block.
 pub const CPUID_STEP: u32 = 0x100;
-/// Number of places to look at.
+/// Number of possible starts.
 pub const CPUID_BLOCKS: u32 = 0x100;
 /// ebx, ecx, edx of the first leaf of Umbra's block: "UmbraSandbox".
 pub const CPUID_SIGNATURE: [u32; 3] =
@@ -35,7 +34,7 @@ pub const CPUID_LEAF_VIRTUAL: u32 = 4;
 pub const CPUID_LEAF_SETTINGS: u32 = 5;
 
 bit_set! {
-    /// What the host offers in this run.
+    /// The host's offer in this run.
     pub struct Features: u32 {
         /// Two-level shadow: both windows exist.
         PER_PAGE = 1 << 0,
@@ -53,18 +52,17 @@ bit_set! {
 }
 
 bit_set! {
-    /// What a guest says about itself in [`CallNumber::Hello`](super::CallNumber::Hello). The VMM
-    /// ignores bits that it does not know.
+    /// A guest's properties, in [`CallNumber::Hello`](super::CallNumber::Hello). The VMM ignores
+    /// bits that it does not know.
     pub struct GuestFlags: u64 {
         /// The contents of free pages are dead: the host may discard pages whose page shadow is
         /// [`FREE_PAGE`](crate::codes::FREE_PAGE), and they read as zero from then on. A page
-        /// allocator may say so if it keeps its lists elsewhere, as Linux's does. The host may also
-        /// discard what lies in a ring behind the records that its count covers, except for the
-        /// next record.
+        /// allocator may set this if it keeps its lists elsewhere, as Linux's does. The host may
+        /// also discard the rest of a ring, behind the records of its count and the next one.
         FREE_PAGES_UNUSED = 1 << 0,
         /// The host may also discard pages that hold nothing but
         /// [`SLAB_FREE_TRACK`](crate::codes::SLAB_FREE_TRACK) and, beside it,
-        /// [`SLAB_REDZONE`](crate::codes::SLAB_REDZONE). A quarantine may say so if it keeps its
+        /// [`SLAB_REDZONE`](crate::codes::SLAB_REDZONE). A quarantine may set this if it keeps its
         /// lists elsewhere and nobody reads the redzones in such a page: an allocator poisons an
         /// object with another code before it stores to it. This flag counts only together with
         /// [`FREE_PAGES_UNUSED`](Self::FREE_PAGES_UNUSED).
@@ -72,20 +70,20 @@ bit_set! {
     }
 }
 
-/// How many bytes a guest's allocators put behind each object.
+/// The redzone that a guest's allocators put behind each object.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Redzone {
     /// More behind larger objects, as KASAN does.
     #[default]
     Adaptive,
-    /// None: objects lie as in a kernel that is not checked.
+    /// None: memory is laid out as in a kernel that is not checked.
     Off,
     /// A fixed number of bytes: a multiple of 8, at most [`Redzone::MAX`].
     Bytes(u32),
 }
 
 impl Redzone {
-    /// The most bytes there can be.
+    /// The most bytes.
     pub const MAX: u32 = 4096;
 
     const OFF: u32 = 0;

@@ -5,8 +5,8 @@
 //! (`tests/abi.rs`) compares their constants with the ones here.
 //!
 //! **A hypercall** is `out dx, eax` with [`PORT`] in `dx`, a [`CallNumber`] in `eax`, and arguments
-//! in `rdi`, `rsi`, `rcx` and `r8` (not `rdx`, which holds the port). The result comes back in
-//! `rax`; values from [`ERR_MIN`] on are errors. No other register changes.
+//! in `rdi`, `rsi`, `rcx` and `r8` (not `rdx`, which holds the port). The result is in `rax`;
+//! values from [`ERR_MIN`] on are errors. No other register changes.
 //!
 //! The interface has a version of its own, [`VERSION`]. It is raised when an existing kernel would
 //! misbehave.
@@ -35,7 +35,7 @@ macro_rules! numbered {
         impl TryFrom<$repr> for $name {
             type Error = $repr;
 
-            /// The error is the number itself, which nothing has.
+            /// The error is the number, which has no meaning.
             fn try_from(number: $repr) -> Result<Self, $repr> {
                 match number {
                     $($number => Ok(Self::$variant),)*
@@ -56,7 +56,7 @@ macro_rules! numbered {
     )*};
 }
 
-/// Defines a set of bits. Bits without a name are kept: whoever reads them ignores them.
+/// Defines a set of bits. Bits without a name are kept; readers ignore them.
 macro_rules! bit_set {
     (
         $(#[$meta:meta])*

@@ -13,8 +13,8 @@
 //! | 20..24 | sequence number |
 //! | 24..64 | frames, 4 bytes each; or a name |
 //!
-//! The guest writes one with [`PackedRecord`], which gives each kind its own meaning of these
-//! bytes. The VMM reads one with [`Record::decode`].
+//! The guest writes one with [`PackedRecord`], which packs these bytes for each kind. The VMM reads
+//! one with [`Record::decode`].
 
 use core::fmt;
 
@@ -33,8 +33,8 @@ pub const RECORD_NAME_MAX: usize = 4 * RECORD_FRAMES;
 ///
 /// The guest writes a record, then raises `count`. While every CPU stands still, the VMM takes the
 /// records that it has not taken yet, from all rings, in the order of their sequence numbers. It
-/// sets `count` to 0 only when the ring's CPU asks for a drain: at any other time that CPU may be
-/// about to raise it.
+/// sets `count` to 0 only when the ring's CPU asks for a drain. At any other time that CPU may have
+/// read the old count and be about to store the next.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C, align(64))]
 pub struct RingHeader {
@@ -101,13 +101,13 @@ impl PackedRecord {
         Self::new(RecordKind::AllocatedInSlot, cache, sizes)
     }
 
-    /// A free of memory that its allocator has back at once.
+    /// A free of memory that its allocator gets back at once.
     #[inline(always)]
     pub const fn freed() -> Self {
         Self::new(RecordKind::Freed, 0, 0)
     }
 
-    /// A free of a slot of `slot` bytes that goes into the quarantine, from where `owner` gets it.
+    /// A free of a slot of `slot` bytes that goes into the quarantine and then to `owner`.
     #[inline(always)]
     pub const fn quarantined(owner: Owner, slot: u32) -> Self {
         Self::new(RecordKind::Freed, owner.to_bits(), slot)
@@ -143,13 +143,13 @@ pub enum RecordBody {
     Allocated {
         /// Virtual address.
         address: u64,
-        /// Bytes asked for, saturated.
+        /// Requested bytes, saturated.
         bytes: u32,
-        /// Bytes of the slot that it lies at the start of; 0 if the record does not say.
+        /// Bytes of the slot that it starts; 0 if the record has none.
         slot: u32,
         /// The cache, 0 for none.
         cache: u16,
-        /// Where it was made.
+        /// The stack of the allocation.
         stack: RecordStack,
     },
     /// A free.
@@ -158,16 +158,16 @@ pub enum RecordBody {
         address: u64,
         /// Bytes of the slot, for memory that has an owner.
         slot: u32,
-        /// Who gets the memory when it leaves the quarantine; none if it does not go there.
+        /// The allocator that gets the memory from the quarantine; none if it does not go there.
         owner: Option<Owner>,
-        /// Where it was freed.
+        /// The stack of the free.
         stack: RecordStack,
     },
     /// Work on an object was queued.
     Related {
         /// A virtual address in the object.
         address: u64,
-        /// Where it was queued.
+        /// The stack of the caller that queued it.
         stack: RecordStack,
     },
     /// The name of a cache.
@@ -193,8 +193,8 @@ impl RecordBody {
     }
 }
 
-/// Return addresses, innermost first, as distances from the ring's text base. 0 is an address that
-/// lies more than 4 GiB from it.
+/// Return addresses, innermost first, as distances from the ring's text base. 0 is an address more
+/// than 4 GiB from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RecordStack {
     frames: [u32; RECORD_FRAMES],
@@ -289,9 +289,9 @@ impl Record {
         Ok(Self { task: word(bytes, 4), body })
     }
 
-    /// The sequence number of a record, whatever else is in it. Numbers count across all CPUs and
-    /// wrap. Each is taken once, from a counter that is raised atomically, when the event happens:
-    /// for a free, before the memory can be handed out again.
+    /// The sequence number of a record, of any kind. Numbers count across all CPUs and wrap. Each
+    /// is taken once, from an atomic counter, when the event happens: for a free, before the memory
+    /// can be handed out again.
     pub fn sequence(bytes: &[u8; RECORD_BYTES as usize]) -> u32 {
         word(bytes, 20)
     }
@@ -325,7 +325,7 @@ mod tests {
         bytes
     }
 
-    /// The body of such a record, whose frames and task are checked.
+    /// The body of such a record. Checks its frames and task.
     fn read(packed: PackedRecord, depth: u64) -> RecordBody {
         let bytes = written(packed, depth, 0xffff_8000_0012_3450);
         assert_eq!(Record::sequence(&bytes), 0x89ab_cdef);

@@ -1,4 +1,4 @@
-//! Shadow memory in plain vectors, which keeps a list of the stores to it.
+//! Shadow memory in plain vectors, with a list of the stores to it.
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 use std::cell::Cell;
@@ -15,7 +15,7 @@ pub enum Store {
     Bytes(u64, u64, u8),
 }
 
-/// The shadow of some pages. An address or a range beyond them makes it panic.
+/// The shadow of some pages. It panics at an address or a range beyond them.
 pub struct TestMemory {
     base: u64,
     limit: u64,
@@ -23,12 +23,12 @@ pub struct TestMemory {
     bytes: Vec<u8>,
     /// All stores, oldest first.
     pub stores: Vec<Store>,
-    /// How many bytes of byte shadow were read.
+    /// The number of bytes of byte shadow that were read.
     pub bytes_read: Cell<u64>,
 }
 
 impl TestMemory {
-    /// Memory of some pages, all valid; `bytes` is what the byte shadow holds at first.
+    /// Memory of some pages, all valid; `bytes` is the first value of all byte shadow.
     pub fn new(base: u64, pages: u64, bytes: u8) -> Self {
         let size = pages * PAGE_SIZE;
         let limit = base.saturating_add(size);
@@ -42,13 +42,13 @@ impl TestMemory {
         }
     }
 
-    /// Sets the page shadow of one page without a mention in `stores`.
+    /// Sets the page shadow of one page, which does not count as a store.
     pub fn plant_page(&mut self, addr: u64, value: u8) {
         let at = self.page_index(addr);
         self.pages[at] = value;
     }
 
-    /// Sets the byte shadow of one granule without a mention in `stores`.
+    /// Sets the byte shadow of one granule, which does not count as a store.
     pub fn plant_byte(&mut self, addr: u64, value: u8) {
         let at = self.byte_index(addr);
         self.bytes[at] = value;

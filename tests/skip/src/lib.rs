@@ -1,21 +1,20 @@
 //! The one way to say that something was skipped, which `cargo xtask test` counts.
 //!
-//! A test that cannot run here says so with [`need!`], [`need_cpu!`] or [`skip!`] and ends. A test
-//! that lacks a part only says so with [`skip_part!`] and goes on: the part counts as skipped, the
-//! test as passed.
+//! A test that cannot run here ends by [`need!`], [`need_cpu!`] or [`skip!`]. A test that lacks
+//! only a part calls [`skip_part!`] and goes on: the part counts as skipped, the test as passed.
 
 use std::fmt::Display;
 use std::thread;
 
 const WORD: &str = "SKIPPED: ";
 
-/// The line that says what was skipped and why: `SKIPPED: what: why`.
+/// The line about a skipped test: `SKIPPED: what: why`.
 pub fn line(what: impl Display, why: impl Display) -> String {
     format!("{WORD}{what}: {why}").replace('\n', " ")
 }
 
-/// The part of a line that says `what: why`, if the line says that something was skipped. It may
-/// begin in the middle, because a harness may print the name of a test without ending the line.
+/// The part `what: why` of a line about a skipped test. It may begin in the middle, because a
+/// harness may print the name of a test without ending the line.
 pub fn said(line: &str) -> Option<&str> {
     line.split_once(WORD).map(|(_, said)| said)
 }
@@ -29,7 +28,7 @@ macro_rules! skip {
     }};
 }
 
-/// Says that a part of the test is skipped. Takes the part's name, and the reason like `println!`.
+/// Marks a part of the test as skipped. Takes the part's name, and the reason like `println!`.
 #[macro_export]
 macro_rules! skip_part {
     ($part:expr, $($why:tt)+) => {{
@@ -38,7 +37,7 @@ macro_rules! skip_part {
     }};
 }
 
-/// What is in a `Result`. If it is an error, that is why the test ends as skipped.
+/// The value of a `Result`. Ends the test as skipped if it is an error, which is the reason.
 #[macro_export]
 macro_rules! need {
     ($result:expr) => {
@@ -59,7 +58,7 @@ macro_rules! need_cpu {
     )+};
 }
 
-/// The name of the test that this stands in, as its harness gives it.
+/// The name of the test around this, as its harness gives it.
 #[macro_export]
 macro_rules! test_name {
     () => {{
@@ -73,8 +72,8 @@ macro_rules! test_name {
 /// The thread has that name too, but not if the harness has a single thread.
 ///
 /// # Panics
-/// The thread is another test's: the function is not the test, but called by it, so its name would
-/// mean nothing to the harness.
+/// The thread belongs to another test: the function is not the test, but called by it, and the
+/// harness does not know its name.
 #[doc(hidden)]
 pub fn name_of(here: &'static str) -> &'static str {
     let path = here.strip_suffix("::here").unwrap_or(here);

@@ -1,4 +1,4 @@
-//! A test is named as its harness names it, and only a test is.
+//! The name of a test is the harness's, and only a test has one.
 
 use std::thread::Builder;
 

@@ -1,16 +1,16 @@
-//! No source of this workspace says in its own words that something was skipped, where nobody would
-//! count it, and no test ends early without saying so.
+//! All sources of this workspace skip by `umbra_skip`, whose lines are counted, and no test ends
+//! early without a reason.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// What may hold the word: the helper and its tests, and what reads it.
+/// Sources that may hold the word: the helper and its tests, and the reader of its lines.
 const MAY: [&str; 2] = ["tests/skip", "xtask/src/summary"];
 
-/// What is wrong with a source, by line. `may` tells that it may hold the word.
+/// The faults of a source, by line. `may`: it may hold the word.
 fn faults(text: &str, may: bool) -> Vec<(usize, &'static str)> {
     let mut faults = Vec::new();
-    // The line that ends the test that a line stands in.
+    // The last line of the test around a line.
     let mut end = None;
     let mut after_attribute = false;
     for (line, number) in text.lines().zip(1..) {
@@ -35,7 +35,7 @@ fn faults(text: &str, may: bool) -> Vec<(usize, &'static str)> {
     faults
 }
 
-/// The Rust sources below `folder`, without what is built.
+/// The Rust sources below `folder`, without built ones.
 fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(folder).expect("a folder") {
         let path = entry.expect("it is read").path();

@@ -1,5 +1,5 @@
-//! The program `umbra`, built once more as part of this package: so that its tests always run the
-//! present one.
+//! The program `umbra`, built again as part of this package, so that its tests always run the
+//! current one.
 
 use std::process::ExitCode;
 

@@ -8,21 +8,20 @@ use std::io::{self, Write};
 const FOLDER: u32 = 0o040_000;
 const FILE: u32 = 0o100_000;
 
-/// An archive in the "newc" format that is being written.
+/// Writes an archive in the "newc" format.
 pub struct Archive<W: Write> {
     to: W,
-    /// What is in it.
+    /// The names in it.
     paths: BTreeSet<String>,
 }
 
 impl<W: Write> Archive<W> {
-    /// An empty one.
+    /// An empty archive.
     pub fn new(to: W) -> Self {
         Self { to, paths: BTreeSet::new() }
     }
 
-    /// Adds a folder and those that it is in, where they are missing; or fails as
-    /// writing does.
+    /// Adds a folder and its parents, where they are missing; or fails as writing does.
     pub fn folder(&mut self, path: &str) -> io::Result<()> {
         if let Some((parent, _)) = path.rsplit_once('/') {
             self.folder(parent)?;
@@ -52,7 +51,8 @@ impl<W: Write> Archive<W> {
         let size = u32::try_from(contents.len()).map_err(io::Error::other)?;
         let name = u32::try_from(path.len() + 1).map_err(io::Error::other)?;
         let links = 1;
-        // inode, mode, uid, gid, links, mtime, size, two device numbers, name with its NUL, checksum
+        // inode, mode, uid, gid, links, mtime, size, two device numbers, name length with its NUL,
+        // checksum
         let fields = [inode, mode, 0, 0, links, 0, size, 0, 0, 0, 0, name, 0];
         write!(self.to, "070701")?;
         for field in fields {

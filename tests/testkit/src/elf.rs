@@ -19,18 +19,18 @@ pub struct Segment {
     pub gpa: u64,
     /// Guest-virtual address.
     pub gva: u64,
-    /// What is in the file.
+    /// Its contents in the file.
     pub bytes: Vec<u8>,
-    /// Bytes that the header says are in the file; those there are, if `None`.
+    /// The file size in the header; the true one if `None`.
     pub file_size: Option<u64>,
-    /// Bytes in memory; those in the file, if `None`.
+    /// Bytes in memory; as many as in the file if `None`.
     pub memory_size: Option<u64>,
-    /// Where in the file the header says it is; where it is, if `None`.
+    /// The file offset in the header; the true one if `None`.
     pub offset: Option<u64>,
 }
 
-/// Builds an ELF file from its parts, each of which may be wrong: what writers of good files, such
-/// as `object`'s, do not offer.
+/// Builds an ELF file from its parts, each of which may be wrong. Libraries such as `object` write
+/// good files only.
 #[derive(Clone, Debug)]
 pub struct ElfBuilder {
     /// 1: 32 bit, 2: 64 bit.
@@ -41,7 +41,7 @@ pub struct ElfBuilder {
     pub kind: u16,
     /// 62: x86_64.
     pub machine: u16,
-    /// Where it starts.
+    /// The entry point.
     pub entry: u64,
     /// Its segments.
     pub segments: Vec<Segment>,

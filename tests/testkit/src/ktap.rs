@@ -1,9 +1,9 @@
-//! What Linux's KUnit says on the console (KTAP; Linux, Documentation/dev-tools/ktap.rst), as far
-//! as the tests need it.
+//! Parses KUnit's results on the console (KTAP; Linux, Documentation/dev-tools/ktap.rst), as far as
+//! the tests need them.
 
 use std::fmt;
 
-/// How a case of a suite ended.
+/// The result of a case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// It passed.
@@ -19,9 +19,9 @@ pub enum Verdict {
 pub struct Case {
     /// Its name, which is that of a function.
     pub name: String,
-    /// How it ended.
+    /// Its result.
     pub verdict: Verdict,
-    /// How many reports of KASAN stand on the console between the case before and its end.
+    /// The number of KASAN's reports on the console since the case before.
     pub reports: usize,
 }
 
@@ -45,7 +45,7 @@ pub fn cases(console: &str) -> Vec<Case> {
         if line.contains("BUG: KASAN: ") {
             reports += 1;
         }
-        // Those of a suite are indented once; the suite's own verdict is not.
+        // A suite's cases are indented once; its own verdict is not.
         let Some(line) = line.strip_prefix("    ").filter(|line| !line.starts_with(' ')) else {
             continue;
         };
@@ -69,7 +69,7 @@ pub fn cases(console: &str) -> Vec<Case> {
     cases
 }
 
-/// The cases of a list that was made of their lines. Lines that begin with `#` are comments.
+/// Parses a list of cases, one on each line. Lines that begin with `#` are comments.
 pub fn parse_list(list: &str) -> Vec<Case> {
     let case = |line: &str| {
         let mut words = line.split_ascii_whitespace();
@@ -92,8 +92,10 @@ mod tests {
     #[test]
     fn cases_have_verdicts_and_reports() {
         let console = "TAP version 14\n1..1\n    # Subtest: kasan\n    1..3\n\
-                       BUG: KASAN: slab-out-of-bounds in a+0x1/0x2\nBUG: KASAN: slab-out-of-bounds in a+0x3/0x4\n    ok 1 - a\n    \
-                       # b: EXPECTATION FAILED at mm/kasan/kasan_test.c:1\n    not ok 2 b\n    ok 3 - c # SKIP Test requires X\n\
+                       BUG: KASAN: slab-out-of-bounds in a+0x1/0x2\n\
+                       BUG: KASAN: slab-out-of-bounds in a+0x3/0x4\n    ok 1 - a\n    \
+                       # b: EXPECTATION FAILED at mm/kasan/kasan_test.c:1\n    not ok 2 b\n    \
+                       ok 3 - c # SKIP Test requires X\n\
                        # kasan: pass:1 fail:1 skip:1 total:3\nnot ok 1 - kasan\n";
         let found = cases(console);
         let list: String = found.iter().map(|case| format!("{case}\n")).collect();

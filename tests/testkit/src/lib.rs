@@ -1,4 +1,4 @@
-//! What the tests of several crates share. It uses no other crate of the workspace, so that each
+//! Helpers for the tests of several crates. It uses no other crate of the workspace, so that each
 //! of them can use it in its own tests.
 
 pub mod cpio;

@@ -1,4 +1,4 @@
-//! What is no kernel, does not fit, or is said wrongly on the command line.
+//! Files that are no kernels or do not fit, and bad command lines.
 
 use super::*;
 
@@ -73,7 +73,7 @@ pub fn kernels_cut_off_anywhere() {
     umbra().file(&image).run().expect(0);
 }
 
-/// The real thing, cut off.
+/// The test kernel, cut off.
 pub fn the_test_kernel_cut_off() {
     let image = test_kernel().expect("checked before");
     for length in [100, 1000, 64 << 10, image.len() / 2] {

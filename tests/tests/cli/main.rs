@@ -19,20 +19,20 @@ mod streams;
 
 /// The program.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_umbra-under-test");
-/// Where kernels are loaded at the least.
+/// The lowest address of a kernel.
 const BASE: u64 = 1 << 20;
 /// `hlt`.
 const HALT: [u8; 1] = [0xf4];
 /// `1: jmp 1b`.
 const SPIN: [u8; 2] = [0xeb, 0xfe];
-/// `ud2`, which nothing handles.
+/// `ud2`, without a handler.
 const CRASH: [u8; 2] = [0x0f, 0x0b];
 
 fn umbra() -> Umbra {
     Umbra::new(PROGRAM, "run")
 }
 
-/// A kernel that is this code.
+/// A kernel with this code.
 fn kernel(code: &[u8]) -> ElfBuilder {
     ElfBuilder::new(BASE).segment(BASE, code)
 }
@@ -42,12 +42,12 @@ fn good() -> Vec<u8> {
     kernel(&HALT).build()
 }
 
-/// The test kernel, told to run these scenarios.
+/// The test kernel with these scenarios.
 fn scenarios(names: &str) -> Umbra {
     umbra().file(test_kernel().expect("checked before")).arg(format!("--cmdline=scenarios={names}"))
 }
 
-/// Runs a kernel that is refused for a reason with these words in it.
+/// Runs a kernel that is refused. The message holds these words.
 #[track_caller]
 fn refused(image: &[u8], words: &[&str]) {
     umbra().file(image).run().expect_refusal(words);
@@ -81,7 +81,7 @@ fn status_4_is_the_time_limit() {
     let run = umbra().file(&kernel(&SPIN).build()).args("--timeout 200ms").run();
     run.expect(4);
     assert!(run.stderr.contains("200ms"), "{}", run.stderr);
-    // It runs on for ever otherwise.
+    // Otherwise it runs for ever.
     assert!(run.time < Duration::from_secs(60), "{:?}", run.time);
 }
 
@@ -121,7 +121,7 @@ fn files_that_cannot_be_written() {
             run.expect_refusal(&["cannot write", word]);
         }
     }
-    // A full disk shows at the end, and is told.
+    // A full disk shows at the end, with a message.
     let run = umbra().file(&good()).args("--stats /dev/full").run();
     run.expect(2);
     assert!(
@@ -205,13 +205,13 @@ fn kvm_is_guarded() -> Need {
     )
 }
 
-// What is written.
+// Output.
 
 fn keys(value: &Value) -> Vec<&str> {
     value.as_object().map(|object| object.keys().map(String::as_str).collect()).unwrap_or_default()
 }
 
-/// Fails unless `value` has these fields, each of the type that its name ends in.
+/// Fails unless `value` has these fields, with the types behind their names.
 #[track_caller]
 fn has_fields(value: &Value, fields: &str) {
     for field in fields.split_ascii_whitespace() {
@@ -255,22 +255,23 @@ fn stats_have_the_documented_fields() {
     let s = &run.stats;
     has_exactly(
         s,
-        "outcome:s findings:n findings_total:n shadow:o quarantine:o redzones:o provenance:o guest:o exits:o events:o \
-         host:o",
+        "outcome:s findings:n findings_total:n shadow:o quarantine:o redzones:o provenance:o \
+         guest:o exits:o events:o host:o",
     );
     has_exactly(&s["quarantine"], "limit_bytes:n bytes:n peak_bytes:n objects:n held:n released:n");
     has_exactly(&s["redzones"], "bytes:n peak_bytes:n");
     has_exactly(
         &s["provenance"],
-        "budget_bytes:n bytes:n live:n freed:n stacks:n allocations:n frees:n unknown_frees:n repeated_frees:n \
-         evicted:n dropped:n lost_stacks:n unknown_related:n",
+        "budget_bytes:n bytes:n live:n freed:n stacks:n allocations:n frees:n unknown_frees:n \
+         repeated_frees:n evicted:n dropped:n lost_stacks:n unknown_related:n",
     );
     assert_eq!(run.figure("/quarantine/limit_bytes"), 8 << 20);
     assert!(run.figure("/quarantine/bytes") > 0 && run.figure("/provenance/freed") > 0);
     has_exactly(
         &s["shadow"],
-        "mode:s notify:s page_bytes:n byte_mapped_bytes:n byte_resident_bytes:n byte_peak_resident_bytes:n \
-         byte_used_peak_bytes:n byte_unused_bytes:n faults:n released_bytes:n",
+        "mode:s notify:s page_bytes:n byte_mapped_bytes:n byte_resident_bytes:n \
+         byte_peak_resident_bytes:n byte_used_peak_bytes:n byte_unused_bytes:n faults:n \
+         released_bytes:n",
     );
     has_exactly(&s["guest"], "memory_bytes:n cpus:n instructions:n? released_bytes:n");
     has_exactly(&s["exits"], "total:n hypercall:n shadow_fault:n io:n mmio:n completed:o");
@@ -300,7 +301,8 @@ fn findings_have_the_documented_fields() {
     for finding in &run.findings {
         has_fields(
             finding,
-            "kind:s access:s size:n address:x ip:x cpu:n task:o frames:a object:o? allocated:o? freed:o? shadow:o notes:a",
+            "kind:s access:s size:n address:x ip:x cpu:n task:o frames:a object:o? allocated:o? \
+             freed:o? shadow:o notes:a",
         );
         has_exactly(&finding["task"], "id:n name:s");
         let frames = finding["frames"].as_array().expect("checked");
@@ -329,7 +331,7 @@ fn findings_have_the_documented_fields() {
     assert_eq!(run.findings[2]["access"], "free");
 }
 
-/// Text and JSON tell the same of a finding.
+/// Text and JSON of a finding agree.
 fn text_is_a_kasan_report() {
     let run = scenarios("kmalloc_uaf").collect().run();
     run.expect(1);
@@ -338,7 +340,8 @@ fn text_is_a_kasan_report() {
         finding["address"].as_str().and_then(|a| a.strip_prefix("0x")).expect("an address");
     let text = &run.stderr;
     for part in [
-        "==================================================================\nBUG: KASAN: slab-use-after-free in ",
+        "==================================================================\n\
+         BUG: KASAN: slab-use-after-free in ",
         &format!("Read of size 1 at addr {address} by task kmalloc_uaf/"),
         "Call Trace:",
         "Allocated by task",
@@ -370,7 +373,7 @@ fn dashes_are_pure_json() {
     run.expect(0);
     let stats: Value = serde_json::from_slice(&run.stdout).expect("JSON and nothing else");
     assert_eq!(stats["outcome"], "done");
-    // Without either, the console is there.
+    // Without either, there is the console.
     let run = scenarios("exact_fit").run();
     assert!(String::from_utf8_lossy(&run.stdout).contains("ran exact_fit"));
 }

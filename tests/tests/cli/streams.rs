@@ -37,7 +37,7 @@ pub fn ctrl_c_ends_it_in_order() {
     }
 }
 
-/// Nothing of it is left after `kill -9`: no process of its group, and no child of ours.
+/// After `kill -9` nothing is left: no process of its group, and no child of this process.
 pub fn a_kill_leaves_nothing_behind() {
     let mut umbra = umbra().file(&one_finding_and_no_end()).args("--keep-going");
     umbra.command().process_group(0);
@@ -75,7 +75,7 @@ pub fn pipe() -> (OwnedFd, OwnedFd) {
 }
 
 /// Runs a command whose standard output, or error, is a pipe that nobody reads. Returns the exit
-/// status and what came on the other one.
+/// status and the output on the other one.
 pub fn with_closed(which: &str, args: &[&str]) -> (Option<i32>, String) {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let path = dir.path().join("kernel");
@@ -173,7 +173,7 @@ pub fn no_colours_into_a_file() {
     assert!(!run.stderr.contains('\x1b') && !run.stdout.contains(&0x1b));
 }
 
-/// What the program writes to a terminal as standard error.
+/// The program's standard error on a terminal.
 pub fn on_a_terminal(no_color: bool) -> String {
     let (mut main, mut other) = (0, 0);
     let null = std::ptr::null_mut();

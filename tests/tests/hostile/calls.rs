@@ -1,5 +1,4 @@
-//! Hypercalls with wild values, rings with garbage, floods of reports, names that want to steer a
-//! terminal.
+//! Hypercalls with wild values, rings with garbage, floods of reports, names with escape sequences.
 
 use umbra_shadow::abi::{
     Access, CallNumber, ExitReason, NameKind, RECORD_BYTES, RECORD_NAME_MAX, RecordKind,
@@ -42,7 +41,7 @@ impl Random {
         self.0
     }
 
-    /// A value that is more often than not at some edge.
+    /// A value that is mostly at some edge.
     fn wild(&mut self) -> u64 {
         const EDGES: [u64; 20] = [
             0,
@@ -88,7 +87,7 @@ fn wild_calls(mode: &str) {
             if number == u64::from(CallNumber::Exit) {
                 row[1] = row[1].max(u64::from(ExitReason::Fault) + 1);
             }
-            // Rings over code or tables would end the run early: they are a test of their own.
+            // Rings over code or tables would end the run early; they have a test of their own.
             if number == u64::from(CallNumber::RingSetup) {
                 row[1] = row[1].max(FREE);
             }
@@ -109,7 +108,7 @@ fn wild_calls(mode: &str) {
     assert_eq!(run.figure("/exits/hypercall"), made + 1);
     let refused = run.figure("/events/refused");
     assert!(refused > made / 2, "{refused} of {made} refused");
-    // Every report is a finding, whatever it says: a guest that asks for help is heard.
+    // Every report is a finding, whatever its values.
     let findings = run.figure("/findings");
     assert_eq!(findings > 0, mode != "--shadow off");
     assert_eq!(run.findings.len() as u64, findings);
@@ -128,7 +127,7 @@ fn unknown_calls() {
     let made = rows.len() as u64;
     let guest = Guest::new(|g| {
         g.calls(&rows)?;
-        // The last result says that there is no such call.
+        // The last result is that of an unknown call.
         g.asm.mov(iced_x86::code_asm::rbx, rax_of(umbra_shadow::abi::ERR_CALL))?;
         g.asm.sub(iced_x86::code_asm::rbx, iced_x86::code_asm::rax)?;
         g.done_unless_rbx()
@@ -175,7 +174,7 @@ fn exits_with_wild_values() {
     }
 }
 
-/// Reports from ever new places: all are counted, so many are kept and printed.
+/// Reports from ever new places: all are counted, and a limited number is kept and printed.
 fn a_flood_of_reports() {
     const FLOOD: u64 = 100_000;
     let guest = Guest::new(|g| {
@@ -233,7 +232,7 @@ fn garbage_in_the_ring() {
     const RECORDS: u64 = 2000;
     let mut random = Random(99);
     let mut garbage: Vec<u8> = (0..RECORDS * 8).flat_map(|_| random.next().to_le_bytes()).collect();
-    // Some of it looks better than it is: right kinds, addresses inside of memory, wild depths.
+    // Some records look almost good: right kinds, addresses inside of memory, wild depths.
     for record in garbage.as_chunks_mut::<{ RECORD_BYTES as usize }>().0.iter_mut().step_by(2) {
         record[0] = 1 + (record[2] & 1);
         record[11..16].fill(0);
@@ -262,7 +261,7 @@ fn garbage_in_the_ring() {
             g.asm.mov(qword_ptr(rbx), rax)?;
             g.call(CallNumber::RingDrain, [0; 4])?;
         }
-        // Also with what came of it: a report of an address that some record spoke of.
+        // Also with a report of an address that was in some record.
         g.report(FREE, 1, 0, CODE)?;
         g.done()
     });
@@ -311,8 +310,7 @@ fn rings_in_bad_places() {
     assert_eq!(run.figure("/events/refused"), wrong.len() as u64);
 }
 
-/// The VMM resets a ring's count: that this lies in the guest's code or page tables is the guest's
-/// own problem.
+/// The VMM resets a ring's count, also where the guest put the ring over its code or page tables.
 fn a_ring_over_the_code() {
     for at in [CODE, 0x9000, 0] {
         let guest = Guest::new(|g| {
@@ -331,7 +329,7 @@ fn a_ring_over_the_code() {
     }
 }
 
-/// Names that hold escape sequences, line ends and no text at all reach neither the terminal nor
+/// Names with escape sequences, line ends or bytes that are no text reach neither the terminal nor
 /// the JSON raw.
 fn wild_names() {
     let bad =
@@ -343,7 +341,7 @@ fn wild_names() {
         let at = g.data(bad);
         for (kind, id) in [(u64::from(NameKind::Task), 7), (NameKind::Cache.into(), 9)] {
             g.call(CallNumber::Name, [kind, at, 64 | id << 32, 40])?;
-            // Longer than a name may be, not in memory, wrapping, of an unknown kind.
+            // Too long, not in memory, wrapping, of an unknown kind.
             g.call(CallNumber::Name, [kind, at, 65 | id << 32, 40])?;
             g.call(CallNumber::Name, [kind, at, 0xffff_ffff | id << 32, 40])?;
             g.call(CallNumber::Name, [kind, RAM - 8, 64 | id << 32, 40])?;
@@ -448,7 +446,7 @@ fn wild_frame_pointers() {
     assert!(run.stderr.len() < OUTPUT + 4096 * starts.len());
 }
 
-/// A region that is not what the guest's page tables say, and one that shows memory twice.
+/// A region that differs from the guest's page tables, and one that maps memory a second time.
 fn a_region_that_lies() {
     for mode in ["--notify sync", "--notify ring", "--shadow full"] {
         let guest = Guest::new(|g| {
@@ -489,7 +487,7 @@ fn sync_calls_at_every_edge() {
     }
     rows.push([CallNumber::Poison.into(), 0, RAM, SLAB_FREE.into(), 0]);
     rows.push([CallNumber::Unpoison.into(), 0, RAM, 0, 0]);
-    // The shadow is clean again: a report finds nothing wrong there, but is heard.
+    // The shadow is clean again: a report finds nothing wrong there, but counts.
     rows.push([CallNumber::Report.into(), FREE, 8, 0, CODE]);
     let guest = Guest::new(|g| {
         g.region()?;
@@ -505,8 +503,7 @@ fn sync_calls_at_every_edge() {
     }
 }
 
-/// Ranges that are misaligned, empty, wrapping, there already or too large; then more than there
-/// may be.
+/// Ranges that are misaligned, empty, wrapping, overlapping or too large; then too many.
 fn virtual_memory_in_bad_places() {
     const VA: u64 = 0xffff_c900_0000_0000;
     let add = |va, bytes| [CallNumber::VirtualAdd.into(), va, bytes, 0, 0];
@@ -523,8 +520,7 @@ fn virtual_memory_in_bad_places() {
         add(VA + 0x1000, all),
         add(VA, 1 << 46),
     ];
-    // With the region of all memory, 64 are all that there may be; one page takes the keys of a
-    // unit.
+    // 64 is the limit, with the region of all memory; each page takes the keys of a unit.
     let good = (0..64).map(|i| add(VA + (i << 32), 0x1000));
     let rows: Vec<Row> = wrong.iter().copied().chain(good).collect();
     for mode in ["--notify ring", "--notify sync", "--shadow full"] {
@@ -541,8 +537,7 @@ fn virtual_memory_in_bad_places() {
     }
 }
 
-/// All the virtual memory that there is, and its byte shadow until the limit, which is there
-/// without being asked for.
+/// All the virtual memory that can have shadow, and its byte shadow up to the default limit.
 fn virtual_memory_without_end() {
     use iced_x86::code_asm::*;
     const VA: u64 = 0xffff_c900_0000_0000;
@@ -552,7 +547,7 @@ fn virtual_memory_without_end() {
     {
         let guest = Guest::new(|g| {
             g.region()?;
-            // Before it has any, its shadow is nowhere.
+            // Before the call it has no shadow.
             for gpa in [PAGE_WINDOW + RAM / 4096, BYTE_WINDOW + RAM / 8] {
                 g.asm.mov(rbx, gpa)?;
                 g.asm.mov(byte_ptr(rbx), u32::from(PAGE_BYTES))?;
@@ -560,7 +555,7 @@ fn virtual_memory_without_end() {
             g.call(CallNumber::VirtualAdd, [VA, VIRTUAL_BYTES, 0, 0])?;
             let a = &mut g.asm;
             let mut next = a.create_label();
-            // A byte-checked page for each chunk, so that none may be taken away.
+            // A byte-checked page in each chunk, so that none can be reclaimed.
             a.mov(rbx, PAGE_WINDOW + RAM / 4096)?;
             a.mov(rdi, BYTE_WINDOW + RAM / 8)?;
             a.mov(ecx, (VIRTUAL_BYTES / 8 / CHUNK) as u32)?;

@@ -1,5 +1,5 @@
-//! Guests that run into nothing, never end, die, or do what no CPU here can; and floods of output
-//! and of accesses.
+//! Guests that jump to unmapped memory, never end, crash, or use instructions that the CPU lacks;
+//! and floods of output and of accesses.
 
 use std::time::Duration;
 
@@ -29,7 +29,7 @@ pub const ALL: &[(&str, fn())] = &[
     ("hammering_mmio", hammering_mmio),
 ];
 
-/// No other word than these for a guest whose instructions cannot be fetched.
+/// All outcomes of a guest whose instructions cannot be fetched.
 const CRASHES: [&str; 3] = ["triple-fault", "stuck", "unknown-instruction"];
 
 fn jumps_into_nothing() {
@@ -83,7 +83,7 @@ fn endless(what: &str, body: Body) {
         g.asm.jmp(again)
     });
     let run = quiet(guest, "--timeout 300ms");
-    // A host may well know what a `vmcall` is and that nobody wants it.
+    // A host may know `vmcall` and refuse it.
     if what == "vmcall" && run.code() == Some(3) {
         return;
     }
@@ -137,7 +137,7 @@ fn a_triple_fault() {
     assert!(run.stderr.contains("triple-faulted at rip 0x"), "{}", run.stderr);
 }
 
-/// Handlers that fault themselves, whose stack is no memory.
+/// Handlers that fault themselves, because their stack is not in memory.
 fn an_idt_that_leads_nowhere() {
     let guest = Guest::new(|g| {
         // All handlers are at 0x300000, in boot code segment 0x10.
@@ -217,8 +217,7 @@ fn no_instruction_at_all() {
     assert!(CRASHES.contains(&run.outcome()), "{}", run.outcome());
 }
 
-/// Two hundred thousand bytes without an end of line: all of them come through, and none of them is
-/// kept.
+/// Two hundred thousand bytes without an end of line: all are printed, and none is kept.
 fn a_flood_on_the_console() {
     const BYTES: u32 = 200_000;
     let guest = Guest::new(|g| {
@@ -259,10 +258,10 @@ fn hammering_ports() {
         a.in_(al, dx)?;
         a.in_(eax, dx)?;
         a.set_label(&mut skip)?;
-        // A step of 7 that reaches most and ends.
+        // A step of 7, which reaches most of them and ends.
         a.sub(ebx, 7)?;
         a.ja(again)?;
-        // The hypercall's port takes 32 bits and nothing else.
+        // The hypercall's port takes accesses of 32 bits only.
         a.mov(edx, 0xb5e)?;
         a.mov(eax, 11)?;
         a.xor(edi, edi)?;

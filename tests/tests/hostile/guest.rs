@@ -10,27 +10,27 @@ use umbra_tests::elf::ElfBuilder;
 
 /// Guest memory of all these guests, in bytes.
 pub const RAM: u64 = 16 << 20;
-/// Where the page-shadow window lies with this memory.
+/// Start of the page-shadow window with this memory.
 pub const PAGE_WINDOW: u64 = 4 << 30;
-/// Its bytes, for this memory; behind them it goes on for virtual memory.
+/// Its bytes for this memory; behind them it goes on for virtual memory.
 pub const PAGE_WINDOW_BYTES: u64 = RAM / 4096;
-/// Where the byte-shadow window lies.
+/// Start of the byte-shadow window.
 pub const BYTE_WINDOW: u64 = 5 << 30;
 /// Its bytes, likewise.
 pub const BYTE_WINDOW_BYTES: u64 = RAM / 8;
-/// Virtual memory that there is shadow for, in bytes.
+/// Bytes of virtual memory that can have shadow.
 pub const VIRTUAL_BYTES: u64 = 4 << 30;
 /// The code.
 pub const CODE: u64 = 0x10_0000;
-/// Where nothing else is: for rings and other tables of a test's own.
+/// Free memory for rings and other tables of a test.
 pub const FREE: u64 = 0x80_0000;
 
 const STACK: u64 = 0x1f_f000;
 const DATA: u64 = 0x20_0000;
 
-/// Where other CPUs start, in real mode: a page below 1 MiB that nothing else uses.
+/// The page where other CPUs start in real mode, below 1 MiB. Nothing else uses it.
 const TRAMPOLINE: u64 = 0x8000;
-/// The end of the first CPU's stack, a page for each, where there are others.
+/// The end of the first CPU's stack if there are several CPUs. Each has a page.
 const OTHER_STACKS: u64 = 0x3_1000;
 
 /// From real mode to long mode, with the boot page tables and the boot GDT, to the address at 0xf8.
@@ -75,7 +75,7 @@ const _: () = assert!(BOOT_PML4 == 0x9000 && GDT == 0x500);
 /// One call: its number, `rdi`, `rsi`, `rcx`, `r8`.
 pub type Row = [u64; 5];
 
-/// A guest in the making.
+/// Builds a guest.
 pub struct Guest {
     /// Its code so far.
     pub asm: CodeAssembler,
@@ -153,7 +153,7 @@ impl Guest {
         a.jnz(next)
     }
 
-    /// Tells of all its memory, one to one.
+    /// Adds all its memory as a region, one to one.
     pub fn region(&mut self) -> Result<(), IcedError> {
         self.call(CallNumber::RegionAdd, [0, RAM, 0, 0])
     }
@@ -163,8 +163,8 @@ impl Guest {
         self.call(CallNumber::Report, [address, size, what, ip])
     }
 
-    /// Starts all other CPUs. They go on behind this in 64-bit mode, as the first does, each on a
-    /// stack of its own; `r15` is the CPU's number.
+    /// Starts all other CPUs. All go on behind this in 64-bit mode, each on a stack of its own;
+    /// `r15` is the CPU's number.
     pub fn start_others(&mut self) -> Result<(), IcedError> {
         let code = self.data(&TRAMPOLINE_CODE);
         let a = &mut self.asm;
@@ -200,12 +200,12 @@ impl Guest {
         self.asm.jmp(again)
     }
 
-    /// Ends the run: done, and it went well.
+    /// Ends the run with success.
     pub fn done(&mut self) -> Result<(), IcedError> {
         self.call(CallNumber::Exit, [ExitReason::Done.into(), 0, 0, 0])
     }
 
-    /// Ends the run: done; it went wrong if `rbx` is not 0.
+    /// Ends the run, with failure if `rbx` is not 0.
     pub fn done_unless_rbx(&mut self) -> Result<(), IcedError> {
         self.asm.mov(rsi, rbx)?;
         self.asm.mov(rdi, u64::from(ExitReason::Done))?;

@@ -1,5 +1,5 @@
-//! Guests that pass for Linux, and so get interrupt controllers, a timer, a console with input, and
-//! are listened to.
+//! Guests that pass for Linux. They get interrupt controllers, a timer and a console with input,
+//! and the VMM reads their console.
 
 use std::io::Write as _;
 use std::process::Stdio;
@@ -12,7 +12,7 @@ use umbra_tests::program::Umbra;
 use super::guest::{Guest, RAM};
 use super::{OVERHEAD, PROGRAM, quiet};
 
-/// All of them.
+/// All tests of this file.
 pub const ALL: &[(&str, fn())] = &[
     ("a_false_linux_halts_with_interrupts_off", halts),
     ("a_false_linux_panics_and_resets", panics_and_resets),
@@ -25,7 +25,7 @@ pub const ALL: &[(&str, fn())] = &[
     ("input_that_nobody_reads", input_that_nobody_reads),
 ];
 
-/// A guest with the line that Linux carries.
+/// A guest with Linux's version line in its image.
 fn linux(body: impl FnOnce(&mut Guest) -> Result<(), IcedError>) -> Guest {
     Guest::new(|g| {
         g.data(b"Linux version 6.6.6");
@@ -93,14 +93,14 @@ fn switches_off() {
     assert_eq!(run.outcome(), "power-off");
 }
 
-/// Nonsense to ACPI's registers, which is kept or not; then what switches off.
+/// Nonsense in ACPI's registers; then the value that switches off.
 fn wild_power_management() {
     let run = quiet(
         linux(|g| {
             for port in 0x600..0x605 {
                 out(g, port, &[0xff, 0x5a, 0, 0xff])?;
                 g.asm.in_(eax, dx)?;
-                // Four bytes, some of them beyond the registers or those of the next.
+                // Four bytes, some of them in the next register or behind the last.
                 g.asm.mov(eax, 0xdfdf_dfdfu32)?;
                 g.asm.out(dx, eax)?;
             }
@@ -137,8 +137,8 @@ fn a_line_without_end() {
     assert!(tail.len() < 64 << 10, "{} bytes", tail.len());
 }
 
-/// All values to all registers of the serial port, interrupts and loopback among them; then it
-/// still works.
+/// All values in all registers of the serial port, with interrupts and loopback; then it still
+/// works.
 fn wild_serial_registers() {
     let run = quiet(
         linux(|g| {
@@ -147,7 +147,7 @@ fn wild_serial_registers() {
                 out(g, port, &values)?;
                 g.asm.in_(al, dx)?;
             }
-            // To itself, more than it holds.
+            // Through the loopback, more than it holds.
             out(g, 0x3fb, &[3])?;
             out(g, 0x3f9, &[0xf])?;
             out(g, 0x3fc, &[0x1f])?;
@@ -162,7 +162,7 @@ fn wild_serial_registers() {
     assert!(String::from_utf8_lossy(&run.stdout).contains("still here"), "{:?}", run.stdout);
 }
 
-/// Nonsense to the interrupt controllers and the timer, which are the host's.
+/// Nonsense in the interrupt controllers and the timer, which are the host's.
 fn wild_interrupt_controllers() {
     let run = quiet(
         linux(|g| {

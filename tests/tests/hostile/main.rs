@@ -1,5 +1,5 @@
-//! Hostile guests: whatever a guest does, the program says how the run ended, within bounded time,
-//! memory and output.
+//! Hostile guests: whatever a guest does, the program reports the outcome of the run, within
+//! bounded time, memory and output.
 
 mod calls;
 mod crash;
@@ -19,15 +19,15 @@ use umbra_tests::suite::{Need, Suite};
 /// The program.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_umbra-under-test");
 
-/// What the program may need beside the guest's memory, in bytes.
+/// Most bytes of memory that the program uses beside the guest's.
 const OVERHEAD: u64 = 32 << 20;
 
-/// How much a run may print when it has few findings, in bytes.
+/// Most bytes that a run with few findings prints.
 const OUTPUT: usize = 64 << 10;
 
-/// Runs a guest with these arguments; a time limit is added if they name none. Whatever the guest,
-/// the program ends in good order, needs little memory, and lets no escape sequence of the guest
-/// through to standard error.
+/// Runs a guest with these arguments, and a time limit if they have none. Whatever the guest does,
+/// the program ends regularly, needs little memory, and passes no escape sequence of the guest to
+/// standard error.
 #[track_caller]
 fn run(mut guest: Guest, args: &str) -> Run {
     let mut umbra = Umbra::new(PROGRAM, "run")
@@ -50,7 +50,7 @@ fn run(mut guest: Guest, args: &str) -> Run {
     run
 }
 
-/// As [`run`], for a guest that gives no reason to print much.
+/// As [`run`], for a guest with few findings.
 #[track_caller]
 fn quiet(guest: Guest, args: &str) -> Run {
     let run = run(guest, args);

@@ -30,16 +30,16 @@ pub const ALL: &[(&str, fn())] = &[
     ("instructions_of_all_cpus_count", instructions_of_all_cpus_count),
 ];
 
-/// What all CPUs of a test share, in memory that is zero at the start.
+/// Words that all CPUs of a test share, in memory that is zero at the start.
 const SHARED: u64 = FREE + (1 << 20);
-/// How many have come to a barrier.
+/// Arrivals at a barrier.
 const ARRIVED: u64 = SHARED;
-/// How many are done.
+/// The number of CPUs that are done.
 const DONE: u64 = SHARED + 64;
-/// What went wrong.
+/// The number of errors.
 const WRONG: u64 = SHARED + 128;
 
-/// Says that this CPU is at the barrier, and waits until `cpus` of them are.
+/// Waits until `cpus` CPUs have come to the barrier.
 fn barrier(g: &mut Guest, cpus: u32) -> Result<(), IcedError> {
     let a = &mut g.asm;
     let mut again = a.create_label();
@@ -51,8 +51,8 @@ fn barrier(g: &mut Guest, cpus: u32) -> Result<(), IcedError> {
     a.jb(again)
 }
 
-/// Says that this CPU is done. The first (`r15` is 0) then waits for all and ends the run, the
-/// others halt.
+/// Counts this CPU as done. The first (`r15` is 0) then waits for all and ends the run; the others
+/// halt.
 fn all_done(g: &mut Guest, cpus: u32) -> Result<(), IcedError> {
     let a = &mut g.asm;
     let mut again = a.create_label();
@@ -72,8 +72,7 @@ fn all_done(g: &mut Guest, cpus: u32) -> Result<(), IcedError> {
     g.halt()
 }
 
-/// Calls of every kind with values good and bad, on every CPU, those that stop all the others among
-/// them.
+/// Calls of every kind with good and bad values, on every CPU. Some of them stop all others.
 fn all_cpus_hammer_calls(mode: &str) {
     let wild = [0, 1, 0x1000, FREE, PAGE_WINDOW, BYTE_WINDOW, 1 << 63, u64::MAX - 7];
     let mut rows: Vec<Row> = Vec::new();
@@ -102,7 +101,7 @@ fn all_cpus_hammer_calls(mode: &str) {
     assert!(run.figure("/events/refused") > 4 * 16);
 }
 
-/// Each CPU's ring is written by all of them, its header too, while all have them drained.
+/// All CPUs write to all rings, also to the headers, and drain them at the same time.
 fn wild_rings_of_running_cpus() {
     let guest = Guest::new(|g| {
         g.region()?;
@@ -115,8 +114,8 @@ fn wild_rings_of_running_cpus() {
         let mut again = a.create_label();
         a.mov(r12, 300u64)?;
         a.set_label(&mut again)?;
-        // A number that looks random, to one word of the rings: one in eight is a header's or a
-        // record's first.
+        // Stores a number that looks random to one word of the rings. One word in eight is the
+        // first of a header or a record.
         a.imul_3(rbx, r12, 0x41c6_4e6d)?;
         a.add(rbx, r15)?;
         a.mov(rcx, rbx)?;
@@ -184,7 +183,7 @@ fn one_cpu_resets() {
     assert_eq!(run.outcome(), "reset");
 }
 
-/// Nothing can wake them, but the host cannot know.
+/// Nothing can wake them, but the host cannot know that.
 fn all_cpus_halt() {
     let guest = Guest::new(|g| {
         g.start_others()?;
@@ -202,7 +201,7 @@ fn cpus_that_nobody_starts() {
     assert_eq!((run.outcome(), run.figure("/guest/cpus")), ("done", 64));
 }
 
-/// Each CPU reports once, in a place of its own, and never ends.
+/// Each CPU reports once, from an address of its own, and never ends.
 fn spinning() -> Guest {
     Guest::new(|g| {
         g.region()?;
@@ -215,7 +214,7 @@ fn spinning() -> Guest {
     })
 }
 
-/// A report of an access from a place that has the CPU's number in it.
+/// A report of an access from an address that depends on the CPU's number.
 fn report_as_oneself(g: &mut Guest) -> Result<(), IcedError> {
     let a = &mut g.asm;
     a.mov(r8, r15)?;
@@ -251,7 +250,7 @@ fn all_cpus_spin() {
     assert!(!run.stderr.contains("left behind"), "{}", run.stderr);
 }
 
-/// The first finding ends the run: no other is told, though all CPUs are about to tell one.
+/// The first finding ends the run: no other is printed, though all CPUs are about to report.
 fn all_cpus_find_at_once() {
     let guest = || {
         Guest::new(|g| {
@@ -307,8 +306,8 @@ fn a_chunk_that_all_cpus_touch_at_once() {
 }
 
 /// Three CPUs promote pages, fill their byte shadow, read it back, demote them, and begin anew,
-/// each with `chunks` pages in as many chunks of its own. The first meanwhile has the VMM give back
-/// whatever is not in use; at the limit the VMM takes whole chunks as well.
+/// each with `chunks` pages in as many chunks of its own. Meanwhile the first makes the VMM reclaim
+/// unused shadow; at the limit the VMM reclaims whole chunks as well.
 fn live_shadow(arguments: &str, chunks: u32) {
     const ROUNDS: u64 = 200;
     let cpus = 4;
@@ -322,8 +321,7 @@ fn live_shadow(arguments: &str, chunks: u32) {
         let mut first = a.create_label();
         a.test(r15, r15)?;
         a.jnz(promoter)?;
-        // The first: drain after drain, until the others are done. They need some time in between
-        // to get anywhere.
+        // The first: drain after drain, until the others are done, with pauses for them.
         let mut breath = a.create_label();
         a.set_label(&mut first)?;
         a.mov(ecx, 100)?;
@@ -385,7 +383,8 @@ fn live_shadow(arguments: &str, chunks: u32) {
         a.inc(ecx)?;
         a.cmp(ecx, 64)?;
         a.jb(look)?;
-        // Unused for a while that varies, so that the next promotion meets the VMM at any step.
+        // Leaves it unused for a varying time, so that the next promotion meets any step of the
+        // VMM.
         a.mov(byte_ptr(rbp), 0)?;
         let mut unused = a.create_label();
         a.mov(ecx, r12d)?;

@@ -1,5 +1,5 @@
-//! What guests do to the shadow windows: touch all of them, overrun the limit, tamper, straddle
-//! their ends.
+//! Guests that misuse the shadow windows: touch all of them, exceed the limit, tamper, access
+//! across their ends.
 
 use iced_x86::code_asm::*;
 use umbra_shadow::abi::{self, Access, CallNumber, GuestFlags};
@@ -30,8 +30,8 @@ pub const ALL: &[(&str, fn())] = &[
     ("all_memory_is_in_quarantine", || all_memory_is_unused(SLAB_FREE_TRACK)),
 ];
 
-/// A guest that gives its unused pages away, and calls all pages unused: its code, its stack, its
-/// page tables.
+/// A guest that lets the host discard unused pages, and marks all pages as unused: its code, its
+/// stack, its page tables.
 fn all_memory_is_unused(code: u8) {
     let guest = Guest::new(|g| {
         let unused = (GuestFlags::FREE_PAGES_UNUSED | GuestFlags::QUARANTINE_UNUSED).bits();
@@ -58,8 +58,8 @@ fn all_memory_is_unused(code: u8) {
 const CHUNK: u64 = 256 << 10;
 const CHUNKS: u64 = BYTE_WINDOW_BYTES / CHUNK;
 
-/// Reports once, then stores to each chunk; `used`: says before that the chunk has a byte-checked
-/// page.
+/// Reports once, then stores to each chunk. With `used` it first marks a page of the chunk as
+/// byte-checked.
 fn touch_every_chunk(used: bool) -> Guest {
     Guest::new(|g| {
         g.region()?;
@@ -89,7 +89,7 @@ fn every_chunk_over_the_limit() {
     );
 }
 
-/// Chunks that nobody needs make room for others.
+/// Unused chunks make room for others.
 fn every_chunk_unused() {
     let run = quiet(touch_every_chunk(false), "--keep-going --shadow-limit 1M");
     run.expect(1);
@@ -133,7 +133,7 @@ fn a_limit_below_a_full_shadow() {
     run.expect_refusal(&["over the limit"]);
 }
 
-/// Reads, stores, and reads again: `rbx` is what changed.
+/// Reads, stores, and reads again: `rbx` is the difference.
 fn store_at(g: &mut Guest, at: u64) -> Result<(), IcedError> {
     let a = &mut g.asm;
     a.mov(r13, at)?;
@@ -149,7 +149,7 @@ fn store_at(g: &mut Guest, at: u64) -> Result<(), IcedError> {
 fn tampering(at: u64) {
     let guest = Guest::new(|g| {
         g.region()?;
-        // The chunk is there: its page is byte-checked.
+        // The chunk is mapped: its page is byte-checked.
         g.call(CallNumber::Poison, [0x123_000, 8, SLAB_FREE.into(), 0])?;
         store_at(g, at)?;
         g.done_unless_rbx()
@@ -249,7 +249,7 @@ fn stores_of_every_kind() {
         // A load from a new chunk reads as zero.
         a.mov(r15, BYTE_WINDOW + 5 * CHUNK)?;
         a.mov(r15, qword_ptr(r15))?;
-        // All of it, added up: less what it must come to.
+        // The sum of all values, less the expected one.
         a.mov(r13, BYTE_WINDOW + CHUNK)?;
         a.movzx(esi, byte_ptr(r13 - 8))?;
         a.movzx(edi, byte_ptr(r13 + 7))?;
@@ -268,7 +268,7 @@ fn stores_of_every_kind() {
     assert_eq!(run.figure("/shadow/faults"), 5);
 }
 
-/// Shadow values that nobody writes: reports and releases make the best of them.
+/// Shadow values without a meaning: reports and releases handle them.
 fn garbage_in_the_shadow() {
     let guest = Guest::new(|g| {
         g.region()?;

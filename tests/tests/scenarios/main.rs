@@ -1,5 +1,4 @@
-//! The test kernel under each configuration: every scenario's exact verdict, the same everywhere,
-//! at the promised number of exits.
+//! The test kernel in each configuration: every scenario's exact verdict, and the number of exits.
 //!
 //! A configuration's guest runs when the first test asks for it, and once for all of them.
 
@@ -27,14 +26,15 @@ use umbra_tests::table::{SUITE, hold, table};
 
 /// Guest memory of these tests, in bytes.
 const MEMORY: u64 = 128 << 20;
-/// Virtual memory that the scenarios with it ask shadow for, in bytes.
+/// Bytes of virtual memory with shadow, for the scenarios that use it.
 const VIRTUAL: u64 = 16 << 20;
 
 /// One scenario for each kind of finding, and some that are silent.
-const FEW: &str = "kmalloc_oob_right,kmalloc_uaf,kmem_cache_double_free,kmem_cache_invalid_free,pagealloc_uaf,\
-                   kasan_stack_oob,kasan_global_oob_right,exact_fit,reuse_after_free,threads";
+const FEW: &str = "kmalloc_oob_right,kmalloc_uaf,kmem_cache_double_free,kmem_cache_invalid_free,\
+                   pagealloc_uaf,kasan_stack_oob,kasan_global_oob_right,exact_fit,\
+                   reuse_after_free,threads";
 
-/// Operations of the churn where it is one scenario among others.
+/// Operations of the churn when it runs with other scenarios.
 const LITTLE_CHURN: &str = "churn=1000";
 
 /// A run of the test kernel.
@@ -52,7 +52,7 @@ impl Outcome {
             .unwrap_or_else(|| panic!("{name} was not chosen"))
     }
 
-    /// What was found in which task, in order.
+    /// The findings of a task, in order.
     fn findings(&self) -> Vec<(String, String, &'static str, u64)> {
         let all = self.report.findings.iter();
         all.map(|(f, _)| (f.task.name.clone(), f.access.to_string(), f.kind, f.size)).collect()
@@ -124,7 +124,7 @@ const FULL: ShadowMode = ShadowMode::Full;
 /// The configurations in which all scenarios are tried.
 struct Configuration {
     name: &'static str,
-    /// As docs/scenarios.md calls it.
+    /// Its name in docs/scenarios.md.
     title: &'static str,
     shadow: ShadowMode,
     notify: Notify,
@@ -153,7 +153,7 @@ static FULL_SYNC: Configuration =
     Configuration::new("full/sync", "`full`, `sync`", FULL, Notify::Sync);
 static CONFIGURATIONS: [&Configuration; 4] = [&RING, &SYNC, &FULL_RING, &FULL_SYNC];
 
-/// Fails unless a scenario ran and led to exactly what it says.
+/// Fails unless a scenario ran, with exactly the expected findings.
 #[track_caller]
 fn exactly(expected: &[Expected], verdict: &Verdict) {
     assert!(verdict.ran, "it did not run to its end");
@@ -211,7 +211,7 @@ fn around_churn(quarantine: QuarantineSize) -> [Outcome; 2] {
         .map(|churn| boot_with(quarantine, PER_PAGE, Notify::Ring, &chosen, churn))
 }
 
-/// Allocations and frees, hypercalls, and all exits that the second run has more.
+/// The allocations and frees, hypercalls, and exits that the second run has more.
 fn more([few, many]: [&Outcome; 2]) -> (u64, u64, u64) {
     let [few, many] = [few, many].map(|run| &run.report.stats);
     let events = |s: &umbra::sandbox::stats::Stats| s.events.allocations + s.events.frees;
@@ -234,16 +234,16 @@ fn sync_exits() {
         .map(|churn| boot(PER_PAGE, Notify::Sync, &named("huge_churn"), churn));
     let (events, hypercalls, exits) = more([&few, &many]);
     assert!(events >= 300, "{events} events");
-    // Each is one call, and each call one exit. What else there is are `poison` and `unpoison`.
+    // Each is one call, and each call one exit. The other calls are `poison` and `unpoison`.
     assert!(hypercalls >= events, "{hypercalls} calls for {events} events");
-    // First touches of a chunk by the guest's checks are the only others.
+    // The only other exits are first touches of a chunk by the guest's checks.
     assert!((exits - hypercalls) * 1000 <= hypercalls, "{exits} exits for {hypercalls} calls");
 }
 
-/// Shadow is given back while the guest allocates and frees. Nothing is lost by that: what came
-/// before is still told, and what comes after is found as ever.
+/// Shadow is reclaimed while the guest allocates and frees. Nothing is lost by that: earlier
+/// findings are still reported, and later bugs are found as ever.
 fn giving_shadow_back_loses_nothing() {
-    // A small quarantine: slabs come back soon, so that there is shadow to give back.
+    // A small quarantine: slabs become free soon, so that there is shadow to reclaim.
     let [before, run] = around_churn(QuarantineSize::Bytes(QuarantineSize::LEAST));
     let shadow = &run.report.stats.shadow;
     assert!(shadow.released_bytes > 0, "{shadow:?}");
@@ -260,8 +260,7 @@ fn giving_shadow_back_loses_nothing() {
     assert_eq!(twice, named("kmalloc_oob_right")[0].expected.len());
 }
 
-/// Peak, resident and used shadow are what they must be to each other, and far below 1/8 of the
-/// memory.
+/// Peak, resident and used shadow are consistent, and far below 1/8 of the memory.
 fn figures_fit_together() {
     for configuration in [&RING, &SYNC] {
         let s = &configuration.get().report.stats.shadow;
@@ -275,7 +274,7 @@ fn figures_fit_together() {
         assert!(s.page_bytes + s.byte_peak_resident_bytes < MEMORY / 8 / 10, "{s:?}");
     }
     let full = &FULL_RING.get().report.stats.shadow;
-    // Of the virtual memory the part that was used, in chunks.
+    // The used part of virtual memory, in chunks.
     assert_eq!((full.page_bytes, full.byte_peak_resident_bytes), (0, MEMORY / 8 + CHUNK_BYTES));
     assert!(RING.get().report.stats.shadow.faults > 0);
 }
@@ -303,7 +302,7 @@ fn off_finds_nothing() {
     assert_eq!(stats.events.allocations, 0);
 }
 
-/// Takes the console.
+/// Collects the console's output.
 #[derive(Clone, Default)]
 struct Screen(Arc<Mutex<Vec<u8>>>);
 
@@ -369,7 +368,7 @@ fn unknown_names_are_told() {
     assert!(!run.verdicts[0].ran && !run.verdicts[0].good());
 }
 
-/// The list is what the project promises of it.
+/// The list has the number of scenarios that the project promises.
 fn there_are_enough_scenarios() {
     let all = all();
     let silent = all.iter().filter(|s| s.expected.is_empty()).count();
@@ -394,7 +393,7 @@ fn there_are_enough_scenarios() {
     assert_eq!(names.len(), all.len());
 }
 
-/// Each case of Linux's suite has a scenario of its name.
+/// Each case of Linux's suite has a scenario with its name.
 fn the_suite_is_complete() {
     let all = all();
     let missing: Vec<_> =
@@ -402,7 +401,7 @@ fn the_suite_is_complete() {
     assert!(missing.is_empty(), "{missing:?}");
 }
 
-/// The table of what was found is what docs/scenarios.md shows.
+/// docs/scenarios.md has the table of these findings.
 fn the_table_is_true() {
     let columns = CONFIGURATIONS.map(|c| (c.title, c.get().verdicts.as_slice()));
     let text = format!(

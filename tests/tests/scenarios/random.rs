@@ -10,7 +10,7 @@ use umbra::shadow::Notify;
 
 use super::{CONFIGURATIONS, MEMORY, PER_PAGE, Screen};
 
-/// The kernel's random operations, and what came of them on both sides.
+/// Runs the kernel's random operations, and compares its counts with the findings.
 fn random(shadow: ShadowMode, notify: Notify, operations: u64, seed: u64, tell_each: u64) {
     let console = Screen::default();
     let config = Config {
@@ -31,8 +31,8 @@ fn random(shadow: ShadowMode, notify: Notify, operations: u64, seed: u64, tell_e
     assert!(report.outcome.is_regular(), "{}\n{text}", report.outcome);
     let lines: Vec<_> =
         text.lines().filter_map(|line| line.trim_end().strip_prefix("random: ")).collect();
-    let [first, told, wrong] = lines[..] else { panic!("{text}") };
-    println!("{first}; told {told}; {wrong}; {:?} instructions", report.stats.guest.instructions);
+    let [first, reported, wrong] = lines[..] else { panic!("{text}") };
+    println!("{first}; {reported}; {wrong}; {:?} instructions", report.stats.guest.instructions);
     let numbers = |line: &str| -> Vec<u64> {
         line.split(|c: char| !c.is_ascii_digit()).filter_map(|word| word.parse().ok()).collect()
     };
@@ -40,7 +40,7 @@ fn random(shadow: ShadowMode, notify: Notify, operations: u64, seed: u64, tell_e
     assert_eq!(done, operations);
     assert!(good > 4 * operations && planted > 2 * operations, "{first}");
     assert_eq!(wrong, "0 missed, 0 false, 0 corrupt");
-    // Each bug that was not only counted is a finding of its kind, and there are no others.
+    // Each reported bug is a finding of its kind, and there are no others.
     let seen = |kinds: &[&str]| -> u64 {
         report
             .findings
@@ -55,8 +55,8 @@ fn random(shadow: ShadowMode, notify: Notify, operations: u64, seed: u64, tell_e
         seen(&["double-free"]),
         seen(&["invalid-free"]),
     ];
-    assert_eq!(numbers(told), kinds, "{told}");
-    assert!(kinds.iter().all(|seen| *seen > 0), "{told}");
+    assert_eq!(numbers(reported), kinds, "{reported}");
+    assert!(kinds.iter().all(|seen| *seen > 0), "{reported}");
     assert_eq!(report.findings.total(), kinds.iter().sum::<u64>());
     assert!(report.findings.iter().all(|(finding, _)| finding.task.name == "random"));
     assert_eq!(report.stats.events.refused, 0);

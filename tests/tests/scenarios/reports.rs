@@ -1,5 +1,4 @@
-//! What findings tell: names, lines, variables, and what is said where the kernel's file does not
-//! have them.
+//! The contents of findings: names, lines, variables, and notes where the kernel's file lacks them.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -14,7 +13,7 @@ use umbra::shadow::Notify;
 
 use super::{Outcome, PER_PAGE, RING, boot_file, named};
 
-/// Every finding names the function that did it, its line, and where an object came from.
+/// Every finding names its function and line, and the stacks of its object.
 pub fn findings_are_symbolized() {
     for (finding, _) in RING.get().report.findings.iter() {
         let text = umbra::report::text::to_string(finding, Default::default());
@@ -57,8 +56,7 @@ pub fn findings_are_symbolized() {
     }
 }
 
-/// Linux's own script, from Debian's sources of it, gives the frames of our reports their source
-/// lines.
+/// Linux's own script, from Debian's sources, finds the source lines of a report's frames.
 pub fn decode_stacktrace_knows_the_frames() {
     let style = TextStyle { names: Names::Linkage, ..TextStyle::default() };
     // One finding of each kind: the script starts some programs for each frame that it has not
@@ -83,7 +81,7 @@ pub fn decode_stacktrace_knows_the_frames() {
     let decoded = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
     assert_eq!(decoded.lines().count(), text.lines().count(), "{decoded}");
-    // Those that have a line in our own report.
+    // Those that have a line in Umbra's own report.
     let known: BTreeSet<_> = chosen
         .iter()
         .flat_map(|(f, _)| {
@@ -105,8 +103,8 @@ pub fn decode_stacktrace_knows_the_frames() {
         if !known.contains(place) {
             continue;
         }
-        // Which line is another matter: the script takes a return address for the call's.
-        // And of functions inlined there one may have no line.
+        // The lines may differ: the script looks up the return address, not the call. And one of
+        // the functions inlined there may have no line.
         let mut lines = after.split(".rs:").skip(1);
         let has_line = lines.any(|line| line.starts_with(|c: char| c.is_ascii_digit()));
         assert!(has_line, "{before} became {after}");
@@ -116,12 +114,12 @@ pub fn decode_stacktrace_knows_the_frames() {
     assert!(decoded_frames > 3 * chosen.len(), "{decoded_frames} frames\n{decoded}");
 }
 
-/// The script; there once `cargo xtask linux` has run.
+/// The script, if `cargo xtask linux` has run.
 pub fn decode_stacktrace() -> PathBuf {
     umbra_tests::linux::kernel("source/linux-source-6.1/scripts/decode_stacktrace.sh")
 }
 
-/// Where a section's header is in an ELF file, and where its bytes are.
+/// The ranges of a section's header and of its bytes in an ELF file.
 fn section(elf: &[u8], name: &str) -> (usize, std::ops::Range<usize>) {
     let u64_at =
         |at: usize| u64::from_le_bytes(elf[at..at + 8].try_into().expect("8 bytes")) as usize;
@@ -160,7 +158,7 @@ pub fn a_stripped_kernel_has_addresses() {
     let mut kernel = test_kernel().expect("checked before").to_vec();
     for name in [".symtab", ".debug_info"] {
         let (header, _) = section(&kernel, name);
-        // Neither by type nor by name is it what it was.
+        // Neither its type nor its name is known any more.
         kernel[header..header + 8].fill(0);
     }
     for (note, text) in told(kernel) {
@@ -173,7 +171,7 @@ pub fn a_stripped_kernel_has_addresses() {
     }
 }
 
-/// Debug information that is garbage, and some that the file ends before: frames have names and no
+/// Debug information that is garbage, or behind the end of the file: frames have names and no
 /// lines.
 pub fn damaged_debug_information_is_told() {
     let whole = test_kernel().expect("checked before");
@@ -195,7 +193,7 @@ pub fn damaged_debug_information_is_told() {
     }
 }
 
-/// A file that ends behind what is loaded.
+/// A file that ends behind the loaded segments.
 pub fn a_truncated_file_is_told() {
     let whole = test_kernel().expect("checked before");
     let (_, debug) = section(whole, ".debug_info");

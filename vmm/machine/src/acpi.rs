@@ -1,6 +1,5 @@
-//! The ACPI tables by which a kernel finds its CPUs, its interrupt lines, and how to switch the
-//! machine off (ACPI Specification 6.5). Kernels that do without them have the MP table
-//! (`mptable.rs`), which says the same of CPUs.
+//! The ACPI tables: CPUs, interrupt lines, power off and reset (ACPI Specification 6.5). Kernels
+//! without ACPI find the CPUs in the MP table (`mptable.rs`).
 
 use acpi_tables::aml::{Name, Package};
 use acpi_tables::facs::FACS;
@@ -16,7 +15,7 @@ use super::devices::{ACPI_PM1_CONTROL, ACPI_PM1_EVENT, RESET_CONTROL, RESET_CPU}
 use super::layout;
 use super::memory::{NotRam, Ram};
 
-/// Whose tables these are.
+/// The tables' OEM id.
 const OEM: [u8; 6] = *b"UMBRA ";
 const TABLE: [u8; 8] = *b"SANDBOX ";
 const REVISION: u32 = 1;
@@ -24,14 +23,12 @@ const REVISION: u32 = 1;
 const HEADER: u32 = 36;
 /// The interrupt of power management, as on a PC. It never comes.
 const SCI: u8 = 9;
-/// What is written to the sleep type field to switch the machine off; the only state it has beside
-/// working.
+/// The value of the sleep type field that switches the machine off: its only sleep state.
 const SLEEP_TYPE_OFF: u8 = 5;
-/// FADT, IA-PC boot architecture flags (table 5.11): there are devices at their old places, among
-/// them no VGA; no message-signalled interrupts. (8042 is not set: all that is there of it is its
-/// reset.)
+/// FADT, IA-PC boot architecture flags (table 5.11): legacy devices, no VGA, no message-signalled
+/// interrupts. (8042 is not set: the machine has only its reset.)
 const BOOT_ARCHITECTURE: u16 = 1 | 1 << 2 | 1 << 3;
-/// No C2 and C3 states: latencies beyond what they may have (section 5.2.9).
+/// No C2 and C3 states: latencies above their limits (section 5.2.9).
 const NO_C2: u16 = 101;
 const NO_C3: u16 = 1001;
 
@@ -42,7 +39,7 @@ fn bytes(table: &dyn Aml) -> Vec<u8> {
     bytes
 }
 
-/// How the machine works and how it is switched off and reset (section 5.2.9).
+/// The FADT: fixed hardware, power off and reset (section 5.2.9).
 fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
     let mut table = FADTBuilder::new(OEM, TABLE, REVISION).firmware_ctrl_64(facs).dsdt_64(dsdt);
     table.sci_int = u16::from(SCI).into();
@@ -92,7 +89,7 @@ fn madt(cpus: u8) -> Vec<u8> {
     table.as_slice().to_vec()
 }
 
-/// What there is to say in AML: how to switch off (section 7.4.2).
+/// The AML: only the sleep state that switches off (section 7.4.2).
 fn dsdt() -> Vec<u8> {
     let mut table = Sdt::new(*b"DSDT", HEADER, 2, OEM, TABLE, REVISION);
     let off = Package::new(vec![&SLEEP_TYPE_OFF, &SLEEP_TYPE_OFF, &0u8, &0u8]);
@@ -100,9 +97,9 @@ fn dsdt() -> Vec<u8> {
     table.as_slice().to_vec()
 }
 
-/// All tables as they lie from [`layout::ACPI`] on, the root pointer first.
+/// All tables as in memory from [`layout::ACPI`] on, the root pointer first.
 fn tables(cpus: u8) -> Vec<u8> {
-    /// What FACS needs, and more than any other.
+    /// The alignment of FACS, which is larger than any other's.
     const ALIGN: usize = 64;
     let mut all = vec![0; Rsdp::len().next_multiple_of(ALIGN)];
     let mut add = |table: &[u8]| {
@@ -124,7 +121,7 @@ fn tables(cpus: u8) -> Vec<u8> {
 }
 
 /// Writes the tables for a machine with `cpus` CPUs, whose APIC ids are 0 to `cpus` - 1. Returns
-/// where their root pointer is.
+/// the address of the root pointer.
 pub(super) fn write(ram: &Ram, cpus: u8) -> Result<GuestAddress, NotRam> {
     let root = GuestAddress(layout::ACPI);
     ram.write(root, &tables(cpus))?;

@@ -1,5 +1,4 @@
-//! What the guest sees through `cpuid`: what KVM supports, a few bits changed, and the caller's
-//! leaves.
+//! The guest's CPUID table: KVM's supported leaves with some changed bits, and the caller's leaves.
 
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
@@ -39,13 +38,14 @@ const LEAF1_EDX_APIC: u32 = 1 << 9;
 const LEAF1_EDX_HTT: u32 = 1 << 28;
 /// KVM's own features (Linux, Documentation/virt/kvm/x86/cpuid.rst).
 const KVM_FEATURES: u32 = 0x4000_0001;
-/// The ones that are kept: its clock, which needs no calibration; that ports need no delay;
-/// and that the end of an interrupt needs no exit. The others are hypercalls, which never return on
-/// a host that emulates ring 0 (between them `KVM_FEATURE_PV_SEND_IPI` and `PV_UNHALT`, without
-/// which Linux uses its local APIC), or go with a host that swaps guests out.
+/// The ones that are kept: its clock, which needs no calibration; that ports need no delay; and
+/// that the end of an interrupt needs no exit. The others are hypercalls, which never return on a
+/// host that emulates ring 0 (such as `KVM_FEATURE_PV_SEND_IPI` and `PV_UNHALT`, without which
+/// Linux uses its local APIC), or are for a host that swaps guests out.
 const KVM_FEATURES_KEPT: u32 = 1 | 1 << 1 | 1 << 3 | 1 << 6 | 1 << 24;
 
-/// Which of how many CPUs a table is for. They are the cores of one package, one thread each.
+/// The CPU of a table, and the number of all CPUs. They are the cores of one package, one thread
+/// each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CpuTopology {
     /// Its APIC id: 0 to `cpus` - 1.
@@ -55,7 +55,7 @@ pub struct CpuTopology {
 }
 
 impl CpuTopology {
-    /// Bits of the APIC id that tell cores of a package apart.
+    /// Bits of the APIC id that number the cores of a package.
     fn core_bits(self) -> u32 {
         u32::from(self.cpus).next_power_of_two().trailing_zeros()
     }
@@ -68,71 +68,17 @@ pub fn table(
     irqchip: bool,
     place: CpuTopology,
 ) -> Result<CpuId, CpuidError> {
-    let (id, cpus) = (u32::from(place.id), u32::from(place.cpus));
-    let ids = 1 << place.core_bits();
-    let mut entries = supported.as_slice().to_vec();
-    // The topology leaves are those of the host's CPU, or empty; ours are added below.
-    let topology =
-        [0xb, 0x1f].map(|leaf| entries.iter().any(|e| e.function == leaf).then_some(leaf));
-    entries.retain(|e| !matches!(e.function, 0xb | 0x1f));
-    for entry in &mut entries {
-        match entry.function {
-            1 => {
-                // The APIC id tells a kernel's CPUs apart; in bits 16..24 stands how many ids the
-                // package has.
-                entry.ebx = entry.ebx & 0x0000_ffff | id << 24 | ids << 16;
-                // Those bits count, if there is more than one.
-                entry.edx &= !LEAF1_EDX_HTT;
-                if cpus > 1 {
-                    entry.edx |= LEAF1_EDX_HTT;
-                }
-                // Makes a guest look for hypervisor leaves.
-                entry.ecx |= LEAF1_ECX_HYPERVISOR;
-                // KVM's instruction emulator has no cmpxchg16b: on a host that emulates ring 0 each
-                // is an exit.
-                entry.ecx &= !LEAF1_ECX_CX16;
-                if !irqchip {
-                    // Without the in-kernel interrupt controller there is no local APIC,
-                    entry.edx &= !LEAF1_EDX_APIC;
-                    // nor its newer interface,
-                    entry.ecx &= !LEAF1_ECX_X2APIC;
-                    // nor its timer.
-                    entry.ecx &= !LEAF1_ECX_TSC_DEADLINE;
-                }
-            }
-            // Intel's caches: how many APIC ids share each (the last level: all), and how many
-            // cores the package has.
-            4 if entry.eax & 0x1f != 0 => {
-                let shared = if entry.eax >> 5 & 7 >= 3 { ids } else { 1 };
-                entry.eax = entry.eax & 0x3fff | (shared - 1) << 14 | (ids - 1) << 26;
-            }
-            KVM_FEATURES => entry.eax &= KVM_FEATURES_KEPT,
-            // AMD's number of cores, and the bits of the APIC id for them; reserved on Intel's.
-            0x8000_0008 if entry.ecx != 0 => entry.ecx = (cpus - 1) | place.core_bits() << 12,
-            // AMD's APIC id, core (with one thread), and node (the only one).
-            0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (id, id, 0),
-            _ => {}
+    const TOPOLOGY: [u32; 2] = [0xb, 0x1f];
+    let mut entries = Vec::new();
+    for entry in supported.as_slice() {
+        if !TOPOLOGY.contains(&entry.function) {
+            entries.push(changed(*entry, irqchip, place));
         }
     }
-    // One thread in each core, `cpus` cores (Intel SDM volume 2, CPUID leaf 0BH: level types 1 and
-    // 2).
-    for function in topology.into_iter().flatten() {
-        for (index, eax, ebx, ecx) in [
-            (0, 0, 1, 1 << 8),
-            (1, place.core_bits(), cpus, 2 << 8 | 1),
-            (2, 0, 0, 2), // no further level
-        ] {
-            let flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
-            entries.push(kvm_cpuid_entry2 {
-                function,
-                index,
-                flags,
-                eax,
-                ebx,
-                ecx,
-                edx: id,
-                ..Default::default()
-            });
+    // The host's topology leaves describe its own CPU, or are empty.
+    for leaf in TOPOLOGY {
+        if supported.as_slice().iter().any(|e| e.function == leaf) {
+            entries.extend(topology(leaf, place));
         }
     }
     for leaf in extra {
@@ -151,8 +97,71 @@ pub fn table(
     CpuId::from_entries(&entries).map_err(|_| CpuidError::TooMany(entries.len()))
 }
 
-/// Where `got` has other values than `wanted`, as "leaf 0x1.0 ecx 0x2000", for the log. Hosts that
-/// run the guest's user mode natively bring back bits that were cleared.
+/// An entry of KVM's, as the guest sees it.
+fn changed(mut entry: kvm_cpuid_entry2, irqchip: bool, place: CpuTopology) -> kvm_cpuid_entry2 {
+    let (id, cpus) = (u32::from(place.id), u32::from(place.cpus));
+    let ids = 1 << place.core_bits();
+    match entry.function {
+        1 => {
+            // The CPU's APIC id, and in bits 16..24 the number of ids in the package.
+            entry.ebx = entry.ebx & 0x0000_ffff | id << 24 | ids << 16;
+            // Those bits count, if there is more than one.
+            entry.edx &= !LEAF1_EDX_HTT;
+            if cpus > 1 {
+                entry.edx |= LEAF1_EDX_HTT;
+            }
+            // Makes a guest look for hypervisor leaves.
+            entry.ecx |= LEAF1_ECX_HYPERVISOR;
+            // KVM's instruction emulator has no cmpxchg16b: on a host that emulates ring 0 each is
+            // an exit.
+            entry.ecx &= !LEAF1_ECX_CX16;
+            if !irqchip {
+                // Without the in-kernel interrupt controller there is no local APIC,
+                entry.edx &= !LEAF1_EDX_APIC;
+                // nor its newer interface,
+                entry.ecx &= !LEAF1_ECX_X2APIC;
+                // nor its timer.
+                entry.ecx &= !LEAF1_ECX_TSC_DEADLINE;
+            }
+        }
+        // Intel's caches: the APIC ids that share each (the last level: all), and the cores of the
+        // package.
+        4 if entry.eax & 0x1f != 0 => {
+            let shared = if entry.eax >> 5 & 7 >= 3 { ids } else { 1 };
+            entry.eax = entry.eax & 0x3fff | (shared - 1) << 14 | (ids - 1) << 26;
+        }
+        KVM_FEATURES => entry.eax &= KVM_FEATURES_KEPT,
+        // AMD's number of cores, and the bits of the APIC id for them; reserved on Intel's.
+        0x8000_0008 if entry.ecx != 0 => entry.ecx = (cpus - 1) | place.core_bits() << 12,
+        // AMD's APIC id, core (with one thread), and node (the only one).
+        0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (id, id, 0),
+        _ => {}
+    }
+    entry
+}
+
+/// The levels of a topology leaf: one thread in each core, and all cores in one package (Intel SDM
+/// volume 2, CPUID leaf 0BH: level types 1 and 2).
+fn topology(function: u32, place: CpuTopology) -> impl Iterator<Item = kvm_cpuid_entry2> {
+    let levels = [
+        (0, 0, 1, 1 << 8),
+        (1, place.core_bits(), place.cpus.into(), 2 << 8 | 1),
+        (2, 0, 0, 2), // no further level
+    ];
+    levels.into_iter().map(move |(index, eax, ebx, ecx)| kvm_cpuid_entry2 {
+        function,
+        index,
+        flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+        eax,
+        ebx,
+        ecx,
+        edx: place.id.into(),
+        ..Default::default()
+    })
+}
+
+/// The bits in which `got` differs from `wanted`, as "leaf 0x1.0 ecx 0x2000", for the log. Hosts
+/// that run the guest's user mode natively bring back bits that were cleared.
 pub fn differences(wanted: &CpuId, got: &CpuId) -> Vec<String> {
     let mut found = Vec::new();
     for want in wanted.as_slice() {

@@ -1,5 +1,5 @@
-//! The devices of a PC that a kernel cannot do without: a serial port for its console, the date,
-//! and ways to reset. Everything else reads as all ones and swallows writes.
+//! The devices of a PC that a kernel needs: a serial port for its console, the date, reset and
+//! power off. All other ports read as all ones and ignore writes.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -24,8 +24,8 @@ const I8042_COMMAND: u16 = 0x64;
 const I8042_RESET: u8 = 0xfe;
 /// Progress codes of firmware; kernels write here to wait about a microsecond.
 const POST: u16 = 0x80;
-/// ACPI power management events: two bytes of status, two that enable them. There are none, so
-/// nothing is done with either.
+/// ACPI power management events: two bytes of status, two that enable them. There are no events, so
+/// neither has an effect.
 pub const ACPI_PM1_EVENT: u16 = 0x600;
 /// ACPI power management control, two bytes, as on QEMU's PC.
 pub const ACPI_PM1_CONTROL: u16 = 0x604;
@@ -39,14 +39,14 @@ pub const RESET_CONTROL: u16 = 0xcf9;
 /// Its bit that resets the CPU.
 pub const RESET_CPU: u8 = 1 << 2;
 
-/// How many unknown accesses are logged; the rest are only counted.
+/// Most unknown accesses that are logged; the rest are only counted.
 const LOGGED: u64 = 16;
-/// Typed bytes that wait for the guest.
+/// Most typed bytes that are pending for the guest.
 const TYPED_BYTES: usize = 4096;
 /// A console line longer than this is written in pieces.
 const LINE_BYTES: usize = 1024;
 
-/// What a device wants to happen.
+/// The effect of an access to a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceEvent {
     /// Nothing.
@@ -62,7 +62,7 @@ pub enum DeviceEvent {
 struct LineWriter {
     out: Box<dyn Write + Send>,
     line: Vec<u8>,
-    /// How much of `line` was written before its end came.
+    /// Bytes of `line` that were written before its end came.
     written: usize,
     /// The last line that has ended, until it is taken.
     ended: Option<Vec<u8>>,
@@ -99,7 +99,7 @@ impl Write for LineWriter {
         Ok(bytes.len())
     }
 
-    /// The serial port flushes after each byte: not what is wanted.
+    /// Does nothing: the serial port flushes after each byte.
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
@@ -118,12 +118,12 @@ impl Trigger for SerialInterrupt {
 /// All devices of a machine.
 pub struct Devices {
     serial: Serial<SerialInterrupt, vm_superio::serial::NoEvents, LineWriter>,
-    /// Bytes typed that the port has no room for, and a break among them.
+    /// Typed bytes, and maybe a break, that the port has no room for yet.
     typed: VecDeque<u8>,
-    /// The next byte that the guest reads is a break, which vm-superio does not know: a zero with
-    /// this bit in the status.
+    /// The next byte that the guest reads is a break: a zero with this bit in the status.
+    /// vm-superio does not know breaks.
     break_next: bool,
-    /// What was written to the ACPI registers: events to enable, and control.
+    /// The values in the ACPI registers: enabled events, and control.
     power: [u8; 4],
     rtc: Rtc,
     ignored: u64,
@@ -242,7 +242,7 @@ impl Devices {
         const DIVISOR_LATCH: u8 = 1 << 7;
         let value = self.serial.read((port - COM1) as u8);
         match port {
-            // Reading the status clears a break on the real port, so Linux loses a break that comes
+            // On a real port a read of the status clears a break, so Linux loses a break that comes
             // while it prints a message. Here the break stays with its byte.
             COM1_STATUS if self.break_next => value | BREAK,
             COM1 => {
@@ -271,7 +271,7 @@ impl Devices {
         }
     }
 
-    /// Something typed for the guest. False if too much of it waits to be read already.
+    /// Queues typed bytes for the guest. False if too many are pending already.
     pub fn input(&mut self, byte: u8) -> bool {
         if self.typed.len() >= TYPED_BYTES || self.break_next {
             return false;
@@ -281,7 +281,7 @@ impl Devices {
         true
     }
 
-    /// A break for the guest. False if there is still something else that it has not read.
+    /// Queues a break for the guest. False if bytes are still pending.
     pub fn input_break(&mut self) -> bool {
         const DATA_READY: u8 = 1;
         let idle =
@@ -307,7 +307,7 @@ impl Devices {
         }
     }
 
-    /// Counts an ignored access; says whether to log it.
+    /// Counts an ignored access. Returns whether to log it.
     fn count(&mut self) -> bool {
         self.ignored += 1;
         if self.ignored == LOGGED {

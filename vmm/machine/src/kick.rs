@@ -1,8 +1,8 @@
 //! Gets a vCPU out of guest mode from another thread.
 //!
-//! A kick sets a flag and sends the vCPU's thread a signal. [`super::vcpu::Vcpu::run`] looks at the
-//! flag before it enters the guest, and the signal's handler sets `immediate_exit`, so a signal
-//! that arrives between the look and the entry is not lost either.
+//! A kick sets a flag and sends the vCPU's thread a signal. [`super::vcpu::Vcpu::run`] checks the
+//! flag before it enters the guest, and the signal handler sets `immediate_exit`, so a signal that
+//! arrives between the check and the entry is not lost either.
 
 use std::cell::Cell;
 use std::io;
@@ -12,7 +12,7 @@ use std::sync::{Arc, OnceLock};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 thread_local! {
-    /// The `immediate_exit` byte of the vCPU that this thread runs at the moment, or null.
+    /// The `immediate_exit` byte of the vCPU that this thread runs now, or null.
     static RUNNING: AtomicPtr<u8> = const { AtomicPtr::new(std::ptr::null_mut()) };
     static THREAD: Cell<i32> = const { Cell::new(0) };
 }
@@ -22,8 +22,8 @@ extern "C" fn on_signal(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c
     let _ = RUNNING.try_with(|byte| {
         let byte = byte.load(Ordering::Relaxed);
         if !byte.is_null() {
-            // SAFETY: `Running` put the address there; it takes it away before the vCPU's mapping
-            // can go, on the thread that this handler interrupts.
+            // SAFETY: `Running` set the address, and clears it before the vCPU's mapping can go, on
+            // the thread that this handler interrupts.
             unsafe { byte.write_volatile(1) };
         }
     });
@@ -36,7 +36,7 @@ pub(super) fn install_handler() -> io::Result<()> {
         .map_err(io::Error::from_raw_os_error)
 }
 
-/// What a vCPU and its kickers share.
+/// State that a vCPU and its kickers share.
 #[derive(Debug, Default)]
 pub(super) struct KickState {
     pending: AtomicBool,
@@ -51,7 +51,7 @@ impl KickState {
     }
 }
 
-/// This thread is in, or about to enter, `KVM_RUN`.
+/// Exists while this thread is in, or about to enter, `KVM_RUN`.
 pub(super) struct Running;
 
 impl Running {
@@ -78,7 +78,7 @@ impl Drop for Running {
     }
 }
 
-/// Makes the next, or present, [`super::vcpu::Vcpu::run`] of one vCPU return
+/// Makes the current or next [`super::vcpu::Vcpu::run`] of one vCPU return
 /// [`super::vcpu::VmExit::Interrupted`]. Clones kick the same vCPU; any thread may.
 #[derive(Clone, Debug)]
 pub struct Kicker(pub(super) Arc<KickState>);
@@ -105,7 +105,7 @@ impl Kicker {
     /// Kicks and waits until the vCPU's loop has seen it, at most `limit`. `false`: it has not.
     pub(crate) fn kick_and_wait(&self, limit: std::time::Duration) -> bool {
         use std::time::{Duration, Instant};
-        /// How long one signal is given before the next is sent.
+        /// Time between two signals.
         const RETRY: Duration = Duration::from_millis(5);
         let start = Instant::now();
         self.0.pending.store(true, Ordering::SeqCst);

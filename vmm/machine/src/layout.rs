@@ -1,5 +1,5 @@
-//! Where things lie in guest-physical memory: the boot structures below 1 MiB, RAM, and the hole
-//! below 4 GiB.
+//! The layout of guest-physical memory: the boot structures below 1 MiB, RAM, and the hole below 4
+//! GiB.
 
 use vm_memory::GuestAddress;
 
@@ -34,14 +34,14 @@ pub const LOW_RAM_END: u64 = 0x9_fc00;
 pub const ACPI: u64 = 0xe_0000;
 /// The MP table, where a PC has its BIOS (`mptable.rs`). Not usable in the E820 map.
 pub const MP_TABLE: u64 = 0xf_0000;
-/// Kernels are loaded here or higher. Everything below belongs to the boot structures and to legacy
+/// The lowest address of a kernel. Memory below belongs to the boot structures and to legacy
 /// devices.
 pub const KERNEL_START: u64 = MIB;
-/// The I/O APIC's registers. KVM has them here; they lie in the hole.
+/// The I/O APIC's registers. KVM has them here, in the hole.
 pub const IO_APIC: u32 = 0xfec0_0000;
 /// Each CPU's local APIC's registers, until it moves them.
 pub const LOCAL_APIC: u32 = 0xfee0_0000;
-/// Three pages that KVM wants for a task-state segment on old Intel CPUs; they lie in the hole.
+/// Three pages in the hole for a task-state segment, which KVM needs on old Intel CPUs.
 pub const KVM_TSS: u64 = 0xfffb_d000;
 
 /// Start of the hole in RAM: interrupt controllers and firmware have their addresses here on a PC.
@@ -53,13 +53,13 @@ pub const HOLE_END: u64 = 4 * GIB;
 pub const MIN_MEMORY: u64 = 2 * MIB;
 /// Most RAM of a machine.
 pub const MAX_MEMORY: u64 = 64 * GIB;
-/// Most CPUs of a machine. Their APIC ids are their numbers, in 8 bits, of which some mean more
-/// than one CPU.
+/// Most CPUs of a machine. Their APIC ids are their numbers, in 8 bits; some values mean several
+/// CPUs.
 pub const MAX_CPUS: u8 = 64;
 
 /// The RAM of a machine with `memory_bytes` of it, as (start, bytes), split around the hole.
 ///
-/// `memory_bytes` is one that [`crate::memory::Ram::new`] accepts.
+/// [`crate::memory::Ram::new`] accepts `memory_bytes`.
 pub fn ram_ranges(memory_bytes: u64) -> Vec<(GuestAddress, u64)> {
     if memory_bytes <= HOLE_START {
         vec![(GuestAddress(0), memory_bytes)]

@@ -1,5 +1,5 @@
-//! A plain KVM machine: RAM, vCPUs, a kernel loader, and the few devices that a kernel cannot do
-//! without. It knows nothing of shadow memory.
+//! A plain KVM machine: RAM, vCPUs, a kernel loader, and the few devices that a kernel needs. It
+//! knows nothing of shadow memory.
 
 mod acpi;
 pub mod complete;
@@ -42,16 +42,18 @@ pub use vm::{MapError, SlotId};
 
 const DEVICE: &str = "/dev/kvm";
 
-/// Why KVM cannot be used, or a machine not be made.
+/// Why KVM cannot be used, or a machine cannot be made.
 #[derive(Debug, Error)]
 #[allow(missing_docs)]
 pub enum MachineError {
     #[error(
-        "{0} does not exist: load the module kvm_intel or kvm_amd, or allow virtualisation in the firmware"
+        "{0} does not exist: load the module kvm_intel or kvm_amd, or allow virtualisation in the \
+         firmware"
     )]
     NoDevice(String),
     #[error(
-        "no permission to open {0}: add yourself to group kvm (sudo usermod -aG kvm $USER) and log in again"
+        "no permission to open {0}: add yourself to group kvm (sudo usermod -aG kvm $USER) and log \
+         in again"
     )]
     NoPermission(String),
     #[error("cannot open {path}: {source}")]
@@ -138,13 +140,13 @@ impl Kvm {
 pub struct MachineConfig {
     /// Bytes of RAM, a multiple of 4096 from [`layout::MIN_MEMORY`] to [`layout::MAX_MEMORY`].
     pub memory_bytes: u64,
-    /// How many vCPUs it will have, 1 to [`layout::MAX_CPUS`]. More than one need the interrupt
+    /// The number of vCPUs, 1 to [`layout::MAX_CPUS`]. More than one need the interrupt
     /// controllers, which come with them.
     pub cpus: u8,
     /// CPUID leaves beside KVM's own.
     pub extra_cpuid: Vec<CpuidLeaf>,
-    /// KVM's interrupt controllers, and an MP table and ACPI tables that tell of them. Without them
-    /// `hlt` ends the run with an exit; with them it waits for an interrupt in the kernel.
+    /// KVM's interrupt controllers, and an MP table and ACPI tables that describe them. Without
+    /// them `hlt` is an exit; with them it waits for an interrupt in the kernel.
     pub irqchip: bool,
     /// KVM's programmable interval timer, on line 0 of the interrupt controllers, which come with
     /// it.
@@ -186,8 +188,8 @@ impl Machine {
         let fd = kvm.fd.create_vm().map_err(refused("create a VM"))?;
         fd.set_tss_address(layout::KVM_TSS as usize).map_err(refused("set the TSS address"))?;
         if kvm.emulation_exits {
-            // Makes an instruction of ring 3 that KVM cannot emulate an exit too, and not a #UD in
-            // the guest.
+            // Instructions of ring 3 that KVM cannot emulate are exits, too, and not a #UD in the
+            // guest.
             let cap = kvm_enable_cap {
                 cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE,
                 args: [1, 0, 0, 0],
@@ -216,7 +218,7 @@ impl Machine {
         self.vm.ram()
     }
 
-    /// Loads a kernel with what belongs to it. The vCPU 0 created next starts there.
+    /// Loads a kernel with its initrd and command line. The vCPU 0 created next starts there.
     pub fn load(&mut self, boot: &Boot) -> Result<LoadedKernel, LoadError> {
         let kernel = loader::load(self.ram(), boot)?;
         if self.config.has_irqchip() {
@@ -247,8 +249,7 @@ impl Machine {
             place,
         )?;
         fd.set_cpuid2(&wanted).map_err(refused("set CPUID"))?;
-        // Once: the other vCPUs differ from it in their own number only, and probe guests have no
-        // kernel.
+        // Only once: the other vCPUs differ in their number only, and probe guests have no kernel.
         if id == 0
             && self.kernel.is_some()
             && log::log_enabled!(log::Level::Info)
@@ -272,13 +273,13 @@ impl Machine {
         Ok(vcpu)
     }
 
-    /// Shows host memory to the guest as a memslot. A guest write to a `readonly` one is a
+    /// Maps host memory into the guest as a memslot. A guest write to a `readonly` one is a
     /// [`vcpu::VmExit::MmioWrite`].
     ///
     /// # Safety
-    /// The `len` bytes at `host` are mapped, belong to nobody who would mind that the guest writes
-    /// them (unless `readonly`), and stay so until [`Machine::unmap`], or until the machine and all
-    /// its vCPUs are dropped.
+    /// The `len` bytes at `host` are mapped, the guest may write them at any time (unless
+    /// `readonly`), and both hold until [`Machine::unmap`], or until the machine and all its vCPUs
+    /// are dropped.
     pub unsafe fn map(
         &self,
         gpa: GuestAddress,
@@ -290,7 +291,7 @@ impl Machine {
         unsafe { self.vm.map(gpa, host, len, readonly) }
     }
 
-    /// Takes a memslot away. Its number is used again.
+    /// Removes a memslot. Its number is used again.
     pub fn unmap(&self, slot: SlotId) -> Result<(), MapError> {
         self.vm.unmap(slot)
     }

@@ -1,5 +1,4 @@
-//! Guest RAM: host memory that is reserved at once and becomes resident page by page as the guest
-//! uses it.
+//! Guest RAM: host memory that is reserved at once and becomes resident page by page on use.
 
 use std::io;
 use std::ops::Range;
@@ -12,13 +11,19 @@ use vm_memory::{
 
 use super::layout;
 
-/// Why there is no RAM of the wanted size.
+/// Why there cannot be RAM of this size.
 #[derive(Debug, Error)]
 #[allow(missing_docs)]
 pub enum MemoryError {
-    #[error("guest memory of {bytes} bytes is too small: at least {} MiB are needed", layout::MIN_MEMORY >> 20)]
+    #[error(
+        "guest memory of {bytes} bytes is too small: at least {} MiB are needed",
+        layout::MIN_MEMORY >> 20
+    )]
     TooSmall { bytes: u64 },
-    #[error("guest memory of {bytes} bytes is too large: at most {} GiB are possible", layout::MAX_MEMORY >> 30)]
+    #[error(
+        "guest memory of {bytes} bytes is too large: at most {} GiB are possible",
+        layout::MAX_MEMORY >> 30
+    )]
     TooLarge { bytes: u64 },
     #[error("guest memory of {bytes} bytes is not a multiple of {}", layout::PAGE)]
     Unaligned { bytes: u64 },
@@ -61,7 +66,7 @@ impl Ram {
         Ok(())
     }
 
-    /// Reserves `bytes` of RAM, laid out as [`layout::ram_ranges`] says, all zero.
+    /// Reserves `bytes` of RAM, all zero, in the ranges of [`layout::ram_ranges`].
     pub fn new(bytes: u64) -> Result<Self, MemoryError> {
         Self::check(bytes)?;
         // vm-memory maps private anonymous memory with MAP_NORESERVE.
@@ -116,8 +121,8 @@ impl Ram {
         Ok(u64::from_le_bytes(bytes))
     }
 
-    /// Sets bits of the little-endian number at `gpa`, a multiple of 8, at once as vCPUs see it.
-    /// Does nothing elsewhere.
+    /// Sets bits of the little-endian number at `gpa`, a multiple of 8, atomically for vCPUs. Does
+    /// nothing outside of RAM.
     pub fn set_bits(&self, gpa: GuestAddress, bits: u64) {
         if let Ok(slice) = self.mem.get_slice(gpa, 8)
             && let Ok(number) = slice.get_atomic_ref::<AtomicU64>(0)
@@ -154,7 +159,7 @@ impl Ram {
             else {
                 continue;
             };
-            // At once, whatever lies between: what is not resident costs nothing.
+            // All in one call, since pages that are not resident cost nothing.
             let page = layout::PAGE as usize;
             // SAFETY: both pages lie in the range above.
             let from = unsafe { at.add(first * page) };

@@ -1,6 +1,6 @@
-//! The table by which a kernel finds its CPUs and interrupt lines, as the Intel MultiProcessor
-//! Specification 1.4 has it (document 242016-006). A kernel without ACPI looks for its *floating
-//! pointer* in a few places of low memory.
+//! The MP table: CPUs and interrupt lines, by the Intel MultiProcessor Specification 1.4 (document
+//! 242016-006). A kernel without ACPI looks for its *floating pointer* in a few ranges of low
+//! memory.
 
 use kvm_bindings::CpuId;
 use vm_memory::GuestAddress;
@@ -10,15 +10,15 @@ use super::memory::{NotRam, Ram};
 
 /// "Version 1.4 of the specification", in both structures.
 const SPEC_REVISION: u8 = 4;
-/// What KVM's local APIC says it is: an integrated one.
+/// Version of KVM's local APIC: an integrated one.
 const LOCAL_APIC_VERSION: u8 = 0x14;
-/// What KVM's I/O APIC says it is.
+/// Version of KVM's I/O APIC.
 const IO_APIC_VERSION: u8 = 0x11;
 /// The only bus: ISA, number 0.
 const ISA: u8 = 0;
 /// ISA's interrupt lines.
 const ISA_IRQS: u8 = 16;
-/// The line that the second of a PC's two interrupt controllers hangs on: no device has it.
+/// The line of the second of a PC's two interrupt controllers. No device has it.
 const CASCADE: u8 = 2;
 /// Interrupt types (table 4-10).
 const INT: u8 = 0;
@@ -27,7 +27,7 @@ const EXT_INT: u8 = 3;
 /// A local interrupt that goes to all CPUs.
 const ALL_CPUS: u8 = 0xff;
 
-/// What makes all bytes add up to 0.
+/// The checksum: all bytes add up to 0.
 fn checksum(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)).wrapping_neg()
 }
@@ -59,8 +59,7 @@ fn configuration(cpus: u8, signature: u32, features: u32) -> Vec<u8> {
     for irq in (0..ISA_IRQS).filter(|irq| *irq != CASCADE) {
         add(&[3, INT, 0, 0, ISA, irq, io_apic, irq]);
     }
-    // The old interrupt controllers come in at the first CPU's pin 0, NMI at everyone's pin 1
-    // (4.3.5).
+    // The old interrupt controllers are at the first CPU's pin 0, NMI is at pin 1 of all (4.3.5).
     add(&[4, EXT_INT, 0, 0, ISA, 0, 0, 0]);
     add(&[4, NMI, 0, 0, ISA, 0, ALL_CPUS, 1]);
 

@@ -1,4 +1,4 @@
-//! Runs small guests to find out what a host's KVM can do.
+//! Finds out by small guests what a host's KVM can do.
 
 use std::sync::mpsc;
 use std::thread;
@@ -13,8 +13,8 @@ const LIMIT: Duration = Duration::from_secs(5);
 /// Port for its result.
 const RESULT: u16 = 0x80;
 
-/// Goes to ring 3 and makes a system call, whose entry reports the ring it runs in. It lies at 1
-/// MiB ([`super::layout::KERNEL_START`]) and starts in the boot state.
+/// Goes to ring 3 and makes a system call, whose entry reports the ring it runs in. The code is at
+/// 1 MiB ([`super::layout::KERNEL_START`]) and starts in the boot state.
 fn system_call() -> &'static [u8] {
     let (start, end): (*const u8, *const u8);
     // SAFETY: two address calculations; the code goes to a section of its own and is not executed
@@ -66,7 +66,8 @@ fn system_call() -> &'static [u8] {
             "hlt",
             ".balign 8",
             "231:",
-            ".quad 0, 0, 0x00af9b000000ffff, 0x00cf93000000ffff, 0x00affb000000ffff, 0x00cff3000000ffff",
+            ".quad 0, 0, 0x00af9b000000ffff, 0x00cf93000000ffff",
+            ".quad 0x00affb000000ffff, 0x00cff3000000ffff",
             "230:",
             ".short 47",
             ".quad 0x100000 + (231b - 220b)",

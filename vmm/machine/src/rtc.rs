@@ -1,10 +1,10 @@
-//! The clock of a PC's CMOS (Motorola MC146818): gives the date to a kernel without another clock.
-//! It cannot be set and wakes nobody. Without it Linux waits a second for an update to end that
+//! The clock of a PC's CMOS (Motorola MC146818), for kernels without another source of the date. It
+//! cannot be set and has no alarm. Without it Linux waits a second for the end of an update that
 //! never began.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Selects a register; bit 7 masks NMI, which there is none of.
+/// Selects a register. Bit 7 masks NMI and has no effect here.
 pub(super) const INDEX: u16 = 0x70;
 /// The selected register.
 pub(super) const DATA: u16 = 0x71;

@@ -1,4 +1,4 @@
-//! KVM's own counters of a vCPU, and what they mean on this host.
+//! KVM's own counters of a vCPU, and their meaning on this host.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -19,7 +19,7 @@ mod nr {
     vmm_sys_util::ioctl_io_nr!(KVM_GET_STATS_FD, kvm_bindings::KVMIO, 0xce);
 }
 
-/// Most counters of one vCPU that are looked at; KVM has about 60.
+/// Most counters of one vCPU that are read; KVM has about 60.
 const MAX_COUNTERS: u32 = 4096;
 const HEADER_BYTES: usize = 24;
 const DESCRIPTOR_BYTES: usize = 16;
@@ -58,7 +58,7 @@ impl VcpuStats {
         if fd < 0 {
             return Err(StatsError::Unavailable(io::Error::last_os_error()));
         }
-        // SAFETY: KVM gave this descriptor to nobody else.
+        // SAFETY: a new descriptor from KVM, which nobody else has.
         let file = unsafe { File::from_raw_fd(fd) };
         let mut header = [0; HEADER_BYTES];
         file.read_exact_at(&mut header, 0).map_err(StatsError::Read)?;
@@ -83,7 +83,7 @@ impl VcpuStats {
         Ok(Self { file, offsets })
     }
 
-    /// The present value of a counter; `None` when KVM has none of that name.
+    /// The current value of a counter; `None` if KVM has none with that name.
     pub fn get(&self, name: &str) -> Option<u64> {
         let mut value = [0; 8];
         self.file.read_exact_at(&mut value, *self.offsets.get(name)?).ok()?;
@@ -132,8 +132,8 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 }
 
 /// Whether this host emulates ring 0 instruction by instruction, so that
-/// [`VcpuStats::instructions_emulated`] counts what a kernel executes. Found out by a guest that
-/// executes a known number of instructions.
+/// [`VcpuStats::instructions_emulated`] counts a kernel's instructions. A guest with a known number
+/// of instructions shows it.
 pub fn emulates_ring0(kvm: &Kvm) -> Result<bool, StatsError> {
     const ROUNDS: u32 = 1000;
     // mov ecx, ROUNDS; 1: dec ecx; jnz 1b; out 0x80, al

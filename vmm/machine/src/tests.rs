@@ -36,7 +36,7 @@ macro_rules! guest {
 
 mod completion;
 
-/// How long a kick may take on a machine with much other work: only that it ends is tested.
+/// Time limit of a kick on a busy machine. The test is only that it ends.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// An ELF executable: segments of (gpa, gva, bytes, bytes in memory).
@@ -423,8 +423,8 @@ fn with_interrupt_controller() {
     assert!(matches!(exit, VmExit::IoOut { port: 0x80, .. }), "{exit:?}");
 }
 
-/// A guest of several CPUs: the first starts the second through its local APIC, and both say who
-/// they are.
+/// A guest of several CPUs: the first starts the second through its local APIC, and both print
+/// their number.
 #[test]
 fn a_second_cpu_starts() {
     let kvm = need!(Kvm::open());
@@ -463,7 +463,7 @@ fn a_second_cpu_starts() {
                         VmExit::IoOut { port: 0x80, data } => {
                             tell.send((vcpu.id(), data.value())).unwrap()
                         }
-                        // Only so: whoever kicks waits until a run has seen it.
+                        // The kicker waits until a run has seen the kick.
                         VmExit::Interrupted if stop.load(Ordering::SeqCst) => break,
                         VmExit::Interrupted => {}
                         other => panic!("{other:?}"),

@@ -1,4 +1,4 @@
-//! A virtual CPU: runs the guest until it needs something, and gives access to its registers.
+//! A virtual CPU: runs the guest until an exit, and gives access to its registers.
 
 mod extended;
 
@@ -38,7 +38,7 @@ pub enum VcpuError {
     NoMsr { index: u32 },
 }
 
-/// Up to 8 bytes of one access.
+/// The bytes of an access, up to 8.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Data {
     bytes: [u8; 8],
@@ -73,7 +73,7 @@ impl std::fmt::Debug for Data {
 
 /// Why the guest stopped.
 ///
-/// After [`VmExit::IoIn`] and [`VmExit::MmioRead`] the caller gives the value with
+/// After [`VmExit::IoIn`] and [`VmExit::MmioRead`] the caller passes the value to
 /// [`Vcpu::complete_read`]; otherwise the guest reads zeroes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VmExit {
@@ -84,7 +84,7 @@ pub enum VmExit {
         /// Bytes wanted.
         len: u8,
     },
-    /// The guest writes to a port. `rip` may be at the instruction or after it, as the host likes.
+    /// The guest writes to a port. `rip` is at the instruction or after it, depending on the host.
     IoOut {
         /// The port.
         port: u16,
@@ -120,7 +120,7 @@ pub enum VmExit {
     Hlt,
     /// A triple fault.
     Shutdown,
-    /// KVM's own notice of reset, shutdown or crash.
+    /// KVM reports reset, shutdown or crash.
     SystemEvent {
         /// `KVM_SYSTEM_EVENT_*`.
         kind: u32,
@@ -129,7 +129,7 @@ pub enum VmExit {
     EmulationFailed {
         /// The instruction and what follows it.
         bytes: [u8; MAX_INSTRUCTION],
-        /// How many of `bytes` are set. 0: KVM gave none.
+        /// The number of valid `bytes`. 0: KVM gave none.
         len: u8,
     },
     /// A kick, another signal, or the start of a vCPU that waited for it; nothing happened in the
@@ -140,12 +140,12 @@ pub enum VmExit {
         /// The hardware's reason.
         reason: u64,
     },
-    /// KVM failed in a way of its own.
+    /// An internal error of KVM.
     InternalError {
         /// `KVM_INTERNAL_ERROR_*`.
         suberror: u32,
     },
-    /// An exit that this machine does not ask for.
+    /// An exit that this machine does not use.
     Unsupported {
         /// `KVM_EXIT_*`.
         reason: u32,
@@ -165,7 +165,7 @@ struct PortAccess {
     offset: u64,
 }
 
-/// Where the value of a read goes.
+/// The destination of a read's value.
 #[derive(Clone, Copy, Debug)]
 enum PendingRead {
     None,
@@ -193,7 +193,7 @@ impl Vcpu {
     pub(super) fn new(mut fd: VcpuFd, id: u8, sync: bool, vm: Arc<Vm>) -> Self {
         if sync {
             fd.set_sync_valid_reg(SyncReg::Register);
-            // Stacks are read through cr3 at many exits; this costs far less than an ioctl at each.
+            // Many exits read stacks through cr3; this costs far less than an ioctl for each.
             fd.set_sync_valid_reg(SyncReg::SystemRegister);
             // Completed instructions raise exceptions.
             fd.set_sync_valid_reg(SyncReg::VcpuEvents);
@@ -325,7 +325,7 @@ impl Vcpu {
         }
     }
 
-    /// Bytes of the mapping that `kvm_run` starts.
+    /// `len` bytes at `offset` of the mapping that starts with `kvm_run`.
     fn run_area(&mut self, offset: u64, len: u8) -> Option<&mut [u8]> {
         let end = offset.checked_add(u64::from(len))?;
         if end > self.run_bytes as u64 {
@@ -339,15 +339,14 @@ impl Vcpu {
         })
     }
 
-    /// Gives the value of the read that the last exit was ([`VmExit::IoIn`], [`VmExit::MmioRead`]):
-    /// missing bytes are zero, those beyond its length are dropped. After any other exit it does
-    /// nothing.
+    /// Sets the value of a read, after [`VmExit::IoIn`] or [`VmExit::MmioRead`]. Missing bytes are
+    /// zero, those beyond its length are dropped. Does nothing after any other exit.
     pub fn complete_read(&mut self, value: &[u8]) {
         let (to, len) = match self.read {
             PendingRead::None => return,
             PendingRead::Port { offset, len } => (self.run_area(offset, len), len),
             PendingRead::Mmio { len } => {
-                // SAFETY: `read` says that the last exit was MMIO.
+                // SAFETY: `read` shows that the last exit was MMIO.
                 let mmio = unsafe { &mut self.fd.get_kvm_run().__bindgen_anon_1.mmio };
                 (mmio.data.get_mut(..usize::from(len)), len)
             }
@@ -395,8 +394,8 @@ impl Vcpu {
         Ok(())
     }
 
-    /// Where the vCPU is, if nothing but another vCPU can make it go on: it waits to be started, or
-    /// has halted with interrupts off. Only interrupt controllers let a vCPU stay in such a state.
+    /// The `rip` of a vCPU that only another one can wake: it waits to be started, or has halted
+    /// with interrupts off. Only interrupt controllers let a vCPU stay in such a state.
     pub fn halted_for_good(&self) -> Option<u64> {
         const INTERRUPTS_ON: u64 = 1 << 9;
         let state = self.fd.get_mp_state().ok()?.mp_state;
@@ -430,7 +429,7 @@ impl Vcpu {
         }
     }
 
-    /// Puts the vCPU where the Linux 64-bit boot protocol starts a kernel: long mode, the first 4
+    /// Puts the vCPU into the start state of the Linux 64-bit boot protocol: long mode, the first 4
     /// GiB mapped one to one, flat segments, interrupts off, `rsi` at `boot_params`. The tables
     /// must be in RAM ([`super::loader::load`] writes them).
     pub fn set_boot_state(&mut self, entry: GuestAddress) -> Result<(), VcpuError> {
@@ -460,7 +459,7 @@ impl Vcpu {
         self.set_fpu_state()
     }
 
-    /// Puts the vCPU where PVH starts a kernel (Xen, docs/misc/pvh.pandoc): 32-bit protected mode
+    /// Puts the vCPU into the start state of PVH (Xen, docs/misc/pvh.pandoc): 32-bit protected mode
     /// without paging, flat segments, interrupts off, `ebx` at `hvm_start_info`, which is in RAM
     /// like the GDT.
     pub fn set_pvh_state(&mut self, entry: GuestAddress) -> Result<(), VcpuError> {
@@ -490,13 +489,13 @@ impl Vcpu {
         self.set_fpu_state()
     }
 
-    /// The state of the floating-point unit, and of string instructions, as firmware leaves it.
+    /// Sets up the floating-point unit and string instructions, as firmware does.
     fn set_fpu_state(&mut self) -> Result<(), VcpuError> {
         const IA32_MISC_ENABLE: u32 = 0x1a0;
         const FAST_STRINGS: u64 = 1;
         let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
         self.fd.set_fpu(&fpu).map_err(|e| self.error("KVM_SET_FPU", e))?;
-        // Linux takes `rep stos` and `rep movs` for slow without it. Not every host has the
+        // Without it Linux thinks that `rep stos` and `rep movs` are slow. Not every host has the
         // register.
         if let Err(e) = self
             .msr(IA32_MISC_ENABLE)
@@ -519,8 +518,8 @@ fn one_msr(index: u32, data: u64) -> Result<Msrs, VcpuError> {
         .map_err(|_| VcpuError::NoMsr { index })
 }
 
-/// An exit without the borrow of the vCPU. Those that need more of `kvm_run` are decoded after it
-/// has ended.
+/// An exit without the borrow of the vCPU. Exits that need more of `kvm_run` are decoded after the
+/// borrow.
 enum Raw {
     Done(VmExit),
     Port,

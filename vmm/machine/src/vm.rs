@@ -11,12 +11,13 @@ use vm_memory::GuestAddress;
 use super::layout;
 use super::memory::Ram;
 
-/// A memslot that was not added or taken away.
+/// Why a memslot was not added or removed.
 #[derive(Debug, Error)]
 #[allow(missing_docs)]
 pub enum MapError {
     #[error(
-        "memslot of {len:#x} bytes at {gpa:#x}: start, length and host address must be multiples of 4096"
+        "memslot of {len:#x} bytes at {gpa:#x}: start, length and host address must be multiples \
+         of 4096"
     )]
     Unaligned { gpa: u64, len: u64 },
     #[error("all {0} memslots of the host are in use")]
@@ -25,7 +26,7 @@ pub enum MapError {
     Kvm { gpa: u64, len: u64, source: io::Error },
 }
 
-/// A memslot in use. It cannot be copied, so it is taken away at most once.
+/// A memslot in use. It cannot be copied, so it is removed at most once.
 #[derive(Debug, PartialEq, Eq)]
 pub struct SlotId(u32);
 
@@ -48,7 +49,7 @@ struct Slots {
     limit: usize,
 }
 
-/// What machine and vCPUs share.
+/// State that a machine and its vCPUs share.
 #[derive(Debug)]
 pub(super) struct Vm {
     fd: VmFd,
@@ -105,7 +106,7 @@ impl Vm {
     /// See [`super::Machine::unmap`].
     pub(super) fn unmap(&self, SlotId(slot): SlotId) -> Result<(), MapError> {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: length 0 takes the slot away; no memory is referred to.
+        // SAFETY: length 0 removes the slot; no memory is used.
         unsafe { self.set(slot, GuestAddress(0), std::ptr::null_mut(), 0, false) }?;
         slots.free.push(slot);
         Ok(())

@@ -40,16 +40,16 @@ pub enum WalkError {
     NotLongMode,
 }
 
-/// Where a guest-virtual address leads.
+/// The translation of a guest-virtual address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Translation {
     /// The guest-physical address.
     pub gpa: GuestAddress,
     /// Bytes of the page: 4096, 2 MiB or 1 GiB.
     pub page: u64,
-    /// All levels allow writes.
+    /// Whether all levels allow writes.
     pub writable: bool,
-    /// All levels allow user mode.
+    /// Whether all levels allow user mode.
     pub user: bool,
 }
 
@@ -78,7 +78,7 @@ impl AddressSpace {
         self.levels != 0
     }
 
-    /// Whether the upper bits of an address are all the same, as paging wants them.
+    /// Whether the upper bits of an address are all equal, as paging requires.
     pub fn is_canonical(&self, gva: u64) -> bool {
         let unused = 64 - (12 + 9 * u32::from(self.levels.max(4)));
         ((gva << unused) as i64 >> unused) as u64 == gva
@@ -90,7 +90,7 @@ impl AddressSpace {
     }
 
     /// Sets the accessed bits on the way to an address, and the page's dirty bit if it is
-    /// `written`, as the hardware does it.
+    /// `written`, as the hardware does.
     pub fn mark(&self, ram: &Ram, gva: u64, written: bool) -> Result<(), WalkError> {
         self.walk(ram, gva, |gpa, entry, last| {
             let wanted = ACCESSED | if last && written { DIRTY } else { 0 };
@@ -167,7 +167,7 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Copies as much as can be read, up to all of `to`, and says how much that was.
+    /// Copies as much as can be read, up to all of `to`. Returns the number of bytes.
     pub fn read_some(&self, ram: &Ram, gva: u64, to: &mut [u8]) -> usize {
         let mut done = 0;
         while done < to.len() {
@@ -186,8 +186,8 @@ impl AddressSpace {
         Ok(u64::from_le_bytes(bytes))
     }
 
-    /// Reads up to the end of the 4 KiB page of `gva`; returns how much (not 0 unless `to` is
-    /// empty).
+    /// Reads up to the end of the 4 KiB page of `gva`. Returns the number of bytes (not 0 unless
+    /// `to` is empty).
     fn read_page(&self, ram: &Ram, gva: u64, to: &mut [u8]) -> Result<usize, WalkError> {
         let gpa = self.translate(ram, gva)?.gpa;
         let len = to.len().min((4096 - (gva & 4095)) as usize);

@@ -5,18 +5,18 @@ use std::collections::hash_map::Entry;
 
 use super::{AccessKind, Finding, Names};
 
-/// Different findings that are kept by default.
+/// Most different findings by default.
 pub const DEFAULT_LIMIT: usize = 1000;
 
-/// What makes two findings the same bug: what it is, where, and who called that. The caller tells
-/// apart what is wrong in one function for the fault of several, such as a double free.
+/// The identity of a bug: kind, place and caller. The caller distinguishes bugs of several
+/// functions that show in one, such as double frees.
 #[derive(PartialEq, Eq, Hash)]
 struct Identity {
     headline: String,
     access: AccessKind,
     caller: Option<String>,
-    /// Without symbols all headlines of a kind are equal, and only the address tells two bugs
-    /// apart.
+    /// Without symbols all headlines of a kind are equal, and only the address distinguishes two
+    /// bugs.
     ip: Option<u64>,
 }
 
@@ -34,14 +34,14 @@ impl Identity {
     }
 }
 
-/// What [`Findings::add`] made of a finding.
+/// The result of [`Findings::add`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Added {
-    /// The first of its kind, now kept at this index: print it.
+    /// It is the first of its kind, and is kept at this index: print it.
     New(usize),
-    /// One like it is kept at this index and has been seen this often now, the first time included.
+    /// An equal one is kept at this index; with this one it was seen so often.
     Repeat(usize, u64),
-    /// As many different findings are kept as may be; this one is only counted.
+    /// The limit of different findings was reached; this one is only counted.
     Dropped,
 }
 
@@ -65,7 +65,7 @@ impl Findings {
         Self { kept: Vec::new(), index: HashMap::new(), limit, dropped: 0 }
     }
 
-    /// Takes in one finding.
+    /// Adds a finding.
     pub fn add(&mut self, finding: Finding) -> Added {
         match self.index.entry(Identity::of(&finding)) {
             Entry::Occupied(entry) => {
@@ -87,7 +87,7 @@ impl Findings {
         }
     }
 
-    /// The finding at an index that [`Findings::add`] gave, and how often it was seen.
+    /// The finding at an index from [`Findings::add`], and how often it was seen.
     pub fn get(&self, index: usize) -> Option<(&Finding, u64)> {
         self.kept.get(index).map(|(finding, seen)| (finding, *seen))
     }
@@ -97,22 +97,22 @@ impl Findings {
         self.kept.iter().map(|(finding, seen)| (finding, *seen))
     }
 
-    /// How many different findings are kept.
+    /// The number of different findings that are kept.
     pub fn distinct(&self) -> usize {
         self.kept.len()
     }
 
-    /// How many findings came in after the limit that are like none of those kept.
+    /// The number of findings after the limit that equal none of the kept ones.
     pub fn dropped(&self) -> u64 {
         self.dropped
     }
 
-    /// How many findings came in altogether.
+    /// The number of all findings.
     pub fn total(&self) -> u64 {
         self.kept.iter().fold(self.dropped, |sum, (_, seen)| sum.saturating_add(*seen))
     }
 
-    /// No finding came in.
+    /// Whether there are no findings.
     pub fn is_empty(&self) -> bool {
         self.total() == 0
     }

@@ -9,13 +9,13 @@ use super::frame::StackFrame;
 
 /// Shadow bytes in one row of a [`ShadowDump`].
 pub const ROW_SHADOW: usize = 16;
-/// Bytes of guest memory that one row of a [`ShadowDump`] stands for.
+/// Bytes of guest memory that one row of a [`ShadowDump`] describes.
 pub const ROW_MEMORY: u64 = ROW_SHADOW as u64 * umbra_shadow::codes::GRANULE;
 /// Rows before, and rows after, the row of the first bad address.
 pub const ROWS_AROUND: u64 = 2;
 
-/// What stands in a headline where the kernel's ELF has no symbol. An address would make equal bugs
-/// differ between two builds of the same kernel, so there is none even then.
+/// The function in a headline where the kernel's ELF has no symbol. An address would differ between
+/// two builds of the same kernel.
 const NO_SYMBOL: &str = "<no symbol>";
 
 /// One memory error of the guest.
@@ -27,7 +27,7 @@ const NO_SYMBOL: &str = "<no symbol>";
 pub struct Finding {
     /// KASAN's name of the bug, such as `slab-out-of-bounds`.
     pub kind: &'static str,
-    /// What the guest was about to do.
+    /// The kind of access.
     pub access: AccessKind,
     /// Bytes of the access; 0 for a free.
     pub size: u64,
@@ -43,32 +43,32 @@ pub struct Finding {
     pub task: Task,
     /// Its stack, innermost first; the frame of `ip` is the first that is not inlined.
     pub frames: Vec<Frame>,
-    /// The object that the address belongs to, or lies next to.
+    /// The object that holds the address, or is next to it.
     pub object: Option<Object>,
-    /// The global variable that the address belongs to, or lies behind.
+    /// The global variable that holds the address, or is before it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub variable: Option<Variable>,
-    /// The stack frame that the address lies in, with its variables.
+    /// The stack frame that holds the address, with its variables.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stack_frame: Option<StackFrame>,
-    /// Who allocated the object.
+    /// The object's allocation.
     pub allocated: Option<Track>,
-    /// Who freed the object.
+    /// The object's free.
     pub freed: Option<Track>,
-    /// Who queued work that had to do with the object, such as the work that freed it: the last one
+    /// The callers that queued work on the object, such as the work that freed it; the last one
     /// first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub related_work: Vec<Track>,
-    /// The object that the address belonged to before, and that was freed.
+    /// The object that held the address before, and was freed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub previous: Option<Previous>,
     /// The shadow around the first bad address.
     pub shadow: ShadowDump,
-    /// What is missing in this finding, and why.
+    /// The parts that this finding lacks, and the reasons.
     pub notes: Vec<String>,
 }
 
-/// What the guest did to the memory.
+/// The guest's operation on the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AccessKind {
@@ -76,12 +76,12 @@ pub enum AccessKind {
     Read,
     /// It stored to it.
     Write,
-    /// It gave it back to the allocator.
+    /// It freed it.
     Free,
 }
 
 impl Finding {
-    /// A finding about which nothing but the kind of its access is known.
+    /// A finding with only the kind of its access.
     pub fn new(access: AccessKind) -> Self {
         Self {
             kind: "",
@@ -118,7 +118,7 @@ impl std::fmt::Display for AccessKind {
 /// A task of the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Task {
-    /// Its number, as the guest counts.
+    /// Its id in the guest.
     pub id: u32,
     /// Its name; empty if the guest gave none.
     pub name: String,
@@ -145,25 +145,24 @@ pub struct Frame {
     pub line: Option<u32>,
     /// The compiler put this function's code into its caller, the next frame that is not inlined.
     pub inlined: bool,
-    /// The source file where it lay when the kernel was compiled; not printed.
+    /// The path of the source file when the kernel was compiled; not printed.
     #[serde(skip)]
     pub path: Option<Arc<str>>,
 }
 
-/// Which of a function's two names is printed.
+/// The kind of name that is printed for a function.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Names {
-    /// The name as it stands in the source.
+    /// The name in the source.
     #[default]
     Demangled,
-    /// The name as it stands in the ELF. Linux's `decode_stacktrace.sh` looks it up there, and
-    /// syzkaller's parser takes no other characters than those of a C name. For a C kernel there is
-    /// no difference.
+    /// The name in the ELF. Linux's `decode_stacktrace.sh` looks it up there, and syzkaller's
+    /// parser takes only the characters of a C name. For a C kernel both names are equal.
     Linkage,
 }
 
 impl Frame {
-    /// A frame of which nothing but the address is known.
+    /// A frame with only its address.
     pub fn unknown(ip: u64) -> Self {
         Self { ip, ..Self::default() }
     }
@@ -189,11 +188,11 @@ pub struct Object {
     pub cache: Option<String>,
     /// Bytes of one slot of that cache; 0 without a cache.
     pub cache_size: u64,
-    /// Bytes from `start` to the first bad address; negative where that lies before the object.
+    /// Bytes from `start` to the first bad address; negative where that is before the object.
     pub offset: i64,
 }
 
-/// An object that was freed before another one took its place.
+/// An object that was freed before another one got its memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Previous {
     /// Its guest-virtual address.
@@ -201,9 +200,9 @@ pub struct Previous {
     pub start: u64,
     /// The bytes that were asked for.
     pub size: u64,
-    /// Who allocated it.
+    /// Its allocation.
     pub allocated: Option<Track>,
-    /// Who freed it.
+    /// Its free.
     pub freed: Track,
 }
 
@@ -221,7 +220,7 @@ pub struct Variable {
     /// The source file or compilation unit that defines it, as the compiler names it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub module: Option<String>,
-    /// The source file in which it is declared, shortened as that of a frame.
+    /// The source file of its declaration, shortened as that of a frame.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<Arc<str>>,
     /// The line in it, from 1.
@@ -229,7 +228,7 @@ pub struct Variable {
     pub line: Option<u32>,
 }
 
-/// Who allocated or freed an object, and from where.
+/// The allocation or the free of an object: task and stack.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Track {
     /// The task that did it.
@@ -241,7 +240,7 @@ pub struct Track {
 /// The shadow around the first bad address.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ShadowDump {
-    /// The first address of the access that it should not have touched.
+    /// The first bad address of the access.
     #[serde(serialize_with = "hex")]
     pub first_bad: u64,
     /// Rows by rising address. An address without a shadow has no row.
@@ -251,7 +250,7 @@ pub struct ShadowDump {
 /// The shadow of [`ROW_MEMORY`] bytes of memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Row {
-    /// Guest-virtual address of the memory it stands for, a multiple of [`ROW_MEMORY`].
+    /// Guest-virtual address of the memory that it describes, a multiple of [`ROW_MEMORY`].
     #[serde(serialize_with = "hex")]
     pub address: u64,
     /// The shadow bytes; in JSON a string such as `"00 00 03 fc ..."`.
@@ -267,8 +266,8 @@ impl Row {
 }
 
 impl ShadowDump {
-    /// Collects the rows around `first_bad`. `read` is asked for the shadow of the [`ROW_MEMORY`]
-    /// bytes at an address and says `None` where there is no shadow.
+    /// Collects the rows around `first_bad`. `read` returns the shadow of the [`ROW_MEMORY`] bytes
+    /// at an address, or `None` where there is no shadow.
     pub fn around(first_bad: u64, mut read: impl FnMut(u64) -> Option<[u8; ROW_SHADOW]>) -> Self {
         let middle = first_bad & !(ROW_MEMORY - 1);
         let before = (1..=ROWS_AROUND).rev().map(|i| middle.checked_sub(i * ROW_MEMORY));
@@ -281,7 +280,7 @@ impl ShadowDump {
         Self { first_bad, rows }
     }
 
-    /// Row and column of the shadow byte of the first bad address; `None` where that has no shadow.
+    /// Row and column of the shadow byte of the first bad address; `None` if that has no shadow.
     pub fn caret(&self) -> Option<(usize, usize)> {
         let row = self.rows.iter().position(|row| {
             self.first_bad.checked_sub(row.address).is_some_and(|distance| distance < ROW_MEMORY)
@@ -312,12 +311,18 @@ pub(super) fn place(frame: &Frame, names: Names) -> Option<String> {
     Some(format!("{}+{:#x}/{:#x}", printable(name), frame.offset, frame.size))
 }
 
-/// A name out of the guest or its ELF, without the characters that could forge lines of a report or
-/// steer a terminal: control characters, and those that hide or reorder text.
+/// A name from the guest or its ELF, without characters that could forge lines of a report or
+/// control a terminal: control characters, and those that hide or reorder text.
 pub(super) fn printable(name: &str) -> String {
     let bad = |c: char| {
         c.is_control()
-            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+            || matches!(
+                c,
+                '\u{200b}'..='\u{200f}'
+                    | '\u{2028}'..='\u{202e}'
+                    | '\u{2060}'..='\u{206f}'
+                    | '\u{feff}'
+            )
     };
     name.chars().map(|c| if bad(c) { '?' } else { c }).collect()
 }
@@ -444,14 +449,14 @@ pub(super) mod tests {
         assert_eq!((&value["cpu"], &value["task"]), (&json!(0), &task));
         assert_eq!(
             value["frames"][2],
-            json!({"ip": "0xffffffff80002044", "symbol": "thread_main", "offset": 0x44, "size": 0x60,
-                   "file": "kernel/src/thread.rs", "line": 7, "inlined": false})
+            json!({"ip": "0xffffffff80002044", "symbol": "thread_main", "offset": 0x44,
+                   "size": 0x60, "file": "kernel/src/thread.rs", "line": 7, "inlined": false})
         );
         assert_eq!(value["frames"][0]["inlined"], true);
         assert_eq!(
             value["object"],
-            json!({"start": "0xffff800000201000", "size": 115, "cache": "kmalloc-128", "cache_size": 128,
-                   "offset": 115})
+            json!({"start": "0xffff800000201000", "size": 115, "cache": "kmalloc-128",
+                   "cache_size": 128, "offset": 115})
         );
         assert_eq!(value["allocated"]["task"], task);
         assert_eq!(value["allocated"]["frames"][0]["symbol"], "kmalloc");
@@ -459,7 +464,8 @@ pub(super) mod tests {
         assert_eq!(value["shadow"]["first_bad"], "0xffff800000201073");
         assert_eq!(
             value["shadow"]["rows"][2],
-            json!({"address": "0xffff800000201000", "bytes": "00 00 00 00 00 00 00 00 00 00 00 00 00 00 03 fc"})
+            json!({"address": "0xffff800000201000",
+                   "bytes": "00 00 00 00 00 00 00 00 00 00 00 00 00 00 03 fc"})
         );
     }
 

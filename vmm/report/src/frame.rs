@@ -14,7 +14,7 @@ pub const DESCRIPTION_MAX: usize = 2048;
 /// Most variables of a frame.
 const VARIABLES_MAX: usize = 64;
 
-/// The stack frame that a bad address lies in.
+/// The stack frame that holds a bad address.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct StackFrame {
     /// Bytes from the frame's start to the first bad address.
@@ -34,11 +34,11 @@ pub struct StackVariable {
     pub size: u64,
     /// Its name; a compiler's own variables may have none.
     pub name: String,
-    /// The line of its declaration, if the compiler says.
+    /// The line of its declaration, if the compiler gives it.
     pub line: Option<u32>,
 }
 
-/// Reads a description. `None` if it is not one. It comes from guest memory: anything may be in it.
+/// Reads a description. `None` if it is not one: guest memory may hold anything.
 pub fn parse(description: &[u8]) -> Option<Vec<StackVariable>> {
     let mut rest = description;
     let count = number(&mut rest)?;

@@ -10,7 +10,7 @@ use super::Finding;
 /// at any time.
 ///
 /// # Errors
-/// What `out` says.
+/// An error of `out`.
 pub fn write(out: &mut dyn Write, finding: &Finding) -> io::Result<()> {
     let mut line = serde_json::to_vec(finding)?;
     line.push(b'\n');

@@ -1,10 +1,10 @@
 //! Reports about memory errors: one model of a [`Finding`], printed as a KASAN report ([`text`]) or
 //! as a line of JSON ([`json`]); and a page for a browser about a whole run ([`html`]).
 //!
-//! The way of a finding: the guest's registers and memory give a stack ([`stack`]), the kernel's
-//! ELF and DWARF give its names and lines ([`symbols`]), and [`Findings`] counts repeats. Nothing
-//! here knows KVM, the shadow's layout or the sandbox. A caller passes in what it has read, and a
-//! plain [`RunSummary`] for the page.
+//! The guest's registers and memory give a stack ([`stack`]), the kernel's ELF and DWARF give its
+//! names and lines ([`symbols`]), and [`Findings`] counts repeats. Nothing here knows KVM, the
+//! shadow's layout or the sandbox. A caller passes in plain values, and a [`RunSummary`] for the
+//! page.
 
 mod collect;
 mod finding;

@@ -1,4 +1,4 @@
-//! A run, as the page about it needs it: plain figures, and what it looked like over time.
+//! A run, for the page about it: plain figures, and samples over time.
 
 use std::time::Duration;
 
@@ -15,17 +15,17 @@ pub struct RunSummary<'a> {
     pub cmdline: &'a str,
     /// Guest memory.
     pub memory_bytes: u64,
-    /// The shadow that was kept; none for a run without checks.
+    /// The shadow; none in a run without checks.
     pub shadow: Option<ShadowSummary>,
-    /// How long the guest was allowed to run.
+    /// The time limit.
     pub timeout: Option<Duration>,
-    /// The number of different findings after which it was to be stopped.
+    /// The number of different findings that ends the run.
     pub stop_at: Option<usize>,
-    /// How it ended, as a sentence without a full stop.
+    /// The outcome, as a sentence without a full stop.
     pub outcome: String,
-    /// The exit status that says so.
+    /// The exit status.
     pub status: u8,
-    /// What was found.
+    /// The findings.
     pub findings: &'a Findings,
     /// Allocations of the guest.
     pub allocations: u64,
@@ -37,31 +37,31 @@ pub struct RunSummary<'a> {
     pub seconds: f64,
     /// All figures, as objects of named values. The end of a name is its unit.
     pub figures: Value,
-    /// What the run looked like, if it was watched.
+    /// The run over time, if it was watched.
     pub picture: Option<&'a Picture>,
 }
 
-/// Which shadow a run had. Sizes are bytes.
+/// The shadow of a run. Sizes are bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct ShadowSummary {
-    /// Its layout, by the name that it has on the command line.
+    /// Its layout, by its name on the command line.
     pub mode: &'static str,
-    /// Who wrote it, by the name that it has on the command line.
+    /// The way it is written, by its name on the command line.
     pub notify: &'static str,
-    /// The most byte shadow that was allowed.
+    /// The limit of byte shadow.
     pub limit_bytes: Option<u64>,
-    /// The most that was resident, both levels together.
+    /// The peak of resident shadow, both levels together.
     pub peak_bytes: u64,
 }
 
-/// What a run looked like.
+/// A run over time.
 #[derive(Clone, Debug, Default)]
 pub struct Picture {
     /// The shadow's memory over time, by rising time. Empty without a shadow.
     pub samples: Vec<Sample>,
     /// The pages of the guest at the end; none without a shadow.
     pub pages: Option<PageMap>,
-    /// The end of what the guest wrote to its console, whatever bytes that are.
+    /// The end of the console's output: any bytes.
     pub console: Vec<u8>,
 }
 
@@ -80,7 +80,7 @@ pub struct Sample {
     pub used: u64,
 }
 
-/// How many pages are in which state.
+/// The number of pages in each state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PageCounts {
     /// Accessible as a whole.

@@ -2,17 +2,17 @@
 
 use std::fmt;
 
-/// Frames of the checking runtime that may lie between the report call and the access.
+/// Most frames of the checking runtime between the report call and the access.
 const SKIP_MAX: usize = 32;
 
-/// What a walk found.
+/// The result of a walk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stack {
     /// Return addresses, innermost first.
     pub ips: Vec<u64>,
-    /// How the walk ended.
+    /// The reason for its end.
     pub end: StackEnd,
-    /// The frame that the walk should start at was found, or none was asked for.
+    /// The first frame was found, or none was requested.
     pub start_found: bool,
 }
 
@@ -21,14 +21,14 @@ pub struct Stack {
 pub enum StackEnd {
     /// At the outermost frame.
     Complete,
-    /// At a frame pointer that leads nowhere.
+    /// At a bad frame pointer.
     Broken {
         /// The frame pointer.
         at: u64,
         /// What is wrong with it.
         why: Break,
     },
-    /// There are more frames than were asked for.
+    /// At the limit of frames.
     Truncated,
 }
 
@@ -39,7 +39,7 @@ pub enum Break {
     Unreadable,
     /// Not a multiple of 8.
     Misaligned,
-    /// It does not lie above the frame that it was found in; so a cycle ends, too.
+    /// Not above the frame that holds it. This ends cycles, too.
     NotRising,
 }
 
@@ -80,13 +80,12 @@ impl Stack {
 /// Walks the chain of frames from the frame pointer `rbp` on. `read` gives the 8 bytes at a
 /// guest-virtual address, or `None` where there are none.
 ///
-/// With `start_ip` the stack begins with the frame that returns there, and what lies further inside
-/// is left out; if there is no such frame, the stack is `start_ip` and everything found. At most
-/// `max` addresses are returned, and at most that many frames and a few more are read, whatever the
-/// memory holds.
+/// With `start_ip` the stack begins with the frame that returns there, and inner frames are left
+/// out; if there is no such frame, the stack is `start_ip` and all frames. At most `max` addresses
+/// are returned, and at most that many frames and a few more are read, whatever the memory holds.
 ///
 /// A chain is followed only while it leads to higher addresses, so a walk does not cross from an
-/// interrupt stack to one that lies below it.
+/// interrupt stack to one below it.
 pub fn walk(
     read: &mut dyn FnMut(u64) -> Option<u64>,
     rbp: u64,

@@ -3,11 +3,11 @@
 //! Order and wording are those of Linux 6.1 (`mm/kasan/report.c`), with the `Free of addr` line of
 //! newer kernels. Two rules keep syzkaller's parser and `scripts/decode_stacktrace.sh` working: a
 //! function of the ELF is a line of its own with one leading blank and `func+0xoff/0xsize` last;
-//! and what we add to it (its line in the source, the functions inlined into it) stands on lines
-//! below it that hold no such text.
+//! and additions to it (its source line, the functions inlined into it) are on lines below it that
+//! hold no such text.
 //!
-//! Names out of the guest are printed without control characters, so that a guest cannot forge a
-//! report or steer a terminal.
+//! Names from the guest are printed without control characters, so that a guest cannot forge a
+//! report or control a terminal.
 
 use std::io::{self, Write};
 
@@ -17,12 +17,12 @@ use super::finding::{place, printable};
 use super::frame::StackFrame;
 use super::{AccessKind, Finding, Findings, Frame, Names, Object, ShadowDump, Task, Track};
 
-/// How to print.
+/// The options of a report.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TextStyle {
     /// With escape sequences for colours.
     pub color: bool,
-    /// Which names functions go by.
+    /// The kind of names of functions.
     pub names: Names,
 }
 
@@ -37,7 +37,7 @@ const ASIDE: Style = Style::new().dimmed();
 /// Writes `finding` as a KASAN report.
 ///
 /// # Errors
-/// What `out` says.
+/// An error of `out`.
 pub fn write(out: &mut dyn Write, finding: &Finding, style: TextStyle) -> io::Result<()> {
     Printer { out, style }.finding(finding)
 }
@@ -54,7 +54,7 @@ pub fn to_string(finding: &Finding, style: TextStyle) -> String {
 /// counted; nothing if there are none.
 ///
 /// # Errors
-/// What `out` says.
+/// An error of `out`.
 pub fn write_repeats(out: &mut dyn Write, findings: &Findings, style: TextStyle) -> io::Result<()> {
     for (finding, seen) in findings.iter().filter(|(_, seen)| *seen > 1) {
         writeln!(out, "{} more of: {}", seen - 1, finding.headline(style.names))?;
@@ -259,7 +259,7 @@ impl Printer<'_> {
     }
 }
 
-/// Where `offset` lies, seen from an object of `size` bytes.
+/// The position of `offset` relative to an object of `size` bytes.
 fn relation(offset: i128, size: u64) -> String {
     let size = i128::from(size);
     if offset < 0 {

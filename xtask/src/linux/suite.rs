@@ -62,8 +62,8 @@ pub fn expected(context: &Context) -> Result<ExitCode> {
     let version = fs::read_to_string(folder.join("made-from"))?;
     let version = version.lines().next().context("no version in made-from")?;
     let mut list = format!(
-        "# What Linux's own tests of KASAN come to with Linux's own KASAN (generic, outline), and \
-         how many reports each made.\n\
+        "# Results of Linux's own tests of KASAN with Linux's own KASAN (generic, outline), and \
+         the number of\n# reports of each.\n\
          # Written by `cargo xtask linux expected` from {version}.\n"
     );
     for case in cases {

@@ -145,8 +145,8 @@ impl Host {
             "none",
             "-no-reboot",
         ]);
-        // A periodic tick: QEMU's SVM changes the CPU's pending interrupts without a lock, which may
-        // lose one. The next tick brings it back; of a timer that fires once, nothing would.
+        // A periodic tick. QEMU's SVM changes the CPU's pending interrupts without a lock and may
+        // lose one. The next tick brings it back; a timer that fires once has no next one.
         let parameters = "console=ttyS0 quiet panic=-1 mitigations=off nohz=off highres=off";
         command.args(["-append", parameters]);
         command.args([OsStr::new("-kernel"), self.kernel.image.as_os_str()]);

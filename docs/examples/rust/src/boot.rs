@@ -4,9 +4,9 @@
 use core::arch::{asm, global_asm};
 use core::ops::Range;
 
-/// Where all memory is mapped.
+/// The start of the direct map of all memory.
 pub const DIRECT_MAP: u64 = 0xffff_8000_0000_0000;
-/// Where the first GiB is mapped a second time, for the kernel's image.
+/// The start of a second map of the first GiB, for the kernel's image.
 pub const IMAGE_MAP: u64 = 0xffff_ffff_8000_0000;
 /// Bytes of the stack.
 pub const STACK: u64 = 64 << 10;
@@ -63,7 +63,7 @@ unsafe extern "C" {
     static text_end: u8;
 }
 
-/// Where the stack begins.
+/// The start of the stack.
 pub fn stack() -> u64 {
     (&raw const boot_stack) as u64
 }
@@ -81,5 +81,7 @@ pub fn text() -> Range<u64> {
 /// Resets the machine.
 pub fn reset() -> ! {
     // SAFETY: the keyboard controller's reset line; if it does nothing, this CPU stops.
-    unsafe { asm!("out 0x64, al", "2:", "cli", "hlt", "jmp 2b", in("al") 0xfeu8, options(noreturn)) }
+    unsafe {
+        asm!("out 0x64, al", "2:", "cli", "hlt", "jmp 2b", in("al") 0xfeu8, options(noreturn));
+    }
 }

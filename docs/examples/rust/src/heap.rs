@@ -1,5 +1,5 @@
-//! The heap: one MiB of the direct map, handed out from below. What is freed is handed out again if
-//! it was the last.
+//! The heap: one MiB of the direct map, handed out from below. Only the last object is reused after
+//! its free.
 
 use core::alloc::{GlobalAlloc, Layout};
 use core::ptr::null_mut;
@@ -7,7 +7,7 @@ use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::boot::DIRECT_MAP;
 
-/// Where it is.
+/// Its start.
 const START: u64 = DIRECT_MAP + (16 << 20);
 /// Its bytes.
 const BYTES: u64 = 1 << 20;
@@ -19,7 +19,7 @@ pub struct Heap {
 }
 
 impl Heap {
-    /// The heap, of which nothing is handed out.
+    /// A heap without objects.
     pub const fn new() -> Self {
         Self { used: AtomicU64::new(0) }
     }

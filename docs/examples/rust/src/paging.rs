@@ -7,7 +7,7 @@ const LARGE: u64 = 0x80;
 const LARGE_PAGE: u64 = 2 << 20;
 const FRAME: u64 = 0x000f_ffff_ffff_f000;
 
-/// Page tables that nobody uses yet.
+/// Page tables that are not used yet.
 #[repr(align(4096))]
 struct Tables([[u64; 512]; 32]);
 static mut TABLES: Tables = Tables([[0; 512]; 32]);
@@ -37,7 +37,7 @@ pub fn map(virt: u64, physical: u64, bytes: u64) {
         let last = if large { 21 } else { 12 };
         let mut table = &raw mut boot_pml4 as *mut u64;
         let mut shift = 39;
-        // SAFETY: all tables are in the direct map, and what is mapped here was not used before.
+        // SAFETY: all tables are in the direct map, and the mapped addresses were not used before.
         unsafe {
             while shift > last {
                 let entry = table.add((at >> shift & 511) as usize);
@@ -47,7 +47,8 @@ pub fn map(virt: u64, physical: u64, bytes: u64) {
                 table = (DIRECT_MAP + (*entry & FRAME)) as *mut u64;
                 shift -= 9;
             }
-            *table.add((at >> shift & 511) as usize) = to | PRESENT_WRITABLE | if large { LARGE } else { 0 };
+            let size = if large { LARGE } else { 0 };
+            *table.add((at >> shift & 511) as usize) = to | PRESENT_WRITABLE | size;
         }
         done += if large { LARGE_PAGE } else { 4096 };
     }

@@ -1,9 +1,8 @@
 //! The test kernel's allocators: pages, slabs, and `kmalloc` over both.
 //!
 //! They are compiled *without* the sanitizer, as Linux compiles `mm/slub.c` under KASAN, and linked
-//! as one object. An allocator's own data needs no check, and it works on freed memory on purpose.
-//! All code that uses the memory it hands out is checked. `guest/kernel/src/memory.rs` has the
-//! bindings for the kernel.
+//! as one object: an allocator works on freed memory on purpose. All code that uses the memory it
+//! hands out is checked. `guest/kernel/src/memory.rs` has the bindings for the kernel.
 #![no_std]
 
 mod lock;

@@ -7,8 +7,8 @@ use core::sync::atomic::{AtomicBool, Ordering::Acquire, Ordering::Relaxed, Order
 
 static HELD: AtomicBool = AtomicBool::new(false);
 
-/// Runs `work` with the lock held. It does not nest, and the kernel takes no interrupts but when it
-/// idles.
+/// Runs `work` with the lock held. The lock does not nest. The kernel takes interrupts only while
+/// it idles.
 #[inline(always)]
 pub fn locked<T>(work: impl FnOnce() -> T) -> T {
     while HELD.swap(true, Acquire) {

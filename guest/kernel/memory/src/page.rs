@@ -1,6 +1,6 @@
 //! The page allocator: a binary buddy system over one range of memory.
 //!
-//! A [`Page`] describes each page. Nothing is kept in free pages themselves, so they stay poisoned.
+//! A [`Page`] describes each page. Free pages themselves hold no data, so they stay poisoned.
 
 use core::ptr::addr_of_mut;
 
@@ -39,7 +39,7 @@ pub struct Page {
     prev: u32,
     /// Order of the block that starts here.
     pub order: u8,
-    /// Its use.
+    /// The use of that block.
     pub used: Use,
     /// A slab's cache.
     pub cache: u8,
@@ -125,7 +125,7 @@ pub fn address(number: u32) -> u64 {
     DIRECT_MAP + u64::from(number) * PAGE_SIZE
 }
 
-/// The page that holds a direct-map address, if it is one that the allocator manages.
+/// The page that holds a direct-map address, if the allocator manages that page.
 pub fn number(address: u64) -> Option<u32> {
     // SAFETY: neither changes after the start. No reference is made: others may hold one.
     let managed = unsafe { (*addr_of_mut!(BUDDY)).start..(*addr_of_mut!(BUDDY)).end };

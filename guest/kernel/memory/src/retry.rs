@@ -1,6 +1,6 @@
-//! What an allocator does before it fails.
+//! A second try after the quarantine was drained.
 
-/// Runs `take`, and once more if it fails and the quarantine then gives memory back.
+/// Runs `take`, and runs it again if it fails and draining the quarantine releases memory.
 #[inline(always)]
 pub fn or_after_quarantine<T>(mut take: impl FnMut() -> Option<T>) -> Option<T> {
     take().or_else(|| if umbra_guest::quarantine_drain() > 0 { take() } else { None })

@@ -39,10 +39,10 @@ struct CacheData {
     slot: u64,
     order: u8,
     slots: u8,
-    /// Slabs of this cache, with free objects first in line. A small array: what does not fit stays
-    /// findable through its objects, and comes back when one of them is freed.
+    /// Slabs of this cache with free objects. The array is small: a slab that does not fit comes
+    /// back when one of its objects is freed.
     partial: [u32; 8],
-    /// An object that stands for the cache, so that uses after [`Cache::destroy`] are found. 0 for
+    /// An object that stands for the cache, so that uses after [`Cache::destroy`] are found. 0 in
     /// `kmalloc`'s caches.
     descriptor: u64,
 }
@@ -56,8 +56,8 @@ static mut CACHE_COUNT: usize = 0;
 static mut QUARANTINE: u8 = 0;
 
 fn data(cache: usize) -> &'static mut CacheData {
-    // SAFETY: when a cache is made or given up, which is one CPU's business at a time, or with the
-    // lock held; no reference is kept across a call that asks for another.
+    // SAFETY: one CPU at a time makes or destroys caches; all else holds the lock. No reference is
+    // kept across a call that asks for another.
     unsafe { &mut (*addr_of_mut!(CACHE_DATA))[cache] }
 }
 
@@ -103,7 +103,7 @@ impl Cache {
         Some(Self(id))
     }
 
-    /// Allocates an object of which `bytes` are asked for; the rest of it is redzone.
+    /// Allocates an object for a request of `bytes`; the rest of it is redzone.
     fn alloc_bytes(self, bytes: u64) -> Option<u64> {
         let at = or_after_quarantine(|| locked(|| self.take()))?;
         umbra_guest::alloc(at, bytes, sizes(self.0).1, SLAB_REDZONE, self.0 as u16 + 1);
@@ -165,7 +165,7 @@ impl Cache {
         }
     }
 
-    /// Gives the cache up. Its id is not used again.
+    /// Destroys the cache. Its id is not used again.
     fn destroy(self) {
         let descriptor = data(self.0).descriptor;
         if umbra_guest::check(descriptor, 1, false) {
@@ -213,8 +213,8 @@ pub fn init() {
     }
 }
 
-/// Makes a cache for objects of `object` bytes (at most 4096), and returns its number; `u32::MAX`
-/// if it cannot.
+/// Makes a cache for objects of `object` bytes (at most 4096). Returns its number, or `u32::MAX` if
+/// that fails.
 ///
 /// # Safety
 /// `name` points to `len` bytes of UTF-8.
@@ -232,7 +232,7 @@ pub extern "C" fn kmem_cache_alloc(cache: u32) -> u64 {
     cache.alloc_bytes(sizes(cache.0).0).unwrap_or(0)
 }
 
-/// Gives a cache up. Its number is not used again.
+/// Destroys a cache. Its number is not used again.
 #[unsafe(no_mangle)]
 pub extern "C" fn kmem_cache_destroy(cache: u32) {
     Cache(cache as usize).destroy();
@@ -261,8 +261,8 @@ fn alloc(bytes: u64) -> Option<u64> {
     }
 }
 
-/// A block of pages: its first page, what it is used for, its order, and its cache if it is a slab.
-/// The block of a live allocation stays what it is.
+/// A block of pages: its first page, its use, its order, and its cache if it is a slab. The block
+/// of a live allocation does not change.
 struct Block {
     number: u32,
     used: Use,
@@ -270,7 +270,7 @@ struct Block {
     cache: u8,
 }
 
-/// The block with `at` in it.
+/// The block that holds `at`.
 #[inline(always)]
 fn block(at: u64) -> Option<Block> {
     let mut number = page::number(at)?;
@@ -309,8 +309,8 @@ pub extern "C" fn kfree(at: u64) {
     }
 }
 
-/// All the bytes of an allocation's slot, which the caller may use from now on. 0, after a report,
-/// if it was freed.
+/// Makes an allocation's whole room accessible, and returns its bytes. 0, after a report, if it was
+/// freed.
 #[unsafe(no_mangle)]
 pub extern "C" fn ksize(at: u64) -> u64 {
     if !umbra_guest::check(at, 1, false) {
@@ -331,7 +331,7 @@ pub extern "C" fn kfree_sensitive(at: u64) {
 }
 
 impl Block {
-    /// How many bytes an allocation in it may grow to in place.
+    /// The bytes to which an allocation in it may grow in place.
     fn room(&self) -> u64 {
         match self.used {
             Use::Slab => sizes(self.cache.into()).0,
@@ -354,7 +354,7 @@ pub extern "C" fn krealloc(at: u64, old: u64, new: u64) -> u64 {
         let redzone = if room > 4096 { LARGE_REDZONE } else { SLAB_REDZONE };
         let cache =
             block.map_or(0, |block| if block.used == Use::Slab { block.cache + 1 } else { 0 });
-        // As a new allocation in the same place, with the stack of this call (as KASAN's
+        // A new allocation in the same place, with the stack of this call (as KASAN's
         // `kasan_krealloc`).
         umbra_guest::alloc(at, new, room, redzone, cache.into());
         return at;

@@ -1,5 +1,4 @@
-//! The checks' entry points themselves: at every alignment, and at addresses that are no memory at
-//! all.
+//! The checks' entry points: at every alignment, and at addresses without memory.
 
 use super::{opaque, read, scenarios};
 use crate::page;
@@ -20,7 +19,7 @@ unsafe extern "C" {
     fn __asan_storeN_noabort(at: u64, n: u64);
 }
 
-/// Checks accesses of every size and alignment that lie in `start..end`.
+/// Checks accesses of every size and alignment inside `start..end`.
 fn check_inside(start: u64, end: u64) {
     // SAFETY: these look at shadow only.
     unsafe {
@@ -52,7 +51,8 @@ fn check_inside(start: u64, end: u64) {
 }
 
 scenarios! {
-    entry_points_inside, "silent", "every check, at every alignment, up to the ends of objects and across pages", {
+    entry_points_inside, "silent",
+    "every check, at every alignment, up to the ends of objects and across pages", {
         for size in [1, 5, 8, 13, 16, 23, 24] {
             let Some(p) = kmalloc(size) else { return };
             check_inside(p, p + size);
@@ -64,9 +64,10 @@ scenarios! {
     }
 
     entry_points_across_the_end,
-    "slab-out-of-bounds Read 2 13;slab-out-of-bounds Read 4 13;slab-out-of-bounds Read 8 13;slab-out-of-bounds Read 16 13;\
-     slab-out-of-bounds Write 2 13;slab-out-of-bounds Write 4 13;slab-out-of-bounds Write 8 13;\
-     slab-out-of-bounds Write 16 13;slab-out-of-bounds Read 1 13;slab-out-of-bounds Write 3 13",
+    "slab-out-of-bounds Read 2 13;slab-out-of-bounds Read 4 13;slab-out-of-bounds Read 8 13;\
+     slab-out-of-bounds Read 16 13;slab-out-of-bounds Write 2 13;slab-out-of-bounds Write 4 13;\
+     slab-out-of-bounds Write 8 13;slab-out-of-bounds Write 16 13;slab-out-of-bounds Read 1 13;\
+     slab-out-of-bounds Write 3 13",
     "every check, unaligned, by one byte too far", {
         let Some(p) = kmalloc(13) else { return };
         let p = opaque(p);
@@ -87,13 +88,14 @@ scenarios! {
     }
 
     entry_points_behind_the_end,
-    "slab-out-of-bounds Read 2 17;slab-out-of-bounds Read 2 23;slab-out-of-bounds Read 4 17;slab-out-of-bounds Read 4 21;\
-     slab-out-of-bounds Read 8 17;slab-out-of-bounds Read 2 16;slab-out-of-bounds Read 4 16;slab-out-of-bounds Read 8 16",
+    "slab-out-of-bounds Read 2 17;slab-out-of-bounds Read 2 23;slab-out-of-bounds Read 4 17;\
+     slab-out-of-bounds Read 4 21;slab-out-of-bounds Read 8 17;slab-out-of-bounds Read 2 16;\
+     slab-out-of-bounds Read 4 16;slab-out-of-bounds Read 8 16",
     "every check, unaligned: first where nothing is valid, then by one byte too far", {
         let Some(p) = kmalloc(16) else { return };
         let p = opaque(p);
-        // Where nothing is valid, a report tells exactly which address a check that has shifted it
-        // hands on. SAFETY: these look at shadow only.
+        // Where nothing is valid, the report shows the exact address that the check reported.
+        // SAFETY: these look at shadow only.
         unsafe {
             __asan_load2_noabort(p + 17);
             __asan_load2_noabort(p + 23);
@@ -112,20 +114,21 @@ scenarios! {
         unsafe { __asan_load8_noabort(opaque(0x10)) };
     }
 
-    user_memory, "user-memory-access Write 4 -", "checks an access to an address of the lower half", {
+    user_memory, "user-memory-access Write 4 -",
+    "checks an access to an address of the lower half", {
         // SAFETY: as above.
         unsafe { __asan_store4_noabort(opaque(0x1234_5678_9000)) };
     }
 
-    wild_access, "wild-memory-access Read 1 -", "checks an access to an upper-half address that maps nothing", {
+    wild_access, "wild-memory-access Read 1 -",
+    "checks an access to an upper-half address that maps nothing", {
         // SAFETY: as above.
         unsafe { __asan_load1_noabort(opaque(0xffff_9000_0000_0123)) };
     }
 
     beyond_memory, "wild-memory-access Write 8 -;wild-memory-access Read 8 -",
     "writes and reads guest-physical memory that does not exist, through the direct map", {
-        // The large page that maps it begins with memory or is the first GiB's, which is mapped
-        // whatever there is.
+        // It is mapped: its large page begins with memory, or is one of the first GiB.
         let at = page::end() + 64;
         // SAFETY: mapped, to where nothing is: the write is lost, and the read gives all ones.
         unsafe {
@@ -134,7 +137,8 @@ scenarios! {
         }
     }
 
-    page_oob_into_free_neighbour, "use-after-free Read 1 0", "reads behind a page whose neighbour is free", {
+    page_oob_into_free_neighbour, "use-after-free Read 1 0",
+    "reads behind a page whose neighbour is free", {
         let Some((low, pages)) = super::pages::neighbours() else { return };
         page::free(low + 4096);
         read(low + 4096);

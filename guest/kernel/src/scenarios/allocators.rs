@@ -1,5 +1,5 @@
-//! The checked wrapper around allocators that others wrote, as a kernel would use them: each on
-//! memory of its own, none of them changed.
+//! The checked wrapper around allocators of other projects. They are not changed, and each has
+//! memory of its own.
 
 use core::alloc::{GlobalAlloc, Layout};
 use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -59,7 +59,7 @@ fn layout(size: usize, align: usize) -> Layout {
     }
 }
 
-/// An object of 13 bytes.
+/// Allocates an object of 13 bytes.
 #[inline(always)]
 fn thirteen<A: GlobalAlloc>(heap: &Heap<A>) -> Option<(&Checked<A>, Layout, u64)> {
     let (heap, layout) = (heap.get()?, layout(13, 8));
@@ -110,7 +110,8 @@ fn invalid_free<A: GlobalAlloc>(heap: &Heap<A>) {
     }
 }
 
-/// Objects of many sizes and alignments, all of their bytes, while others come and go and grow.
+/// Uses objects of many sizes and alignments up to their ends, while others are allocated, freed
+/// and resized.
 #[inline(always)]
 fn exact<A: GlobalAlloc>(heap: &Heap<A>) {
     const SIZES: [usize; 12] = [1, 7, 8, 13, 16, 24, 40, 64, 100, 256, 1000, 2048];
@@ -144,28 +145,37 @@ fn exact<A: GlobalAlloc>(heap: &Heap<A>) {
 }
 
 scenarios! {
-    linked_list_oob, "slab-out-of-bounds Write 1 13;slab-out-of-bounds Read 8 13;slab-out-of-bounds Read 1 -1",
+    linked_list_oob,
+    "slab-out-of-bounds Write 1 13;slab-out-of-bounds Read 8 13;slab-out-of-bounds Read 1 -1",
     "both ends of an object of linked_list_allocator", { oob(&LINKED_LIST) }
-    linked_list_uaf, "slab-use-after-free Read 1 8", "a freed object of linked_list_allocator", { uaf(&LINKED_LIST) }
-    linked_list_double_free, "double-free Free 0 0", "an object of linked_list_allocator, freed twice", {
+    linked_list_uaf, "slab-use-after-free Read 1 8",
+    "a freed object of linked_list_allocator", { uaf(&LINKED_LIST) }
+    linked_list_double_free, "double-free Free 0 0",
+    "an object of linked_list_allocator, freed twice", {
         double_free(&LINKED_LIST)
     }
     linked_list_invalid_free, "invalid-free Free 0 8;invalid-free Free 0 -8",
     "frees inside and before an object of linked_list_allocator", { invalid_free(&LINKED_LIST) }
-    linked_list_exact, "silent", "all bytes of linked_list_allocator's objects", { exact(&LINKED_LIST) }
+    linked_list_exact, "silent",
+    "all bytes of linked_list_allocator's objects", { exact(&LINKED_LIST) }
 
-    buddy_oob, "slab-out-of-bounds Write 1 13;slab-out-of-bounds Read 8 13;slab-out-of-bounds Read 1 -1",
+    buddy_oob,
+    "slab-out-of-bounds Write 1 13;slab-out-of-bounds Read 8 13;slab-out-of-bounds Read 1 -1",
     "both ends of an object of buddy_system_allocator", { oob(&BUDDY) }
-    buddy_uaf, "slab-use-after-free Read 1 8", "a freed object of buddy_system_allocator", { uaf(&BUDDY) }
-    buddy_double_free, "double-free Free 0 0", "an object of buddy_system_allocator, freed twice", { double_free(&BUDDY) }
+    buddy_uaf, "slab-use-after-free Read 1 8",
+    "a freed object of buddy_system_allocator", { uaf(&BUDDY) }
+    buddy_double_free, "double-free Free 0 0",
+    "an object of buddy_system_allocator, freed twice", { double_free(&BUDDY) }
     buddy_invalid_free, "invalid-free Free 0 8;invalid-free Free 0 -8",
     "frees inside and before an object of buddy_system_allocator", { invalid_free(&BUDDY) }
     buddy_exact, "silent", "all bytes of buddy_system_allocator's objects", { exact(&BUDDY) }
 
-    talc_oob, "slab-out-of-bounds Write 1 13;slab-out-of-bounds Read 8 13;slab-out-of-bounds Read 1 -1",
+    talc_oob,
+    "slab-out-of-bounds Write 1 13;slab-out-of-bounds Read 8 13;slab-out-of-bounds Read 1 -1",
     "both ends of an object of talc", { oob(&TALC) }
     talc_uaf, "slab-use-after-free Read 1 8", "a freed object of talc", { uaf(&TALC) }
-    talc_double_free, "double-free Free 0 0", "an object of talc, freed twice", { double_free(&TALC) }
+    talc_double_free, "double-free Free 0 0",
+    "an object of talc, freed twice", { double_free(&TALC) }
     talc_invalid_free, "invalid-free Free 0 8;invalid-free Free 0 -8",
     "frees inside and before an object of talc", { invalid_free(&TALC) }
     talc_exact, "silent", "all bytes of talc's objects", { exact(&TALC) }

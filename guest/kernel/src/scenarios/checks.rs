@@ -6,14 +6,14 @@ use umbra_guest::{poison, suppressed, unpoison, violations};
 use super::{opaque, scenarios};
 use crate::{bench, page};
 
-/// A block of pages is laid out for it.
+/// The block that the checks run on has `1 << ORDER` pages.
 const ORDER: usize = 3;
 const BYTES: usize = (PAGE_SIZE as usize) << ORDER;
-/// Byte-checked pages hold pieces of this size. The first bytes of each are valid, one more than of
-/// the piece before.
+/// Byte-checked pages hold pieces of this size. The first bytes of each are valid, and each has one
+/// more than the piece before.
 const PIECE: u64 = 16;
 
-/// A check: its name, and the bytes that it is asked about.
+/// The checks: name, and bytes to check.
 const CHECKS: [(&str, u64); 11] = [
     ("load1", 1),
     ("store2", 2),
@@ -37,7 +37,7 @@ enum Kind {
 }
 
 /// The kind of each page, and the valid bytes of its first piece. Pages of the other kinds were
-/// byte-checked, and what their byte shadow still says must not count. Pages whose first piece is
+/// byte-checked before, and their stale byte shadow must not matter. Pages whose first piece is
 /// wholly valid end with such a piece, too.
 const PAGES: [(Kind, u64); 1 << ORDER] = [
     (Kind::Untyped, 0),
@@ -97,7 +97,8 @@ fn try_all(block: u64, offsets: core::ops::Range<u64>) {
 }
 
 scenarios! {
-    checks_agree_with_flags, "silent", "all checks, at every offset around every edge, against one flag per byte", {
+    checks_agree_with_flags, "silent",
+    "all checks, at every offset around every edge, against one flag per byte", {
         let Some(block) = page::alloc(ORDER) else { return };
         lay_out(block);
         suppressed(|| {
@@ -107,7 +108,7 @@ scenarios! {
             if violations() == before {
                 return;
             }
-            // Every number of valid bytes in a piece, and so in its last granule.
+            // Pieces and their last granules with every number of valid bytes.
             try_all(block, PAGE_SIZE - 20..PAGE_SIZE + (PIECE + 1) * PIECE);
             for edge in 2..PAGES.len() as u64 {
                 try_all(block, edge * PAGE_SIZE - 44..edge * PAGE_SIZE + 44);

@@ -10,7 +10,7 @@ use crate::slab::{kfree, kmalloc};
 
 static OPERATIONS: AtomicU64 = AtomicU64::new(4000);
 
-/// Whether a churn leaves its live objects at its end.
+/// Whether a churn keeps its live objects at its end.
 static KEEP: AtomicBool = AtomicBool::new(false);
 
 /// From now on `huge_churn` does not free its live objects at its end.
@@ -27,7 +27,7 @@ pub fn set_operations(n: u64) {
 pub struct Random(pub u64);
 
 impl Random {
-    /// The next of its numbers.
+    /// The next number.
     pub fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
@@ -37,7 +37,8 @@ impl Random {
 }
 
 scenarios! {
-    huge_churn, "silent", "allocations and frees of all kinds in random order, each used at its edges", {
+    huge_churn, "silent",
+    "allocations and frees of all kinds in random order, each used at its edges", {
         const LIVE: u64 = 1024;
         let mut random = Random(0x9e37_79b9_7f4a_7c15);
         let mut live: Vec<(u64, bool)> = Vec::with_capacity(LIVE as usize);
@@ -56,7 +57,7 @@ scenarios! {
                 *p = at;
                 write(at + 4095, 1);
             } else {
-                // Mostly small, as kernels are; now and then pages of its own.
+                // Mostly small, as in kernels; now and then with pages of its own.
                 let size = match r >> 24 & 63 {
                     0 => 4097 + (r >> 40) % 8000,
                     1..=6 => 512 + (r >> 40) % 3000,

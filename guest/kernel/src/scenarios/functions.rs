@@ -1,4 +1,4 @@
-//! Bugs through memory and string functions and atomic operations. Names as in Linux's KASAN test
+//! Bugs in memory and string functions and in atomic operations. Names as in Linux's KASAN test
 //! suite where it has the same case.
 
 use core::ffi::CStr;
@@ -25,7 +25,10 @@ scenarios! {
     kmalloc_memcpy_oob, "slab-out-of-bounds Write 40 32", "copies 40 bytes into an object of 32", {
         let (Some(from), Some(to)) = (kmalloc(64), kmalloc(32)) else { return };
         // SAFETY: a bug on purpose; the checked `memcpy` reports it and copies nothing.
-        unsafe { core::ptr::copy_nonoverlapping(opaque(from) as *const u8, opaque(to) as *mut u8, opaque(40)) };
+        unsafe {
+            let (from, to) = (opaque(from) as *const u8, opaque(to) as *mut u8);
+            core::ptr::copy_nonoverlapping(from, to, opaque(40));
+        }
         kfree(from);
         kfree(to);
     }
@@ -44,30 +47,36 @@ scenarios! {
         kfree(p);
     }
 
-    kmalloc_memmove_invalid_size, "slab-out-of-bounds Read 64 64", "moves 64 bytes from within 64", {
+    kmalloc_memmove_invalid_size, "slab-out-of-bounds Read 64 64",
+    "moves 64 bytes from within 64", {
         let Some(p) = kmalloc(64) else { return };
         // SAFETY: as above.
         unsafe { memmove(p as *mut u8, opaque(p + 4) as *const u8, opaque(64)) };
         kfree(p);
     }
 
-    kmalloc_oob_in_memset, "slab-out-of-bounds Write 128 120", "fills 128 bytes of an object of 120", {
+    kmalloc_oob_in_memset, "slab-out-of-bounds Write 128 120",
+    "fills 128 bytes of an object of 120", {
         memset_over(8, 128);
     }
 
-    kmalloc_oob_memset_2, "slab-out-of-bounds Write 2 120", "fills 2 bytes across the end of an object", {
+    kmalloc_oob_memset_2, "slab-out-of-bounds Write 2 120",
+    "fills 2 bytes across the end of an object", {
         memset_over(1, 2);
     }
 
-    kmalloc_oob_memset_4, "slab-out-of-bounds Write 4 120", "fills 4 bytes across the end of an object", {
+    kmalloc_oob_memset_4, "slab-out-of-bounds Write 4 120",
+    "fills 4 bytes across the end of an object", {
         memset_over(1, 4);
     }
 
-    kmalloc_oob_memset_8, "slab-out-of-bounds Write 8 120", "fills 8 bytes across the end of an object", {
+    kmalloc_oob_memset_8, "slab-out-of-bounds Write 8 120",
+    "fills 8 bytes across the end of an object", {
         memset_over(1, 8);
     }
 
-    kmalloc_oob_memset_16, "slab-out-of-bounds Write 16 120", "fills 16 bytes across the end of an object", {
+    kmalloc_oob_memset_16, "slab-out-of-bounds Write 16 120",
+    "fills 16 bytes across the end of an object", {
         memset_over(1, 16);
     }
 
@@ -105,8 +114,8 @@ scenarios! {
         // SAFETY: mapped memory; being caught is what this is for.
         unsafe { core::ptr::write_bytes(p as *mut u8, 0, 24) };
         kfree(p);
-        // Each function leaves alone what an allocator may keep in a freed object: it stops at its
-        // first byte.
+        // An allocator may keep data at the start of a freed object, so the string begins behind
+        // it. Each function stops at its first byte.
         let text = opaque(p + 16);
         opaque(strings::chr(text, b'1'));
         opaque(strings::rchr(text, b'1'));
@@ -118,15 +127,15 @@ scenarios! {
     }
 
     kasan_bitops_generic,
-    "slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;\
-     slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;\
-     slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;\
-     slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;slab-out-of-bounds Read 8 9;\
-     slab-out-of-bounds Write 8 9",
+    "slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;\
+     slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;\
+     slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;\
+     slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;\
+     slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;slab-out-of-bounds Write 8 9;\
+     slab-out-of-bounds Read 8 9;slab-out-of-bounds Write 8 9",
     "sets, clears, flips and tests bits behind the 9 bytes of a bitmap, atomically and not", {
         let Some(p) = kmalloc(9) else { return };
-        // The first bit of the second word is allocated, but the word is not; the ninth is not
-        // either.
+        // The first bit of the second word is in the object, the ninth is not.
         let (inside, behind) = (opaque(p + 8), 8);
         bits::atomic(inside).fetch_or(1, Relaxed);
         bits::plain::<{ bits::SET }>(inside, 0);
@@ -208,9 +217,8 @@ mod strings {
     }
 }
 
-/// Operations on one bit of a word, as Linux has them: the atomic ones are checked by the compiler,
-/// the others are assembly and check for themselves
-/// (`include/asm-generic/bitops/instrumented-non-atomic.h`).
+/// Operations on one bit of a word, as in Linux: the compiler checks the atomic ones; the others
+/// are assembly with checks of their own (`include/asm-generic/bitops/instrumented-non-atomic.h`).
 mod bits {
     use core::arch::asm;
     use core::sync::atomic::AtomicU64;
@@ -221,15 +229,15 @@ mod bits {
     pub const CLEAR: u8 = 1;
     pub const CHANGE: u8 = 2;
 
-    /// A word as an atomic one. The compiler checks an address that it knows once, so each time it
-    /// is hidden anew.
+    /// A word as an atomic one. The compiler checks a known address only once, so the address is
+    /// hidden each time.
     #[inline(always)]
     pub fn atomic(at: u64) -> &'static AtomicU64 {
         // SAFETY: mapped memory, 8-byte aligned; being caught is what this is for.
         unsafe { AtomicU64::from_ptr(opaque(at) as *mut u64) }
     }
 
-    /// Does it, and returns what the bit was before.
+    /// Changes the bit, and returns its old value.
     #[inline(always)]
     pub fn plain<const WHAT: u8>(at: u64, bit: u64) -> bool {
         umbra_guest::check(at, 8, true);
@@ -238,13 +246,16 @@ mod bits {
         unsafe {
             match WHAT {
                 SET => {
-                    asm!("bts qword ptr [{}], {}", "setc {}", in(reg) at, in(reg) bit, out(reg_byte) before)
+                    asm!("bts qword ptr [{}], {}", "setc {}",
+                         in(reg) at, in(reg) bit, out(reg_byte) before)
                 }
                 CLEAR => {
-                    asm!("btr qword ptr [{}], {}", "setc {}", in(reg) at, in(reg) bit, out(reg_byte) before)
+                    asm!("btr qword ptr [{}], {}", "setc {}",
+                         in(reg) at, in(reg) bit, out(reg_byte) before)
                 }
                 _ => {
-                    asm!("btc qword ptr [{}], {}", "setc {}", in(reg) at, in(reg) bit, out(reg_byte) before)
+                    asm!("btc qword ptr [{}], {}", "setc {}",
+                         in(reg) at, in(reg) bit, out(reg_byte) before)
                 }
             }
         }

@@ -1,5 +1,4 @@
-//! Bugs through Rust's own collections, and through a wrapped allocator that knows nothing of
-//! Umbra.
+//! Bugs in uses of Rust's collections, and of a wrapped allocator that knows nothing of Umbra.
 
 use alloc::boxed::Box;
 use alloc::vec;
@@ -25,7 +24,8 @@ scenarios! {
         opaque(unsafe { *v.as_ptr().add(opaque(10)) });
     }
 
-    box_use_after_free, "slab-use-after-free Write 8 8", "writes through a pointer to a dropped box", {
+    box_use_after_free, "slab-use-after-free Write 8 8",
+    "writes through a pointer to a dropped box", {
         let b = Box::new([1u64, 2, 3]);
         let p = Box::into_raw(b);
         // SAFETY: it came from a box.
@@ -34,7 +34,8 @@ scenarios! {
         unsafe { (&raw mut (*opaque(p))[1]).write_volatile(9) };
     }
 
-    wrapped_oob, "slab-out-of-bounds Write 1 40", "writes behind an object of a wrapped allocator", {
+    wrapped_oob, "slab-out-of-bounds Write 1 40",
+    "writes behind an object of a wrapped allocator", {
         // SAFETY: the layout has a size; what is freed came from the allocator.
         unsafe {
             let p = WRAPPED.alloc(LAYOUT);
@@ -63,7 +64,8 @@ scenarios! {
     }
 
     wrapped_quarantine, "slab-use-after-free Read 1 20",
-    "reads a freed object of a wrapped allocator with a quarantine, which then gives way until all memory was used again", {
+    "reads a freed object of a wrapped allocator with a quarantine, which then gives way until all \
+     memory was used again", {
         WAITING.quarantine();
         // SAFETY: as above.
         unsafe {

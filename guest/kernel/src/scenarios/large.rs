@@ -21,7 +21,8 @@ scenarios! {
         read(p);
     }
 
-    kmalloc_pagealloc_invalid_free, "invalid-free Free 0 1", "frees an address inside of the pages", {
+    kmalloc_pagealloc_invalid_free, "invalid-free Free 0 1",
+    "frees an address inside of the pages", {
         let Some(p) = kmalloc(4096 + 10) else { return };
         kfree(opaque(p + 1));
         kfree(p);
@@ -33,8 +34,9 @@ scenarios! {
     }
 
     krealloc_pagealloc_less_oob,
-    "slab-out-of-bounds Write 1 4297;slab-out-of-bounds Write 1 4304;slab-out-of-bounds Write 1 4314;\
-     slab-out-of-bounds Write 1 4330;slab-out-of-bounds Write 1 4331",
+    "slab-out-of-bounds Write 1 4297;slab-out-of-bounds Write 1 4304;\
+     slab-out-of-bounds Write 1 4314;slab-out-of-bounds Write 1 4330;\
+     slab-out-of-bounds Write 1 4331",
     "writes where an allocation reached before it shrank in place", {
         realloc_oob(4096 + 235, 4096 + 201, &[4296], &[4314, 4330, 4331]);
     }

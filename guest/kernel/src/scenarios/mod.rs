@@ -46,7 +46,7 @@ macro_rules! scenarios {
 }
 use scenarios;
 
-/// Hides from the optimizer where a value comes from.
+/// Hides a value's origin from the optimizer.
 fn opaque<T>(value: T) -> T {
     core::hint::black_box(value)
 }
@@ -65,7 +65,7 @@ fn write(at: u64, value: u8) {
     unsafe { (opaque(at) as *mut u8).write_volatile(value) }
 }
 
-/// Chooses no scenario at all.
+/// The name that chooses no scenario.
 const NONE: &str = "-";
 
 /// Runs the scenarios of the command line.
@@ -109,7 +109,7 @@ pub fn run(command_line: &'static str) {
             .filter(|(name, _)| !without.split(',').any(|left_out| left_out == *name))
             .for_each(run_one);
     }
-    // In the order of their names there, and as often.
+    // In the order of the command line, and as often.
     for name in chosen.split(',').filter(|name| !name.is_empty() && *name != NONE) {
         match all().find(|(known, _)| *known == name) {
             Some(scenario) => run_one(scenario),

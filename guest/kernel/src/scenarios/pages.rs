@@ -5,10 +5,10 @@ use alloc::vec::Vec;
 use super::{opaque, read, scenarios, write};
 use crate::page;
 
-/// Two pages that are neighbours, the lower one's address, and what else was allocated until there
-/// were two, that one included.
+/// Allocates pages until two are neighbours. Returns the address of the lower one, and all pages
+/// but the upper one.
 pub fn neighbours() -> Option<(u64, Vec<u64>)> {
-    // Sooner or later a larger block is split, and two neighbours come one after the other.
+    // Sooner or later a larger block is split, whose pages are neighbours.
     let mut pages = Vec::new();
     loop {
         let page = page::alloc(0)?;
@@ -44,7 +44,8 @@ scenarios! {
         page::free(p);
     }
 
-    page_crossing_uaf, "use-after-free Read 8 0", "reads across the end of a page into a free one", {
+    page_crossing_uaf, "use-after-free Read 8 0",
+    "reads across the end of a page into a free one", {
         let Some((low, pages)) = neighbours() else { return };
         read(low + 4095);
         page::free(low + 4096);

@@ -1,5 +1,5 @@
-//! Freed memory that waits: uses of it are found though others want memory, and it comes back when
-//! it is needed.
+//! Uses of freed memory in the quarantine are found, and an allocator that runs out of memory gets
+//! it back.
 
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -9,8 +9,8 @@ use super::{opaque, read, scenarios, write};
 use crate::slab::{kfree, kmalloc};
 use crate::{page, thread};
 
-/// Objects of 64 bytes, so many that without a quarantine the one that was freed last is among
-/// them.
+/// Allocates objects of 64 bytes, so many that without a quarantine the one that was freed last is
+/// among them.
 fn others() -> [u64; 100] {
     let mut objects = [0; 100];
     for object in &mut objects {
@@ -22,11 +22,11 @@ fn others() -> [u64; 100] {
 /// The object that [`work`] frees.
 static WORK: AtomicU64 = AtomicU64::new(0);
 
-/// Makes work of freeing an object.
+/// Queues the free of an object.
 #[inline(never)]
 fn queue() {
     umbra_guest::aux_stack(WORK.load(Relaxed));
-    // Something is left to do, so that the call above keeps its frame.
+    // No tail call: the call above keeps its frame.
     opaque(());
 }
 
@@ -44,7 +44,8 @@ scenarios! {
         others.into_iter().for_each(kfree);
     }
 
-    quarantine_drained, "silent", "memory that came out of the quarantine is handed out again and used", {
+    quarantine_drained, "silent",
+    "memory that came out of the quarantine is handed out again and used", {
         let Some(p) = kmalloc(64) else { return };
         kfree(p);
         umbra_guest::quarantine_drain();
@@ -72,7 +73,8 @@ scenarios! {
         objects.into_iter().for_each(kfree);
     }
 
-    queued_work_uaf, "slab-use-after-free Read 1 16", "reads an object that was freed by work that another task has made", {
+    queued_work_uaf, "slab-use-after-free Read 1 16",
+    "reads an object that was freed by work that another task has made", {
         let Some(p) = kmalloc(64) else { return };
         WORK.store(p, Relaxed);
         queue();
@@ -80,15 +82,16 @@ scenarios! {
         read(opaque(p + 16));
     }
 
-    quarantine_under_pressure, "silent", "objects that fit into what memory is left only if the quarantine gives way", {
+    quarantine_under_pressure, "silent",
+    "objects that fit into what memory is left only if the quarantine gives way", {
         let mut blocks = Vec::with_capacity(4096);
         for order in (0..11).rev() {
             while let Some(block) = page::alloc(order) {
                 blocks.push((block, order));
             }
         }
-        // 1 MiB of it, for objects of 4 MiB in all. Blocks of that size are there: memory was more
-        // than 4 MiB.
+        // Leaves 1 MiB free, for objects of 4 MiB in all. Memory was more than 4 MiB, so there are
+        // blocks of that size.
         let mut left = 256;
         while left > 0
             && let Some((block, order)) = blocks.pop()

@@ -46,14 +46,14 @@ extern "C" fn fill(buffer: u64, bytes: u64) {
     (buffer..buffer + bytes).for_each(|at| write(at, 0xaa));
 }
 
-/// Leaving frames without returning from them, as `longjmp` does, and memory on the stack that no
-/// compiler knows.
+/// Leaves frames without returning from them, as `longjmp` does, and uses stack memory that no
+/// compiler laid out.
 mod jump {
     use core::arch::global_asm;
 
     global_asm!(
-        // rdi: a function, which may end by `throw`. What the C ABI has a callee save is on the
-        // stack meanwhile.
+        // rdi: a function, which may end by `throw`. The callee-saved registers are on the stack
+        // meanwhile.
         ".globl jump_catch",
         "jump_catch:",
         "push rbp",
@@ -110,7 +110,9 @@ mod jump {
 
 scenarios! {
     exact_fit, "silent", "first and last byte of objects of every size class", {
-        for size in [1, 7, 8, 9, 16, 31, 32, 64, 96, 115, 128, 200, 256, 500, 1024, 2048, 4096, 4097, 9000] {
+        for size in [
+            1, 7, 8, 9, 16, 31, 32, 64, 96, 115, 128, 200, 256, 500, 1024, 2048, 4096, 4097, 9000,
+        ] {
             let Some(p) = kmalloc(size) else { return };
             write(p, 1);
             write(p + size - 1, 2);
@@ -144,7 +146,8 @@ scenarios! {
         }
     }
 
-    krealloc_in_place_and_moved, "silent", "an allocation grows, shrinks and moves; all of it is used each time", {
+    krealloc_in_place_and_moved, "silent",
+    "an allocation grows, shrinks and moves; all of it is used each time", {
         let Some(mut p) = kmalloc(20) else { return };
         let mut old = 20;
         for new in [30, 32, 70, 40, 200, 5000, 100, 9000] {
@@ -198,7 +201,8 @@ scenarios! {
         page::free(p);
     }
 
-    memory_functions, "silent", "copies, moves, fills and compares that end with their objects, or have no length", {
+    memory_functions, "silent",
+    "copies, moves, fills and compares that end with their objects, or have no length", {
         let (Some(a), Some(b)) = (kmalloc(61), kmalloc(61)) else { return };
         // SAFETY: all of these lie inside the objects; those without a length touch nothing.
         unsafe {
@@ -221,21 +225,24 @@ scenarios! {
         }
     }
 
-    threads, "silent", "threads that yield in the middle of frames with redzones; their stacks are used again", {
+    threads, "silent",
+    "threads that yield in the middle of frames with redzones; their stacks are used again", {
         for _ in 0..2 {
             let workers: [_; 3] = core::array::from_fn(|_| thread::spawn("worker", in_a_thread));
             workers.into_iter().flatten().for_each(thread::join);
         }
     }
 
-    no_return_path, "silent", "leaves deep frames without returning, and lets code without redzones use their memory", {
+    no_return_path, "silent",
+    "leaves deep frames without returning, and lets code without redzones use their memory", {
         for _ in 0..2 {
             jump::catch(leave_deep_frames);
             jump::with_buffer(fill);
         }
     }
 
-    thread_exits_in_depth, "silent", "threads that end in deep frames; their stacks are used again, as stacks and as pages", {
+    thread_exits_in_depth, "silent",
+    "threads that end in deep frames; their stacks are used again, as stacks and as pages", {
         for _ in 0..2 {
             let worker = thread::spawn("worker", end_in_depth);
             worker.into_iter().for_each(thread::join);

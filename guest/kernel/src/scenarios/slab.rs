@@ -8,7 +8,8 @@ use crate::layout::DIRECT_MAP;
 use crate::slab::{Cache, kfree, kfree_sensitive, kmalloc, krealloc, ksize};
 
 scenarios! {
-    kmalloc_oob_right, "slab-out-of-bounds Write 1 115;slab-out-of-bounds Write 1 120;slab-out-of-bounds Read 1 128",
+    kmalloc_oob_right,
+    "slab-out-of-bounds Write 1 115;slab-out-of-bounds Write 1 120;slab-out-of-bounds Read 1 128",
     "writes behind a 115-byte object: at its end, a granule further, and past its slot", {
         let Some(p) = kmalloc(115) else { return };
         write(p + 115, b'x');
@@ -26,7 +27,8 @@ scenarios! {
         kfree(if p == first { return } else { p });
     }
 
-    kmalloc_large_oob_right, "slab-out-of-bounds Write 1 3840", "writes behind a large object of a slab", {
+    kmalloc_large_oob_right, "slab-out-of-bounds Write 1 3840",
+    "writes behind a large object of a slab", {
         let Some(p) = kmalloc(4096 - 256) else { return };
         write(p + 4096 - 256, 0);
         kfree(p);
@@ -38,10 +40,11 @@ scenarios! {
         read(p + 8);
     }
 
-    kmalloc_uaf2, "slab-use-after-free Read 1 40", "reads a freed object after another of its size was allocated", {
+    kmalloc_uaf2, "slab-use-after-free Read 1 40",
+    "reads a freed object after another of its size was allocated", {
         let Some(p) = kmalloc(43) else { return };
         kfree(p);
-        // Elsewhere: what was freed waits.
+        // The quarantine holds the first object, so the second is elsewhere.
         let Some(q) = kmalloc(43) else { return };
         read(p + 40);
         kfree(q);
@@ -60,7 +63,8 @@ scenarios! {
         unsafe { (opaque(p + 16) as *const u64).read_volatile() };
     }
 
-    kmem_cache_oob, "slab-out-of-bounds Read 1 200", "reads behind an object of a cache of its own", {
+    kmem_cache_oob, "slab-out-of-bounds Read 1 200",
+    "reads behind an object of a cache of its own", {
         let Some(cache) = Cache::new("test_cache", 200) else { return };
         let Some(p) = cache.alloc() else { return };
         read(p + 200);
@@ -76,7 +80,8 @@ scenarios! {
         cache.destroy();
     }
 
-    kmem_cache_invalid_free, "invalid-free Free 0 1", "frees an address inside an object of a cache of its own", {
+    kmem_cache_invalid_free, "invalid-free Free 0 1",
+    "frees an address inside an object of a cache of its own", {
         let Some(cache) = Cache::new("invalid_free_cache", 200) else { return };
         let Some(p) = cache.alloc() else { return };
         cache.free(opaque(p + 1));
@@ -84,14 +89,16 @@ scenarios! {
         cache.destroy();
     }
 
-    kmalloc_unaligned_oob, "slab-out-of-bounds Read 8 64", "reads eight bytes across the end of an object, unaligned", {
+    kmalloc_unaligned_oob, "slab-out-of-bounds Read 8 64",
+    "reads eight bytes across the end of an object, unaligned", {
         let Some(p) = kmalloc(64) else { return };
         // SAFETY: mapped memory; being caught is what this is for.
         opaque(unsafe { (opaque(p + 60) as *const u64).read_unaligned() });
         kfree(p);
     }
 
-    kmalloc_node_oob_right, "slab-out-of-bounds Read 1 4096", "reads behind an object as large as a page", {
+    kmalloc_node_oob_right, "slab-out-of-bounds Read 1 4096",
+    "reads behind an object as large as a page", {
         let Some(p) = kmalloc(4096) else { return };
         read(p + 4095);
         read(p + 4096);
@@ -134,7 +141,8 @@ scenarios! {
         opaque(unsafe { (opaque(p) as *const u128).read_volatile() });
     }
 
-    ksize_unpoisons_memory, "slab-out-of-bounds Read 1 128", "asks for an object's whole size, and reads behind that", {
+    ksize_unpoisons_memory, "slab-out-of-bounds Read 1 128",
+    "asks for an object's whole size, and reads behind that", {
         let Some(p) = kmalloc(123) else { return };
         let all = ksize(p);
         write(p + 123, b'x');
@@ -143,7 +151,8 @@ scenarios! {
         kfree(p);
     }
 
-    ksize_uaf, "slab-use-after-free Read 1 0;slab-use-after-free Read 1 0;slab-use-after-free Read 1 120",
+    ksize_uaf,
+    "slab-use-after-free Read 1 0;slab-use-after-free Read 1 0;slab-use-after-free Read 1 120",
     "asks for the size of a freed object, and reads it", {
         let Some(p) = kmalloc(120) else { return };
         kfree(p);
@@ -152,7 +161,8 @@ scenarios! {
         read(p + 120);
     }
 
-    kmalloc_double_kzfree, "slab-use-after-free Read 1 0;double-free Free 0 0", "clears and frees an object twice", {
+    kmalloc_double_kzfree, "slab-use-after-free Read 1 0;double-free Free 0 0",
+    "clears and frees an object twice", {
         let Some(p) = kmalloc(16) else { return };
         kfree_sensitive(p);
         kfree_sensitive(opaque(p));
@@ -200,7 +210,7 @@ scenarios! {
     }
 }
 
-/// Allocates `old` bytes, changes that to `new`, writes at `good` offsets, then behind the end and
+/// Allocates `old` bytes, resizes them to `new`, writes at `good` offsets, then behind the end and
 /// at `bad` ones.
 #[inline(always)]
 pub fn realloc_oob(old: u64, new: u64, good: &[u64], bad: &[u64]) {
@@ -211,7 +221,7 @@ pub fn realloc_oob(old: u64, new: u64, good: &[u64], bad: &[u64]) {
     }
     write(p + new, b'x');
     write(p + new.next_multiple_of(8), b'x');
-    // One after the other, not in a loop: each is a finding of its own.
+    // Not in a loop: each is a finding of its own.
     if let [first, second, third] = bad {
         write(p + first, b'x');
         write(p + second, b'x');

@@ -10,7 +10,7 @@ static mut GLOBAL: [u8; 10] = [7; 10];
 static mut FIRST: [u8; 10] = [1; 10];
 static mut SECOND: [u8; 10] = [2; 10];
 
-// Rust has no arrays of variable length: this is what a C compiler makes of one. rdi: its bytes;
+// Rust has no arrays of variable length, so this is a C compiler's code for one. rdi: its bytes;
 // rsi: a function of its address and its bytes. There are 32 bytes before it, and at least as many
 // behind.
 global_asm!(
@@ -48,7 +48,7 @@ unsafe extern "C" {
     safe fn with_alloca(bytes: u64, body: extern "C" fn(u64, u64));
 }
 
-/// Where its variable was, which is gone by now.
+/// The range of its variable, which no longer exists.
 #[inline(never)]
 fn dangling() -> core::ops::Range<u64> {
     let mut array = [0u8; 512];
@@ -57,7 +57,7 @@ fn dangling() -> core::ops::Range<u64> {
     p..p + 512
 }
 
-/// Has a frame of its own, below which [`use_again`]'s is where [`dangling`]'s was.
+/// Adds a frame, so that the frame of [`use_again`] covers the old one of [`dangling`].
 #[inline(never)]
 fn further_down(stale: core::ops::Range<u64>) {
     let mut array = [0u8; 64];
@@ -82,7 +82,7 @@ fn use_again(stale: core::ops::Range<u64>) {
 #[inline(never)]
 fn too_deep(depth: u64) -> u64 {
     let frame = opaque([depth; 40]);
-    // The end is never reached; a compiler that saw none would be free to do anything.
+    // The end is never reached, but recursion without one would be undefined behaviour.
     if depth == 0 { 0 } else { too_deep(depth - 1) + frame[depth as usize % 40] }
 }
 
@@ -101,7 +101,8 @@ scenarios! {
         write(p - 1, 1);
     }
 
-    kasan_alloca_oob_left, "alloca-out-of-bounds Read 1 -", "reads before an array of variable length", {
+    kasan_alloca_oob_left, "alloca-out-of-bounds Read 1 -",
+    "reads before an array of variable length", {
         extern "C" fn kasan_alloca_oob_left(array: u64, bytes: u64) {
             write(array, 1);
             write(array + bytes - 1, 1);
@@ -110,7 +111,8 @@ scenarios! {
         with_alloca(opaque(10), kasan_alloca_oob_left);
     }
 
-    kasan_alloca_oob_right, "alloca-out-of-bounds Read 1 -", "reads behind an array of variable length", {
+    kasan_alloca_oob_right, "alloca-out-of-bounds Read 1 -",
+    "reads behind an array of variable length", {
         extern "C" fn kasan_alloca_oob_right(array: u64, bytes: u64) {
             read(array + bytes);
         }
@@ -128,7 +130,8 @@ scenarios! {
     }
 
     use_after_return, "stack-out-of-bounds Write 1 24",
-    "writes through a pointer to a variable of a function that has returned, when another uses that part of the stack", {
+    "writes through a pointer to a variable of a function that has returned, when another uses \
+     that part of the stack", {
         further_down(opaque(dangling()));
     }
 
@@ -146,8 +149,9 @@ scenarios! {
         read(p + 13);
     }
 
-    // Compilers put a redzone behind a variable and none before it: that of its neighbour is found.
-    kasan_global_oob_left, "global-out-of-bounds Read 1 29", "reads before a global variable that has a neighbour", {
+    // Compilers put no redzone before a variable: the access hits the one behind its neighbour.
+    kasan_global_oob_left, "global-out-of-bounds Read 1 29",
+    "reads before a global variable that has a neighbour", {
         let (first, second) = (&raw const FIRST as u64, &raw const SECOND as u64);
         read(opaque(first.max(second)) - 3);
     }

@@ -15,7 +15,7 @@ unsafe extern "C" {
     fn __asan_storeN_noabort(at: u64, n: u64);
 }
 
-/// Calls `body` on the stack whose end is `top`, where its frame chain ends.
+/// Calls `body` on the stack that ends at `top`. The chain of frames ends there, too.
 ///
 /// # Safety
 /// Nobody else uses that stack.
@@ -23,7 +23,8 @@ unsafe extern "C" {
 unsafe fn call_on(top: u64, body: extern "C" fn()) {
     // SAFETY: the caller's promise; `body` keeps r12.
     unsafe {
-        asm!("push rbp", "mov r12, rsp", "xor ebp, ebp", "mov rsp, {}", "call {}", "mov rsp, r12", "pop rbp",
+        asm!("push rbp", "mov r12, rsp", "xor ebp, ebp", "mov rsp, {}", "call {}",
+             "mov rsp, r12", "pop rbp",
              in(reg) top, in(reg) body, out("r12") _, clobber_abi("C"));
     }
 }
@@ -36,7 +37,8 @@ extern "C" fn vmalloc_stack_user() {
 }
 
 scenarios! {
-    vmalloc_stack, "stack-out-of-bounds Read 1 10", "reads behind an array on a stack in virtual memory", {
+    vmalloc_stack, "stack-out-of-bounds Read 1 10",
+    "reads behind an array on a stack in virtual memory", {
         const BYTES: u64 = 16 << 10;
         let Some(stack) = vmalloc(BYTES) else { return };
         umbra_guest::stack_alloc(stack, BYTES);
@@ -55,7 +57,7 @@ scenarios! {
         write(p + size - 1, 0);
         read(p + size);
         read(p + size + 5);
-        // The page itself has no such end.
+        // By its other address, all of the page is accessible.
         if let Some(page) = direct(p) {
             write(page, 0);
             read(page + size);
@@ -65,8 +67,8 @@ scenarios! {
     }
 
     vmalloc_oob_guard,
-    "vmalloc-out-of-bounds Read 8 8192;vmalloc-out-of-bounds Read 8 8192;vmalloc-out-of-bounds Write 8 12280;\
-     vmalloc-out-of-bounds Write 8200 8192",
+    "vmalloc-out-of-bounds Read 8 8192;vmalloc-out-of-bounds Read 8 8192;\
+     vmalloc-out-of-bounds Write 8 12280;vmalloc-out-of-bounds Write 8200 8192",
     "checks accesses to the page behind an area, and across its start", {
         let Some(p) = vmalloc(8192) else { return };
         let p = opaque(p);
@@ -82,7 +84,8 @@ scenarios! {
         vfree(p);
     }
 
-    vmalloc_uaf, "vmalloc-out-of-bounds Read 1 0;vmalloc-out-of-bounds Write 8 4088", "checks accesses to a freed area", {
+    vmalloc_uaf, "vmalloc-out-of-bounds Read 1 0;vmalloc-out-of-bounds Write 8 4088",
+    "checks accesses to a freed area", {
         let Some(p) = vmalloc(4096) else { return };
         vfree(p);
         let p = opaque(p);
@@ -93,14 +96,16 @@ scenarios! {
         }
     }
 
-    vmalloc_invalid_free, "invalid-free Free 0 16;invalid-free Free 0 0", "frees an address inside an area, and an area twice", {
+    vmalloc_invalid_free, "invalid-free Free 0 16;invalid-free Free 0 0",
+    "frees an address inside an area, and an area twice", {
         let Some(p) = vmalloc(100) else { return };
         vfree(opaque(p + 16));
         vfree(p);
         vfree(opaque(p));
     }
 
-    vmalloc_exact, "silent", "areas of many sizes: their ends, accesses across pages, and their pages by another address", {
+    vmalloc_exact, "silent",
+    "areas of many sizes: their ends, accesses across pages, and their pages by another address", {
         for size in [1, 8, 13, 2048, 4088, 4095, 4096, 4097, 8191, 8192, 12289, 40000] {
             let Some(p) = vmalloc(size) else { return };
             let Some(q) = vmalloc(size) else { return };
@@ -111,8 +116,9 @@ scenarios! {
                     // SAFETY: inside the area, if only just.
                     unsafe { (opaque(p + page * 4096 - 1) as *mut u16).write_unaligned(3) };
                     if page * 4096 + 4 <= size {
+                        let across = opaque(p + page * 4096 - 4) as *const u64;
                         // SAFETY: as above.
-                        opaque(unsafe { (opaque(p + page * 4096 - 4) as *const u64).read_unaligned() });
+                        opaque(unsafe { across.read_unaligned() });
                     }
                 }
                 if let Some(page) = direct(p) {

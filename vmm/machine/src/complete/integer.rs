@@ -19,7 +19,7 @@ impl Context<'_> {
         self.regs.rflags & flag != 0
     }
 
-    /// ZF and SF as `result` of `bits` bits has them, CF as given, OF off.
+    /// ZF and SF of `result` with `bits` bits, CF as given, OF off.
     fn logic_flags(&mut self, result: u64, bits: u32, carry: bool) {
         self.set_flag(RFLAGS_ZF, result == 0);
         self.set_flag(RFLAGS_SF, result >> (bits - 1) & 1 != 0);

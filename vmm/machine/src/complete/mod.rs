@@ -1,10 +1,10 @@
 //! Completes instructions that KVM's emulator gives up on.
 //!
 //! A host without hardware virtualisation for the guest's ring 0 emulates every kernel instruction,
-//! and its emulator lacks some that kernels use. Those are done here, on the vCPU's registers and
-//! the guest's memory. `table.rs` says which; SSE and AVX instructions the host's CPU executes
-//! (`native/`). An instruction either takes its whole effect, or raises the exception that the
-//! hardware would raise, or ends the run with an error; then nothing has changed.
+//! and its emulator lacks some that kernels use. Those are completed here, on the vCPU's registers
+//! and the guest's memory. `table.rs` lists them; the host's CPU executes SSE and AVX instructions
+//! (`native/`). An instruction takes its whole effect, or raises the exception that the hardware
+//! would raise, or ends the run with an error; then nothing has changed.
 //!
 //! Semantics are those of Intel's and AMD's manuals (Intel SDM volumes 1 and 2).
 
@@ -37,7 +37,7 @@ const DEBUG: u8 = 1;
 const BREAKPOINT: u8 = 3;
 /// #UD, an invalid opcode.
 const INVALID_OPCODE: u8 = 6;
-/// #NM, the extended state is not there yet.
+/// #NM, the extended state is not available.
 const DEVICE_NOT_AVAILABLE: u8 = 7;
 /// #SS, a stack fault.
 const STACK_FAULT: u8 = 12;
@@ -104,7 +104,7 @@ pub trait Cpu {
     fn xcr0(&self) -> Result<u64, VcpuError>;
     /// Sets it.
     fn set_xcr0(&mut self, value: u64) -> Result<(), VcpuError>;
-    /// The extended state: x87, SSE, AVX and what else there is, in the standard format of
+    /// The extended state (x87, SSE, AVX and all other components), in the standard format of
     /// `xsave64`.
     fn xsave(&self) -> Result<Box<XsaveArea>, VcpuError>;
     /// Sets it.
@@ -164,7 +164,7 @@ impl Cpu for Vcpu {
     }
 }
 
-/// What an instruction comes to when it takes effect.
+/// The event after an instruction that takes effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Effect {
     /// Go on after it.
@@ -175,7 +175,7 @@ enum Effect {
     Interrupt(u8),
 }
 
-/// Why an instruction takes no effect.
+/// The reason why an instruction takes no effect.
 #[derive(Debug)]
 enum Stop {
     /// An exception at the instruction.
@@ -184,11 +184,11 @@ enum Stop {
     PageFault { address: u64, error: u32 },
     /// This form of the instruction is not known.
     Unknown,
-    /// A memory operand is where completion cannot reach.
+    /// A memory operand is not in memory that completion can access.
     Memory(WalkError),
-    /// The host cannot make code of it.
+    /// The host cannot make code for it.
     Host(io::Error),
-    /// The vCPU's registers cannot be had.
+    /// The vCPU's registers cannot be read.
     Vcpu(VcpuError),
 }
 
@@ -205,8 +205,8 @@ impl Stop {
     const PROTECTION: Self = Self::Fault { vector: GENERAL_PROTECTION, error: Some(0) };
 }
 
-/// An instruction, and all that it may look at and change. What it did to `regs` counts only if it
-/// takes effect.
+/// An instruction, and all state that it may read and change. Its changes of `regs` count only if
+/// it takes effect.
 struct Context<'a> {
     cpu: &'a mut dyn Cpu,
     ram: &'a Ram,
@@ -215,11 +215,11 @@ struct Context<'a> {
     regs: kvm_regs,
     sregs: kvm_sregs,
     instruction: Instruction,
-    /// The extended state, once something wanted it.
+    /// The extended state, after the first use.
     extended: Option<Box<XsaveArea>>,
     /// It differs from the vCPU's.
     extended_changed: bool,
-    /// XCR0, once something wanted it.
+    /// XCR0, after the first use.
     xcr0: Option<u64>,
 }
 
@@ -239,7 +239,8 @@ impl Context<'_> {
         })
     }
 
-    /// The extended state, to be changed: it counts at once, so this comes after all that can fail.
+    /// The extended state, to be changed. The change counts at once, so all that can fail comes
+    /// before.
     fn extended_mut(&mut self) -> Result<&mut XsaveArea, Stop> {
         self.extended_changed = true;
         Ok(match &mut self.extended {
@@ -248,7 +249,7 @@ impl Context<'_> {
         })
     }
 
-    /// Does the instruction at `rip`. The registers are after it if it took effect, else as before.
+    /// Executes the instruction at `rip`. If it takes no effect, the registers do not change.
     fn step(&mut self, fetched: &Fetched) -> Result<Effect, Stop> {
         self.instruction = fetched.instruction;
         let before = self.regs;
@@ -265,7 +266,7 @@ impl Context<'_> {
         result
     }
 
-    /// Puts what instructions did to the extended state into the vCPU.
+    /// Writes a changed extended state to the vCPU.
     fn commit(&mut self) -> Result<(), VcpuError> {
         if let (Some(area), true) = (&self.extended, self.extended_changed) {
             self.cpu.set_xsave(area)?;
@@ -273,7 +274,7 @@ impl Context<'_> {
         Ok(())
     }
 
-    /// Puts the vCPU after the instructions that took effect, the last of them with `effect`.
+    /// Writes the registers after the instructions to the vCPU; the last one has `effect`.
     fn retire(&mut self, effect: Effect) -> Result<(), VcpuError> {
         self.commit()?;
         self.cpu.set_regs(&self.regs)?;
@@ -286,7 +287,7 @@ impl Context<'_> {
         }
     }
 
-    /// The instruction that comes next, if the host's CPU can do it too.
+    /// The next instruction, if the host's CPU can execute it, too.
     fn next_native(&self) -> Option<Fetched> {
         let next = fetch(self.ram, &self.space, &self.sregs, self.regs.rip, &[]).ok()?;
         let instruction = &next.instruction;
@@ -295,7 +296,7 @@ impl Context<'_> {
     }
 }
 
-/// Does what an instruction does.
+/// Executes an instruction.
 type Handler = fn(&mut Context) -> Result<Effect, Stop>;
 
 /// Most instructions that are completed at once.
@@ -318,8 +319,9 @@ impl Completer {
     /// memory). The next run goes on after it, or in the handler of the exception that it raised.
     /// Returns its mnemonic.
     ///
-    /// After an SSE or AVX instruction those that follow directly are done, too: they seldom come
-    /// alone, and the exit and the exchange of the extended state cost many times the instruction.
+    /// After an SSE or AVX instruction this completes those that follow directly, too: they seldom
+    /// come alone, and the exit and the exchange of the extended state cost many times the
+    /// instruction.
     ///
     /// # Errors
     /// The instruction is not known, it or its operand cannot be read, or KVM refuses the
@@ -356,7 +358,7 @@ impl Completer {
                 {
                     for _ in 1..MAX_AT_ONCE {
                         let Some(next) = context.next_native() else { break };
-                        // What stops an instruction here, it meets again as the first.
+                        // It stops again when it is the first one.
                         if !matches!(context.step(&next), Ok(Effect::Next)) {
                             break;
                         }

@@ -20,24 +20,24 @@ mod fault {
     pub const RESERVED: u32 = 1 << 3;
 }
 
-/// What an instruction does with memory.
+/// An instruction's use of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum OperandUse {
     Read,
     Write,
 }
 
-/// A memory operand that may be accessed, all of it.
+/// A memory operand that the guest may access as a whole.
 #[derive(Debug)]
 pub(super) struct OperandLocation {
     /// Its linear address.
     pub gva: u64,
-    /// Where it lies, page by page: guest-physical address and bytes.
+    /// Its parts, page by page: guest-physical address and bytes.
     parts: Vec<(GuestAddress, usize)>,
 }
 
 impl OperandLocation {
-    /// Copies it out, as much as `to` takes.
+    /// Copies the first bytes out, as many as `to` has.
     pub fn read(&self, ram: &Ram, to: &mut [u8]) -> Result<(), Stop> {
         self.read_at(ram, 0, to)
     }
@@ -78,8 +78,8 @@ impl OperandLocation {
         })
     }
 
-    /// Replaces its 16 bytes, which are aligned, with `new` if they are `expected`; at once, as
-    /// other vCPUs see it. Returns what was there.
+    /// Replaces its 16 bytes, which are aligned, with `new` if they are `expected`, atomically for
+    /// other vCPUs. Returns the old bytes.
     pub fn compare_exchange(&self, ram: &Ram, expected: u128, new: u128) -> Result<u128, Stop> {
         let [(gpa, 16)] = self.parts[..] else { return Err(Stop::Unknown) };
         let slice =
@@ -91,8 +91,7 @@ impl OperandLocation {
         }
         let (mut low, mut high) = (expected as u64, (expected >> 64) as u64);
         // SAFETY: the CPU has the instruction; `to` is aligned and points to 16 bytes of guest
-        // memory, which no reference of ours exists to. rbx, which cannot be an operand, is put
-        // back.
+        // memory, to which there is no reference. rbx, which cannot be an operand, is restored.
         unsafe {
             asm!(
                 "xchg rbx, {new}", "lock cmpxchg16b [rdi]", "mov rbx, {new}",
@@ -140,8 +139,7 @@ impl Context<'_> {
         self.place_at(self.address()?, len, access)
     }
 
-    /// Memory that the memory operand stands before or around: `len` bytes at the linear address
-    /// `gva`.
+    /// `len` bytes at the linear address `gva`, which contain the memory operand or are behind it.
     pub fn place_at(
         &self,
         gva: u64,
@@ -171,7 +169,7 @@ impl Context<'_> {
     }
 
     /// Translates an address for an access of the guest's current privilege (Intel SDM volume 3,
-    /// 4.6 and 4.7). Protection keys are not looked at: they matter for user pages only.
+    /// 4.6 and 4.7). It ignores protection keys, which matter for user pages only.
     fn translate(&self, gva: u64, access: OperandUse) -> Result<GuestAddress, Stop> {
         let user = self.sregs.ss.dpl == 3;
         let write = access == OperandUse::Write;
@@ -253,7 +251,7 @@ fn segment_base(sregs: &kvm_sregs, register: Register) -> Option<u64> {
     }
 }
 
-/// Where a general register lives; `None`: it is no general register.
+/// The field of a general register; `None`: it is no general register.
 pub(super) fn slot(regs: &mut kvm_regs, register: Register) -> Option<&mut u64> {
     Some(match register.full_register() {
         Register::RAX => &mut regs.rax,

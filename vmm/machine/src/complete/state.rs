@@ -1,9 +1,8 @@
 //! The extended state: `xsave` and `xrstor` in all their forms, `fxsave`, MXCSR and PKRU.
 //!
-//! KVM gives the state in the standard format of `xsave64` (Intel SDM volume 1, chapter 13); from
-//! there it is written to the guest's memory in the format of the instruction, and back. State
-//! components of the supervisor (IA32_XSS) are taken to be in their initial configuration: KVM does
-//! not give them.
+//! KVM has the state in the standard format of `xsave64` (Intel SDM volume 1, chapter 13). This
+//! converts between that and the instruction's format in guest memory. Supervisor state components
+//! (IA32_XSS) count as in their initial configuration: KVM does not pass them on.
 
 use std::arch::x86_64::__cpuid_count;
 use std::ops::Range;
@@ -17,7 +16,7 @@ use super::{
 };
 use crate::vcpu::XsaveArea;
 
-/// Where things lie in the area.
+/// Offsets in the area.
 const FCW: Range<usize> = 0..2;
 /// The x87 state, without MXCSR in its middle.
 const X87: [Range<usize>; 2] = [0..24, 32..160];
@@ -38,7 +37,7 @@ const PKRU: usize = 9;
 const COMPACT: u64 = 1 << 63;
 const INITIAL_FCW: u16 = 0x37f;
 const INITIAL_MXCSR: u32 = 0x1f80;
-/// Where the CPU gives no mask (Intel SDM volume 1, 11.6.6).
+/// The mask of MXCSR where the CPU gives none (Intel SDM volume 1, 11.6.6).
 const DEFAULT_MXCSR_MASK: u32 = 0xffbf;
 const IA32_XSS: u32 = 0xda0;
 
@@ -81,7 +80,7 @@ pub(super) fn mxcsr(area: &XsaveArea) -> u32 {
     number(area, MXCSR) as u32
 }
 
-/// Sets MXCSR. KVM takes it only along with a state component that is in use.
+/// Sets MXCSR. KVM takes it only together with a state component in use.
 pub(super) fn set_mxcsr(area: &mut XsaveArea, value: u32) {
     area.0[MXCSR].copy_from_slice(&value.to_le_bytes());
     let there = xstate_bv(area);
@@ -98,7 +97,7 @@ fn mxcsr_mask(area: &XsaveArea) -> u32 {
     }
 }
 
-/// Gives the components that are in their initial configuration the values that they have in it.
+/// Fills in the values of components that are in their initial configuration.
 pub(super) fn fill_in(area: &mut XsaveArea) {
     let there = xstate_bv(area);
     if there & X87_BIT == 0 {
@@ -120,13 +119,13 @@ pub(super) fn fill_in(area: &mut XsaveArea) {
 }
 
 /// The x87 instruction and data pointers have 64 bits in the forms with REX.W, else 32 and a
-/// selector, which CPUs have given up on.
+/// selector, which CPUs no longer store.
 fn narrow_pointers(area: &mut XsaveArea) {
     area.0[12..16].fill(0);
     area.0[20..24].fill(0);
 }
 
-/// Where the components in `mask` (of which bits 0 and 1 don't count) lie: (number, offset, size).
+/// The components in `mask`, without bits 0 and 1: (number, offset, size).
 fn layout(mask: u64, compact: bool) -> Result<Vec<(usize, usize, usize)>, Stop> {
     let mut found = Vec::new();
     let mut next = EXTENDED;
@@ -146,12 +145,12 @@ fn layout(mask: u64, compact: bool) -> Result<Vec<(usize, usize, usize)>, Stop> 
     Ok(found)
 }
 
-/// Where a component lies in KVM's area.
+/// The range of a component in KVM's area.
 fn in_area(i: usize) -> Result<Range<usize>, Stop> {
     let component = COMPONENTS.get(i).copied().flatten().ok_or(Stop::Unknown)?;
     let range = component.offset..component.offset + component.size;
-    // Beyond it is only what a process must ask for beforehand; a supervisor's component has no
-    // place at all.
+    // Behind the area are only components that a process must request first; supervisor components
+    // have no place at all.
     if range.start < EXTENDED || range.end > size_of::<XsaveArea>() {
         Err(Stop::Unknown)
     } else {
@@ -159,7 +158,7 @@ fn in_area(i: usize) -> Result<Range<usize>, Stop> {
     }
 }
 
-/// What is common to the forms of `xsave` and `xrstor`: may it be used, and for which components.
+/// The common part of `xsave` and `xrstor` in all forms: the checks, and the components.
 struct Request {
     address: u64,
     /// All components that the guest's kernel enabled.
@@ -218,7 +217,7 @@ fn is_wide(code: Code) -> bool {
     )
 }
 
-/// The state as it is written to memory: all values filled in.
+/// The state for memory: all values filled in.
 fn image(c: &mut Context, wide: bool) -> Result<Box<XsaveArea>, Stop> {
     let mut image = Box::new(*c.extended()?);
     fill_in(&mut image);
@@ -228,7 +227,7 @@ fn image(c: &mut Context, wide: bool) -> Result<Box<XsaveArea>, Stop> {
     Ok(image)
 }
 
-/// `xsave` and `xsaveopt`: the standard format. The latter leaves out what is in its initial
+/// `xsave` and `xsaveopt`: the standard format. The latter omits components in their initial
 /// configuration.
 pub(super) fn xsave(c: &mut Context) -> Result<Effect, Stop> {
     let request = Request::new(c, false)?;
@@ -252,7 +251,7 @@ pub(super) fn xsave(c: &mut Context) -> Result<Effect, Stop> {
     Ok(Effect::Next)
 }
 
-/// `xsavec` and `xsaves`: the compacted format, without what is in its initial configuration.
+/// `xsavec` and `xsaves`: the compacted format, without components in their initial configuration.
 pub(super) fn xsavec(c: &mut Context) -> Result<Effect, Stop> {
     let with_supervisor = matches!(c.instruction.mnemonic(), Mnemonic::Xsaves | Mnemonic::Xsaves64);
     let request = Request::new(c, with_supervisor)?;
@@ -328,7 +327,7 @@ pub(super) fn xrstor(c: &mut Context) -> Result<Effect, Stop> {
     let needed = extended.iter().filter(|(i, ..)| loaded >> i & 1 != 0);
     let len = needed.clone().map(|(_, offset, size)| offset + size).max().unwrap_or(EXTENDED);
     let place = request.place(c, len, OperandUse::Read)?;
-    // Into a copy: a fault further on leaves everything as it is.
+    // Into a copy, since a later fault must leave all as it is.
     let mut new = *c.extended()?;
     let mxcsr = match (compact, wanted & (SSE_BIT | AVX_BIT) != 0) {
         (false, true) => Some(mxcsr(&from)),
@@ -362,7 +361,7 @@ pub(super) fn xrstor(c: &mut Context) -> Result<Effect, Stop> {
     Ok(Effect::Next)
 }
 
-/// Checks what `fxsave` and `fxrstor` need, and gives their area.
+/// Makes the checks of `fxsave` and `fxrstor`, and returns their area.
 fn fx_place(c: &Context, access: OperandUse) -> Result<OperandLocation, Stop> {
     if c.sregs.cr0 & (CR0_EM | CR0_TS) != 0 {
         return Err(Stop::Fault { vector: DEVICE_NOT_AVAILABLE, error: None });
@@ -420,7 +419,7 @@ pub(super) fn stmxcsr(c: &mut Context) -> Result<Effect, Stop> {
     Ok(Effect::Next)
 }
 
-/// Where PKRU lies, if `rdpkru` and `wrpkru` may be used.
+/// The range of PKRU, if `rdpkru` and `wrpkru` may be used.
 fn pkru(c: &Context) -> Result<Range<usize>, Stop> {
     if c.sregs.cr4 & CR4_PKE == 0 {
         return Err(Stop::UNDEFINED);

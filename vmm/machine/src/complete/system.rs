@@ -1,4 +1,4 @@
-//! Exceptions, system registers, and instructions that have no effect that a guest could see.
+//! Exceptions, system registers, and instructions without an effect that a guest could see.
 
 use iced_x86::Mnemonic;
 
@@ -101,14 +101,14 @@ pub(super) fn rdpid(c: &mut Context) -> Result<Effect, Stop> {
     Ok(Effect::Next)
 }
 
-/// `rdrand` and `rdseed`, out of the host kernel's generator.
+/// `rdrand` and `rdseed`, from the host kernel's generator.
 pub(super) fn random(c: &mut Context) -> Result<Effect, Stop> {
     let mut bytes = [0; 8];
     // SAFETY: the buffer has the length that is given.
     let got =
         unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), libc::GRND_NONBLOCK) };
     let good = got == bytes.len() as isize;
-    // Without entropy the instruction says so: zero and no carry.
+    // Without entropy the result is zero and no carry.
     c.set_value(0, if good { u64::from_le_bytes(bytes) } else { 0 })?;
     c.regs.rflags = c.regs.rflags & !RFLAGS_STATUS | if good { RFLAGS_CF } else { 0 };
     Ok(Effect::Next)
@@ -165,12 +165,12 @@ pub(super) fn xsetbv(c: &mut Context) -> Result<Effect, Stop> {
     if c.regs.rcx as u32 != 0 {
         return Err(Stop::PROTECTION);
     }
-    // KVM refuses what the guest's CPU does not have.
+    // KVM refuses components that the guest's CPU does not have.
     c.cpu.set_xcr0(value).map_err(|_| Stop::PROTECTION)?;
     Ok(Effect::Next)
 }
 
-/// Invalidates more than it is asked for, which is always allowed: everything.
+/// Invalidates everything, which is always allowed.
 pub(super) fn invpcid(c: &mut Context) -> Result<Effect, Stop> {
     c.only_ring0(Stop::PROTECTION)?;
     let kind = c.value(0)?;
@@ -182,8 +182,7 @@ pub(super) fn invpcid(c: &mut Context) -> Result<Effect, Stop> {
     if kind > 3 || pcid_used && pcid > 0xfff || kind == 0 && !c.space.is_canonical(address) {
         return Err(Stop::PROTECTION);
     }
-    // As a kernel does it that has no such instruction: a change of CR4.PGE flushes all
-    // translations.
+    // As kernels do without the instruction: a change of CR4.PGE flushes all translations.
     let mut flush = c.sregs;
     flush.cr4 ^= CR4_PGE;
     c.cpu.set_sregs(&flush)?;

@@ -4,7 +4,8 @@ use iced_x86::Mnemonic;
 
 use super::{Handler, integer, state, system};
 
-/// What completes an instruction; `None`: nothing does, unless [`super::native`] knows it.
+/// The function that completes an instruction; `None` if there is none, unless [`super::native`]
+/// knows it.
 pub(super) fn handler(mnemonic: Mnemonic) -> Option<Handler> {
     use Mnemonic as M;
     Some(match mnemonic {
@@ -30,9 +31,9 @@ pub(super) fn handler(mnemonic: Mnemonic) -> Option<Handler> {
         M::Lfence | M::Sfence | M::Mfence | M::Serialize => system::nothing,
         // Waits for x87 exceptions, which kernels keep masked.
         M::Wait => system::nothing,
-        // Flushes buffers of the host's CPU, which is the host's affair.
+        // Flushes buffers of the host's CPU, which the host does itself.
         M::Verw => system::verw,
-        // Hints; and the shadow stack of a guest that has none.
+        // Hints, and reads of a shadow stack, which the guest does not have.
         M::Pause | M::Nop | M::Tpause | M::Endbr64 | M::Endbr32 | M::Rdsspd | M::Rdsspq => {
             system::nothing
         }

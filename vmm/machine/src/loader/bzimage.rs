@@ -11,14 +11,14 @@ use vm_memory::{ByteValued, GuestAddress};
 use super::{LoadError, LoadedKernel, StartState, foreign_format, layout, u16_at, u32_at};
 use crate::memory::Ram;
 
-/// Where the setup header begins, in the file as in `boot_params`.
+/// The offset of the setup header, in the file as in `boot_params`.
 const HEADER: usize = 0x1f1;
 /// Its magic number, "HdrS".
 const MAGIC: usize = 0x202;
 const MAGIC_VALUE: &[u8] = b"HdrS";
-/// The byte that says how far from [`MAGIC`] the header reaches.
+/// The offset of the byte with the header's length from [`MAGIC`] on.
 const HEADER_LENGTH: usize = 0x201;
-/// The least that a header of protocol 2.12 has.
+/// The end of the shortest header of protocol 2.12.
 const HEADER_END: usize = 0x268;
 const OLDEST_PROTOCOL: u16 = 0x20c;
 const SECTOR: u64 = 512;
@@ -27,13 +27,13 @@ const XLF_KERNEL_64: u16 = 1;
 /// The 64-bit entry point, from the start of the protected-mode code.
 const ENTRY_64: u64 = 0x200;
 
-/// A bzImage that was found good.
+/// A checked bzImage.
 pub(super) struct BzImage {
     pub(super) header: setup_header,
     pub(super) kernel: LoadedKernel,
-    /// Where the protected-mode code begins in the file.
+    /// The offset of the protected-mode code in the file.
     pub(super) code: u64,
-    /// Where an initrd must end.
+    /// The limit of an initrd's end.
     pub(super) initrd_end: u64,
 }
 
@@ -42,7 +42,7 @@ pub(super) fn is_one(image: &[u8]) -> bool {
     image.get(MAGIC..MAGIC + MAGIC_VALUE.len()) == Some(MAGIC_VALUE)
 }
 
-/// Checks everything about `image` that loading it into `ram` depends on; changes nothing.
+/// Checks all fields of `image` that are needed to load it into `ram`. Changes nothing.
 pub(super) fn check(ram: &Ram, image: &[u8]) -> Result<BzImage, LoadError> {
     let have = image.len() as u64;
     if !is_one(image) {
@@ -70,7 +70,7 @@ pub(super) fn check(ram: &Ram, image: &[u8]) -> Result<BzImage, LoadError> {
     if header.xloadflags & XLF_KERNEL_64 == 0 {
         return Err(LoadError::Not64Bit);
     }
-    // 0 stands for 4, for kernels much older than these.
+    // 0 means 4, in kernels much older than these.
     let setup = (u64::from(match header.setup_sects {
         0 => 4,
         sectors => sectors,
@@ -87,8 +87,7 @@ pub(super) fn check(ram: &Ram, image: &[u8]) -> Result<BzImage, LoadError> {
     if start < layout::KERNEL_START || !start.is_multiple_of(layout::PAGE) {
         return Err(LoadError::BadHeader("its preferred address is not one to load at"));
     }
-    // The boot page tables reach as far as the hole; and what is appended to the code is loaded
-    // with it.
+    // The boot page tables reach to the hole. Data that is appended to the code is loaded with it.
     let end = start.checked_add(init.max(have - setup)).filter(|end| *end <= layout::HOLE_START);
     let Some(end) = end else {
         return Err(LoadError::BadHeader("its preferred address is not one to load at"));
@@ -96,7 +95,7 @@ pub(super) fn check(ram: &Ram, image: &[u8]) -> Result<BzImage, LoadError> {
     if !ram.contains(GuestAddress(start), end - start) {
         return Err(LoadError::MemoryTooSmall { need: end, have: ram.bytes() });
     }
-    // A signature, which is appended, is made after the checksum, and changes bytes that it covers.
+    // An appended signature is made after the checksum, and changes bytes that the checksum covers.
     if setup + code == have && crc32fast::hash(image) != !0 {
         return Err(LoadError::Checksum);
     }

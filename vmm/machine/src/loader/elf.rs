@@ -22,7 +22,7 @@ const SEGMENT_NOTE: u32 = 4;
 const NOTE_PHYS32_ENTRY: u32 = 18;
 const NOTE_OWNER: &[u8] = b"Xen\0";
 
-/// Whether a file starts as an ELF file does.
+/// Whether a file starts as an ELF file.
 pub(super) fn is_one(image: &[u8]) -> bool {
     image.starts_with(ELF_MAGIC)
 }
@@ -35,7 +35,7 @@ struct Segment {
     gva: u64,
 }
 
-/// Checks everything about `image` that loading it into `ram` depends on; changes nothing.
+/// Checks all fields of `image` that are needed to load it into `ram`. Changes nothing.
 pub(super) fn check(ram: &Ram, image: &[u8]) -> Result<LoadedKernel, LoadError> {
     if !is_one(image) {
         return Err(LoadError::NotElf(foreign_format(image)));
@@ -137,7 +137,7 @@ fn segments(ram: &Ram, image: &[u8]) -> Result<Vec<Segment>, LoadError> {
     Ok(found)
 }
 
-/// The parts of the file that program headers of one type name, as far as they are in it.
+/// The parts of the file in program headers of one type, as far as they are in the file.
 fn parts(image: &[u8], kind: u32) -> impl Iterator<Item = &[u8]> {
     let (offset, count) = (u64_at(image, 32), u16_at(image, 56));
     (0..usize::from(count)).filter_map(move |index| {
@@ -149,7 +149,7 @@ fn parts(image: &[u8], kind: u32) -> impl Iterator<Item = &[u8]> {
     })
 }
 
-/// Whether an ELF file carries the line that Linux prints first.
+/// Whether an ELF file holds the line that Linux prints first.
 pub(super) fn has_linux_banner(image: &[u8]) -> bool {
     is_one(image)
         && parts(image, SEGMENT_LOAD)
@@ -180,7 +180,7 @@ pub(super) fn pvh_entry(image: &[u8]) -> Option<u64> {
     })
 }
 
-/// The PVH entry point, which must lie in the kernel.
+/// The PVH entry point, which must be in the kernel.
 pub(super) fn check_pvh_entry(ram: &Ram, image: &[u8]) -> Result<GuestAddress, LoadError> {
     let entry = pvh_entry(image).ok_or(LoadError::NoPvhNote)?;
     let inside = segments(ram, image)?.iter().any(|s| (s.gpa..s.end).contains(&entry));
@@ -192,7 +192,7 @@ pub(super) fn check_pvh_entry(ram: &Ram, image: &[u8]) -> Result<GuestAddress, L
     }
 }
 
-/// Copies the segments to where they belong.
+/// Copies the segments to their addresses.
 pub(super) fn load(ram: &Ram, image: &[u8]) -> Result<(), LoadError> {
     Elf::load(ram.inner(), None, &mut Cursor::new(image), None).map_err(LoadError::Loader)?;
     Ok(())

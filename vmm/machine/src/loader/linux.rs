@@ -1,4 +1,4 @@
-//! Linux's command line: parameters that a run adds to what the user gives.
+//! Linux's command line: parameters that a run adds to the user's.
 
 /// Added for every Linux, unless the command line has the parameter already: the console goes to
 /// the serial port, a reset uses the keyboard controller, and a panic resets at once. A reset ends
@@ -7,8 +7,7 @@ const DEFAULTS: [&str; 3] = ["console=ttyS0", "reboot=k", "panic=-1"];
 /// Added where the host emulates each instruction of the kernel, which makes instructions
 /// expensive. Mitigations lengthen each call and return, and protect nobody in a guest with one
 /// user. The self-tests of ciphers take more instructions than everything else that a
-/// distribution's kernel does before its first program. And a task that takes long there is not
-/// stuck.
+/// distribution's kernel does before its first program. And a slow task there is not stuck.
 const EMULATED: [&str; 3] = ["mitigations=off", "cryptomgr.notests", "nosoftlockup"];
 /// Added there for a bzImage, which is usually a distribution's kernel. Nearly half of the
 /// instructions before its first program prepare the tracing of functions and events: they look for
@@ -17,18 +16,18 @@ const EMULATED: [&str; 3] = ["mitigations=off", "cryptomgr.notests", "nosoftlock
 const EMULATED_BZIMAGE: &str =
     "initcall_blacklist=ftrace_check_for_weak_functions,trace_eval_init,tracer_init_tracefs";
 /// Added there for a clock that runs slower than real time, so that ticks and time-outs come at a
-/// rate that fits the speed of instructions. Linux takes the time-stamp counter for faster than it
-/// is.
+/// rate that fits the speed of instructions. Linux is made to believe that the time-stamp counter
+/// is faster than it is.
 const SLOW_CLOCK: [&str; 2] = ["no-kvmclock", "tsc=reliable"];
 /// Setting any of these on the command line overrides the slow clock.
 const CLOCK: [&str; 4] = ["clocksource", "no-kvmclock", "tsc", "tsc_early_khz"];
 /// Most slowdown of the clock. Instructions take some hundred times as long as on hardware.
 const SLOWER: u32 = 6;
-/// The fastest counter whose delays Linux computes without overflow: four times 2^32 Hz
+/// Frequency limit of the counter, in kHz: above four times 2^32 Hz Linux's delays overflow
 /// (arch/x86/lib/delay.c).
 const MAX_TSC_KHZ: u32 = 17_000_000;
 
-/// A host that emulates ring 0, and what it is to run.
+/// A host that emulates ring 0, with the kernel to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Emulated {
     /// The guest's time-stamp counter, in kHz; 0: not known.
@@ -38,7 +37,7 @@ pub struct Emulated {
 }
 
 impl Emulated {
-    /// The frequency that Linux is to assume for its counter, in kHz.
+    /// The frequency of the counter for the slow clock, in kHz.
     fn apparent_tsc_khz(self) -> Option<u32> {
         let slower = MAX_TSC_KHZ.checked_div(self.tsc_khz)?.min(SLOWER);
         (slower > 1).then_some(self.tsc_khz * slower)
@@ -50,8 +49,8 @@ fn name(word: &str) -> &str {
     word.split_once('=').map_or(word, |(name, _)| name)
 }
 
-/// `cmdline` with the defaults for a Linux kernel in front, so that what the user says comes last.
-/// Arguments after `--` belong to init.
+/// `cmdline` with the defaults for a Linux kernel in front, so that the user's parameters come
+/// last. Arguments after `--` belong to init.
 pub fn with_defaults(cmdline: &str, emulated: Option<Emulated>) -> String {
     let given: Vec<_> =
         cmdline.split_ascii_whitespace().take_while(|word| *word != "--").map(name).collect();
@@ -103,8 +102,8 @@ mod tests {
         }
         assert_eq!(
             given("mitigations=auto nosoftlockup a", 1),
-            "console=ttyS0 reboot=k panic=-1 cryptomgr.notests no-kvmclock tsc=reliable tsc_early_khz=6 \
-             mitigations=auto nosoftlockup a"
+            "console=ttyS0 reboot=k panic=-1 cryptomgr.notests no-kvmclock tsc=reliable \
+             tsc_early_khz=6 mitigations=auto nosoftlockup a"
         );
         for chosen in
             ["clocksource=kvm-clock", "tsc_early_khz=5", "tsc=nowatchdog a", "no-kvmclock"]

@@ -1,10 +1,10 @@
-//! Loads a kernel, its initrd and its command line into guest RAM, with the structures that the
-//! kernel starts from.
+//! Loads a kernel, its initrd and its command line into guest RAM, with the structures of the boot
+//! protocol.
 //!
-//! Three ways to boot: a 64-bit ELF file or a Linux bzImage, entered as the Linux 64-bit boot
-//! protocol says, and a 64-bit ELF file with a PVH note, entered in 32-bit mode. Every field of the
-//! file that loading depends on is checked first, so that a file that is no kernel, or not one for
-//! this machine, is refused with the value that is wrong.
+//! There are three ways to boot: a 64-bit ELF file or a Linux bzImage, by the Linux 64-bit boot
+//! protocol, and a 64-bit ELF file with a PVH note, entered in 32-bit mode. All fields that are
+//! needed are checked first. A file that is no kernel, or not one for this machine, is refused with
+//! the wrong value.
 
 mod bzimage;
 mod elf;
@@ -101,7 +101,8 @@ pub enum LoadError {
     #[error("the initrd is empty")]
     EmptyInitrd,
     #[error(
-        "the initrd of {bytes} bytes does not fit into guest memory: {free} bytes are free beside the kernel"
+        "the initrd of {bytes} bytes does not fit into guest memory: {free} bytes are free beside \
+         the kernel"
     )]
     InitrdTooLarge { bytes: u64, free: u64 },
     #[error("the command line has {have} bytes, at most {max} are possible")]
@@ -117,7 +118,7 @@ pub enum LoadError {
 /// How to boot a kernel file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Protocol {
-    /// As the file wants: a bzImage as such; an ELF file by the Linux protocol, unless it is not
+    /// As the file requires: a bzImage as such; an ELF file by the Linux protocol, unless it is not
     /// Linux and has a PVH note.
     #[default]
     Auto,
@@ -129,7 +130,7 @@ pub enum Protocol {
     BzImage,
 }
 
-/// What to load.
+/// The files to load.
 #[derive(Clone, Copy, Debug)]
 pub struct Boot<'a> {
     /// The kernel file.
@@ -140,8 +141,7 @@ pub struct Boot<'a> {
     pub initrd: Option<&'a [u8]>,
     /// How to boot.
     pub protocol: Protocol,
-    /// Unpack the kernel of a bzImage and start it without the code that does so in the guest, if
-    /// `protocol` leaves the choice.
+    /// Unpack the kernel of a bzImage here and not in the guest, if `protocol` leaves the choice.
     pub unpack: bool,
 }
 
@@ -152,7 +152,7 @@ impl<'a> Boot<'a> {
     }
 }
 
-/// The state of the CPU that a kernel expects at its entry.
+/// The state of the CPU at a kernel's entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StartState {
     /// Long mode, `rsi` at `boot_params`.
@@ -164,13 +164,13 @@ pub enum StartState {
 /// A kernel in guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoadedKernel {
-    /// Where it starts, guest-physical; mapped one to one at that moment.
+    /// Its guest-physical entry point; mapped one to one then.
     pub entry: GuestAddress,
-    /// In which state.
+    /// The state at the entry.
     pub state: StartState,
     /// Lowest guest-physical address it occupies.
     pub start: GuestAddress,
-    /// First guest-physical address above all it occupies, zero-initialised data included.
+    /// First guest-physical address above it and its zero-initialised data.
     pub end: GuestAddress,
 }
 
@@ -185,7 +185,7 @@ pub fn read_file(what: &'static str, path: &Path) -> Result<Vec<u8>, LoadError> 
     if meta.len() > MAX_IMAGE {
         return Err(LoadError::TooLarge { what, bytes: meta.len() });
     }
-    // As large as it will be: growing would take twice as much for a while.
+    // The full size at once: growing would take twice as much for a while.
     let mut image = Vec::new();
     image
         .try_reserve_exact(meta.len() as usize + 1)
@@ -194,7 +194,7 @@ pub fn read_file(what: &'static str, path: &Path) -> Result<Vec<u8>, LoadError> 
     Ok(image)
 }
 
-/// Whether a kernel file is Linux for x86, by its header or by the banner that it carries.
+/// Whether a kernel file is Linux for x86, by its header or by its banner.
 pub fn is_linux(image: &[u8]) -> bool {
     bzimage::is_one(image) || elf::has_linux_banner(image)
 }
@@ -204,7 +204,7 @@ pub fn is_bzimage(image: &[u8]) -> bool {
     bzimage::is_one(image)
 }
 
-/// Checks what `boot` names, loads it into `ram`, and writes what the kernel starts from.
+/// Checks the files of `boot`, loads them into `ram`, and writes the boot structures.
 pub fn load(ram: &Ram, boot: &Boot) -> Result<LoadedKernel, LoadError> {
     let &Boot { image, cmdline, initrd, protocol, unpack } = boot;
     if image.is_empty() {
@@ -228,7 +228,7 @@ pub fn load(ram: &Ram, boot: &Boot) -> Result<LoadedKernel, LoadError> {
             let mut found = bzimage::check(ram, image)?;
             let unpacked =
                 if unpack { unpack::kernel(image, found.code, &found.header) } else { None };
-            // What is not as expected inside is left to its own code.
+            // If its contents are not as expected, its own code unpacks it.
             let unpacked = unpacked.and_then(|elf| Some((elf::check(ram, &elf).ok()?, elf)));
             if let Some((kernel, _)) = &unpacked {
                 found.kernel = *kernel;
@@ -270,7 +270,7 @@ pub fn load(ram: &Ram, boot: &Boot) -> Result<LoadedKernel, LoadError> {
     Ok(kernel)
 }
 
-/// Tells a loaded kernel that starts in `state` where the root pointer of the ACPI tables is.
+/// Passes the address of the ACPI root pointer to a loaded kernel that starts in `state`.
 pub(super) fn tell_acpi_root(
     ram: &Ram,
     state: StartState,
@@ -324,7 +324,7 @@ fn u64_at(b: &[u8], at: usize) -> u64 {
     u64::from(u32_at(b, at)) | u64::from(u32_at(b, at + 4)) << 32
 }
 
-/// What a file is instead of what it should be, for the formats that users take for one.
+/// The real format of a file that is no kernel, for formats that users mistake for one.
 fn foreign_format(image: &[u8]) -> String {
     let what = match image {
         [0x1f, 0x8b, ..] => "it is gzip-compressed",

@@ -1,4 +1,4 @@
-//! What a kernel finds in low memory by the Linux boot protocol: `boot_params`, page tables, GDT.
+//! The structures of the Linux boot protocol in low memory: `boot_params`, page tables, GDT.
 
 use std::mem::offset_of;
 

@@ -22,7 +22,7 @@ pub(super) fn write_start_info(ram: &Ram, initrd: Option<&Initrd>) -> Result<(),
     for word in [XEN_HVM_START_MAGIC_VALUE, 1, 0, u32::from(initrd.is_some())] {
         info.extend(word.to_le_bytes());
     }
-    // Modules, command line, the ACPI tables that there may be none of, the memory map.
+    // Modules, command line, the ACPI tables (if any), the memory map.
     for address in [if initrd.is_some() { MODULES } else { 0 }, layout::CMDLINE, 0, MEMORY_MAP] {
         info.extend(address.to_le_bytes());
     }

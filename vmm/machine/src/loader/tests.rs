@@ -1,4 +1,4 @@
-//! Tests of the loader: every broken file is refused, and what a good one leaves in memory.
+//! Tests of the loader: it refuses every broken file, and a good one is in memory as it should be.
 
 use super::super::tests::elf;
 use super::*;
@@ -58,7 +58,7 @@ fn every_broken_image_is_refused() {
     assert!(matches!(broken(put64(64 + 40, 1 << 40)), E::OutsideMemory { index: 0, .. }));
     assert!(matches!(broken(put64(120 + 24, BASE + 127)), E::Overlap { first: 0, second: 1 }));
     assert!(matches!(broken(put64(24, BASE + 128)), E::EntryOutside(_)));
-    // A note that lies outside of the file, or is garbage.
+    // A note outside of the file, or garbage.
     assert!(matches!(
         broken(|i| (put(120, [4])(i), put64(120 + 8, 1 << 40)(i)).0),
         E::CutOff { .. }
@@ -215,7 +215,7 @@ fn a_packed_kernel_is_unpacked_if_asked_for() {
     assert_eq!(u64_at(&page, 0x258), BASE, "the file's own header");
     assert_eq!(load(&image, false, Protocol::Auto).entry.0, own);
     assert_eq!(load(&image, true, Protocol::BzImage).entry.0, own);
-    // What is not as it says to be is left to its own code.
+    // If the packed kernel is not as its header says, its own code unpacks it.
     let broken: [fn(&mut Vec<u8>); 6] = [
         |p| p.clear(),
         |p| p.truncate(9),
@@ -264,10 +264,8 @@ fn every_broken_bzimage_is_refused() {
     assert!(matches!(broken(|i| put64(0x258, BASE + 1)(i)), E::BadHeader(_)));
     assert!(matches!(broken(|i| put64(0x258, u64::MAX - 4095)(i)), E::BadHeader(_)));
     assert!(matches!(broken(|i| put(0x260, [0xff; 4])(i)), E::BadHeader(_)));
-    assert!(
-        matches!(broken(|i| put(0x260, (4u32 << 20).to_le_bytes())(i)), E::MemoryTooSmall { need, .. }
-        if need == 5 << 20)
-    );
+    let too_large = broken(|i| put(0x260, (4u32 << 20).to_le_bytes())(i));
+    assert!(matches!(too_large, E::MemoryTooSmall { need, .. } if need == 5 << 20));
     // Any other byte that is wrong shows in the checksum, unless there is a signature behind it.
     let mut image = bzimage(|_| {});
     image[1500] ^= 1;

@@ -1,18 +1,18 @@
-//! A guest that executes in ring 0 what some hosts' KVM refuses. The same code, run by this
-//! machine's CPU itself, says what is right.
+//! A guest that executes in ring 0 instructions that some hosts' KVM refuses. The results must be
+//! those of the same code on this machine's CPU.
 
 use vm_memory::GuestAddress;
 
 use super::*;
 
-/// Where the guest has its input and its output.
+/// Addresses of the guest's input and output.
 const INPUT: u64 = 0x18_0000;
 const OUTPUT: u64 = 0x18_1000;
-/// Of the output, the results; behind them are areas whose contents the test does not compare.
+/// Bytes of the output that are results. The rest is not compared.
 const RESULTS: usize = 0x400;
 
-/// Where the guest's code has its function: `fn(input: rdi, output: rsi)`, both aligned to 64. It
-/// changes rax, rcx, rdx and r8 to r11, and vector registers.
+/// Address of the guest's function: `fn(input: rdi, output: rsi)`, both aligned to 64. It changes
+/// rax, rcx, rdx and r8 to r11, and vector registers.
 const FUNCTION: usize = 0x80;
 
 fn code() -> &'static [u8] {
@@ -149,7 +149,7 @@ fn code() -> &'static [u8] {
     )
 }
 
-/// What this machine's CPU writes as output.
+/// The output of this machine's CPU.
 fn by_the_cpu(input: &[u8; 4096]) -> Box<[u8; 4096]> {
     #[repr(C, align(64))]
     struct Aligned([u8; 4096]);

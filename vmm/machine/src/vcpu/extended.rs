@@ -1,5 +1,4 @@
-//! A vCPU's events and extended state: what completed instructions need beside the ordinary
-//! registers.
+//! A vCPU's events and extended state, for completed instructions.
 
 use kvm_bindings::{KVM_VCPUEVENT_VALID_SHADOW, kvm_vcpu_events, kvm_xcr, kvm_xcrs, kvm_xsave};
 use kvm_ioctls::SyncReg;
@@ -28,7 +27,7 @@ impl std::fmt::Debug for XsaveArea {
 }
 
 impl Vcpu {
-    /// Extended control register 0: which register sets `xsave` saves.
+    /// Extended control register 0: the register sets that `xsave` saves.
     pub fn xcr0(&self) -> Result<u64, VcpuError> {
         let xcrs = self.fd.get_xcrs().map_err(|e| self.error("KVM_GET_XCRS", e))?;
         Ok(xcrs.xcrs.iter().take(xcrs.nr_xcrs as usize).find(|x| x.xcr == 0).map_or(0, |x| x.value))
@@ -41,7 +40,7 @@ impl Vcpu {
         self.fd.set_xcrs(&xcrs).map_err(|e| self.error("KVM_SET_XCRS", e))
     }
 
-    /// The extended state: x87, SSE, AVX and what else there is.
+    /// The extended state: x87, SSE, AVX and all other components.
     pub fn xsave(&self) -> Result<Box<XsaveArea>, VcpuError> {
         let from = self.fd.get_xsave().map_err(|e| self.error("KVM_GET_XSAVE", e))?;
         let mut area = Box::<XsaveArea>::default();
@@ -62,7 +61,7 @@ impl Vcpu {
         unsafe { self.fd.set_xsave(&xsave) }.map_err(|e| self.error("KVM_SET_XSAVE", e))
     }
 
-    /// Exceptions, interrupts and what goes with them.
+    /// Pending exceptions and interrupts.
     fn events(&self) -> Result<kvm_vcpu_events, VcpuError> {
         if self.synced {
             return Ok(self.fd.sync_regs().events);

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use super::escape::{seconds, size};
 use crate::Sample;
 
-/// The drawing's own units; it is stretched to the page.
+/// The drawing's size in units of its own; it is stretched to the page.
 const WIDTH: f64 = 1000.0;
 const HEIGHT: f64 = 300.0;
 
@@ -19,73 +19,104 @@ const SERIES: [Series; 4] = [
     ("s-page", "page shadow", |s| s.page),
 ];
 
-/// Draws `samples` and says what the lines are.
+/// The scales of a drawing.
+struct Scale {
+    /// Bytes at the top, a multiple of `step`.
+    top: u64,
+    /// Bytes between two lines of the grid.
+    step: u64,
+    /// Seconds at the right end.
+    end: f64,
+}
+
+impl Scale {
+    fn new(samples: &[Sample], last: &Sample) -> Self {
+        let top = samples.iter().flat_map(|s| SERIES.map(|series| series.2(s))).max().unwrap_or(0);
+        let step = byte_step(top);
+        let top = top.next_multiple_of(step).max(step);
+        Self { top, step, end: last.at.as_secs_f64().max(1e-6) }
+    }
+
+    fn x(&self, sample: &Sample) -> f64 {
+        sample.at.as_secs_f64() / self.end * WIDTH
+    }
+
+    fn y(&self, bytes: u64) -> f64 {
+        HEIGHT - bytes as f64 / self.top as f64 * HEIGHT
+    }
+
+    /// The bytes at the lines of the grid.
+    fn grid(&self) -> impl Iterator<Item = u64> {
+        let step = self.step;
+        (0..=self.top / step).map(move |i| i * step)
+    }
+}
+
+/// Draws `samples`, with a legend.
 pub fn draw(out: &mut String, samples: &[Sample]) {
     let Some(last) = samples.last() else { return };
-    let top = samples.iter().flat_map(|s| SERIES.map(|series| series.2(s))).max().unwrap_or(0);
-    let step = byte_step(top);
-    let top = top.next_multiple_of(step).max(step);
-    let end = last.at.as_secs_f64().max(1e-6);
-    let x = |sample: &Sample| sample.at.as_secs_f64() / end * WIDTH;
-    let y = |bytes: u64| HEIGHT - bytes as f64 / top as f64 * HEIGHT;
+    let scale = Scale::new(samples, last);
     let _ = write!(
         out,
-        "<div class=chart><svg role=img aria-label='The shadow over {}' viewBox='0 0 {WIDTH} {HEIGHT}' \
-         preserveAspectRatio=none>",
-        seconds(end)
+        "<div class=chart><svg role=img aria-label='The shadow over {}' \
+         viewBox='0 0 {WIDTH} {HEIGHT}' preserveAspectRatio=none>",
+        seconds(scale.end)
     );
-    let ticks: Vec<u64> = (0..=top / step).map(|i| i * step).collect();
-    for tick in &ticks {
-        let _ = write!(out, "<path class=grid d='M0 {:.1}H{WIDTH}'/>", y(*tick));
+    for bytes in scale.grid() {
+        let _ = write!(out, "<path class=grid d='M0 {:.1}H{WIDTH}'/>", scale.y(bytes));
     }
     for (class, _, value) in SERIES {
-        let mut path = String::new();
-        let mut before = None;
-        for sample in samples {
-            let bytes = value(sample);
-            let (x, y) = (x(sample), y(bytes));
-            match before {
-                None => {
-                    let _ = write!(path, "M{x:.1} {y:.1}");
-                }
-                // It stays as it was until it is seen to be different.
-                Some(old) if old != bytes => {
-                    let _ = write!(path, "H{x:.1}V{y:.1}");
-                }
-                Some(_) => {}
-            }
-            before = Some(bytes);
-        }
+        let path = steps(&scale, samples, value);
         let _ = write!(out, "<path class={class} d='{path}H{WIDTH}'/>");
     }
     out.push_str("</svg>");
-    for tick in &ticks {
-        let _ = write!(
-            out,
-            "<span class=y style='bottom:{:.2}%'>{}</span>",
-            *tick as f64 * 100.0 / top as f64,
-            size(*tick)
-        );
+    axes(out, &scale);
+    out.push_str("</div>");
+    legend(out, samples, last);
+}
+
+/// A series as a path. A value holds until the first sample with another one.
+fn steps(scale: &Scale, samples: &[Sample], value: fn(&Sample) -> u64) -> String {
+    let mut path = String::new();
+    let mut before = None;
+    for sample in samples {
+        let bytes = value(sample);
+        let (x, y) = (scale.x(sample), scale.y(bytes));
+        let _ = match before {
+            None => write!(path, "M{x:.1} {y:.1}"),
+            Some(old) if old != bytes => write!(path, "H{x:.1}V{y:.1}"),
+            Some(_) => Ok(()),
+        };
+        before = Some(bytes);
     }
-    let step = time_step(end);
-    for i in 0..=(end / step) as u32 {
+    path
+}
+
+/// The labels at the lines of the grid, and the times.
+fn axes(out: &mut String, scale: &Scale) {
+    for bytes in scale.grid() {
+        let bottom = bytes as f64 * 100.0 / scale.top as f64;
+        let _ = write!(out, "<span class=y style='bottom:{bottom:.2}%'>{}</span>", size(bytes));
+    }
+    let step = time_step(scale.end);
+    for i in 0..=(scale.end / step) as u32 {
         let at = f64::from(i) * step;
-        let _ = write!(
-            out,
-            "<span class=x style='left:{:.2}%'>{}</span>",
-            at * 100.0 / end,
-            seconds_tick(at)
-        );
+        let left = at * 100.0 / scale.end;
+        let _ = write!(out, "<span class=x style='left:{left:.2}%'>{}</span>", seconds_tick(at));
     }
+}
+
+/// A table with the name of each line, its peak and its last value.
+fn legend(out: &mut String, samples: &[Sample], last: &Sample) {
     out.push_str(
-        "</div><table class='figures series'><tr><td><th scope=col>peak<th scope=col>at the end</tr>",
+        "<table class='figures series'><tr><td><th scope=col>peak<th scope=col>at the end</tr>",
     );
     for (class, name, value) in SERIES {
         let peak = samples.iter().map(value).max().unwrap_or(0);
         let _ = write!(
             out,
-            "<tr><th scope=row><svg class=stroke aria-hidden=true viewBox='0 0 24 8'><path class={class} d='M0 4H24'/></svg>\
-             {name}</th><td>{}<td>{}</tr>",
+            "<tr><th scope=row><svg class=stroke aria-hidden=true viewBox='0 0 24 8'>\
+             <path class={class} d='M0 4H24'/></svg>{name}</th><td>{}<td>{}</tr>",
             size(peak),
             size(value(last))
         );

@@ -5,7 +5,7 @@ use maud::Render;
 
 use super::super::finding::printable;
 
-/// Text that is one line at most. Characters that could hide or reorder text are replaced.
+/// Text of one line at most. Characters that could hide or reorder text are replaced.
 pub struct Line<T>(pub T);
 
 impl<T: AsRef<str>> Render for Line<T> {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::NamedTempFile;
 
-/// A place to write a page to later, which has been seen to be writable.
+/// A path to write a page to later. It was writable when this was made.
 pub struct Target {
     path: PathBuf,
     to: To,
@@ -16,20 +16,20 @@ pub struct Target {
 enum To {
     /// A new file beside the one that it will become.
     Beside(NamedTempFile),
-    /// What is no regular file cannot be replaced by one.
+    /// A file that is not regular. It is written in place, since a new file cannot replace it.
     Into(File),
 }
 
 impl Target {
-    /// Looks whether `path` can be written, and changes nothing there yet.
+    /// Checks that `path` can be written. Changes nothing there yet.
     ///
     /// # Errors
-    /// It cannot.
+    /// It cannot be written.
     pub fn new(path: &Path) -> io::Result<Self> {
         let path = match fs::metadata(path) {
             Ok(data) if data.is_dir() => return Err(io::ErrorKind::IsADirectory.into()),
             Ok(data) => {
-                // A file that is write-protected is not meant to be replaced either.
+                // A write-protected file must not be replaced either.
                 let file = File::options().write(true).open(path)?;
                 if !data.is_file() {
                     return Ok(Self { path: path.to_owned(), to: To::Into(file) });
@@ -48,7 +48,7 @@ impl Target {
             _ => Path::new("."),
         };
         fs::metadata(folder)?;
-        // The error names a file that says nothing to anybody; its kind is enough.
+        // The error names the temporary file; its kind is enough.
         let file = tempfile::Builder::new()
             .prefix(".umbra-")
             .suffix(".html")
@@ -62,7 +62,7 @@ impl Target {
     /// Writes the file.
     ///
     /// # Errors
-    /// What `write` says, or the disk. What was at the path before is still there then.
+    /// An error of `write` or of the disk. Then the old file is still there.
     pub fn write(self, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
         match self.to {
             To::Into(mut file) => {

@@ -1,4 +1,4 @@
-//! One finding: what it is, its stacks with the source, and the shadow.
+//! One finding: its description, its stacks with the source, and the shadow.
 
 use maud::{Markup, PreEscaped, html};
 
@@ -8,7 +8,7 @@ use super::escape::{Block, Line, grouped};
 use super::shadow;
 use super::source::{Excerpt, Sources};
 
-/// The finding that is number `n` of all, from 1. `open`: shown in full at first.
+/// Finding number `n` of all, from 1. `open`: shown in full at first.
 pub fn draw(
     n: usize,
     (finding, seen): (&Finding, u64),
@@ -49,7 +49,7 @@ pub fn draw(
     }
 }
 
-/// The stacks of those who allocated and freed the object, and the one before it.
+/// The stacks of allocation and free, of this object and of the one before it.
 fn history(finding: &Finding, names: Names, sources: &mut Sources) -> Markup {
     let mut track = |heading: String, track: &Track| {
         stack(&by(&heading, track), &track.frames, None, names, sources)
@@ -80,7 +80,7 @@ fn code(address: u64) -> Markup {
 fn access(finding: &Finding) -> String {
     match finding.access {
         AccessKind::Free => "free".into(),
-        // A size that wrapped was meant to be small.
+        // A huge size is a small one that wrapped.
         access if finding.size > i64::MAX as u64 => {
             format!(
                 "{} of −{} bytes",
@@ -102,7 +102,7 @@ fn by(what: &str, event: &Track) -> String {
     }
 }
 
-/// Where an offset lies, seen from something of `size` bytes.
+/// The position of an offset relative to something of `size` bytes.
 fn relation(offset: i128, size: u64) -> String {
     let (size, bytes) =
         (i128::from(size), |n: i128| if n == 1 { "1 byte".into() } else { format!("{n} bytes") });
@@ -190,7 +190,7 @@ fn stack(
     }
 }
 
-/// A frame, with its lines of the source if they are there.
+/// A frame, with its source lines if they are known.
 fn frame_item(frame: &Frame, open: bool, names: Names, sources: &mut Sources) -> Markup {
     let place = frame.path.as_deref().zip(frame.line);
     let excerpt = place.and_then(|(path, line)| Some((line, sources.excerpt(path, line)?)));

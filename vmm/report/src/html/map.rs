@@ -1,5 +1,4 @@
-//! The page map of the guest, drawn: a cell for each block of pages, at most a few thousand of
-//! them.
+//! Draws the guest's page map: a cell for each block of pages, at most a few thousand cells.
 
 use std::fmt::Write;
 
@@ -13,11 +12,11 @@ const COLUMNS: usize = 128;
 /// Rows between two addresses at the side.
 const LABELS: usize = 8;
 
-/// What a cell looks like, in the order of the paths.
+/// The classes of cells, in the order of the paths.
 const CLASSES: [&str; 6] = ["p-valid", "p-free", "p-some", "p-half", "p-most", "p-poison"];
 
-/// The class of a cell, as an index into [`CLASSES`]; none for a hole. What is rare shows before
-/// what is not.
+/// The class of a cell, as an index into [`CLASSES`]; none for a hole. Rare kinds of pages show
+/// first.
 fn class(cell: &PageCounts) -> Option<usize> {
     let total = cell.total();
     match cell {
@@ -39,6 +38,30 @@ fn share(percent: f64) -> String {
 pub fn draw(out: &mut String, map: &PageMap) {
     let rows = map.cells.len().div_ceil(COLUMNS).max(1);
     let columns = map.cells.len().clamp(1, COLUMNS);
+    let per_row = map.pages_per_cell * PAGE_SIZE * columns as u64;
+    let total = &map.total;
+    out.push_str("<div class=map><div class=side aria-hidden=true>");
+    for row in (0..rows).step_by(LABELS.min(rows.div_ceil(4)).max(1)) {
+        let top = row as f64 * 100.0 / rows as f64;
+        let _ = write!(out, "<span style='top:{top:.2}%'>{}</span>", size(row as u64 * per_row));
+    }
+    let _ = write!(
+        out,
+        "</div><svg class=cells role=img aria-label='Page map: {} pages valid, {} free, \
+         {} byte-checked, {} poisoned' viewBox='0 0 {columns} {rows}' preserveAspectRatio=none \
+         style='aspect-ratio:{columns}/{rows}'>",
+        total.valid, total.free, total.bytes, total.poisoned
+    );
+    for (class, path) in CLASSES.iter().zip(&paths(map)).filter(|(_, path)| !path.is_empty()) {
+        let _ = write!(out, "<path class={class} d='{path}'/>");
+    }
+    out.push_str("</svg></div>");
+    legend(out, total);
+    note(out, map, per_row);
+}
+
+/// The cells of each class as a path.
+fn paths(map: &PageMap) -> [String; CLASSES.len()] {
     let mut paths: [String; CLASSES.len()] = Default::default();
     for (y, row) in map.cells.chunks(COLUMNS).enumerate() {
         let mut x = 0;
@@ -50,24 +73,15 @@ pub fn draw(out: &mut String, map: &PageMap) {
             x += run.len();
         }
     }
-    let per_cell = map.pages_per_cell * PAGE_SIZE;
-    let per_row = per_cell * columns as u64;
-    let total = &map.total;
-    out.push_str("<div class=map><div class=side aria-hidden=true>");
-    for row in (0..rows).step_by(LABELS.min(rows.div_ceil(4)).max(1)) {
-        let top = row as f64 * 100.0 / rows as f64;
-        let _ = write!(out, "<span style='top:{top:.2}%'>{}</span>", size(row as u64 * per_row));
-    }
-    let _ = write!(
-        out,
-        "</div><svg class=cells role=img aria-label='Page map: {} pages valid, {} free, {} byte-checked, {} poisoned' \
-         viewBox='0 0 {columns} {rows}' preserveAspectRatio=none style='aspect-ratio:{columns}/{rows}'>",
-        total.valid, total.free, total.bytes, total.poisoned
+    paths
+}
+
+/// A table with the number, memory and share of each kind of pages.
+fn legend(out: &mut String, total: &PageCounts) {
+    out.push_str(
+        "<table class='figures series'><tr><td><th scope=col>pages<th scope=col>memory\
+         <th scope=col>share</tr>",
     );
-    for (class, path) in CLASSES.iter().zip(&paths).filter(|(_, path)| !path.is_empty()) {
-        let _ = write!(out, "<path class={class} d='{path}'/>");
-    }
-    out.push_str("</svg></div><table class='figures series'><tr><td><th scope=col>pages<th scope=col>memory<th scope=col>share</tr>");
     let all = total.total().max(1) as f64;
     for (class, name, pages) in [
         ("p-valid", "valid", total.valid),
@@ -83,22 +97,27 @@ pub fn draw(out: &mut String, map: &PageMap) {
             share(pages as f64 * 100.0 / all)
         );
     }
+    out.push_str("</table>");
+}
+
+/// The scale of the map and the meaning of a cell; a row is `per_row` bytes.
+fn note(out: &mut String, map: &PageMap, per_row: u64) {
     let _ = write!(
         out,
-        "</table><p class=note>By guest-physical address. A cell is {} {}, {}, a row {}.",
+        "<p class=note>By guest-physical address. A cell is {} {}, {}, a row {}.",
         grouped(map.pages_per_cell),
         if map.pages_per_cell == 1 { "page" } else { "pages" },
-        size(per_cell),
+        size(map.pages_per_cell * PAGE_SIZE),
         size(per_row)
     );
     if map.pages_per_cell > 1 {
         out.push_str(
-            " One with byte-checked pages is darker the more there are, one with others that are poisoned shows those; \
-             else it shows what most of its pages are.",
+            " A cell is darker the more byte-checked pages it has. Without any it shows its \
+             poisoned pages, or else the kind of most of its pages.",
         );
     }
     if map.cells.iter().any(|cell| cell.total() == 0) {
-        out.push_str(" What is hatched is no memory.");
+        out.push_str(" Hatched areas are no memory.");
     }
     out.push_str("</p>");
 }
@@ -121,7 +140,7 @@ mod tests {
         let mut out = String::new();
         draw(&mut out, &map);
         assert!(out.len() < 200 << 10, "{} bytes", out.len());
-        assert!(out.contains("viewBox='0 0 128 64'") && out.contains("hatched"));
+        assert!(out.contains("viewBox='0 0 128 64'") && out.contains("Hatched"));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! A run as one page for a browser, which needs nothing else: no network, no script, no font.
+//! A run as one page for a browser, without network, script or font.
 //!
 //! `maud` escapes all text, and `escape` replaces characters that could hide or reorder text of a
 //! guest, its ELF or a file. Only the drawings (`chart`, `map`, `shadow`) are written as strings;
@@ -29,53 +29,53 @@ use self::source::Sources;
 use super::{Names, RunSummary};
 
 const STYLE: &str = include_str!("style.css");
-/// So many findings are open at first.
+/// The number of findings that are open at first.
 const OPEN: usize = 3;
 
-/// What a page is about.
+/// The contents of a page.
 pub struct Page<'a> {
-    /// What the kernel is called.
+    /// The kernel's name.
     pub kernel: &'a str,
     /// Its file, if it has one: source files are looked for near it.
     pub file: Option<&'a Path>,
     /// The run.
     pub run: &'a RunSummary<'a>,
-    /// Which names functions go by.
+    /// The kind of names of functions.
     pub names: Names,
-    /// What was expected, where something was.
+    /// The expectations of the run, if it had any.
     pub verdicts: Vec<Verdict>,
 }
 
 /// One expectation of a run.
 pub struct Verdict {
-    /// What it is about.
+    /// Its subject.
     pub name: String,
-    /// What was expected, in words.
+    /// The expected result, in words.
     pub expected: String,
-    /// What was found, in words.
+    /// The result, in words.
     pub found: String,
-    /// Whether that is the same.
+    /// Whether they are equal.
     pub good: bool,
 }
 
 /// Writes the page.
 ///
 /// # Errors
-/// What `out` says.
+/// An error of `out`.
 pub fn write(out: &mut dyn Write, page: &Page) -> io::Result<()> {
     out.write_all(page.start().as_bytes())?;
     let findings = page.run.findings;
     let mut sources = Sources::new(page.file);
     for (i, found) in findings.iter().enumerate() {
         let open = i < OPEN && findings.distinct() <= OPEN;
-        // A thousand of them need not be in memory at once.
+        // One by one, since a thousand of them would need much memory.
         let part = finding::draw(i + 1, found, open, page.names, &mut sources);
         out.write_all(part.into_string().as_bytes())?;
     }
     out.write_all(page.end(sources.exhausted()).as_bytes())
 }
 
-/// Starts and ends of elements that findings are written between, one by one.
+/// The page around its findings, which are written one by one.
 const START: &str = "<section id=\"findings\" aria-labelledby=\"h-findings\">";
 const END: &str = "</section>";
 
@@ -301,7 +301,7 @@ impl Page<'_> {
         }
     }
 
-    /// All figures, whatever there is in them.
+    /// All figures.
     fn figures(&self) -> Markup {
         let figures = self.run.figures.as_object();
         html! {

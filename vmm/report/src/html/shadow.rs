@@ -1,4 +1,4 @@
-//! The shadow around an address, drawn: a cell for each granule.
+//! Draws the shadow around an address: a cell for each granule.
 
 use std::fmt::Write;
 
@@ -6,7 +6,7 @@ use umbra_shadow::codes::*;
 
 use super::super::{Finding, ROW_SHADOW};
 
-/// What a shadow byte means: the class of its cell, and words for the legend.
+/// The meaning of a shadow byte: the class of its cell, and words for the legend.
 fn meaning(code: u8) -> (&'static str, &'static str) {
     match code {
         0 => ("valid", "accessible"),
@@ -33,7 +33,7 @@ fn meaning(code: u8) -> (&'static str, &'static str) {
     }
 }
 
-/// Draws the shadow in `finding`, with a legend of what is in it: numbers and words of this file.
+/// Draws the shadow in `finding`, with a legend. All text in it is from this file.
 pub fn draw(finding: &Finding) -> String {
     let dump = &finding.shadow;
     if dump.rows.is_empty() {
@@ -45,7 +45,10 @@ pub fn draw(finding: &Finding) -> String {
     let object = object.map(|object| object.start..=object.start.saturating_add(object.size - 1));
     let mut present: Vec<u8> = Vec::new();
     let mut object_seen = false;
-    out.push_str("<div class=scroll tabindex=0 role=region aria-label='Shadow around the address'><table class=shadow>");
+    out.push_str(
+        "<div class=scroll tabindex=0 role=region aria-label='Shadow around the address'>\
+         <table class=shadow>",
+    );
     for (i, row) in dump.rows.iter().enumerate() {
         let _ = write!(out, "<tr><th scope=row>{:016x}</th>", row.address);
         for (j, &code) in row.bytes.iter().enumerate() {
@@ -70,7 +73,8 @@ pub fn draw(finding: &Finding) -> String {
                 let words = meaning(code).1;
                 let _ = write!(
                     out,
-                    "<td class='{class}{mark}' title='{:#x}: {words}'><b>{code:02x}</b><span class=vh> first bad</span>",
+                    "<td class='{class}{mark}' title='{:#x}: {words}'><b>{code:02x}</b>\
+                     <span class=vh> first bad</span>",
                     dump.first_bad
                 );
             } else if mark.is_empty() {

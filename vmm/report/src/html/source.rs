@@ -1,9 +1,8 @@
 //! Lines of source files, where those are on this machine.
 //!
-//! Which files are read is what the kernel's debug information says, and that may come from
-//! anybody; the page may go to others. So only regular files with the name of a source file are
-//! opened, relative names are looked for in a few places and never above them, and the amount is
-//! bounded.
+//! The kernel's debug information names the files. It may come from anybody, and the page may go to
+//! others. So only regular files with the name of a source file are opened, relative names are
+//! looked for in a few folders and never above them, and the amount is bounded.
 
 use std::collections::HashMap;
 use std::fs;
@@ -14,17 +13,17 @@ use std::time::SystemTime;
 
 /// Lines shown before, and after, the line itself.
 const AROUND: usize = 3;
-/// Files of this size or larger are left alone.
+/// Files of this size or larger are not read.
 const FILE_MAX: u64 = 1 << 20;
-/// Different files that are opened.
+/// Most files that are opened.
 const FILES: usize = 256;
-/// Characters of a line.
+/// Most characters of a line.
 const LINE_MAX: usize = 200;
-/// Bytes of all excerpts of a page.
+/// Most bytes of all excerpts of a page.
 const BUDGET: usize = 4 << 20;
 /// Directories above the kernel's own in which a relative name may begin.
 const ABOVE: usize = 4;
-/// What source files are called.
+/// The endings of source files.
 const SUFFIXES: [&str; 17] = [
     "rs", "c", "h", "cc", "cpp", "cxx", "hh", "hpp", "hxx", "inc", "inl", "s", "S", "asm", "zig",
     "d", "ada",
@@ -32,7 +31,7 @@ const SUFFIXES: [&str; 17] = [
 
 /// Lines of a file.
 pub struct Excerpt<'a> {
-    /// The number of the first of them, from 1.
+    /// The number of the first one, from 1.
     pub first: u32,
     /// The lines, cut to a bounded length.
     pub lines: Vec<&'a str>,
@@ -108,7 +107,7 @@ impl Sources {
 
     fn read(&self, path: &Path) -> Option<Source> {
         let fits = |data: &fs::Metadata| data.is_file() && data.len() < FILE_MAX;
-        // Not even opened if it is a device; looked at once more in case it has just become one.
+        // A device is not even opened. The second look is for a file that has just become one.
         if !fits(&fs::metadata(path).ok()?) {
             return None;
         }

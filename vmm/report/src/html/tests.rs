@@ -51,8 +51,8 @@ fn render(run: &RunSummary, kernel: &str, verdicts: Vec<Verdict>) -> String {
     text
 }
 
-/// Panics unless every element that needs it is closed, in the right order, and nothing could fetch
-/// or run anything.
+/// Panics unless all elements are closed in the right order, and the page cannot fetch or run
+/// anything.
 #[track_caller]
 fn well_formed(page: &str) {
     const EMPTY: [&str; 5] = ["!DOCTYPE", "meta", "link", "path", "br"];

@@ -1,5 +1,5 @@
-//! The bytes of the kernel's file: in memory, or on disk, from where they are read as they are
-//! needed, since the debug information of a kernel may be larger than all else that Umbra holds.
+//! The bytes of the kernel's file: in memory, or on disk. From disk they are read on demand, since
+//! a kernel's debug information may be larger than all other memory of Umbra.
 
 use std::fs::File;
 use std::io;
@@ -12,7 +12,7 @@ use object::read::ReadCacheOps;
 
 /// Bytes that are read from disk at once.
 const BLOCK: usize = 4096;
-/// Blocks that are kept, each in the one place that its number gives it.
+/// Blocks that are kept. A block's number decides its place.
 const BLOCKS: usize = 32;
 
 /// A file.
@@ -26,7 +26,7 @@ pub enum Contents {
         file: File,
         /// Its bytes when it was opened.
         bytes: u64,
-        /// When it had last been changed then.
+        /// Its time of modification then.
         modified: Option<SystemTime>,
     },
 }
@@ -44,10 +44,10 @@ impl From<Vec<u8>> for Contents {
 }
 
 impl Contents {
-    /// A file on disk as it is now.
+    /// A file on disk in its present state.
     ///
     /// # Errors
-    /// The file cannot be asked for its size.
+    /// The size of the file cannot be read.
     pub fn disk(file: File) -> io::Result<Self> {
         let meta = file.metadata()?;
         Ok(Self::Disk { bytes: meta.len(), modified: meta.modified().ok(), file })
@@ -85,7 +85,7 @@ impl Contents {
     }
 }
 
-/// A place in a file, for `object` to parse it from.
+/// A file, as `object` reads it.
 pub(super) struct Cursor<'a> {
     pub contents: &'a Contents,
     pub at: u64,
@@ -137,8 +137,8 @@ impl Blocks {
         self.len
     }
 
-    /// Gives `part` what of the file from `at` on lies in one piece, up to `range.end`, as often as
-    /// it asks for more; until it returns false.
+    /// Passes the bytes from `at` up to `range.end` to `part`, piece by piece, until it returns
+    /// false.
     ///
     /// # Errors
     /// The range is not in the file, or the file cannot be read.
@@ -154,7 +154,7 @@ impl Blocks {
             part(bytes.get(range).ok_or(io::ErrorKind::UnexpectedEof)?);
             return Ok(());
         }
-        // What a panic leaves behind is whole: a block gets its number last.
+        // After a panic the blocks are still good: a block gets its number last.
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         let mut at = range.start;
         while at < range.end {

@@ -12,11 +12,11 @@ use super::contents::Blocks;
 use super::reader::{Limits, Reader};
 use super::table::Elf;
 
-/// What one lookup may take. The first in a large unit parses that unit, which takes a part of a
+/// Time limit of a lookup. The first in a large unit parses that unit, which takes a part of a
 /// second.
 const TIME: Duration = Duration::from_secs(5);
-/// Lookups after which what was parsed for them is dropped: it grows with each part of the kernel
-/// that one falls into.
+/// Lookups after which the parsed data is dropped: it grows with each unit of the kernel that a
+/// lookup reaches.
 const LOOKUPS_MAX: u32 = 48;
 /// Most inlined functions of one address.
 const DEPTH_MAX: usize = 64;
@@ -30,7 +30,7 @@ pub(super) struct Source {
     pub line: Option<u32>,
 }
 
-/// What the debug information says of an address.
+/// The debug information of an address.
 #[derive(Default)]
 pub(super) struct Found {
     /// Innermost first; the last is the function that the others were inlined into.
@@ -39,7 +39,7 @@ pub(super) struct Found {
     pub directory: Option<String>,
     /// Start and bytes of that last function.
     pub function: Option<(u64, u64)>,
-    /// What could not be read.
+    /// The part that could not be read.
     pub error: Option<String>,
 }
 
@@ -54,7 +54,7 @@ impl Dwarf {
     /// Reads the list of units.
     ///
     /// # Errors
-    /// A sentence that says why there are no lines.
+    /// The reason why there are no lines, as a sentence.
     pub(super) fn open(limits: Arc<Limits>, file: &Blocks, elf: &Elf) -> Result<Self, String> {
         section(elf, file.len(), ".debug_info")?.ok_or(
             "the kernel has no debug information (.debug_info): frames have no source lines",
@@ -71,12 +71,12 @@ impl Dwarf {
         Ok(Self { context, limits, lookups: Cell::new(0) })
     }
 
-    /// The budget is used up; nothing more will be found.
+    /// Whether the budget is used up; then nothing more will be found.
     pub(super) fn exhausted(&self) -> bool {
         self.limits.exhausted()
     }
 
-    /// It has grown, and there is budget enough to open it anew.
+    /// Whether it has grown, and there is budget enough to open it anew.
     pub(super) fn has_grown(&self) -> bool {
         self.lookups.get() >= LOOKUPS_MAX && self.limits.plenty()
     }
@@ -87,7 +87,7 @@ impl Dwarf {
         self.lookups.get()
     }
 
-    /// What is known of the instruction at `address`.
+    /// Looks up the instruction at `address`.
     pub(super) fn find(&self, address: u64) -> Found {
         self.limits.start(TIME);
         self.lookups.set(self.lookups.get().saturating_add(1));
@@ -110,7 +110,7 @@ impl Dwarf {
         });
         if let Err(error) = complete {
             let why = match error {
-                // The reader's own refusals; a spent budget is told apart by `exhausted`.
+                // The reader refused; `exhausted` shows whether the budget was spent.
                 gimli::Error::Io if self.limits.unreadable() => {
                     "the kernel's file is not whole any more".to_owned()
                 }
@@ -119,7 +119,7 @@ impl Dwarf {
             };
             found.error =
                 Some(format!("the debug information of {address:#x} cannot be read: {why}"));
-            // The functions of a unit may be garbage and its lines good.
+            // The lines of a unit may be good although its functions are garbage.
             if found.sources.is_empty()
                 && let Ok(Some(at)) = self.context.find_location(address)
             {
@@ -149,7 +149,7 @@ pub(super) fn lossy(reader: &Reader) -> Option<std::borrow::Cow<'_, str>> {
     gimli::Reader::to_string_lossy(reader).ok()
 }
 
-/// The result of a lookup, without the files that split debug information would be in.
+/// The result of a lookup, without the files of split debug information.
 fn resolve<L: LookupContinuation<Buf = Reader>>(mut result: LookupResult<L>) -> L::Output {
     loop {
         match result {
@@ -159,10 +159,10 @@ fn resolve<L: LookupContinuation<Buf = Reader>>(mut result: LookupResult<L>) -> 
     }
 }
 
-/// Where the bytes of a section are in the file.
+/// The range of a section's bytes in the file.
 ///
 /// # Errors
-/// A sentence, if they are not all there or compressed.
+/// A sentence, if some are missing or they are compressed.
 pub(super) fn section(elf: &Elf, len: usize, name: &str) -> Result<Option<Range<usize>>, String> {
     let Some(section) = elf.section_by_name(name) else { return Ok(None) };
     let truncated =

@@ -1,4 +1,4 @@
-//! Names and source lines of guest addresses, out of the kernel's ELF and DWARF.
+//! Names and source lines of guest addresses, from the kernel's ELF and DWARF.
 //!
 //! The file is a user's, so nothing in it is trusted: a stripped, truncated or corrupt one gives
 //! frames with addresses and a note that says why ([`Symbols::notes`]), and the work on it is
@@ -29,7 +29,7 @@ use self::table::{Elf, Entry, Tables};
 use self::variables::Variables;
 use super::{Frame, Variable};
 
-/// Addresses whose frames are remembered: stacks of one run are much alike.
+/// Addresses whose frames are cached, since the stacks of a run are much alike.
 const CACHED_MAX: usize = 4096;
 /// Names and paths that frames share.
 const SHARED_MAX: usize = 4 * CACHED_MAX;
@@ -40,16 +40,16 @@ const SYMBOL_MAX: usize = 64 << 10;
 /// Most notes that are kept.
 const NOTES_MAX: usize = 8;
 
-/// The note on debug information that the crates which parse it do not stand.
+/// The note on debug information that makes its parser panic.
 const CORRUPT: &str = "the debug information is corrupt: frames may have no source lines";
 
-/// What an address of code is.
+/// The meaning of an address of code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Position {
-    /// The instruction itself, as a fault has it.
+    /// The instruction itself, as in a fault.
     Instruction,
-    /// Where a call, or the instruction asked for, returns to: name and line are those of the byte
-    /// before it, which matters where a call is the last instruction of a function.
+    /// The address after a call or an access. Name and line are those of the byte before, which
+    /// matters where a call is the last instruction of a function.
     Return,
 }
 
@@ -106,8 +106,8 @@ impl Symbols {
         Self::lazy(move || Ok(bytes))
     }
 
-    /// The symbols of an ELF file that `load` opens or reads when the first of them is needed. If
-    /// it fails, there are no symbols and a note says why.
+    /// The symbols of an ELF file that `load` opens or reads at the first lookup. If it fails,
+    /// there are no symbols and a note says why.
     pub fn lazy<C: Into<Contents>>(load: impl FnOnce() -> io::Result<C> + Send + 'static) -> Self {
         Self {
             load: Cell::new(Some(Box::new(move || load().map(Into::into)))),
@@ -139,9 +139,8 @@ impl Symbols {
         })
     }
 
-    /// Tells of `variable` where it is declared, if the debug information says it. A compiler that
-    /// describes its globals may have said it already, but calls the file what it was called on the
-    /// command line.
+    /// Adds the place of declaration to `variable`, if the debug information has it. A compiler's
+    /// own description of globals may have it, too, but with the path on its command line.
     pub fn declare(&self, variable: &mut Variable) {
         let find = || self.variables()?.find(variable.start);
         // As for frames: a panic must not cost the finding.
@@ -173,8 +172,8 @@ impl Symbols {
         ips.iter().flat_map(|ip| self.frames(*ip, Position::Return)).collect()
     }
 
-    /// What the lookups so far did not find because the file lacks it or is damaged, one sentence
-    /// each.
+    /// The parts that the lookups so far did not find because the file lacks them or is damaged,
+    /// one sentence each.
     pub fn notes(&self) -> Vec<String> {
         self.notes.borrow().clone()
     }
@@ -189,7 +188,9 @@ impl Symbols {
     fn find_frames(&self, ip: u64, position: Position) -> Vec<Frame> {
         if self.file().is_some_and(|file| file.contents.changed()) {
             self.note(
-                "the kernel's file was written to since the run began: names and lines may be wrong".into(),
+                "the kernel's file was written to since the run began: names and lines may be \
+                 wrong"
+                    .into(),
             );
         }
         let probe = match position {
@@ -241,7 +242,7 @@ impl Symbols {
     fn locate(&self, frame: &mut Frame, source: &Source, directory: Option<&str>) {
         frame.file = source.file.as_deref().map(|file| self.share(shorten(file, directory)));
         frame.path = source.file.as_deref().map(|file| self.share(file));
-        // DWARF says 0 for code that no line stands for.
+        // DWARF has 0 for code without a line.
         frame.line = source.line.filter(|line| *line > 0);
     }
 
@@ -258,7 +259,7 @@ impl Symbols {
     }
 
     fn find_sources(&self, probe: u64) -> Found {
-        // No code lies at the last address, and addr2line computes the one after it.
+        // There is no code at the last address, and addr2line computes the one after it.
         let Some(file) = self.file().filter(|_| probe < u64::MAX) else { return Found::default() };
         let mut lines = file.dwarf.borrow_mut();
         if matches!(&*lines, Lines::Open(dwarf) if dwarf.has_grown()) {
@@ -269,8 +270,7 @@ impl Symbols {
                 self.open_dwarf(file).map_or(Lines::Missing, |dwarf| Lines::Open(Box::new(dwarf)));
         }
         let Lines::Open(dwarf) = &*lines else { return Found::default() };
-        // The crates that parse it are made for hostile input, but a panic of theirs must not cost
-        // the finding.
+        // The parser is made for hostile input, but a panic in it must not cost the finding.
         let mut found = catch_unwind(AssertUnwindSafe(|| dwarf.find(probe))).unwrap_or_else(|_| {
             let error = Some(CORRUPT.into());
             Found { error, ..Found::default() }
@@ -318,7 +318,7 @@ impl Symbols {
         File { contents, blocks, symbols, limits, dwarf, variables: OnceCell::new() }
     }
 
-    /// A damaged file has its note by the frames, which each finding has.
+    /// The frames, which each finding has, add the note on a damaged file.
     fn variables(&self) -> Option<&Variables> {
         let file = self.file()?;
         let open = || parse(&file.contents, |elf| Variables::open(&file.blocks, elf)).ok()?.ok();
@@ -343,7 +343,7 @@ fn parse<T>(contents: &Contents, read: impl FnOnce(&Elf) -> T) -> Result<T, obje
 }
 
 impl File {
-    /// The name of a symbol as the file has it.
+    /// The name of a symbol in the file.
     fn name(&self, entry: Entry) -> Option<String> {
         let at = self.symbols.names.checked_add(entry.name.into())?;
         let name = self.blocks.string(usize::try_from(at).ok()?, SYMBOL_MAX)?;
@@ -351,7 +351,7 @@ impl File {
     }
 }
 
-/// The name in the source, if `raw` is one that a compiler made of it; bounded.
+/// The name in the source, if `raw` is a mangled one; bounded.
 pub fn demangle(raw: &str) -> String {
     names(raw.to_owned()).0
 }
@@ -376,8 +376,8 @@ fn shorten_name(name: &mut String) {
     }
 }
 
-/// The part of a path that identifies the file: without the place of the standard library, of
-/// Cargo's downloads, or of the directory that the compiler ran in.
+/// The part of a path that identifies the file: without the folder of the standard library, of
+/// Cargo's downloads, or of the compiler's current directory.
 fn shorten<'a>(path: &'a str, directory: Option<&str>) -> &'a str {
     let after = |mark: &str, names: usize| {
         let (_, mut rest) = path.split_once(mark)?;

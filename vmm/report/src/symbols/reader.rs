@@ -1,7 +1,7 @@
-//! The bytes of a DWARF section, behind a limit on the work that one can do with them.
+//! The bytes of a DWARF section, with a limit on the work on them.
 //!
-//! gimli and addr2line refuse what is malformed, but a well-formed file of a few kilobytes can
-//! still ask for unbounded time, memory or recursion: thousands of units that share one line table,
+//! gimli and addr2line refuse malformed input, but a well-formed file of a few kilobytes can still
+//! ask for unbounded time, memory or recursion: thousands of units that share one line table,
 //! abbreviations with endless empty attributes, inlined functions nested a million deep. So each
 //! read is charged to a budget that grows with the file, a lookup has a deadline, and reads fail
 //! once too much of the stack is used.
@@ -17,12 +17,12 @@ use gimli::{Error, LittleEndian, ReaderOffsetId};
 
 use super::contents::Blocks;
 
-/// Charged reads that any file may cost, beside [`READS_PER_BYTE`].
+/// Charged reads of every file's budget, beside [`READS_PER_BYTE`].
 const READS_BASE: u64 = 1 << 20;
 /// Charged reads for each byte of the file. To look up every function of a program takes about a
 /// quarter.
 const READS_PER_BYTE: u64 = 2;
-/// Most reads that any file may cost.
+/// Most charged reads of a file.
 const READS_MAX: u64 = 256 << 20;
 /// Bytes of a string that count as one read.
 const STRING_BYTES_PER_READ: usize = 4;
@@ -33,7 +33,7 @@ const STACK_MAX: usize = 512 << 10;
 /// Reads between two looks at the clock.
 const READS_PER_TICK: u64 = 256;
 
-/// What all readers of one file share.
+/// State that all readers of a file share.
 pub(super) struct Limits {
     file: Arc<Blocks>,
     reads: u64,
@@ -62,24 +62,25 @@ impl Limits {
         }
     }
 
-    /// Begins a lookup: what it may use of time and stack counts from here.
+    /// Begins a lookup: its limits of time and stack count from here.
     pub(super) fn start(&self, time: Duration) {
         let marker = 0u8;
         self.stack.store((&raw const marker).addr(), Relaxed);
         self.deadline.store(nanoseconds(self.epoch.elapsed().saturating_add(time)), Relaxed);
     }
 
-    /// The budget of the file is used up, or a lookup took too long: no read will work from now on.
+    /// Whether the budget of the file is used up, or a lookup took too long: then no read works any
+    /// more.
     pub(super) fn exhausted(&self) -> bool {
         self.reads_left.load(Relaxed) == 0
     }
 
-    /// More than half of the file's budget is left.
+    /// Whether more than half of the file's budget is left.
     pub(super) fn plenty(&self) -> bool {
         self.reads_left.load(Relaxed) > self.reads / 2
     }
 
-    /// The file, or a part of it, could not be read.
+    /// Whether the file, or a part of it, could not be read.
     pub(super) fn unreadable(&self) -> bool {
         self.unreadable.load(Relaxed)
     }

@@ -1,4 +1,4 @@
-//! The symbol table: which function or variable holds an address.
+//! The symbol table: finds the function or variable that holds an address.
 
 use object::elf::Sym64;
 use object::read::elf::{ElfFile64, Sym as _};
@@ -20,9 +20,9 @@ pub(super) struct Entry {
     pub start: u64,
     /// Bytes; where the ELF gives none, those up to the next symbol.
     pub size: u64,
-    /// Where its section ends.
+    /// The end of its section.
     limit: u64,
-    /// Where its name is, in bytes from the start of [`Tables::names`].
+    /// Offset of its name from the start of [`Tables::names`].
     pub name: u32,
     /// Of several symbols at one address, the one with the highest rank gives its name.
     rank: u8,
@@ -33,7 +33,7 @@ pub(super) struct Entry {
 pub(super) struct Tables {
     pub functions: Table,
     pub variables: Table,
-    /// Where in the file their names begin.
+    /// Offset of their names in the file.
     pub names: u64,
 }
 

@@ -1,5 +1,5 @@
-//! The files are real: this test program itself, and a small kernel-like program that `cc` (which
-//! Rust links with, so it is there) makes of the sources below.
+//! The files are real: this test program itself, and a small kernel-like program that `cc` (Rust's
+//! linker, so it is there) makes from the sources below.
 
 use std::path::Path;
 use std::process::Command;
@@ -110,7 +110,7 @@ fn what_was_parsed_is_dropped_after_many_lookups_and_parsed_anew() {
     let (start, size) = symbol(&bytes, "store");
     let symbols = from_disk(bytes.clone());
     let opened_with = |n: u64| {
-        // Elsewhere there is nothing, but each is a lookup.
+        // Other addresses have no lines, but each is a lookup.
         (0..n).for_each(|i| drop(symbols.frames(i, Position::Instruction)));
         let lines = symbols.file().unwrap().dwarf.borrow();
         let Lines::Open(dwarf) = &*lines else { panic!("it is open") };
@@ -170,7 +170,7 @@ fn a_variable_is_found_where_it_is_declared() {
             assert_eq!(declared(start), (Some("kernel.c".into()), Some(line)), "{dwarf} {name}");
             assert_eq!(declared(start + 1), (None, None));
         }
-        // What the compiler itself said stays where there is nothing else.
+        // Without debug information the compiler's own description stays.
         let mut known = Variable { file: Some("a.c".into()), line: Some(5), ..Variable::default() };
         symbols(&bytes).declare(&mut known);
         assert_eq!((known.file.as_deref(), known.line), (Some("a.c"), Some(5)));
@@ -270,7 +270,7 @@ fn debug_information_names_functions_without_a_symbol_table() {
     );
 }
 
-/// It comes back, with its one frame at least, and nothing panicked underneath.
+/// The lookup returns, with one frame at least, and without a panic inside.
 fn survives(bytes: Vec<u8>, addresses: &[u64]) {
     let symbols = from_disk(bytes);
     for address in addresses {

@@ -1,8 +1,8 @@
-//! Where a global variable is declared, out of the debug information.
+//! The declaration of a global variable, from the debug information.
 //!
-//! Each look reads the units from the start and keeps nothing: findings on globals are few, and
-//! tables of all variables of a kernel would be large. It has a budget of its own, so that one that
-//! takes too long costs no frame its line.
+//! Each lookup reads the units from the start and keeps nothing: findings on globals are few, and
+//! tables of all variables of a kernel would be large. Lookups of variables have a budget of their
+//! own, so that a slow one does not cost frames their lines.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use super::dwarf::{lossy, section};
 use super::reader::{Limits, Reader};
 use super::table::Elf;
 
-/// What one look may take.
+/// Time limit of a lookup.
 const TIME: Duration = Duration::from_secs(2);
 
 /// A place in the source.
@@ -33,10 +33,10 @@ pub(super) struct Variables {
 }
 
 impl Variables {
-    /// Takes note of where the sections are.
+    /// Notes the ranges of the sections.
     ///
     /// # Errors
-    /// They are not whole.
+    /// They are incomplete.
     pub(super) fn open(file: &Arc<Blocks>, elf: &Elf) -> Result<Self, String> {
         let limits = Arc::new(Limits::new(file.clone()));
         let sections = gimli::Dwarf::load(|id| {
@@ -53,7 +53,7 @@ impl Variables {
     pub(super) fn find(&self, address: u64) -> Option<Declaration> {
         self.limits.start(TIME);
         let mut units = self.sections.units();
-        // What is wrong with one unit says nothing about the others.
+        // A bad unit does not stop the search in the others.
         while let Ok(Some(header)) = units.next() {
             let Ok(unit) = self.sections.unit(header) else { continue };
             if let Ok(Some(found)) = self.find_in(&unit, address) {
@@ -82,7 +82,7 @@ impl Variables {
                     }
                     constants::DW_AT_decl_file => file = attribute.udata_value(),
                     constants::DW_AT_decl_line => line = attribute.udata_value(),
-                    // Where it is only defined, what declares it tells the place.
+                    // A definition without a place refers to its declaration.
                     constants::DW_AT_specification | constants::DW_AT_abstract_origin => {
                         other = Some(attribute.value());
                     }
@@ -99,7 +99,7 @@ impl Variables {
         Ok(None)
     }
 
-    /// Whether an expression is this address and no more.
+    /// Whether an expression is just this address.
     fn is_at(&self, unit: &Unit<Reader>, value: AttributeValue<Reader>, address: u64) -> bool {
         let AttributeValue::Exprloc(expression) = value else { return false };
         let mut operations = expression.operations(unit.encoding());

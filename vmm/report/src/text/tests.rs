@@ -85,12 +85,14 @@ fn related_work_and_what_was_there_before_are_told() {
     one.previous =
         Some(Previous { start: 0x1000, size: 64, allocated: Some(event.clone()), freed: event });
     let text = to_string(&one, PLAIN);
-    let stack = " kmalloc+0x10/0x90\n    at kernel/src/slab.rs:50\n thread_main+0x44/0x60\n    at kernel/src/thread.rs:7\n\n";
+    let stack = " kmalloc+0x10/0x90\n    at kernel/src/slab.rs:50\n \
+                 thread_main+0x44/0x60\n    at kernel/src/thread.rs:7\n\n";
     let expected = format!(
         "Freed by task 12:\n{stack}Last potentially related work creation:\n{stack}\
          Second to last potentially related work creation:\n{stack}\
          Before, the address belonged to an object of 64 bytes at 0000000000001000\n\
-         Previously allocated by task 12:\n{stack}Previously freed by task 12:\n{stack}The buggy address"
+         Previously allocated by task 12:\n{stack}Previously freed by task 12:\n{stack}\
+         The buggy address"
     );
     assert!(text.contains(&expected), "{text}");
 }
@@ -117,7 +119,8 @@ fn tells_where_the_address_lies() {
     assert_eq!(located(120, 120), "is located 5 bytes to the right of\n 115-byte region R");
     assert_eq!(
         located(115, 112),
-        "is located 0 bytes to the right of\n 115-byte region R\n (the access begins 112 bytes inside of it)"
+        "is located 0 bytes to the right of\n 115-byte region R\n \
+         (the access begins 112 bytes inside of it)"
     );
 }
 
@@ -232,9 +235,8 @@ fn repeats_are_one_line_each() {
     );
 }
 
-/// What the tools look for, in their own expressions: syzkaller's `pkg/report/linux.go` (titles,
-/// stack frames, lines to symbolize), and `scripts/decode_stacktrace.sh`, which looks the last word
-/// up in the ELF.
+/// The tools' own expressions: of syzkaller's `pkg/report/linux.go` (titles, stack frames, lines to
+/// symbolize), and of `scripts/decode_stacktrace.sh`, which looks the last word up in the ELF.
 mod tools {
     use regex::Regex;
 
@@ -242,7 +244,10 @@ mod tools {
 
     const FUNC: &str = r"([a-zA-Z0-9_]+)(?:\.|\+)";
     const STACK_STARTS: &str = "Call Trace|Allocated by task [0-9]+:|Freed by task [0-9]+:";
-    const STACK_FRAME: &str = r"^ *(?:\[<?(?:[0-9a-f]+)>?\] ?){0,2}[ \t]+(?:[0-9]+:)?([a-zA-Z0-9_.]+)\+0x([0-9a-f]+)/0x([0-9a-f]+)";
+    const STACK_FRAME: &str = concat!(
+        r"^ *(?:\[<?(?:[0-9a-f]+)>?\] ?){0,2}[ \t]+(?:[0-9]+:)?",
+        r"([a-zA-Z0-9_.]+)\+0x([0-9a-f]+)/0x([0-9a-f]+)"
+    );
     const SYMBOLIZE: &str =
         r"(?:\[<(?:[0-9a-f]+)>\])?[ \t]+(?:[0-9]+:)?([a-zA-Z0-9_.]+)\+0x([0-9a-f]+)/0x([0-9a-f]+)";
     const DECODE_STACKTRACE: &str = r"[^+ ]+\+0x[0-9a-f]+/0x[0-9a-f]+";
@@ -279,7 +284,7 @@ mod tools {
     fn syzkaller_finds_the_frames_of_each_stack() {
         let mut one = finding();
         one.freed = one.allocated.clone();
-        // More inlined frames than lines in which it looks for a first frame.
+        // It looks for a first frame in fewer lines than there are inlined frames.
         let inlined = vec![one.frames[0].clone(); 20];
         one.frames.splice(0..1, inlined);
         let text = to_string(&one, FOR_TOOLS);
@@ -305,7 +310,7 @@ mod tools {
             "thread_main",
         ];
         assert_eq!(names(&re(STACK_FRAME)), expected);
-        // The one syzkaller takes names from is laxer: no line of ours may look like a frame to it.
+        // syzkaller's other expression, for names, matches more. It must match no additional line.
         assert_eq!(names(&frame), expected);
         // The headline is symbolized too.
         assert_eq!(names(&re(SYMBOLIZE))[1..], expected);

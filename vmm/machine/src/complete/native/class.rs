@@ -1,4 +1,4 @@
-//! Which instructions the host's CPU may execute for the guest.
+//! Decides which instructions the host's CPU may execute for the guest.
 
 use iced_x86::{
     Code, CpuidFeature, Decoder, DecoderOptions, Encoder, EncodingKind, FlowControl, Instruction,
@@ -7,30 +7,30 @@ use iced_x86::{
 
 use super::stub::MAX_CODE;
 
-/// How an instruction is executed.
+/// The plan to execute an instruction.
 #[derive(Debug)]
 pub(super) struct Plan {
     /// The instruction, its memory operand at [`Plan::pointer`].
     pub bytes: Vec<u8>,
     /// A register that the instruction itself does not use.
     pub pointer: Register,
-    /// What must be enabled for it.
+    /// The state that must be enabled for it.
     pub enabled: Enabled,
-    /// What it may touch.
+    /// The registers that it may touch.
     pub registers: Registers,
-    /// The host's CPU has it.
+    /// Whether the host's CPU has it.
     pub supported: bool,
     /// Bytes of the memory operand; 0: there is none.
     pub len: usize,
-    /// What its address must be a multiple of.
+    /// The alignment of its address.
     pub align: u64,
-    /// It is read.
+    /// Whether it is read.
     pub reads: bool,
-    /// It is written.
+    /// Whether it is written.
     pub writes: bool,
 }
 
-/// What a kernel must have enabled before an instruction can be used: by the encoding.
+/// The state that a kernel must enable for an instruction; the encoding decides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in super::super) enum Enabled {
     /// SSE.
@@ -46,7 +46,7 @@ pub(in super::super) enum Enabled {
 pub(super) enum Registers {
     /// xmm0 to xmm15.
     Xmm,
-    /// ymm0 to ymm15; what is above them in zmm0 to zmm15 is cleared.
+    /// ymm0 to ymm15; the upper parts of zmm0 to zmm15 are cleared.
     Ymm,
     /// zmm0 to zmm31, and the opmask registers.
     Zmm,
@@ -55,7 +55,7 @@ pub(super) enum Registers {
 /// Longest memory operand, in bytes.
 pub(super) const MAX_OPERAND: usize = 64;
 
-/// How to execute an instruction; `None`: it is not one of those that may be.
+/// The plan to execute an instruction; `None` if the host may not.
 pub(super) fn plan(instruction: &Instruction) -> Option<Plan> {
     if !is_plain(instruction) {
         return None;
@@ -118,18 +118,18 @@ fn is_plain(instruction: &Instruction) -> bool {
         && !instruction.has_lock_prefix()
         && !matches!(
             instruction.mnemonic(),
-            // The control register is not the host's to lend.
+            // They access the control register, which is the host's here.
             Mnemonic::Ldmxcsr | Mnemonic::Stmxcsr | Mnemonic::Vldmxcsr | Mnemonic::Vstmxcsr
             // Half MMX, whatever the operand.
             | Mnemonic::Cvtpi2ps | Mnemonic::Cvtpi2pd
             // Access only parts of the operand, and do not fault for the others.
-            | Mnemonic::Vmaskmovps | Mnemonic::Vmaskmovpd | Mnemonic::Vpmaskmovd | Mnemonic::Vpmaskmovq
+            | Mnemonic::Vmaskmovps | Mnemonic::Vmaskmovpd
+            | Mnemonic::Vpmaskmovd | Mnemonic::Vpmaskmovq
             | Mnemonic::Maskmovq | Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu
         )
 }
 
-/// Whether the host's CPU has a feature; `None`: not one of those whose instructions are let
-/// through.
+/// Whether the host's CPU has a feature; `None` if instructions of that feature are not accepted.
 fn support(feature: CpuidFeature) -> Option<bool> {
     macro_rules! has {
         ($name:tt) => {
@@ -182,7 +182,7 @@ fn is_avx512(feature: CpuidFeature) -> bool {
     )
 }
 
-/// Puts the memory operand, if there is one, where a register points that nothing else uses.
+/// Moves the memory operand, if there is one, to the address in a register that nothing else uses.
 fn move_operand(instruction: &mut Instruction) -> Option<Register> {
     // The guest's address is not the host's.
     instruction.set_segment_prefix(Register::None);
@@ -203,7 +203,8 @@ fn move_operand(instruction: &mut Instruction) -> Option<Register> {
     Some(pointer)
 }
 
-/// Checks what the moved instruction touches, explicitly or not, and tells how it accesses memory.
+/// Checks the registers and memory of the moved instruction, also the implicit ones. Returns how it
+/// accesses memory.
 fn check(
     instruction: &Instruction,
     pointer: Register,

@@ -1,10 +1,10 @@
 //! SSE, AVX and AVX-512 instructions, which the host's CPU executes itself.
 //!
-//! Those that touch nothing but general and vector registers and at most one memory operand
-//! ([`class`]) need no emulator: the memory operand is copied to a scratch area, the instruction is
-//! encoded anew for it, and runs with the guest's registers ([`stub`]). What comes out is put back.
-//! Whatever could raise an exception on the host's CPU is looked for beforehand and becomes the
-//! guest's: a missing feature, an unaligned operand, an unmasked floating-point exception.
+//! Those that touch only general and vector registers and at most one memory operand ([`class`])
+//! need no emulator: the memory operand is copied to a scratch area, the instruction is encoded
+//! anew for it, and runs with the guest's registers ([`stub`]). Then the results are copied back.
+//! Checks before that find all that could raise an exception on the host's CPU, and raise it in the
+//! guest: a missing feature, an unaligned operand, an unmasked floating-point exception.
 //!
 //! One difference remains: a floating-point underflow that the guest has unmasked is raised only
 //! where the result is also inexact, as if it were masked.
@@ -34,10 +34,10 @@ const XCR0_AVX512: u64 = 0xe6;
 const MXCSR_FLAGS: u32 = 0x3f;
 const MXCSR_MASKS: u32 = 0x1f80;
 const MXCSR_MASK_SHIFT: u32 = 7;
-/// Invalid operation, denormal, divide by zero: found before anything is computed.
+/// Invalid operation, denormal, divide by zero: the CPU finds them before it computes.
 const MXCSR_EARLY: u32 = 0x7;
 
-/// What is needed to execute instructions here: the host's code for them, made as they come.
+/// Executes instructions here. Holds the host's code for them, which is made on demand.
 #[derive(Debug, Default)]
 pub(super) struct Native {
     code: Option<Code>,
@@ -58,7 +58,7 @@ pub(super) fn knows(instruction: &Instruction) -> bool {
     class::plan(instruction).is_some()
 }
 
-/// Lets the host's CPU do it.
+/// Executes the instruction on the host's CPU.
 pub(super) fn execute(c: &mut Context) -> Result<Effect, Stop> {
     // The encoding for the host is of 64-bit code.
     if !is_long(&c.sregs) || !stub::is_possible() {
@@ -78,7 +78,7 @@ pub(super) fn execute(c: &mut Context) -> Result<Effect, Stop> {
     let area = c.extended()?;
     let before = state::mxcsr(area);
     frame.load(area);
-    // No exception on the host; those that the guest wants are found by their flags.
+    // No exception on the host; the flags show those that the guest has unmasked.
     frame.set_mxcsr(before & !MXCSR_FLAGS & 0xffff | MXCSR_MASKS);
     c.native.execute(&plan.bytes, &mut frame).map_err(Stop::Host)?;
     let mut raised = frame.mxcsr() & MXCSR_FLAGS;
@@ -107,8 +107,8 @@ pub(super) fn execute(c: &mut Context) -> Result<Effect, Stop> {
     Ok(Effect::Next)
 }
 
-/// Raises what the CPU raises where the guest's kernel did not enable what is needed, or wants to
-/// know of its use.
+/// Raises the CPU's exceptions for state that the guest's kernel did not enable, or whose use it
+/// traps.
 pub(super) fn enabled(c: &mut Context, needed: Enabled) -> Result<(), Stop> {
     let mut has = |bits| Ok::<_, Stop>(c.sregs.cr4 & CR4_OSXSAVE != 0 && c.xcr0()? & bits == bits);
     let on = match needed {

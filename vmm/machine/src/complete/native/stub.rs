@@ -30,7 +30,7 @@ const HIGH_ZMM: u32 = 1 << 7;
 const AVX512: u32 = OPMASK | ZMM_HIGH | HIGH_ZMM;
 /// Bytes of an `xsave` area with all of these, wherever CPUs have put AVX-512's.
 const XSAVE: usize = 2816;
-/// The status flags as an instruction starts with them, and the bit that is always one.
+/// The status flags before an instruction, and the bit that is always one.
 const START_FLAGS: u64 = super::RFLAGS_STATUS;
 const FLAGS_FIXED: u64 = 2;
 
@@ -99,7 +99,7 @@ pub(super) fn has(registers: Registers) -> bool {
     COMPONENTS.all & needed == needed
 }
 
-/// All that an instruction starts from and leaves behind.
+/// All state before and after an instruction.
 #[repr(C, align(64))]
 pub(super) struct Frame {
     guest: [u8; XSAVE],
@@ -161,7 +161,7 @@ impl Frame {
         }
     }
 
-    /// The general registers as the instruction left them, but for the one that pointed to memory.
+    /// The general registers after the instruction, except the one that pointed to memory.
     pub fn take_registers(&self, regs: &mut kvm_regs, pointer: Register) {
         for (register, value) in REGISTERS.into_iter().zip(self.registers) {
             if register != Register::RSP
@@ -173,14 +173,14 @@ impl Frame {
         }
     }
 
-    /// Where the components of this instruction lie: bit and range.
+    /// The components of this instruction: bit and range.
     fn parts(&self) -> impl Iterator<Item = (u32, Range<usize>)> + use<> {
         let components = self.components;
         COMPONENTS.places.iter().filter(move |(bit, _)| components & bit != 0).cloned()
     }
 
-    /// Takes the guest's vector registers. Only what `xrstor` accepts is taken over, whatever
-    /// `area` holds.
+    /// Copies the guest's vector registers in. The copy is valid for `xrstor`, whatever `area`
+    /// holds.
     pub fn load(&mut self, area: &XsaveArea) {
         for (_, part) in self.parts() {
             self.guest[part.clone()].copy_from_slice(&area.0[part]);
@@ -189,7 +189,7 @@ impl Frame {
         self.guest[state::XSTATE_BV].copy_from_slice(&there.to_le_bytes());
     }
 
-    /// Gives them back.
+    /// Copies them back.
     pub fn store(&self, area: &mut XsaveArea) {
         let components = u64::from(self.components);
         let header = state::xstate_bv(area) & !components | self.header() & components;
@@ -216,7 +216,7 @@ impl Frame {
         u64::from_le_bytes(bytes)
     }
 
-    /// MXCSR as the instruction finds or left it.
+    /// MXCSR before or after the instruction.
     pub fn mxcsr(&self) -> u32 {
         let mut bytes = [0; 4];
         bytes.copy_from_slice(&self.guest[state::MXCSR]);
@@ -254,7 +254,7 @@ impl Code {
         Ok(Self { base: base.cast(), used: 0, known: HashMap::new() })
     }
 
-    /// Executes one instruction, which [`super::class`] let through.
+    /// Executes one instruction, which [`super::class`] accepted.
     pub fn execute(&mut self, instruction: &[u8], frame: &mut Frame) -> io::Result<()> {
         let offset = match self.known.get(instruction) {
             Some(offset) => *offset,
@@ -342,7 +342,7 @@ unsafe fn call(frame: &mut Frame) {
             "mov rdi, [rdi + {registers} + 56]",
             "popfq",
             "call [rsp]",
-            // The entry's place on the stack is free now.
+            // The entry's word on the stack is free now.
             "mov [rsp], rdi",
             "mov rdi, [rsp + 8]",
             "mov [rdi + {registers}], rax",

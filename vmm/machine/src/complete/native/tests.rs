@@ -90,7 +90,8 @@ fn general_registers_and_flags() {
     (c.regs.rax, c.regs.rdx, c.regs.rcx) = (3, 16, 99);
     set_xmm(&mut c.area, 0, u128::from(u32::from_le_bytes(*b"abc\0")));
     set_xmm(&mut c.area, 1, u128::from(u64::from_le_bytes(*b"xyzabcxx")));
-    run_in(&mut c, &ram, &[0x66, 0x0f, 0x3a, 0x61, 0xc1, 0x0c]).unwrap(); // pcmpestri xmm0, xmm1, 0xc
+    // pcmpestri xmm0, xmm1, 0xc
+    run_in(&mut c, &ram, &[0x66, 0x0f, 0x3a, 0x61, 0xc1, 0x0c]).unwrap();
     assert_eq!((c.regs.rcx, c.regs.rflags & RFLAGS_CF), (3, RFLAGS_CF));
 }
 
@@ -292,7 +293,7 @@ fn what_does_not_go_to_the_host() {
     ));
 }
 
-/// Independent of how [`class`] decides: what is about to run touches nothing but what it may.
+/// Checks, independently of [`class`], that the instruction touches only what it may.
 fn check(bytes: &[u8], plan: &Plan) {
     let moved = Decoder::with_ip(64, &plan.bytes, 0, DecoderOptions::NONE).decode();
     assert_eq!(moved.len(), plan.bytes.len(), "{bytes:x?}");
@@ -315,8 +316,8 @@ fn check(bytes: &[u8], plan: &Plan) {
     assert!(plan.len <= 64);
 }
 
-/// Runs `bytes` and checks that memory outside the operand is as before. If the instruction is let
-/// through, it returns whether this CPU has it.
+/// Runs `bytes` and checks that memory outside the operand is as before. If the instruction is
+/// accepted, it returns whether this CPU has it.
 fn harmless(ram: &Ram, completer: &mut Completer, bytes: &[u8], c: &mut FakeCpu) -> Option<bool> {
     let instruction = Decoder::with_ip(64, bytes, RIP, DecoderOptions::NONE).decode();
     let plan = class::plan(&instruction)?;
@@ -328,8 +329,8 @@ fn harmless(ram: &Ram, completer: &mut Completer, bytes: &[u8], c: &mut FakeCpu)
     Some(plan.supported)
 }
 
-/// Every opcode in every map, with every prefix that selects an instruction: what is let through
-/// runs on this CPU (a signal would end the test), and what comes out is put into the guest.
+/// Every opcode in every map, with every prefix that selects an instruction: accepted ones run on
+/// this CPU (a signal would end the test), and their results go to the guest.
 #[test]
 fn every_allowed_opcode_runs() {
     let ram = ram();

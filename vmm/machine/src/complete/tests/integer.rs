@@ -1,4 +1,4 @@
-//! Integer instructions, against this machine's CPU: what it does in the same place is right.
+//! Integer instructions, compared with this machine's CPU.
 
 use std::arch::asm;
 use std::collections::BTreeSet;
@@ -8,7 +8,7 @@ use umbra_skip::{need_cpu, skip, skip_part};
 
 use super::*;
 
-/// What one instruction made of its registers: rax, rcx, rdx, rbx (by way of rsi) and the flags.
+/// The registers after an instruction: rax, rcx, rdx, rbx (by way of rsi) and the flags.
 #[derive(Debug, PartialEq, Eq)]
 struct Result4 {
     rax: u64,
@@ -21,7 +21,14 @@ struct Result4 {
 /// The bytes of one instruction, and a function that executes it.
 macro_rules! native {
     ($text:literal) => {{
-        fn execute(rax: u64, rcx: u64, rdx: u64, rsi: u64, flags: u64, memory: &mut [u64; 2]) -> Result4 {
+        fn execute(
+            rax: u64,
+            rcx: u64,
+            rdx: u64,
+            rsi: u64,
+            flags: u64,
+            memory: &mut [u64; 2],
+        ) -> Result4 {
             let mut r = Result4 { rax, rcx, rdx, rsi, flags: flags | 2 };
             // SAFETY: the instruction uses the registers named and the memory at rdi, and changes
             // flags.
@@ -60,8 +67,7 @@ struct Native {
 const ZF_CF: u64 = RFLAGS_ZF | RFLAGS_CF;
 const LOGIC: u64 = RFLAGS_ZF | RFLAGS_SF | RFLAGS_CF | RFLAGS_OF;
 
-/// The instructions, the flags that they define, and the CPU's feature that they are of, if it is
-/// lacking.
+/// The instructions, the flags that they define, and their CPU feature, if the CPU lacks it.
 fn instructions() -> Vec<(Native, u64, Option<&'static str>)> {
     macro_rules! with {
         ($defined:expr, $feature:tt, [$($text:literal),+ $(,)?]) => {{
@@ -173,7 +179,7 @@ fn operand() -> impl Strategy<Value = u64> {
     ]
 }
 
-/// Completes what the CPU executed, from the same registers, flags and memory.
+/// Completes the CPU's instruction, from the same registers, flags and memory.
 fn compare(native: &Native, defined: u64, r: [u64; 4], flags: u64, memory: [u64; 2]) {
     const MEMORY: u64 = 0x2ff8; // across a page
     let ram = ram();
@@ -233,7 +239,8 @@ fn cmpxchg16b_does_what_the_cpu_does() {
     struct Aligned([u64; 2]);
     let ram = ram();
     let numbers = proptest::array::uniform2(any::<u64>());
-    proptest!(ProptestConfig::with_cases(64), |(found in numbers, other in numbers, new in numbers, same: bool)| {
+    let all = (numbers, numbers, numbers);
+    proptest!(ProptestConfig::with_cases(64), |((found, other, new) in all, same: bool)| {
         let expected = if same { found } else { other };
         let mut native = Aligned(found);
         let [mut rax, mut rdx] = expected;
@@ -241,9 +248,11 @@ fn cmpxchg16b_does_what_the_cpu_does() {
         // SAFETY: `native` is 16 bytes, aligned; rbx is put back.
         unsafe {
             asm!(
-                "xchg rbx, {low}", "lock cmpxchg16b [rdi]", "mov rbx, {low}", "pushfq", "pop {flags}",
+                "xchg rbx, {low}", "lock cmpxchg16b [rdi]", "mov rbx, {low}",
+                "pushfq", "pop {flags}",
                 low = inout(reg) new[0] => _, flags = out(reg) flags,
-                in("rdi") native.0.as_mut_ptr(), inout("rax") rax, inout("rdx") rdx, in("rcx") new[1],
+                in("rdi") native.0.as_mut_ptr(), inout("rax") rax, inout("rdx") rdx,
+                in("rcx") new[1],
             );
         }
         for bytes in [&[0xf0, 0x48, 0x0f, 0xc7, 0x0f][..], &[0x48, 0x0f, 0xc7, 0x0f]] {

@@ -1,4 +1,4 @@
-//! Completion on registers and memory of no vCPU.
+//! Completion on registers and memory without a vCPU.
 
 mod integer;
 mod state;
@@ -236,7 +236,7 @@ fn memory_faults_are_the_guests() {
     c.regs.rbp = 1 << 62;
     run_in(&mut c, &ram, &[0xf3, 0x0f, 0xb8, 0x45, 0]).unwrap(); // popcnt eax, [rbp]
     assert_eq!(c.injected, Some((12, Some(0))));
-    // Mapped, but no RAM is there: neither a value nor a fault.
+    // Mapped, but not RAM: neither a value nor a fault.
     let mut c = cpu();
     c.regs.rbx = 0x4000_0000;
     for bytes in [POPCNT, MOVBE] {

@@ -1,4 +1,4 @@
-//! The `xsave` family, against this machine's CPU, which has those of ring 3.
+//! The `xsave` family, compared with this machine's CPU, as far as ring 3 has it.
 
 use std::arch::asm;
 
@@ -26,8 +26,8 @@ macro_rules! on_host {
                 concat!($save, " [{to}]"),
                 "mov eax, 7",
                 "xrstor64 [{host}]",
-                host = in(reg) &raw mut host, state = in(reg) &raw const *$state, to = in(reg) &raw mut *$to,
-                mask = in(reg) $mask as u32,
+                host = in(reg) &raw mut host, state = in(reg) &raw const *$state,
+                to = in(reg) &raw mut *$to, mask = in(reg) $mask as u32,
                 inout("eax") 7 => _, in("edx") 0,
             );
         }
@@ -69,7 +69,8 @@ fn saving_cpu(area: &XsaveArea) -> FakeCpu {
 fn saves_write_what_the_cpu_writes() {
     need_cpu!("avx", "xsavec", "xsaveopt");
     let ram = ram();
-    proptest!(ProptestConfig::with_cases(64), |(state in area(), mask in 0u32..16, old_header in 0u8..8)| {
+    let masks = (0u32..16, 0u8..8);
+    proptest!(ProptestConfig::with_cases(64), |(state in area(), (mask, old_header) in masks)| {
         let mut before = XsaveArea([0xa5; 4096]);
         before.0[512..576].fill(0);
         before.0[512] = old_header;
@@ -111,7 +112,9 @@ fn restores_load_what_the_cpu_loads() {
     need_cpu!("avx", "xsavec", "xsaveopt");
     let ram = ram();
     let masks = (0u32..8, 0u32..8, any::<bool>());
-    proptest!(ProptestConfig::with_cases(64), |(old in area(), new in area(), (saved, mask, compact) in masks)| {
+    let areas = (area(), area());
+    proptest!(ProptestConfig::with_cases(64), |((old, new) in areas, of in masks)| {
+        let (saved, mask, compact) = of;
         let mut image = XsaveArea::default();
         image.0[24..32].copy_from_slice(&new.0[24..32]);
         if compact {
@@ -119,25 +122,27 @@ fn restores_load_what_the_cpu_loads() {
         } else {
             on_host!("xsave64", &*new, &mut image, saved);
         }
-        // What the CPU has after loading that over the old state.
+        // The CPU's state after loading that over the old one.
         let mut expected = XsaveArea::default();
         let (mut host, mut loaded) = (XsaveArea::default(), image);
         // SAFETY: as for `on_host`.
         unsafe {
             asm!(
-                "xsave64 [{host}]", "xrstor64 [{old}]", "mov eax, {mask:e}", "xrstor64 [{loaded}]", "mov eax, 7",
-                "xsave64 [{expected}]", "xrstor64 [{host}]",
-                host = in(reg) &raw mut host, old = in(reg) &raw const *old, loaded = in(reg) &raw mut loaded,
-                expected = in(reg) &raw mut expected, mask = in(reg) mask,
+                "xsave64 [{host}]", "xrstor64 [{old}]", "mov eax, {mask:e}", "xrstor64 [{loaded}]",
+                "mov eax, 7", "xsave64 [{expected}]", "xrstor64 [{host}]",
+                host = in(reg) &raw mut host, old = in(reg) &raw const *old,
+                loaded = in(reg) &raw mut loaded, expected = in(reg) &raw mut expected,
+                mask = in(reg) mask,
                 inout("eax") 7 => _, in("edx") 0,
             );
         }
         let mut c = saving_cpu(&old);
         c.regs.rax = mask.into();
         ram.write(GuestAddress(AREA), &image.0).unwrap();
-        prop_assert_eq!(run_in(&mut c, &ram, &[0x48, 0x0f, 0xae, 0x2b]).is_ok(), true); // xrstor64 [rbx]
+        let xrstor64 = [0x48, 0x0f, 0xae, 0x2b]; // [rbx]
+        prop_assert_eq!(run_in(&mut c, &ram, &xrstor64).is_ok(), true);
         prop_assert_eq!((c.injected, c.regs.rip), (None, RIP + 4));
-        let values = |area: &XsaveArea| [area.0[..512].to_vec(), area.0[576..832].to_vec()].concat();
+        let values = |area: &XsaveArea| [&area.0[..512], &area.0[576..832]].concat();
         let (got, expected) = (values(&c.area), values(&expected));
         let differ: Vec<_> = (0..got.len()).filter(|i| got[*i] != expected[*i]).collect();
         prop_assert!(differ.is_empty(), "saved {saved} mask {mask} compact {compact}: {differ:x?}");
