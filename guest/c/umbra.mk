@@ -18,13 +18,21 @@ UMBRA_CFLAGS := -I$(UMBRA) -ffreestanding -fno-pic -fno-pie -mcmodel=kernel -mno
 # Every check is a call. There are redzones around stack variables, globals and alloca, and checks
 # for use after scope. With this offset the compiler's own stores to a stack's shadow go where the
 # runtime looks: to the address shifted right arithmetically by 3.
+#
+# Copies and fills call __asan_memcpy() and so on, which check, where the compiler can do that (gcc
+# 13, clang 16). Otherwise they call the kernel's own memcpy() if it has one, which must then be
+# checked itself, or the runtime's.
+umbra_if_known = $(if $(shell $(CC) -fsanitize=kernel-address $(1) -c -x c /dev/null -o /dev/null \
+	2>/dev/null && echo known),$(1))
 ifneq (,$(findstring clang,$(shell $(CC) --version)))
 UMBRA_SANITIZE := -fsanitize=kernel-address $(addprefix -mllvm -asan-, \
 	instrumentation-with-call-threshold=0 max-inline-poisoning-size=0 \
 	mapping-offset=0xe000000000000000 stack=1 globals=1 use-after-scope=1 \
 	instrument-dynamic-allocas=1)
+UMBRA_SANITIZE += $(call umbra_if_known,-mllvm -asan-kernel-mem-intrinsic-prefix=1)
 else
 UMBRA_SANITIZE := -fsanitize=kernel-address -fasan-shadow-offset=0xe000000000000000 \
 	-fsanitize-address-use-after-scope $(addprefix --param asan-, \
 	instrumentation-with-call-threshold=0 stack=1 globals=1 instrument-allocas=1)
+UMBRA_SANITIZE += $(call umbra_if_known,--param asan-kernel-mem-intrinsic-prefix=1)
 endif

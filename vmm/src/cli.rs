@@ -34,7 +34,8 @@ const USAGE: u8 = 2;
     version,
     about = "Boots an x86_64 kernel under KVM and finds its memory errors as they happen",
     after_help = "Exit status: 0 clean, 1 findings, 2 usage or host problem, 3 the guest crashed, \
-                  4 time limit, 130 interrupted. RUST_LOG=info (or debug) tells more."
+                  4 time limit, 5 unchecked (--require-checks), 6 an oops, 130 interrupted. \
+                  RUST_LOG=info (or debug) tells more."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -91,6 +92,12 @@ struct Run {
     #[arg(long, value_name = "N", default_value = "1",
           value_parser = clap::value_parser!(u32).range(1..))]
     stop_at: u32,
+    /// Exit with status 5 if the run would be clean but the guest ran unchecked.
+    #[arg(long)]
+    require_checks: bool,
+    /// Do not count an oops as a crash if Linux goes on after it.
+    #[arg(long)]
+    ignore_oops: bool,
     /// How to print function names: as in the source, or as in the ELF (what
     /// scripts/decode_stacktrace.sh and syzkaller look for).
     #[arg(long, value_enum, default_value_t = Symbols::Demangled)]
@@ -301,6 +308,8 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
     let config = Config {
         timeout: args.timeout.0,
         stop_at: (!args.keep_going).then_some(args.stop_at as usize),
+        require_checks: args.require_checks,
+        ignore_oops: args.ignore_oops,
         count_instructions: stats.is_some() || page.is_some(),
         picture: page.is_some(),
         marks: args.mark.clone(),
@@ -357,10 +366,8 @@ fn summary(report: &Report) -> String {
         1 => "1 finding".to_owned(),
         n => format!("{n} findings"),
     };
-    // A kernel that is not made for Umbra never calls it.
-    let silent = stats.exits.hypercall == 0 && stats.findings == 0;
-    if stats.shadow.mode == "off" || silent {
-        return format!("{outcome}; the guest ran unchecked");
+    if let Some(why) = stats.unchecked.filter(|_| stats.findings == 0) {
+        return format!("{outcome}; the guest ran unchecked: {why}");
     }
     let shadow = &stats.shadow;
     format!(

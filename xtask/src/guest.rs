@@ -32,7 +32,7 @@ const RUNTIME: Plain = Plain {
     part: "runtime",
     package: "umbra-runtime",
     object: "libumbra_rt.o",
-    kept: &["umbra_*", "__asan_*"],
+    kept: &["umbra_*", "__asan_*", "__wrap_*"],
     // The runtime's checked memory functions get the C names, after its own unchecked ones were
     // made local.
     renamed: &[
@@ -79,6 +79,16 @@ const SANITIZER: [&str; 9] = [
     "-Cllvm-args=-asan-globals=1",
     "-Cllvm-args=-asan-mapping-offset=0xe000000000000000",
     "-Cllvm-args=-asan-max-inline-poisoning-size=0",
+];
+
+/// Flags for other people's kernels in Rust. Their copies, fills and comparisons would be those of
+/// `compiler_builtins`, which is linked before the runtime and checks nothing: the compiler calls
+/// the runtime's by another name where it can, and the linker does for the rest.
+const CHECKED_MEMORY: [&str; 4] = [
+    "-Cllvm-args=-asan-kernel-mem-intrinsic-prefix=1",
+    "-Clink-arg=--wrap=memcmp",
+    "-Clink-arg=--wrap=bcmp",
+    "-Clink-arg=--wrap=strlen",
 ];
 
 /// `cargo xtask guest`.
@@ -241,8 +251,8 @@ impl<'a> Guest<'a> {
     fn configuration(&self) -> String {
         let text = |path: &Path| format!("{:?}", path.display().to_string());
         let linked = |what: &str, path: &Path| format!("{:?}", format!("{what}{}", path.display()));
-        let mut flags: Vec<String> =
-            COMMON.iter().chain(&SANITIZER).map(|flag| format!("{flag:?}")).collect();
+        let flags = COMMON.iter().chain(&SANITIZER).chain(&CHECKED_MEMORY);
+        let mut flags: Vec<String> = flags.map(|flag| format!("{flag:?}")).collect();
         flags.push(linked("-Clinker=", &self.tools.linker));
         flags.push(linked("-Clink-arg=", &self.folder.join("libumbra_rt.a")));
         format!(

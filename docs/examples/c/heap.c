@@ -24,10 +24,18 @@ void *kmalloc(size_t bytes)
 	return object;
 }
 
-void kfree(void *object)
+static void *block_of(void *object)
 {
-	struct block *block = object;
+	return (void *)((uint64_t)object & ~(BLOCK - 1));
+}
 
+static void free_block(struct block *block)
+{
 	block->next = first_free;
 	first_free = block;
+}
+
+void kfree(void *object)
+{
+	free_block(block_of(object));
 }

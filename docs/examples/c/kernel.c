@@ -1,10 +1,27 @@
-/* The kernel prints a greeting, and looks at the greeting once more. */
+/* The kernel prints greetings, and has a bug or two in between. */
 #include "kernel.h"
 
 struct message {
 	const char *text;
 	unsigned times;
 };
+
+/* Copies byte by byte, even if the compiler knows better. */
+void *memcpy(void *to, const void *from, size_t bytes)
+{
+	for (size_t i = 0; i < bytes; i++)
+		((volatile char *)to)[i] = ((const volatile char *)from)[i];
+	return to;
+}
+
+static struct message *message_new(const char *text, unsigned times)
+{
+	struct message *message = kmalloc(sizeof(*message));
+
+	message->text = text;
+	message->times = times;
+	return message;
+}
 
 static __attribute__((noinline)) void greet(struct message *message)
 {
@@ -13,16 +30,26 @@ static __attribute__((noinline)) void greet(struct message *message)
 	kfree(message);
 }
 
+/* A bug: copies more bytes than a message has. */
+static __attribute__((noinline)) void forward(struct message *message, size_t bytes)
+{
+	char *copy = kmalloc(bytes);
+
+	memcpy(copy, message, bytes);
+	kfree(copy);
+}
+
 void kernel_main(void)
 {
-	struct message *message = kmalloc(sizeof(*message));
+	struct message *message = message_new("hello\n", 2);
+	struct message *other;
 
-	if (!message)
-		return;
-	message->text = "hello\n";
-	message->times = 2;
 	greet(message);
-	/* A bug: the object is free by now. */
+	other = message_new("hello again\n", 1);
+	/* A bug: the message is free by now, and the other may have its memory. */
 	print_number(message->times);
 	print(" times\n");
+	forward(other, 24);
+	/* A bug: no object starts here. */
+	kfree(&other->times);
 }

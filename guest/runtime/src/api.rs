@@ -4,7 +4,8 @@
 use core::ffi::c_void;
 
 use umbra_shadow::abi::{
-    self, Access, CallNumber, ExitReason, Features, MemoryUse, NameKind, Owner, PackedRecord, Slot,
+    self, Access, CallNumber, ExitReason, Features, GuestFlags, MemoryUse, NameKind, Owner,
+    PackedRecord, Slot,
 };
 use umbra_shadow::codes;
 use umbra_shadow::runtime::{CurrentFn, Offer, ReleaseFn, Trap};
@@ -21,7 +22,8 @@ pub extern "C" fn umbra_discover(offer: &mut Offer) -> u32 {
     *offer = Offer::default();
     let Some(host) = host::discover() else { return 0 };
     offer.version = host.version;
-    if host::is_error(host::hypercall(CallNumber::Hello, u64::from(abi::VERSION), 0, 0, 0)) {
+    let flags = GuestFlags::REPORTS_ACTIVATION.bits();
+    if host::is_error(host::hypercall(CallNumber::Hello, abi::VERSION.into(), flags, 0, 0)) {
         return 0;
     }
     offer.features = host.features.bits();
@@ -85,6 +87,7 @@ pub unsafe extern "C" fn umbra_activate(offered: u32, text_end: u64, current: Op
     if offered.has(Features::SHADOW) {
         // SAFETY: the caller's promise.
         unsafe { checks::activate(offered) }
+        host::hypercall(CallNumber::Activate, 0, 0, 0, 0);
     }
 }
 

@@ -3,7 +3,7 @@
 //! `cargo xtask guest` renames the `umbra_checked_*` symbols to their C names after it has made the
 //! runtime's own unchecked ones local, so the runtime never checks itself.
 
-use core::arch::asm;
+use core::arch::{asm, global_asm};
 use core::ffi::c_void;
 
 use umbra_shadow::abi::Access::{Read, Write};
@@ -215,3 +215,18 @@ pub unsafe extern "C" fn __asan_memset(to: *mut u8, value: i32, n: usize) -> *mu
     // SAFETY: the caller's promise.
     unsafe { set(to, value, n, ip) }
 }
+
+// The names that the linker gives to calls when it is told to `--wrap` a function. Rust kernels use
+// them for the functions that no compiler option covers: their own are those of `compiler_builtins`,
+// which is linked first.
+global_asm!(
+    ".globl __wrap_memcmp",
+    "__wrap_memcmp: jmp {memcmp}",
+    ".globl __wrap_bcmp",
+    "__wrap_bcmp: jmp {bcmp}",
+    ".globl __wrap_strlen",
+    "__wrap_strlen: jmp {strlen}",
+    memcmp = sym umbra_checked_memcmp,
+    bcmp = sym umbra_checked_bcmp,
+    strlen = sym umbra_checked_strlen,
+);

@@ -72,6 +72,8 @@ numbered! {
         /// Work on an object was queued, such as work that will free it. `rdi`: an address in the
         /// object, `rcx`: actor. The VMM walks the caller's stack from `rbp`. `sync` mode only.
         Related = 15,
+        /// Checks are on from here on. No arguments.
+        Activate = 16,
     }
 }
 

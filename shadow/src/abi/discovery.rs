@@ -67,6 +67,9 @@ bit_set! {
         /// object with another code before it stores to it. This flag counts only together with
         /// [`FREE_PAGES_UNUSED`](Self::FREE_PAGES_UNUSED).
         QUARANTINE_UNUSED = 1 << 1,
+        /// The guest makes the call [`Activate`](super::CallNumber::Activate) when its checks are
+        /// on. Without this flag they are believed to be on once there is a region.
+        REPORTS_ACTIVATION = 1 << 2,
     }
 }
 

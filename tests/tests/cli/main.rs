@@ -77,6 +77,23 @@ fn status_3_is_a_crash() {
     assert!(run.stderr.starts_with("umbra: the guest triple-faulted at rip 0x"), "{}", run.stderr);
 }
 
+fn status_5_is_unchecked() {
+    let unchecked = "the guest ran unchecked: it did not look for Umbra";
+    let run = umbra().file(&good()).run();
+    run.expect(0);
+    assert!(run.stderr.contains(unchecked), "{}", run.stderr);
+    let run = umbra().file(&good()).arg("--require-checks").run();
+    run.expect(5);
+    assert!(run.stderr.contains(unchecked), "{}", run.stderr);
+    // A crash says more.
+    umbra().file(&kernel(&CRASH).build()).arg("--require-checks").run().expect(3);
+    let run = scenarios("exact_fit").args("--require-checks --stats -").run();
+    run.expect(0);
+    let run = scenarios("exact_fit").args("--require-checks --shadow off").run();
+    run.expect(5);
+    assert!(run.stderr.contains("unchecked: there is no shadow"), "{}", run.stderr);
+}
+
 fn status_4_is_the_time_limit() {
     let run = umbra().file(&kernel(&SPIN).build()).args("--timeout 200ms").run();
     run.expect(4);
@@ -419,12 +436,13 @@ fn main() -> ExitCode {
     let test_kernel = Need::test_kernel();
     let namespaces = kvm.and(&Need::root()).and(&namespaces());
     let nobody = kvm.and(&Need::root()).and(&kvm_is_guarded());
-    let tests: [(&str, &Need, fn()); 34] = [
+    let tests: [(&str, &Need, fn()); 35] = [
         ("status_0_is_clean", &test_kernel, status_0_is_clean),
         ("status_1_is_findings", &test_kernel, status_1_is_findings),
         ("status_2_is_a_host_or_usage_problem", &nothing, status_2_is_a_host_or_usage_problem),
         ("status_3_is_a_crash", &kvm, status_3_is_a_crash),
         ("status_4_is_the_time_limit", &kvm, status_4_is_the_time_limit),
+        ("status_5_is_unchecked", &test_kernel, status_5_is_unchecked),
         ("demo_statuses", &test_kernel, demo_statuses),
         ("help_and_version", &nothing, help_and_version),
         ("files_that_are_no_kernels", &kvm, images::files_that_are_no_kernels),

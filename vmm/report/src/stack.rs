@@ -84,8 +84,11 @@ impl Stack {
 /// out; if there is no such frame, the stack is `start_ip` and all frames. At most `max` addresses
 /// are returned, and at most that many frames and a few more are read, whatever the memory holds.
 ///
-/// A chain is followed only while it leads to higher addresses, so a walk does not cross from an
-/// interrupt stack to one below it.
+/// A chain is followed only while it leads to higher addresses. Linux marks a frame pointer that is
+/// the address of saved registers instead, at an interrupt or at the entry from a program, with bit
+/// 0 (`ENCODE_FRAME_POINTER` in `arch/x86/include/asm/frame.h`). An interrupted stack is followed
+/// wherever it lies; registers of a program, and those of a kernel thread, which are zero, are the
+/// end.
 pub fn walk(
     read: &mut dyn FnMut(u64) -> Option<u64>,
     rbp: u64,
@@ -111,6 +114,34 @@ pub fn walk(
     Stack { ips, end, start_found }
 }
 
+/// Bytes from the start of Linux's saved registers (`struct pt_regs`) to some of them.
+mod registers {
+    pub const RBP: u64 = 32;
+    pub const RIP: u64 = 128;
+    pub const CS: u64 = 136;
+}
+
+/// The instruction and the frame pointer in Linux's saved registers at an address; none of a
+/// program, or of a kernel thread that starts. An error if these are not saved registers.
+fn interrupted(
+    read: &mut dyn FnMut(u64) -> Option<u64>,
+    at: u64,
+) -> Result<Option<(u64, u64)>, Break> {
+    if !at.is_multiple_of(8) {
+        return Err(Break::Misaligned);
+    }
+    let mut read = |offset| {
+        let value = at.checked_add(offset).and_then(&mut *read);
+        value.ok_or(Break::Unreadable)
+    };
+    let (rip, cs) = (read(registers::RIP)?, read(registers::CS)?);
+    match cs {
+        0..=0xffff if rip == 0 || cs & 3 == 3 => Ok(None),
+        1..=0xffff => Ok(Some((rip, read(registers::RBP)?))),
+        _ => Err(Break::Misaligned),
+    }
+}
+
 /// Up to `steps` return addresses.
 fn chain(read: &mut dyn FnMut(u64) -> Option<u64>, rbp: u64, steps: usize) -> (Vec<u64>, StackEnd) {
     let mut ips = Vec::new();
@@ -123,6 +154,17 @@ fn chain(read: &mut dyn FnMut(u64) -> Option<u64>, rbp: u64, steps: usize) -> (V
             return (ips, StackEnd::Truncated);
         }
         let broken = |why| StackEnd::Broken { at: frame, why };
+        if frame & 1 != 0 {
+            match interrupted(read, frame - 1) {
+                Ok(Some((ip, rbp))) => {
+                    ips.push(ip);
+                    frame = rbp;
+                    continue;
+                }
+                Ok(None) => return (ips, StackEnd::Complete),
+                Err(why) => return (ips, broken(why)),
+            }
+        }
         if !frame.is_multiple_of(8) {
             return (ips, broken(Break::Misaligned));
         }
@@ -214,6 +256,37 @@ mod tests {
             walked(&cycle, None, 16),
             (vec![0xa1, 0xa2], broken(0x100, Break::NotRising), true)
         );
+    }
+
+    /// Saved registers at 0x200, which the frame at 0x100 leads to.
+    fn over_registers(rip: u64, cs: u64, rbp: u64) -> (Vec<u64>, StackEnd, bool) {
+        let registers = [(0x100, 0x201, 0xa1), (0x218, 0, rbp), (0x280, rip, cs)];
+        walked(&[&registers[..], &[(0x80, 0xc0, 0xb1), (0xc0, 0, 0xb2)]].concat(), None, 16)
+    }
+
+    #[test]
+    fn an_interrupted_stack_goes_on_wherever_it_lies() {
+        let all = vec![0xa1, 0xee, 0xb1, 0xb2];
+        assert_eq!(over_registers(0xee, 0x10, 0x80), (all, StackEnd::Complete, true));
+        let (ips, end, _) = over_registers(0xee, 0x10, 0x201);
+        assert_eq!((ips.len(), end), (16, StackEnd::Truncated));
+    }
+
+    #[test]
+    fn registers_of_programs_and_new_threads_end_a_stack() {
+        for (rip, cs) in [(0x40_1000, 0x33), (0, 0), (0, 0x10)] {
+            let ended = (vec![0xa1], StackEnd::Complete, true);
+            assert_eq!(over_registers(rip, cs, 0x80), ended, "{rip:#x} {cs:#x}");
+        }
+    }
+
+    #[test]
+    fn what_looks_like_registers_may_be_none() {
+        let broken = |why| (vec![0xa1], StackEnd::Broken { at: 0x201, why }, true);
+        assert_eq!(over_registers(0xee, 0x1_0010, 0x80), broken(Break::Misaligned));
+        assert_eq!(walked(&[(0x100, 0x201, 0xa1)], None, 16), broken(Break::Unreadable));
+        let last = StackEnd::Broken { at: u64::MAX, why: Break::Misaligned };
+        assert_eq!(walked(&[(0x100, u64::MAX, 0xa1)], None, 16), (vec![0xa1], last, true));
     }
 
     #[test]

@@ -75,6 +75,8 @@ pub enum Call {
         /// there.
         owner: Option<Owner>,
     },
+    /// Checks are on.
+    Activate,
     /// A violation.
     Report(BadAccess),
     /// A name, `len` bytes (at most [`abi::NAME_MAX`]) at `va`.
@@ -389,6 +391,7 @@ impl Call {
                 Self::VirtualAdd { va, len }
             }
             CallNumber::Quarantine => Self::Quarantine { to: Array::new(rsi, rcx)?, all: rdi != 0 },
+            CallNumber::Activate => Self::Activate,
             CallNumber::Related => Self::Related { va: rdi, actor: Actor::from_register(rcx) },
         })
     }

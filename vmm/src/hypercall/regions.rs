@@ -60,6 +60,11 @@ impl Regions {
     /// Most regions that are kept.
     pub const MOST: usize = 64;
 
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.regions.is_empty()
+    }
+
     /// Adds a region of a guest whose memory ends at `ram_end`.
     ///
     /// # Errors

@@ -69,6 +69,7 @@ impl Dispatcher {
         match call {
             Call::Hello { flags } => Ok(self.hello(flags)),
             Call::RegionAdd(region) => self.region_add(region, context),
+            Call::Activate => Ok(self.guest.activate()),
             Call::RingSetup(ring) => self.ring_setup(&ring, context),
             Call::RingDrain { cpu, released } => self.ring_drain(cpu, released, context),
             Call::Poison { va, len, code } => self.poison(va, len, code, context),
@@ -89,6 +90,7 @@ impl Dispatcher {
 
     fn hello(&mut self, flags: GuestFlags) -> u64 {
         self.shadow.allow_reclaim(flags);
+        self.guest.hello(flags);
         self.shadow.features().bits().into()
     }
 

@@ -81,6 +81,10 @@ pub struct Config {
     pub timeout: Option<Duration>,
     /// Stop after this many different findings; never if none.
     pub stop_at: Option<usize>,
+    /// A run that was not checked is not clean: [`Report::status`](super::Report::status) is 5.
+    pub require_checks: bool,
+    /// An oops of Linux that it survives does not count as a crash.
+    pub ignore_oops: bool,
     /// Find out whether the host counts guest instructions, and read the count. Costs a probe
     /// guest.
     pub count_instructions: bool,
@@ -115,6 +119,8 @@ impl Default for Config {
             provenance: objects::DEFAULT_BUDGET,
             timeout: None,
             stop_at: None,
+            require_checks: false,
+            ignore_oops: false,
             count_instructions: false,
             picture: false,
             marks: Vec::new(),

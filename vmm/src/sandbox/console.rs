@@ -30,12 +30,20 @@ pub(super) struct ConsoleWatch {
     linux: bool,
     lines: VecDeque<String>,
     panic: Option<String>,
+    /// Whether to look for an oops.
+    oopses: bool,
+    oops: Option<String>,
 }
 
 impl ConsoleWatch {
     /// For a guest that is Linux, or not.
     pub(super) fn new(linux: bool) -> Self {
-        Self { linux, ..Self::default() }
+        Self { linux, oopses: true, ..Self::default() }
+    }
+
+    /// With or without the recognition of oopses.
+    pub(super) fn with_oopses(self, oopses: bool) -> Self {
+        Self { oopses, ..self }
     }
 
     /// Handles a line, without its end.
@@ -60,6 +68,8 @@ impl ConsoleWatch {
             return Sign::PanicEnd;
         } else if STOPS.contains(&said) {
             return Sign::Stopped;
+        } else if self.oopses && self.oops.is_none() && is_oops(said) {
+            self.oops = Some(said.to_owned());
         }
         Sign::None
     }
@@ -67,6 +77,11 @@ impl ConsoleWatch {
     /// The message of a Linux panic, if there was one.
     pub(super) fn panic(&self) -> Option<&str> {
         self.panic.as_deref()
+    }
+
+    /// The first line of Linux's first oops, if there was one.
+    pub(super) fn oops(&self) -> Option<&str> {
+        self.oops.as_deref()
     }
 
     /// Whether the guest is Linux.
@@ -78,6 +93,18 @@ impl ConsoleWatch {
     pub(super) fn lines(&self) -> impl Iterator<Item = &str> {
         self.lines.iter().map(String::as_str)
     }
+}
+
+/// Whether this is the first line of an oops: what happened, the error code, and a count, as in
+/// `Oops: 0002 [#1] PREEMPT SMP` (`__die_header` in `arch/x86/kernel/dumpstack.c`).
+fn is_oops(line: &str) -> bool {
+    let Some((_, rest)) = line.rsplit_once(": ") else { return false };
+    let Some((code, rest)) = rest.split_once(" [#") else { return false };
+    let count = rest.split_once(']').map_or("", |(count, _)| count);
+    code.len() == 4
+        && code.bytes().all(|digit| digit.is_ascii_hexdigit())
+        && !count.is_empty()
+        && count.bytes().all(|digit| digit.is_ascii_digit())
 }
 
 /// A line without the time stamp and the caller that Linux may print in front: `[    1.234567][
@@ -119,7 +146,8 @@ mod tests {
         let mut watch = ConsoleWatch::new(false);
         assert_eq!(watch.line(b"reboot: Power down"), Sign::None);
         watch.line(b"Kernel panic - not syncing: joke");
-        assert_eq!(watch.panic(), None);
+        watch.line(b"Oops: 0002 [#1]");
+        assert_eq!((watch.panic(), watch.oops()), (None, None));
     }
 
     #[test]
@@ -131,5 +159,23 @@ mod tests {
         }
         assert_eq!(watch.lines().count(), LINES);
         assert!(watch.lines().all(|line| line.len() <= 3 * LINE_BYTES && !line.contains('\x1b')));
+    }
+
+    #[test]
+    fn an_oops_is_recognised_once() {
+        let mut watch = ConsoleWatch::new(true);
+        for line in
+            ["Oops: what", "a: 0002 [#]", "BUG: 0002", "x: 00020 [#1]", ": [#1]", "0002 [#1]"]
+        {
+            watch.line(line.as_bytes());
+            assert_eq!(watch.oops(), None, "{line}");
+        }
+        let first = "general protection fault, probably for address 0x5: 0000 [#1] PREEMPT SMP";
+        watch.line(format!("[    1.5] {first}").as_bytes());
+        watch.line(b"Oops: 0002 [#2] SMP");
+        assert_eq!(watch.oops(), Some(first));
+        let mut deaf = ConsoleWatch::new(true).with_oopses(false);
+        deaf.line(first.as_bytes());
+        assert_eq!(deaf.oops(), None);
     }
 }

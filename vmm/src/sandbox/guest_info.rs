@@ -4,6 +4,7 @@ use umbra_machine::complete::Cpu;
 use umbra_machine::memory::Ram;
 use umbra_machine::walk::AddressSpace;
 use umbra_report::symbols::Symbols;
+use umbra_shadow::abi::GuestFlags;
 use vm_memory::GuestAddress;
 
 use super::Outcome;
@@ -16,12 +17,56 @@ pub(super) struct GuestInfo {
     regions: Regions,
     globals: Globals,
     symbols: Symbols,
+    /// How far it got with its checks.
+    checks: Checks,
+}
+
+/// How far a guest got with its checks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Checks {
+    /// It never called, or with another version of the interface.
+    None,
+    /// It found Umbra. `reports`: it will report when checks are on.
+    Found { reports: bool },
+    /// They are on.
+    On,
 }
 
 impl GuestInfo {
     /// A guest that has reported nothing yet.
     pub(super) fn new(symbols: Symbols) -> Self {
-        Self { regions: Regions::default(), globals: Globals::default(), symbols }
+        Self {
+            regions: Regions::default(),
+            globals: Globals::default(),
+            symbols,
+            checks: Checks::None,
+        }
+    }
+
+    /// The guest's first call.
+    pub(super) fn hello(&mut self, flags: GuestFlags) {
+        let reports = flags.has(GuestFlags::REPORTS_ACTIVATION);
+        if self.checks == Checks::None {
+            self.checks = Checks::Found { reports };
+        }
+    }
+
+    /// The guest's checks are on. Returns the result of the call.
+    pub(super) fn activate(&mut self) -> u64 {
+        self.checks = Checks::On;
+        0
+    }
+
+    /// Why the guest ran unchecked, if it did.
+    pub(super) fn unchecked(&self) -> Option<&'static str> {
+        match self.checks {
+            Checks::None => Some("it did not look for Umbra"),
+            Checks::Found { reports: true } => Some("it found Umbra but never turned checks on"),
+            Checks::Found { reports: false } if self.regions.is_empty() => {
+                Some("it found Umbra but added no memory to check")
+            }
+            Checks::Found { reports: false } | Checks::On => None,
+        }
     }
 
     /// Its regions.

@@ -35,6 +35,9 @@ pub enum Outcome {
     /// Linux panicked.
     #[error("the guest panicked: {0}")]
     LinuxPanic(String),
+    /// Linux had an oops, and went on to a regular end. The first line of the first one.
+    #[error("the guest's kernel had an oops and went on: {0}")]
+    LinuxOops(String),
     /// All CPUs halted with interrupts off, without a message of Linux.
     #[error("all CPUs of the guest halted with interrupts off, the first at {place}")]
     HaltedForGood {
@@ -129,6 +132,7 @@ impl Outcome {
             Self::Halted => "halted",
             Self::HaltedForGood { .. } => "halted-for-good",
             Self::Panic | Self::LinuxPanic(_) => "panic",
+            Self::LinuxOops(_) => "oops",
             Self::Fault { .. } => "fault",
             Self::TripleFault { .. } => "triple-fault",
             Self::Instruction { .. } => "unknown-instruction",
@@ -141,7 +145,8 @@ impl Outcome {
     }
 
     /// The exit status of a program that runs one guest: 0 clean, 1 findings, 2 usage or host
-    /// problem, 3 the guest crashed, 4 time limit; 130 after Ctrl-C, as shells have it.
+    /// problem, 3 the guest crashed, 4 time limit, 6 an oops of Linux; 130 after Ctrl-C, as shells
+    /// have it.
     pub fn status(&self, findings: bool) -> u8 {
         match self {
             Self::Done | Self::Reset | Self::PowerOff | Self::Halted | Self::FindingLimit(_) => {
@@ -157,6 +162,7 @@ impl Outcome {
             | Self::Instruction { .. }
             | Self::Stuck { .. } => 3,
             Self::TimeLimit(_) => 4,
+            Self::LinuxOops(_) => 6,
             Self::Interrupted => 130,
         }
     }

@@ -40,12 +40,21 @@ pub struct Report {
     pub picture: Option<Picture>,
     /// The table of objects at the end: live and freed ones, with their history.
     pub objects: Objects,
+    /// [`Config::require_checks`].
+    pub(super) require_checks: bool,
 }
 
+/// Exit status of a run that was to be checked, and was not.
+const UNCHECKED: u8 = 5;
+
 impl Report {
-    /// Its exit status.
+    /// Its exit status: that of its [outcome](Outcome::status), or 5 for a run that would be clean
+    /// but ran unchecked, if [`Config::require_checks`] is set.
     pub fn status(&self) -> u8 {
-        self.outcome.status(!self.findings.is_empty())
+        match self.outcome.status(!self.findings.is_empty()) {
+            0 if self.require_checks && self.stats.unchecked.is_some() => UNCHECKED,
+            status => status,
+        }
     }
 
     /// Summary of this run of `config`, for the page about it.

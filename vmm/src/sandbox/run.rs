@@ -113,7 +113,7 @@ fn set_up(
         guest: GuestInfo::new(symbols),
         session: Session::new(observer, config.stop_at),
         watch: Watch::new(
-            ConsoleWatch::new(linux),
+            ConsoleWatch::new(linux).with_oopses(!config.ignore_oops),
             Marks::new(config.marks.clone(), counters.clone().filter(|_| emulated)),
             config.picture.then(Timeline::default),
         ),
@@ -323,7 +323,8 @@ impl Running {
         );
         let findings = dispatcher.session.take_findings();
         let objects = dispatcher.provenance.take_objects();
-        Ok(Report { outcome, findings, stats, picture, objects })
+        let require_checks = config.require_checks;
+        Ok(Report { outcome, findings, stats, picture, objects, require_checks })
     }
 
     /// Gets all vCPUs out of the guest and joins their threads. Returns how the run ended, and

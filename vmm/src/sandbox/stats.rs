@@ -6,7 +6,7 @@ use umbra_provenance::{ProvenanceFigures, QuarantineFigures};
 
 pub use super::counts::{EventStats, ExitStats};
 use super::dispatch::Dispatcher;
-use super::{Config, Mark, Outcome};
+use super::{Config, Mark, Outcome, ShadowMode};
 use crate::shadow::accounting::resident_bytes;
 use crate::shadow::{Notify, ProcessMemory};
 
@@ -21,6 +21,9 @@ pub struct Stats {
     /// Costs until lines of the console, if marks were requested.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub marks: Vec<Mark>,
+    /// Why the guest ran unchecked, if it did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unchecked: Option<&'static str>,
     /// Different findings.
     pub findings: usize,
     /// All findings, with those that were only counted: repeats, and different ones beyond the
@@ -125,6 +128,10 @@ pub(super) fn collect(
         outcome: outcome.word(),
         console_tail: if outcome.is_regular() { Vec::new() } else { watch.last_lines() },
         marks: watch.marks().to_vec(),
+        unchecked: match config.shadow {
+            ShadowMode::Off => Some("there is no shadow"),
+            ShadowMode::PerPage | ShadowMode::Full => dispatcher.guest.unchecked(),
+        },
         findings: findings.distinct(),
         findings_total: findings.total(),
         quarantine: provenance.quarantine().figures(),

@@ -82,6 +82,10 @@ impl Watch {
             ) => Outcome::LinuxPanic(message.to_owned()),
             // Other kernels halt like this on purpose.
             (Outcome::HaltedForGood { .. }, None) if !self.console.is_linux() => Outcome::Halted,
+            (outcome, None) if outcome.is_regular() => match self.console.oops() {
+                Some(message) => Outcome::LinuxOops(message.to_owned()),
+                None => outcome,
+            },
             (outcome, _) => outcome,
         }
     }

@@ -8,9 +8,9 @@ use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use crate::boot::DIRECT_MAP;
 
 /// Its start.
-const START: u64 = DIRECT_MAP + (16 << 20);
+pub const START: u64 = DIRECT_MAP + (16 << 20);
 /// Its bytes.
-const BYTES: u64 = 1 << 20;
+pub const BYTES: u64 = 1 << 20;
 
 /// The allocator.
 pub struct Heap {

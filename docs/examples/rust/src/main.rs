@@ -9,7 +9,9 @@ mod console;
 mod heap;
 mod paging;
 
+use alloc::vec;
 use alloc::vec::Vec;
+use core::hint::black_box;
 
 use heap::Heap;
 
@@ -24,6 +26,9 @@ extern "C" fn kernel_main() -> ! {
     println!("the kernel runs");
     let squares: Vec<u32> = (1..=10).map(|n| n * n).collect();
     println!("the squares up to 10 add up to {}", sum(&squares));
+    println!("and a copy of them to {}", copied(&squares).iter().sum::<u32>());
+    println!("the first one was {}", first(squares));
+    free_inside(vec![0; 64]);
     boot::reset()
 }
 
@@ -36,6 +41,30 @@ fn sum(numbers: &[u32]) -> u32 {
         sum += unsafe { *numbers.as_ptr().add(i) };
     }
     sum
+}
+
+/// Copies all numbers, and one more: a bug.
+#[inline(never)]
+fn copied(numbers: &[u32]) -> Vec<u32> {
+    // SAFETY: not given.
+    unsafe { core::slice::from_raw_parts(numbers.as_ptr(), numbers.len() + 1) }.to_vec()
+}
+
+/// Reads the first number after all are freed, and others have the memory: a bug.
+#[inline(never)]
+fn first(numbers: Vec<u32>) -> u32 {
+    let (first, len) = (numbers.as_ptr(), numbers.len());
+    drop(numbers);
+    let _others: Vec<u32> = black_box(vec![7; len]);
+    // SAFETY: not given.
+    unsafe { first.read_volatile() }
+}
+
+/// Frees what begins inside of an object: a bug.
+#[inline(never)]
+fn free_inside(mut bytes: Vec<u8>) {
+    // SAFETY: not given.
+    drop(unsafe { Vec::from_raw_parts(bytes.as_mut_ptr().add(16), 16, 16) });
 }
 
 #[panic_handler]

@@ -54,6 +54,14 @@ fn a_linux_console_tells_how_the_run_ends() {
     let end = ended(prints(&mut bench, "[    1.0] ---[ end Kernel panic - not syncing: why ]---"));
     assert_eq!(bench.state.watch().correct(end).to_string(), "the guest panicked: why");
 
+    let mut bench = linux();
+    goes_on(prints(&mut bench, "[    1.0] Oops: 0002 [#1] PREEMPT SMP"));
+    assert_eq!(bench.state.watch().correct(Outcome::Interrupted).word(), "interrupted");
+    let outcome = bench.state.watch().correct(Outcome::Reset);
+    assert_eq!((outcome.word(), outcome.status(false), outcome.status(true)), ("oops", 6, 6));
+    goes_on(prints(&mut bench, "[    1.0] Kernel panic - not syncing: why"));
+    assert_eq!(bench.state.watch().correct(Outcome::Reset).word(), "panic");
+
     let halted = || Outcome::HaltedForGood { place: "rip 0x0".into() };
     assert_eq!(linux().state.watch().correct(halted()).status(false), 3);
     assert_eq!(Bench::ring().state.watch().correct(halted()).word(), "halted");
