@@ -9,11 +9,12 @@ use umbra_shadow::codes::{GRANULE, SLAB_FREE, SLAB_REDZONE};
 
 /// Bytes of the smallest redzone before an object.
 const REDZONE: usize = 16;
-/// The last eight bytes before an object are this, XORed with its address.
+/// The last eight bytes before an object are this, XORed with its address, size and alignment.
 const MARK: u64 = 0x5eed_0b1e_c7ed_0b1e;
 
 /// Makes an allocator checked. Every object has redzones before and behind it. Freed memory is
-/// poisoned until it is handed out again. Double and invalid frees are reported and not passed on.
+/// poisoned until it is handed out again. Double and invalid frees, also those with another layout,
+/// are reported and not passed on.
 ///
 /// With [`Checked::quarantine`], freed memory goes through the quarantine before the inner
 /// allocator gets it back. Where redzones are switched off, or where there is no Umbra, the inner
@@ -123,6 +124,11 @@ fn before(align: usize) -> usize {
     align.max(REDZONE)
 }
 
+/// The mark before an object at this address.
+fn mark_of(object: u64, layout: Layout) -> u64 {
+    MARK ^ object ^ (layout.size() as u64).rotate_left(32) ^ layout.align() as u64
+}
+
 /// Marks the start of an object, in its redzone. In assembly, which is not checked.
 ///
 /// # Safety
@@ -134,18 +140,18 @@ unsafe fn mark(object: u64, mark: u64) {
     };
 }
 
-/// Whether an object starts at an address.
+/// Whether an object of this layout starts at an address.
 ///
 /// # Safety
 /// The eight bytes before `object` are mapped.
-unsafe fn is_marked(object: u64) -> bool {
+unsafe fn is_marked(object: u64, layout: Layout) -> bool {
     let found: u64;
     // SAFETY: the caller's promise.
     unsafe {
         asm!("mov {}, [{} - 8]",
              out(reg) found, in(reg) object, options(nostack, preserves_flags, readonly));
     }
-    found == MARK ^ object
+    found == mark_of(object, layout)
 }
 
 // SAFETY: memory comes from the inner allocator, with at least the requested size and alignment. It
@@ -167,7 +173,7 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for Checked<A> {
         let object = unsafe { start.add(slot.before) };
         if slot.before != 0 {
             // SAFETY: the redzone has at least that many bytes.
-            unsafe { mark(object as u64, MARK ^ object as u64) };
+            unsafe { mark(object as u64, mark_of(object as u64, layout)) };
             crate::poison(start as u64, slot.before as u64, SLAB_REDZONE);
         }
         crate::alloc(object as u64, layout.size() as u64, slot.rest(), SLAB_REDZONE, 0);
@@ -179,7 +185,7 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for Checked<A> {
         let at = object as u64;
         // Free memory may have lost its mark; its shadow says that it is free.
         // SAFETY: `object` came from `alloc`, or is at least an address near other objects.
-        if slot.before != 0 && !crate::is_poisoned(at) && !unsafe { is_marked(at) } {
+        if slot.before != 0 && !crate::is_poisoned(at) && !unsafe { is_marked(at, layout) } {
             return crate::invalid_free(at);
         }
         let note = layout.align().trailing_zeros() as u8;

@@ -19,6 +19,8 @@ const VARIABLES_MAX: usize = 64;
 pub struct StackFrame {
     /// Bytes from the frame's start to the first bad address.
     pub offset: u64,
+    /// It is on the stack of the task that made the access.
+    pub current: bool,
     /// The function, with offset and size as in a stack; none if it is not known.
     pub function: Option<String>,
     /// Its variables, by rising offset.

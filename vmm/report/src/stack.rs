@@ -5,6 +5,9 @@ use std::fmt;
 /// Most frames of the checking runtime between the report call and the access.
 const SKIP_MAX: usize = 32;
 
+/// Most frames that [`holds`] looks at.
+const SEARCHED: usize = 256;
+
 /// The result of a walk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stack {
@@ -119,14 +122,22 @@ mod registers {
     pub const RBP: u64 = 32;
     pub const RIP: u64 = 128;
     pub const CS: u64 = 136;
+    pub const RSP: u64 = 152;
 }
 
-/// The instruction and the frame pointer in Linux's saved registers at an address; none of a
-/// program, or of a kernel thread that starts. An error if these are not saved registers.
+/// Where a kernel's code was interrupted.
+struct Interrupted {
+    rip: u64,
+    rbp: u64,
+    rsp: u64,
+}
+
+/// Linux's saved registers at an address; none of a program, or of a kernel thread that starts. An
+/// error if these are not saved registers.
 fn interrupted(
     read: &mut dyn FnMut(u64) -> Option<u64>,
     at: u64,
-) -> Result<Option<(u64, u64)>, Break> {
+) -> Result<Option<Interrupted>, Break> {
     if !at.is_multiple_of(8) {
         return Err(Break::Misaligned);
     }
@@ -137,9 +148,35 @@ fn interrupted(
     let (rip, cs) = (read(registers::RIP)?, read(registers::CS)?);
     match cs {
         0..=0xffff if rip == 0 || cs & 3 == 3 => Ok(None),
-        1..=0xffff => Ok(Some((rip, read(registers::RBP)?))),
+        1..=0xffff => {
+            let (rbp, rsp) = (read(registers::RBP)?, read(registers::RSP)?);
+            Ok(Some(Interrupted { rip, rbp, rsp }))
+        }
         _ => Err(Break::Misaligned),
     }
+}
+
+/// Whether an address is in a frame of the stack with this stack pointer and frame pointer, or of
+/// one that it interrupted. At most [`SEARCHED`] frames are looked at. The variables of a function
+/// lie below its frame pointer.
+pub fn holds(read: &mut dyn FnMut(u64) -> Option<u64>, rsp: u64, rbp: u64, address: u64) -> bool {
+    let (mut low, mut frame) = (rsp, rbp);
+    for _ in 0..SEARCHED {
+        if frame & 1 != 0 {
+            let Ok(Some(before)) = interrupted(read, frame - 1) else { return false };
+            (low, frame) = (before.rsp, before.rbp);
+            continue;
+        }
+        if frame <= low || !frame.is_multiple_of(8) {
+            return false;
+        }
+        if (low..frame).contains(&address) {
+            return true;
+        }
+        let Some(next) = read(frame) else { return false };
+        (low, frame) = (frame, next);
+    }
+    false
 }
 
 /// Up to `steps` return addresses.
@@ -156,9 +193,9 @@ fn chain(read: &mut dyn FnMut(u64) -> Option<u64>, rbp: u64, steps: usize) -> (V
         let broken = |why| StackEnd::Broken { at: frame, why };
         if frame & 1 != 0 {
             match interrupted(read, frame - 1) {
-                Ok(Some((ip, rbp))) => {
-                    ips.push(ip);
-                    frame = rbp;
+                Ok(Some(before)) => {
+                    ips.push(before.rip);
+                    frame = before.rbp;
                     continue;
                 }
                 Ok(None) => return (ips, StackEnd::Complete),
@@ -260,7 +297,7 @@ mod tests {
 
     /// Saved registers at 0x200, which the frame at 0x100 leads to.
     fn over_registers(rip: u64, cs: u64, rbp: u64) -> (Vec<u64>, StackEnd, bool) {
-        let registers = [(0x100, 0x201, 0xa1), (0x218, 0, rbp), (0x280, rip, cs)];
+        let registers = [(0x100, 0x201, 0xa1), (0x218, 0, rbp), (0x280, rip, cs), (0x298, 0x70, 0)];
         walked(&[&registers[..], &[(0x80, 0xc0, 0xb1), (0xc0, 0, 0xb2)]].concat(), None, 16)
     }
 
@@ -270,6 +307,30 @@ mod tests {
         assert_eq!(over_registers(0xee, 0x10, 0x80), (all, StackEnd::Complete, true));
         let (ips, end, _) = over_registers(0xee, 0x10, 0x201);
         assert_eq!((ips.len(), end), (16, StackEnd::Truncated));
+    }
+
+    #[test]
+    fn an_address_is_on_the_stack_or_not() {
+        let on = |rsp, address| holds(&mut memory(&GOOD), rsp, 0x100, address);
+        for (address, expected) in
+            [(0xef, false), (0xf0, true), (0x13f, true), (0x17f, true), (0x180, false)]
+        {
+            assert_eq!(on(0xf0, address), expected, "{address:#x}");
+        }
+        // A frame pointer below the stack pointer is none of it.
+        assert!(!on(0x110, 0x118));
+        let interrupting = [
+            (0x100, 0x201, 0xa1),
+            (0x218, 0, 0xc0),
+            (0x280, 0xee, 0x10),
+            (0x290, 0, 0x70),
+            (0xc0, 0, 0xb1),
+        ];
+        let on = |address| holds(&mut memory(&interrupting), 0xf8, 0x100, address);
+        assert_eq!([on(0xf8), on(0x80), on(0x6f), on(0xd0)], [true, true, false, false]);
+        // Without an end.
+        let mut endless = |at: u64| Some(at + 16);
+        assert!(!holds(&mut endless, 0x100, 0x110, u64::MAX));
     }
 
     #[test]

@@ -211,12 +211,12 @@ impl Printer<'_> {
     }
 
     fn stack_frame(&mut self, task: &Task, frame: &StackFrame) -> io::Result<()> {
-        writeln!(
-            self.out,
-            "The buggy address belongs to stack of task {}/{}",
-            name(task),
-            task.id
-        )?;
+        if frame.current {
+            let name = name(task);
+            writeln!(self.out, "The buggy address belongs to stack of task {name}/{}", task.id)?;
+        } else {
+            writeln!(self.out, "The buggy address belongs to the stack of another task")?;
+        }
         if let Some(function) = &frame.function {
             writeln!(self.out, " and is located at offset {} in frame:", frame.offset)?;
             writeln!(self.out, " {}", printable(function))?;

@@ -7,13 +7,14 @@ use umbra_machine::memory::Ram;
 use umbra_machine::walk::AddressSpace;
 use umbra_provenance::{FoundObject, ObjectEvent, Provenance, ShadowHint};
 use umbra_report::frame::{self, DESCRIPTION_MAX, FRAME_MAGIC, StackFrame};
-use umbra_report::stack::{Stack, walk};
+use umbra_report::stack::{Stack, holds, walk};
 use umbra_report::symbols::Position;
 use umbra_report::{
     AccessKind, Finding, Object, Previous, ROW_SHADOW, ShadowDump, Task, Track, Variable,
 };
 use umbra_shadow::codes::{
-    GRANULE, GRANULE_SHIFT, LARGE_REDZONE, PAGE_SHIFT, PAGE_SIZE, SLAB_REDZONE, STACK_LEFT, UNKNOWN,
+    FREE_PAGE, GRANULE, GRANULE_SHIFT, LARGE_REDZONE, PAGE_SHIFT, PAGE_SIZE, SLAB_REDZONE,
+    STACK_LEFT, UNKNOWN,
 };
 use umbra_shadow::{BugKind, Cause, Shadow as _, Violation, classify};
 
@@ -195,6 +196,7 @@ impl Investigation<'_, '_> {
         let hint = match self.shadow.model().map(|model| model.state(key)) {
             Some(1..GRANULE_BYTES | LARGE_REDZONE) => ShadowHint::Behind,
             Some(SLAB_REDZONE) => ShadowHint::Redzone,
+            Some(FREE_PAGE) => ShadowHint::FreePage,
             _ => ShadowHint::Anywhere,
         };
         let Some(found) = self.provenance.objects().nearest(key, hint) else {
@@ -267,7 +269,15 @@ impl Investigation<'_, '_> {
         let function = self.guest.symbols().lookup(pc).map(|symbol| {
             format!("{}+{:#x}/{:#x}", symbol.name, pc.wrapping_sub(symbol.start), symbol.size)
         });
-        Some(StackFrame { offset: va - base, function, variables })
+        let current = self.is_on_current_stack(va);
+        Some(StackFrame { offset: va - base, current, function, variables })
+    }
+
+    /// Whether `va` is on the stack of the code that made the access.
+    fn is_on_current_stack(&self, va: u64) -> bool {
+        let regs = self.context.cpu.regs().unwrap_or_default();
+        let mut read = |at| self.space.read_u64(self.context.ram, at).ok();
+        holds(&mut read, regs.rsp, regs.rbp, va)
     }
 
     /// The compiler's description of a frame at `va`.

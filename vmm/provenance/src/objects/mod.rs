@@ -117,6 +117,8 @@ pub struct Cache<'a> {
 pub enum ShadowHint {
     /// Nothing that would help.
     Anywhere,
+    /// It is in a free page: only an object that holds it explains it.
+    FreePage,
     /// It is a redzone: no freed object explains it.
     Redzone,
     /// It is the rest of a live object's last granule, or the redzone behind a large one: that
@@ -416,7 +418,8 @@ impl Objects {
     pub fn nearest(&self, gpa: u64, hint: ShadowHint) -> Option<FoundObject<'_>> {
         // A freed object leaves its memory poisoned as freed. Where that is a redzone now, it was
         // before the memory was cut up anew.
-        let fits = |entry: &Entry| hint == ShadowHint::Anywhere || !entry.is_freed();
+        let freed_fits = matches!(hint, ShadowHint::Anywhere | ShadowHint::FreePage);
+        let fits = |entry: &Entry| freed_fits || !entry.is_freed();
         let table = &self.table;
         let mut before =
             successors(table.up_to(gpa), |entry| table.up_to(entry.start.checked_sub(1)?));
@@ -427,7 +430,10 @@ impl Objects {
             let entry = behind.take(PASSED_OVER).find(fits)?;
             Some((entry, entry.start - gpa)).filter(|(_, distance)| *distance <= NEARBY)
         };
-        let Some(left) = left else { return Some(self.found(right()?.0)) };
+        let Some(left) = left else {
+            let right = right().filter(|_| hint != ShadowHint::FreePage);
+            return Some(self.found(right?.0));
+        };
         let slot = match self.caches.get(&left.cache) {
             Some((_, object_size)) => *object_size,
             // Without a cache, an object that starts a page has pages of its own.
@@ -439,6 +445,9 @@ impl Objects {
         let end = left.end().max(left.start.saturating_add(slot));
         if gpa < end {
             return Some(self.found(left));
+        }
+        if hint == ShadowHint::FreePage {
+            return None;
         }
         let distance = gpa - end;
         let page = |gpa: u64| gpa / PAGE_SIZE;

@@ -83,6 +83,10 @@ fn the_closer_neighbour_explains() {
     assert_eq!((redzone(0x10090), nearest(&objects, 0x10090)), (Some(0x10000), Some(0x10080)));
     assert_eq!((redzone(0x1007f), redzone(0x10000 + 4096 + 64)), (Some(0x10000), Some(0x10000)));
     assert_eq!(redzone(0x10000 + 4096 + 65), None);
+    // A free page has nothing to do with its neighbours, only with what was in it.
+    let in_free_page = |gpa| objects.nearest(gpa, ShadowHint::FreePage).map(|found| found.start);
+    assert_eq!((in_free_page(0x10090), in_free_page(0x10000)), (Some(0x10080), Some(0x10000)));
+    assert_eq!((in_free_page(0x10000 - 1), in_free_page(0x10000 + 4096)), (None, None));
     for _ in 0..3 {
         objects.allocated(u64::MAX, u64::MAX, 0, 0, 0, &[]);
         objects.freed(u64::MAX, 0, &[]);

@@ -185,8 +185,8 @@ fn a_variable_without_a_place_has_its_module() {
 fn a_stack_finding_names_the_variables() {
     let mut one = finding();
     let variables = frame::parse(b"2 32 10 8 array:12 64 1 3 x\ny").unwrap();
-    one.stack_frame =
-        Some(StackFrame { offset: 42, function: Some("f+0x0/0x90".into()), variables });
+    let function = Some("f+0x0/0x90".into());
+    one.stack_frame = Some(StackFrame { offset: 42, current: true, function, variables });
     let text = to_string(&one, PLAIN);
     let expected = "\
 The buggy address belongs to stack of task kmalloc_oob_right/12
@@ -198,6 +198,10 @@ This frame has 2 objects:
  [64, 65) 'x?y'
 
 Memory state";
+    assert!(text.contains(expected), "{text}");
+    one.stack_frame.as_mut().unwrap().current = false;
+    let text = to_string(&one, PLAIN);
+    let expected = "The buggy address belongs to the stack of another task\n and is located at";
     assert!(text.contains(expected), "{text}");
 }
 
