@@ -199,7 +199,9 @@ impl Printer<'_> {
             let (cache, size) = (printable(cache), object.cache_size);
             writeln!(self.out, " which belongs to the cache {cache} of size {size}")?;
         }
-        let region = format!("{}-byte region [{:016x}, {end:016x})", object.size, object.start);
+        let state = if finding.freed.is_some() { "freed" } else { "allocated" };
+        let (size, start) = (object.size, object.start);
+        let region = format!("{state} {size}-byte region [{start:016x}, {end:016x})");
         let place = relation(i128::from(object.offset), object.size);
         writeln!(self.out, "The buggy address is located {place} of\n {region}")?;
         if finding.address != finding.shadow.first_bad {

@@ -30,7 +30,7 @@ Allocated by task 12:
 The buggy address belongs to the object at ffff800000201000
  which belongs to the cache kmalloc-128 of size 128
 The buggy address is located 0 bytes to the right of
- 115-byte region [ffff800000201000, ffff800000201073)
+ allocated 115-byte region [ffff800000201000, ffff800000201073)
 
 Memory state around the buggy address:
  ffff800000200f00: fb fb fb fb fb fb fb fb fb fb fb fb fb fb fb fb
@@ -113,13 +113,18 @@ fn tells_where_the_address_lies() {
             .unwrap()
             .replace("[ffff800000201000, ffff800000201073)", "R")
     };
-    assert_eq!(located(-1, -1), "is located 1 bytes to the left of\n 115-byte region R");
-    assert_eq!(located(0, 0), "is located 0 bytes inside of\n 115-byte region R");
-    assert_eq!(located(114, 114), "is located 114 bytes inside of\n 115-byte region R");
-    assert_eq!(located(120, 120), "is located 5 bytes to the right of\n 115-byte region R");
+    for (offset, place) in [
+        (-1, "1 bytes to the left of"),
+        (0, "0 bytes inside of"),
+        (114, "114 bytes inside of"),
+        (120, "5 bytes to the right of"),
+    ] {
+        let expected = format!("is located {place}\n allocated 115-byte region R");
+        assert_eq!(located(offset, offset), expected);
+    }
     assert_eq!(
         located(115, 112),
-        "is located 0 bytes to the right of\n 115-byte region R\n \
+        "is located 0 bytes to the right of\n allocated 115-byte region R\n \
          (the access begins 112 bytes inside of it)"
     );
 }
