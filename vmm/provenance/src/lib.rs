@@ -5,8 +5,8 @@
 //! their call stacks ([`objects`]) and, if it is a free, into the quarantine ([`quarantine`]).
 //!
 //! The crate knows neither KVM nor the shadow's windows. The caller passes in guest memory
-//! ([`rings::RingMemory`]), and chooses the keys of memory: Umbra uses guest-physical addresses, so
-//! that aliases of a page share one history.
+//! ([`rings::RingMemory`]), and chooses the keys by which memory is known. Umbra's are explained in
+//! `vmm/src/shadow/keys.rs`. Only rings have guest-physical addresses (`gpa`) here.
 //!
 //! # What is stored
 //!

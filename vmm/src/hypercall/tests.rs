@@ -24,7 +24,7 @@ fn calls_are_decoded() {
     let Call::RegionAdd(region) = ok(CallNumber::RegionAdd, DIRECT, 1 << 28, 0x1000, 0) else {
         panic!()
     };
-    assert_eq!((region.va(), region.bytes(), region.gpa()), (DIRECT, 1 << 28, 0x1000));
+    assert_eq!((region.va(), region.bytes(), region.key()), (DIRECT, 1 << 28, 0x1000));
     assert_eq!(
         ok(CallNumber::RingSetup, IMAGE, 64 * 65, 3, IMAGE),
         Call::RingSetup(RingPlace { va: IMAGE, records: 64, cpu: 3, text_base: IMAGE })
@@ -214,13 +214,13 @@ proptest! {
             Ok(Call::RegionAdd(region)) => {
                 let mut regions = Regions::default();
                 if regions.add(region, 1 << 32).is_ok() {
-                    prop_assert!(region.bytes() > 0 && region.gpa() + region.bytes() <= 1 << 32);
-                    let gpa = regions.to_gpa(region.va(), region.bytes());
-                    prop_assert_eq!(gpa, Some(region.gpa()));
-                    prop_assert_eq!(regions.to_gpa(region.va(), region.bytes() + 1), None);
-                    prop_assert_eq!(regions.to_va(region.gpa()), Some(region.va()));
+                    prop_assert!(region.bytes() > 0 && region.key() + region.bytes() <= 1 << 32);
+                    let key = regions.key_of(region.va(), region.bytes());
+                    prop_assert_eq!(key, Some(region.key()));
+                    prop_assert_eq!(regions.key_of(region.va(), region.bytes() + 1), None);
+                    prop_assert_eq!(regions.to_va(region.key()), Some(region.va()));
                 }
-                regions.to_gpa(rcx, rdx);
+                regions.key_of(rcx, rdx);
                 regions.to_va(rcx);
             }
             Ok(Call::RingSetup(RingPlace { va, records, .. })) => {

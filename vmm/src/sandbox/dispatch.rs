@@ -274,7 +274,7 @@ impl Dispatcher {
     pub(super) fn drain(&mut self, asked: Option<u16>, ram: &Ram) {
         let regions = self.guest.regions();
         let refused =
-            self.provenance.drain(asked, &RingRam(ram), &|va, len| regions.to_gpa(va, len));
+            self.provenance.drain(asked, &RingRam(ram), &|va, len| regions.key_of(va, len));
         if refused > 0 {
             self.refuse(refused, &format_args!("{refused} records in rings make no sense"));
         }

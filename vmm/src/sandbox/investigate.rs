@@ -281,14 +281,14 @@ impl Investigation<'_, '_> {
     fn frame_base(&self, va: u64) -> Option<u64> {
         let model = self.shadow.model()?;
         let regions = self.guest.regions();
-        let state = |at| Some(model.state(regions.to_gpa(at, GRANULE)?));
+        let state = |at| Some(model.state(regions.key_of(at, GRANULE)?));
         let mut base = va & !(GRANULE - 1);
         let lowest = base.checked_sub(STACK_SEARCH)?;
         let mut page = None;
         while state(base)? != STACK_LEFT {
             // A stack ends at its guard page.
             if page.replace(base / PAGE_SIZE) != Some(base / PAGE_SIZE)
-                && self.shadow.is_guard(regions.to_gpa(base, GRANULE)?)
+                && self.shadow.is_guard(regions.key_of(base, GRANULE)?)
             {
                 return None;
             }
@@ -302,7 +302,7 @@ impl Investigation<'_, '_> {
 
     fn shadow_around(&self, va: u64) -> ShadowDump {
         ShadowDump::around(va, |at| {
-            let key = self.guest.regions().to_gpa(at, GRANULE * ROW_SHADOW as u64)?;
+            let key = self.guest.regions().key_of(at, GRANULE * ROW_SHADOW as u64)?;
             let model = self.shadow.model()?;
             Some(std::array::from_fn(|i| model.state(key + i as u64 * GRANULE)))
         })

@@ -1,9 +1,12 @@
-//! Keys for virtual memory. Memory that a guest maps page by page (vmalloc) has its own shadow.
-//! Keys look it up: addresses above RAM behind which there is no memory.
+//! Keys for virtual memory.
 //!
-//! To the shadow, to provenance and to reports a key is a guest-physical address like any other.
-//! Keys are handed out in units of [`VIRTUAL_UNIT`], so that no page of page shadow serves two
-//! ranges, and only once: a range keeps its shadow as long as the guest runs.
+//! A *key* is the number by which shadow and provenance know a byte of guest memory. For RAM it is
+//! the guest-physical address, so that aliases of a page share one shadow and one history. Memory
+//! that a guest maps page by page (vmalloc) has no such address that lasts. Its keys are addresses
+//! above RAM, behind which there is no memory. `Regions::key_of` finds the key of an address.
+//!
+//! Keys of virtual memory are handed out in units of [`VIRTUAL_UNIT`], so that no page of page
+//! shadow serves two ranges, and only once: a range keeps its shadow as long as the guest runs.
 
 use umbra_shadow::{
     Shadow,

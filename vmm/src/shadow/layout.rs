@@ -1,6 +1,5 @@
 //! The place of the shadow windows in guest-physical memory: above RAM, the page window first. And
-//! the *keys* of the shadow: the addresses of RAM, then the keys of virtual memory with its own
-//! shadow.
+//! the range of the keys (`keys.rs`): those of RAM, then those of virtual memory.
 
 use umbra_shadow::{
     abi::VIRTUAL_UNIT,

@@ -1,4 +1,4 @@
-//! The shadow bytes, by guest-physical address, as the models of `umbra-shadow` access them.
+//! The shadow bytes, by key, as the models of `umbra-shadow` access them.
 
 use std::{iter, ops::Range};
 
@@ -18,8 +18,7 @@ use super::{
 /// Pages of guest memory behind one chunk of byte shadow.
 const CHUNK_PAGES: u64 = CHUNK_COVERS >> PAGE_SHIFT;
 
-/// Page shadow and byte shadow of a whole guest in host memory. It is keyed by guest-physical
-/// address; the keys of virtual memory ([`Layout`]) are addresses to it like any other.
+/// Page shadow and byte shadow of a whole guest in host memory, by key (`keys.rs`).
 ///
 /// Reads are safe while guest vCPUs run; each value is read once. Byte shadow of a chunk that was
 /// never mapped reads as zero and costs nothing. A write to such a chunk counts it as mapped;

@@ -1,6 +1,7 @@
 //! The host side of shadow memory: the windows of a guest, their cost, and reclaim of host memory.
 //!
-//! Everything is keyed by guest-physical address, so that aliases of a page share one shadow.
+//! Memory is looked up by its key (`keys.rs`): the guest-physical address of RAM, and a number of
+//! its own for virtual memory.
 
 pub mod accounting;
 mod keys;

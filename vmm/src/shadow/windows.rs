@@ -291,8 +291,8 @@ impl Windows {
         (layout.page.gpa..layout.end()).contains(&gpa)
     }
 
-    /// The shadow, for checks and reports, by guest-physical address. Safe while vCPUs run, but in
-    /// ring mode they may change it between two reads.
+    /// The shadow, for checks and reports, by key. Safe while vCPUs run, but in ring mode they
+    /// may change it between two reads.
     pub fn model(&self) -> &Model {
         &self.model
     }

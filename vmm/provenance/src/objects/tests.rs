@@ -6,9 +6,9 @@ fn limits(objects: usize) -> ObjectLimits {
     ObjectLimits { objects, related: 1 << 10, stacks: 1 << 16, tasks: 8 }
 }
 
-/// Start of the object that explains `gpa`.
-fn nearest(objects: &Objects, gpa: u64) -> Option<u64> {
-    objects.nearest(gpa, ShadowHint::Anywhere).map(|found| found.start)
+/// Start of the object that explains `key`.
+fn nearest(objects: &Objects, key: u64) -> Option<u64> {
+    objects.nearest(key, ShadowHint::Anywhere).map(|found| found.start)
 }
 
 #[test]
@@ -56,7 +56,7 @@ fn the_closer_neighbour_explains() {
     objects.name_cache(1, b"c", 64);
     objects.allocated(0x10000, 50, 0, 1, 0, &[]);
     objects.allocated(0x10080, 50, 0, 0, 0, &[]);
-    for (gpa, expected) in [
+    for (key, expected) in [
         (0x10000, Some(0x10000)),
         (0x10031, Some(0x10000)),
         (0x1003f, Some(0x10000)), // The rest of its slot.
@@ -71,15 +71,15 @@ fn the_closer_neighbour_explains() {
         (0, None),
         (u64::MAX, None),
     ] {
-        assert_eq!(nearest(&objects, gpa), expected, "{gpa:#x}");
+        assert_eq!(nearest(&objects, key), expected, "{key:#x}");
     }
     // Where the shadow says that it belongs to what lies before it, closeness does not count.
-    let owner = |gpa| objects.nearest(gpa, ShadowHint::Behind).map(|found| found.start);
+    let owner = |key| objects.nearest(key, ShadowHint::Behind).map(|found| found.start);
     assert_eq!(owner(0x1007f), Some(0x10000));
     assert_eq!(owner(0x10000 - 1), Some(0x10000));
     // An object that was freed long ago does not explain a redzone.
     objects.freed(0x10080, 0, &[]);
-    let redzone = |gpa| objects.nearest(gpa, ShadowHint::Redzone).map(|found| found.start);
+    let redzone = |key| objects.nearest(key, ShadowHint::Redzone).map(|found| found.start);
     assert_eq!((redzone(0x10090), nearest(&objects, 0x10090)), (Some(0x10000), Some(0x10080)));
     assert_eq!((redzone(0x1007f), redzone(0x10000 + 4096 + 64)), (Some(0x10000), Some(0x10000)));
     assert_eq!(redzone(0x10000 + 4096 + 65), None);
@@ -199,7 +199,7 @@ fn lost_stacks_say_so() {
     }
     let (kept, lost) = (objects.stacks(), objects.counts().lost_stacks);
     assert!(kept > 35 && kept as u64 + lost == 200, "{kept} {lost}");
-    let event = |gpa| objects.nearest(gpa, ShadowHint::Anywhere).unwrap().allocated.unwrap();
+    let event = |key| objects.nearest(key, ShadowHint::Anywhere).unwrap().allocated.unwrap();
     assert_eq!((event(0x700).frames, event(0x700).lost), (&[8u64] as &[u64], false));
     assert!(event(199 * 0x100).frames.is_empty() && event(199 * 0x100).lost);
     assert!(objects.figures(0).bytes < 6_000);
@@ -413,16 +413,16 @@ proptest! {
             }
         }
         prop_assert_eq!(objects.len(), plain.len());
-        for gpa in base..=base + 699 {
-            let inside = plain.iter().find(|object| (object.0..object.1).contains(&gpa));
-            let found = objects.nearest(gpa, ShadowHint::Anywhere);
+        for key in base..=base + 699 {
+            let inside = plain.iter().find(|object| (object.0..object.1).contains(&key));
+            let found = objects.nearest(key, ShadowHint::Anywhere);
             let found = found.map(|found| (found.start, found.live));
             match inside {
                 Some(object) => prop_assert_eq!(found, Some((object.0, !object.2))),
                 None => {
-                    let distance = |object: &(u64, u64, bool)| match object.0 > gpa {
-                        true => object.0 - gpa,
-                        false => gpa - object.1,
+                    let distance = |object: &(u64, u64, bool)| match object.0 > key {
+                        true => object.0 - key,
+                        false => key - object.1,
                     };
                     let start = found.map(|found| found.0);
                     let found = plain.iter().find(|object| Some(object.0) == start);
