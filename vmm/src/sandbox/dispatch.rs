@@ -17,8 +17,8 @@ use super::context::{ExitContext, Flow};
 use super::counts::{EventStats, ExitStats};
 use super::guest_info::GuestInfo;
 use super::ring_memory::RingRam;
+use super::run_shadow::{RunShadow, fault};
 use super::session::Session;
-use super::shadow_host::{ShadowHost, fault};
 use super::watch::{Sign, Watch};
 use crate::shadow::{FaultOutcome, ShadowError};
 
@@ -27,7 +27,7 @@ pub(super) struct Parts {
     /// The devices.
     pub devices: Devices,
     /// The shadow.
-    pub shadow: ShadowHost,
+    pub shadow: RunShadow,
     /// Who allocated and freed what.
     pub provenance: Provenance,
     /// What the guest has reported about itself.
@@ -43,7 +43,7 @@ pub struct Dispatcher {
     /// Keeps the machine alive for its interrupts. Dropped before the shadow's windows, in which
     /// the machine's memory slots lie.
     pub(super) devices: Devices,
-    pub(super) shadow: ShadowHost,
+    pub(super) shadow: RunShadow,
     pub(super) provenance: Provenance,
     pub(super) guest: GuestInfo,
     pub(super) session: Session,

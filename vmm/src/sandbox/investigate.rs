@@ -21,7 +21,7 @@ use super::Outcome;
 use super::context::{ExitContext, Flow};
 use super::dispatch::Dispatcher;
 use super::guest_info::GuestInfo;
-use super::shadow_host::ShadowHost;
+use super::run_shadow::RunShadow;
 use crate::hypercall::{Access, BadAccess};
 use crate::shadow::Model;
 
@@ -67,7 +67,7 @@ impl Dispatcher {
 
 /// The state that a finding is made of. The rings are drained, and every vCPU stands still.
 pub(super) struct Investigation<'a, 'b> {
-    shadow: &'a ShadowHost,
+    shadow: &'a RunShadow,
     provenance: &'a Provenance,
     guest: &'a GuestInfo,
     context: &'a ExitContext<'b>,

@@ -6,7 +6,7 @@
 //! | `vcpu_thread.rs`, `vcpus.rs` | the thread of a vCPU; how vCPUs are paused and ended |
 //! | `dispatch.rs` | handles an exit, of which it sees `context.rs`; `calls.rs` a hypercall |
 //! | `investigate.rs` | makes a finding of a bad access |
-//! | `shadow_host.rs`, `guest_info.rs`, `session.rs`, `watch.rs` | the parts of a run's state |
+//! | `run_shadow.rs`, `guest_info.rs`, `session.rs`, `watch.rs` | the parts of a run's state |
 
 mod builder;
 mod calls;
@@ -30,8 +30,8 @@ mod picture;
 mod report;
 mod ring_memory;
 mod run;
+mod run_shadow;
 mod session;
-mod shadow_host;
 mod shared;
 pub mod stats;
 #[cfg(test)]

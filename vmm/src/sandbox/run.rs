@@ -29,8 +29,8 @@ use super::dispatch::{Dispatcher, Parts};
 use super::guest_info::GuestInfo;
 use super::marks::Marks;
 use super::picture::{self, Tail, Timeline};
+use super::run_shadow::RunShadow;
 use super::session::Session;
-use super::shadow_host::ShadowHost;
 use super::shared::{MachineSlots, Shared};
 use super::vcpu_thread;
 use super::vcpus::Vcpus;
@@ -105,7 +105,7 @@ fn set_up(
     let symbols = Symbols::lazy(move || kernel.contents().map_err(std::io::Error::other));
     let dispatcher = Dispatcher::new(Parts {
         devices: Devices::new(output, com1),
-        shadow: ShadowHost::new(windows),
+        shadow: RunShadow::new(windows),
         provenance: Provenance::new(
             Objects::new(ObjectLimits::of_budget(config.provenance)),
             quarantine,

@@ -20,7 +20,7 @@ mod tests;
 
 pub use accounting::{Figures, ProcessMemory};
 pub use layout::{CHUNK_BYTES, Layout, LayoutError, Window};
-pub use memory::HostShadow;
+pub use memory::ShadowBacking;
 pub use model::Model;
 pub use pages::page_map;
 pub use reclaim::reclaim_unused;

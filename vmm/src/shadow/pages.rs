@@ -10,7 +10,7 @@ use umbra_shadow::{
     },
 };
 
-use super::{memory::HostShadow, windows::Windows};
+use super::{memory::ShadowBacking, windows::Windows};
 
 /// Classifies all pages of `ram` (guest-physical, in order) into at most `most` cells. Safe while
 /// vCPUs run; their changes meanwhile may be missing.
@@ -53,7 +53,7 @@ impl Class {
     }
 }
 
-impl HostShadow {
+impl ShadowBacking {
     fn class_of(&self, page: u64) -> Class {
         let Some(mapping) = &self.page else { return self.class_by_bytes(page) };
         match mapping.load(page) {

@@ -23,7 +23,7 @@ use super::{
     windows::{ShadowError, Windows},
 };
 
-// The module's description and `HostShadow::shadow_page_in_use` rely on this.
+// The module's description and `ShadowBacking::shadow_page_in_use` rely on this.
 const _: () = assert!(CHUNK_COVERS >> PAGE_SHIFT == CHUNK_BYTES / HOST_PAGE * 8);
 
 /// Reclaims the host memory of all byte shadow that no page uses. Returns the bytes.

@@ -11,7 +11,7 @@ use super::{
     accounting::{Accounting, Figures, count},
     layout::{CHUNK_BYTES, CHUNK_COVERS, Layout, LayoutError, Window},
     mapping::Mapping,
-    memory::HostShadow,
+    memory::ShadowBacking,
     model::Model,
     stack_pages::StackPages,
 };
@@ -234,7 +234,7 @@ impl Windows {
         let page_bytes = if page.is_some() { layout.ram_page_bytes() } else { 0 };
         let accounting = Accounting::new(byte.range(), page_bytes)
             .map_err(ShadowError::host("open /proc/self/pagemap"))?;
-        let mut shadow = HostShadow::new(layout, page, byte);
+        let mut shadow = ShadowBacking::new(layout, page, byte);
         if config.mode == Mode::Full {
             for chunk in 0..layout.ram_chunks() {
                 shadow.set_mapped(chunk, true);

@@ -20,8 +20,8 @@ use crate::sandbox::counts::{EventStats, ExitStats};
 use crate::sandbox::dispatch::{Dispatcher, Parts};
 use crate::sandbox::guest_info::GuestInfo;
 use crate::sandbox::marks::Marks;
+use crate::sandbox::run_shadow::RunShadow;
 use crate::sandbox::session::Session;
-use crate::sandbox::shadow_host::ShadowHost;
 use crate::sandbox::watch::Watch;
 use crate::sandbox::{Observer, Outcome};
 use crate::shadow::{Layout, Mode, Notify, SlotError, Slots, Windows, WindowsConfig};
@@ -182,7 +182,7 @@ impl Bench {
         let heard = Heard::default();
         let state = Dispatcher::new(Parts {
             devices: Devices::new(Box::new(std::io::sink()), None),
-            shadow: ShadowHost::new(windows),
+            shadow: RunShadow::new(windows),
             provenance: Provenance::new(Objects::default(), quarantine),
             guest: GuestInfo::new(Symbols::lazy(|| Ok(Vec::new()))),
             session: Session::new(Box::new(heard.clone()), stop_at),
