@@ -17,9 +17,9 @@ use umbra_report::text::{self, TextStyle};
 use umbra_report::{Names, html};
 
 use crate::demo;
-use crate::print::{Printer, say, size, stderr_color};
+use crate::print::{FindingPrinter, say, size, stderr_color};
 use crate::sandbox::{
-    self, Config, Console, GuestFile, Outcome, Redzone, Report, RunError, ShadowMode,
+    self, Config, Console, GuestFile, Outcome, Redzone, RunError, RunReport, ShadowMode,
 };
 use crate::shadow::Notify;
 use crate::terminal;
@@ -322,7 +322,7 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
         },
         ..args.guest.config(kernel, args.cmdline.clone())
     };
-    let printer = Printer { style, quiet: false, json };
+    let printer = FindingPrinter { style, quiet: false, json };
     let restore = terminal::Restore;
     let console = Console { output, input: terminal::input() };
     let report = sandbox::run(&config, console, Box::new(printer), stop);
@@ -358,7 +358,7 @@ fn hint(outcome: &Outcome) -> &'static str {
 }
 
 /// Summary of a run, in one line.
-fn summary(report: &Report) -> String {
+fn summary(report: &RunReport) -> String {
     let outcome = format!("{}{}", report.outcome, hint(&report.outcome));
     let stats = &report.stats;
     let findings = match stats.findings {

@@ -18,7 +18,7 @@ use umbra::machine::loader::Boot;
 use umbra::machine::vcpu::VmExit;
 use umbra::machine::{Kvm, Machine, MachineConfig};
 use umbra::provenance::QuarantineSize;
-use umbra::sandbox::{Config, GuestFile, Report, ShadowMode};
+use umbra::sandbox::{Config, GuestFile, RunReport, ShadowMode};
 use umbra::shadow::{CHUNK_BYTES, Notify};
 use umbra::verdicts::{self, Verdict};
 use umbra_tests::suite::{Need, Suite};
@@ -40,7 +40,7 @@ const LITTLE_CHURN: &str = "churn=1000";
 /// A run of the test kernel.
 struct Outcome {
     verdicts: Vec<Verdict>,
-    report: Report,
+    report: RunReport,
 }
 
 impl Outcome {

@@ -209,7 +209,7 @@ impl Dispatcher {
         context.others.pause()?;
         self.drain_all(context.ram);
         let finding = self.investigation(context).bad_access(access);
-        self.report(finding)?;
+        self.add_finding(finding)?;
         Ok(0)
     }
 

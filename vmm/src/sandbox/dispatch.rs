@@ -8,7 +8,7 @@ use umbra_machine::devices::{DeviceEvent, Devices};
 use umbra_machine::memory::Ram;
 use umbra_machine::vcpu::VmExit;
 use umbra_provenance::Provenance;
-use umbra_report::Sample;
+use umbra_report::{Finding, Sample};
 use umbra_shadow::abi::PORT;
 use vm_memory::GuestAddress;
 
@@ -262,7 +262,16 @@ impl Dispatcher {
         context.others.pause()?;
         self.drain_all(context.ram);
         let finding = self.investigation(context).tampering(gpa, size, context.cpu.regs()?.rip);
-        self.report(finding)
+        self.add_finding(finding)
+    }
+
+    /// Adds a finding. Ends the run if that was the last one wanted.
+    pub(super) fn add_finding(&mut self, finding: Finding) -> Result<Flow, Outcome> {
+        let devices = &mut self.devices;
+        match self.session.add(finding, || devices.flush()) {
+            Some(outcome) => Err(outcome),
+            None => Ok(Flow::Continue),
+        }
     }
 
     /// Drains all rings. Every vCPU stands still.

@@ -17,8 +17,7 @@ use umbra_shadow::codes::{
 };
 use umbra_shadow::{BugKind, Cause, Shadow as _, Violation, classify};
 
-use super::Outcome;
-use super::context::{ExitContext, Flow};
+use super::context::ExitContext;
 use super::dispatch::Dispatcher;
 use super::guest_info::GuestInfo;
 use super::run_shadow::RunShadow;
@@ -52,15 +51,6 @@ impl Dispatcher {
             guest: &self.guest,
             context,
             space: AddressSpace::new(&context.cpu.sregs().unwrap_or_default()),
-        }
-    }
-
-    /// Adds a finding. Ends the run if that was the last one wanted.
-    pub(super) fn report(&mut self, finding: Finding) -> Result<Flow, Outcome> {
-        let devices = &mut self.devices;
-        match self.session.add(finding, || devices.flush()) {
-            Some(outcome) => Err(outcome),
-            None => Ok(Flow::Continue),
         }
     }
 }

@@ -48,6 +48,6 @@ pub use file::GuestFile;
 pub use marks::Mark;
 pub use observer::Observer;
 pub use outcome::Outcome;
-pub use report::{Report, RunError};
+pub use report::{RunError, RunReport};
 pub use run::run;
 pub use umbra_shadow::abi::Redzone;

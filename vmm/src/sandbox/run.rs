@@ -35,7 +35,7 @@ use super::shared::{MachineSlots, Shared};
 use super::vcpu_thread;
 use super::vcpus::Vcpus;
 use super::watch::Watch;
-use super::{Config, Console, GuestFile, Observer, Outcome, Report, RunError, input, stats};
+use super::{Config, Console, GuestFile, Observer, Outcome, RunError, RunReport, input, stats};
 use crate::shadow::{Layout, ShadowError, Windows, WindowsConfig, page_map};
 
 /// Poll interval for the stop flag.
@@ -53,7 +53,7 @@ pub fn run(
     console: impl Into<Console>,
     observer: Box<dyn Observer>,
     stop: &AtomicBool,
-) -> Result<Report, RunError> {
+) -> Result<RunReport, RunError> {
     let begin = Instant::now();
     let running = set_up(config, console.into(), observer)?.start(begin)?;
     let outcome = running.watch(config, stop);
@@ -293,7 +293,11 @@ impl Running {
     }
 
     /// Ends all threads and collects the report.
-    fn tear_down(mut self, config: &Config, outcome: Option<Outcome>) -> Result<Report, RunError> {
+    fn tear_down(
+        mut self,
+        config: &Config,
+        outcome: Option<Outcome>,
+    ) -> Result<RunReport, RunError> {
         let (outcome, left_behind) = self.end_threads(outcome)?;
         let shared = &self.shared;
         let Some(mut dispatcher) = shared.dispatcher_in_time() else {
@@ -324,7 +328,7 @@ impl Running {
         let findings = dispatcher.session.take_findings();
         let objects = dispatcher.provenance.take_objects();
         let require_checks = config.require_checks;
-        Ok(Report { outcome, findings, stats, picture, objects, require_checks })
+        Ok(RunReport { outcome, findings, stats, picture, objects, require_checks })
     }
 
     /// Gets all vCPUs out of the guest and joins their threads. Returns how the run ended, and
