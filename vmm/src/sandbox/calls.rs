@@ -8,7 +8,7 @@ use umbra_shadow::abi::{
 };
 use vm_memory::GuestAddress;
 
-use super::context::{ExitContext, Flow};
+use super::context::ExitContext;
 use super::dispatch::Dispatcher;
 use super::{Outcome, investigate};
 use crate::hypercall::{
@@ -20,7 +20,7 @@ use crate::shadow::{Notify, ShadowError, Windows};
 const SYNC_RECLAIM: u64 = 4096;
 
 /// The result of a call, which the guest gets in `rax`.
-type Handled = Result<u64, Refused>;
+type Handled = Result<u64, CallFailure>;
 
 impl Dispatcher {
     /// Decodes and handles call `number`. Its arguments are in the vCPU's registers, and its result
@@ -29,22 +29,22 @@ impl Dispatcher {
         &mut self,
         number: u32,
         context: &mut ExitContext,
-    ) -> Result<Flow, Outcome> {
+    ) -> Result<(), Outcome> {
         let mut regs = context.cpu.regs()?;
         let handled = Call::decode(number, regs.rdi, regs.rsi, regs.rcx, regs.r8)
             .and_then(|call| self.fits_mode(&call, number).map(|()| call))
-            .map_err(Refused::from)
+            .map_err(CallFailure::from)
             .and_then(|call| self.call(call, context));
         regs.rax = match handled {
             Ok(value) => value,
-            Err(Refused::Call(error)) => {
+            Err(CallFailure::Guest(error)) => {
                 self.refuse(1, &error);
                 error.result()
             }
-            Err(Refused::End(outcome)) => return Err(outcome),
+            Err(CallFailure::Run(outcome)) => return Err(outcome),
         };
         context.cpu.set_regs(&regs)?;
-        Ok(Flow::Continue)
+        Ok(())
     }
 
     /// Refuses a call that does not belong to the mode of the run.
@@ -295,31 +295,31 @@ impl Dispatcher {
 }
 
 /// Why a call has no result.
-enum Refused {
-    /// The guest made a mistake.
-    Call(CallError),
+enum CallFailure {
+    /// The guest made a mistake, and gets this error.
+    Guest(CallError),
     /// The run ends.
-    End(Outcome),
+    Run(Outcome),
 }
 
-impl From<CallError> for Refused {
+impl From<CallError> for CallFailure {
     fn from(error: CallError) -> Self {
-        Self::Call(error)
+        Self::Guest(error)
     }
 }
 
-impl From<RingError> for Refused {
+impl From<RingError> for CallFailure {
     fn from(error: RingError) -> Self {
-        Self::Call(match error {
+        Self::Guest(match error {
             RingError::Limit { what, most } => CallError::Limit { what, most },
             RingError::Overlap { gpa } => CallError::Argument { what: "ring address", value: gpa },
         })
     }
 }
 
-impl From<Outcome> for Refused {
+impl From<Outcome> for CallFailure {
     fn from(outcome: Outcome) -> Self {
-        Self::End(outcome)
+        Self::Run(outcome)
     }
 }
 

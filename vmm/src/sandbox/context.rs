@@ -1,4 +1,4 @@
-//! The machine at an exit, as the dispatcher sees it, and what to do next.
+//! The machine at an exit, as the dispatcher sees it.
 
 use umbra_machine::complete::Cpu;
 use umbra_machine::memory::Ram;
@@ -47,13 +47,4 @@ impl ExitContext<'_> {
     pub(super) fn rip(&self) -> u64 {
         self.cpu.regs().map(|regs| regs.rip).unwrap_or_default()
     }
-}
-
-/// What to do after an exit.
-#[derive(Debug)]
-pub enum Flow {
-    /// Continue the guest.
-    Continue,
-    /// End the run.
-    End(Outcome),
 }

@@ -25,7 +25,7 @@ use umbra_report::symbols::Symbols;
 
 use super::console::ConsoleWatch;
 use super::discovery::{self, Settings};
-use super::dispatch::{Dispatcher, Parts};
+use super::dispatch::Dispatcher;
 use super::guest_info::GuestInfo;
 use super::marks::Marks;
 use super::picture::{self, Tail, Timeline};
@@ -103,21 +103,18 @@ fn set_up(
     };
     let kernel = config.kernel.clone();
     let symbols = Symbols::lazy(move || kernel.contents().map_err(std::io::Error::other));
-    let dispatcher = Dispatcher::new(Parts {
-        devices: Devices::new(output, com1),
-        shadow: RunShadow::new(windows),
-        provenance: Provenance::new(
-            Objects::new(ObjectLimits::of_budget(config.provenance)),
-            quarantine,
-        ),
-        guest: GuestInfo::new(symbols),
-        session: Session::new(observer, config.stop_at),
-        watch: Watch::new(
+    let dispatcher = Dispatcher::new(
+        Devices::new(output, com1),
+        RunShadow::new(windows),
+        Provenance::new(Objects::new(ObjectLimits::of_budget(config.provenance)), quarantine),
+        GuestInfo::new(symbols),
+        Session::new(observer, config.stop_at),
+        Watch::new(
             ConsoleWatch::new(linux).with_oopses(!config.ignore_oops),
             Marks::new(config.marks.clone(), counters.clone().filter(|_| emulated)),
             config.picture.then(Timeline::default),
         ),
-    });
+    );
     let shared = Arc::new(Shared {
         machine,
         vcpus: Vcpus::new(&vcpus),

@@ -9,7 +9,7 @@ use std::time::Instant;
 use umbra_machine::vcpu::{Vcpu, VmExit};
 
 use super::Outcome;
-use super::context::{ExitContext, Flow, OtherVcpus};
+use super::context::{ExitContext, OtherVcpus};
 use super::shared::{MachineSlots, Shared};
 use super::vcpus::Vcpus;
 
@@ -87,7 +87,7 @@ fn run(vcpu: &mut Vcpu, shared: &Shared, sender: &OutcomeSender) {
         if vcpus.has_ended() {
             return;
         }
-        let flow = match exit {
+        let handled = match exit {
             Ok(exit) => {
                 let mut slots = MachineSlots(machine);
                 // Dropped before the lock.
@@ -101,9 +101,9 @@ fn run(vcpu: &mut Vcpu, shared: &Shared, sender: &OutcomeSender) {
                 };
                 dispatcher.dispatch(exit, &mut context)
             }
-            Err(error) => Flow::End(error.into()),
+            Err(error) => Err(error.into()),
         };
-        if let Flow::End(outcome) = flow {
+        if let Err(outcome) = handled {
             vcpus.set_ended();
             let _ = sender.0.send(Some(outcome));
             return;

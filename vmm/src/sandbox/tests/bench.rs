@@ -15,9 +15,9 @@ use vm_memory::GuestAddress;
 
 use super::{CPU, RAM};
 use crate::sandbox::console::ConsoleWatch;
-use crate::sandbox::context::{ExitContext, Flow, GuestCpu, OtherVcpus};
+use crate::sandbox::context::{ExitContext, GuestCpu, OtherVcpus};
 use crate::sandbox::counts::{EventStats, ExitStats};
-use crate::sandbox::dispatch::{Dispatcher, Parts};
+use crate::sandbox::dispatch::Dispatcher;
 use crate::sandbox::guest_info::GuestInfo;
 use crate::sandbox::marks::Marks;
 use crate::sandbox::run_shadow::RunShadow;
@@ -180,14 +180,14 @@ impl Bench {
             |mode| WindowsConfig { ram: std::iter::once(0..RAM).collect(), mode, notify, limit };
         let windows = mode.map(|mode| Windows::new(&config(mode), &mut slots).unwrap());
         let heard = Heard::default();
-        let state = Dispatcher::new(Parts {
-            devices: Devices::new(Box::new(std::io::sink()), None),
-            shadow: RunShadow::new(windows),
-            provenance: Provenance::new(Objects::default(), quarantine),
-            guest: GuestInfo::new(Symbols::lazy(|| Ok(Vec::new()))),
-            session: Session::new(Box::new(heard.clone()), stop_at),
-            watch: Watch::new(ConsoleWatch::new(linux), Marks::default(), None),
-        });
+        let state = Dispatcher::new(
+            Devices::new(Box::new(std::io::sink()), None),
+            RunShadow::new(windows),
+            Provenance::new(Objects::default(), quarantine),
+            GuestInfo::new(Symbols::lazy(|| Ok(Vec::new()))),
+            Session::new(Box::new(heard.clone()), stop_at),
+            Watch::new(ConsoleWatch::new(linux), Marks::default(), None),
+        );
         let mut cpu = FakeCpu::default();
         (cpu.regs.rip, cpu.regs.rsp) = (0x10_0000, 0x20_0000);
         // 64-bit code without paging, which does not exist, but keeps this short.
@@ -217,7 +217,7 @@ impl Bench {
         self
     }
 
-    pub(super) fn exit(&mut self, exit: VmExit) -> Flow {
+    pub(super) fn exit(&mut self, exit: VmExit) -> Result<(), Outcome> {
         let mut context = ExitContext {
             id: CPU,
             cpu: &mut self.cpu,
@@ -232,7 +232,7 @@ impl Bench {
         &mut self,
         number: impl Into<u32>,
         [rdi, rsi, rcx, r8]: [u64; 4],
-    ) -> Flow {
+    ) -> Result<(), Outcome> {
         (self.cpu.regs.rdi, self.cpu.regs.rsi) = (rdi, rsi);
         (self.cpu.regs.rcx, self.cpu.regs.r8) = (rcx, r8);
         self.exit(VmExit::IoOut { port: PORT, data: Data::new(&number.into().to_le_bytes()) })
@@ -241,18 +241,17 @@ impl Bench {
     /// A call that the run survives; its result.
     #[track_caller]
     pub(super) fn call(&mut self, number: impl Into<u32>, arguments: [u64; 4]) -> u64 {
-        let flow = self.hypercall(number, arguments);
-        assert!(matches!(flow, Flow::Continue), "{flow:?}");
+        goes_on(self.hypercall(number, arguments));
         self.cpu.regs.rax
     }
 
-    pub(super) fn read(&mut self, gpa: u64, len: u8) -> (Flow, Option<Vec<u8>>) {
+    pub(super) fn read(&mut self, gpa: u64, len: u8) -> (Result<(), Outcome>, Option<Vec<u8>>) {
         self.cpu.read = None;
-        let flow = self.exit(VmExit::MmioRead { gpa: GuestAddress(gpa), len });
-        (flow, self.cpu.read.take())
+        let handled = self.exit(VmExit::MmioRead { gpa: GuestAddress(gpa), len });
+        (handled, self.cpu.read.take())
     }
 
-    pub(super) fn write(&mut self, gpa: u64, data: &[u8]) -> Flow {
+    pub(super) fn write(&mut self, gpa: u64, data: &[u8]) -> Result<(), Outcome> {
         self.exit(VmExit::MmioWrite { gpa: GuestAddress(gpa), data: Data::new(data) })
     }
 
@@ -269,16 +268,13 @@ impl Bench {
     }
 }
 
-/// The outcome of a flow that ends the run.
+/// The outcome of an exit that ends the run.
 #[track_caller]
-pub(super) fn ended(flow: Flow) -> Outcome {
-    match flow {
-        Flow::End(outcome) => outcome,
-        Flow::Continue => panic!("the run goes on"),
-    }
+pub(super) fn ended(handled: Result<(), Outcome>) -> Outcome {
+    handled.expect_err("the run goes on")
 }
 
 #[track_caller]
-pub(super) fn goes_on(flow: Flow) {
-    assert!(matches!(flow, Flow::Continue), "{flow:?}");
+pub(super) fn goes_on(handled: Result<(), Outcome>) {
+    assert!(handled.is_ok(), "{handled:?}");
 }

@@ -14,8 +14,8 @@ fn the_first_touch_of_a_chunk_maps_it() {
     let mut bench = Bench::ring();
     let at = bench.layout.byte.gpa + CHUNK_BYTES + 5;
     assert_eq!(bench.slots.slots.len(), 1, "the page window");
-    let (flow, value) = bench.read(at, 8);
-    goes_on(flow);
+    let (handled, value) = bench.read(at, 8);
+    goes_on(handled);
     assert_eq!(value.as_deref(), Some(&[0; 8][..]));
     assert_eq!(bench.slots.slots[1], Some((at - 5, CHUNK_BYTES, false)));
     goes_on(bench.write(at, &[1, 2, 3]));
@@ -31,16 +31,16 @@ fn outside_of_the_windows_there_is_nothing() {
     let mut bench = Bench::ring();
     let (page, byte) = (bench.layout.page, bench.layout.byte);
     for at in [0xd000_0000, page.gpa - 1, page.end(), byte.gpa - 1, byte.end(), u64::MAX] {
-        let (flow, value) = bench.read(at, 1);
-        goes_on(flow);
+        let (handled, value) = bench.read(at, 1);
+        goes_on(handled);
         assert_eq!(value.as_deref(), Some(&[0xff][..]), "{at:#x}");
         goes_on(bench.write(at, &[1]));
     }
     assert_eq!(bench.exits().mmio, 12);
     // Half in a window: all ones, no effect, no slot.
     for at in [page.end() - 4, byte.end() - 4] {
-        let (flow, value) = bench.read(at, 8);
-        goes_on(flow);
+        let (handled, value) = bench.read(at, 8);
+        goes_on(handled);
         assert_eq!(value.as_deref(), Some(&[0xff; 8][..]));
         goes_on(bench.write(at, &[1; 8]));
     }
@@ -59,8 +59,8 @@ fn the_shadow_limit_ends_the_run() {
     // The chunk's first page is byte-checked, so it stays.
     goes_on(bench.write(bench.layout.page.gpa, &[PAGE_BYTES]));
     goes_on(bench.write(byte, &[1]));
-    for flow in [bench.write(byte + CHUNK_BYTES, &[1]), bench.read(byte + CHUNK_BYTES, 1).0] {
-        let outcome = ended(flow);
+    for handled in [bench.write(byte + CHUNK_BYTES, &[1]), bench.read(byte + CHUNK_BYTES, 1).0] {
+        let outcome = ended(handled);
         assert!(matches!(outcome, Outcome::ShadowLimit(_)), "{outcome:?}");
         assert_eq!((outcome.word(), outcome.status(true)), ("shadow-limit", 2));
     }
@@ -69,8 +69,8 @@ fn the_shadow_limit_ends_the_run() {
     assert!(matches!(ended(bench.exit(memory_fault)), Outcome::ShadowLimit(_)));
     assert_eq!(bench.others.stops, 3, "the last look was taken while nothing changed");
     let mut sync = Bench::new(Some(Mode::PerPage), Notify::Sync, Some(0), None).with_region();
-    let flow = sync.hypercall(CallNumber::Poison, [8, 8, SLAB_FREE.into(), 0]);
-    assert!(matches!(ended(flow), Outcome::ShadowLimit(_)));
+    let handled = sync.hypercall(CallNumber::Poison, [8, 8, SLAB_FREE.into(), 0]);
+    assert!(matches!(ended(handled), Outcome::ShadowLimit(_)));
 }
 
 #[test]
