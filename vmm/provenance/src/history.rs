@@ -2,7 +2,7 @@
 
 use umbra_shadow::abi::{Record, RecordBody, Released};
 
-use crate::rings::{RingError, RingMemory, RingRecord, Rings};
+use crate::rings::{DrainBy, RingError, RingMemory, RingRecord, Rings};
 use crate::{Objects, Quarantine};
 
 /// Finds the key of a range: guest-virtual address and bytes. None if the guest cannot have objects
@@ -16,7 +16,7 @@ pub struct Allocation {
     pub key: u64,
     /// Requested bytes.
     pub size: u64,
-    /// Bytes of its slot; 0 if they are not known.
+    /// Bytes that the allocator took for it: its slot. 0 if they are not known.
     pub slot: u64,
     /// Its cache, 0 for none.
     pub cache: u16,
@@ -107,7 +107,7 @@ impl Provenance {
     /// Records an allocation, with the return addresses of its stack.
     pub fn allocated(&mut self, new: Allocation, frames: &[u64]) {
         self.counts.allocations += 1;
-        self.objects.allocated(new.key, new.size, new.slot, new.cache, new.task, frames);
+        self.objects.allocated(new, frames);
     }
 
     /// Records a free, with the return addresses of its stack.
@@ -121,18 +121,17 @@ impl Provenance {
         self.objects.related(key, task, frames);
     }
 
-    /// Drains all rings; see [`Rings::drain`]. If a CPU `asked` for it, all its events are
-    /// complete, since a CPU records and poisons with interrupts off. Returns the number of refused
-    /// records.
-    pub fn drain(&mut self, asked: Option<u16>, memory: &dyn RingMemory, key_of: KeyOf<'_>) -> u64 {
-        if let Some(cpu) = asked {
+    /// Drains all rings; see [`Rings::drain`]. If a CPU asked for it, all its events are complete,
+    /// since a CPU records and poisons with interrupts off. Returns the number of refused records.
+    pub fn drain(&mut self, by: DrainBy, memory: &dyn RingMemory, key_of: KeyOf<'_>) -> u64 {
+        if let DrainBy::Cpu(cpu) = by {
             self.quarantine.complete_in_flight(cpu);
         }
         // The records change all other fields.
         let mut rings = std::mem::take(&mut self.rings);
         let mut refused = 0;
-        self.counts.ring_drains += rings.drain(asked, memory, |record, last| {
-            let in_flight = last && asked != Some(record.cpu);
+        self.counts.ring_drains += rings.drain(by, memory, |record, last| {
+            let in_flight = last && by != DrainBy::Cpu(record.cpu);
             refused += u64::from(self.take_in(record, in_flight, key_of).is_none());
         });
         self.rings = rings;

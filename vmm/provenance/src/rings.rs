@@ -55,6 +55,15 @@ pub enum RingError {
     },
 }
 
+/// Who drains the rings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DrainBy {
+    /// A CPU asked for the drain. It is in no record of its own, so its ring is emptied.
+    Cpu(u16),
+    /// The VMM itself, for a finding or at the end of a run. Any CPU may be inside a record.
+    Vmm,
+}
+
 /// One CPU's ring.
 #[derive(Clone, Copy, Debug)]
 struct Ring {
@@ -110,15 +119,15 @@ struct Reader {
 }
 
 impl Reader {
-    /// Reads how many records there are and counts all of them as drained. If the ring's CPU
-    /// `asked` for the drain, its ring is emptied. Without new records there is no reader.
-    fn new(cpu: u16, ring: &mut Ring, asked: bool, ram: &dyn RingMemory) -> Option<Self> {
+    /// Reads how many records there are and counts all of them as drained. If the ring's CPU asked
+    /// for the drain, its ring is emptied. Without new records there is no reader.
+    fn new(cpu: u16, ring: &mut Ring, by: DrainBy, ram: &dyn RingMemory) -> Option<Self> {
         // Copied once, and bounded: the guest may have written anything.
         let count = ram.read_u64(ring.gpa)?.min(ring.records);
         // A count that is less than it was is the guest's own doing.
         let read = ring.drained.min(count);
         ring.drained = count;
-        if asked {
+        if by == DrainBy::Cpu(cpu) {
             ring.drained = 0;
             // It was readable, so it is RAM, and the write succeeds.
             let _ = ram.write(ring.gpa, &0u64.to_le_bytes());
@@ -224,20 +233,19 @@ impl Rings {
     }
 
     /// Drains all rings: passes their new records to `take` in the order of their numbers, each
-    /// with whether it is the last of its CPU. Every CPU stands still. If a CPU `asked` for the
+    /// with whether it is the last of its CPU. Every CPU stands still. If a CPU asked for the
     /// drain, its ring is empty afterwards. Returns how many rings there are.
     pub fn drain(
         &mut self,
-        asked: Option<u16>,
+        by: DrainBy,
         ram: &dyn RingMemory,
         mut take: impl FnMut(&RingRecord, bool),
     ) -> u64 {
         let there = self.rings.iter().flatten().count() as u64;
         let rings =
             (0..).zip(&mut self.rings).filter_map(|(cpu, ring)| Some((cpu, ring.as_mut()?)));
-        let mut readers: Vec<_> = rings
-            .filter_map(|(cpu, ring)| Reader::new(cpu, ring, asked == Some(cpu), ram))
-            .collect();
+        let mut readers: Vec<_> =
+            rings.filter_map(|(cpu, ring)| Reader::new(cpu, ring, by, ram)).collect();
         // Distances count from the record that was drained last, since the numbers wrap. Wild
         // numbers only change the order of the guest's own events.
         let begin = self.last;
@@ -312,12 +320,12 @@ mod tests {
     fn a_drain_takes_what_the_count_says_once() {
         let (ram, mut rings) = ram_with_ring(2);
         let header = 0x10_0000;
-        let mut addresses = |asked, count: Option<u64>| {
+        let mut addresses = |by, count: Option<u64>| {
             if let Some(count) = count {
                 assert!(ram.write(header, &count.to_le_bytes()));
             }
             let mut addresses = Vec::new();
-            rings.drain(asked, &ram, |event, _| {
+            rings.drain(by, &ram, |event, _| {
                 assert_eq!(
                     (event.depth, event.frames[0], event.frames[1]),
                     (10, 0xffff_ffff_8010_0000, 0)
@@ -327,17 +335,17 @@ mod tests {
             (addresses, ram.read_u64(header).expect("inside RAM"))
         };
         // Its CPU may be about to write the third record: the count stays as it is.
-        assert_eq!(addresses(None, None), (vec![1, 2], 2));
-        assert_eq!(addresses(Some(0), None), (vec![], 2), "another CPU asks");
-        assert_eq!(addresses(None, Some(3)), (vec![3], 3));
+        assert_eq!(addresses(DrainBy::Vmm, None), (vec![1, 2], 2));
+        assert_eq!(addresses(DrainBy::Cpu(0), None), (vec![], 2), "another CPU asks");
+        assert_eq!(addresses(DrainBy::Vmm, Some(3)), (vec![3], 3));
         // Its own CPU starts anew.
-        assert_eq!(addresses(Some(1), Some(4)), (vec![4], 0));
-        assert_eq!(addresses(None, Some(1)), (vec![1], 1));
-        assert_eq!(addresses(Some(1), None), (vec![], 0));
+        assert_eq!(addresses(DrainBy::Cpu(1), Some(4)), (vec![4], 0));
+        assert_eq!(addresses(DrainBy::Vmm, Some(1)), (vec![1], 1));
+        assert_eq!(addresses(DrainBy::Cpu(1), None), (vec![], 0));
         // Nonsense.
-        assert_eq!(addresses(None, Some(3)).0, [1, 2, 3]);
-        assert!(addresses(None, Some(1)).0.is_empty());
-        assert_eq!(addresses(None, Some(2)).0, [2]);
+        assert_eq!(addresses(DrainBy::Vmm, Some(3)).0, [1, 2, 3]);
+        assert!(addresses(DrainBy::Vmm, Some(1)).0.is_empty());
+        assert_eq!(addresses(DrainBy::Vmm, Some(2)).0, [2]);
     }
 
     #[test]
@@ -366,7 +374,7 @@ mod tests {
         for count in [5, u64::MAX / 64, u64::MAX] {
             let (ram, mut rings) = ram_with_ring(count);
             let mut taken = 0;
-            rings.drain(None, &ram, |_, _| taken += 1);
+            rings.drain(DrainBy::Vmm, &ram, |_, _| taken += 1);
             assert_eq!(taken, 4, "count {count:#x}");
         }
         assert!(Rings::default().set_up(64, 0, 1, 0).is_err());
@@ -398,9 +406,9 @@ mod tests {
                 fill(&ram, cpu, 0x10_0000 + u64::from(cpu) * 0x4_0000, numbers);
             }
             let mut taken = Vec::new();
-            for asked in [None, Some(0), Some(1), Some(2)] {
+            for by in [DrainBy::Vmm, DrainBy::Cpu(0), DrainBy::Cpu(1), DrainBy::Cpu(2)] {
                 let mut last = [false; 3];
-                let rings = rings.drain(asked, &ram, |event, is_last| {
+                let rings = rings.drain(by, &ram, |event, is_last| {
                     assert!(
                         !std::mem::replace(&mut last[usize::from(event.cpu)], is_last),
                         "once, at the end"

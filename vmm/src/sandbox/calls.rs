@@ -1,7 +1,7 @@
 //! Handles hypercalls: one method for each call that does more than change one table.
 
 use umbra_machine::memory::Ram;
-use umbra_provenance::rings::RingError;
+use umbra_provenance::rings::{DrainBy, RingError};
 use umbra_provenance::{Allocation, quarantine};
 use umbra_shadow::abi::{
     self, GuestFlags, Owner, RECORD_BYTES, RECORD_FRAMES, RELEASED_BYTES, Released,
@@ -116,7 +116,7 @@ impl Dispatcher {
             return Err(CallError::Argument { what: "CPU", value: cpu.into() }.into());
         }
         context.others.pause()?;
-        self.drain(Some(cpu), context.ram);
+        self.drain(DrainBy::Cpu(cpu), context.ram);
         self.shadow.reclaim_byte_shadow()?;
         match released.filter(|_| self.provenance.quarantine().needs_eviction()) {
             Some(to) => Ok(self.evict(to, false, context.ram)?),

@@ -8,6 +8,7 @@ use umbra_machine::devices::{DeviceEvent, Devices};
 use umbra_machine::memory::Ram;
 use umbra_machine::vcpu::VmExit;
 use umbra_provenance::Provenance;
+use umbra_provenance::rings::DrainBy;
 use umbra_report::{Finding, Sample};
 use umbra_shadow::abi::PORT;
 use vm_memory::GuestAddress;
@@ -254,14 +255,13 @@ impl Dispatcher {
 
     /// Drains all rings. Every vCPU stands still.
     pub(super) fn drain_all(&mut self, ram: &Ram) {
-        self.drain(None, ram);
+        self.drain(DrainBy::Vmm, ram);
     }
 
     /// Drains all rings; see [`Provenance::drain`].
-    pub(super) fn drain(&mut self, asked: Option<u16>, ram: &Ram) {
+    pub(super) fn drain(&mut self, by: DrainBy, ram: &Ram) {
         let regions = self.guest.regions();
-        let refused =
-            self.provenance.drain(asked, &RingRam(ram), &|va, len| regions.key_of(va, len));
+        let refused = self.provenance.drain(by, &RingRam(ram), &|va, len| regions.key_of(va, len));
         if refused > 0 {
             self.refuse(refused, &format_args!("{refused} records in rings make no sense"));
         }

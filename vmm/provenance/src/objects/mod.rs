@@ -19,6 +19,7 @@ use std::iter::successors;
 use umbra_shadow::codes::{GRANULE, PAGE_SIZE};
 
 use super::heap;
+use super::history::Allocation;
 use super::names::{TaskNames, sanitize};
 use super::stacks::StackId;
 use entry::Entry;
@@ -289,18 +290,9 @@ impl Objects {
         self.origins.stacks()
     }
 
-    /// `size` bytes at `key` were allocated. Objects that were there before are forgotten.
-    ///
-    /// `slot` is what the allocator took for it, 0 if that is not known.
-    pub fn allocated(
-        &mut self,
-        key: u64,
-        size: u64,
-        slot: u64,
-        cache: u16,
-        task: u32,
-        frames: &[u64],
-    ) {
+    /// An object was allocated. Objects that were there before are forgotten.
+    pub fn allocated(&mut self, new: Allocation, frames: &[u64]) {
+        let Allocation { key, size, slot, cache, task } = new;
         self.counts.allocations = self.counts.allocations.saturating_add(1);
         // What the cache would hand out anyway is no redzone, nor the rest of the last page of an
         // object that has pages of its own.
