@@ -44,7 +44,7 @@ pub mod quarantine;
 pub mod rings;
 mod stacks;
 
-pub use history::{Allocation, EventCounts, KeyOf, Provenance};
+pub use history::{Allocation, EventCounts, KeyOf, Provenance, RefusedRecords};
 pub use objects::{
     Cache, FoundObject, ObjectCounts, ObjectEvent, ObjectLimits, Objects, Previous,
     ProvenanceFigures, ShadowHint,

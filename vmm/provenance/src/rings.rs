@@ -263,7 +263,7 @@ impl Rings {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::cell::RefCell;
 
     use super::*;
@@ -278,10 +278,10 @@ mod tests {
     }
 
     /// 4 MiB of guest memory.
-    struct Ram(RefCell<Vec<u8>>);
+    pub(crate) struct Ram(RefCell<Vec<u8>>);
 
     impl Ram {
-        fn new() -> Self {
+        pub(crate) fn new() -> Self {
             Self(RefCell::new(vec![0; 4 << 20]))
         }
     }

@@ -30,6 +30,6 @@ pub struct EventStats {
     pub frees: u64,
     /// Drains of rings.
     pub ring_drains: u64,
-    /// Refused events and calls, whose values make no sense.
+    /// Refused events and calls: their values make no sense, or a table is full.
     pub refused: u64,
 }

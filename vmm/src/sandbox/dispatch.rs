@@ -7,8 +7,8 @@ use umbra_machine::complete::{CompleteError, Completer};
 use umbra_machine::devices::{DeviceEvent, Devices};
 use umbra_machine::memory::Ram;
 use umbra_machine::vcpu::VmExit;
-use umbra_provenance::Provenance;
 use umbra_provenance::rings::DrainBy;
+use umbra_provenance::{Provenance, RefusedRecords};
 use umbra_report::{Finding, Sample};
 use umbra_shadow::abi::PORT;
 use vm_memory::GuestAddress;
@@ -41,6 +41,8 @@ pub struct Dispatcher {
 
 /// Refused calls and records that are logged; the rest are only counted.
 const LOGGED: u64 = 16;
+/// Why frees in rings are refused that the quarantine has no room for.
+const QUEUE_FULL: &str = "the quarantine's queue is full: the guest does not fetch evicted memory";
 
 impl Dispatcher {
     /// The state before the first exit.
@@ -262,8 +264,12 @@ impl Dispatcher {
     pub(super) fn drain(&mut self, by: DrainBy, ram: &Ram) {
         let regions = self.guest.regions();
         let refused = self.provenance.drain(by, &RingRam(ram), &|va, len| regions.key_of(va, len));
-        if refused > 0 {
-            self.refuse(refused, &format_args!("{refused} records in rings make no sense"));
+        let RefusedRecords { senseless, queue_full } = refused;
+        if senseless > 0 {
+            self.refuse(senseless, &format_args!("{senseless} records in rings make no sense"));
+        }
+        if queue_full > 0 {
+            self.refuse(queue_full, &QUEUE_FULL);
         }
     }
 
