@@ -113,7 +113,7 @@ fn stress(cpus: u8, shadow: ShadowMode, notify: Notify) {
     if notify == Notify::Ring {
         // Rings were full in between, too.
         let reports = report.stats.findings_total;
-        assert!(events.ring_drains > u64::from(cpus) * (reports + 1), "{events:?}");
+        assert!(events.ring_drains > reports + 1, "{events:?}");
     }
 }
 

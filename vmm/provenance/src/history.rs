@@ -47,7 +47,7 @@ pub struct EventCounts {
     pub allocations: u64,
     /// Frees.
     pub frees: u64,
-    /// Drains of rings.
+    /// Drains, of all rings at once.
     pub ring_drains: u64,
 }
 
@@ -151,7 +151,8 @@ impl Provenance {
         // The records change all other fields.
         let mut rings = std::mem::take(&mut self.rings);
         let mut refused = RefusedRecords::default();
-        self.counts.ring_drains += rings.drain(by, memory, |record, last| {
+        self.counts.ring_drains += u64::from(!rings.is_empty());
+        rings.drain(by, memory, |record, last| {
             let in_flight = last && by != DrainBy::Cpu(record.cpu);
             match self.take_in(record, in_flight, key_of) {
                 Ok(()) => {}
@@ -242,5 +243,21 @@ mod tests {
         assert!(ram.write(RING + 64, &[99]));
         let refused = provenance.drain(DrainBy::Cpu(0), &ram, &|_, _| None);
         assert_eq!(refused, RefusedRecords { senseless: 4, queue_full: 0 });
+    }
+
+    #[test]
+    fn a_drain_of_many_rings_counts_once() {
+        let mut provenance = Provenance::new(Objects::default(), Quarantine::new(0, 1));
+        let drain = |provenance: &mut Provenance, by| {
+            let refused = provenance.drain(by, &Ram::new(), &|_, _| None);
+            assert_eq!(refused, RefusedRecords::default());
+            provenance.counts().ring_drains
+        };
+        assert_eq!(drain(&mut provenance, DrainBy::Vmm), 0, "no rings");
+        for cpu in 0..3 {
+            provenance.set_up_ring(cpu, u64::from(cpu) * 0x1000, 16, 0).expect("a ring");
+        }
+        assert_eq!(drain(&mut provenance, DrainBy::Vmm), 1);
+        assert_eq!(drain(&mut provenance, DrainBy::Cpu(1)), 2);
     }
 }
