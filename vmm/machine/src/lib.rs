@@ -38,7 +38,7 @@ use loader::{Boot, LoadError, LoadedKernel, StartState};
 use memory::{MemoryError, Ram};
 use vcpu::{Vcpu, VcpuError};
 use vm::Vm;
-pub use vm::{MapError, SlotId};
+pub use vm::{MapError, MemslotId};
 
 const DEVICE: &str = "/dev/kvm";
 
@@ -286,14 +286,14 @@ impl Machine {
         host: *mut u8,
         len: u64,
         readonly: bool,
-    ) -> Result<SlotId, MapError> {
+    ) -> Result<MemslotId, MapError> {
         // SAFETY: the same promise.
         unsafe { self.vm.map(gpa, host, len, readonly) }
     }
 
     /// Removes a memslot. Its number is used again.
-    pub fn unmap(&self, slot: SlotId) -> Result<(), MapError> {
-        self.vm.unmap(slot)
+    pub fn unmap(&self, memslot: MemslotId) -> Result<(), MapError> {
+        self.vm.unmap(memslot)
     }
 
     /// A line of the interrupt controller; `None` when the machine has none.

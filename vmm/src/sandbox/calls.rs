@@ -126,7 +126,7 @@ impl Dispatcher {
 
     fn poison(&mut self, va: u64, len: u64, code: u8, context: &mut ExitContext) -> Handled {
         let key = self.guest.key(va, len)?;
-        self.change_shadow(va, |windows| windows.poison(key, len, code, context.slots))
+        self.change_shadow(va, |windows| windows.poison(key, len, code, context.memslots))
     }
 
     fn unpoison(
@@ -138,7 +138,7 @@ impl Dispatcher {
     ) -> Handled {
         let key = self.guest.key(va, len)?;
         self.change_shadow(va, |windows| {
-            windows.unpoison(key, len, context.slots)?;
+            windows.unpoison(key, len, context.memslots)?;
             if let Some(stack) = stack {
                 windows.mark_stack(key, len, stack);
             }
@@ -159,9 +159,9 @@ impl Dispatcher {
         let key = self.guest.key(va, bytes.max(size))?;
         if let Some(slot) = slot {
             self.change_shadow(va, |windows| {
-                windows.unpoison(key, size, context.slots)?;
+                windows.unpoison(key, size, context.memslots)?;
                 let rest = slot.bytes.saturating_sub(size);
-                windows.poison(key + size, rest, slot.code, context.slots)
+                windows.poison(key + size, rest, slot.code, context.memslots)
             })?;
         }
         let new = Allocation { key, size, slot: bytes, cache, task: actor.task };
@@ -186,7 +186,7 @@ impl Dispatcher {
         let key = self.guest.key(va, slot.map_or(1, |slot| slot.bytes))?;
         if let Some(slot) = slot {
             self.change_shadow(va, |windows| {
-                windows.poison(key, slot.bytes, slot.code, context.slots)
+                windows.poison(key, slot.bytes, slot.code, context.memslots)
             })?;
         }
         self.provenance.freed(key, actor.task, &caller(context));
@@ -221,7 +221,7 @@ impl Dispatcher {
             most: windows.layout().virtual_bytes(),
         };
         let key = self.guest.add_virtual(va, len, || windows.next_key(va, len).ok_or(none))?;
-        windows.add_virtual(key, len, context.slots).map_err(Outcome::from)?;
+        windows.add_virtual(key, len, context.memslots).map_err(Outcome::from)?;
         Ok(key)
     }
 

@@ -81,7 +81,8 @@ pub struct Config {
     pub timeout: Option<Duration>,
     /// Stop after this many different findings; never if none.
     pub stop_at: Option<usize>,
-    /// A run that was not checked is not clean: [`RunReport::status`](super::RunReport::status) is 5.
+    /// A run that was not checked is not clean: its status is 5
+    /// ([`RunReport::status`](super::RunReport::status)).
     pub require_checks: bool,
     /// An oops of Linux that it survives does not count as a crash.
     pub ignore_oops: bool,

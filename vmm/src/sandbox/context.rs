@@ -5,7 +5,7 @@ use umbra_machine::memory::Ram;
 use umbra_machine::vcpu::Vcpu;
 
 use super::outcome::Outcome;
-use crate::shadow::Slots;
+use crate::shadow::Memslots;
 
 /// A vCPU as the dispatcher needs it.
 pub trait GuestCpu: Cpu {
@@ -36,8 +36,8 @@ pub struct ExitContext<'a> {
     pub cpu: &'a mut dyn GuestCpu,
     /// Guest memory.
     pub ram: &'a Ram,
-    /// The machine's memory slots.
-    pub slots: &'a mut dyn Slots,
+    /// The machine's memslots.
+    pub memslots: &'a mut dyn Memslots,
     /// The other vCPUs, which may be running.
     pub others: &'a mut dyn OtherVcpus,
 }

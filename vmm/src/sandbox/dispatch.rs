@@ -1,7 +1,7 @@
 //! Handles the exits of a guest.
 //!
-//! [`Dispatcher::dispatch`] is a plain function of an exit. It takes registers, RAM and memory
-//! slots through traits and references, so tests feed it with exits that no guest made.
+//! [`Dispatcher::dispatch`] is a plain function of an exit. It takes registers, RAM and
+//! memslots through traits and references, so tests feed it with exits that no guest made.
 
 use umbra_machine::complete::{CompleteError, Completer};
 use umbra_machine::devices::{DeviceEvent, Devices};
@@ -26,7 +26,7 @@ use crate::shadow::{FaultOutcome, ShadowError};
 /// The state of a run, which changes with each exit.
 pub struct Dispatcher {
     /// Keeps the machine alive for its interrupts. Dropped before the shadow's windows, in which
-    /// the machine's memory slots lie.
+    /// the machine's memslots lie.
     pub(super) devices: Devices,
     pub(super) shadow: RunShadow,
     pub(super) provenance: Provenance,
@@ -189,7 +189,8 @@ impl Dispatcher {
             return Ok(());
         };
         match fault(windows, gpa.0, data.len() as u64, true, context)? {
-            Ok(FaultOutcome::Tampering) if windows.stack_store(gpa.0, data, context.slots)? => {}
+            Ok(FaultOutcome::Tampering)
+                if windows.stack_store(gpa.0, data, context.memslots)? => {}
             Ok(FaultOutcome::Tampering) => {
                 return self.tampering(gpa.0, data.len() as u64, context);
             }

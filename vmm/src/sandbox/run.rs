@@ -31,7 +31,7 @@ use super::marks::Marks;
 use super::picture::{self, Tail, Timeline};
 use super::run_shadow::RunShadow;
 use super::session::Session;
-use super::shared::{MachineSlots, Shared};
+use super::shared::{MachineMemslots, Shared};
 use super::vcpu_thread;
 use super::vcpus::Vcpus;
 use super::watch::Watch;
@@ -87,7 +87,7 @@ fn set_up(
     mut observer: Box<dyn Observer>,
 ) -> Result<Prepared, RunError> {
     let Hardware { machine, vcpus, linux, emulated } = hardware(config)?;
-    // The last step that can fail: if it does, no vCPU has run on its slots.
+    // The last step that can fail: if it does, no vCPU has run on its memslots.
     let windows = windows(config, &machine)?;
     let counters = config.count_instructions.then(|| Counters::open(&vcpus)).and_then(|counters| {
         counters.inspect_err(|e| log::info!("guest instructions are not counted: {e}")).ok()
@@ -209,7 +209,7 @@ fn windows(config: &Config, machine: &Machine) -> Result<Option<Windows>, Shadow
             notify: config.notify,
             limit: config.shadow_limit,
         };
-        Windows::new(&windows, &mut MachineSlots(machine))
+        Windows::new(&windows, &mut MachineMemslots(machine))
     });
     windows.transpose()
 }

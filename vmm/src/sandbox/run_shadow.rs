@@ -142,10 +142,10 @@ pub(super) fn fault(
     write: bool,
     context: &mut ExitContext,
 ) -> Result<Result<FaultOutcome, ShadowError>, Outcome> {
-    match windows.fault(gpa, len, write, context.slots) {
+    match windows.fault(gpa, len, write, context.memslots) {
         Err(ShadowError::Limit { .. }) => {
             context.others.pause()?;
-            Ok(windows.fault(gpa, len, write, context.slots))
+            Ok(windows.fault(gpa, len, write, context.memslots))
         }
         outcome => Ok(outcome),
     }

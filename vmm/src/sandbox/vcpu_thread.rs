@@ -10,7 +10,7 @@ use umbra_machine::vcpu::{Vcpu, VmExit};
 
 use super::Outcome;
 use super::context::{ExitContext, OtherVcpus};
-use super::shared::{MachineSlots, Shared};
+use super::shared::{MachineMemslots, Shared};
 use super::vcpus::Vcpus;
 
 /// Pauses the other vCPUs for one that handles an exit; they continue when it is dropped.
@@ -89,14 +89,14 @@ fn run(vcpu: &mut Vcpu, shared: &Shared, sender: &OutcomeSender) {
         }
         let handled = match exit {
             Ok(exit) => {
-                let mut slots = MachineSlots(machine);
+                let mut memslots = MachineMemslots(machine);
                 // Dropped before the lock.
                 let mut others = PauseGuard { vcpus, me: id, stop: &shared.stop, paused: false };
                 let mut context = ExitContext {
                     id: vcpu.id(),
                     cpu: vcpu,
                     ram: machine.ram(),
-                    slots: &mut slots,
+                    memslots: &mut memslots,
                     others: &mut others,
                 };
                 dispatcher.dispatch(exit, &mut context)

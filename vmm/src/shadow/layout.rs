@@ -7,7 +7,7 @@ use umbra_shadow::{
 };
 
 /// Bytes of byte shadow that are mapped at once: 64 shadow pages, for 2 MiB of guest memory. One
-/// exit then serves a large page of the guest, and a 4 GiB guest needs at most 2,048 memory slots.
+/// exit then serves a large page of the guest, and a 4 GiB guest needs at most 2,048 memslots.
 pub const CHUNK_BYTES: u64 = 256 << 10;
 /// Bytes of guest memory whose byte shadow is one chunk.
 pub const CHUNK_COVERS: u64 = CHUNK_BYTES << GRANULE_SHIFT;

@@ -25,5 +25,5 @@ pub use model::Model;
 pub use pages::page_map;
 pub use reclaim::reclaim_unused;
 pub use windows::{
-    FaultOutcome, Mode, Notify, ShadowError, SlotError, Slots, Windows, WindowsConfig,
+    FaultOutcome, MemslotError, Memslots, Mode, Notify, ShadowError, Windows, WindowsConfig,
 };

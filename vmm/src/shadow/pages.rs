@@ -88,16 +88,16 @@ mod tests {
     use umbra_shadow::codes::{LARGE_REDZONE, SLAB_REDZONE};
 
     use super::*;
-    use crate::shadow::{Mode, Notify, SlotError, Slots, WindowsConfig};
+    use crate::shadow::{MemslotError, Memslots, Mode, Notify, WindowsConfig};
 
     struct NoMachine;
 
-    impl Slots for NoMachine {
-        fn map(&mut self, _: u64, _: *mut u8, _: u64, _: bool) -> Result<u32, SlotError> {
+    impl Memslots for NoMachine {
+        fn map(&mut self, _: u64, _: *mut u8, _: u64, _: bool) -> Result<u32, MemslotError> {
             Ok(0)
         }
 
-        fn unmap(&mut self, _: u32) -> Result<(), SlotError> {
+        fn unmap(&mut self, _: u32) -> Result<(), MemslotError> {
             Ok(())
         }
     }

@@ -403,9 +403,9 @@ impl Objects {
     }
 
     /// The object that explains an access to `key`: the one that holds it, rest of its slot
-    /// included; else the closer one of its neighbours, if it is within 4 KiB. At equal distance the
-    /// live object, then the one in the same page, then the left one. What the shadow says of `key`
-    /// narrows it.
+    /// included; else the closer one of its neighbours, if it is within 4 KiB. At equal distance
+    /// the live object, then the one in the same page, then the left one. What the shadow says of
+    /// `key` narrows it.
     pub fn nearest(&self, key: u64, hint: ShadowHint) -> Option<FoundObject<'_>> {
         // A freed object leaves its memory poisoned as freed. Where that is a redzone now, it was
         // before the memory was cut up anew.

@@ -1,4 +1,4 @@
-//! A dispatcher with a CPU, memory and slots that are not real. Its exits are made by hand.
+//! A dispatcher with a CPU, memory and memslots that are not real. Its exits are made by hand.
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use std::sync::{Arc, Mutex};
@@ -24,7 +24,7 @@ use crate::sandbox::run_shadow::RunShadow;
 use crate::sandbox::session::Session;
 use crate::sandbox::watch::Watch;
 use crate::sandbox::{Observer, Outcome};
-use crate::shadow::{Layout, Mode, Notify, SlotError, Slots, Windows, WindowsConfig};
+use crate::shadow::{Layout, MemslotError, Memslots, Mode, Notify, Windows, WindowsConfig};
 
 /// Registers, and what was done to them.
 #[derive(Default)]
@@ -98,23 +98,26 @@ impl GuestCpu for FakeCpu {
     }
 }
 
-/// The slots that KVM would have: (gpa, bytes, read-only).
+/// The memslots that KVM would have: (gpa, bytes, read-only).
 #[derive(Default)]
-pub(super) struct FakeSlots {
-    pub(super) slots: Vec<Option<(u64, u64, bool)>>,
+pub(super) struct FakeMemslots {
+    pub(super) memslots: Vec<Option<(u64, u64, bool)>>,
     pub(super) refuse: bool,
 }
 
-impl Slots for FakeSlots {
-    fn map(&mut self, gpa: u64, _: *mut u8, len: u64, readonly: bool) -> Result<u32, SlotError> {
+impl Memslots for FakeMemslots {
+    fn map(&mut self, gpa: u64, _: *mut u8, len: u64, readonly: bool) -> Result<u32, MemslotError> {
         if self.refuse {
-            return Err(SlotError::Exhausted(7));
+            return Err(MemslotError::Exhausted(7));
         }
-        self.slots.push(Some((gpa, len, readonly)));
-        Ok(self.slots.len() as u32 - 1)
+        self.memslots.push(Some((gpa, len, readonly)));
+        Ok(self.memslots.len() as u32 - 1)
     }
-    fn unmap(&mut self, slot: u32) -> Result<(), SlotError> {
-        assert!(self.slots[slot as usize].take().is_some(), "slot {slot} was not there");
+    fn unmap(&mut self, memslot: u32) -> Result<(), MemslotError> {
+        assert!(
+            self.memslots[memslot as usize].take().is_some(),
+            "memslot {memslot} was not there"
+        );
         Ok(())
     }
 }
@@ -146,7 +149,7 @@ pub(super) struct Bench {
     pub(super) state: Dispatcher,
     pub(super) cpu: FakeCpu,
     pub(super) ram: Ram,
-    pub(super) slots: FakeSlots,
+    pub(super) memslots: FakeMemslots,
     pub(super) others: FakeOthers,
     pub(super) heard: Heard,
     pub(super) layout: Layout,
@@ -175,10 +178,10 @@ impl Bench {
         quarantine: Quarantine,
         linux: bool,
     ) -> Self {
-        let mut slots = FakeSlots::default();
+        let mut memslots = FakeMemslots::default();
         let config =
             |mode| WindowsConfig { ram: std::iter::once(0..RAM).collect(), mode, notify, limit };
-        let windows = mode.map(|mode| Windows::new(&config(mode), &mut slots).unwrap());
+        let windows = mode.map(|mode| Windows::new(&config(mode), &mut memslots).unwrap());
         let heard = Heard::default();
         let state = Dispatcher::new(
             Devices::new(Box::new(std::io::sink()), None),
@@ -197,7 +200,7 @@ impl Bench {
             state,
             cpu,
             ram: Ram::new(RAM).unwrap(),
-            slots,
+            memslots,
             others: FakeOthers::default(),
             heard,
             layout,
@@ -222,7 +225,7 @@ impl Bench {
             id: CPU,
             cpu: &mut self.cpu,
             ram: &self.ram,
-            slots: &mut self.slots,
+            memslots: &mut self.memslots,
             others: &mut self.others,
         };
         self.state.dispatch(exit, &mut context)
