@@ -165,7 +165,7 @@ fn little_room_for_provenance(notify: Notify) {
         assert_eq!(headlines(&report), headlines(&all), "{budget}");
         let figures = report.stats.provenance;
         assert_eq!(figures.budget_bytes, budget);
-        assert!(figures.counts.dropped + figures.counts.evicted > 0, "{figures:?}");
+        assert!(figures.counts.dropped + figures.counts.forgotten > 0, "{figures:?}");
         assert!(figures.bytes <= budget, "{figures:?}");
         for (finding, _) in report.findings.iter() {
             let text = umbra::report::text::to_string(finding, Default::default());

@@ -30,7 +30,7 @@ pub enum Call {
         /// The CPU.
         cpu: u16,
         /// Room for a list of objects to evict, if the guest wants one.
-        released: Option<Array>,
+        released: Option<EvictionBuffer>,
     },
     /// Make memory inaccessible.
     Poison {
@@ -108,7 +108,7 @@ pub enum Call {
     /// Evict objects from the quarantine.
     Quarantine {
         /// Room for the list.
-        to: Array,
+        to: EvictionBuffer,
         /// Evict everything, not only what is over the limit.
         all: bool,
     },
@@ -167,14 +167,14 @@ pub struct BadAccess {
 
 /// Room for a list of evicted objects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Array {
+pub struct EvictionBuffer {
     /// Virtual address.
     pub va: u64,
     /// How many fit, at most [`abi::RELEASED_MAX`]; may be 0.
     pub count: u64,
 }
 
-impl Array {
+impl EvictionBuffer {
     fn new(va: u64, count: u64) -> Result<Self, CallError> {
         if count > abi::RELEASED_MAX {
             return Err(wrong("number of released objects", count));
@@ -322,7 +322,7 @@ impl Call {
             CallNumber::RegionAdd => Self::RegionAdd(Region::new(rdi, rsi, rcx)?),
             CallNumber::RingSetup => Self::RingSetup(RingPlace::decode(rdi, rsi, rcx, r8)?),
             CallNumber::RingDrain => {
-                let released = if rcx == 0 { None } else { Some(Array::new(rsi, rcx)?) };
+                let released = if rcx == 0 { None } else { Some(EvictionBuffer::new(rsi, rcx)?) };
                 Self::RingDrain { cpu: cpu(rdi)?, released }
             }
             CallNumber::Poison => {
@@ -390,7 +390,9 @@ impl Call {
                 let (va, len) = (region.va(), region.bytes());
                 Self::VirtualAdd { va, len }
             }
-            CallNumber::Quarantine => Self::Quarantine { to: Array::new(rsi, rcx)?, all: rdi != 0 },
+            CallNumber::Quarantine => {
+                Self::Quarantine { to: EvictionBuffer::new(rsi, rcx)?, all: rdi != 0 }
+            }
             CallNumber::Activate => Self::Activate,
             CallNumber::Related => Self::Related { va: rdi, actor: Actor::from_register(rcx) },
         })

@@ -101,7 +101,7 @@ fn calls_are_decoded() {
         ok(CallNumber::Name, NameKind::Task.into(), DIRECT, 0xffff_ffff << 32, 0),
         Call::Name { what: Named::Task { id: u32::MAX }, va: DIRECT, len: 0 }
     );
-    let to = Array { va: DIRECT, count: 1 << 16 };
+    let to = EvictionBuffer { va: DIRECT, count: 1 << 16 };
     assert_eq!(
         ok(CallNumber::Quarantine, 1, DIRECT, abi::RELEASED_MAX, 0),
         Call::Quarantine { to, all: true }
@@ -235,7 +235,7 @@ proptest! {
             Ok(Call::Globals { va, count }) => {
                 prop_assert!((1..=abi::GLOBALS_MAX).contains(&count) && holds(va, count * 64));
             }
-            Ok(Call::Quarantine { to: Array { va, count }, .. }) => {
+            Ok(Call::Quarantine { to: EvictionBuffer { va, count }, .. }) => {
                 prop_assert!(count <= abi::RELEASED_MAX && holds(va, count * abi::RELEASED_BYTES));
             }
             Ok(Call::Name { va, len, .. }) => prop_assert!(len <= abi::NAME_MAX && holds(va, len)),

@@ -12,7 +12,7 @@ use super::context::ExitContext;
 use super::dispatch::Dispatcher;
 use super::{Outcome, investigate};
 use crate::hypercall::{
-    Actor, Array, BadAccess, Call, CallError, Exit, Named, Region, RingPlace, Slot,
+    Actor, BadAccess, Call, CallError, EvictionBuffer, Exit, Named, Region, RingPlace, Slot,
 };
 use crate::shadow::{Notify, ShadowError, Windows};
 
@@ -109,7 +109,7 @@ impl Dispatcher {
     fn ring_drain(
         &mut self,
         cpu: u16,
-        released: Option<Array>,
+        released: Option<EvictionBuffer>,
         context: &mut ExitContext,
     ) -> Handled {
         if !self.provenance.rings().has(cpu) {
@@ -247,7 +247,7 @@ impl Dispatcher {
     }
 
     /// Writes a list of evicted objects to guest memory. Returns how many there are.
-    fn evict(&mut self, to: Array, all: bool, ram: &Ram) -> Result<u64, CallError> {
+    fn evict(&mut self, to: EvictionBuffer, all: bool, ram: &Ram) -> Result<u64, CallError> {
         let what = "address of released objects";
         let room = to.count.max(1) * RELEASED_BYTES;
         let gpa = self.guest.in_ram(ram, to.va, room, what)?;

@@ -228,7 +228,7 @@ impl Investigation<'_, '_> {
     /// A note if the object may be missing because the table was full.
     fn forgotten(&self, bad: &BadAddress, history: &History) -> Option<String> {
         let counts = self.provenance.objects().counts();
-        if counts.dropped + counts.evicted == 0 || !bad.is_on_heap() {
+        if counts.dropped + counts.forgotten == 0 || !bad.is_on_heap() {
             return None;
         }
         // Memory beside an object may belong to one that was dropped.

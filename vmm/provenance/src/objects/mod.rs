@@ -74,8 +74,9 @@ pub struct ObjectCounts {
     pub unknown_frees: u64,
     /// Frees of objects that were free.
     pub repeated_frees: u64,
-    /// Freed objects forgotten to make room.
-    pub evicted: u64,
+    /// Freed objects forgotten to make room. In JSON it is `evicted`.
+    #[serde(rename = "evicted")]
+    pub forgotten: u64,
     /// Objects not remembered because the table was full of live ones.
     pub dropped: u64,
     /// Call stacks not remembered because their table was full.
@@ -342,7 +343,7 @@ impl Objects {
                 self.counts.repeated_frees = self.counts.repeated_frees.saturating_add(1);
             } else if !room {
                 self.related.remove(&key);
-                self.counts.evicted = self.counts.evicted.saturating_add(1);
+                self.counts.forgotten = self.counts.forgotten.saturating_add(1);
             }
             self.redzones -= u64::from(entry.redzone());
             return;
@@ -521,6 +522,6 @@ impl Objects {
         let gone = table.forget_oldest(some, &mut |start| {
             related.remove(&start);
         });
-        counts.evicted = counts.evicted.saturating_add(gone as u64);
+        counts.forgotten = counts.forgotten.saturating_add(gone as u64);
     }
 }

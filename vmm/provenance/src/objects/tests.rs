@@ -168,7 +168,7 @@ fn a_full_table_forgets_the_oldest_freed_objects() {
         );
     }
     let counts = objects.counts();
-    assert!(counts.evicted >= most / 4 && counts.dropped == 1, "{counts:?}");
+    assert!(counts.forgotten >= most / 4 && counts.dropped == 1, "{counts:?}");
     assert!(
         (0..most)
             .rev()
@@ -241,7 +241,7 @@ fn freed_objects_go_before_stacks_are_lost() {
         objects.allocated(of(i * 0x100, 8, 0, 0, 1), &[i + 1]);
     }
     let counts = objects.counts();
-    assert!(counts.evicted > 0 && counts.dropped == 0, "{counts:?}");
+    assert!(counts.forgotten > 0 && counts.dropped == 0, "{counts:?}");
     let (old, new) = (
         objects.nearest(0, ShadowHint::Anywhere),
         objects.nearest(139 * 0x100, ShadowHint::Anywhere),
