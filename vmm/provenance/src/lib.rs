@@ -36,6 +36,8 @@
 //! The price is time. An event finds its leaf by two binary searches and writes the rest of it
 //! anew. The property tests of `objects/table.rs` compare every operation with a `BTreeMap`.
 
+#![warn(clippy::missing_errors_doc)]
+
 mod heap;
 mod history;
 mod names;

@@ -312,6 +312,9 @@ const fn wrong(what: &'static str, value: u64) -> CallError {
 
 impl Call {
     /// Decodes call `number` with the arguments in `rdi`, `rsi`, `rcx` and `r8`.
+    ///
+    /// # Errors
+    /// What the guest gets: there is no such call, or an argument is wrong.
     pub fn decode(number: u32, rdi: u64, rsi: u64, rcx: u64, r8: u64) -> Result<Self, CallError> {
         let call = CallNumber::try_from(number).map_err(CallError::Unknown)?;
         Ok(match call {

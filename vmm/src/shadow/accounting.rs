@@ -22,6 +22,9 @@ use super::{layout::CHUNK_BYTES, mapping::HOST_PAGE, memory::ShadowBacking};
 /// not counted.
 ///
 /// Only mappings that lie inside `range` as a whole count.
+///
+/// # Errors
+/// The file in `/proc` cannot be read.
 pub fn resident_bytes(range: &Range<u64>) -> io::Result<u64> {
     parse_smaps(BufReader::new(File::open("/proc/self/smaps")?), range)
 }
@@ -106,6 +109,9 @@ pub struct ProcessMemory {
 
 impl ProcessMemory {
     /// Asks the kernel.
+    ///
+    /// # Errors
+    /// The file in `/proc` cannot be read.
     pub fn read() -> io::Result<Self> {
         let mut status = String::new();
         File::open("/proc/self/status")?.read_to_string(&mut status)?;

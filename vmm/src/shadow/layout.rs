@@ -73,6 +73,9 @@ pub struct Layout {
 
 impl Layout {
     /// Lays out the windows for guest memory that ends at `ram_end`.
+    ///
+    /// # Errors
+    /// The end is 0, not a multiple of 4096, or too high.
     pub fn new(ram_end: u64) -> Result<Self, LayoutError> {
         if ram_end == 0 || !ram_end.is_multiple_of(PAGE_SIZE) || ram_end > MAX_RAM_END {
             return Err(LayoutError { ram_end });

@@ -30,6 +30,9 @@ const _: () = assert!(CHUNK_COVERS >> PAGE_SHIFT == CHUNK_BYTES / HOST_PAGE * 8)
 ///
 /// Call it only while no vCPU runs guest code. The chunks stay mapped. It reads the page shadow of
 /// mapped chunks and asks the kernel about their pages: a few microseconds for each chunk.
+///
+/// # Errors
+/// The host refuses.
 pub fn reclaim_unused(windows: &mut Windows) -> Result<u64, ShadowError> {
     let (resident, runs) = scan(windows)?;
     // The most that is resident until the next reclaim is resident right now.

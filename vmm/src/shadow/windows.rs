@@ -55,6 +55,9 @@ pub trait Memslots {
     ///
     /// The memory stays valid as long as the [`Windows`] that pass it exist. An implementation must
     /// not let the guest run on it for longer.
+    ///
+    /// # Errors
+    /// There are no more memslots, or the kernel refuses.
     fn map(
         &mut self,
         gpa: u64,
@@ -64,6 +67,9 @@ pub trait Memslots {
     ) -> Result<u32, MemslotError>;
 
     /// Removes a memslot. When it returns, no vCPU can reach the memory any more.
+    ///
+    /// # Errors
+    /// The kernel refuses.
     fn unmap(&mut self, memslot: u32) -> Result<(), MemslotError>;
 }
 
@@ -194,6 +200,9 @@ pub struct Windows {
 impl Windows {
     /// Reserves the shadow and maps what is there from the start: the page window, or the whole of
     /// a full shadow, which is made resident too.
+    ///
+    /// # Errors
+    /// The configuration is not possible, or the host refuses memory or a memslot.
     pub fn new(config: &WindowsConfig, memslots: &mut dyn Memslots) -> Result<Self, ShadowError> {
         let mut ram_end = 0;
         for Range { start, end } in &config.ram {
@@ -339,6 +348,9 @@ impl Windows {
 
     /// A guest touched `len` bytes of a window at `gpa` and had no memslot there, or no right to
     /// write. Maps all chunks of the access. Safe while other vCPUs run.
+    ///
+    /// # Errors
+    /// The access is not inside a window, the limit is reached, or the host refuses.
     pub fn fault(
         &mut self,
         gpa: u64,
@@ -372,6 +384,9 @@ impl Windows {
     /// Completes a guest's store of `data` to a window at `gpa`, which [`Self::fault`] was called
     /// for. Nothing else may have been done to the windows between the two: it could have unmapped
     /// the chunk.
+    ///
+    /// # Errors
+    /// The store is not inside a window, or the windows are read-only.
     pub fn apply_write(&mut self, gpa: u64, data: &[u8]) -> Result<(), ShadowError> {
         if self.notify == Notify::Sync {
             return Err(ShadowError::ReadOnly { gpa });
@@ -388,6 +403,9 @@ impl Windows {
 
     /// Completes a guest's load of `data` from a window at `gpa`, which [`Self::fault`] was called
     /// for.
+    ///
+    /// # Errors
+    /// The load is not inside a window.
     pub fn read(&self, gpa: u64, data: &mut [u8]) -> Result<(), ShadowError> {
         let outside = ShadowError::OutsideWindow { gpa, len: data.len() as u64 };
         match self.mapped_place(gpa, data.len() as u64)? {
@@ -400,6 +418,9 @@ impl Windows {
     }
 
     /// Asks the kernel how much byte shadow is resident, in bytes, and keeps the peak.
+    ///
+    /// # Errors
+    /// The file in `/proc` cannot be read.
     pub fn sample(&mut self) -> Result<u64, ShadowError> {
         self.accounting
             .sample(self.model.memory())
@@ -408,6 +429,9 @@ impl Windows {
 
     /// Host memory of the shadow at this moment: page shadow, byte shadow that is mapped, resident,
     /// and used by byte-checked pages, in bytes. As quick as [`Self::sample`].
+    ///
+    /// # Errors
+    /// As for [`Self::sample`].
     pub fn sample_all(&mut self) -> Result<[u64; 4], ShadowError> {
         let resident = self.sample()?;
         let shadow = self.model.memory();
@@ -421,6 +445,9 @@ impl Windows {
     }
 
     /// The costs of the shadow now.
+    ///
+    /// # Errors
+    /// As for [`Self::sample`].
     pub fn figures(&mut self) -> Result<Figures, ShadowError> {
         self.accounting
             .figures(self.model.memory())
