@@ -217,8 +217,8 @@ pub unsafe extern "C" fn __asan_memset(to: *mut u8, value: i32, n: usize) -> *mu
 }
 
 // The names that the linker gives to calls when it is told to `--wrap` a function. Rust kernels use
-// them for the functions that no compiler option covers: their own are those of `compiler_builtins`,
-// which is linked first.
+// them for the functions that no compiler option covers: their own are those of
+// `compiler_builtins`, which is linked first.
 global_asm!(
     ".globl __wrap_memcmp",
     "__wrap_memcmp: jmp {memcmp}",
