@@ -21,7 +21,7 @@ use umbra::provenance::QuarantineSize;
 use umbra::sandbox::{Config, GuestFile, RunReport, ShadowMode};
 use umbra::shadow::{CHUNK_BYTES, Notify};
 use umbra::verdicts::{self, Verdict};
-use umbra_tests::suite::{Need, Suite};
+use umbra_tests::suite::{Need, Suite, has_program};
 use umbra_tests::table::{SUITE, hold, table};
 
 /// Guest memory of these tests, in bytes.
@@ -453,7 +453,7 @@ fn main() -> ExitCode {
         "there is no target/linux/source with Linux's scripts: `cargo xtask linux` fetches it"
             .into()
     }));
-    let tools = ["bash", "nm", "addr2line", "awk"].into_iter().find(|tool| !Need::has(tool));
+    let tools = ["bash", "nm", "addr2line", "awk"].into_iter().find(|tool| !has_program(tool));
     let tools = Need::unless(tools.map(|tool| format!("{tool} is not installed")));
     suite.add(
         "decode_stacktrace_knows_the_frames",
