@@ -223,7 +223,7 @@ fn parse_quarantine(text: &str) -> Result<QuarantineSize, String> {
         "auto" => Ok(QuarantineSize::Auto),
         "off" => Ok(QuarantineSize::Bytes(0)),
         _ => match parse_size(text).map_err(|e| format!("{e}, off or auto"))? {
-            bytes if bytes < QuarantineSize::LEAST => {
+            bytes if bytes < QuarantineSize::MIN => {
                 Err("less than 64K; try 8M, off or auto".into())
             }
             bytes => Ok(QuarantineSize::Bytes(bytes)),

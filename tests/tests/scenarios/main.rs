@@ -244,7 +244,7 @@ fn sync_exits() {
 /// findings are still reported, and later bugs are found as ever.
 fn giving_shadow_back_loses_nothing() {
     // A small quarantine: slabs become free soon, so that there is shadow to reclaim.
-    let [before, run] = around_churn(QuarantineSize::Bytes(QuarantineSize::LEAST));
+    let [before, run] = around_churn(QuarantineSize::Bytes(QuarantineSize::MIN));
     let shadow = &run.report.stats.shadow;
     assert!(shadow.released_bytes > 0, "{shadow:?}");
     for verdict in &run.verdicts {

@@ -66,8 +66,8 @@ pub enum MachineError {
     ApiVersion(i32),
     #[error("the host's KVM lacks the capability {0}: a newer host kernel is needed")]
     Capability(&'static str),
-    #[error("a machine with {cpus} CPUs: 1 to {most} are possible here")]
-    Cpus { cpus: u8, most: usize },
+    #[error("a machine with {cpus} CPUs: 1 to {max} are possible here")]
+    Cpus { cpus: u8, max: usize },
     #[error(transparent)]
     Memory(#[from] MemoryError),
     #[error(transparent)]
@@ -189,9 +189,9 @@ impl Machine {
     /// # Errors
     /// The memory or the number of vCPUs is out of range, or the host refuses a step.
     pub fn new(kvm: &Kvm, config: MachineConfig) -> Result<Self, MachineError> {
-        let most = kvm.fd.get_max_vcpus().min(layout::MAX_CPUS.into());
-        if config.cpus == 0 || usize::from(config.cpus) > most {
-            return Err(MachineError::Cpus { cpus: config.cpus, most });
+        let max = kvm.fd.get_max_vcpus().min(layout::MAX_CPUS.into());
+        if config.cpus == 0 || usize::from(config.cpus) > max {
+            return Err(MachineError::Cpus { cpus: config.cpus, max });
         }
         let ram = Ram::new(config.memory_bytes)?;
         let supported =
@@ -254,7 +254,7 @@ impl Machine {
         if id >= self.config.cpus {
             return Err(MachineError::Cpus {
                 cpus: id.saturating_add(1),
-                most: self.config.cpus.into(),
+                max: self.config.cpus.into(),
             });
         }
         let fd = self.vm.fd().create_vcpu(u64::from(id)).map_err(refused("create a vCPU"))?;

@@ -40,12 +40,12 @@ pub trait RingMemory {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum RingError {
     /// A table is full.
-    #[error("more than {most} {what}")]
+    #[error("more than {max} {what}")]
     Limit {
         /// What there are too many of.
         what: &'static str,
         /// The limit.
-        most: u64,
+        max: u64,
     },
     /// Another CPU's ring is there.
     #[error("another ring is at guest-physical {gpa:#x}")]
@@ -194,7 +194,7 @@ impl Rings {
     ) -> Result<(), RingError> {
         let at = usize::from(cpu);
         if at >= CPUS {
-            return Err(RingError::Limit { what: "rings", most: CPUS as u64 });
+            return Err(RingError::Limit { what: "rings", max: CPUS as u64 });
         }
         let bytes = |records: u64| (records + 1) * RECORD_BYTES;
         let mut all = records;
@@ -206,7 +206,7 @@ impl Rings {
             all += ring.records;
         }
         if all > RECORDS {
-            return Err(RingError::Limit { what: "records in all rings", most: RECORDS });
+            return Err(RingError::Limit { what: "records in all rings", max: RECORDS });
         }
         if self.rings.len() <= at {
             self.rings.resize(at + 1, None);

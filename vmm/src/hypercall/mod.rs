@@ -283,12 +283,12 @@ pub enum CallError {
     #[error("call {0} does not belong to the mode of this run")]
     Mode(u32),
     /// A table is full.
-    #[error("more than {most} {what}")]
+    #[error("more than {max} {what}")]
     Limit {
         /// What there are too many of.
         what: &'static str,
         /// The limit.
-        most: u64,
+        max: u64,
     },
 }
 

@@ -58,7 +58,7 @@ pub struct Regions {
 
 impl Regions {
     /// Most regions that are kept.
-    pub const MOST: usize = 64;
+    pub const MAX: usize = 64;
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
@@ -101,8 +101,8 @@ impl Regions {
         if self.regions.iter().any(|other| region.va <= other.last() && other.va <= region.last()) {
             return Err(wrong("region address", region.va));
         }
-        if self.regions.len() >= Self::MOST {
-            return Err(CallError::Limit { what: "regions", most: Self::MOST as u64 });
+        if self.regions.len() >= Self::MAX {
+            return Err(CallError::Limit { what: "regions", max: Self::MAX as u64 });
         }
         Ok(())
     }
@@ -181,7 +181,7 @@ mod tests {
                 abi::ERR_ARGUMENT
             );
         }
-        for i in 0..Regions::MOST as u64 {
+        for i in 0..Regions::MAX as u64 {
             // Aliases of one memory are fine.
             regions.add(region(DIRECT + i * 0x2000, 0x2000, 0x3000), ram_end).unwrap();
         }
@@ -193,6 +193,6 @@ mod tests {
         }
         let more = regions.add(region(IMAGE, 0x1000, 0), ram_end);
         assert_eq!(more.unwrap_err().result(), abi::ERR_LIMIT);
-        assert_eq!(regions.iter().count(), Regions::MOST);
+        assert_eq!(regions.iter().count(), Regions::MAX);
     }
 }

@@ -218,7 +218,7 @@ impl Dispatcher {
         let Some(windows) = self.shadow.windows_mut() else { return Ok(0) };
         let none = CallError::Limit {
             what: "bytes of virtual memory",
-            most: windows.layout().virtual_bytes(),
+            max: windows.layout().virtual_bytes(),
         };
         let key = self.guest.add_virtual(va, len, || windows.next_key(va, len).ok_or(none))?;
         windows.add_virtual(key, len, context.memslots).map_err(Outcome::from)?;
@@ -311,7 +311,7 @@ impl From<CallError> for CallFailure {
 impl From<RingError> for CallFailure {
     fn from(error: RingError) -> Self {
         Self::Guest(match error {
-            RingError::Limit { what, most } => CallError::Limit { what, most },
+            RingError::Limit { what, max } => CallError::Limit { what, max },
             RingError::Overlap { gpa } => CallError::Argument { what: "ring address", value: gpa },
         })
     }
@@ -325,7 +325,7 @@ impl From<Outcome> for CallFailure {
 
 /// The guest only frees, and never fetches what is to be evicted.
 const QUARANTINE_FULL: CallError =
-    CallError::Limit { what: "objects in the quarantine", most: quarantine::MOST as u64 };
+    CallError::Limit { what: "objects in the quarantine", max: quarantine::MAX_OBJECTS as u64 };
 
 /// The return addresses of the code that made a call, innermost first.
 fn caller(context: &ExitContext) -> Vec<u64> {

@@ -32,11 +32,11 @@ const STACK_SEARCH: u64 = 64 << 10;
 const FRAMES: usize = 32;
 
 /// The stack that begins at the vCPU's frame pointer.
-pub(super) fn stack(context: &ExitContext, start_ip: Option<u64>, most: usize) -> Stack {
+pub(super) fn stack(context: &ExitContext, start_ip: Option<u64>, max: usize) -> Stack {
     let (regs, sregs) =
         (context.cpu.regs().unwrap_or_default(), context.cpu.sregs().unwrap_or_default());
     let space = AddressSpace::new(&sregs);
-    walk(&mut |at| space.read_u64(context.ram, at).ok(), regs.rbp, start_ip, most)
+    walk(&mut |at| space.read_u64(context.ram, at).ok(), regs.rbp, start_ip, max)
 }
 
 impl Dispatcher {

@@ -20,9 +20,9 @@ const LOWEST_WINDOW: u64 = 4 << 30;
 const MAX_RAM_END: u64 = 4 << 40;
 /// Least bytes of keys for virtual memory; otherwise there are as many as RAM has. A key costs
 /// nothing until the guest gets it.
-const LEAST_VIRTUAL: u64 = 4 << 30;
+const MIN_VIRTUAL: u64 = 4 << 30;
 /// Least byte shadow for virtual memory by default; otherwise as much as RAM has.
-const LEAST_VIRTUAL_SHADOW: u64 = 32 << 20;
+const MIN_VIRTUAL_SHADOW: u64 = 32 << 20;
 
 /// A guest-physical range that shows shadow memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,7 +81,7 @@ impl Layout {
             return Err(LayoutError { ram_end });
         }
         let virtual_start = ram_end.next_multiple_of(VIRTUAL_UNIT);
-        let keys_end = virtual_start + virtual_start.max(LEAST_VIRTUAL);
+        let keys_end = virtual_start + virtual_start.max(MIN_VIRTUAL);
         let page = Window {
             gpa: ram_end.max(LOWEST_WINDOW).next_multiple_of(WINDOW_ALIGN),
             bytes: keys_end >> PAGE_SHIFT,
@@ -117,7 +117,7 @@ impl Layout {
     /// without this limit, a small guest could take any amount for virtual memory.
     pub fn default_limit(&self) -> u64 {
         let ram = self.ram_chunks() as u64 * CHUNK_BYTES;
-        ram + ram.max(LEAST_VIRTUAL_SHADOW)
+        ram + ram.max(MIN_VIRTUAL_SHADOW)
     }
 
     /// The end of all windows. The guest's physical addresses must reach it.
@@ -162,7 +162,7 @@ mod tests {
             assert!(
                 layout.virtual_start >= ram_end && layout.virtual_start < ram_end + VIRTUAL_UNIT
             );
-            assert!(layout.virtual_bytes() >= LEAST_VIRTUAL && layout.virtual_bytes() >= ram_end);
+            assert!(layout.virtual_bytes() >= MIN_VIRTUAL && layout.virtual_bytes() >= ram_end);
             assert!(layout.keys_end.is_multiple_of(VIRTUAL_UNIT));
             assert_eq!(layout.page.bytes, layout.keys_end / 4096);
             assert_eq!(layout.byte.bytes, layout.keys_end / 8);
