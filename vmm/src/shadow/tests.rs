@@ -431,7 +431,7 @@ fn the_limit_holds_and_unused_chunks_make_room() {
 }
 
 #[test]
-fn an_access_does_not_evict_its_own_first_half() {
+fn an_access_does_not_unmap_its_own_first_half() {
     let mut guest = Guest::new(8 * MIB, Mode::PerPage, Notify::Ring, Some(CHUNK_BYTES));
     let edge = guest.byte_gpa(CHUNK_COVERS) - 4;
     let result = guest.windows.fault(edge, 8, true, &mut guest.memslots);
@@ -440,7 +440,7 @@ fn an_access_does_not_evict_its_own_first_half() {
 }
 
 #[test]
-fn a_promotion_that_starts_during_eviction_is_not_lost() {
+fn a_promotion_that_starts_while_a_chunk_is_unmapped_is_not_lost() {
     let mut guest = Guest::new(8 * MIB, Mode::PerPage, Notify::Ring, Some(CHUNK_BYTES));
     guest.set_bytes(0x3000, 512, SLAB_FREE);
     // Another vCPU marks the page after it was looked at, and stores while it has the memslot.

@@ -566,7 +566,7 @@ impl Windows {
         {
             return Ok(());
         }
-        self.evict_unused(keep, memslots)?;
+        self.unmap_unused(keep, memslots)?;
         let needed = self.model.memory().mapped_bytes() + CHUNK_BYTES;
         if needed > self.limit {
             return Err(ShadowError::Limit { limit: self.limit, needed });
@@ -581,7 +581,7 @@ impl Windows {
     /// chunk. So the page shadow is checked again after the memslot was removed. A vCPU stores to
     /// byte shadow only after it has marked the page `PAGE_BUSY`. So an earlier promotion is seen
     /// now, and a later one faults and waits for this thread.
-    fn evict_unused(
+    fn unmap_unused(
         &mut self,
         keep: &Range<usize>,
         memslots: &mut dyn Memslots,
