@@ -18,11 +18,11 @@ const MAGIC: [u8; 8] = *b"KMEMTRC1";
 /// Bytes of an event.
 const EVENT: usize = 20;
 /// A cache's number is one byte.
-const MOST_CACHES: u32 = 1 << 8;
+const MAX_CACHES: u32 = 1 << 8;
 /// A call site's number is two.
-const MOST_SITES: u32 = 1 << 16;
+const MAX_SITES: u32 = 1 << 16;
 /// The largest block of Linux's page allocator (`MAX_PAGE_ORDER`).
-const MOST_ORDER: u8 = 10;
+const MAX_ORDER: u8 = 10;
 /// Compression level: a slice is written once.
 const LEVEL: i32 = 19;
 
@@ -113,8 +113,8 @@ impl Event {
                 Ok(Self::Alloc { addr, bytes, slot, cache: (kind == 2).then_some(c) })
             }
             1 | 3 => Ok(Self::Free { addr }),
-            4 | 5 if c > MOST_ORDER => {
-                Err(format!("has the page order {c}, of at most {MOST_ORDER}"))
+            4 | 5 if c > MAX_ORDER => {
+                Err(format!("has the page order {c}, of at most {MAX_ORDER}"))
             }
             4 | 5 if !addr.is_multiple_of(PAGE_SIZE << c) => {
                 Err(format!("has no block of order {c} at {addr:#x}"))
@@ -180,7 +180,7 @@ impl Trace {
         };
         let events = u64::from(number(0)) | u64::from(number(4)) << 32;
         let (caches, sites) = (number(8), number(12));
-        if caches > MOST_CACHES || sites > MOST_SITES {
+        if caches > MAX_CACHES || sites > MAX_SITES {
             return Err(foreign("it has more caches or call sites than events can name"));
         }
         let mut names = Vec::with_capacity(caches as usize);

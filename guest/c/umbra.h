@@ -139,7 +139,8 @@ static inline uint64_t umbra_who(uint16_t cpu, uint32_t task)
 /* ---- Start ----------------------------------------------------------------------------------- */
 
 /*
- * Looks for Umbra and fills `offer`. Returns its features: 0 means that there is nothing to set up.
+ * Looks for Umbra and fills `offer`. Returns the features, also stored in `offer`. 0 without Umbra,
+ * or if the ABI versions differ; `offer.version` then has the VMM's.
  */
 uint32_t umbra_discover(struct umbra_offer *offer);
 
@@ -281,9 +282,9 @@ typedef void (*umbra_release_fn)(uint64_t start, uint64_t slot, uint8_t note, vo
 uint8_t umbra_quarantine_add(umbra_release_fn release, void *context);
 
 /*
- * As umbra_free(), but also false when the memory goes into the quarantine. True: the allocator
- * takes it back now. Release functions are called from here, for other memory, so the caller holds
- * no lock that they take.
+ * As umbra_free(), but the memory goes into the quarantine, if there is one for `allocator`. True:
+ * the caller frees now. False: it must not. Release functions are called from here, for other
+ * memory, so the caller holds no lock that they take.
  */
 bool umbra_free_later(uint64_t address, uint64_t start, uint64_t slot, uint8_t code,
 		      uint8_t allocator, uint8_t note);

@@ -6,6 +6,7 @@
 //! VMM, and plain vectors in tests.
 #![no_std]
 #![forbid(unsafe_code)]
+#![warn(clippy::missing_errors_doc)]
 
 pub mod abi;
 mod byte;

@@ -18,18 +18,13 @@ pub enum Need {
     Elsewhere,
 }
 
-/// The variable in which `cargo xtask test` names the host of a test: `machine`, if there is a
-/// nested host as well, or `svm`, if tests run on the machine as well. Unset, nothing is left to
-/// another host.
-const HOST: &str = "UMBRA_TEST_HOST";
-
 /// Whether KVM emulates ring 0 here.
 fn ring0_is_emulated() -> bool {
     Kvm::open().is_ok_and(|kvm| emulates_ring0(&kvm).unwrap_or(false))
 }
 
 fn host_is(host: &str) -> bool {
-    std::env::var_os(HOST).is_some_and(|value| value == host)
+    std::env::var_os(umbra_skip::HOST).is_some_and(|value| value == host)
 }
 
 impl Need {
@@ -70,7 +65,7 @@ impl Need {
 
     /// The nested host, if tests run there too: a Linux guest takes seconds in it, and minutes
     /// where ring 0 is emulated.
-    pub fn nested() -> Self {
+    pub fn prefer_nested() -> Self {
         if host_is("machine") { Self::Elsewhere } else { Self::There }
     }
 
@@ -97,18 +92,18 @@ impl Need {
         Self::unless(missing)
     }
 
-    /// Whether a program is in the path.
-    pub fn has(program: &str) -> bool {
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
-    }
-
     /// Root.
     pub fn root() -> Self {
         // SAFETY: only asks.
         let root = unsafe { libc::geteuid() } == 0;
         Self::unless((!root).then(|| "only root can do this".into()))
     }
+}
+
+/// Whether a program is in the path.
+pub fn has_program(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
 }
 
 /// A list of tests.

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use umbra::kernel::{Scenario, scenarios};
 use umbra::report::{Finding, text};
-use umbra::sandbox::{Config, Report, ShadowMode};
+use umbra::sandbox::{Config, RunReport, ShadowMode};
 use umbra::shadow::Notify;
 use umbra::verdicts::{self, Verdict};
 use umbra_tests::suite::{Need, Suite};
@@ -51,7 +51,7 @@ impl Kernel {
         chosen: &[Scenario],
         shadow: ShadowMode,
         notify: Notify,
-    ) -> (Vec<Verdict>, Report) {
+    ) -> (Vec<Verdict>, RunReport) {
         let config = Config {
             kernel: self.elf.clone().into(),
             memory: MEMORY,
@@ -72,11 +72,11 @@ struct Run {
     kernel: Arc<Kernel>,
     shadow: ShadowMode,
     notify: Notify,
-    outcome: OnceLock<(Vec<Verdict>, Report)>,
+    outcome: OnceLock<(Vec<Verdict>, RunReport)>,
 }
 
 impl Run {
-    fn get(&self) -> &(Vec<Verdict>, Report) {
+    fn get(&self) -> &(Vec<Verdict>, RunReport) {
         self.outcome
             .get_or_init(|| self.kernel.boot(&self.kernel.scenarios, self.shadow, self.notify))
     }

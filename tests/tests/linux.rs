@@ -236,7 +236,7 @@ fn main() -> ExitCode {
         ),
     ];
     for (name, kernel, test) in others {
-        suite.add(name, &need(kernel).and(&Need::nested()), test);
+        suite.add(name, &need(kernel).and(&Need::prefer_nested()), test);
     }
     suite.run()
 }

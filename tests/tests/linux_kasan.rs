@@ -19,7 +19,7 @@ use umbra_shadow::abi::{self, Features};
 use umbra_tests::ktap::{self, Case, Verdict};
 use umbra_tests::linux::{kernel, need};
 use umbra_tests::program::{Run, Umbra};
-use umbra_tests::suite::{Need, Suite};
+use umbra_tests::suite::{Need, Suite, has_program};
 
 /// The program.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_umbra-under-test");
@@ -392,10 +392,11 @@ fn patches_are_in_good_form() {
 
 fn main() -> ExitCode {
     let need = need(KERNEL);
-    let sources =
-        Need::unless((!kernel(SOURCES).exists() || !Need::has("git") || !Need::has("perl")).then(
-            || "it needs git, perl, and the sources that `cargo xtask linux` fetches".to_owned(),
-        ));
+    let sources = Need::unless(
+        (!kernel(SOURCES).exists() || !has_program("git") || !has_program("perl")).then(|| {
+            "it needs git, perl, and the sources that `cargo xtask linux` fetches".to_owned()
+        }),
+    );
     let mut suite = Suite::default();
     let here = sources.and(&Need::machine());
     suite.add("linux_kasan::patches_are_in_good_form", &here, patches_are_in_good_form);
@@ -404,7 +405,7 @@ fn main() -> ExitCode {
         &need,
         boots_and_works_without_a_finding,
     );
-    let nested = need.and(&Need::nested());
+    let nested = need.and(&Need::prefer_nested());
     suite.add(
         "linux_kasan::what_lies_in_a_memory_pool_is_free",
         &nested,
@@ -423,7 +424,7 @@ fn main() -> ExitCode {
     suite.add("linux_kasan::boots_unchecked_on_another_version", &nested, another_version);
     suite.add("linux_kasan::boots_unchecked_with_windows_too_small", &nested, windows_too_small);
     suite.add("linux_kasan::ends_at_the_shadow_limit", &nested, shadow_limit);
-    let missing = (!Need::has("qemu-system-x86_64"))
+    let missing = (!has_program("qemu-system-x86_64"))
         .then(|| "QEMU is not installed: qemu-system-x86".to_owned());
     let emulator =
         umbra_tests::linux::need(BZIMAGE).and(&Need::unless(missing)).and(&Need::machine());

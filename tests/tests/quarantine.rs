@@ -10,7 +10,7 @@ use std::time::Duration;
 use umbra::kernel::test_kernel;
 use umbra::provenance::QuarantineSize;
 use umbra::report::Track;
-use umbra::sandbox::{self, Config, Outcome, Redzone, Report, ShadowMode};
+use umbra::sandbox::{self, Config, Outcome, Redzone, RunReport, ShadowMode};
 use umbra::shadow::Notify;
 use umbra_tests::suite::{Need, Suite};
 
@@ -42,7 +42,7 @@ fn config(cmdline: &str) -> Config {
 }
 
 /// Runs the test kernel to its regular end. Returns its output, too.
-fn run(config: &Config) -> (Report, String) {
+fn run(config: &Config) -> (RunReport, String) {
     let console = Screen::default();
     let report =
         sandbox::run(config, Box::new(console.clone()), Box::new(()), &AtomicBool::new(false))
@@ -150,7 +150,7 @@ fn little_room_for_provenance(notify: Notify) {
         "scenarios=huge_churn,kmalloc_oob_right,kmalloc_uaf,kmem_cache_double_free churn=1000";
     let config = Config { notify, ..config(cmdline) };
     let (all, _) = run(&config);
-    let headlines = |report: &Report| {
+    let headlines = |report: &RunReport| {
         let findings = report.findings.iter();
         findings
             .map(|(finding, seen)| (finding.headline(Default::default()), seen))
@@ -165,7 +165,7 @@ fn little_room_for_provenance(notify: Notify) {
         assert_eq!(headlines(&report), headlines(&all), "{budget}");
         let figures = report.stats.provenance;
         assert_eq!(figures.budget_bytes, budget);
-        assert!(figures.counts.dropped + figures.counts.evicted > 0, "{figures:?}");
+        assert!(figures.counts.dropped + figures.counts.forgotten > 0, "{figures:?}");
         assert!(figures.bytes <= budget, "{figures:?}");
         for (finding, _) in report.findings.iter() {
             let text = umbra::report::text::to_string(finding, Default::default());
@@ -180,7 +180,7 @@ fn little_room_for_provenance(notify: Notify) {
 }
 
 /// The slot size of each cache.
-fn slots(config: &Config) -> (Report, Vec<u64>) {
+fn slots(config: &Config) -> (RunReport, Vec<u64>) {
     let (report, said) = run(config);
     let slots: Vec<_> = said
         .lines()

@@ -17,9 +17,9 @@ use umbra_report::text::{self, TextStyle};
 use umbra_report::{Names, html};
 
 use crate::demo;
-use crate::print::{Printer, say, size, stderr_color};
+use crate::print::{FindingPrinter, say, size, stderr_color};
 use crate::sandbox::{
-    self, Config, Console, GuestFile, Outcome, Redzone, Report, RunError, ShadowMode,
+    self, Config, Console, GuestFile, Outcome, Redzone, RunError, RunReport, ShadowMode,
 };
 use crate::shadow::Notify;
 use crate::terminal;
@@ -223,7 +223,7 @@ fn parse_quarantine(text: &str) -> Result<QuarantineSize, String> {
         "auto" => Ok(QuarantineSize::Auto),
         "off" => Ok(QuarantineSize::Bytes(0)),
         _ => match parse_size(text).map_err(|e| format!("{e}, off or auto"))? {
-            bytes if bytes < QuarantineSize::LEAST => {
+            bytes if bytes < QuarantineSize::MIN => {
                 Err("less than 64K; try 8M, off or auto".into())
             }
             bytes => Ok(QuarantineSize::Bytes(bytes)),
@@ -322,7 +322,7 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
         },
         ..args.guest.config(kernel, args.cmdline.clone())
     };
-    let printer = Printer { style, quiet: false, json };
+    let printer = FindingPrinter { style, quiet: false, json };
     let restore = terminal::Restore;
     let console = Console { output, input: terminal::input() };
     let report = sandbox::run(&config, console, Box::new(printer), stop);
@@ -358,7 +358,7 @@ fn hint(outcome: &Outcome) -> &'static str {
 }
 
 /// Summary of a run, in one line.
-fn summary(report: &Report) -> String {
+fn summary(report: &RunReport) -> String {
     let outcome = format!("{}{}", report.outcome, hint(&report.outcome));
     let stats = &report.stats;
     let findings = match stats.findings {

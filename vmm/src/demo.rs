@@ -10,8 +10,8 @@ use anyhow::{Context, Result, bail};
 use umbra_report::{Names, html};
 
 use crate::kernel::{Expected, Scenario};
-use crate::print::{Printer, say, size};
-use crate::sandbox::{Config, Report, ShadowMode};
+use crate::print::{FindingPrinter, say, size};
+use crate::sandbox::{Config, RunReport, ShadowMode};
 use crate::verdicts::{self, Verdict, config_for};
 
 /// The expected findings of a scenario, in words.
@@ -60,7 +60,7 @@ pub(crate) fn run(
     stop: &AtomicBool,
 ) -> Result<u8> {
     let (verdicts, report) =
-        verdicts::run(config, chosen, !quiet, Box::new(Printer::text(quiet)), stop)?;
+        verdicts::run(config, chosen, !quiet, Box::new(FindingPrinter::text(quiet)), stop)?;
     let width = verdicts.iter().map(|v| v.name.len()).max().unwrap_or(0);
     let mut table = String::new();
     for verdict in &verdicts {
@@ -109,7 +109,7 @@ fn write_page(
     target: html::Target,
     config: &Config,
     verdicts: &[Verdict],
-    report: &Report,
+    report: &RunReport,
 ) -> Result<()> {
     let row = |verdict: &Verdict| html::Verdict {
         name: verdict.name.clone(),
@@ -136,7 +136,7 @@ fn write_page(
 fn compare(
     config: &Config,
     chosen: &[Scenario],
-    per_page: &Report,
+    per_page: &RunReport,
     stop: &AtomicBool,
 ) -> Result<bool> {
     let spinner = if io::stderr().is_terminal() {
@@ -150,7 +150,7 @@ fn compare(
         Config { shadow: ShadowMode::Full, shadow_limit: None, picture: false, ..config.clone() };
     let (verdicts, full) = verdicts::run(&full, chosen, false, Box::new(()), stop)?;
     spinner.finish_and_clear();
-    let row = |report: &Report| {
+    let row = |report: &RunReport| {
         let s = &report.stats;
         let instructions =
             s.guest.instructions.map_or("-".into(), |n| format!("{:.1} M", n as f64 / 1e6));

@@ -1,6 +1,8 @@
 //! Umbra: boots an x86_64 kernel as a KVM guest, keeps its shadow memory outside of it, and reports
 //! its memory errors.
 
+#![warn(clippy::missing_errors_doc)]
+
 pub mod cli;
 mod demo;
 pub mod hypercall;

@@ -8,13 +8,13 @@ use umbra_report::{Finding, Names, json};
 use crate::sandbox::Observer;
 
 /// Prints findings as they come: text to standard error, JSON if requested.
-pub(crate) struct Printer {
+pub(crate) struct FindingPrinter {
     pub(crate) style: TextStyle,
     pub(crate) quiet: bool,
     pub(crate) json: Option<Box<dyn Write + Send>>,
 }
 
-impl Printer {
+impl FindingPrinter {
     /// Text only.
     pub(crate) fn text(quiet: bool) -> Self {
         Self {
@@ -25,7 +25,7 @@ impl Printer {
     }
 }
 
-impl Observer for Printer {
+impl Observer for FindingPrinter {
     fn finding(&mut self, finding: &Finding) {
         // If standard error is closed, the guest continues, and the exit status reports the
         // finding.

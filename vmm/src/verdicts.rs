@@ -10,7 +10,7 @@ use umbra_report::Finding;
 use umbra_report::frame::StackVariable;
 
 use crate::kernel::{self, Expected, Scenario};
-use crate::sandbox::{self, Config, Observer, Report, RunError, ShadowMode};
+use crate::sandbox::{self, Config, Observer, RunError, RunReport, ShadowMode};
 
 /// Default time limit.
 const TIMEOUT: Duration = Duration::from_secs(300);
@@ -136,7 +136,7 @@ pub fn run(
     pass_on: bool,
     observer: Box<dyn Observer>,
     stop: &AtomicBool,
-) -> Result<(Vec<Verdict>, Report), RunError> {
+) -> Result<(Vec<Verdict>, RunReport), RunError> {
     let ran = Arc::new(Mutex::new(Vec::new()));
     let console = ScenarioConsole { line: Vec::new(), ran: ran.clone(), pass_on };
     let config = config_for(config, chosen);

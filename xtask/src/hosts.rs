@@ -1,8 +1,8 @@
 //! Runs the tests on both kinds of host: this machine, and the nested host with SVM.
 //!
 //! The two run side by side. Each has counts of its own, and the names of the nested host's tests
-//! begin with `svm::`. What runs on which host is said to the tests by [`HOST`]; the tests
-//! themselves know what they need (`umbra_skip`).
+//! begin with `svm::`. What runs on which host is said to the tests by [`umbra_skip::HOST`]; the
+//! tests themselves know what they need.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -16,9 +16,6 @@ use crate::nested::{self, Ended, Host, Job};
 use crate::summary::Summary;
 use crate::{Context, demo};
 
-/// The variable that tells a test where it runs, so that it can leave to the other host what
-/// belongs there.
-const HOST: &str = "UMBRA_TEST_HOST";
 /// What names of tests on the nested host begin with.
 const PREFIX: &str = "svm::";
 /// Packages whose tests boot guests.
@@ -196,8 +193,8 @@ enum Role {
 fn variables(role: Role, all: bool) -> Vec<(&'static str, &'static str)> {
     let mut variables = Vec::new();
     match role {
-        Role::Machine if !all => variables.push((HOST, "machine")),
-        Role::Nested if !all => variables.push((HOST, "svm")),
+        Role::Machine if !all => variables.push((umbra_skip::HOST, "machine")),
+        Role::Nested if !all => variables.push((umbra_skip::HOST, "svm")),
         _ => {}
     }
     if all {

@@ -13,7 +13,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result, ensure};
 use serde::Serialize;
 use umbra::shadow::{
-    Figures, Mode, Notify, ShadowError, SlotError, Slots, Windows, WindowsConfig, page_map,
+    Figures, MemslotError, Memslots, Mode, Notify, ShadowError, Windows, WindowsConfig, page_map,
     reclaim_unused,
 };
 use umbra_shadow::codes::PAGE_SIZE;
@@ -72,12 +72,12 @@ pub struct Replay {
 /// No machine: no guest has the windows.
 struct NoGuest;
 
-impl Slots for NoGuest {
-    fn map(&mut self, _: u64, _: *mut u8, _: u64, _: bool) -> Result<u32, SlotError> {
+impl Memslots for NoGuest {
+    fn map(&mut self, _: u64, _: *mut u8, _: u64, _: bool) -> Result<u32, MemslotError> {
         Ok(0)
     }
 
-    fn unmap(&mut self, _: u32) -> Result<(), SlotError> {
+    fn unmap(&mut self, _: u32) -> Result<(), MemslotError> {
         Ok(())
     }
 }

@@ -14,7 +14,7 @@ use crate::results;
 
 const MIB: f64 = 1_048_576.0;
 /// Limit for page shadow and peak byte shadow of the whole trace together, in MiB, on 24 GiB.
-const MOST: f64 = 25.0;
+const SHADOW_MAX: f64 = 25.0;
 /// Limit relative to a full shadow, in percent.
 const SHARE: f64 = 1.0;
 /// Limit for 5 million events, in seconds.
@@ -153,7 +153,7 @@ fn figures(two: &Replay, memory: u64) -> Vec<Figure> {
     vec![
         limit(
             Figure::new(GROUP, "page shadow and peak resident byte shadow", bytes / MIB, "MiB"),
-            MOST,
+            SHADOW_MAX,
         ),
         limit(Figure::new(GROUP, "the same, of a full shadow", share, "percent"), SHARE),
         limit(Figure::new(GROUP, "time of a CPU", seconds, "s"), SECONDS).note(format!(

@@ -21,7 +21,7 @@ const SIZES: [u64; 6] = [64 << 20, 256 << 20, 1 << 30, 4 << 30, 16 << 30, 64 << 
 const SHADOWS: [&str; 3] = ["off", "per-page", "full"];
 /// Memory of each of many guests, and the most host memory of one, with a full shadow.
 const GUEST: u64 = 256 << 20;
-const MOST: u64 = GUEST + GUEST / 8 + (32 << 20);
+const GUEST_MAX: u64 = GUEST + GUEST / 8 + (32 << 20);
 /// Host memory that is left free while there are many guests: more than for one, which ends soon.
 const LEFT: u64 = 4 << 30;
 /// Events of the trace that each of them replays.
@@ -166,7 +166,7 @@ fn many(
         for shadow in SHADOWS {
             let wanted = if words.contains("touch") { guests } else { guests.min(FEW) };
             let mut running = Vec::new();
-            while running.len() < wanted && available_memory() > LEFT + MOST {
+            while running.len() < wanted && available_memory() > LEFT + GUEST_MAX {
                 tick(&format!(
                     "guest {} of {wanted} at once, shadow {shadow}, {memory}",
                     running.len() + 1

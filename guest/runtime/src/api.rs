@@ -15,8 +15,8 @@ use crate::ring;
 use crate::stack::{self, frame_pointer, return_address};
 use crate::{checks, host, object, quarantine, settings, shadow, state};
 
-/// Looks for Umbra and makes the first call. Returns the features in `offer`: 0 where there is no
-/// Umbra, or one of another ABI version, which is in `offer.version`.
+/// Looks for Umbra and makes the first call. Returns the features, also stored in `offer`. 0
+/// without Umbra, or if the ABI versions differ; `offer.version` then has the VMM's.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_discover(offer: &mut Offer) -> u32 {
     *offer = Offer::default();
@@ -209,8 +209,8 @@ fn free_without_quarantine(
 }
 
 /// As [`umbra_free`], but the memory goes into the quarantine, if there is one for `allocator`
-/// ([`umbra_quarantine_add`]). Then the result is false too, and the allocator's release function
-/// gets `start`, `slot` and `note` later. True: the allocator takes the memory back now.
+/// ([`umbra_quarantine_add`]); then the allocator's release function gets `start`, `slot` and
+/// `note` later. True: the caller frees now. False: it must not.
 ///
 /// Release functions are called from here, for other memory: the caller holds no lock that they
 /// take.

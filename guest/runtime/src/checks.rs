@@ -1,7 +1,7 @@
 //! The checks that instrumented code calls: `__asan_load8_noabort` and its kin.
 //!
 //! They run for every memory access of the guest, so their fast paths are assembly. Each check is a
-//! *slot* of [`SLOT`] bytes: first a patchable part that starts out as a bare `ret`, then what it
+//! *stub* of [`STUB`] bytes: first a patchable part that starts out as a bare `ret`, then what it
 //! jumps to. [`activate`] copies in one of two fast paths, for the two-level or the full shadow, so
 //! that neither pays for the other (as with Linux's static calls).
 //!
@@ -23,7 +23,7 @@
 //! in the next page and not both are untyped.
 //!
 //! A wild address has no shadow mapped: the lookup itself faults, and
-//! [`crate::api::umbra_page_fault`] finds the access by the slot of `rip`.
+//! [`crate::api::umbra_page_fault`] finds the access by the stub of `rip`.
 
 use core::arch::{asm, global_asm};
 
@@ -33,13 +33,13 @@ use umbra_shadow::abi::Features;
 use crate::stack::frame_pointer;
 use crate::{host, shadow, state};
 
-/// Bytes of one check's slot.
-pub const SLOT: usize = 384;
+/// Bytes of one check's stub.
+pub const STUB: usize = 384;
 /// Bytes of its patchable part.
 pub const PATCH: usize = 64;
 
-/// The access that each slot checks: bytes (0: the caller's second argument) and kind.
-const SLOTS: [(u64, Access); 12] = [
+/// The access that each stub checks: bytes (0: the caller's second argument) and kind.
+const STUBS: [(u64, Access); 12] = [
     (1, Read),
     (2, Read),
     (4, Read),
@@ -55,16 +55,16 @@ const SLOTS: [(u64, Access); 12] = [
 ];
 
 // Displacements in the templates are written out by hand, since the templates are copied before
-// they run. A displacement is the target's offset in the slot less the offset behind the jump.
+// they run. A displacement is the target's offset in the stub less the offset behind the jump.
 global_asm!(
-    // Offsets in a slot.
+    // Offsets in a stub.
     ".set UMBRA_PATCH, 64",
     ".set UMBRA_BYTES, 64",      // the page is not untyped
     ".set UMBRA_UNALIGNED, 128", // an unaligned access, two-level
     ".set UMBRA_GRANULES, 208",  // an unaligned access whose granules are not both whole
     ".set UMBRA_PARTIAL, 288",   // an aligned access whose granule is not whole, full shadow
     ".set UMBRA_SLOW, 320",      // to the model
-    ".set UMBRA_SLOT, 384",
+    ".set UMBRA_STUB, 384",
     ".macro umbra_slow size, access",
     "push rbp",
     "mov rbp, rsp",
@@ -78,7 +78,7 @@ global_asm!(
     "ret",
     ".endm",
     // One check of a fixed size.
-    ".macro umbra_slot name, size, access",
+    ".macro umbra_stub name, size, access",
     ".balign 64, 0xcc",
     ".globl \\name",
     ".type \\name, @function",
@@ -213,11 +213,11 @@ global_asm!(
     ".org \\name + UMBRA_SLOW, 0xcc",
     "9:",
     "umbra_slow \\size, \\access",
-    ".org \\name + UMBRA_SLOT, 0xcc",
-    ".size \\name, UMBRA_SLOT",
+    ".org \\name + UMBRA_STUB, 0xcc",
+    ".size \\name, UMBRA_STUB",
     ".endm",
     // One check of any size (rsi).
-    ".macro umbra_slot_any name, access",
+    ".macro umbra_stub_any name, access",
     ".balign 64, 0xcc",
     ".globl \\name",
     ".type \\name, @function",
@@ -250,10 +250,10 @@ global_asm!(
     ".org \\name + UMBRA_SLOW, 0xcc",
     "9:",
     "umbra_slow 0, \\access",
-    ".org \\name + UMBRA_SLOT, 0xcc",
-    ".size \\name, UMBRA_SLOT",
+    ".org \\name + UMBRA_STUB, 0xcc",
+    ".size \\name, UMBRA_STUB",
     ".endm",
-    // Templates. `code` + 4 displacement bytes, to offset `to` of the slot from offset `behind`.
+    // Templates. `code` + 4 displacement bytes, to offset `to` of the stub from offset `behind`.
     ".macro umbra_jump code, to, behind",
     ".byte 0x0f, \\code",
     ".long \\to - \\behind",
@@ -314,21 +314,21 @@ global_asm!(
     ".section .text.umbra_checks, \"ax\", @progbits",
     ".balign 64, 0xcc",
     // Global, since the code that uses them may land in another object of the archive.
-    ".globl umbra_slots, umbra_templates_two_level, umbra_templates_full",
-    ".hidden umbra_slots, umbra_templates_two_level, umbra_templates_full",
-    "umbra_slots:",
-    "umbra_slot __asan_load1_noabort, 1, 0",
-    "umbra_slot __asan_load2_noabort, 2, 0",
-    "umbra_slot __asan_load4_noabort, 4, 0",
-    "umbra_slot __asan_load8_noabort, 8, 0",
-    "umbra_slot __asan_load16_noabort, 16, 0",
-    "umbra_slot_any __asan_loadN_noabort, 0",
-    "umbra_slot __asan_store1_noabort, 1, 1",
-    "umbra_slot __asan_store2_noabort, 2, 1",
-    "umbra_slot __asan_store4_noabort, 4, 1",
-    "umbra_slot __asan_store8_noabort, 8, 1",
-    "umbra_slot __asan_store16_noabort, 16, 1",
-    "umbra_slot_any __asan_storeN_noabort, 1",
+    ".globl umbra_stubs, umbra_templates_two_level, umbra_templates_full",
+    ".hidden umbra_stubs, umbra_templates_two_level, umbra_templates_full",
+    "umbra_stubs:",
+    "umbra_stub __asan_load1_noabort, 1, 0",
+    "umbra_stub __asan_load2_noabort, 2, 0",
+    "umbra_stub __asan_load4_noabort, 4, 0",
+    "umbra_stub __asan_load8_noabort, 8, 0",
+    "umbra_stub __asan_load16_noabort, 16, 0",
+    "umbra_stub_any __asan_loadN_noabort, 0",
+    "umbra_stub __asan_store1_noabort, 1, 1",
+    "umbra_stub __asan_store2_noabort, 2, 1",
+    "umbra_stub __asan_store4_noabort, 4, 1",
+    "umbra_stub __asan_store8_noabort, 8, 1",
+    "umbra_stub __asan_store16_noabort, 16, 1",
+    "umbra_stub_any __asan_storeN_noabort, 1",
     // With `-fno-sanitize-recover` compilers leave the suffix off. Here the VMM decides whether to
     // stop.
     ".macro umbra_abort_name name",
@@ -374,18 +374,18 @@ global_asm!(
 );
 
 unsafe extern "C" {
-    static umbra_slots: [[u8; SLOT]; SLOTS.len()];
-    static umbra_templates_two_level: [[u8; PATCH]; SLOTS.len() / 2];
-    static umbra_templates_full: [[u8; PATCH]; SLOTS.len() / 2];
+    static umbra_stubs: [[u8; STUB]; STUBS.len()];
+    static umbra_templates_two_level: [[u8; PATCH]; STUBS.len() / 2];
+    static umbra_templates_full: [[u8; PATCH]; STUBS.len() / 2];
 }
 
-/// Puts the fast paths for `features` into the slots.
+/// Puts the fast paths for `features` into the stubs.
 ///
 /// # Safety
 /// No other CPU runs instrumented code, and the shadow windows are mapped for all regions.
 pub unsafe fn activate(features: Features) {
     let write_protect = 1u64 << 16;
-    // SAFETY: the slots are this module's own code, and with CR0.WP clear ring 0 may write a
+    // SAFETY: the stubs are this module's own code, and with CR0.WP clear ring 0 may write a
     // read-only page; interrupts stay off meanwhile. A `cpuid` makes the CPU drop instructions that
     // it fetched before.
     unsafe {
@@ -397,10 +397,10 @@ pub unsafe fn activate(features: Features) {
         } else {
             &raw const umbra_templates_two_level
         };
-        let slots = (&raw const umbra_slots).cast_mut();
-        for i in 0..SLOTS.len() {
-            let from = (&raw const (*templates)[i % (SLOTS.len() / 2)]).cast::<u64>();
-            let to = (&raw mut (*slots)[i]).cast::<u64>();
+        let stubs = (&raw const umbra_stubs).cast_mut();
+        for i in 0..STUBS.len() {
+            let from = (&raw const (*templates)[i % (STUBS.len() / 2)]).cast::<u64>();
+            let to = (&raw mut (*stubs)[i]).cast::<u64>();
             // The first word goes in last: it replaces the `ret` that keeps the check off.
             for word in (0..PATCH / 8).rev() {
                 to.add(word).write_volatile(from.add(word).read());
@@ -414,8 +414,8 @@ pub unsafe fn activate(features: Features) {
 
 /// The access whose check was running at `rip`: bytes and kind, if it was one.
 pub fn running(rip: u64, second_argument: u64) -> Option<(u64, Access)> {
-    let start = (&raw const umbra_slots) as u64;
-    let &(size, access) = SLOTS.get(usize::try_from(rip.checked_sub(start)?).ok()? / SLOT)?;
+    let start = (&raw const umbra_stubs) as u64;
+    let &(size, access) = STUBS.get(usize::try_from(rip.checked_sub(start)?).ok()? / STUB)?;
     Some((if size == 0 { second_argument } else { size }, access))
 }
 

@@ -31,7 +31,8 @@ pub fn batch() -> u64 {
 /// The setting holds for the whole run, also before checks are on: an allocator may compute it
 /// again when the object is freed.
 pub fn redzone_of(object: u64) -> u64 {
-    const MOST: [(u64, u64); 7] = [
+    /// Bytes of an object with its redzone, at most, and of the redzone.
+    const ADAPTIVE: [(u64, u64); 7] = [
         (64, 16),
         (128, 32),
         (512, 64),
@@ -45,9 +46,10 @@ pub fn redzone_of(object: u64) -> u64 {
     }
     match Redzone::from_register(REDZONE.load(Relaxed)) {
         Redzone::Off => 0,
-        Redzone::Adaptive => {
-            MOST.iter().find(|(room, redzone)| object <= room - redzone).map_or(2048, |fits| fits.1)
-        }
+        Redzone::Adaptive => ADAPTIVE
+            .iter()
+            .find(|(room, redzone)| object <= room - redzone)
+            .map_or(2048, |fits| fits.1),
         Redzone::Bytes(bytes) => bytes.into(),
     }
 }

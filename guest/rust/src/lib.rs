@@ -4,6 +4,7 @@
 //! calls [`start`]. Its allocators then call [`alloc`] and [`free`], or it wraps a `GlobalAlloc` in
 //! [`Checked`]. On a machine without Umbra all of this does nothing.
 #![no_std]
+#![warn(clippy::missing_errors_doc)]
 
 mod checked;
 mod ffi;

@@ -20,10 +20,9 @@ numbered! {
         /// added region, 64-byte aligned), `rsi`: bytes of header and records, `rcx`: CPU, `r8`:
         /// text base (see [`RecordStack`](super::RecordStack)).
         RingSetup = 3,
-        /// Drains all rings and empties the caller's. `rdi`: the calling CPU, whose ring is full;
-        /// an error if it has none. `rsi`, `rcx`: an array as in [`Quarantine`](Self::Quarantine),
-        /// for the memory that was evicted from the quarantine. Result: the number of entries
-        /// written.
+        /// Drains all rings. `rdi`: the calling CPU, whose ring is emptied; an error if it has
+        /// none. `rsi`, `rcx`: an array as in [`Quarantine`](Self::Quarantine), for the memory that
+        /// was evicted from the quarantine. Result: the number of entries written.
         RingDrain = 4,
         /// Poisons memory. `rdi`: address, `rsi`: bytes, `rcx`: code. `sync` mode only.
         Poison = 5,

@@ -8,6 +8,11 @@ use std::thread;
 
 const WORD: &str = "SKIPPED: ";
 
+/// The variable in which `cargo xtask test` names the host of a test, so that the test can leave to
+/// the other host what belongs there: `machine`, if there is a nested host as well, or `svm`, if
+/// tests run on the machine as well. Unset, nothing is left to another host.
+pub const HOST: &str = "UMBRA_TEST_HOST";
+
 /// The line about a skipped test: `SKIPPED: what: why`.
 pub fn line(what: impl Display, why: impl Display) -> String {
     format!("{WORD}{what}: {why}").replace('\n', " ")

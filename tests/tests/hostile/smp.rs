@@ -133,7 +133,7 @@ fn wild_rings_of_running_cpus() {
     });
     let run = quiet(guest, "--cpus 4 --keep-going");
     run.expect(0);
-    assert_eq!((run.outcome(), run.figure("/events/ring_drains")), ("done", 4 * (4 * 300 + 1)));
+    assert_eq!((run.outcome(), run.figure("/events/ring_drains")), ("done", 4 * 300 + 1));
 }
 
 /// All CPUs but the second make calls for ever; the second does `what`.

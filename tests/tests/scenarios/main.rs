@@ -18,10 +18,10 @@ use umbra::machine::loader::Boot;
 use umbra::machine::vcpu::VmExit;
 use umbra::machine::{Kvm, Machine, MachineConfig};
 use umbra::provenance::QuarantineSize;
-use umbra::sandbox::{Config, GuestFile, Report, ShadowMode};
+use umbra::sandbox::{Config, GuestFile, RunReport, ShadowMode};
 use umbra::shadow::{CHUNK_BYTES, Notify};
 use umbra::verdicts::{self, Verdict};
-use umbra_tests::suite::{Need, Suite};
+use umbra_tests::suite::{Need, Suite, has_program};
 use umbra_tests::table::{SUITE, hold, table};
 
 /// Guest memory of these tests, in bytes.
@@ -40,7 +40,7 @@ const LITTLE_CHURN: &str = "churn=1000";
 /// A run of the test kernel.
 struct Outcome {
     verdicts: Vec<Verdict>,
-    report: Report,
+    report: RunReport,
 }
 
 impl Outcome {
@@ -244,7 +244,7 @@ fn sync_exits() {
 /// findings are still reported, and later bugs are found as ever.
 fn giving_shadow_back_loses_nothing() {
     // A small quarantine: slabs become free soon, so that there is shadow to reclaim.
-    let [before, run] = around_churn(QuarantineSize::Bytes(QuarantineSize::LEAST));
+    let [before, run] = around_churn(QuarantineSize::Bytes(QuarantineSize::MIN));
     let shadow = &run.report.stats.shadow;
     assert!(shadow.released_bytes > 0, "{shadow:?}");
     for verdict in &run.verdicts {
@@ -453,7 +453,7 @@ fn main() -> ExitCode {
         "there is no target/linux/source with Linux's scripts: `cargo xtask linux` fetches it"
             .into()
     }));
-    let tools = ["bash", "nm", "addr2line", "awk"].into_iter().find(|tool| !Need::has(tool));
+    let tools = ["bash", "nm", "addr2line", "awk"].into_iter().find(|tool| !has_program(tool));
     let tools = Need::unless(tools.map(|tool| format!("{tool} is not installed")));
     suite.add(
         "decode_stacktrace_knows_the_frames",

@@ -199,10 +199,10 @@ mod tests {
 
     #[test]
     fn they_fit_below_the_mp_table() {
-        let most = tables(layout::MAX_CPUS).len() as u64;
+        let max = tables(layout::MAX_CPUS).len() as u64;
         assert!(
-            layout::ACPI >= layout::LOW_RAM_END && layout::ACPI + most <= layout::MP_TABLE,
-            "{most}"
+            layout::ACPI >= layout::LOW_RAM_END && layout::ACPI + max <= layout::MP_TABLE,
+            "{max}"
         );
         assert!(layout::ACPI.is_multiple_of(16), "where kernels look");
     }

@@ -62,6 +62,9 @@ impl CpuTopology {
 }
 
 /// Builds the table for a vCPU from what KVM supports.
+///
+/// # Errors
+/// A leaf of `extra` is KVM's own, or there are too many.
 pub fn table(
     supported: &CpuId,
     extra: &[CpuidLeaf],

@@ -1,6 +1,8 @@
 //! A plain KVM machine: RAM, vCPUs, a kernel loader, and the few devices that a kernel needs. It
 //! knows nothing of shadow memory.
 
+#![warn(clippy::missing_errors_doc)]
+
 mod acpi;
 pub mod complete;
 pub mod cpuid;
@@ -38,7 +40,7 @@ use loader::{Boot, LoadError, LoadedKernel, StartState};
 use memory::{MemoryError, Ram};
 use vcpu::{Vcpu, VcpuError};
 use vm::Vm;
-pub use vm::{MapError, SlotId};
+pub use vm::{MapError, MemslotId};
 
 const DEVICE: &str = "/dev/kvm";
 
@@ -64,8 +66,8 @@ pub enum MachineError {
     ApiVersion(i32),
     #[error("the host's KVM lacks the capability {0}: a newer host kernel is needed")]
     Capability(&'static str),
-    #[error("a machine with {cpus} CPUs: 1 to {most} are possible here")]
-    Cpus { cpus: u8, most: usize },
+    #[error("a machine with {cpus} CPUs: 1 to {max} are possible here")]
+    Cpus { cpus: u8, max: usize },
     #[error(transparent)]
     Memory(#[from] MemoryError),
     #[error(transparent)]
@@ -92,11 +94,17 @@ pub struct Kvm {
 
 impl Kvm {
     /// Opens `/dev/kvm`.
+    ///
+    /// # Errors
+    /// There is no such device, no permission to open it, or it lacks what a machine needs.
     pub fn open() -> Result<Self, MachineError> {
         Self::open_path(Path::new(DEVICE))
     }
 
     /// Opens a KVM device elsewhere.
+    ///
+    /// # Errors
+    /// As for [`Kvm::open`].
     pub fn open_path(path: &Path) -> Result<Self, MachineError> {
         let name = path.display().to_string();
         let Ok(c_path) = CString::new(path.as_os_str().as_encoded_bytes()) else {
@@ -177,10 +185,13 @@ pub struct Machine {
 
 impl Machine {
     /// Makes a machine without vCPUs.
+    ///
+    /// # Errors
+    /// The memory or the number of vCPUs is out of range, or the host refuses a step.
     pub fn new(kvm: &Kvm, config: MachineConfig) -> Result<Self, MachineError> {
-        let most = kvm.fd.get_max_vcpus().min(layout::MAX_CPUS.into());
-        if config.cpus == 0 || usize::from(config.cpus) > most {
-            return Err(MachineError::Cpus { cpus: config.cpus, most });
+        let max = kvm.fd.get_max_vcpus().min(layout::MAX_CPUS.into());
+        if config.cpus == 0 || usize::from(config.cpus) > max {
+            return Err(MachineError::Cpus { cpus: config.cpus, max });
         }
         let ram = Ram::new(config.memory_bytes)?;
         let supported =
@@ -219,6 +230,9 @@ impl Machine {
     }
 
     /// Loads a kernel with its initrd and command line. The vCPU 0 created next starts there.
+    ///
+    /// # Errors
+    /// A file is not what it should be, or does not fit into RAM.
     pub fn load(&mut self, boot: &Boot) -> Result<LoadedKernel, LoadError> {
         let kernel = loader::load(self.ram(), boot)?;
         if self.config.has_irqchip() {
@@ -233,11 +247,14 @@ impl Machine {
     /// Creates a vCPU. Number 0 starts at the loaded kernel's entry. The others, up to the
     /// configured number less one, wait in [`Vcpu::run`] until the guest starts them through its
     /// local APIC (INIT, then SIPI).
+    ///
+    /// # Errors
+    /// There are no vCPUs of this number, the CPUID leaves do not fit, or KVM refuses.
     pub fn create_vcpu(&self, id: u8) -> Result<Vcpu, MachineError> {
         if id >= self.config.cpus {
             return Err(MachineError::Cpus {
                 cpus: id.saturating_add(1),
-                most: self.config.cpus.into(),
+                max: self.config.cpus.into(),
             });
         }
         let fd = self.vm.fd().create_vcpu(u64::from(id)).map_err(refused("create a vCPU"))?;
@@ -276,6 +293,9 @@ impl Machine {
     /// Maps host memory into the guest as a memslot. A guest write to a `readonly` one is a
     /// [`vcpu::VmExit::MmioWrite`].
     ///
+    /// # Errors
+    /// An argument is not a multiple of 4096, all memslots are in use, or KVM refuses.
+    ///
     /// # Safety
     /// The `len` bytes at `host` are mapped, the guest may write them at any time (unless
     /// `readonly`), and both hold until [`Machine::unmap`], or until the machine and all its vCPUs
@@ -286,14 +306,17 @@ impl Machine {
         host: *mut u8,
         len: u64,
         readonly: bool,
-    ) -> Result<SlotId, MapError> {
+    ) -> Result<MemslotId, MapError> {
         // SAFETY: the same promise.
         unsafe { self.vm.map(gpa, host, len, readonly) }
     }
 
     /// Removes a memslot. Its number is used again.
-    pub fn unmap(&self, slot: SlotId) -> Result<(), MapError> {
-        self.vm.unmap(slot)
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn unmap(&self, memslot: MemslotId) -> Result<(), MapError> {
+        self.vm.unmap(memslot)
     }
 
     /// A line of the interrupt controller; `None` when the machine has none.
@@ -311,6 +334,9 @@ pub struct IrqLine {
 
 impl IrqLine {
     /// Raises the line and lowers it again.
+    ///
+    /// # Errors
+    /// KVM refuses.
     pub fn pulse(&self) -> io::Result<()> {
         self.vm.fd().set_irq_line(self.irq, true)?;
         Ok(self.vm.fd().set_irq_line(self.irq, false)?)

@@ -67,6 +67,9 @@ impl Ram {
     }
 
     /// Reserves `bytes` of RAM, all zero, in the ranges of [`layout::ram_ranges`].
+    ///
+    /// # Errors
+    /// The size is not allowed, or the host has no such memory.
     pub fn new(bytes: u64) -> Result<Self, MemoryError> {
         Self::check(bytes)?;
         // vm-memory maps private anonymous memory with MAP_NORESERVE.
@@ -102,11 +105,17 @@ impl Ram {
     }
 
     /// Copies guest memory out.
+    ///
+    /// # Errors
+    /// Not all of it is RAM.
     pub fn read(&self, gpa: GuestAddress, to: &mut [u8]) -> Result<(), NotRam> {
         self.mem.read_slice(to, gpa).map_err(|_| NotRam { gpa, len: to.len() })
     }
 
     /// Copies into guest memory. When not all of it is RAM, nothing is written.
+    ///
+    /// # Errors
+    /// Not all of it is RAM.
     pub fn write(&self, gpa: GuestAddress, from: &[u8]) -> Result<(), NotRam> {
         if !self.contains(gpa, from.len() as u64) {
             return Err(NotRam { gpa, len: from.len() });
@@ -115,6 +124,9 @@ impl Ram {
     }
 
     /// The little-endian number at `gpa`.
+    ///
+    /// # Errors
+    /// Not all of it is RAM.
     pub fn read_u64(&self, gpa: GuestAddress) -> Result<u64, NotRam> {
         let mut bytes = [0; 8];
         self.read(gpa, &mut bytes)?;

@@ -82,6 +82,9 @@ fn system_call() -> &'static [u8] {
 
 /// Whether programs in ring 3 can call the guest's kernel. On some hosts that run ring 3 natively
 /// and emulate ring 0, `syscall` stays in ring 3.
+///
+/// # Errors
+/// KVM refuses the probe's machine.
 pub fn runs_programs(kvm: &Kvm) -> Result<bool, StatsError> {
     let (_machine, mut vcpu) = raw_guest(kvm, system_call())?;
     let (kicker, begin) = (vcpu.kicker(), Instant::now());

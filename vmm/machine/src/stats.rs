@@ -52,6 +52,9 @@ pub struct VcpuStats {
 
 impl VcpuStats {
     /// Finds out which counters KVM has for `vcpu`.
+    ///
+    /// # Errors
+    /// KVM has no statistics, or they cannot be read.
     pub fn open(vcpu: &Vcpu) -> Result<Self, StatsError> {
         // SAFETY: the ioctl takes no argument, and its result is checked.
         let fd = unsafe { ioctl(vcpu, nr::KVM_GET_STATS_FD()) };
@@ -112,6 +115,9 @@ pub struct Counters(Vec<VcpuStats>);
 
 impl Counters {
     /// Finds out which counters KVM has for `vcpus`.
+    ///
+    /// # Errors
+    /// As for [`VcpuStats::open`].
     pub fn open(vcpus: &[Vcpu]) -> Result<Self, StatsError> {
         vcpus.iter().map(VcpuStats::open).collect::<Result<_, _>>().map(Self)
     }
@@ -134,6 +140,9 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 /// Whether this host emulates ring 0 instruction by instruction, so that
 /// [`VcpuStats::instructions_emulated`] counts a kernel's instructions. A guest with a known number
 /// of instructions shows it.
+///
+/// # Errors
+/// KVM refuses the probe's machine, or has no statistics.
 pub fn emulates_ring0(kvm: &Kvm) -> Result<bool, StatsError> {
     const ROUNDS: u32 = 1000;
     // mov ecx, ROUNDS; 1: dec ecx; jnz 1b; out 0x80, al
@@ -155,6 +164,9 @@ pub fn emulates_ring0(kvm: &Kvm) -> Result<bool, StatsError> {
 }
 
 /// The frequency of a guest's time-stamp counter, in kHz.
+///
+/// # Errors
+/// KVM refuses the probe's machine.
 pub fn tsc_khz(kvm: &Kvm) -> Result<u32, StatsError> {
     let (_machine, vcpu) = raw_guest(kvm, &[])?;
     Ok(vcpu.tsc_khz()?)

@@ -197,7 +197,7 @@ fn mmio_reads_and_writes_are_exits() {
 }
 
 #[test]
-fn slots_come_go_and_can_be_read_only() {
+fn memslots_come_go_and_can_be_read_only() {
     let kvm = need!(Kvm::open());
     let code = guest!(
         "mov ebx, 0x40000000",
@@ -226,7 +226,7 @@ fn slots_come_go_and_can_be_read_only() {
         matches!(map(GuestAddress(0x1000), 4096, false), Err(MapError::Kvm { .. })),
         "overlaps RAM"
     );
-    let slot = map(gpa, 4096, true).unwrap();
+    let memslot = map(gpa, 4096, true).unwrap();
     let exit = next(&machine, &mut vcpu, &mut completer);
     let VmExit::MmioWrite { gpa: GuestAddress(0x4000_0001), data } = exit else {
         panic!("{exit:?}")
@@ -234,13 +234,13 @@ fn slots_come_go_and_can_be_read_only() {
     assert_eq!(data.as_slice(), [9]);
     assert_eq!(next(&machine, &mut vcpu, &mut completer), VmExit::Hlt);
     assert_eq!(vcpu.regs().unwrap().rcx, 0x1111_1111_1111_1111, "the write had no effect");
-    let number = format!("{slot:?}");
-    machine.unmap(slot).unwrap();
-    let slot = map(gpa, 4096, false).unwrap();
-    assert_eq!(format!("{slot:?}"), number, "the number is used again");
+    let number = format!("{memslot:?}");
+    machine.unmap(memslot).unwrap();
+    let memslot = map(gpa, 4096, false).unwrap();
+    assert_eq!(format!("{memslot:?}"), number, "the number is used again");
     assert_eq!(next(&machine, &mut vcpu, &mut completer), VmExit::Hlt);
     assert_eq!(vcpu.regs().unwrap().rcx, 0x1111_1111_1111_0711);
-    machine.unmap(slot).unwrap();
+    machine.unmap(memslot).unwrap();
     assert_eq!(next(&machine, &mut vcpu, &mut completer), VmExit::MmioRead { gpa, len: 8 });
     drop(vcpu);
 }
@@ -553,7 +553,7 @@ fn memory_that_the_host_cannot_touch() {
     for (machine, mut vcpu) in [raw_guest(&kvm, code).unwrap(), user_guest(&kvm, code)] {
         let gpa = GuestAddress(0x4000_0000);
         // SAFETY: the mapping stays until after the loop.
-        let _slot = unsafe { machine.map(gpa, memory.cast(), 4096, false) }.unwrap();
+        let _memslot = unsafe { machine.map(gpa, memory.cast(), 4096, false) }.unwrap();
         // Which of them depends on host and ring; none is a crash or a silent success.
         match vcpu.run() {
             Ok(VmExit::MmioRead { gpa: at, .. }) => assert_eq!(at, gpa),

@@ -132,8 +132,8 @@ pub enum VmExit {
         /// The number of valid `bytes`. 0: KVM gave none.
         len: u8,
     },
-    /// A kick, another signal, or the start of a vCPU that waited for it; nothing happened in the
-    /// guest.
+    /// A kick, another signal, or the start of a vCPU that waited for it; there is nothing to
+    /// handle.
     Interrupted,
     /// The vCPU cannot go on: the guest's state is not valid for the hardware.
     FailEntry {
@@ -179,7 +179,8 @@ pub struct Vcpu {
     fd: VcpuFd,
     id: u8,
     run_bytes: usize,
-    sync: bool,
+    /// Registers are read and written through `kvm_run`.
+    sync_regs: bool,
     /// `kvm_run` holds the registers (only after the first run).
     synced: bool,
     port: Option<PortAccess>,
@@ -190,8 +191,8 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    pub(super) fn new(mut fd: VcpuFd, id: u8, sync: bool, vm: Arc<Vm>) -> Self {
-        if sync {
+    pub(super) fn new(mut fd: VcpuFd, id: u8, sync_regs: bool, vm: Arc<Vm>) -> Self {
+        if sync_regs {
             fd.set_sync_valid_reg(SyncReg::Register);
             // Many exits read stacks through cr3; this costs far less than an ioctl for each.
             fd.set_sync_valid_reg(SyncReg::SystemRegister);
@@ -202,7 +203,7 @@ impl Vcpu {
             run_bytes: vm.fd().run_size(),
             fd,
             id,
-            sync,
+            sync_regs,
             synced: false,
             port: None,
             read: PendingRead::None,
@@ -226,6 +227,9 @@ impl Vcpu {
     }
 
     /// Runs the guest until its next exit.
+    ///
+    /// # Errors
+    /// KVM refuses, or the guest touched memory that the host cannot read or write.
     pub fn run(&mut self) -> Result<VmExit, VcpuError> {
         if let Some(exit) = self.next_port_item() {
             return Ok(exit);
@@ -242,7 +246,7 @@ impl Vcpu {
         drop(running);
         let run = self.fd.get_kvm_run();
         run.immediate_exit = 0;
-        if self.sync {
+        if self.sync_regs {
             run.kvm_dirty_regs = 0;
             self.synced = true;
         }
@@ -359,6 +363,9 @@ impl Vcpu {
     }
 
     /// The general registers, `rip` and `rflags`.
+    ///
+    /// # Errors
+    /// KVM refuses.
     pub fn regs(&self) -> Result<kvm_regs, VcpuError> {
         if self.synced {
             return Ok(self.fd.sync_regs().regs);
@@ -366,7 +373,10 @@ impl Vcpu {
         self.fd.get_regs().map_err(|e| self.error("KVM_GET_REGS", e))
     }
 
-    /// Sets them.
+    /// Sets the general registers, `rip` and `rflags`.
+    ///
+    /// # Errors
+    /// KVM refuses.
     pub fn set_regs(&mut self, regs: &kvm_regs) -> Result<(), VcpuError> {
         if self.synced {
             self.fd.sync_regs_mut().regs = *regs;
@@ -377,6 +387,9 @@ impl Vcpu {
     }
 
     /// Control, segment and table registers.
+    ///
+    /// # Errors
+    /// KVM refuses.
     pub fn sregs(&self) -> Result<kvm_sregs, VcpuError> {
         if self.synced {
             return Ok(self.fd.sync_regs().sregs);
@@ -384,7 +397,10 @@ impl Vcpu {
         self.fd.get_sregs().map_err(|e| self.error("KVM_GET_SREGS", e))
     }
 
-    /// Sets them.
+    /// Sets control, segment and table registers.
+    ///
+    /// # Errors
+    /// KVM refuses.
     pub fn set_sregs(&mut self, sregs: &kvm_sregs) -> Result<(), VcpuError> {
         // Not through the shared page: KVM would report a refusal only at the next run.
         self.fd.set_sregs(sregs).map_err(|e| self.error("KVM_SET_SREGS", e))?;
@@ -406,11 +422,17 @@ impl Vcpu {
     }
 
     /// The frequency of the guest's time-stamp counter, in kHz.
+    ///
+    /// # Errors
+    /// KVM refuses.
     pub fn tsc_khz(&self) -> Result<u32, VcpuError> {
         self.fd.get_tsc_khz().map_err(|e| self.error("KVM_GET_TSC_KHZ", e))
     }
 
     /// A model-specific register.
+    ///
+    /// # Errors
+    /// KVM does not have the register.
     pub fn msr(&self, index: u32) -> Result<u64, VcpuError> {
         let mut msrs = one_msr(index, 0)?;
         match self.fd.get_msrs(&mut msrs) {
@@ -421,6 +443,9 @@ impl Vcpu {
     }
 
     /// Sets a model-specific register.
+    ///
+    /// # Errors
+    /// KVM does not have the register, or refuses the value.
     pub fn set_msr(&mut self, index: u32, value: u64) -> Result<(), VcpuError> {
         match self.fd.set_msrs(&one_msr(index, value)?) {
             Ok(1) => Ok(()),
@@ -432,6 +457,9 @@ impl Vcpu {
     /// Puts the vCPU into the start state of the Linux 64-bit boot protocol: long mode, the first 4
     /// GiB mapped one to one, flat segments, interrupts off, `rsi` at `boot_params`. The tables
     /// must be in RAM ([`super::loader::load`] writes them).
+    ///
+    /// # Errors
+    /// KVM refuses.
     pub fn set_boot_state(&mut self, entry: GuestAddress) -> Result<(), VcpuError> {
         let mut sregs = self.sregs()?;
         let flat = kvm_segment { limit: 0xffff_ffff, present: 1, s: 1, g: 1, ..Default::default() };
@@ -462,6 +490,9 @@ impl Vcpu {
     /// Puts the vCPU into the start state of PVH (Xen, docs/misc/pvh.pandoc): 32-bit protected mode
     /// without paging, flat segments, interrupts off, `ebx` at `hvm_start_info`, which is in RAM
     /// like the GDT.
+    ///
+    /// # Errors
+    /// KVM refuses.
     pub fn set_pvh_state(&mut self, entry: GuestAddress) -> Result<(), VcpuError> {
         let mut sregs = self.sregs()?;
         let flat =

@@ -21,29 +21,32 @@ pub enum MapError {
     )]
     Unaligned { gpa: u64, len: u64 },
     #[error("all {0} memslots of the host are in use")]
-    NoSlot(usize),
+    NoMemslot(usize),
     #[error("KVM refused a memslot of {len:#x} bytes at {gpa:#x}: {source}")]
     Kvm { gpa: u64, len: u64, source: io::Error },
 }
 
-/// A memslot in use. It cannot be copied, so it is removed at most once.
+/// The number of a memslot in use. It is not `Copy`, so that [`Machine::unmap`] takes it away.
+///
+/// [`Machine::unmap`]: super::Machine::unmap
 #[derive(Debug, PartialEq, Eq)]
-pub struct SlotId(u32);
+pub struct MemslotId(u32);
 
-impl SlotId {
+impl MemslotId {
     /// The bare number, for code that stores it as one.
     pub fn into_raw(self) -> u32 {
         self.0
     }
 
-    /// The slot with a number from [`SlotId::into_raw`].
+    /// The memslot with a number from [`MemslotId::into_raw`]. Its caller sees to it that each
+    /// number is used for one removal; KVM refuses to remove a memslot that is not there.
     pub fn from_raw(number: u32) -> Self {
         Self(number)
     }
 }
 
 #[derive(Debug)]
-struct Slots {
+struct Memslots {
     free: Vec<u32>,
     next: u32,
     limit: usize,
@@ -53,15 +56,15 @@ struct Slots {
 #[derive(Debug)]
 pub(super) struct Vm {
     fd: VmFd,
-    slots: Mutex<Slots>,
+    memslots: Mutex<Memslots>,
     /// Last: dropped when KVM is done with it.
     ram: Ram,
 }
 
 impl Vm {
-    pub(super) fn new(fd: VmFd, ram: Ram, slot_limit: usize) -> Result<Self, MapError> {
-        let slots = Mutex::new(Slots { free: Vec::new(), next: 0, limit: slot_limit });
-        let vm = Self { fd, slots, ram };
+    pub(super) fn new(fd: VmFd, ram: Ram, memslot_limit: usize) -> Result<Self, MapError> {
+        let memslots = Mutex::new(Memslots { free: Vec::new(), next: 0, limit: memslot_limit });
+        let vm = Self { fd, memslots, ram };
         for (gpa, host, len) in vm.ram.clone().regions() {
             // SAFETY: the mapping belongs to `ram`, which is dropped after `fd`.
             unsafe { vm.map(gpa, host, len, false) }?;
@@ -84,44 +87,44 @@ impl Vm {
         host: *mut u8,
         len: u64,
         readonly: bool,
-    ) -> Result<SlotId, MapError> {
+    ) -> Result<MemslotId, MapError> {
         let aligned = |n: u64| n.is_multiple_of(layout::PAGE);
         if len == 0 || !aligned(len) || !aligned(gpa.0) || !aligned(host as u64) {
             return Err(MapError::Unaligned { gpa: gpa.0, len });
         }
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        let slot = match slots.free.last() {
-            Some(&slot) => slot,
-            None if (slots.next as usize) < slots.limit => slots.next,
-            None => return Err(MapError::NoSlot(slots.limit)),
+        let mut memslots = self.memslots.lock().unwrap_or_else(PoisonError::into_inner);
+        let memslot = match memslots.free.last() {
+            Some(&memslot) => memslot,
+            None if (memslots.next as usize) < memslots.limit => memslots.next,
+            None => return Err(MapError::NoMemslot(memslots.limit)),
         };
-        // SAFETY: the caller vouches for the host memory; the slot number is not in use.
-        unsafe { self.set(slot, gpa, host, len, readonly) }?;
-        if slots.free.pop().is_none() {
-            slots.next += 1;
+        // SAFETY: the caller vouches for the host memory; the memslot number is not in use.
+        unsafe { self.set(memslot, gpa, host, len, readonly) }?;
+        if memslots.free.pop().is_none() {
+            memslots.next += 1;
         }
-        Ok(SlotId(slot))
+        Ok(MemslotId(memslot))
     }
 
     /// See [`super::Machine::unmap`].
-    pub(super) fn unmap(&self, SlotId(slot): SlotId) -> Result<(), MapError> {
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: length 0 removes the slot; no memory is used.
-        unsafe { self.set(slot, GuestAddress(0), std::ptr::null_mut(), 0, false) }?;
-        slots.free.push(slot);
+    pub(super) fn unmap(&self, MemslotId(memslot): MemslotId) -> Result<(), MapError> {
+        let mut memslots = self.memslots.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: length 0 removes the memslot; no memory is used.
+        unsafe { self.set(memslot, GuestAddress(0), std::ptr::null_mut(), 0, false) }?;
+        memslots.free.push(memslot);
         Ok(())
     }
 
     unsafe fn set(
         &self,
-        slot: u32,
+        memslot: u32,
         gpa: GuestAddress,
         host: *mut u8,
         len: u64,
         readonly: bool,
     ) -> Result<(), MapError> {
         let region = kvm_userspace_memory_region {
-            slot,
+            slot: memslot,
             flags: if readonly { KVM_MEM_READONLY } else { 0 },
             guest_phys_addr: gpa.0,
             memory_size: len,

@@ -85,12 +85,18 @@ impl AddressSpace {
     }
 
     /// Translates one address.
+    ///
+    /// # Errors
+    /// No page is mapped there, or a table is not in RAM.
     pub fn translate(&self, ram: &Ram, gva: u64) -> Result<Translation, WalkError> {
         self.walk(ram, gva, |_, _, _| {})
     }
 
     /// Sets the accessed bits on the way to an address, and the page's dirty bit if it is
     /// `written`, as the hardware does.
+    ///
+    /// # Errors
+    /// As for [`Self::translate`].
     pub fn mark(&self, ram: &Ram, gva: u64, written: bool) -> Result<(), WalkError> {
         self.walk(ram, gva, |gpa, entry, last| {
             let wanted = ACCESSED | if last && written { DIRTY } else { 0 };
@@ -157,8 +163,10 @@ impl AddressSpace {
         Err(WalkError::NotPresent { gva, level: 0 })
     }
 
-    /// Copies guest-virtual memory out. It may cross pages; an error names the first byte that
-    /// cannot be read.
+    /// Copies guest-virtual memory out. It may cross pages.
+    ///
+    /// # Errors
+    /// A byte cannot be read; the error names the first.
     pub fn read(&self, ram: &Ram, gva: u64, to: &mut [u8]) -> Result<(), WalkError> {
         let mut done = 0;
         while done < to.len() {
@@ -180,6 +188,9 @@ impl AddressSpace {
     }
 
     /// The little-endian number at `gva`.
+    ///
+    /// # Errors
+    /// A byte cannot be read.
     pub fn read_u64(&self, ram: &Ram, gva: u64) -> Result<u64, WalkError> {
         let mut bytes = [0; 8];
         self.read(ram, gva, &mut bytes)?;

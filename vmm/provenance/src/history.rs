@@ -2,7 +2,7 @@
 
 use umbra_shadow::abi::{Record, RecordBody, Released};
 
-use crate::rings::{RingError, RingMemory, RingRecord, Rings};
+use crate::rings::{DrainBy, RingError, RingMemory, RingRecord, Rings};
 use crate::{Objects, Quarantine};
 
 /// Finds the key of a range: guest-virtual address and bytes. None if the guest cannot have objects
@@ -16,12 +16,28 @@ pub struct Allocation {
     pub key: u64,
     /// Requested bytes.
     pub size: u64,
-    /// Bytes of its slot; 0 if they are not known.
+    /// Bytes that the allocator took for it: its slot. 0 if they are not known.
     pub slot: u64,
     /// Its cache, 0 for none.
     pub cache: u16,
     /// The task that allocated it.
     pub task: u32,
+}
+
+/// How many records of a drain were refused, by reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RefusedRecords {
+    /// Records that make no sense, or whose address has no key.
+    pub senseless: u64,
+    /// Frees of memory that was to wait, when the quarantine's queue was full. The guest does not
+    /// fetch evicted memory.
+    pub queue_full: u64,
+}
+
+/// Why a record is refused.
+enum RecordError {
+    Senseless,
+    QueueFull,
 }
 
 /// Events so far.
@@ -31,7 +47,7 @@ pub struct EventCounts {
     pub allocations: u64,
     /// Frees.
     pub frees: u64,
-    /// Drains of rings.
+    /// Drains, of all rings at once.
     pub ring_drains: u64,
 }
 
@@ -107,7 +123,7 @@ impl Provenance {
     /// Records an allocation, with the return addresses of its stack.
     pub fn allocated(&mut self, new: Allocation, frames: &[u64]) {
         self.counts.allocations += 1;
-        self.objects.allocated(new.key, new.size, new.slot, new.cache, new.task, frames);
+        self.objects.allocated(new, frames);
     }
 
     /// Records a free, with the return addresses of its stack.
@@ -121,29 +137,44 @@ impl Provenance {
         self.objects.related(key, task, frames);
     }
 
-    /// Drains all rings; see [`Rings::drain`]. If a CPU `asked` for it, all its events are
-    /// complete, since a CPU records and poisons with interrupts off. Returns the number of refused
-    /// records.
-    pub fn drain(&mut self, asked: Option<u16>, memory: &dyn RingMemory, key_of: KeyOf<'_>) -> u64 {
-        if let Some(cpu) = asked {
+    /// Drains all rings; see [`Rings::drain`]. If a CPU asked for it, all its events are complete,
+    /// since a CPU records and poisons with interrupts off. Returns how many records were refused.
+    pub fn drain(
+        &mut self,
+        by: DrainBy,
+        memory: &dyn RingMemory,
+        key_of: KeyOf<'_>,
+    ) -> RefusedRecords {
+        if let DrainBy::Cpu(cpu) = by {
             self.quarantine.complete_in_flight(cpu);
         }
         // The records change all other fields.
         let mut rings = std::mem::take(&mut self.rings);
-        let mut refused = 0;
-        self.counts.ring_drains += rings.drain(asked, memory, |record, last| {
-            let in_flight = last && asked != Some(record.cpu);
-            refused += u64::from(self.take_in(record, in_flight, key_of).is_none());
+        let mut refused = RefusedRecords::default();
+        self.counts.ring_drains += u64::from(!rings.is_empty());
+        rings.drain(by, memory, |record, last| {
+            let in_flight = last && by != DrainBy::Cpu(record.cpu);
+            match self.take_in(record, in_flight, key_of) {
+                Ok(()) => {}
+                Err(RecordError::Senseless) => refused.senseless += 1,
+                Err(RecordError::QueueFull) => refused.queue_full += 1,
+            }
         });
         self.rings = rings;
         refused
     }
 
-    /// Applies a record. None if it makes no sense, or there is no room for it.
-    fn take_in(&mut self, record: &RingRecord, in_flight: bool, key_of: KeyOf<'_>) -> Option<()> {
+    /// Applies a record.
+    fn take_in(
+        &mut self,
+        record: &RingRecord,
+        in_flight: bool,
+        key_of: KeyOf<'_>,
+    ) -> Result<(), RecordError> {
+        let key_of = |address, bytes| key_of(address, bytes).ok_or(RecordError::Senseless);
         let frames = record.frames.get(..record.depth).unwrap_or_default();
         let mut waits = None;
-        let Record { task, body } = record.record.ok()?;
+        let Record { task, body } = record.record.map_err(|_| RecordError::Senseless)?;
         match body {
             RecordBody::Allocated { address, bytes, slot, cache, .. } => {
                 let (size, slot) = (u64::from(bytes), u64::from(slot));
@@ -162,6 +193,71 @@ impl Provenance {
                 self.name_cache(id, name.as_bytes(), object.into());
             }
         }
-        self.quarantine.push_or_defer(record.cpu, waits, in_flight).then_some(())
+        if self.quarantine.push_or_defer(record.cpu, waits, in_flight) {
+            Ok(())
+        } else {
+            Err(RecordError::QueueFull)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use umbra_shadow::abi::{Owner, PackedRecord};
+
+    use super::*;
+    use crate::rings::tests::Ram;
+
+    const RING: u64 = 0x10_0000;
+    const OWNER: Owner = Owner { allocator: 1, note: 0 };
+
+    /// Writes these records, numbered from 0, to a ring of CPU 0. Their addresses are 0x1000.
+    fn with_records(provenance: &mut Provenance, records: &[PackedRecord]) -> Ram {
+        let ram = Ram::new();
+        provenance.set_up_ring(0, RING, 16, 0).expect("a ring");
+        for (i, record) in (0u32..).zip(records) {
+            for (word, value) in (0u64..).zip(record.words(0, 0, 0x1000, i)) {
+                assert!(ram.write(RING + 64 * u64::from(1 + i) + 8 * word, &value.to_le_bytes()));
+            }
+        }
+        assert!(ram.write(RING, &(records.len() as u64).to_le_bytes()));
+        ram
+    }
+
+    #[test]
+    fn refused_records_are_counted_by_reason() {
+        let mut provenance = Provenance::new(Objects::default(), Quarantine::new(1 << 30, 1));
+        let free = PackedRecord::quarantined(OWNER, 64);
+        let records = [PackedRecord::allocated(0, 64), free, free, PackedRecord::freed()];
+        let ram = with_records(&mut provenance, &records);
+        // Another CPU has freed as much as the queue holds, all but one, and fetches nothing.
+        let other = Released::new(0x2000, 0, OWNER);
+        while provenance.quarantine_mut().push(other) {}
+        assert_eq!(provenance.quarantine_mut().evict(1, true), [other]);
+        let refused = provenance.drain(DrainBy::Cpu(0), &ram, &|va, _| Some(va));
+        assert_eq!(refused, RefusedRecords { senseless: 0, queue_full: 1 });
+        // The events count all the same.
+        assert_eq!((provenance.counts().allocations, provenance.counts().frees), (1, 3));
+
+        let ram = with_records(&mut provenance, &records);
+        assert!(ram.write(RING + 64, &[99]));
+        let refused = provenance.drain(DrainBy::Cpu(0), &ram, &|_, _| None);
+        assert_eq!(refused, RefusedRecords { senseless: 4, queue_full: 0 });
+    }
+
+    #[test]
+    fn a_drain_of_many_rings_counts_once() {
+        let mut provenance = Provenance::new(Objects::default(), Quarantine::new(0, 1));
+        let drain = |provenance: &mut Provenance, by| {
+            let refused = provenance.drain(by, &Ram::new(), &|_, _| None);
+            assert_eq!(refused, RefusedRecords::default());
+            provenance.counts().ring_drains
+        };
+        assert_eq!(drain(&mut provenance, DrainBy::Vmm), 0, "no rings");
+        for cpu in 0..3 {
+            provenance.set_up_ring(cpu, u64::from(cpu) * 0x1000, 16, 0).expect("a ring");
+        }
+        assert_eq!(drain(&mut provenance, DrainBy::Vmm), 1);
+        assert_eq!(drain(&mut provenance, DrainBy::Cpu(1)), 2);
     }
 }

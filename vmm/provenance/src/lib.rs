@@ -5,8 +5,8 @@
 //! their call stacks ([`objects`]) and, if it is a free, into the quarantine ([`quarantine`]).
 //!
 //! The crate knows neither KVM nor the shadow's windows. The caller passes in guest memory
-//! ([`rings::RingMemory`]), and chooses the keys of memory: Umbra uses guest-physical addresses, so
-//! that aliases of a page share one history.
+//! ([`rings::RingMemory`]), and chooses the keys by which memory is known. Umbra's are explained in
+//! `vmm/src/shadow/keys.rs`. Only rings have guest-physical addresses (`gpa`) here.
 //!
 //! # What is stored
 //!
@@ -36,6 +36,8 @@
 //! The price is time. An event finds its leaf by two binary searches and writes the rest of it
 //! anew. The property tests of `objects/table.rs` compare every operation with a `BTreeMap`.
 
+#![warn(clippy::missing_errors_doc)]
+
 mod heap;
 mod history;
 mod names;
@@ -44,7 +46,7 @@ pub mod quarantine;
 pub mod rings;
 mod stacks;
 
-pub use history::{Allocation, EventCounts, KeyOf, Provenance};
+pub use history::{Allocation, EventCounts, KeyOf, Provenance, RefusedRecords};
 pub use objects::{
     Cache, FoundObject, ObjectCounts, ObjectEvent, ObjectLimits, Objects, Previous,
     ProvenanceFigures, ShadowHint,

@@ -18,12 +18,12 @@ pub fn sanitize(name: &[u8]) -> String {
 pub struct TaskNames {
     names: HashMap<u32, String>,
     order: VecDeque<u32>,
-    most: usize,
+    max: usize,
 }
 
 impl TaskNames {
-    pub fn new(most: usize) -> Self {
-        Self { names: HashMap::new(), order: VecDeque::new(), most: most.max(1) }
+    pub fn new(max: usize) -> Self {
+        Self { names: HashMap::new(), order: VecDeque::new(), max: max.max(1) }
     }
 
     pub fn set(&mut self, task: u32, name: &[u8]) {
@@ -31,7 +31,7 @@ impl TaskNames {
             return;
         }
         self.order.push_back(task);
-        if self.order.len() > self.most
+        if self.order.len() > self.max
             && let Some(oldest) = self.order.pop_front()
         {
             self.names.remove(&oldest);

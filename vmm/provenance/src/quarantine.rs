@@ -4,8 +4,8 @@
 //! of the guest can break the queue. When a drain says that objects are to be evicted, the guest
 //! fetches their list (`guest/runtime/src/quarantine.rs`).
 //!
-//! Its size is bounded by what a guest can free between two drains, and by [`MOST`]. A hostile
-//! guest can only harm its own allocators.
+//! Its size is bounded by what a guest can free between two drains, and by [`MAX_OBJECTS`]. A
+//! hostile guest can only harm its own allocators.
 
 use std::collections::VecDeque;
 
@@ -22,9 +22,9 @@ const BATCHES: u64 = 16;
 /// large as the batch.
 const BATCHES_FREE: u64 = 5;
 /// Most objects; above that the oldest are evicted whatever their size. 16 bytes each.
-pub const MOST: usize = 1 << 20;
+pub const MAX_OBJECTS: usize = 1 << 20;
 /// Most additional objects until the guest fetches evicted ones: all records of all rings, twice.
-const MORE: usize = 8 * RING_MAX_RECORDS as usize;
+const MAX_PENDING: usize = 8 * RING_MAX_RECORDS as usize;
 /// Most CPUs that have rings.
 const CPUS: usize = 64;
 
@@ -39,8 +39,8 @@ pub enum QuarantineSize {
 }
 
 impl QuarantineSize {
-    /// The least size except 0.
-    pub const LEAST: u64 = 64 << 10;
+    /// The smallest size except 0.
+    pub const MIN: u64 = 64 << 10;
 
     /// Bytes for a guest with `memory` bytes.
     pub fn bytes(self, memory: u64) -> u64 {
@@ -121,7 +121,7 @@ impl Quarantine {
 
     /// Counts memory that waits. False if there is no room for it in the queue.
     fn count(&mut self, memory: Released) -> bool {
-        if self.figures.objects >= (MOST + MORE) as u64 {
+        if self.figures.objects >= (MAX_OBJECTS + MAX_PENDING) as u64 {
             return false;
         }
         let f = &mut self.figures;
@@ -155,14 +155,14 @@ impl Quarantine {
 
     /// Whether the guest has to fetch evicted memory: a batch more waits than an eviction keeps.
     pub fn needs_eviction(&self) -> bool {
-        self.figures.bytes > self.keep + self.batch || self.queue.len() > MOST
+        self.figures.bytes > self.keep + self.batch || self.queue.len() > MAX_OBJECTS
     }
 
-    /// Evicts the oldest objects, at most `most`: those over the limit, or `all`.
-    pub fn evict(&mut self, most: usize, all: bool) -> Vec<Released> {
+    /// Evicts the oldest objects, at most `max`: those over the limit, or `all`.
+    pub fn evict(&mut self, max: usize, all: bool) -> Vec<Released> {
         let mut evicted = Vec::new();
-        while evicted.len() < most
-            && (all || self.figures.bytes > self.keep || self.queue.len() > MOST)
+        while evicted.len() < max
+            && (all || self.figures.bytes > self.keep || self.queue.len() > MAX_OBJECTS)
             && let Some(memory) = self.queue.pop_front()
         {
             self.figures.objects -= 1;
@@ -237,10 +237,13 @@ mod tests {
     #[test]
     fn a_guest_that_fetches_nothing_fills_a_bounded_queue() {
         let mut quarantine = Quarantine::new(1 << 30, 1);
-        let held =
-            (0..2 * MOST as u64 + MORE as u64).filter(|i| quarantine.push(memory(*i, 0))).count();
-        assert_eq!(held, MOST + MORE);
-        assert!(quarantine.needs_eviction() && quarantine.evict(usize::MAX, false).len() == MORE);
+        let held = (0..2 * MAX_OBJECTS as u64 + MAX_PENDING as u64)
+            .filter(|i| quarantine.push(memory(*i, 0)))
+            .count();
+        assert_eq!(held, MAX_OBJECTS + MAX_PENDING);
+        assert!(
+            quarantine.needs_eviction() && quarantine.evict(usize::MAX, false).len() == MAX_PENDING
+        );
     }
 
     #[test]

@@ -122,10 +122,10 @@ mod tests {
     #[test]
     fn without_room_only_new_stacks_are_lost() {
         let mut stacks = Stacks::default();
-        let most = 2 * Stacks::cost(1) + 5;
-        let ids = [1, 2, 3].map(|frame| stacks.intern(&[frame], most - stacks.used()));
+        let max = 2 * Stacks::cost(1) + 5;
+        let ids = [1, 2, 3].map(|frame| stacks.intern(&[frame], max - stacks.used()));
         assert_eq!(ids[2], StackId::LOST);
         assert_eq!(stacks.intern(&[2], 0), ids[1]);
-        assert_eq!((stacks.len(), stacks.used()), (2, most - 5));
+        assert_eq!((stacks.len(), stacks.used()), (2, max - 5));
     }
 }

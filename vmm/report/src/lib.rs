@@ -6,6 +6,8 @@
 //! shadow's layout or the sandbox. A caller passes in plain values, and a [`RunSummary`] for the
 //! page.
 
+#![warn(clippy::missing_errors_doc)]
+
 mod collect;
 mod finding;
 pub mod frame;

@@ -39,7 +39,7 @@ const ASIDE: Style = Style::new().dimmed();
 /// # Errors
 /// An error of `out`.
 pub fn write(out: &mut dyn Write, finding: &Finding, style: TextStyle) -> io::Result<()> {
-    Printer { out, style }.finding(finding)
+    ReportWriter { out, style }.finding(finding)
 }
 
 /// `finding` as a KASAN report.
@@ -69,12 +69,12 @@ pub fn write_repeats(out: &mut dyn Write, findings: &Findings, style: TextStyle)
     Ok(())
 }
 
-struct Printer<'a> {
+struct ReportWriter<'a> {
     out: &'a mut dyn Write,
     style: TextStyle,
 }
 
-impl Printer<'_> {
+impl ReportWriter<'_> {
     fn paint(&self, style: Style) -> Style {
         if self.style.color { style } else { Style::new() }
     }

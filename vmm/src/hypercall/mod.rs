@@ -30,7 +30,7 @@ pub enum Call {
         /// The CPU.
         cpu: u16,
         /// Room for a list of objects to evict, if the guest wants one.
-        released: Option<Array>,
+        released: Option<EvictionBuffer>,
     },
     /// Make memory inaccessible.
     Poison {
@@ -108,7 +108,7 @@ pub enum Call {
     /// Evict objects from the quarantine.
     Quarantine {
         /// Room for the list.
-        to: Array,
+        to: EvictionBuffer,
         /// Evict everything, not only what is over the limit.
         all: bool,
     },
@@ -167,14 +167,14 @@ pub struct BadAccess {
 
 /// Room for a list of evicted objects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Array {
+pub struct EvictionBuffer {
     /// Virtual address.
     pub va: u64,
     /// How many fit, at most [`abi::RELEASED_MAX`]; may be 0.
     pub count: u64,
 }
 
-impl Array {
+impl EvictionBuffer {
     fn new(va: u64, count: u64) -> Result<Self, CallError> {
         if count > abi::RELEASED_MAX {
             return Err(wrong("number of released objects", count));
@@ -283,12 +283,12 @@ pub enum CallError {
     #[error("call {0} does not belong to the mode of this run")]
     Mode(u32),
     /// A table is full.
-    #[error("more than {most} {what}")]
+    #[error("more than {max} {what}")]
     Limit {
         /// What there are too many of.
         what: &'static str,
         /// The limit.
-        most: u64,
+        max: u64,
     },
 }
 
@@ -312,6 +312,9 @@ const fn wrong(what: &'static str, value: u64) -> CallError {
 
 impl Call {
     /// Decodes call `number` with the arguments in `rdi`, `rsi`, `rcx` and `r8`.
+    ///
+    /// # Errors
+    /// What the guest gets: there is no such call, or an argument is wrong.
     pub fn decode(number: u32, rdi: u64, rsi: u64, rcx: u64, r8: u64) -> Result<Self, CallError> {
         let call = CallNumber::try_from(number).map_err(CallError::Unknown)?;
         Ok(match call {
@@ -322,7 +325,7 @@ impl Call {
             CallNumber::RegionAdd => Self::RegionAdd(Region::new(rdi, rsi, rcx)?),
             CallNumber::RingSetup => Self::RingSetup(RingPlace::decode(rdi, rsi, rcx, r8)?),
             CallNumber::RingDrain => {
-                let released = if rcx == 0 { None } else { Some(Array::new(rsi, rcx)?) };
+                let released = if rcx == 0 { None } else { Some(EvictionBuffer::new(rsi, rcx)?) };
                 Self::RingDrain { cpu: cpu(rdi)?, released }
             }
             CallNumber::Poison => {
@@ -390,7 +393,9 @@ impl Call {
                 let (va, len) = (region.va(), region.bytes());
                 Self::VirtualAdd { va, len }
             }
-            CallNumber::Quarantine => Self::Quarantine { to: Array::new(rsi, rcx)?, all: rdi != 0 },
+            CallNumber::Quarantine => {
+                Self::Quarantine { to: EvictionBuffer::new(rsi, rcx)?, all: rdi != 0 }
+            }
             CallNumber::Activate => Self::Activate,
             CallNumber::Related => Self::Related { va: rdi, actor: Actor::from_register(rcx) },
         })

@@ -4,13 +4,13 @@ use umbra_shadow::codes::PAGE_SIZE;
 
 use super::{CallError, range, wrong};
 
-/// Virtual memory that maps guest-physical memory one to one, or that has keys instead, behind
-/// which there is no memory. At least a page; neither end wraps.
+/// Virtual memory with consecutive keys (`shadow/keys.rs` explains them): it maps guest-physical
+/// memory one to one, or has keys of its own. At least a page; neither end wraps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Region {
     va: u64,
     len: u64,
-    gpa: u64,
+    key: u64,
 }
 
 impl Region {
@@ -26,7 +26,7 @@ impl Region {
         }
         range("region address", va, len)?;
         range("region memory", gpa, len)?;
-        Ok(Self { va, len, gpa })
+        Ok(Self { va, len, key: gpa })
     }
 
     /// Virtual start.
@@ -39,9 +39,9 @@ impl Region {
         self.len
     }
 
-    /// Guest-physical start.
-    pub fn gpa(&self) -> u64 {
-        self.gpa
+    /// The key of its start.
+    pub fn key(&self) -> u64 {
+        self.key
     }
 
     /// Its last virtual address; its end may be the end of the address space.
@@ -58,7 +58,7 @@ pub struct Regions {
 
 impl Regions {
     /// Most regions that are kept.
-    pub const MOST: usize = 64;
+    pub const MAX: usize = 64;
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
@@ -70,8 +70,8 @@ impl Regions {
     /// # Errors
     /// It reaches beyond guest memory, overlaps a region in virtual memory, or there are too many.
     pub fn add(&mut self, region: Region, ram_end: u64) -> Result<(), CallError> {
-        if region.len > ram_end || region.gpa > ram_end - region.len {
-            return Err(wrong("region memory", region.gpa));
+        if region.len > ram_end || region.key > ram_end - region.len {
+            return Err(wrong("region memory", region.key));
         }
         self.check(&region)?;
         self.regions.push(region);
@@ -89,11 +89,11 @@ impl Regions {
         len: u64,
         key: impl FnOnce() -> Result<u64, CallError>,
     ) -> Result<u64, CallError> {
-        let mut region = Region { va, len, gpa: 0 };
+        let mut region = Region { va, len, key: 0 };
         self.check(&region)?;
-        region.gpa = key()?;
+        region.key = key()?;
         self.regions.push(region);
-        Ok(region.gpa)
+        Ok(region.key)
     }
 
     /// Refuses a region whose virtual memory overlaps another's, and any if there are too many.
@@ -101,31 +101,29 @@ impl Regions {
         if self.regions.iter().any(|other| region.va <= other.last() && other.va <= region.last()) {
             return Err(wrong("region address", region.va));
         }
-        if self.regions.len() >= Self::MOST {
-            return Err(CallError::Limit { what: "regions", most: Self::MOST as u64 });
+        if self.regions.len() >= Self::MAX {
+            return Err(CallError::Limit { what: "regions", max: Self::MAX as u64 });
         }
         Ok(())
     }
 
-    /// The guest-physical address of `len` bytes at `va`, or the key that stands for it, if one
-    /// region holds them all.
-    pub fn to_gpa(&self, va: u64, len: u64) -> Option<u64> {
-        self.find(va).filter(|(_, left)| len <= *left).map(|(gpa, _)| gpa)
+    /// The key of `len` bytes at `va`, if one region holds them all.
+    pub fn key_of(&self, va: u64, len: u64) -> Option<u64> {
+        self.find(va).filter(|(_, left)| len <= *left).map(|(key, _)| key)
     }
 
-    /// The guest-physical address of `va`, or the key that stands for it, and how many bytes of its
-    /// region begin there.
+    /// The key of `va`, and how many bytes of its region begin there.
     pub fn find(&self, va: u64) -> Option<(u64, u64)> {
         self.regions.iter().find_map(|region| {
             let offset = va.checked_sub(region.va)?;
-            (offset < region.len).then(|| (region.gpa + offset, region.len - offset))
+            (offset < region.len).then(|| (region.key + offset, region.len - offset))
         })
     }
 
-    /// The virtual address of `gpa`, in the first region with it that was added.
-    pub fn to_va(&self, gpa: u64) -> Option<u64> {
+    /// The virtual address of `key`, in the first region with it that was added.
+    pub fn to_va(&self, key: u64) -> Option<u64> {
         self.regions.iter().find_map(|region| {
-            let offset = gpa.checked_sub(region.gpa)?;
+            let offset = key.checked_sub(region.key)?;
             (offset < region.len).then(|| region.va + offset)
         })
     }
@@ -155,9 +153,9 @@ mod tests {
         let mut regions = Regions::default();
         regions.add(region(DIRECT, ram_end, 0), ram_end).unwrap();
         regions.add(region(0u64.wrapping_sub(0x2000), 0x2000, 0x10_0000), ram_end).unwrap();
-        assert_eq!(regions.to_gpa(DIRECT + 5, 100), Some(5));
-        assert_eq!(regions.to_gpa(DIRECT + ram_end - 1, 1), Some(ram_end - 1));
-        assert_eq!(regions.to_gpa(u64::MAX, 1), Some(0x10_1fff));
+        assert_eq!(regions.key_of(DIRECT + 5, 100), Some(5));
+        assert_eq!(regions.key_of(DIRECT + ram_end - 1, 1), Some(ram_end - 1));
+        assert_eq!(regions.key_of(u64::MAX, 1), Some(0x10_1fff));
         for (va, len) in [
             (DIRECT - 1, 2),
             (DIRECT + ram_end - 1, 2),
@@ -166,7 +164,7 @@ mod tests {
             (u64::MAX, 2),
             (0, 1),
         ] {
-            assert_eq!(regions.to_gpa(va, len), None, "{va:#x}+{len:#x}");
+            assert_eq!(regions.key_of(va, len), None, "{va:#x}+{len:#x}");
         }
         assert_eq!(regions.to_va(0x10_1000), Some(DIRECT + 0x10_1000), "the region added first");
         assert_eq!(regions.to_va(ram_end), None);
@@ -183,7 +181,7 @@ mod tests {
                 abi::ERR_ARGUMENT
             );
         }
-        for i in 0..Regions::MOST as u64 {
+        for i in 0..Regions::MAX as u64 {
             // Aliases of one memory are fine.
             regions.add(region(DIRECT + i * 0x2000, 0x2000, 0x3000), ram_end).unwrap();
         }
@@ -195,6 +193,6 @@ mod tests {
         }
         let more = regions.add(region(IMAGE, 0x1000, 0), ram_end);
         assert_eq!(more.unwrap_err().result(), abi::ERR_LIMIT);
-        assert_eq!(regions.iter().count(), Regions::MOST);
+        assert_eq!(regions.iter().count(), Regions::MAX);
     }
 }

@@ -24,7 +24,7 @@ fn calls_are_decoded() {
     let Call::RegionAdd(region) = ok(CallNumber::RegionAdd, DIRECT, 1 << 28, 0x1000, 0) else {
         panic!()
     };
-    assert_eq!((region.va(), region.bytes(), region.gpa()), (DIRECT, 1 << 28, 0x1000));
+    assert_eq!((region.va(), region.bytes(), region.key()), (DIRECT, 1 << 28, 0x1000));
     assert_eq!(
         ok(CallNumber::RingSetup, IMAGE, 64 * 65, 3, IMAGE),
         Call::RingSetup(RingPlace { va: IMAGE, records: 64, cpu: 3, text_base: IMAGE })
@@ -101,7 +101,7 @@ fn calls_are_decoded() {
         ok(CallNumber::Name, NameKind::Task.into(), DIRECT, 0xffff_ffff << 32, 0),
         Call::Name { what: Named::Task { id: u32::MAX }, va: DIRECT, len: 0 }
     );
-    let to = Array { va: DIRECT, count: 1 << 16 };
+    let to = EvictionBuffer { va: DIRECT, count: 1 << 16 };
     assert_eq!(
         ok(CallNumber::Quarantine, 1, DIRECT, abi::RELEASED_MAX, 0),
         Call::Quarantine { to, all: true }
@@ -214,13 +214,13 @@ proptest! {
             Ok(Call::RegionAdd(region)) => {
                 let mut regions = Regions::default();
                 if regions.add(region, 1 << 32).is_ok() {
-                    prop_assert!(region.bytes() > 0 && region.gpa() + region.bytes() <= 1 << 32);
-                    let gpa = regions.to_gpa(region.va(), region.bytes());
-                    prop_assert_eq!(gpa, Some(region.gpa()));
-                    prop_assert_eq!(regions.to_gpa(region.va(), region.bytes() + 1), None);
-                    prop_assert_eq!(regions.to_va(region.gpa()), Some(region.va()));
+                    prop_assert!(region.bytes() > 0 && region.key() + region.bytes() <= 1 << 32);
+                    let key = regions.key_of(region.va(), region.bytes());
+                    prop_assert_eq!(key, Some(region.key()));
+                    prop_assert_eq!(regions.key_of(region.va(), region.bytes() + 1), None);
+                    prop_assert_eq!(regions.to_va(region.key()), Some(region.va()));
                 }
-                regions.to_gpa(rcx, rdx);
+                regions.key_of(rcx, rdx);
                 regions.to_va(rcx);
             }
             Ok(Call::RingSetup(RingPlace { va, records, .. })) => {
@@ -235,7 +235,7 @@ proptest! {
             Ok(Call::Globals { va, count }) => {
                 prop_assert!((1..=abi::GLOBALS_MAX).contains(&count) && holds(va, count * 64));
             }
-            Ok(Call::Quarantine { to: Array { va, count }, .. }) => {
+            Ok(Call::Quarantine { to: EvictionBuffer { va, count }, .. }) => {
                 prop_assert!(count <= abi::RELEASED_MAX && holds(va, count * abi::RELEASED_BYTES));
             }
             Ok(Call::Name { va, len, .. }) => prop_assert!(len <= abi::NAME_MAX && holds(va, len)),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use super::{Config, Console, GuestFile, Observer, Report, RunError, ShadowMode, run};
+use super::{Config, Console, GuestFile, Observer, RunError, RunReport, ShadowMode, run};
 use crate::shadow::Notify;
 
 /// A run of a kernel, which [`Sandbox::run`] starts.
@@ -118,7 +118,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// The run could not begin; see [`run`].
-    pub fn run(self) -> Result<Report, RunError> {
+    pub fn run(self) -> Result<RunReport, RunError> {
         run(&self.config, self.console, self.observer, &self.stop)
     }
 }

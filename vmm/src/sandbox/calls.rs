@@ -1,18 +1,18 @@
 //! Handles hypercalls: one method for each call that does more than change one table.
 
 use umbra_machine::memory::Ram;
-use umbra_provenance::rings::RingError;
+use umbra_provenance::rings::{DrainBy, RingError};
 use umbra_provenance::{Allocation, quarantine};
 use umbra_shadow::abi::{
     self, GuestFlags, Owner, RECORD_BYTES, RECORD_FRAMES, RELEASED_BYTES, Released,
 };
 use vm_memory::GuestAddress;
 
-use super::context::{ExitContext, Flow};
+use super::context::ExitContext;
 use super::dispatch::Dispatcher;
 use super::{Outcome, investigate};
 use crate::hypercall::{
-    Actor, Array, BadAccess, Call, CallError, Exit, Named, Region, RingPlace, Slot,
+    Actor, BadAccess, Call, CallError, EvictionBuffer, Exit, Named, Region, RingPlace, Slot,
 };
 use crate::shadow::{Notify, ShadowError, Windows};
 
@@ -20,7 +20,7 @@ use crate::shadow::{Notify, ShadowError, Windows};
 const SYNC_RECLAIM: u64 = 4096;
 
 /// The result of a call, which the guest gets in `rax`.
-type Handled = Result<u64, Refused>;
+type Handled = Result<u64, CallFailure>;
 
 impl Dispatcher {
     /// Decodes and handles call `number`. Its arguments are in the vCPU's registers, and its result
@@ -29,22 +29,22 @@ impl Dispatcher {
         &mut self,
         number: u32,
         context: &mut ExitContext,
-    ) -> Result<Flow, Outcome> {
+    ) -> Result<(), Outcome> {
         let mut regs = context.cpu.regs()?;
         let handled = Call::decode(number, regs.rdi, regs.rsi, regs.rcx, regs.r8)
             .and_then(|call| self.fits_mode(&call, number).map(|()| call))
-            .map_err(Refused::from)
+            .map_err(CallFailure::from)
             .and_then(|call| self.call(call, context));
         regs.rax = match handled {
             Ok(value) => value,
-            Err(Refused::Call(error)) => {
+            Err(CallFailure::Guest(error)) => {
                 self.refuse(1, &error);
                 error.result()
             }
-            Err(Refused::End(outcome)) => return Err(outcome),
+            Err(CallFailure::Run(outcome)) => return Err(outcome),
         };
         context.cpu.set_regs(&regs)?;
-        Ok(Flow::Continue)
+        Ok(())
     }
 
     /// Refuses a call that does not belong to the mode of the run.
@@ -109,14 +109,14 @@ impl Dispatcher {
     fn ring_drain(
         &mut self,
         cpu: u16,
-        released: Option<Array>,
+        released: Option<EvictionBuffer>,
         context: &mut ExitContext,
     ) -> Handled {
         if !self.provenance.rings().has(cpu) {
             return Err(CallError::Argument { what: "CPU", value: cpu.into() }.into());
         }
         context.others.pause()?;
-        self.drain(Some(cpu), context.ram);
+        self.drain(DrainBy::Cpu(cpu), context.ram);
         self.shadow.reclaim_byte_shadow()?;
         match released.filter(|_| self.provenance.quarantine().needs_eviction()) {
             Some(to) => Ok(self.evict(to, false, context.ram)?),
@@ -126,7 +126,7 @@ impl Dispatcher {
 
     fn poison(&mut self, va: u64, len: u64, code: u8, context: &mut ExitContext) -> Handled {
         let key = self.guest.key(va, len)?;
-        self.change_shadow(va, |windows| windows.poison(key, len, code, context.slots))
+        self.change_shadow(va, |windows| windows.poison(key, len, code, context.memslots))
     }
 
     fn unpoison(
@@ -138,7 +138,7 @@ impl Dispatcher {
     ) -> Handled {
         let key = self.guest.key(va, len)?;
         self.change_shadow(va, |windows| {
-            windows.unpoison(key, len, context.slots)?;
+            windows.unpoison(key, len, context.memslots)?;
             if let Some(stack) = stack {
                 windows.mark_stack(key, len, stack);
             }
@@ -159,9 +159,9 @@ impl Dispatcher {
         let key = self.guest.key(va, bytes.max(size))?;
         if let Some(slot) = slot {
             self.change_shadow(va, |windows| {
-                windows.unpoison(key, size, context.slots)?;
+                windows.unpoison(key, size, context.memslots)?;
                 let rest = slot.bytes.saturating_sub(size);
-                windows.poison(key + size, rest, slot.code, context.slots)
+                windows.poison(key + size, rest, slot.code, context.memslots)
             })?;
         }
         let new = Allocation { key, size, slot: bytes, cache, task: actor.task };
@@ -186,7 +186,7 @@ impl Dispatcher {
         let key = self.guest.key(va, slot.map_or(1, |slot| slot.bytes))?;
         if let Some(slot) = slot {
             self.change_shadow(va, |windows| {
-                windows.poison(key, slot.bytes, slot.code, context.slots)
+                windows.poison(key, slot.bytes, slot.code, context.memslots)
             })?;
         }
         self.provenance.freed(key, actor.task, &caller(context));
@@ -209,7 +209,7 @@ impl Dispatcher {
         context.others.pause()?;
         self.drain_all(context.ram);
         let finding = self.investigation(context).bad_access(access);
-        self.report(finding)?;
+        self.add_finding(finding)?;
         Ok(0)
     }
 
@@ -218,10 +218,10 @@ impl Dispatcher {
         let Some(windows) = self.shadow.windows_mut() else { return Ok(0) };
         let none = CallError::Limit {
             what: "bytes of virtual memory",
-            most: windows.layout().virtual_bytes(),
+            max: windows.layout().virtual_bytes(),
         };
         let key = self.guest.add_virtual(va, len, || windows.next_key(va, len).ok_or(none))?;
-        windows.add_virtual(key, len, context.slots).map_err(Outcome::from)?;
+        windows.add_virtual(key, len, context.memslots).map_err(Outcome::from)?;
         Ok(key)
     }
 
@@ -247,7 +247,7 @@ impl Dispatcher {
     }
 
     /// Writes a list of evicted objects to guest memory. Returns how many there are.
-    fn evict(&mut self, to: Array, all: bool, ram: &Ram) -> Result<u64, CallError> {
+    fn evict(&mut self, to: EvictionBuffer, all: bool, ram: &Ram) -> Result<u64, CallError> {
         let what = "address of released objects";
         let room = to.count.max(1) * RELEASED_BYTES;
         let gpa = self.guest.in_ram(ram, to.va, room, what)?;
@@ -295,37 +295,37 @@ impl Dispatcher {
 }
 
 /// Why a call has no result.
-enum Refused {
-    /// The guest made a mistake.
-    Call(CallError),
+enum CallFailure {
+    /// The guest made a mistake, and gets this error.
+    Guest(CallError),
     /// The run ends.
-    End(Outcome),
+    Run(Outcome),
 }
 
-impl From<CallError> for Refused {
+impl From<CallError> for CallFailure {
     fn from(error: CallError) -> Self {
-        Self::Call(error)
+        Self::Guest(error)
     }
 }
 
-impl From<RingError> for Refused {
+impl From<RingError> for CallFailure {
     fn from(error: RingError) -> Self {
-        Self::Call(match error {
-            RingError::Limit { what, most } => CallError::Limit { what, most },
+        Self::Guest(match error {
+            RingError::Limit { what, max } => CallError::Limit { what, max },
             RingError::Overlap { gpa } => CallError::Argument { what: "ring address", value: gpa },
         })
     }
 }
 
-impl From<Outcome> for Refused {
+impl From<Outcome> for CallFailure {
     fn from(outcome: Outcome) -> Self {
-        Self::End(outcome)
+        Self::Run(outcome)
     }
 }
 
 /// The guest only frees, and never fetches what is to be evicted.
 const QUARANTINE_FULL: CallError =
-    CallError::Limit { what: "objects in the quarantine", most: quarantine::MOST as u64 };
+    CallError::Limit { what: "objects in the quarantine", max: quarantine::MAX_OBJECTS as u64 };
 
 /// The return addresses of the code that made a call, innermost first.
 fn caller(context: &ExitContext) -> Vec<u64> {

@@ -81,14 +81,15 @@ pub struct Config {
     pub timeout: Option<Duration>,
     /// Stop after this many different findings; never if none.
     pub stop_at: Option<usize>,
-    /// A run that was not checked is not clean: [`Report::status`](super::Report::status) is 5.
+    /// A run that was not checked is not clean: its status is 5
+    /// ([`RunReport::status`](super::RunReport::status)).
     pub require_checks: bool,
     /// An oops of Linux that it survives does not count as a crash.
     pub ignore_oops: bool,
     /// Find out whether the host counts guest instructions, and read the count. Costs a probe
     /// guest.
     pub count_instructions: bool,
-    /// Watch the run for [`Report::picture`](super::Report::picture). Without it nothing is
+    /// Watch the run for [`RunReport::picture`](super::RunReport::picture). Without it nothing is
     /// sampled.
     pub picture: bool,
     /// Texts to look for on the console. When one first appears, the costs until then go to

@@ -1,11 +1,11 @@
-//! The machine at an exit, as the dispatcher sees it, and what to do next.
+//! The machine at an exit, as the dispatcher sees it.
 
 use umbra_machine::complete::Cpu;
 use umbra_machine::memory::Ram;
 use umbra_machine::vcpu::Vcpu;
 
 use super::outcome::Outcome;
-use crate::shadow::Slots;
+use crate::shadow::Memslots;
 
 /// A vCPU as the dispatcher needs it.
 pub trait GuestCpu: Cpu {
@@ -36,8 +36,8 @@ pub struct ExitContext<'a> {
     pub cpu: &'a mut dyn GuestCpu,
     /// Guest memory.
     pub ram: &'a Ram,
-    /// The machine's memory slots.
-    pub slots: &'a mut dyn Slots,
+    /// The machine's memslots.
+    pub memslots: &'a mut dyn Memslots,
     /// The other vCPUs, which may be running.
     pub others: &'a mut dyn OtherVcpus,
 }
@@ -47,13 +47,4 @@ impl ExitContext<'_> {
     pub(super) fn rip(&self) -> u64 {
         self.cpu.regs().map(|regs| regs.rip).unwrap_or_default()
     }
-}
-
-/// What to do after an exit.
-#[derive(Debug)]
-pub enum Flow {
-    /// Continue the guest.
-    Continue,
-    /// End the run.
-    End(Outcome),
 }

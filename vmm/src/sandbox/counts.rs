@@ -28,8 +28,8 @@ pub struct EventStats {
     pub allocations: u64,
     /// Frees.
     pub frees: u64,
-    /// Drains of rings.
+    /// Drains, of all rings at once.
     pub ring_drains: u64,
-    /// Refused events and calls, whose values make no sense.
+    /// Refused events and calls: their values make no sense, or a table is full.
     pub refused: u64,
 }

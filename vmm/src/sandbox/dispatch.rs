@@ -1,49 +1,34 @@
 //! Handles the exits of a guest.
 //!
-//! [`Dispatcher::dispatch`] is a plain function of an exit. It takes registers, RAM and memory
-//! slots through traits and references, so tests feed it with exits that no guest made.
+//! [`Dispatcher::dispatch`] is a plain function of an exit. It takes registers, RAM and
+//! memslots through traits and references, so tests feed it with exits that no guest made.
 
 use umbra_machine::complete::{CompleteError, Completer};
 use umbra_machine::devices::{DeviceEvent, Devices};
 use umbra_machine::memory::Ram;
 use umbra_machine::vcpu::VmExit;
-use umbra_provenance::Provenance;
-use umbra_report::Sample;
+use umbra_provenance::rings::DrainBy;
+use umbra_provenance::{Provenance, RefusedRecords};
+use umbra_report::{Finding, Sample};
 use umbra_shadow::abi::PORT;
 use vm_memory::GuestAddress;
 
 use super::Outcome;
-use super::context::{ExitContext, Flow};
+use super::context::ExitContext;
 use super::counts::{EventStats, ExitStats};
 use super::guest_info::GuestInfo;
 use super::ring_memory::RingRam;
+use super::run_shadow::{RunShadow, fault};
 use super::session::Session;
-use super::shadow_host::{ShadowHost, fault};
 use super::watch::{Sign, Watch};
 use crate::shadow::{FaultOutcome, ShadowError};
-
-/// The parts of a run that exits change.
-pub(super) struct Parts {
-    /// The devices.
-    pub devices: Devices,
-    /// The shadow.
-    pub shadow: ShadowHost,
-    /// Who allocated and freed what.
-    pub provenance: Provenance,
-    /// What the guest has reported about itself.
-    pub guest: GuestInfo,
-    /// Findings.
-    pub session: Session,
-    /// Console, marks and samples.
-    pub watch: Watch,
-}
 
 /// The state of a run, which changes with each exit.
 pub struct Dispatcher {
     /// Keeps the machine alive for its interrupts. Dropped before the shadow's windows, in which
-    /// the machine's memory slots lie.
+    /// the machine's memslots lie.
     pub(super) devices: Devices,
-    pub(super) shadow: ShadowHost,
+    pub(super) shadow: RunShadow,
     pub(super) provenance: Provenance,
     pub(super) guest: GuestInfo,
     pub(super) session: Session,
@@ -56,11 +41,19 @@ pub struct Dispatcher {
 
 /// Refused calls and records that are logged; the rest are only counted.
 const LOGGED: u64 = 16;
+/// Why frees in rings are refused that the quarantine has no room for.
+const QUEUE_FULL: &str = "the quarantine's queue is full: the guest does not fetch evicted memory";
 
 impl Dispatcher {
     /// The state before the first exit.
-    pub(super) fn new(parts: Parts) -> Self {
-        let Parts { devices, shadow, provenance, guest, session, watch } = parts;
+    pub(super) fn new(
+        devices: Devices,
+        shadow: RunShadow,
+        provenance: Provenance,
+        guest: GuestInfo,
+        session: Session,
+        watch: Watch,
+    ) -> Self {
         Self {
             devices,
             shadow,
@@ -75,17 +68,18 @@ impl Dispatcher {
     }
 
     /// Handles an exit.
-    pub fn dispatch(&mut self, exit: VmExit, context: &mut ExitContext) -> Flow {
+    ///
+    /// # Errors
+    /// The run ends.
+    pub fn dispatch(&mut self, exit: VmExit, context: &mut ExitContext) -> Result<(), Outcome> {
         self.exits.total += 1;
         // Before the exit is handled: a ring drain may reclaim shadow, so the peaks are here.
         self.sample();
-        self.shadow
-            .reclaim_guest_pages(self.provenance.rings(), context)
-            .and_then(|()| self.handle(exit, context))
-            .unwrap_or_else(Flow::End)
+        self.shadow.reclaim_guest_pages(self.provenance.rings(), context)?;
+        self.handle(exit, context)
     }
 
-    fn handle(&mut self, exit: VmExit, context: &mut ExitContext) -> Result<Flow, Outcome> {
+    fn handle(&mut self, exit: VmExit, context: &mut ExitContext) -> Result<(), Outcome> {
         match exit {
             VmExit::IoOut { port: PORT, data } if data.as_slice().len() == 4 => {
                 self.exits.hypercall += 1;
@@ -94,7 +88,7 @@ impl Dispatcher {
             VmExit::IoOut { port, data } => self.io_out(port, data.as_slice(), context),
             VmExit::IoIn { port, len } => {
                 self.io_in(port, usize::from(len).min(8), context);
-                Ok(Flow::Continue)
+                Ok(())
             }
             VmExit::MmioRead { gpa, len } => self.mmio_read(gpa, usize::from(len).min(8), context),
             VmExit::MmioWrite { gpa, data } => self.mmio_write(gpa, data.as_slice(), context),
@@ -103,7 +97,7 @@ impl Dispatcher {
                 let bytes = &bytes[..usize::from(len).min(bytes.len())];
                 self.complete_instruction(bytes, context)
             }
-            VmExit::Interrupted => Ok(Flow::Continue),
+            VmExit::Interrupted => Ok(()),
             VmExit::Hlt => Err(Outcome::Halted),
             VmExit::Shutdown => Err(Outcome::TripleFault { place: self.location(context) }),
             VmExit::SystemEvent { .. } => Err(Outcome::Reset),
@@ -119,12 +113,7 @@ impl Dispatcher {
         }
     }
 
-    fn io_out(
-        &mut self,
-        port: u16,
-        data: &[u8],
-        context: &mut ExitContext,
-    ) -> Result<Flow, Outcome> {
+    fn io_out(&mut self, port: u16, data: &[u8], context: &mut ExitContext) -> Result<(), Outcome> {
         self.exits.io += 1;
         let event = self.devices.io_out(port, data);
         let sign = match self.devices.take_line() {
@@ -135,7 +124,7 @@ impl Dispatcher {
             (DeviceEvent::Reset, _) => Err(Outcome::Reset),
             (DeviceEvent::PowerOff, _) | (_, Sign::Stopped) => Err(Outcome::PowerOff),
             (_, Sign::PanicEnd) => Err(Outcome::Panic),
-            (DeviceEvent::None, Sign::None) => Ok(Flow::Continue),
+            (DeviceEvent::None, Sign::None) => Ok(()),
         }
     }
 
@@ -163,7 +152,7 @@ impl Dispatcher {
         gpa: GuestAddress,
         len: usize,
         context: &mut ExitContext,
-    ) -> Result<Flow, Outcome> {
+    ) -> Result<(), Outcome> {
         let mut data = [0; 8];
         let data = &mut data[..len];
         match self.shadow.windows_at(gpa.0) {
@@ -185,7 +174,7 @@ impl Dispatcher {
             }
         }
         context.cpu.complete_read(data);
-        Ok(Flow::Continue)
+        Ok(())
     }
 
     fn mmio_write(
@@ -193,14 +182,15 @@ impl Dispatcher {
         gpa: GuestAddress,
         data: &[u8],
         context: &mut ExitContext,
-    ) -> Result<Flow, Outcome> {
+    ) -> Result<(), Outcome> {
         let Some(windows) = self.shadow.windows_at(gpa.0) else {
             self.exits.mmio += 1;
             self.devices.mmio_write(gpa, data);
-            return Ok(Flow::Continue);
+            return Ok(());
         };
         match fault(windows, gpa.0, data.len() as u64, true, context)? {
-            Ok(FaultOutcome::Tampering) if windows.stack_store(gpa.0, data, context.slots)? => {}
+            Ok(FaultOutcome::Tampering)
+                if windows.stack_store(gpa.0, data, context.memslots)? => {}
             Ok(FaultOutcome::Tampering) => {
                 return self.tampering(gpa.0, data.len() as u64, context);
             }
@@ -212,7 +202,7 @@ impl Dispatcher {
             Err(ShadowError::OutsideWindow { .. }) => {}
             Err(error) => return Err(error.into()),
         }
-        Ok(Flow::Continue)
+        Ok(())
     }
 
     /// Maps the shadow that a memory fault needs. The guest then repeats the access.
@@ -221,7 +211,7 @@ impl Dispatcher {
         gpa: GuestAddress,
         size: u64,
         context: &mut ExitContext,
-    ) -> Result<Flow, Outcome> {
+    ) -> Result<(), Outcome> {
         let Some(windows) = self.shadow.windows_at(gpa.0) else {
             return Err(
                 self.stuck(format!("no memory behind guest-physical {:#x}", gpa.0), context)
@@ -231,7 +221,7 @@ impl Dispatcher {
         match fault(windows, gpa.0, size.clamp(1, 4096), false, context)?? {
             FaultOutcome::Mapped => {
                 self.exits.shadow_fault += 1;
-                Ok(Flow::Continue)
+                Ok(())
             }
             _ => {
                 Err(self.stuck(format!("shadow at {:#x} is mapped and yet faults", gpa.0), context))
@@ -244,39 +234,43 @@ impl Dispatcher {
         &mut self,
         bytes: &[u8],
         context: &mut ExitContext,
-    ) -> Result<Flow, Outcome> {
+    ) -> Result<(), Outcome> {
         match self.completer.complete(context.cpu, context.ram, bytes) {
-            Ok(_) => Ok(Flow::Continue),
+            Ok(_) => Ok(()),
             Err(CompleteError::Vcpu(error)) => Err(error.into()),
             Err(error) => Err(Outcome::Instruction { error, place: self.location(context) }),
         }
     }
 
     /// Makes a finding of a guest's own store to a read-only window, which had no effect.
-    fn tampering(
-        &mut self,
-        gpa: u64,
-        size: u64,
-        context: &mut ExitContext,
-    ) -> Result<Flow, Outcome> {
+    fn tampering(&mut self, gpa: u64, size: u64, context: &mut ExitContext) -> Result<(), Outcome> {
         context.others.pause()?;
         self.drain_all(context.ram);
         let finding = self.investigation(context).tampering(gpa, size, context.cpu.regs()?.rip);
-        self.report(finding)
+        self.add_finding(finding)
+    }
+
+    /// Adds a finding. Ends the run if that was the last one wanted.
+    pub(super) fn add_finding(&mut self, finding: Finding) -> Result<(), Outcome> {
+        let devices = &mut self.devices;
+        self.session.add(finding, || devices.flush())
     }
 
     /// Drains all rings. Every vCPU stands still.
     pub(super) fn drain_all(&mut self, ram: &Ram) {
-        self.drain(None, ram);
+        self.drain(DrainBy::Vmm, ram);
     }
 
     /// Drains all rings; see [`Provenance::drain`].
-    pub(super) fn drain(&mut self, asked: Option<u16>, ram: &Ram) {
+    pub(super) fn drain(&mut self, by: DrainBy, ram: &Ram) {
         let regions = self.guest.regions();
-        let refused =
-            self.provenance.drain(asked, &RingRam(ram), &|va, len| regions.to_gpa(va, len));
-        if refused > 0 {
-            self.refuse(refused, &format_args!("{refused} records in rings make no sense"));
+        let refused = self.provenance.drain(by, &RingRam(ram), &|va, len| regions.key_of(va, len));
+        let RefusedRecords { senseless, queue_full } = refused;
+        if senseless > 0 {
+            self.refuse(senseless, &format_args!("{senseless} records in rings make no sense"));
+        }
+        if queue_full > 0 {
+            self.refuse(queue_full, &QUEUE_FULL);
         }
     }
 

@@ -32,10 +32,10 @@ impl Globals {
         // The same address again: a module was loaded in the place of another.
         self.arrays.retain(|(known, _)| *known != va);
         if self.arrays.len() >= ARRAYS {
-            return Err(CallError::Limit { what: "arrays of globals", most: ARRAYS as u64 });
+            return Err(CallError::Limit { what: "arrays of globals", max: ARRAYS as u64 });
         }
         if self.arrays.iter().map(|(_, count)| count).sum::<u64>() + count > DESCRIPTIONS {
-            return Err(CallError::Limit { what: "globals", most: DESCRIPTIONS });
+            return Err(CallError::Limit { what: "globals", max: DESCRIPTIONS });
         }
         self.arrays.push((va, count));
         Ok(())

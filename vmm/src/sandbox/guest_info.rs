@@ -109,9 +109,9 @@ impl GuestInfo {
         self.globals.add(va, count)
     }
 
-    /// The key of `len` bytes at `va`: their guest-physical address, or what stands for it.
+    /// The key of `len` bytes at `va`; see [`Regions::key_of`].
     pub(super) fn key(&self, va: u64, len: u64) -> Result<u64, CallError> {
-        let key = self.regions.to_gpa(va, len.max(1));
+        let key = self.regions.key_of(va, len.max(1));
         key.ok_or(CallError::Argument { what: "address", value: va })
     }
 
@@ -123,8 +123,9 @@ impl GuestInfo {
         len: u64,
         what: &'static str,
     ) -> Result<u64, CallError> {
+        // In RAM a key is the guest-physical address.
         self.regions
-            .to_gpa(va, len)
+            .key_of(va, len)
             .filter(|gpa| ram.contains(GuestAddress(*gpa), len))
             .ok_or(CallError::Argument { what, value: va })
     }
@@ -142,7 +143,7 @@ impl GuestInfo {
         if let Ok(gpa) = self.in_ram(ram, va, len, "address") {
             return Ok(ram.read(GuestAddress(gpa), to).is_ok());
         }
-        if self.regions.to_gpa(va, len).is_none() {
+        if self.regions.key_of(va, len).is_none() {
             return Ok(false);
         }
         Ok(AddressSpace::new(&cpu.sregs()?).read(ram, va, to).is_ok())

@@ -30,8 +30,8 @@ const RUNS: usize = 1024;
 /// Decides when to scan, and discards what a scan finds.
 #[derive(Debug)]
 pub(super) struct GuestPageReclaim {
-    /// The flags of the guest's first call; `None` before its first call. A second first call comes
-    /// from another kernel, which may use pages that are free for the first: nothing is discarded
+    /// The flags of the guest's `Hello`; `None` before. A second `Hello` means that another kernel
+    /// was started (kexec), which may use pages that are free for the first: nothing is discarded
     /// from then on.
     allowed: Option<GuestFlags>,
     /// Where the next scan begins.
@@ -47,7 +47,7 @@ impl Default for GuestPageReclaim {
 }
 
 impl GuestPageReclaim {
-    /// Handles a first call of the guest: `flags` allow to discard memory.
+    /// Handles a `Hello` of the guest: `flags` allow to discard memory.
     pub(super) fn allow(&mut self, flags: GuestFlags) {
         self.allowed = Some(if self.allowed.is_none() { flags } else { GuestFlags::default() });
     }

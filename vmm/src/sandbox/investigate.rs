@@ -18,11 +18,10 @@ use umbra_shadow::codes::{
 };
 use umbra_shadow::{BugKind, Cause, Shadow as _, Violation, classify};
 
-use super::Outcome;
-use super::context::{ExitContext, Flow};
+use super::context::ExitContext;
 use super::dispatch::Dispatcher;
 use super::guest_info::GuestInfo;
-use super::shadow_host::ShadowHost;
+use super::run_shadow::RunShadow;
 use crate::hypercall::{Access, BadAccess};
 use crate::shadow::Model;
 
@@ -34,11 +33,11 @@ const STACK_SEARCH: u64 = 64 << 10;
 const FRAMES: usize = 32;
 
 /// The stack that begins at the vCPU's frame pointer.
-pub(super) fn stack(context: &ExitContext, start_ip: Option<u64>, most: usize) -> Stack {
+pub(super) fn stack(context: &ExitContext, start_ip: Option<u64>, max: usize) -> Stack {
     let (regs, sregs) =
         (context.cpu.regs().unwrap_or_default(), context.cpu.sregs().unwrap_or_default());
     let space = AddressSpace::new(&sregs);
-    walk(&mut |at| space.read_u64(context.ram, at).ok(), regs.rbp, start_ip, most)
+    walk(&mut |at| space.read_u64(context.ram, at).ok(), regs.rbp, start_ip, max)
 }
 
 impl Dispatcher {
@@ -55,20 +54,11 @@ impl Dispatcher {
             space: AddressSpace::new(&context.cpu.sregs().unwrap_or_default()),
         }
     }
-
-    /// Adds a finding. Ends the run if that was the last one wanted.
-    pub(super) fn report(&mut self, finding: Finding) -> Result<Flow, Outcome> {
-        let devices = &mut self.devices;
-        match self.session.add(finding, || devices.flush()) {
-            Some(outcome) => Err(outcome),
-            None => Ok(Flow::Continue),
-        }
-    }
 }
 
 /// The state that a finding is made of. The rings are drained, and every vCPU stands still.
 pub(super) struct Investigation<'a, 'b> {
-    shadow: &'a ShadowHost,
+    shadow: &'a RunShadow,
     provenance: &'a Provenance,
     guest: &'a GuestInfo,
     context: &'a ExitContext<'b>,
@@ -240,7 +230,7 @@ impl Investigation<'_, '_> {
     /// A note if the object may be missing because the table was full.
     fn forgotten(&self, bad: &BadAddress, history: &History) -> Option<String> {
         let counts = self.provenance.objects().counts();
-        if counts.dropped + counts.evicted == 0 || !bad.is_on_heap() {
+        if counts.dropped + counts.forgotten == 0 || !bad.is_on_heap() {
             return None;
         }
         // Memory beside an object may belong to one that was dropped.
@@ -291,14 +281,14 @@ impl Investigation<'_, '_> {
     fn frame_base(&self, va: u64) -> Option<u64> {
         let model = self.shadow.model()?;
         let regions = self.guest.regions();
-        let state = |at| Some(model.state(regions.to_gpa(at, GRANULE)?));
+        let state = |at| Some(model.state(regions.key_of(at, GRANULE)?));
         let mut base = va & !(GRANULE - 1);
         let lowest = base.checked_sub(STACK_SEARCH)?;
         let mut page = None;
         while state(base)? != STACK_LEFT {
             // A stack ends at its guard page.
             if page.replace(base / PAGE_SIZE) != Some(base / PAGE_SIZE)
-                && self.shadow.is_guard(regions.to_gpa(base, GRANULE)?)
+                && self.shadow.is_guard(regions.key_of(base, GRANULE)?)
             {
                 return None;
             }
@@ -312,7 +302,7 @@ impl Investigation<'_, '_> {
 
     fn shadow_around(&self, va: u64) -> ShadowDump {
         ShadowDump::around(va, |at| {
-            let key = self.guest.regions().to_gpa(at, GRANULE * ROW_SHADOW as u64)?;
+            let key = self.guest.regions().key_of(at, GRANULE * ROW_SHADOW as u64)?;
             let model = self.shadow.model()?;
             Some(std::array::from_fn(|i| model.state(key + i as u64 * GRANULE)))
         })

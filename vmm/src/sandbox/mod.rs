@@ -2,11 +2,20 @@
 //!
 //! | file | what it does |
 //! | --- | --- |
-//! | `run.rs` | sets a run up, watches it, tears it down |
+//! | `builder.rs`, `config.rs`, `file.rs` | what to run and how; kernels and initrds |
+//! | `run.rs`, `shared.rs` | sets a run up, watches it, tears it down; what its threads share |
 //! | `vcpu_thread.rs`, `vcpus.rs` | the thread of a vCPU; how vCPUs are paused and ended |
+//! | `discovery.rs` | the CPUID leaves by which a guest finds Umbra |
 //! | `dispatch.rs` | handles an exit, of which it sees `context.rs`; `calls.rs` a hypercall |
-//! | `investigate.rs` | makes a finding of a bad access |
-//! | `shadow_host.rs`, `guest_info.rs`, `session.rs`, `watch.rs` | the parts of a run's state |
+//! | `investigate.rs` | makes a finding of a bad access; `location.rs` names a place in the code |
+//! | `run_shadow.rs`, `guest_pages.rs` | the shadow of a run; reclaim of dead guest pages |
+//! | `guest_info.rs`, `globals.rs` | what a guest has said about itself; its global variables |
+//! | `ring_memory.rs` | guest RAM, as the rings read it |
+//! | `session.rs`, `observer.rs` | the findings; how a caller observes a run |
+//! | `watch.rs`, `console.rs`, `marks.rs`, `picture.rs` | what is watched beside the exits |
+//! | `input.rs` | input for the guest's console, and Ctrl-A |
+//! | `counts.rs`, `stats.rs` | exits and events; the figures that `--stats` writes |
+//! | `outcome.rs`, `report.rs` | how a run ended; its result |
 
 mod builder;
 mod calls;
@@ -30,8 +39,8 @@ mod picture;
 mod report;
 mod ring_memory;
 mod run;
+mod run_shadow;
 mod session;
-mod shadow_host;
 mod shared;
 pub mod stats;
 #[cfg(test)]
@@ -48,6 +57,6 @@ pub use file::GuestFile;
 pub use marks::Mark;
 pub use observer::Observer;
 pub use outcome::Outcome;
-pub use report::{Report, RunError};
+pub use report::{RunError, RunReport};
 pub use run::run;
 pub use umbra_shadow::abi::Redzone;

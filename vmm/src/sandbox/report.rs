@@ -29,7 +29,7 @@ pub enum RunError {
 }
 
 /// The result of a run.
-pub struct Report {
+pub struct RunReport {
     /// How it ended.
     pub outcome: Outcome,
     /// Findings.
@@ -47,7 +47,7 @@ pub struct Report {
 /// Exit status of a run that was to be checked, and was not.
 const UNCHECKED: u8 = 5;
 
-impl Report {
+impl RunReport {
     /// Its exit status: that of its [outcome](Outcome::status), or 5 for a run that would be clean
     /// but ran unchecked, if [`Config::require_checks`] is set.
     pub fn status(&self) -> u8 {

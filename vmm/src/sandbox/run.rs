@@ -25,17 +25,17 @@ use umbra_report::symbols::Symbols;
 
 use super::console::ConsoleWatch;
 use super::discovery::{self, Settings};
-use super::dispatch::{Dispatcher, Parts};
+use super::dispatch::Dispatcher;
 use super::guest_info::GuestInfo;
 use super::marks::Marks;
 use super::picture::{self, Tail, Timeline};
+use super::run_shadow::RunShadow;
 use super::session::Session;
-use super::shadow_host::ShadowHost;
-use super::shared::{MachineSlots, Shared};
+use super::shared::{MachineMemslots, Shared};
 use super::vcpu_thread;
 use super::vcpus::Vcpus;
 use super::watch::Watch;
-use super::{Config, Console, GuestFile, Observer, Outcome, Report, RunError, input, stats};
+use super::{Config, Console, GuestFile, Observer, Outcome, RunError, RunReport, input, stats};
 use crate::shadow::{Layout, ShadowError, Windows, WindowsConfig, page_map};
 
 /// Poll interval for the stop flag.
@@ -53,7 +53,7 @@ pub fn run(
     console: impl Into<Console>,
     observer: Box<dyn Observer>,
     stop: &AtomicBool,
-) -> Result<Report, RunError> {
+) -> Result<RunReport, RunError> {
     let begin = Instant::now();
     let running = set_up(config, console.into(), observer)?.start(begin)?;
     let outcome = running.watch(config, stop);
@@ -87,7 +87,7 @@ fn set_up(
     mut observer: Box<dyn Observer>,
 ) -> Result<Prepared, RunError> {
     let Hardware { machine, vcpus, linux, emulated } = hardware(config)?;
-    // The last step that can fail: if it does, no vCPU has run on its slots.
+    // The last step that can fail: if it does, no vCPU has run on its memslots.
     let windows = windows(config, &machine)?;
     let counters = config.count_instructions.then(|| Counters::open(&vcpus)).and_then(|counters| {
         counters.inspect_err(|e| log::info!("guest instructions are not counted: {e}")).ok()
@@ -103,21 +103,18 @@ fn set_up(
     };
     let kernel = config.kernel.clone();
     let symbols = Symbols::lazy(move || kernel.contents().map_err(std::io::Error::other));
-    let dispatcher = Dispatcher::new(Parts {
-        devices: Devices::new(output, com1),
-        shadow: ShadowHost::new(windows),
-        provenance: Provenance::new(
-            Objects::new(ObjectLimits::of_budget(config.provenance)),
-            quarantine,
-        ),
-        guest: GuestInfo::new(symbols),
-        session: Session::new(observer, config.stop_at),
-        watch: Watch::new(
+    let dispatcher = Dispatcher::new(
+        Devices::new(output, com1),
+        RunShadow::new(windows),
+        Provenance::new(Objects::new(ObjectLimits::of_budget(config.provenance)), quarantine),
+        GuestInfo::new(symbols),
+        Session::new(observer, config.stop_at),
+        Watch::new(
             ConsoleWatch::new(linux).with_oopses(!config.ignore_oops),
             Marks::new(config.marks.clone(), counters.clone().filter(|_| emulated)),
             config.picture.then(Timeline::default),
         ),
-    });
+    );
     let shared = Arc::new(Shared {
         machine,
         vcpus: Vcpus::new(&vcpus),
@@ -212,7 +209,7 @@ fn windows(config: &Config, machine: &Machine) -> Result<Option<Windows>, Shadow
             notify: config.notify,
             limit: config.shadow_limit,
         };
-        Windows::new(&windows, &mut MachineSlots(machine))
+        Windows::new(&windows, &mut MachineMemslots(machine))
     });
     windows.transpose()
 }
@@ -293,7 +290,11 @@ impl Running {
     }
 
     /// Ends all threads and collects the report.
-    fn tear_down(mut self, config: &Config, outcome: Option<Outcome>) -> Result<Report, RunError> {
+    fn tear_down(
+        mut self,
+        config: &Config,
+        outcome: Option<Outcome>,
+    ) -> Result<RunReport, RunError> {
         let (outcome, left_behind) = self.end_threads(outcome)?;
         let shared = &self.shared;
         let Some(mut dispatcher) = shared.dispatcher_in_time() else {
@@ -324,7 +325,7 @@ impl Running {
         let findings = dispatcher.session.take_findings();
         let objects = dispatcher.provenance.take_objects();
         let require_checks = config.require_checks;
-        Ok(Report { outcome, findings, stats, picture, objects, require_checks })
+        Ok(RunReport { outcome, findings, stats, picture, objects, require_checks })
     }
 
     /// Gets all vCPUs out of the guest and joins their threads. Returns how the run ended, and

@@ -27,15 +27,18 @@ impl Session {
         std::mem::take(&mut self.findings)
     }
 
-    /// Adds a finding. If it is new, calls `flush` and then the observer. Returns how the run ends,
-    /// if that was the last one wanted.
-    pub(super) fn add(&mut self, finding: Finding, flush: impl FnOnce()) -> Option<Outcome> {
-        let Added::New(at) = self.findings.add(finding) else { return None };
+    /// Adds a finding. If it is new, calls `flush` and then the observer. Ends the run if that was
+    /// the last one wanted.
+    pub(super) fn add(&mut self, finding: Finding, flush: impl FnOnce()) -> Result<(), Outcome> {
+        let Added::New(at) = self.findings.add(finding) else { return Ok(()) };
         flush();
         if let Some((finding, _)) = self.findings.get(at) {
             self.observer.finding(finding);
         }
         let distinct = self.findings.distinct();
-        self.stop_at.is_some_and(|most| distinct >= most).then_some(Outcome::FindingLimit(distinct))
+        match self.stop_at {
+            Some(limit) if distinct >= limit => Err(Outcome::FindingLimit(distinct)),
+            _ => Ok(()),
+        }
     }
 }

@@ -6,37 +6,43 @@ use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
 use umbra_machine::stats::Counters;
-use umbra_machine::{Machine, SlotId};
+use umbra_machine::{Machine, MemslotId};
 use vm_memory::GuestAddress;
 
 use super::dispatch::Dispatcher;
 use super::vcpus::Vcpus;
-use crate::shadow::{SlotError, Slots};
+use crate::shadow::{MemslotError, Memslots};
 
 /// Time limit for getting at the state when the run ends.
 const LOCK_LIMIT: Duration = Duration::from_secs(2);
 
-/// The machine's memory slots, for the shadow.
-pub(super) struct MachineSlots<'a>(pub &'a Machine);
+/// The machine's memslots, for the shadow.
+pub(super) struct MachineMemslots<'a>(pub &'a Machine);
 
-impl Slots for MachineSlots<'_> {
-    fn map(&mut self, gpa: u64, host: *mut u8, len: u64, readonly: bool) -> Result<u32, SlotError> {
+impl Memslots for MachineMemslots<'_> {
+    fn map(
+        &mut self,
+        gpa: u64,
+        host: *mut u8,
+        len: u64,
+        readonly: bool,
+    ) -> Result<u32, MemslotError> {
         // SAFETY: `Shared` drops the machine before the windows, and the vCPUs' threads hold both;
         // shadow is memory that is meant for the guest to write. If the windows fail while they are
         // made, they are dropped first, but then no vCPU ever runs.
-        let slot = unsafe { self.0.map(GuestAddress(gpa), host, len, readonly) };
-        slot.map(SlotId::into_raw).map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
+        let memslot = unsafe { self.0.map(GuestAddress(gpa), host, len, readonly) };
+        memslot.map(MemslotId::into_raw).map_err(|e| MemslotError::Kernel(std::io::Error::other(e)))
     }
 
-    fn unmap(&mut self, slot: u32) -> Result<(), SlotError> {
+    fn unmap(&mut self, memslot: u32) -> Result<(), MemslotError> {
         self.0
-            .unmap(SlotId::from_raw(slot))
-            .map_err(|e| SlotError::Kernel(std::io::Error::other(e)))
+            .unmap(MemslotId::from_raw(memslot))
+            .map_err(|e| MemslotError::Kernel(std::io::Error::other(e)))
     }
 }
 
-/// What all threads of a run share. Fields are dropped in this order: the machine, whose memory
-/// slots lie in the windows, before them.
+/// What all threads of a run share. Fields are dropped in this order: the machine, whose
+/// memslots lie in the windows, before them.
 pub(super) struct Shared {
     pub(super) machine: Machine,
     pub(super) vcpus: Vcpus,

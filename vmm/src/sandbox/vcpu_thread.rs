@@ -9,8 +9,8 @@ use std::time::Instant;
 use umbra_machine::vcpu::{Vcpu, VmExit};
 
 use super::Outcome;
-use super::context::{ExitContext, Flow, OtherVcpus};
-use super::shared::{MachineSlots, Shared};
+use super::context::{ExitContext, OtherVcpus};
+use super::shared::{MachineMemslots, Shared};
 use super::vcpus::Vcpus;
 
 /// Pauses the other vCPUs for one that handles an exit; they continue when it is dropped.
@@ -87,23 +87,23 @@ fn run(vcpu: &mut Vcpu, shared: &Shared, sender: &OutcomeSender) {
         if vcpus.has_ended() {
             return;
         }
-        let flow = match exit {
+        let handled = match exit {
             Ok(exit) => {
-                let mut slots = MachineSlots(machine);
+                let mut memslots = MachineMemslots(machine);
                 // Dropped before the lock.
                 let mut others = PauseGuard { vcpus, me: id, stop: &shared.stop, paused: false };
                 let mut context = ExitContext {
                     id: vcpu.id(),
                     cpu: vcpu,
                     ram: machine.ram(),
-                    slots: &mut slots,
+                    memslots: &mut memslots,
                     others: &mut others,
                 };
                 dispatcher.dispatch(exit, &mut context)
             }
-            Err(error) => Flow::End(error.into()),
+            Err(error) => Err(error.into()),
         };
-        if let Flow::End(outcome) = flow {
+        if let Err(outcome) = handled {
             vcpus.set_ended();
             let _ = sender.0.send(Some(outcome));
             return;

@@ -15,13 +15,16 @@ use std::{
     os::unix::fs::FileExt,
 };
 
-use super::{layout::CHUNK_BYTES, mapping::HOST_PAGE, memory::HostShadow};
+use super::{layout::CHUNK_BYTES, mapping::HOST_PAGE, memory::ShadowBacking};
 
 /// Bytes of private memory that the kernel holds for the addresses `range` of this process,
 /// swapped-out pages included. The shared page of zeroes, which reads of untouched memory get, is
 /// not counted.
 ///
 /// Only mappings that lie inside `range` as a whole count.
+///
+/// # Errors
+/// The file in `/proc` cannot be read.
 pub fn resident_bytes(range: &Range<u64>) -> io::Result<u64> {
     parse_smaps(BufReader::new(File::open("/proc/self/smaps")?), range)
 }
@@ -106,6 +109,9 @@ pub struct ProcessMemory {
 
 impl ProcessMemory {
     /// Asks the kernel.
+    ///
+    /// # Errors
+    /// The file in `/proc` cannot be read.
     pub fn read() -> io::Result<Self> {
         let mut status = String::new();
         File::open("/proc/self/status")?.read_to_string(&mut status)?;
@@ -215,7 +221,7 @@ impl Accounting {
 
     /// Takes a sample of all mapped chunks; to be called before any host memory is reclaimed.
     /// Returns the resident bytes.
-    pub(super) fn sample(&mut self, shadow: &HostShadow) -> io::Result<u64> {
+    pub(super) fn sample(&mut self, shadow: &ShadowBacking) -> io::Result<u64> {
         let mut resident = 0;
         for chunk in shadow.mapped_chunks() {
             resident += count(&self.held(chunk)?);
@@ -231,7 +237,7 @@ impl Accounting {
     }
 
     /// Notes how much byte-checked pages use now; far cheaper than [`Self::sample`].
-    pub(super) fn sample_used(&mut self, shadow: &HostShadow) -> u64 {
+    pub(super) fn sample_used(&mut self, shadow: &ShadowBacking) -> u64 {
         let used = shadow.used_bytes();
         self.peak_used = self.peak_used.max(used).max(shadow.tracked_peak_bytes());
         used
@@ -243,7 +249,7 @@ impl Accounting {
     }
 
     /// All figures, as of now.
-    pub(super) fn figures(&mut self, shadow: &HostShadow) -> io::Result<Figures> {
+    pub(super) fn figures(&mut self, shadow: &ShadowBacking) -> io::Result<Figures> {
         let resident = resident_bytes(&self.range)?;
         self.note_resident(resident);
         let used = self.sample_used(shadow);

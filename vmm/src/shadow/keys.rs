@@ -1,9 +1,12 @@
-//! Keys for virtual memory. Memory that a guest maps page by page (vmalloc) has its own shadow.
-//! Keys look it up: addresses above RAM behind which there is no memory.
+//! Keys for virtual memory.
 //!
-//! To the shadow, to provenance and to reports a key is a guest-physical address like any other.
-//! Keys are handed out in units of [`VIRTUAL_UNIT`], so that no page of page shadow serves two
-//! ranges, and only once: a range keeps its shadow as long as the guest runs.
+//! A *key* is the number by which shadow and provenance know a byte of guest memory. For RAM it is
+//! the guest-physical address, so that aliases of a page share one shadow and one history. Memory
+//! that a guest maps page by page (vmalloc) has no such address that lasts. Its keys are addresses
+//! above RAM, behind which there is no memory. `Regions::key_of` finds the key of an address.
+//!
+//! Keys of virtual memory are handed out in units of [`VIRTUAL_UNIT`], so that no page of page
+//! shadow serves two ranges, and only once: a range keeps its shadow as long as the guest runs.
 
 use umbra_shadow::{
     Shadow,
@@ -11,7 +14,7 @@ use umbra_shadow::{
     codes::{PAGE_SHIFT, VMALLOC_INVALID},
 };
 
-use super::windows::{Notify, ShadowError, Slots, Windows};
+use super::windows::{Memslots, Notify, ShadowError, Windows};
 
 impl Windows {
     /// The key that `len` bytes (not 0) of virtual memory at `va` would get; none if there are not
@@ -26,12 +29,12 @@ impl Windows {
     /// at once; its byte shadow comes on demand, in a full shadow too.
     ///
     /// # Errors
-    /// A slot could not be added.
+    /// A memslot could not be added.
     pub fn add_virtual(
         &mut self,
         key: u64,
         len: u64,
-        slots: &mut dyn Slots,
+        memslots: &mut dyn Memslots,
     ) -> Result<(), ShadowError> {
         let (start, end) = (self.next_key, key.saturating_add(len).next_multiple_of(VIRTUAL_UNIT));
         let window = self.model.memory().layout().page;
@@ -42,9 +45,9 @@ impl Windows {
             // The guest cannot reach the shadow yet.
             page.fill(at, bytes, VMALLOC_INVALID).ok_or_else(outside)?;
             let host = page.pointer(at, bytes).ok_or_else(outside)?;
-            slots
+            memslots
                 .map(gpa, host, bytes, self.notify == Notify::Sync)
-                .map_err(|source| ShadowError::Slot { gpa, source })?;
+                .map_err(|source| ShadowError::Memslot { gpa, source })?;
             self.accounting.count_page_bytes(bytes);
         }
         self.model.memory_mut().extend(end);

@@ -1,6 +1,5 @@
 //! The place of the shadow windows in guest-physical memory: above RAM, the page window first. And
-//! the *keys* of the shadow: the addresses of RAM, then the keys of virtual memory with its own
-//! shadow.
+//! the range of the keys (`keys.rs`): those of RAM, then those of virtual memory.
 
 use umbra_shadow::{
     abi::VIRTUAL_UNIT,
@@ -8,7 +7,7 @@ use umbra_shadow::{
 };
 
 /// Bytes of byte shadow that are mapped at once: 64 shadow pages, for 2 MiB of guest memory. One
-/// exit then serves a large page of the guest, and a 4 GiB guest needs at most 2,048 memory slots.
+/// exit then serves a large page of the guest, and a 4 GiB guest needs at most 2,048 memslots.
 pub const CHUNK_BYTES: u64 = 256 << 10;
 /// Bytes of guest memory whose byte shadow is one chunk.
 pub const CHUNK_COVERS: u64 = CHUNK_BYTES << GRANULE_SHIFT;
@@ -21,9 +20,9 @@ const LOWEST_WINDOW: u64 = 4 << 30;
 const MAX_RAM_END: u64 = 4 << 40;
 /// Least bytes of keys for virtual memory; otherwise there are as many as RAM has. A key costs
 /// nothing until the guest gets it.
-const LEAST_VIRTUAL: u64 = 4 << 30;
+const MIN_VIRTUAL: u64 = 4 << 30;
 /// Least byte shadow for virtual memory by default; otherwise as much as RAM has.
-const LEAST_VIRTUAL_SHADOW: u64 = 32 << 20;
+const MIN_VIRTUAL_SHADOW: u64 = 32 << 20;
 
 /// A guest-physical range that shows shadow memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,12 +73,15 @@ pub struct Layout {
 
 impl Layout {
     /// Lays out the windows for guest memory that ends at `ram_end`.
+    ///
+    /// # Errors
+    /// The end is 0, not a multiple of 4096, or too high.
     pub fn new(ram_end: u64) -> Result<Self, LayoutError> {
         if ram_end == 0 || !ram_end.is_multiple_of(PAGE_SIZE) || ram_end > MAX_RAM_END {
             return Err(LayoutError { ram_end });
         }
         let virtual_start = ram_end.next_multiple_of(VIRTUAL_UNIT);
-        let keys_end = virtual_start + virtual_start.max(LEAST_VIRTUAL);
+        let keys_end = virtual_start + virtual_start.max(MIN_VIRTUAL);
         let page = Window {
             gpa: ram_end.max(LOWEST_WINDOW).next_multiple_of(WINDOW_ALIGN),
             bytes: keys_end >> PAGE_SHIFT,
@@ -115,7 +117,7 @@ impl Layout {
     /// without this limit, a small guest could take any amount for virtual memory.
     pub fn default_limit(&self) -> u64 {
         let ram = self.ram_chunks() as u64 * CHUNK_BYTES;
-        ram + ram.max(LEAST_VIRTUAL_SHADOW)
+        ram + ram.max(MIN_VIRTUAL_SHADOW)
     }
 
     /// The end of all windows. The guest's physical addresses must reach it.
@@ -160,7 +162,7 @@ mod tests {
             assert!(
                 layout.virtual_start >= ram_end && layout.virtual_start < ram_end + VIRTUAL_UNIT
             );
-            assert!(layout.virtual_bytes() >= LEAST_VIRTUAL && layout.virtual_bytes() >= ram_end);
+            assert!(layout.virtual_bytes() >= MIN_VIRTUAL && layout.virtual_bytes() >= ram_end);
             assert!(layout.keys_end.is_multiple_of(VIRTUAL_UNIT));
             assert_eq!(layout.page.bytes, layout.keys_end / 4096);
             assert_eq!(layout.byte.bytes, layout.keys_end / 8);

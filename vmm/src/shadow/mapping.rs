@@ -180,8 +180,8 @@ impl Mapping {
         let mut offset = 0;
         while offset < len {
             // SAFETY: `offset` is below `len`, which was checked. No guest runs on memory that is
-            // made resident (it is done before the memory gets a slot), so that reading and writing
-            // back loses no store.
+            // made resident (it is done before the memory gets a memslot), so that reading and
+            // writing back loses no store.
             unsafe {
                 let byte = pointer.add(offset as usize);
                 byte.write_volatile(byte.read_volatile());
@@ -199,7 +199,7 @@ impl Mapping {
         }
         let pointer = self.pointer(at, len).ok_or(io::ErrorKind::InvalidInput)?;
         // SAFETY: the range is page-aligned and inside the mapping; no references into it exist. A
-        // guest that has it in a slot is kept coherent by KVM.
+        // guest that has it in a memslot is kept coherent by KVM.
         if unsafe { libc::madvise(pointer.cast(), len as usize, libc::MADV_DONTNEED) } != 0 {
             return Err(io::Error::last_os_error());
         }

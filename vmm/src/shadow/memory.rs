@@ -1,4 +1,4 @@
-//! The shadow bytes, by guest-physical address, as the models of `umbra-shadow` access them.
+//! The shadow bytes, by key, as the models of `umbra-shadow` access them.
 
 use std::{iter, ops::Range};
 
@@ -18,14 +18,13 @@ use super::{
 /// Pages of guest memory behind one chunk of byte shadow.
 const CHUNK_PAGES: u64 = CHUNK_COVERS >> PAGE_SHIFT;
 
-/// Page shadow and byte shadow of a whole guest in host memory. It is keyed by guest-physical
-/// address; the keys of virtual memory ([`Layout`]) are addresses to it like any other.
+/// Page shadow and byte shadow of a whole guest in host memory, by key (`keys.rs`).
 ///
 /// Reads are safe while guest vCPUs run; each value is read once. Byte shadow of a chunk that was
 /// never mapped reads as zero and costs nothing. A write to such a chunk counts it as mapped;
 /// [`super::Windows`] checks the limit before.
 #[derive(Debug)]
-pub struct HostShadow {
+pub struct ShadowBacking {
     layout: Layout,
     /// The first address without shadow: the end of RAM, or of the virtual memory that the guest
     /// has keys for.
@@ -43,7 +42,7 @@ pub struct HostShadow {
     tracked_peak_pages: i64,
 }
 
-impl HostShadow {
+impl ShadowBacking {
     pub(super) fn new(layout: Layout, page: Option<Mapping>, byte: Mapping) -> Self {
         Self {
             layout,
@@ -210,7 +209,7 @@ fn any_byte_checked(word: u64) -> bool {
     word.to_ne_bytes().iter().any(|byte| matches!(*byte, PAGE_BYTES | PAGE_BUSY))
 }
 
-impl ShadowMemory for HostShadow {
+impl ShadowMemory for ShadowBacking {
     fn base(&self) -> u64 {
         0
     }
@@ -268,10 +267,10 @@ mod tests {
 
     use super::*;
 
-    fn shadow(ram_end: u64) -> HostShadow {
+    fn shadow(ram_end: u64) -> ShadowBacking {
         let layout = Layout::new(ram_end).unwrap();
         let page = Mapping::new(layout.page.bytes).unwrap();
-        HostShadow::new(layout, Some(page), Mapping::new(layout.byte.bytes).unwrap())
+        ShadowBacking::new(layout, Some(page), Mapping::new(layout.byte.bytes).unwrap())
     }
 
     #[test]
@@ -314,7 +313,7 @@ mod tests {
     #[test]
     fn free_pages_come_in_runs() {
         let mut shadow = shadow(64 << 12);
-        let runs = |shadow: &HostShadow, start: u64, end: u64| -> Vec<_> {
+        let runs = |shadow: &ShadowBacking, start: u64, end: u64| -> Vec<_> {
             shadow
                 .unused_pages(start << 12..end << 12, false)
                 .map(|run| (run.start >> 12, run.end >> 12))

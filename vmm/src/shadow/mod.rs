@@ -1,6 +1,7 @@
 //! The host side of shadow memory: the windows of a guest, their cost, and reclaim of host memory.
 //!
-//! Everything is keyed by guest-physical address, so that aliases of a page share one shadow.
+//! Memory is looked up by its key (`keys.rs`): the guest-physical address of RAM, and a number of
+//! its own for virtual memory.
 
 pub mod accounting;
 mod keys;
@@ -19,10 +20,10 @@ mod tests;
 
 pub use accounting::{Figures, ProcessMemory};
 pub use layout::{CHUNK_BYTES, Layout, LayoutError, Window};
-pub use memory::HostShadow;
+pub use memory::ShadowBacking;
 pub use model::Model;
 pub use pages::page_map;
 pub use reclaim::reclaim_unused;
 pub use windows::{
-    FaultOutcome, Mode, Notify, ShadowError, SlotError, Slots, Windows, WindowsConfig,
+    FaultOutcome, MemslotError, Memslots, Mode, Notify, ShadowError, Windows, WindowsConfig,
 };

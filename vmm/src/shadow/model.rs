@@ -2,27 +2,27 @@
 
 use umbra_shadow::{Full, RangeError, Shadow, TwoLevel, Violation};
 
-use super::memory::HostShadow;
+use super::memory::ShadowBacking;
 
 /// Either model.
 #[derive(Debug)]
 pub enum Model {
     /// Page shadow, and byte shadow where it is needed.
-    PerPage(TwoLevel<HostShadow>),
+    PerPage(TwoLevel<ShadowBacking>),
     /// Byte shadow for everything.
-    Full(Full<HostShadow>),
+    Full(Full<ShadowBacking>),
 }
 
 impl Model {
     /// The model that fits `shadow`.
-    pub(super) fn new(shadow: HostShadow) -> Self {
+    pub(super) fn new(shadow: ShadowBacking) -> Self {
         match shadow.page {
             Some(_) => Self::PerPage(TwoLevel::new(shadow)),
             None => Self::Full(Full::new(shadow)),
         }
     }
 
-    pub(super) fn memory_mut(&mut self) -> &mut HostShadow {
+    pub(super) fn memory_mut(&mut self) -> &mut ShadowBacking {
         match self {
             Self::PerPage(model) => model.memory_mut(),
             Self::Full(model) => model.memory_mut(),
@@ -31,9 +31,9 @@ impl Model {
 }
 
 impl Shadow for Model {
-    type Memory = HostShadow;
+    type Memory = ShadowBacking;
 
-    fn memory(&self) -> &HostShadow {
+    fn memory(&self) -> &ShadowBacking {
         match self {
             Self::PerPage(model) => model.memory(),
             Self::Full(model) => model.memory(),

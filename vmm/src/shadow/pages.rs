@@ -10,16 +10,16 @@ use umbra_shadow::{
     },
 };
 
-use super::{memory::HostShadow, windows::Windows};
+use super::{memory::ShadowBacking, windows::Windows};
 
-/// Classifies all pages of `ram` (guest-physical, in order) into at most `most` cells. Safe while
+/// Classifies all pages of `ram` (guest-physical, in order) into at most `max` cells. Safe while
 /// vCPUs run; their changes meanwhile may be missing.
 ///
 /// With page shadow it reads one byte per page; a full shadow is read as a whole.
-pub fn page_map(windows: &Windows, ram: &[Range<u64>], most: usize) -> PageMap {
+pub fn page_map(windows: &Windows, ram: &[Range<u64>], max: usize) -> PageMap {
     let shadow = windows.model().memory();
     let pages = ram.last().map_or(0, |last| last.end >> PAGE_SHIFT);
-    let pages_per_cell = pages.div_ceil(most.max(1) as u64).max(1).next_power_of_two();
+    let pages_per_cell = pages.div_ceil(max.max(1) as u64).max(1).next_power_of_two();
     let mut cells = vec![PageCounts::default(); pages.div_ceil(pages_per_cell) as usize];
     for range in ram {
         for page in range.start >> PAGE_SHIFT..range.end >> PAGE_SHIFT {
@@ -53,7 +53,7 @@ impl Class {
     }
 }
 
-impl HostShadow {
+impl ShadowBacking {
     fn class_of(&self, page: u64) -> Class {
         let Some(mapping) = &self.page else { return self.class_by_bytes(page) };
         match mapping.load(page) {
@@ -88,16 +88,16 @@ mod tests {
     use umbra_shadow::codes::{LARGE_REDZONE, SLAB_REDZONE};
 
     use super::*;
-    use crate::shadow::{Mode, Notify, SlotError, Slots, WindowsConfig};
+    use crate::shadow::{MemslotError, Memslots, Mode, Notify, WindowsConfig};
 
     struct NoMachine;
 
-    impl Slots for NoMachine {
-        fn map(&mut self, _: u64, _: *mut u8, _: u64, _: bool) -> Result<u32, SlotError> {
+    impl Memslots for NoMachine {
+        fn map(&mut self, _: u64, _: *mut u8, _: u64, _: bool) -> Result<u32, MemslotError> {
             Ok(0)
         }
 
-        fn unmap(&mut self, _: u32) -> Result<(), SlotError> {
+        fn unmap(&mut self, _: u32) -> Result<(), MemslotError> {
             Ok(())
         }
     }

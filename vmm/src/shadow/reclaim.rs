@@ -23,13 +23,16 @@ use super::{
     windows::{ShadowError, Windows},
 };
 
-// The module's description and `HostShadow::shadow_page_in_use` rely on this.
+// The module's description and `ShadowBacking::shadow_page_in_use` rely on this.
 const _: () = assert!(CHUNK_COVERS >> PAGE_SHIFT == CHUNK_BYTES / HOST_PAGE * 8);
 
 /// Reclaims the host memory of all byte shadow that no page uses. Returns the bytes.
 ///
 /// Call it only while no vCPU runs guest code. The chunks stay mapped. It reads the page shadow of
 /// mapped chunks and asks the kernel about their pages: a few microseconds for each chunk.
+///
+/// # Errors
+/// The host refuses.
 pub fn reclaim_unused(windows: &mut Windows) -> Result<u64, ShadowError> {
     let (resident, runs) = scan(windows)?;
     // The most that is resident until the next reclaim is resident right now.

@@ -11,7 +11,7 @@ use umbra_shadow::{
 
 use super::{
     layout::CHUNK_COVERS,
-    windows::{ShadowError, Slots, WindowOffset, Windows},
+    windows::{Memslots, ShadowError, WindowOffset, Windows},
 };
 
 impl Windows {
@@ -30,7 +30,7 @@ impl Windows {
         &mut self,
         gpa: u64,
         data: &[u8],
-        slots: &mut dyn Slots,
+        memslots: &mut dyn Memslots,
     ) -> Result<bool, ShadowError> {
         let bytes = data.len() as u64;
         let Ok(WindowOffset::Byte(at)) = self.place(gpa, bytes) else { return Ok(false) };
@@ -43,7 +43,7 @@ impl Windows {
         let chunk = |address: u64| (address / CHUNK_COVERS) as usize;
         let chunks = chunk(start)..chunk(start + covered - 1) + 1;
         for chunk in chunks.clone() {
-            self.make_room(chunk, &chunks, slots)?;
+            self.make_room(chunk, &chunks, memslots)?;
             self.model.memory_mut().set_mapped(chunk, true);
         }
         self.model.promote(start, covered)?;

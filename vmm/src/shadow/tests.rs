@@ -1,4 +1,4 @@
-//! Windows, release and accounting together, with a guest made of a table of slots.
+//! Windows, release and accounting together, with a guest made of a table of memslots.
 
 // Guest memory is a list of ranges, of one or, on purpose, a wrong one.
 #![allow(clippy::single_range_in_vec_init, clippy::reversed_empty_ranges)]
@@ -15,86 +15,97 @@ mod keys;
 
 const MIB: u64 = 1 << 20;
 
-struct Slot {
+struct Memslot {
     gpa: u64,
     host: *mut u8,
     len: u64,
     readonly: bool,
 }
 
-/// The slots that KVM would have, and what it would refuse.
+/// The memslots that KVM would have, and what it would refuse.
 #[derive(Default)]
-struct FakeSlots {
-    slots: Vec<Option<Slot>>,
-    /// Page-shadow stores that a vCPU makes right before it loses a slot.
+struct FakeMemslots {
+    memslots: Vec<Option<Memslot>>,
+    /// Page-shadow stores that a vCPU makes right before it loses a memslot.
     late_stores: Vec<(*mut u8, u8)>,
     refuse: bool,
 }
 
-impl Slots for FakeSlots {
-    fn map(&mut self, gpa: u64, host: *mut u8, len: u64, readonly: bool) -> Result<u32, SlotError> {
+impl Memslots for FakeMemslots {
+    fn map(
+        &mut self,
+        gpa: u64,
+        host: *mut u8,
+        len: u64,
+        readonly: bool,
+    ) -> Result<u32, MemslotError> {
         if self.refuse {
-            return Err(SlotError::Exhausted(self.slots.len() as u32));
+            return Err(MemslotError::Exhausted(self.memslots.len() as u32));
         }
-        let overlaps = |slot: &Slot| slot.gpa < gpa + len && gpa < slot.gpa + slot.len;
-        assert!(!self.slots.iter().flatten().any(overlaps), "KVM refuses slots that overlap");
+        let overlaps =
+            |memslot: &Memslot| memslot.gpa < gpa + len && gpa < memslot.gpa + memslot.len;
+        assert!(!self.memslots.iter().flatten().any(overlaps), "KVM refuses memslots that overlap");
         assert!(
             gpa.is_multiple_of(4096)
                 && (host as u64).is_multiple_of(4096)
                 && len.is_multiple_of(4096)
         );
-        self.slots.push(Some(Slot { gpa, host, len, readonly }));
-        Ok(self.slots.len() as u32 - 1)
+        self.memslots.push(Some(Memslot { gpa, host, len, readonly }));
+        Ok(self.memslots.len() as u32 - 1)
     }
 
-    fn unmap(&mut self, slot: u32) -> Result<(), SlotError> {
+    fn unmap(&mut self, memslot: u32) -> Result<(), MemslotError> {
         for (host, value) in self.late_stores.drain(..) {
-            // SAFETY: a pointer into a slot that `pointer` gave; the windows still exist.
+            // SAFETY: a pointer into a memslot that `pointer` gave; the windows still exist.
             unsafe { host.write_volatile(value) };
         }
-        assert!(self.slots[slot as usize].take().is_some(), "slot {slot} was not there");
+        assert!(
+            self.memslots[memslot as usize].take().is_some(),
+            "memslot {memslot} was not there"
+        );
         Ok(())
     }
 }
 
-impl FakeSlots {
+impl FakeMemslots {
     fn live(&self) -> usize {
-        self.slots.iter().flatten().count()
+        self.memslots.iter().flatten().count()
     }
 
     fn pointer(&self, gpa: u64, write: bool) -> Option<*mut u8> {
-        let slot = self
-            .slots
+        let memslot = self
+            .memslots
             .iter()
             .flatten()
-            .find(|slot| (slot.gpa..slot.gpa + slot.len).contains(&gpa))?;
-        // SAFETY: inside the slot, which lies inside a window's mapping.
-        (!write || !slot.readonly).then(|| unsafe { slot.host.add((gpa - slot.gpa) as usize) })
+            .find(|memslot| (memslot.gpa..memslot.gpa + memslot.len).contains(&gpa))?;
+        // SAFETY: inside the memslot, which lies inside a window's mapping.
+        (!write || !memslot.readonly)
+            .then(|| unsafe { memslot.host.add((gpa - memslot.gpa) as usize) })
     }
 }
 
-/// A guest that accesses its windows as a vCPU does: through a slot, or else by an exit.
+/// A guest that accesses its windows as a vCPU does: through a memslot, or else by an exit.
 struct Guest {
     windows: Windows,
-    slots: FakeSlots,
+    memslots: FakeMemslots,
     error: Option<ShadowError>,
 }
 
 impl Guest {
     fn new(ram: u64, mode: Mode, notify: Notify, limit: Option<u64>) -> Self {
-        let mut slots = FakeSlots::default();
+        let mut memslots = FakeMemslots::default();
         let config = WindowsConfig { ram: vec![0..ram], mode, notify, limit };
-        let windows = Windows::new(&config, &mut slots).unwrap();
-        Self { windows, slots, error: None }
+        let windows = Windows::new(&config, &mut memslots).unwrap();
+        Self { windows, memslots, error: None }
     }
 
     fn store(&mut self, gpa: u64, value: u8) -> Result<FaultOutcome, ShadowError> {
-        if let Some(host) = self.slots.pointer(gpa, true) {
-            // SAFETY: a pointer into a slot, as a vCPU's store would use it.
+        if let Some(host) = self.memslots.pointer(gpa, true) {
+            // SAFETY: a pointer into a memslot, as a vCPU's store would use it.
             unsafe { host.write_volatile(value) };
             return Ok(FaultOutcome::AlreadyMapped);
         }
-        let outcome = self.windows.fault(gpa, 1, true, &mut self.slots)?;
+        let outcome = self.windows.fault(gpa, 1, true, &mut self.memslots)?;
         if outcome != FaultOutcome::Tampering {
             self.windows.apply_write(gpa, &[value])?;
         }
@@ -102,8 +113,8 @@ impl Guest {
     }
 
     fn load(&mut self, gpa: u64) -> Result<u8, ShadowError> {
-        if self.slots.pointer(gpa, false).is_none() {
-            self.windows.fault(gpa, 1, false, &mut self.slots)?;
+        if self.memslots.pointer(gpa, false).is_none() {
+            self.windows.fault(gpa, 1, false, &mut self.memslots)?;
         }
         let mut value = [0];
         self.windows.read(gpa, &mut value)?;
@@ -172,21 +183,24 @@ impl ShadowMemory for Plain {
 #[test]
 fn chunks_are_mapped_at_the_first_touch() {
     let mut guest = Guest::new(8 * MIB, Mode::PerPage, Notify::Ring, None);
-    assert_eq!(guest.slots.live(), 1, "only the page window");
+    assert_eq!(guest.memslots.live(), 1, "only the page window");
     let gpa = guest.byte_gpa(3 * MIB);
     assert_eq!(guest.store(gpa, SLAB_REDZONE).unwrap(), FaultOutcome::Mapped);
     assert_eq!(guest.store(gpa + 1, SLAB_FREE).unwrap(), FaultOutcome::AlreadyMapped);
     assert_eq!([0, 1, 2].map(|at| guest.load(gpa + at).unwrap()), [SLAB_REDZONE, SLAB_FREE, 0]);
-    assert_eq!(guest.slots.live(), 2);
+    assert_eq!(guest.memslots.live(), 2);
 
     // Another vCPU had the same exit.
     assert_eq!(
-        guest.windows.fault(gpa, 8, true, &mut guest.slots).unwrap(),
+        guest.windows.fault(gpa, 8, true, &mut guest.memslots).unwrap(),
         FaultOutcome::AlreadyMapped
     );
     // A store across two chunks.
     let edge = guest.byte_gpa(6 * MIB) - 3;
-    assert_eq!(guest.windows.fault(edge, 8, true, &mut guest.slots).unwrap(), FaultOutcome::Mapped);
+    assert_eq!(
+        guest.windows.fault(edge, 8, true, &mut guest.memslots).unwrap(),
+        FaultOutcome::Mapped
+    );
     guest.windows.apply_write(edge, &[1, 2, 3, 4, 5, 6, 7, 8]).unwrap();
     let mut back = [0; 8];
     guest.windows.read(edge, &mut back).unwrap();
@@ -216,7 +230,7 @@ fn accesses_outside_change_nothing() {
         (u64::MAX, 8),
         (byte.gpa, 0),
     ] {
-        let result = guest.windows.fault(gpa, len, true, &mut guest.slots);
+        let result = guest.windows.fault(gpa, len, true, &mut guest.memslots);
         assert!(
             matches!(result, Err(ShadowError::OutsideWindow { .. })),
             "{gpa:#x}+{len}: {result:?}"
@@ -229,19 +243,19 @@ fn accesses_outside_change_nothing() {
         matches!(unmapped, Err(ShadowError::Unmapped { gpa }) if gpa == byte.gpa + 5),
         "{unmapped:?}"
     );
-    assert_eq!(guest.slots.live(), 1);
+    assert_eq!(guest.memslots.live(), 1);
     assert_eq!(guest.windows.figures().unwrap().byte_resident_bytes, 0);
     assert!(guest.windows.contains(byte.gpa) && !guest.windows.contains(byte.end()));
 }
 
 #[test]
-fn a_refused_slot_is_an_error() {
+fn a_refused_memslot_is_an_error() {
     let mut guest = Guest::new(8 * MIB, Mode::PerPage, Notify::Ring, None);
-    guest.slots.refuse = true;
+    guest.memslots.refuse = true;
     let gpa = guest.byte_gpa(0);
-    assert!(matches!(guest.store(gpa, 1), Err(ShadowError::Slot { gpa: at, .. }) if at == gpa));
+    assert!(matches!(guest.store(gpa, 1), Err(ShadowError::Memslot { gpa: at, .. }) if at == gpa));
     assert_eq!(guest.windows.figures().unwrap().byte_mapped_bytes, 0);
-    guest.slots.refuse = false;
+    guest.memslots.refuse = false;
     assert_eq!(guest.store(gpa, 1).unwrap(), FaultOutcome::Mapped);
 }
 
@@ -249,7 +263,7 @@ fn a_refused_slot_is_an_error() {
 fn memory_ranges_are_checked() {
     let make = |ram| {
         let config = WindowsConfig { ram, mode: Mode::PerPage, notify: Notify::Ring, limit: None };
-        Windows::new(&config, &mut FakeSlots::default()).map(drop)
+        Windows::new(&config, &mut FakeMemslots::default()).map(drop)
     };
     make(vec![0..MIB, 2 * MIB..3 * MIB]).unwrap();
     for ram in [vec![0..0], vec![1..4096], vec![0..MIB, 0..2 * MIB], vec![MIB..0]] {
@@ -268,18 +282,18 @@ fn sync_windows_are_read_only() {
         assert_eq!(guest.store(gpa, PAGE_BYTES).unwrap(), FaultOutcome::Tampering);
         assert!(matches!(guest.windows.apply_write(gpa, &[1]), Err(ShadowError::ReadOnly { .. })));
     }
-    guest.windows.poison(0x5010, 0x18, SLAB_REDZONE, &mut guest.slots).unwrap();
-    assert_eq!(guest.slots.live(), 1, "the guest did not look at it yet");
+    guest.windows.poison(0x5010, 0x18, SLAB_REDZONE, &mut guest.memslots).unwrap();
+    assert_eq!(guest.memslots.live(), 1, "the guest did not look at it yet");
     assert_eq!(guest.load(page).unwrap(), PAGE_BYTES);
     assert_eq!(
         [1, 2, 4, 5].map(|granule| guest.load(byte + granule).unwrap()),
         [0, SLAB_REDZONE, SLAB_REDZONE, 0]
     );
-    assert_eq!(guest.slots.live(), 2);
+    assert_eq!(guest.memslots.live(), 2);
     assert_eq!(guest.store(byte, 0).unwrap(), FaultOutcome::Tampering);
     assert_eq!(guest.load(byte + 2).unwrap(), SLAB_REDZONE);
 
-    guest.windows.unpoison(0x5000, 0x1000, &mut guest.slots).unwrap();
+    guest.windows.unpoison(0x5000, 0x1000, &mut guest.memslots).unwrap();
     let figures = guest.windows.figures().unwrap();
     assert_eq!(
         (figures.byte_used_bytes, figures.byte_used_peak_bytes),
@@ -296,7 +310,7 @@ fn compilers_may_store_the_shadow_of_stacks() {
     let (page, byte) = (guest.page_gpa(0x5000), guest.byte_gpa(0x5000));
     let frame = [0xf1, 0xf1, 0, 2, 0xf2, 0xf3, 0xf8, 0];
     let store = |guest: &mut Guest, gpa, data: &[u8]| {
-        guest.windows.stack_store(gpa, data, &mut guest.slots).unwrap()
+        guest.windows.stack_store(gpa, data, &mut guest.memslots).unwrap()
     };
     assert!(!store(&mut guest, byte, &frame), "no stack yet");
     guest.windows.mark_stack(0x5000, 0x2000, true);
@@ -307,10 +321,10 @@ fn compilers_may_store_the_shadow_of_stacks() {
     assert!(!store(&mut guest, byte, &[SLAB_REDZONE]) && !store(&mut guest, byte, &[8]));
     assert!(!store(&mut guest, page, &[0]), "page shadow");
     // A large variable made the page untyped; the next frame makes it byte-checked again.
-    guest.windows.unpoison(0x5000, 0x1000, &mut guest.slots).unwrap();
+    guest.windows.unpoison(0x5000, 0x1000, &mut guest.memslots).unwrap();
     assert!(store(&mut guest, byte + 3, &[0xf1]));
     assert_eq!(guest.windows.model().first_bad(0x5000, 0x1000), Some(0x5018));
-    guest.windows.poison(0x5000, 0x1000, 0xff, &mut guest.slots).unwrap();
+    guest.windows.poison(0x5000, 0x1000, 0xff, &mut guest.memslots).unwrap();
     assert!(!store(&mut guest, byte, &frame), "freed");
     guest.windows.mark_stack(0x5000, 0x2000, false);
     assert!(!store(&mut guest, byte + 512, &frame), "given back");
@@ -318,27 +332,30 @@ fn compilers_may_store_the_shadow_of_stacks() {
 
 #[test]
 fn full_shadow_is_resident_from_the_start() {
-    let mut slots = FakeSlots::default();
+    let mut memslots = FakeMemslots::default();
     // With a hole: no memory, no shadow.
     let ram = vec![0..4 * MIB, 12 * MIB..16 * MIB];
     let config = WindowsConfig { ram, mode: Mode::Full, notify: Notify::Ring, limit: None };
-    let mut windows = Windows::new(&config, &mut slots).unwrap();
-    assert_eq!((windows.mode(), windows.page_window(), slots.live()), (Mode::Full, None, 1));
+    let mut windows = Windows::new(&config, &mut memslots).unwrap();
+    assert_eq!((windows.mode(), windows.page_window(), memslots.live()), (Mode::Full, None, 1));
     let byte = windows.byte_window();
     assert!(
-        slots.pointer(byte.gpa, true).is_some()
-            && slots.pointer(byte.gpa + 2 * MIB - 1, true).is_some()
+        memslots.pointer(byte.gpa, true).is_some()
+            && memslots.pointer(byte.gpa + 2 * MIB - 1, true).is_some()
     );
     let figures = windows.figures().unwrap();
     assert_eq!((figures.byte_resident_bytes, figures.page_bytes), (MIB, 0));
-    assert_eq!(windows.fault(byte.gpa, 8, true, &mut slots).unwrap(), FaultOutcome::AlreadyMapped);
-    windows.poison(12 * MIB + 5, 27, SLAB_FREE, &mut slots).unwrap();
+    assert_eq!(
+        windows.fault(byte.gpa, 8, true, &mut memslots).unwrap(),
+        FaultOutcome::AlreadyMapped
+    );
+    windows.poison(12 * MIB + 5, 27, SLAB_FREE, &mut memslots).unwrap();
     assert_eq!(windows.model().first_bad(12 * MIB, 64), Some(12 * MIB + 5));
     assert_eq!(reclaim_unused(&mut windows).unwrap(), 0);
     assert_eq!(windows.model().first_bad(12 * MIB, 64), Some(12 * MIB + 5));
 
     let config = WindowsConfig { limit: Some(2 * MIB - 1), ..config };
-    let over = Windows::new(&config, &mut FakeSlots::default());
+    let over = Windows::new(&config, &mut FakeMemslots::default());
     assert!(matches!(over, Err(ShadowError::Limit { needed, .. }) if needed == 2 * MIB));
 }
 
@@ -400,7 +417,7 @@ fn the_limit_holds_and_unused_chunks_make_room() {
     // Now both are in use.
     let (third, limit) = (guest.byte_gpa(chunk(3)), 2 * CHUNK_BYTES + 4095);
     for _ in 0..2 {
-        let over = guest.windows.fault(third, 8, true, &mut guest.slots);
+        let over = guest.windows.fault(third, 8, true, &mut guest.memslots);
         assert!(matches!(
             over,
             Err(ShadowError::Limit { limit: l, needed })
@@ -408,66 +425,69 @@ fn the_limit_holds_and_unused_chunks_make_room() {
         ));
     }
     assert_eq!((guest.byte(chunk(0)), guest.byte(chunk(2) + 4096)), (SLAB_FREE, SLAB_REDZONE));
-    assert_eq!(guest.slots.live(), 3);
+    assert_eq!(guest.memslots.live(), 3);
     guest.set_pages(chunk(0), 1, FREE_PAGE);
     assert_eq!(guest.store(third, 1).unwrap(), FaultOutcome::Mapped);
 }
 
 #[test]
-fn an_access_does_not_evict_its_own_first_half() {
+fn an_access_does_not_unmap_its_own_first_half() {
     let mut guest = Guest::new(8 * MIB, Mode::PerPage, Notify::Ring, Some(CHUNK_BYTES));
     let edge = guest.byte_gpa(CHUNK_COVERS) - 4;
-    let result = guest.windows.fault(edge, 8, true, &mut guest.slots);
+    let result = guest.windows.fault(edge, 8, true, &mut guest.memslots);
     assert!(matches!(result, Err(ShadowError::Limit { .. })), "{result:?}");
     assert!(guest.windows.apply_write(edge, &[0; 8]).is_err());
 }
 
 #[test]
-fn a_promotion_that_starts_during_eviction_is_not_lost() {
+fn a_promotion_that_starts_while_a_chunk_is_unmapped_is_not_lost() {
     let mut guest = Guest::new(8 * MIB, Mode::PerPage, Notify::Ring, Some(CHUNK_BYTES));
     guest.set_bytes(0x3000, 512, SLAB_FREE);
-    // Another vCPU marks the page after it was looked at, and stores while it still has the slot.
-    let page = guest.slots.pointer(guest.page_gpa(0x3000), true).unwrap();
-    let byte = guest.slots.pointer(guest.byte_gpa(0x3000), true).unwrap();
-    guest.slots.late_stores = vec![(page, PAGE_BUSY), (byte, SLAB_REDZONE)];
+    // Another vCPU marks the page after it was looked at, and stores while it has the memslot.
+    let page = guest.memslots.pointer(guest.page_gpa(0x3000), true).unwrap();
+    let byte = guest.memslots.pointer(guest.byte_gpa(0x3000), true).unwrap();
+    guest.memslots.late_stores = vec![(page, PAGE_BUSY), (byte, SLAB_REDZONE)];
     let other = guest.byte_gpa(CHUNK_COVERS);
-    let result = guest.windows.fault(other, 1, true, &mut guest.slots);
+    let result = guest.windows.fault(other, 1, true, &mut guest.memslots);
     assert!(matches!(result, Err(ShadowError::Limit { .. })), "{result:?}");
     assert_eq!((guest.byte(0x3000), guest.byte(0x3008)), (SLAB_REDZONE, SLAB_FREE));
-    assert!(guest.slots.pointer(guest.byte_gpa(0x3000), true).is_some(), "it is mapped again");
+    assert!(guest.memslots.pointer(guest.byte_gpa(0x3000), true).is_some(), "it is mapped again");
 }
 
 #[test]
 fn the_limit_binds_the_vmm_too() {
     let mut guest = Guest::new(16 * MIB, Mode::PerPage, Notify::Sync, Some(CHUNK_BYTES));
-    let (windows, slots) = (&mut guest.windows, &mut guest.slots);
+    let (windows, memslots) = (&mut guest.windows, &mut guest.memslots);
     // Whole pages need no byte shadow, and neither does what is accessible or poisoned alike
     // already.
-    windows.poison(0, 16 * MIB, FREE_PAGE, slots).unwrap();
-    windows.poison(0x3000, 0x1000, SLAB_FREE, slots).unwrap();
-    windows.poison(0x3000, 0x1000, FREE_PAGE, slots).unwrap();
-    windows.poison(0x123, 0x5000, FREE_PAGE, slots).unwrap();
-    windows.unpoison(8 * MIB, MIB, slots).unwrap();
-    windows.unpoison(8 * MIB + 5, 77, slots).unwrap();
+    windows.poison(0, 16 * MIB, FREE_PAGE, memslots).unwrap();
+    windows.poison(0x3000, 0x1000, SLAB_FREE, memslots).unwrap();
+    windows.poison(0x3000, 0x1000, FREE_PAGE, memslots).unwrap();
+    windows.poison(0x123, 0x5000, FREE_PAGE, memslots).unwrap();
+    windows.unpoison(8 * MIB, MIB, memslots).unwrap();
+    windows.unpoison(8 * MIB + 5, 77, memslots).unwrap();
     assert_eq!(windows.model().memory().mapped_bytes(), 0);
-    windows.unpoison(0x1000, 8, slots).unwrap();
+    windows.unpoison(0x1000, 8, memslots).unwrap();
     assert_eq!(windows.model().memory().mapped_bytes(), CHUNK_BYTES);
 
     // Both ends need another chunk: nothing is changed.
-    let result = windows.unpoison(3 * MIB + 8, 2 * MIB, slots);
+    let result = windows.unpoison(3 * MIB + 8, 2 * MIB, memslots);
     assert!(matches!(result, Err(ShadowError::Limit { .. })), "{result:?}");
     assert_eq!(windows.model().first_bad(3 * MIB + 4096, 1), Some(3 * MIB + 4096));
     // Room is made once the first page is a whole one again.
-    windows.unpoison(0, 0x2000, slots).unwrap();
-    windows.unpoison(3 * MIB + 8, 8, slots).unwrap();
+    windows.unpoison(0, 0x2000, memslots).unwrap();
+    windows.unpoison(3 * MIB + 8, 8, memslots).unwrap();
     assert_eq!(windows.model().first_bad(3 * MIB + 8, 9), Some(3 * MIB + 16));
     assert_eq!(windows.figures().unwrap().byte_mapped_peak_bytes, CHUNK_BYTES);
 
     for (gpa, len) in [(16 * MIB, 1), (16 * MIB - 1, 2), (u64::MAX, 2), (0, u64::MAX)] {
-        assert!(matches!(windows.poison(gpa, len, FREE_PAGE, slots), Err(ShadowError::Range(_))));
+        assert!(matches!(
+            windows.poison(gpa, len, FREE_PAGE, memslots),
+            Err(ShadowError::Range(_))
+        ));
     }
-    assert!(matches!(windows.poison(8, 8, 7, slots), Err(ShadowError::Range(_))));
-    windows.poison(u64::MAX, 0, FREE_PAGE, slots).unwrap();
+    assert!(matches!(windows.poison(8, 8, 7, memslots), Err(ShadowError::Range(_))));
+    windows.poison(u64::MAX, 0, FREE_PAGE, memslots).unwrap();
 }
 
 /// One thing that happens to the shadow.
@@ -523,12 +543,12 @@ proptest! {
                     Ok(())
                 }
                 Step::Poison(gpa, len, code) if sync => {
-                    let Guest { windows, slots, .. } = guest.memory_mut();
-                    windows.poison(gpa, len, code, slots)
+                    let Guest { windows, memslots, .. } = guest.memory_mut();
+                    windows.poison(gpa, len, code, memslots)
                 }
                 Step::Unpoison(gpa, len) if sync => {
-                    let Guest { windows, slots, .. } = guest.memory_mut();
-                    windows.unpoison(gpa, len, slots)
+                    let Guest { windows, memslots, .. } = guest.memory_mut();
+                    windows.unpoison(gpa, len, memslots)
                 }
                 Step::Poison(gpa, len, code) => {
                     guest.poison(gpa, len, code).unwrap();

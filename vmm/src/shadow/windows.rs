@@ -11,7 +11,7 @@ use super::{
     accounting::{Accounting, Figures, count},
     layout::{CHUNK_BYTES, CHUNK_COVERS, Layout, LayoutError, Window},
     mapping::Mapping,
-    memory::HostShadow,
+    memory::ShadowBacking,
     model::Model,
     stack_pages::StackPages,
 };
@@ -48,27 +48,39 @@ pub struct WindowsConfig {
     pub limit: Option<u64>,
 }
 
-/// The memory slots of a virtual machine.
-pub trait Slots {
+/// The memslots of a virtual machine.
+pub trait Memslots {
     /// Shows `len` bytes of host memory at `host` to the guest at `gpa`. Returns a handle for
     /// [`Self::unmap`].
     ///
     /// The memory stays valid as long as the [`Windows`] that pass it exist. An implementation must
     /// not let the guest run on it for longer.
-    fn map(&mut self, gpa: u64, host: *mut u8, len: u64, readonly: bool) -> Result<u32, SlotError>;
+    ///
+    /// # Errors
+    /// There are no more memslots, or the kernel refuses.
+    fn map(
+        &mut self,
+        gpa: u64,
+        host: *mut u8,
+        len: u64,
+        readonly: bool,
+    ) -> Result<u32, MemslotError>;
 
-    /// Removes a slot. When it returns, no vCPU can reach the memory any more.
-    fn unmap(&mut self, slot: u32) -> Result<(), SlotError>;
+    /// Removes a memslot. When it returns, no vCPU can reach the memory any more.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    fn unmap(&mut self, memslot: u32) -> Result<(), MemslotError>;
 }
 
-/// A memory slot could not be changed.
+/// A memslot could not be changed.
 #[derive(Debug, thiserror::Error)]
-pub enum SlotError {
+pub enum MemslotError {
     /// The host allows no more of them.
-    #[error("the host allows no more than {0} memory slots")]
+    #[error("the host allows no more than {0} memslots")]
     Exhausted(u32),
     /// The kernel refused.
-    #[error("the kernel refused the memory slot")]
+    #[error("the kernel refused the memslot")]
     Kernel(#[source] io::Error),
 }
 
@@ -126,14 +138,14 @@ pub enum ShadowError {
     /// The model refuses the change.
     #[error(transparent)]
     Range(#[from] RangeError),
-    /// A memory slot could not be changed.
-    #[error("cannot change the memory slot of the shadow at guest-physical {gpa:#x}")]
-    Slot {
+    /// A memslot could not be changed.
+    #[error("cannot change the memslot of the shadow at guest-physical {gpa:#x}")]
+    Memslot {
         /// Guest-physical address.
         gpa: u64,
         /// Why not.
         #[source]
-        source: SlotError,
+        source: MemslotError,
     },
     /// The kernel refused something else.
     #[error("cannot {what}")]
@@ -181,14 +193,17 @@ pub struct Windows {
     /// The next key for virtual memory.
     pub(super) next_key: u64,
     limit: u64,
-    /// The memory slot of each chunk that the guest can see.
-    slots: Vec<Option<u32>>,
+    /// The memslot of each chunk that the guest can see.
+    memslots: Vec<Option<u32>>,
 }
 
 impl Windows {
     /// Reserves the shadow and maps what is there from the start: the page window, or the whole of
     /// a full shadow, which is made resident too.
-    pub fn new(config: &WindowsConfig, slots: &mut dyn Slots) -> Result<Self, ShadowError> {
+    ///
+    /// # Errors
+    /// The configuration is not possible, or the host refuses memory or a memslot.
+    pub fn new(config: &WindowsConfig, memslots: &mut dyn Memslots) -> Result<Self, ShadowError> {
         let mut ram_end = 0;
         for Range { start, end } in &config.ram {
             if *start < ram_end || start >= end || !start.is_multiple_of(PAGE_SIZE) {
@@ -202,7 +217,7 @@ impl Windows {
         let limit = config.limit.unwrap_or(layout.default_limit());
         let readonly = config.notify == Notify::Sync;
         let mut byte = reserve(layout.byte.bytes)?;
-        let slot_error = |gpa| move |source| ShadowError::Slot { gpa, source };
+        let memslot_error = |gpa| move |source| ShadowError::Memslot { gpa, source };
 
         let page = match config.mode {
             Mode::PerPage => {
@@ -210,9 +225,9 @@ impl Windows {
                 let bytes = layout.ram_page_bytes();
                 page.touch(0, bytes);
                 let host = page.range().start as *mut u8;
-                slots
+                memslots
                     .map(layout.page.gpa, host, bytes, readonly)
-                    .map_err(slot_error(layout.page.gpa))?;
+                    .map_err(memslot_error(layout.page.gpa))?;
                 Some(page)
             }
             Mode::Full => {
@@ -224,9 +239,9 @@ impl Windows {
                     byte.touch(start / 8, (end - start) / 8);
                 }
                 let host = byte.range().start as *mut u8;
-                slots
+                memslots
                     .map(layout.byte.gpa, host, bytes, readonly)
-                    .map_err(slot_error(layout.byte.gpa))?;
+                    .map_err(memslot_error(layout.byte.gpa))?;
                 None
             }
         };
@@ -234,7 +249,7 @@ impl Windows {
         let page_bytes = if page.is_some() { layout.ram_page_bytes() } else { 0 };
         let accounting = Accounting::new(byte.range(), page_bytes)
             .map_err(ShadowError::host("open /proc/self/pagemap"))?;
-        let mut shadow = HostShadow::new(layout, page, byte);
+        let mut shadow = ShadowBacking::new(layout, page, byte);
         if config.mode == Mode::Full {
             for chunk in 0..layout.ram_chunks() {
                 shadow.set_mapped(chunk, true);
@@ -247,7 +262,7 @@ impl Windows {
             stack_pages: StackPages::default(),
             notify: config.notify,
             limit,
-            slots: vec![None; layout.chunks()],
+            memslots: vec![None; layout.chunks()],
         })
     }
 
@@ -291,8 +306,8 @@ impl Windows {
         (layout.page.gpa..layout.end()).contains(&gpa)
     }
 
-    /// The shadow, for checks and reports, by guest-physical address. Safe while vCPUs run, but in
-    /// ring mode they may change it between two reads.
+    /// The shadow, for checks and reports, by key. Safe while vCPUs run, but in ring mode they
+    /// may change it between two reads.
     pub fn model(&self) -> &Model {
         &self.model
     }
@@ -307,9 +322,9 @@ impl Windows {
         gpa: u64,
         len: u64,
         code: u8,
-        slots: &mut dyn Slots,
+        memslots: &mut dyn Memslots,
     ) -> Result<(), ShadowError> {
-        self.make_room_for_change(gpa, len, code, slots)?;
+        self.make_room_for_change(gpa, len, code, memslots)?;
         self.model.poison(gpa, len, code)?;
         if !codes::on_stack(code) {
             self.stack_pages.set(gpa, len, false);
@@ -325,20 +340,23 @@ impl Windows {
         &mut self,
         gpa: u64,
         len: u64,
-        slots: &mut dyn Slots,
+        memslots: &mut dyn Memslots,
     ) -> Result<(), ShadowError> {
-        self.make_room_for_change(gpa, len, PAGE_VALID, slots)?;
+        self.make_room_for_change(gpa, len, PAGE_VALID, memslots)?;
         Ok(self.model.unpoison(gpa, len)?)
     }
 
-    /// A guest touched `len` bytes of a window at `gpa` and had no slot there, or no right to
+    /// A guest touched `len` bytes of a window at `gpa` and had no memslot there, or no right to
     /// write. Maps all chunks of the access. Safe while other vCPUs run.
+    ///
+    /// # Errors
+    /// The access is not inside a window, the limit is reached, or the host refuses.
     pub fn fault(
         &mut self,
         gpa: u64,
         len: u64,
         write: bool,
-        slots: &mut dyn Slots,
+        memslots: &mut dyn Memslots,
     ) -> Result<FaultOutcome, ShadowError> {
         let place = self.place(gpa, len)?;
         if write && self.notify == Notify::Sync {
@@ -348,9 +366,11 @@ impl Windows {
         let chunks = chunks_of(at, len);
         let mut outcome = FaultOutcome::AlreadyMapped;
         for chunk in chunks.clone() {
-            if self.on_demand(chunk) && self.slots.get(chunk).is_some_and(|slot| slot.is_none()) {
-                self.make_room(chunk, &chunks, slots)?;
-                self.map_chunk(chunk, slots)?;
+            if self.on_demand(chunk)
+                && self.memslots.get(chunk).is_some_and(|memslot| memslot.is_none())
+            {
+                self.make_room(chunk, &chunks, memslots)?;
+                self.map_chunk(chunk, memslots)?;
                 self.accounting.count_fault();
                 outcome = FaultOutcome::Mapped;
             }
@@ -364,6 +384,9 @@ impl Windows {
     /// Completes a guest's store of `data` to a window at `gpa`, which [`Self::fault`] was called
     /// for. Nothing else may have been done to the windows between the two: it could have unmapped
     /// the chunk.
+    ///
+    /// # Errors
+    /// The store is not inside a window, or the windows are read-only.
     pub fn apply_write(&mut self, gpa: u64, data: &[u8]) -> Result<(), ShadowError> {
         if self.notify == Notify::Sync {
             return Err(ShadowError::ReadOnly { gpa });
@@ -380,6 +403,9 @@ impl Windows {
 
     /// Completes a guest's load of `data` from a window at `gpa`, which [`Self::fault`] was called
     /// for.
+    ///
+    /// # Errors
+    /// The load is not inside a window.
     pub fn read(&self, gpa: u64, data: &mut [u8]) -> Result<(), ShadowError> {
         let outside = ShadowError::OutsideWindow { gpa, len: data.len() as u64 };
         match self.mapped_place(gpa, data.len() as u64)? {
@@ -392,6 +418,9 @@ impl Windows {
     }
 
     /// Asks the kernel how much byte shadow is resident, in bytes, and keeps the peak.
+    ///
+    /// # Errors
+    /// The file in `/proc` cannot be read.
     pub fn sample(&mut self) -> Result<u64, ShadowError> {
         self.accounting
             .sample(self.model.memory())
@@ -400,6 +429,9 @@ impl Windows {
 
     /// Host memory of the shadow at this moment: page shadow, byte shadow that is mapped, resident,
     /// and used by byte-checked pages, in bytes. As quick as [`Self::sample`].
+    ///
+    /// # Errors
+    /// As for [`Self::sample`].
     pub fn sample_all(&mut self) -> Result<[u64; 4], ShadowError> {
         let resident = self.sample()?;
         let shadow = self.model.memory();
@@ -413,6 +445,9 @@ impl Windows {
     }
 
     /// The costs of the shadow now.
+    ///
+    /// # Errors
+    /// As for [`Self::sample`].
     pub fn figures(&mut self) -> Result<Figures, ShadowError> {
         self.accounting
             .figures(self.model.memory())
@@ -457,24 +492,24 @@ impl Windows {
         Ok(place)
     }
 
-    fn map_chunk(&mut self, chunk: usize, slots: &mut dyn Slots) -> Result<(), ShadowError> {
+    fn map_chunk(&mut self, chunk: usize, memslots: &mut dyn Memslots) -> Result<(), ShadowError> {
         let at = chunk as u64 * CHUNK_BYTES;
         let gpa = self.byte_window().gpa + at;
         let outside = ShadowError::OutsideWindow { gpa, len: CHUNK_BYTES };
         let host = self.model.memory().byte.pointer(at, CHUNK_BYTES).ok_or(outside)?;
-        // Before the slot: a new chunk may have to be filled before the guest sees it.
+        // Before the memslot: a new chunk may have to be filled before the guest sees it.
         let before = self.model.memory().is_mapped(chunk);
         self.model.memory_mut().set_mapped(chunk, true);
-        match slots.map(gpa, host, CHUNK_BYTES, self.notify == Notify::Sync) {
-            Ok(slot) => {
-                if let Some(entry) = self.slots.get_mut(chunk) {
-                    *entry = Some(slot);
+        match memslots.map(gpa, host, CHUNK_BYTES, self.notify == Notify::Sync) {
+            Ok(memslot) => {
+                if let Some(entry) = self.memslots.get_mut(chunk) {
+                    *entry = Some(memslot);
                 }
                 Ok(())
             }
             Err(source) => {
                 self.model.memory_mut().set_mapped(chunk, before);
-                Err(ShadowError::Slot { gpa, source })
+                Err(ShadowError::Memslot { gpa, source })
             }
         }
     }
@@ -487,7 +522,7 @@ impl Windows {
         gpa: u64,
         len: u64,
         value: u8,
-        slots: &mut dyn Slots,
+        memslots: &mut dyn Memslots,
     ) -> Result<(), ShadowError> {
         // The model reports a wrong range or code.
         if value != PAGE_VALID && value < POISON_MIN {
@@ -503,7 +538,7 @@ impl Windows {
         let keep = chunk(gpa)..chunk(last) + 1;
         if self.mode() == Mode::Full {
             for chunk in keep.clone() {
-                self.make_room(chunk, &keep, slots)?;
+                self.make_room(chunk, &keep, memslots)?;
                 self.model.memory_mut().set_mapped(chunk, true);
             }
             return Ok(());
@@ -512,7 +547,7 @@ impl Windows {
         let last_partial = last % PAGE_SIZE != PAGE_SIZE - 1;
         for (addr, partial) in [(gpa, first_partial), (last, last_partial)] {
             if partial && self.model.memory().page(addr) != value {
-                self.make_room(chunk(addr), &keep, slots)?;
+                self.make_room(chunk(addr), &keep, memslots)?;
                 self.model.memory_mut().set_mapped(chunk(addr), true);
             }
         }
@@ -524,14 +559,14 @@ impl Windows {
         &mut self,
         chunk: usize,
         keep: &Range<usize>,
-        slots: &mut dyn Slots,
+        memslots: &mut dyn Memslots,
     ) -> Result<(), ShadowError> {
         if self.model.memory().is_mapped(chunk)
             || self.model.memory().mapped_bytes() + CHUNK_BYTES <= self.limit
         {
             return Ok(());
         }
-        self.evict_unused(keep, slots)?;
+        self.unmap_unused(keep, memslots)?;
         let needed = self.model.memory().mapped_bytes() + CHUNK_BYTES;
         if needed > self.limit {
             return Err(ShadowError::Limit { limit: self.limit, needed });
@@ -543,13 +578,13 @@ impl Windows {
     /// memory.
     ///
     /// Other vCPUs may run meanwhile. One of them may start a promotion after the first check of a
-    /// chunk. So the page shadow is checked again after the slot was removed. A vCPU stores to byte
-    /// shadow only after it has marked the page `PAGE_BUSY`. So an earlier promotion is seen now,
-    /// and a later one faults and waits for this thread.
-    fn evict_unused(
+    /// chunk. So the page shadow is checked again after the memslot was removed. A vCPU stores to
+    /// byte shadow only after it has marked the page `PAGE_BUSY`. So an earlier promotion is seen
+    /// now, and a later one faults and waits for this thread.
+    fn unmap_unused(
         &mut self,
         keep: &Range<usize>,
-        slots: &mut dyn Slots,
+        memslots: &mut dyn Memslots,
     ) -> Result<(), ShadowError> {
         let unused: Vec<usize> = self
             .model
@@ -563,11 +598,11 @@ impl Windows {
         self.sample()?;
         for chunk in unused {
             let at = chunk as u64 * CHUNK_BYTES;
-            if let Some(slot) = self.slots.get_mut(chunk).and_then(Option::take) {
+            if let Some(memslot) = self.memslots.get_mut(chunk).and_then(Option::take) {
                 let gpa = self.byte_window().gpa + at;
-                slots.unmap(slot).map_err(|source| ShadowError::Slot { gpa, source })?;
+                memslots.unmap(memslot).map_err(|source| ShadowError::Memslot { gpa, source })?;
                 if self.model.memory().chunk_in_use(chunk) {
-                    self.map_chunk(chunk, slots)?;
+                    self.map_chunk(chunk, memslots)?;
                     continue;
                 }
             }

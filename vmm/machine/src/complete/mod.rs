@@ -86,28 +86,30 @@ pub enum CompleteError {
     Vcpu(#[from] VcpuError),
 }
 
-/// The registers of a vCPU, as far as completion needs them. Tests have one without KVM.
+/// The registers of a vCPU, as far as completion needs them. Tests have one without KVM. Each
+/// method fails if KVM refuses.
+#[allow(clippy::missing_errors_doc)]
 pub trait Cpu {
     /// General registers.
     fn regs(&self) -> Result<kvm_regs, VcpuError>;
-    /// Sets them.
+    /// Sets the general registers.
     fn set_regs(&mut self, regs: &kvm_regs) -> Result<(), VcpuError>;
     /// Control and segment registers.
     fn sregs(&self) -> Result<kvm_sregs, VcpuError>;
-    /// Sets them.
+    /// Sets control and segment registers.
     fn set_sregs(&mut self, sregs: &kvm_sregs) -> Result<(), VcpuError>;
     /// A model-specific register.
     fn msr(&self, index: u32) -> Result<u64, VcpuError>;
-    /// Sets it.
+    /// Sets a model-specific register.
     fn set_msr(&mut self, index: u32, value: u64) -> Result<(), VcpuError>;
     /// Extended control register 0.
     fn xcr0(&self) -> Result<u64, VcpuError>;
-    /// Sets it.
+    /// Sets extended control register 0.
     fn set_xcr0(&mut self, value: u64) -> Result<(), VcpuError>;
     /// The extended state (x87, SSE, AVX and all other components), in the standard format of
     /// `xsave64`.
     fn xsave(&self) -> Result<Box<XsaveArea>, VcpuError>;
-    /// Sets it.
+    /// Sets the extended state.
     fn set_xsave(&mut self, area: &XsaveArea) -> Result<(), VcpuError>;
     /// Delivers an exception before the next instruction.
     fn inject_exception(&mut self, vector: u8, error_code: Option<u32>) -> Result<(), VcpuError>;

@@ -175,6 +175,9 @@ pub struct LoadedKernel {
 }
 
 /// Reads a kernel or an initrd (`what`). It must be a regular file of at most [`MAX_IMAGE`] bytes.
+///
+/// # Errors
+/// It is no regular file, too large, or cannot be read.
 pub fn read_file(what: &'static str, path: &Path) -> Result<Vec<u8>, LoadError> {
     let fail = |source| LoadError::Read { what, path: path.to_owned(), source };
     let file = File::open(path).map_err(fail)?;
@@ -205,6 +208,9 @@ pub fn is_bzimage(image: &[u8]) -> bool {
 }
 
 /// Checks the files of `boot`, loads them into `ram`, and writes the boot structures.
+///
+/// # Errors
+/// A file is not what it should be, or does not fit into RAM.
 pub fn load(ram: &Ram, boot: &Boot) -> Result<LoadedKernel, LoadError> {
     let &Boot { image, cmdline, initrd, protocol, unpack } = boot;
     if image.is_empty() {

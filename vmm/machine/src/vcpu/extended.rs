@@ -28,12 +28,18 @@ impl std::fmt::Debug for XsaveArea {
 
 impl Vcpu {
     /// Extended control register 0: the register sets that `xsave` saves.
+    ///
+    /// # Errors
+    /// KVM refuses.
     pub fn xcr0(&self) -> Result<u64, VcpuError> {
         let xcrs = self.fd.get_xcrs().map_err(|e| self.error("KVM_GET_XCRS", e))?;
         Ok(xcrs.xcrs.iter().take(xcrs.nr_xcrs as usize).find(|x| x.xcr == 0).map_or(0, |x| x.value))
     }
 
-    /// Sets it.
+    /// Sets extended control register 0.
+    ///
+    /// # Errors
+    /// KVM refuses.
     pub fn set_xcr0(&mut self, value: u64) -> Result<(), VcpuError> {
         let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
         xcrs.xcrs[0] = kvm_xcr { xcr: 0, value, ..Default::default() };
@@ -41,6 +47,9 @@ impl Vcpu {
     }
 
     /// The extended state: x87, SSE, AVX and all other components.
+    ///
+    /// # Errors
+    /// KVM refuses.
     pub fn xsave(&self) -> Result<Box<XsaveArea>, VcpuError> {
         let from = self.fd.get_xsave().map_err(|e| self.error("KVM_GET_XSAVE", e))?;
         let mut area = Box::<XsaveArea>::default();
@@ -50,7 +59,10 @@ impl Vcpu {
         Ok(area)
     }
 
-    /// Sets it.
+    /// Sets the extended state.
+    ///
+    /// # Errors
+    /// KVM refuses.
     pub fn set_xsave(&mut self, area: &XsaveArea) -> Result<(), VcpuError> {
         let mut xsave = kvm_xsave::default();
         for (to, from) in xsave.region.iter_mut().zip(area.0.chunks_exact(4)) {
@@ -79,6 +91,9 @@ impl Vcpu {
     }
 
     /// Delivers a CPU exception (vector 0 to 31) before the next instruction.
+    ///
+    /// # Errors
+    /// KVM refuses.
     pub fn inject_exception(
         &mut self,
         vector: u8,
@@ -95,6 +110,9 @@ impl Vcpu {
     }
 
     /// Delivers a software interrupt (`int n`) before the next instruction.
+    ///
+    /// # Errors
+    /// KVM refuses.
     pub fn inject_interrupt(&mut self, vector: u8) -> Result<(), VcpuError> {
         let mut events = self.events()?;
         // KVM queued #UD when it gave up on the instruction.
@@ -108,6 +126,9 @@ impl Vcpu {
     }
 
     /// Delivers the debug exception of a single step before the next instruction.
+    ///
+    /// # Errors
+    /// KVM refuses.
     pub fn inject_single_step(&mut self) -> Result<(), VcpuError> {
         let mut debug = self.fd.get_debug_regs().map_err(|e| self.error("KVM_GET_DEBUGREGS", e))?;
         debug.dr6 |= DR6_SINGLE_STEP;
@@ -116,6 +137,9 @@ impl Vcpu {
     }
 
     /// Ends the interrupt shadow of an `sti` or `mov ss` just before, if there is one.
+    ///
+    /// # Errors
+    /// KVM refuses.
     pub fn end_interrupt_shadow(&mut self) -> Result<(), VcpuError> {
         let mut events = self.events()?;
         if events.interrupt.shadow == 0 {

@@ -19,6 +19,7 @@ use std::iter::successors;
 use umbra_shadow::codes::{GRANULE, PAGE_SIZE};
 
 use super::heap;
+use super::history::Allocation;
 use super::names::{TaskNames, sanitize};
 use super::stacks::StackId;
 use entry::Entry;
@@ -73,8 +74,9 @@ pub struct ObjectCounts {
     pub unknown_frees: u64,
     /// Frees of objects that were free.
     pub repeated_frees: u64,
-    /// Freed objects forgotten to make room.
-    pub evicted: u64,
+    /// Freed objects forgotten to make room. In JSON it is `evicted`.
+    #[serde(rename = "evicted")]
+    pub forgotten: u64,
     /// Objects not remembered because the table was full of live ones.
     pub dropped: u64,
     /// Call stacks not remembered because their table was full.
@@ -142,7 +144,7 @@ pub struct ObjectEvent<'a> {
 /// An object that explains an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FoundObject<'a> {
-    /// Guest-physical start.
+    /// The key of its start.
     pub start: u64,
     /// Bytes that were asked for; 0 if only the free is known.
     pub size: u64,
@@ -163,7 +165,7 @@ pub struct FoundObject<'a> {
 /// An object that was freed before another one took its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Previous<'a> {
-    /// Guest-physical start.
+    /// The key of its start.
     pub start: u64,
     /// Bytes that were asked for.
     pub size: u64,
@@ -190,7 +192,7 @@ fn most_related(bytes: usize) -> usize {
     buckets.take_while(fits).last().map_or(0, |buckets| buckets * 7 / 16)
 }
 
-/// All objects that are remembered, by guest-physical address. No two overlap.
+/// All objects that are remembered, by key. No two overlap.
 #[derive(Debug)]
 pub struct Objects {
     table: Table,
@@ -291,18 +293,9 @@ impl Objects {
         self.origins.stacks()
     }
 
-    /// `size` bytes at `gpa` were allocated. Objects that were there before are forgotten.
-    ///
-    /// `slot` is what the allocator took for it, 0 if that is not known.
-    pub fn allocated(
-        &mut self,
-        gpa: u64,
-        size: u64,
-        slot: u64,
-        cache: u16,
-        task: u32,
-        frames: &[u64],
-    ) {
+    /// An object was allocated. Objects that were there before are forgotten.
+    pub fn allocated(&mut self, new: Allocation, frames: &[u64]) {
+        let Allocation { key, size, slot, cache, task } = new;
         self.counts.allocations = self.counts.allocations.saturating_add(1);
         // What the cache would hand out anyway is no redzone, nor the rest of the last page of an
         // object that has pages of its own.
@@ -311,23 +304,23 @@ impl Objects {
             if slot.is_multiple_of(PAGE_SIZE) { 0 } else { slot.saturating_sub(object) / GRANULE };
         let redzone = redzone.min(u8::MAX.into()) as u8;
         let origin = self.origin(task, frames);
-        let Some(mut entry) = Entry::live(gpa, size, cache, origin, redzone) else {
+        let Some(mut entry) = Entry::live(key, size, cache, origin, redzone) else {
             return self.drop_one();
         };
         let mut room = self.has_room(INSERT_MOST);
         // Those that overlap come last before its end, one after the other.
         while let Some(old) = self.table.up_to(entry.end() - 1)
-            && old.end() > gpa
+            && old.end() > key
         {
             self.redzones -= u64::from(old.redzone());
             entry.follows(&old);
             self.related.remove(&old.start);
-            if old.start == gpa {
+            if old.start == key {
                 // The usual case: the same slot again. What lies before the same start cannot
                 // overlap, as no two objects do.
                 room |= self.fits(EDIT_MOST);
                 if !room {
-                    self.table.remove(gpa);
+                    self.table.remove(key);
                 }
                 break;
             }
@@ -341,40 +334,40 @@ impl Objects {
         self.redzones_peak = self.redzones_peak.max(self.redzones);
     }
 
-    /// The object at `gpa` was freed.
-    pub fn freed(&mut self, gpa: u64, task: u32, frames: &[u64]) {
+    /// The object at `key` was freed.
+    pub fn freed(&mut self, key: u64, task: u32, frames: &[u64]) {
         self.counts.frees = self.counts.frees.saturating_add(1);
         let origin = self.origin(task, frames);
         let room = self.has_room(EDIT_MOST);
-        if let Some(entry) = self.table.free(gpa, origin, room) {
+        if let Some(entry) = self.table.free(key, origin, room) {
             if entry.is_freed() {
                 // The first free is the one that explains later accesses.
                 self.counts.repeated_frees = self.counts.repeated_frees.saturating_add(1);
             } else if !room {
-                self.related.remove(&gpa);
-                self.counts.evicted = self.counts.evicted.saturating_add(1);
+                self.related.remove(&key);
+                self.counts.forgotten = self.counts.forgotten.saturating_add(1);
             }
             self.redzones -= u64::from(entry.redzone());
             return;
         }
         self.counts.unknown_frees = self.counts.unknown_frees.saturating_add(1);
-        if self.holder(gpa).is_some() {
+        if self.holder(key).is_some() {
             return; // Inside another object: no object of its own.
         }
-        match Entry::live(gpa, 0, 0, Origin::NONE, 0) {
+        match Entry::live(key, 0, 0, Origin::NONE, 0) {
             Some(entry) if self.has_room(INSERT_MOST + EDIT_MOST) => {
                 self.table.put(entry);
-                self.table.free(gpa, origin, true);
+                self.table.free(key, origin, true);
             }
             _ => self.drop_one(),
         }
     }
 
-    /// Work was made that has to do with the object that holds `gpa`: it may free it, for instance.
-    pub fn related(&mut self, gpa: u64, task: u32, frames: &[u64]) {
+    /// Work was made that has to do with the object that holds `key`: it may free it, for instance.
+    pub fn related(&mut self, key: u64, task: u32, frames: &[u64]) {
         let origin = self.origin(task, frames);
         let room = self.related.len() < self.most_related;
-        match self.holder(gpa) {
+        match self.holder(key) {
             Some(Entry { start, .. }) if room || self.related.contains_key(&start) => {
                 let [last, before] = self.related.entry(start).or_default();
                 *before = std::mem::replace(last, origin);
@@ -383,9 +376,9 @@ impl Objects {
         }
     }
 
-    /// The object that `gpa` lies in, however small it is.
-    fn holder(&self, gpa: u64) -> Option<Entry> {
-        self.table.up_to(gpa).filter(|entry| entry.end() > gpa)
+    /// The object that `key` lies in, however small it is.
+    fn holder(&self, key: u64) -> Option<Entry> {
+        self.table.up_to(key).filter(|entry| entry.end() > key)
     }
 
     /// A task and a stack, as objects keep them. If there is no room for new ones, those that no
@@ -412,23 +405,24 @@ impl Objects {
         });
     }
 
-    /// The object that explains an access to `gpa`: the one that holds it, rest of its slot
-    /// included; else the closer one of its neighbours, if it is within 4 KiB; the left one if both
-    /// are as close. What the shadow says of `gpa` narrows it.
-    pub fn nearest(&self, gpa: u64, hint: ShadowHint) -> Option<FoundObject<'_>> {
+    /// The object that explains an access to `key`: the one that holds it, rest of its slot
+    /// included; else the closer one of its neighbours, if it is within 4 KiB. At equal distance
+    /// the live object, then the one in the same page, then the left one. What the shadow says of
+    /// `key` narrows it.
+    pub fn nearest(&self, key: u64, hint: ShadowHint) -> Option<FoundObject<'_>> {
         // A freed object leaves its memory poisoned as freed. Where that is a redzone now, it was
         // before the memory was cut up anew.
         let freed_fits = matches!(hint, ShadowHint::Anywhere | ShadowHint::FreePage);
         let fits = |entry: &Entry| freed_fits || !entry.is_freed();
         let table = &self.table;
         let mut before =
-            successors(table.up_to(gpa), |entry| table.up_to(entry.start.checked_sub(1)?));
+            successors(table.up_to(key), |entry| table.up_to(entry.start.checked_sub(1)?));
         let left = before.by_ref().take(PASSED_OVER).find(fits);
         let right = || {
             let behind =
-                successors(table.from(gpa.checked_add(1)?), |entry| table.from(entry.start + 1));
+                successors(table.from(key.checked_add(1)?), |entry| table.from(entry.start + 1));
             let entry = behind.take(PASSED_OVER).find(fits)?;
-            Some((entry, entry.start - gpa)).filter(|(_, distance)| *distance <= NEARBY)
+            Some((entry, entry.start - key)).filter(|(_, distance)| *distance <= NEARBY)
         };
         let Some(left) = left else {
             let right = right().filter(|_| hint != ShadowHint::FreePage);
@@ -443,20 +437,20 @@ impl Objects {
             None => 0,
         };
         let end = left.end().max(left.start.saturating_add(slot));
-        if gpa < end {
+        if key < end {
             return Some(self.found(left));
         }
         if hint == ShadowHint::FreePage {
             return None;
         }
-        let distance = gpa - end;
-        let page = |gpa: u64| gpa / PAGE_SIZE;
+        let distance = key - end;
+        let page = |key: u64| key / PAGE_SIZE;
         match right() {
             // Between two that are as near the one in use is the likelier, and then the one in the
             // same page.
             Some((right, other))
-                if (other, right.is_freed(), page(right.start) != page(gpa))
-                    < (distance, left.is_freed(), page(end.saturating_sub(1)) != page(gpa))
+                if (other, right.is_freed(), page(right.start) != page(key))
+                    < (distance, left.is_freed(), page(end.saturating_sub(1)) != page(key))
                     && !(hint == ShadowHint::Behind && distance <= NEARBY) =>
             {
                 Some(self.found(right))
@@ -537,6 +531,6 @@ impl Objects {
         let gone = table.forget_oldest(some, &mut |start| {
             related.remove(&start);
         });
-        counts.evicted = counts.evicted.saturating_add(gone as u64);
+        counts.forgotten = counts.forgotten.saturating_add(gone as u64);
     }
 }

@@ -6,9 +6,14 @@ fn limits(objects: usize) -> ObjectLimits {
     ObjectLimits { objects, related: 1 << 10, stacks: 1 << 16, tasks: 8 }
 }
 
-/// Start of the object that explains `gpa`.
-fn nearest(objects: &Objects, gpa: u64) -> Option<u64> {
-    objects.nearest(gpa, ShadowHint::Anywhere).map(|found| found.start)
+/// An allocation.
+fn of(key: u64, size: u64, slot: u64, cache: u16, task: u32) -> Allocation {
+    Allocation { key, size, slot, cache, task }
+}
+
+/// Start of the object that explains `key`.
+fn nearest(objects: &Objects, key: u64) -> Option<u64> {
+    objects.nearest(key, ShadowHint::Anywhere).map(|found| found.start)
 }
 
 #[test]
@@ -16,7 +21,7 @@ fn an_object_tells_its_history() {
     let mut objects = Objects::default();
     objects.name_cache(3, b"kmalloc-64", 64);
     objects.name_task(7, b"slab_oob");
-    objects.allocated(0x1000, 50, 0, 3, 7, &[0xa, 0xb]);
+    objects.allocated(of(0x1000, 50, 0, 3, 7), &[0xa, 0xb]);
     let live = objects.nearest(0x1010, ShadowHint::Anywhere).unwrap();
     assert_eq!((live.start, live.size, live.live, live.freed), (0x1000, 50, true, None));
     assert_eq!(live.cache, Some(Cache { id: 3, name: "kmalloc-64", object_size: 64 }));
@@ -31,7 +36,7 @@ fn an_object_tells_its_history() {
     assert_eq!(objects.counts().repeated_frees, 1);
 
     // The slot again, for someone else.
-    objects.allocated(0x1000, 20, 0, 0, 1, &[]);
+    objects.allocated(of(0x1000, 20, 0, 0, 1), &[]);
     let again = objects.nearest(0x1000, ShadowHint::Anywhere).unwrap();
     assert_eq!((again.size, again.live, again.cache, again.freed), (20, true, None, None));
     assert_eq!(
@@ -44,8 +49,8 @@ fn an_object_tells_its_history() {
 #[test]
 fn pages_of_its_own_belong_to_an_object() {
     let mut objects = Objects::default();
-    objects.allocated(0x10000, 4106, 0, 0, 0, &[]);
-    objects.allocated(0x12000, 4096, 0, 0, 0, &[]);
+    objects.allocated(of(0x10000, 4106, 0, 0, 0), &[]);
+    objects.allocated(of(0x12000, 4096, 0, 0, 0), &[]);
     assert_eq!(nearest(&objects, 0x11fff), Some(0x10000), "one byte before the next object");
     assert_eq!(nearest(&objects, 0x12000), Some(0x12000));
 }
@@ -54,9 +59,9 @@ fn pages_of_its_own_belong_to_an_object() {
 fn the_closer_neighbour_explains() {
     let mut objects = Objects::default();
     objects.name_cache(1, b"c", 64);
-    objects.allocated(0x10000, 50, 0, 1, 0, &[]);
-    objects.allocated(0x10080, 50, 0, 0, 0, &[]);
-    for (gpa, expected) in [
+    objects.allocated(of(0x10000, 50, 0, 1, 0), &[]);
+    objects.allocated(of(0x10080, 50, 0, 0, 0), &[]);
+    for (key, expected) in [
         (0x10000, Some(0x10000)),
         (0x10031, Some(0x10000)),
         (0x1003f, Some(0x10000)), // The rest of its slot.
@@ -71,15 +76,15 @@ fn the_closer_neighbour_explains() {
         (0, None),
         (u64::MAX, None),
     ] {
-        assert_eq!(nearest(&objects, gpa), expected, "{gpa:#x}");
+        assert_eq!(nearest(&objects, key), expected, "{key:#x}");
     }
     // Where the shadow says that it belongs to what lies before it, closeness does not count.
-    let owner = |gpa| objects.nearest(gpa, ShadowHint::Behind).map(|found| found.start);
+    let owner = |key| objects.nearest(key, ShadowHint::Behind).map(|found| found.start);
     assert_eq!(owner(0x1007f), Some(0x10000));
     assert_eq!(owner(0x10000 - 1), Some(0x10000));
     // An object that was freed long ago does not explain a redzone.
     objects.freed(0x10080, 0, &[]);
-    let redzone = |gpa| objects.nearest(gpa, ShadowHint::Redzone).map(|found| found.start);
+    let redzone = |key| objects.nearest(key, ShadowHint::Redzone).map(|found| found.start);
     assert_eq!((redzone(0x10090), nearest(&objects, 0x10090)), (Some(0x10000), Some(0x10080)));
     assert_eq!((redzone(0x1007f), redzone(0x10000 + 4096 + 64)), (Some(0x10000), Some(0x10000)));
     assert_eq!(redzone(0x10000 + 4096 + 65), None);
@@ -88,7 +93,7 @@ fn the_closer_neighbour_explains() {
     assert_eq!((in_free_page(0x10090), in_free_page(0x10000)), (Some(0x10080), Some(0x10000)));
     assert_eq!((in_free_page(0x10000 - 1), in_free_page(0x10000 + 4096)), (None, None));
     for _ in 0..3 {
-        objects.allocated(u64::MAX, u64::MAX, 0, 0, 0, &[]);
+        objects.allocated(of(u64::MAX, u64::MAX, 0, 0, 0), &[]);
         objects.freed(u64::MAX, 0, &[]);
     }
     assert_eq!(objects.len(), 2);
@@ -99,15 +104,15 @@ fn the_closer_neighbour_explains() {
     // Of two that are as near the one in use explains.
     let mut objects = Objects::default();
     objects.name_cache(1, b"c", 64);
-    objects.allocated(0x10000, 50, 0, 1, 0, &[]);
-    objects.allocated(0x10080, 50, 0, 0, 0, &[]);
+    objects.allocated(of(0x10000, 50, 0, 1, 0), &[]);
+    objects.allocated(of(0x10080, 50, 0, 0, 0), &[]);
     objects.freed(0x10000, 0, &[]);
     assert_eq!(nearest(&objects, 0x10060), Some(0x10080));
     assert_eq!(nearest(&objects, 0x1005f), Some(0x10000));
     // Or else the one in the same page.
     let mut objects = Objects::default();
-    objects.allocated(0x10000, 4096, 0, 0, 0, &[]);
-    objects.allocated(0x11010, 13, 0, 0, 0, &[]);
+    objects.allocated(of(0x10000, 4096, 0, 0, 0), &[]);
+    objects.allocated(of(0x11010, 13, 0, 0, 0), &[]);
     assert_eq!(nearest(&objects, 0x11008), Some(0x11010));
     assert_eq!(nearest(&objects, 0x11007), Some(0x10000));
 }
@@ -119,7 +124,7 @@ fn frees_of_unknown_objects_are_remembered_where_they_can_be() {
     let found = objects.nearest(0x1000, ShadowHint::Anywhere).unwrap();
     assert_eq!((found.size, found.live, found.allocated), (0, false, None));
     assert_eq!(found.freed.unwrap().task, 5);
-    objects.allocated(0x2000, 100, 0, 0, 0, &[]);
+    objects.allocated(of(0x2000, 100, 0, 0, 0), &[]);
     objects.freed(0x2010, 5, &[1]);
     assert_eq!(
         objects.nearest(0x2010, ShadowHint::Anywhere).map(|found| (found.start, found.live)),
@@ -134,7 +139,7 @@ fn a_full_table_forgets_the_oldest_freed_objects() {
     let start = |i: u64| 0x10000 + i * 64;
     let mut all = 0;
     while objects.counts().dropped == 0 {
-        objects.allocated(start(all), 8, 0, 0, 0, &[]);
+        objects.allocated(of(start(all), 8, 0, 0, 0), &[]);
         all += 1;
     }
     let most = objects.len() as u64;
@@ -150,11 +155,11 @@ fn a_full_table_forgets_the_oldest_freed_objects() {
         assert_eq!(objects.holder(start(i)).map(|entry| entry.is_freed()), Some(true));
     }
     for i in freed().take(10) {
-        objects.allocated(start(i), 8, 0, 0, 0, &[]);
+        objects.allocated(of(start(i), 8, 0, 0, 0), &[]);
     }
     // Others need their room. Not as many as were freed: what is kept of a freed one took the rest.
     for i in 0..most / 5 {
-        objects.allocated(0x100_0000 + i * 64, 8, 0, 0, 0, &[]);
+        objects.allocated(of(0x100_0000 + i * 64, 8, 0, 0, 0), &[]);
         assert!(objects.holder(0x100_0000 + i * 64).is_some());
         let gone: Vec<_> = (0..)
             .zip(freed().skip(10))
@@ -167,7 +172,7 @@ fn a_full_table_forgets_the_oldest_freed_objects() {
         );
     }
     let counts = objects.counts();
-    assert!(counts.evicted >= most / 4 && counts.dropped == 1, "{counts:?}");
+    assert!(counts.forgotten >= most / 4 && counts.dropped == 1, "{counts:?}");
     assert!(
         (0..most)
             .rev()
@@ -178,11 +183,11 @@ fn a_full_table_forgets_the_oldest_freed_objects() {
     );
     // None is left that could go, and then none is taken in but in the place of another one.
     for i in 0..most {
-        objects.allocated(0x200_0000 + i * 64, 8, 0, 0, 0, &[]);
+        objects.allocated(of(0x200_0000 + i * 64, 8, 0, 0, 0), &[]);
     }
     let counts = objects.counts();
     assert!(counts.dropped > most / 4 && objects.figures(0).freed == 0, "{counts:?}");
-    objects.allocated(start(most - 2), 16, 0, 0, 0, &[]);
+    objects.allocated(of(start(most - 2), 16, 0, 0, 0), &[]);
     assert_eq!(
         objects.nearest(start(most - 2), ShadowHint::Anywhere).map(|found| found.size),
         Some(16)
@@ -199,11 +204,11 @@ fn a_full_table_forgets_the_oldest_freed_objects() {
 fn lost_stacks_say_so() {
     let mut objects = Objects::new(ObjectLimits { stacks: 4096, ..limits(1 << 16) });
     for i in 0..200u64 {
-        objects.allocated(i * 0x100, 8, 0, 0, 3, &[i + 1]);
+        objects.allocated(of(i * 0x100, 8, 0, 0, 3), &[i + 1]);
     }
     let (kept, lost) = (objects.stacks(), objects.counts().lost_stacks);
     assert!(kept > 35 && kept as u64 + lost == 200, "{kept} {lost}");
-    let event = |gpa| objects.nearest(gpa, ShadowHint::Anywhere).unwrap().allocated.unwrap();
+    let event = |key| objects.nearest(key, ShadowHint::Anywhere).unwrap().allocated.unwrap();
     assert_eq!((event(0x700).frames, event(0x700).lost), (&[8u64] as &[u64], false));
     assert!(event(199 * 0x100).frames.is_empty() && event(199 * 0x100).lost);
     assert!(objects.figures(0).bytes < 6_000);
@@ -212,10 +217,10 @@ fn lost_stacks_say_so() {
 #[test]
 fn stacks_that_nothing_needs_make_room() {
     let mut objects = Objects::new(ObjectLimits { stacks: 8192, ..limits(1 << 16) });
-    objects.allocated(0x100_0000, 8, 0, 0, 3, &[1, 2, 3]);
+    objects.allocated(of(0x100_0000, 8, 0, 0, 3), &[1, 2, 3]);
     // One slot, used again and again, each time from another place.
     for i in 0..20_000u64 {
-        objects.allocated(0x1000, 8, 0, 0, 4, &[i + 10]);
+        objects.allocated(of(0x1000, 8, 0, 0, 4), &[i + 10]);
         objects.freed(0x1000, 5, &[i + 11]);
     }
     let found = objects.nearest(0x1000, ShadowHint::Anywhere).unwrap();
@@ -233,14 +238,14 @@ fn stacks_that_nothing_needs_make_room() {
 fn freed_objects_go_before_stacks_are_lost() {
     let mut objects = Objects::new(ObjectLimits { stacks: 8192, ..limits(1 << 16) });
     for i in 0..100u64 {
-        objects.allocated(i * 0x100, 8, 0, 0, 1, &[i + 1]);
+        objects.allocated(of(i * 0x100, 8, 0, 0, 1), &[i + 1]);
         objects.freed(i * 0x100, 1, &[1]);
     }
     for i in 100..140u64 {
-        objects.allocated(i * 0x100, 8, 0, 0, 1, &[i + 1]);
+        objects.allocated(of(i * 0x100, 8, 0, 0, 1), &[i + 1]);
     }
     let counts = objects.counts();
-    assert!(counts.evicted > 0 && counts.dropped == 0, "{counts:?}");
+    assert!(counts.forgotten > 0 && counts.dropped == 0, "{counts:?}");
     let (old, new) = (
         objects.nearest(0, ShadowHint::Anywhere),
         objects.nearest(139 * 0x100, ShadowHint::Anywhere),
@@ -252,10 +257,10 @@ fn freed_objects_go_before_stacks_are_lost() {
 #[test]
 fn what_was_there_before_is_told() {
     let mut objects = Objects::default();
-    objects.allocated(0x1000, 50, 64, 0, 1, &[0xa]);
+    objects.allocated(of(0x1000, 50, 64, 0, 1), &[0xa]);
     assert_eq!(objects.nearest(0x1000, ShadowHint::Anywhere).unwrap().previous, None);
     objects.freed(0x1000, 2, &[0xb]);
-    objects.allocated(0x1000, 40, 64, 0, 3, &[0xc]);
+    objects.allocated(of(0x1000, 40, 64, 0, 3), &[0xc]);
     let event =
         |task, frames: &'static [u64]| ObjectEvent { task, name: None, frames, lost: false };
     let first = Previous {
@@ -270,11 +275,11 @@ fn what_was_there_before_is_told() {
     objects.freed(0x1000, 4, &[0xd]);
     assert_eq!(objects.nearest(0x1000, ShadowHint::Anywhere).unwrap().previous, Some(first));
     // A larger one in the same memory, which starts before it.
-    objects.allocated(0xff0, 100, 128, 0, 5, &[0xe]);
+    objects.allocated(of(0xff0, 100, 128, 0, 5), &[0xe]);
     let previous = objects.nearest(0x1000, ShadowHint::Anywhere).unwrap().previous.unwrap();
     assert_eq!((previous.start, previous.size, previous.freed), (0x1000, 40, event(4, &[0xd])));
     // In place, as by realloc: what was before stays what was before.
-    objects.allocated(0xff0, 120, 128, 0, 6, &[0xf]);
+    objects.allocated(of(0xff0, 120, 128, 0, 6), &[0xf]);
     assert_eq!(
         objects.nearest(0x1000, ShadowHint::Anywhere).unwrap().previous.unwrap().freed,
         event(4, &[0xd])
@@ -286,7 +291,7 @@ fn related_work_is_told_the_last_first() {
     let mut objects = Objects::new(limits(1 << 16));
     objects.related(0x1000, 1, &[1]);
     assert_eq!(objects.counts().unknown_related, 1);
-    objects.allocated(0x1000, 50, 64, 0, 1, &[0xa]);
+    objects.allocated(of(0x1000, 50, 64, 0, 1), &[0xa]);
     let related = |objects: &Objects| {
         let found = objects.nearest(0x1000, ShadowHint::Anywhere).unwrap();
         found.related.iter().map(|event| (event.task, event.frames[0])).collect::<Vec<_>>()
@@ -297,13 +302,13 @@ fn related_work_is_told_the_last_first() {
     assert_eq!(related(&objects), [(3, 3), (2, 2)]);
     objects.freed(0x1000, 9, &[0xb]);
     assert_eq!(related(&objects), [(3, 3), (2, 2)]);
-    objects.allocated(0x1000, 50, 64, 0, 1, &[0xa]);
+    objects.allocated(of(0x1000, 50, 64, 0, 1), &[0xa]);
     assert!(related(&objects).is_empty());
     objects.related(0x1000 + 50, 1, &[1]);
     assert_eq!(objects.counts().unknown_related, 2, "behind it");
     // Few objects have any.
     for i in 2..99 {
-        objects.allocated(i * 0x1000, 8, 0, 0, 1, &[]);
+        objects.allocated(of(i * 0x1000, 8, 0, 0, 1), &[]);
         objects.related(i * 0x1000, 1, &[1]);
     }
     assert_eq!(objects.related.len(), most_related(1 << 10));
@@ -336,11 +341,13 @@ fn it_never_takes_more_than_its_budget() {
                 0..2 if event > events / 3 => objects.freed(at, task, &frames),
                 2 => objects.related(at, task, &frames),
                 _ => objects.allocated(
-                    at,
-                    next(if far { 1 << 33 } else { 64 }),
-                    next(5000),
-                    next(1 << 16) as u16,
-                    task,
+                    of(
+                        at,
+                        next(if far { 1 << 33 } else { 64 }),
+                        next(5000),
+                        next(1 << 16) as u16,
+                        task,
+                    ),
                     &frames,
                 ),
             }
@@ -359,13 +366,13 @@ fn it_never_takes_more_than_its_budget() {
 fn a_full_table_is_not_looked_through_for_each_event() {
     let mut objects = Objects::new(limits(1 << 16));
     for i in 0..100_000u64 {
-        objects.allocated(i * 64, 8, 0, 0, 0, &[]);
+        objects.allocated(of(i * 64, 8, 0, 0, 0), &[]);
     }
     let (full, mut looks) = (objects.len(), 0);
     for i in 0..10_000 {
         let before = objects.evict_in;
         objects.freed(i * 64, 0, &[]);
-        objects.allocated((1 << 30) + i * 64, 8, 0, 0, 0, &[]);
+        objects.allocated(of((1 << 30) + i * 64, 8, 0, 0, 0), &[]);
         looks += usize::from(objects.evict_in > before);
     }
     assert!(full > 10_000 && (1..=20_000 * 33 / full).contains(&looks), "{looks} {full}");
@@ -375,18 +382,18 @@ fn a_full_table_is_not_looked_through_for_each_event() {
 fn redzones_of_live_objects_are_counted() {
     let mut objects = Objects::default();
     objects.name_cache(1, b"kmalloc-64", 64);
-    objects.allocated(0x1000, 50, 96, 1, 0, &[]);
+    objects.allocated(of(0x1000, 50, 96, 1, 0), &[]);
     assert_eq!(objects.redzone_bytes(), (32, 32));
-    objects.allocated(0x2000, 50, 72, 0, 0, &[]);
-    objects.allocated(0x4000, 4097, 8192, 0, 0, &[]);
+    objects.allocated(of(0x2000, 50, 72, 0, 0), &[]);
+    objects.allocated(of(0x4000, 4097, 8192, 0, 0), &[]);
     assert_eq!(objects.redzone_bytes(), (48, 48), "16 of 22 are whole granules");
-    objects.allocated(0x1000, 20, 96, 1, 0, &[]);
+    objects.allocated(of(0x1000, 20, 96, 1, 0), &[]);
     objects.freed(0x1000, 0, &[]);
     objects.freed(0x1000, 0, &[]);
     assert_eq!(objects.redzone_bytes(), (16, 48));
-    objects.allocated(0x5000, 1, 1 << 40, 0, 0, &[]);
+    objects.allocated(of(0x5000, 1, 1 << 40, 0, 0), &[]);
     assert_eq!(objects.redzone_bytes().0, 16, "whole pages");
-    objects.allocated(0x7000, 1, (1 << 40) + 8, 0, 0, &[]);
+    objects.allocated(of(0x7000, 1, (1 << 40) + 8, 0, 0), &[]);
     assert_eq!(objects.redzone_bytes().0, 16 + 2040);
 }
 
@@ -411,22 +418,22 @@ proptest! {
                     None => plain.push((start, start + 1, true)),
                 }
             } else {
-                objects.allocated(start, size, 0, 0, 0, &[]);
+                objects.allocated(of(start, size, 0, 0, 0), &[]);
                 plain.retain(|object| object.1 <= start || end <= object.0);
                 plain.push((start, end, false));
             }
         }
         prop_assert_eq!(objects.len(), plain.len());
-        for gpa in base..=base + 699 {
-            let inside = plain.iter().find(|object| (object.0..object.1).contains(&gpa));
-            let found = objects.nearest(gpa, ShadowHint::Anywhere);
+        for key in base..=base + 699 {
+            let inside = plain.iter().find(|object| (object.0..object.1).contains(&key));
+            let found = objects.nearest(key, ShadowHint::Anywhere);
             let found = found.map(|found| (found.start, found.live));
             match inside {
                 Some(object) => prop_assert_eq!(found, Some((object.0, !object.2))),
                 None => {
-                    let distance = |object: &(u64, u64, bool)| match object.0 > gpa {
-                        true => object.0 - gpa,
-                        false => gpa - object.1,
+                    let distance = |object: &(u64, u64, bool)| match object.0 > key {
+                        true => object.0 - key,
+                        false => key - object.1,
                     };
                     let start = found.map(|found| found.0);
                     let found = plain.iter().find(|object| Some(object.0) == start);
@@ -447,7 +454,7 @@ proptest! {
             if free {
                 objects.freed(start * 8, 0, &[]);
             } else {
-                objects.allocated(start * 8, size * 8, 0, 0, 0, &[start]);
+                objects.allocated(of(start * 8, size * 8, 0, 0, 0), &[start]);
                 let dropped = objects.counts().dropped;
                 prop_assert!(dropped > 0 || nearest(&objects, start * 8) == Some(start * 8));
             }
@@ -471,7 +478,7 @@ proptest! {
         for (task, (start, size, what)) in (0u32..).zip(steps) {
             let (start, end) = (start, start + size);
             if what < 3 {
-                objects.allocated(start, size, 0, 0, task, &[]);
+                objects.allocated(of(start, size, 0, 0, task), &[]);
                 let (mut others, mut previous) = (Vec::new(), None);
                 // By falling address, as overlapping ones are forgotten: the last one that says
                 // something is kept.

@@ -1,4 +1,4 @@
-//! A dispatcher with a CPU, memory and slots that are not real. Its exits are made by hand.
+//! A dispatcher with a CPU, memory and memslots that are not real. Its exits are made by hand.
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use std::sync::{Arc, Mutex};
@@ -15,16 +15,16 @@ use vm_memory::GuestAddress;
 
 use super::{CPU, RAM};
 use crate::sandbox::console::ConsoleWatch;
-use crate::sandbox::context::{ExitContext, Flow, GuestCpu, OtherVcpus};
+use crate::sandbox::context::{ExitContext, GuestCpu, OtherVcpus};
 use crate::sandbox::counts::{EventStats, ExitStats};
-use crate::sandbox::dispatch::{Dispatcher, Parts};
+use crate::sandbox::dispatch::Dispatcher;
 use crate::sandbox::guest_info::GuestInfo;
 use crate::sandbox::marks::Marks;
+use crate::sandbox::run_shadow::RunShadow;
 use crate::sandbox::session::Session;
-use crate::sandbox::shadow_host::ShadowHost;
 use crate::sandbox::watch::Watch;
 use crate::sandbox::{Observer, Outcome};
-use crate::shadow::{Layout, Mode, Notify, SlotError, Slots, Windows, WindowsConfig};
+use crate::shadow::{Layout, MemslotError, Memslots, Mode, Notify, Windows, WindowsConfig};
 
 /// Registers, and what was done to them.
 #[derive(Default)]
@@ -98,23 +98,26 @@ impl GuestCpu for FakeCpu {
     }
 }
 
-/// The slots that KVM would have: (gpa, bytes, read-only).
+/// The memslots that KVM would have: (gpa, bytes, read-only).
 #[derive(Default)]
-pub(super) struct FakeSlots {
-    pub(super) slots: Vec<Option<(u64, u64, bool)>>,
+pub(super) struct FakeMemslots {
+    pub(super) memslots: Vec<Option<(u64, u64, bool)>>,
     pub(super) refuse: bool,
 }
 
-impl Slots for FakeSlots {
-    fn map(&mut self, gpa: u64, _: *mut u8, len: u64, readonly: bool) -> Result<u32, SlotError> {
+impl Memslots for FakeMemslots {
+    fn map(&mut self, gpa: u64, _: *mut u8, len: u64, readonly: bool) -> Result<u32, MemslotError> {
         if self.refuse {
-            return Err(SlotError::Exhausted(7));
+            return Err(MemslotError::Exhausted(7));
         }
-        self.slots.push(Some((gpa, len, readonly)));
-        Ok(self.slots.len() as u32 - 1)
+        self.memslots.push(Some((gpa, len, readonly)));
+        Ok(self.memslots.len() as u32 - 1)
     }
-    fn unmap(&mut self, slot: u32) -> Result<(), SlotError> {
-        assert!(self.slots[slot as usize].take().is_some(), "slot {slot} was not there");
+    fn unmap(&mut self, memslot: u32) -> Result<(), MemslotError> {
+        assert!(
+            self.memslots[memslot as usize].take().is_some(),
+            "memslot {memslot} was not there"
+        );
         Ok(())
     }
 }
@@ -146,7 +149,7 @@ pub(super) struct Bench {
     pub(super) state: Dispatcher,
     pub(super) cpu: FakeCpu,
     pub(super) ram: Ram,
-    pub(super) slots: FakeSlots,
+    pub(super) memslots: FakeMemslots,
     pub(super) others: FakeOthers,
     pub(super) heard: Heard,
     pub(super) layout: Layout,
@@ -175,19 +178,19 @@ impl Bench {
         quarantine: Quarantine,
         linux: bool,
     ) -> Self {
-        let mut slots = FakeSlots::default();
+        let mut memslots = FakeMemslots::default();
         let config =
             |mode| WindowsConfig { ram: std::iter::once(0..RAM).collect(), mode, notify, limit };
-        let windows = mode.map(|mode| Windows::new(&config(mode), &mut slots).unwrap());
+        let windows = mode.map(|mode| Windows::new(&config(mode), &mut memslots).unwrap());
         let heard = Heard::default();
-        let state = Dispatcher::new(Parts {
-            devices: Devices::new(Box::new(std::io::sink()), None),
-            shadow: ShadowHost::new(windows),
-            provenance: Provenance::new(Objects::default(), quarantine),
-            guest: GuestInfo::new(Symbols::lazy(|| Ok(Vec::new()))),
-            session: Session::new(Box::new(heard.clone()), stop_at),
-            watch: Watch::new(ConsoleWatch::new(linux), Marks::default(), None),
-        });
+        let state = Dispatcher::new(
+            Devices::new(Box::new(std::io::sink()), None),
+            RunShadow::new(windows),
+            Provenance::new(Objects::default(), quarantine),
+            GuestInfo::new(Symbols::lazy(|| Ok(Vec::new()))),
+            Session::new(Box::new(heard.clone()), stop_at),
+            Watch::new(ConsoleWatch::new(linux), Marks::default(), None),
+        );
         let mut cpu = FakeCpu::default();
         (cpu.regs.rip, cpu.regs.rsp) = (0x10_0000, 0x20_0000);
         // 64-bit code without paging, which does not exist, but keeps this short.
@@ -197,7 +200,7 @@ impl Bench {
             state,
             cpu,
             ram: Ram::new(RAM).unwrap(),
-            slots,
+            memslots,
             others: FakeOthers::default(),
             heard,
             layout,
@@ -217,12 +220,12 @@ impl Bench {
         self
     }
 
-    pub(super) fn exit(&mut self, exit: VmExit) -> Flow {
+    pub(super) fn exit(&mut self, exit: VmExit) -> Result<(), Outcome> {
         let mut context = ExitContext {
             id: CPU,
             cpu: &mut self.cpu,
             ram: &self.ram,
-            slots: &mut self.slots,
+            memslots: &mut self.memslots,
             others: &mut self.others,
         };
         self.state.dispatch(exit, &mut context)
@@ -232,7 +235,7 @@ impl Bench {
         &mut self,
         number: impl Into<u32>,
         [rdi, rsi, rcx, r8]: [u64; 4],
-    ) -> Flow {
+    ) -> Result<(), Outcome> {
         (self.cpu.regs.rdi, self.cpu.regs.rsi) = (rdi, rsi);
         (self.cpu.regs.rcx, self.cpu.regs.r8) = (rcx, r8);
         self.exit(VmExit::IoOut { port: PORT, data: Data::new(&number.into().to_le_bytes()) })
@@ -241,18 +244,17 @@ impl Bench {
     /// A call that the run survives; its result.
     #[track_caller]
     pub(super) fn call(&mut self, number: impl Into<u32>, arguments: [u64; 4]) -> u64 {
-        let flow = self.hypercall(number, arguments);
-        assert!(matches!(flow, Flow::Continue), "{flow:?}");
+        goes_on(self.hypercall(number, arguments));
         self.cpu.regs.rax
     }
 
-    pub(super) fn read(&mut self, gpa: u64, len: u8) -> (Flow, Option<Vec<u8>>) {
+    pub(super) fn read(&mut self, gpa: u64, len: u8) -> (Result<(), Outcome>, Option<Vec<u8>>) {
         self.cpu.read = None;
-        let flow = self.exit(VmExit::MmioRead { gpa: GuestAddress(gpa), len });
-        (flow, self.cpu.read.take())
+        let handled = self.exit(VmExit::MmioRead { gpa: GuestAddress(gpa), len });
+        (handled, self.cpu.read.take())
     }
 
-    pub(super) fn write(&mut self, gpa: u64, data: &[u8]) -> Flow {
+    pub(super) fn write(&mut self, gpa: u64, data: &[u8]) -> Result<(), Outcome> {
         self.exit(VmExit::MmioWrite { gpa: GuestAddress(gpa), data: Data::new(data) })
     }
 
@@ -269,16 +271,13 @@ impl Bench {
     }
 }
 
-/// The outcome of a flow that ends the run.
+/// The outcome of an exit that ends the run.
 #[track_caller]
-pub(super) fn ended(flow: Flow) -> Outcome {
-    match flow {
-        Flow::End(outcome) => outcome,
-        Flow::Continue => panic!("the run goes on"),
-    }
+pub(super) fn ended(handled: Result<(), Outcome>) -> Outcome {
+    handled.expect_err("the run goes on")
 }
 
 #[track_caller]
-pub(super) fn goes_on(flow: Flow) {
-    assert!(matches!(flow, Flow::Continue), "{flow:?}");
+pub(super) fn goes_on(handled: Result<(), Outcome>) {
+    assert!(handled.is_ok(), "{handled:?}");
 }

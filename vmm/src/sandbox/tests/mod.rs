@@ -1,4 +1,4 @@
-//! The dispatcher, fed with exits that no guest made, over a vCPU and memory slots that do not
+//! The dispatcher, fed with exits that no guest made, over a vCPU and memslots that do not
 //! exist.
 
 mod bench;

@@ -7,7 +7,6 @@ use vm_memory::GuestAddress;
 
 use super::RAM;
 use super::bench::*;
-use crate::sandbox::context::Flow;
 use crate::shadow::{CHUNK_BYTES, Layout, Mode, Notify};
 
 /// Guest-physical addresses near all limits.
@@ -73,7 +72,7 @@ proptest! {
             (bench.cpu.regs.rdi, bench.cpu.regs.rsi, bench.cpu.regs.rcx) = (rdi, rsi, rcx);
             (bench.cpu.regs.r8, bench.cpu.regs.rbp) = (r8, rbp);
             exits += 1;
-            if let Flow::End(outcome) = bench.exit(exit) {
+            if let Err(outcome) = bench.exit(exit) {
                 prop_assert!(!outcome.to_string().contains('\n'));
             }
         }

@@ -13,17 +13,17 @@ use crate::shadow::{CHUNK_BYTES, Mode, Notify};
 fn the_first_touch_of_a_chunk_maps_it() {
     let mut bench = Bench::ring();
     let at = bench.layout.byte.gpa + CHUNK_BYTES + 5;
-    assert_eq!(bench.slots.slots.len(), 1, "the page window");
-    let (flow, value) = bench.read(at, 8);
-    goes_on(flow);
+    assert_eq!(bench.memslots.memslots.len(), 1, "the page window");
+    let (handled, value) = bench.read(at, 8);
+    goes_on(handled);
     assert_eq!(value.as_deref(), Some(&[0; 8][..]));
-    assert_eq!(bench.slots.slots[1], Some((at - 5, CHUNK_BYTES, false)));
+    assert_eq!(bench.memslots.memslots[1], Some((at - 5, CHUNK_BYTES, false)));
     goes_on(bench.write(at, &[1, 2, 3]));
     assert_eq!(bench.read(at, 4).1.as_deref(), Some(&[1, 2, 3, 0][..]));
     assert_eq!((bench.exits().shadow_fault, bench.exits().mmio), (1, 0));
     // Across the end of a chunk: both.
     goes_on(bench.write(bench.layout.byte.gpa + 3 * CHUNK_BYTES - 4, &[9; 8]));
-    assert_eq!(bench.slots.slots.len(), 4);
+    assert_eq!(bench.memslots.memslots.len(), 4);
 }
 
 #[test]
@@ -31,20 +31,20 @@ fn outside_of_the_windows_there_is_nothing() {
     let mut bench = Bench::ring();
     let (page, byte) = (bench.layout.page, bench.layout.byte);
     for at in [0xd000_0000, page.gpa - 1, page.end(), byte.gpa - 1, byte.end(), u64::MAX] {
-        let (flow, value) = bench.read(at, 1);
-        goes_on(flow);
+        let (handled, value) = bench.read(at, 1);
+        goes_on(handled);
         assert_eq!(value.as_deref(), Some(&[0xff][..]), "{at:#x}");
         goes_on(bench.write(at, &[1]));
     }
     assert_eq!(bench.exits().mmio, 12);
-    // Half in a window: all ones, no effect, no slot.
+    // Half in a window: all ones, no effect, no memslot.
     for at in [page.end() - 4, byte.end() - 4] {
-        let (flow, value) = bench.read(at, 8);
-        goes_on(flow);
+        let (handled, value) = bench.read(at, 8);
+        goes_on(handled);
         assert_eq!(value.as_deref(), Some(&[0xff; 8][..]));
         goes_on(bench.write(at, &[1; 8]));
     }
-    assert_eq!(bench.slots.slots.len(), 1);
+    assert_eq!(bench.memslots.memslots.len(), 1);
     // With the shadow off, nothing is there either.
     let mut off = Bench::new(None, Notify::Ring, None, None);
     assert_eq!(off.read(page.gpa, 8).1.as_deref(), Some(&[0xff; 8][..]));
@@ -59,8 +59,8 @@ fn the_shadow_limit_ends_the_run() {
     // The chunk's first page is byte-checked, so it stays.
     goes_on(bench.write(bench.layout.page.gpa, &[PAGE_BYTES]));
     goes_on(bench.write(byte, &[1]));
-    for flow in [bench.write(byte + CHUNK_BYTES, &[1]), bench.read(byte + CHUNK_BYTES, 1).0] {
-        let outcome = ended(flow);
+    for handled in [bench.write(byte + CHUNK_BYTES, &[1]), bench.read(byte + CHUNK_BYTES, 1).0] {
+        let outcome = ended(handled);
         assert!(matches!(outcome, Outcome::ShadowLimit(_)), "{outcome:?}");
         assert_eq!((outcome.word(), outcome.status(true)), ("shadow-limit", 2));
     }
@@ -69,14 +69,14 @@ fn the_shadow_limit_ends_the_run() {
     assert!(matches!(ended(bench.exit(memory_fault)), Outcome::ShadowLimit(_)));
     assert_eq!(bench.others.stops, 3, "the last look was taken while nothing changed");
     let mut sync = Bench::new(Some(Mode::PerPage), Notify::Sync, Some(0), None).with_region();
-    let flow = sync.hypercall(CallNumber::Poison, [8, 8, SLAB_FREE.into(), 0]);
-    assert!(matches!(ended(flow), Outcome::ShadowLimit(_)));
+    let handled = sync.hypercall(CallNumber::Poison, [8, 8, SLAB_FREE.into(), 0]);
+    assert!(matches!(ended(handled), Outcome::ShadowLimit(_)));
 }
 
 #[test]
 fn a_host_without_slots_ends_the_run() {
     let mut bench = Bench::ring();
-    bench.slots.refuse = true;
+    bench.memslots.refuse = true;
     let outcome = ended(bench.write(bench.layout.byte.gpa, &[1]));
     assert!(matches!(outcome, Outcome::Shadow(_)), "{outcome:?}");
     assert_eq!((outcome.word(), outcome.status(false)), ("host-error", 2));

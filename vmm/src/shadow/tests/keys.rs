@@ -13,7 +13,7 @@ const RAM: u64 = 5 * MIB;
 
 fn add(guest: &mut Guest, va: u64, len: u64) -> u64 {
     let key = guest.windows.next_key(va, len).expect("there are enough keys");
-    guest.windows.add_virtual(key, len, &mut guest.slots).expect("a slot");
+    guest.windows.add_virtual(key, len, &mut guest.memslots).expect("a memslot");
     key
 }
 
@@ -40,12 +40,12 @@ fn it_is_poisoned_until_it_is_handed_out() {
         }
         assert_eq!(guest.windows.model().first_bad(0, RAM), None, "RAM is as it was");
 
-        guest.windows.unpoison(key + 0x1000, 0x1803, &mut guest.slots).unwrap();
+        guest.windows.unpoison(key + 0x1000, 0x1803, &mut guest.memslots).unwrap();
         let model = guest.windows.model();
         assert_eq!(model.first_bad(key + 0x1000, 0x1803), None);
         assert_eq!(model.first_bad(key + 0x1000, 0x1804), Some(key + 0x2803));
         assert_eq!(model.first_bad(key + 0xfff, 1), Some(key + 0xfff));
-        guest.windows.poison(key + 0x1000, 0x2000, VMALLOC_INVALID, &mut guest.slots).unwrap();
+        guest.windows.poison(key + 0x1000, 0x2000, VMALLOC_INVALID, &mut guest.memslots).unwrap();
         assert_eq!(guest.windows.model().first_bad(key + 0x1000, 1), Some(key + 0x1000));
 
         let after = guest.windows.figures().unwrap();
@@ -83,9 +83,9 @@ fn the_guest_reaches_its_shadow_when_it_has_it() {
             );
             assert!(matches!(guest.store(gpa, 1), Err(ShadowError::OutsideWindow { .. })));
         }
-        let slots = guest.slots.live();
+        let memslots = guest.memslots.live();
         add(&mut guest, VA, LEN);
-        assert_eq!(guest.slots.live(), slots + usize::from(mode == Mode::PerPage));
+        assert_eq!(guest.memslots.live(), memslots + usize::from(mode == Mode::PerPage));
         for gpa in places(&guest) {
             let before = guest.load(gpa).unwrap();
             // Byte shadow of a page that is not byte-checked is not used.
@@ -126,7 +126,7 @@ fn there_is_a_limit_without_one() {
         assert_eq!(limit, 3 * CHUNK_BYTES + 32 * MIB);
         let key = add(&mut guest, 0, 1 << 30);
         let refused = (0..).map(|chunk| key + chunk * CHUNK_COVERS).find_map(|at| {
-            guest.windows.unpoison(at, 8, &mut guest.slots).err().map(|error| (at, error))
+            guest.windows.unpoison(at, 8, &mut guest.memslots).err().map(|error| (at, error))
         });
         let (at, error) = refused.unwrap();
         assert!(matches!(error, ShadowError::Limit { .. }), "{mode:?} {error}");
@@ -136,13 +136,13 @@ fn there_is_a_limit_without_one() {
     }
 }
 
-/// A slot that KVM refuses changes nothing.
+/// A memslot that KVM refuses changes nothing.
 #[test]
 fn a_refused_slot_is_an_error() {
     let mut guest = Guest::new(RAM, Mode::PerPage, Notify::Ring, None);
     let key = guest.windows.next_key(VA, LEN).unwrap();
-    guest.slots.refuse = true;
-    let refused = guest.windows.add_virtual(key, LEN, &mut guest.slots);
-    assert!(matches!(refused, Err(ShadowError::Slot { .. })));
+    guest.memslots.refuse = true;
+    let refused = guest.windows.add_virtual(key, LEN, &mut guest.memslots);
+    assert!(matches!(refused, Err(ShadowError::Memslot { .. })));
     assert_eq!(guest.windows.next_key(VA, LEN), Some(key));
 }

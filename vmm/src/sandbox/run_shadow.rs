@@ -13,12 +13,12 @@ use super::{Outcome, ShadowMode};
 use crate::shadow::{FaultOutcome, Mode, Model, Notify, ShadowError, Windows, reclaim_unused};
 
 /// The shadow of a run. With `ShadowMode::Off` there are no windows, and nothing to reclaim.
-pub(super) struct ShadowHost {
+pub(super) struct RunShadow {
     windows: Option<Windows>,
     guest_pages: GuestPageReclaim,
 }
 
-impl ShadowHost {
+impl RunShadow {
     /// The shadow behind `windows`.
     pub(super) fn new(windows: Option<Windows>) -> Self {
         Self { windows, guest_pages: GuestPageReclaim::default() }
@@ -142,10 +142,10 @@ pub(super) fn fault(
     write: bool,
     context: &mut ExitContext,
 ) -> Result<Result<FaultOutcome, ShadowError>, Outcome> {
-    match windows.fault(gpa, len, write, context.slots) {
+    match windows.fault(gpa, len, write, context.memslots) {
         Err(ShadowError::Limit { .. }) => {
             context.others.pause()?;
-            Ok(windows.fault(gpa, len, write, context.slots))
+            Ok(windows.fault(gpa, len, write, context.memslots))
         }
         outcome => Ok(outcome),
     }
