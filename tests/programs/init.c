@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 /*
- * The first program of the Linux guests that tests boot, linked statically. Its argument names the
- * part to run. Each part ends with the line "program: WORD done", or with an error message, and
- * then asks Linux to restart the machine.
+ * The first program of the Linux guests that tests boot, linked statically. Its arguments name the
+ * parts to run. Each part ends with the line "program: WORD done", or with an error message, which
+ * is the end. In the end it asks Linux to restart the machine.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -147,11 +147,8 @@ static void misbehave(const char *how)
 	put("/sys/kernel/debug/provoke-crash/DIRECT", how);
 }
 
-int main(int argc, char **argv)
+static void part(const char *what)
 {
-	const char *what = argc > 1 ? argv[1] : "files";
-
-	setvbuf(stdout, NULL, _IOLBF, 0);
 	if (strcmp(what, "files") == 0)
 		files();
 	else if (strcmp(what, "signals") == 0)
@@ -161,5 +158,12 @@ int main(int argc, char **argv)
 	else
 		misbehave(what);
 	printf("program: %s done\n", what);
+}
+
+int main(int argc, char **argv)
+{
+	setvbuf(stdout, NULL, _IOLBF, 0);
+	for (int i = 1; i < argc; i++)
+		part(argv[i]);
 	end();
 }

@@ -1,8 +1,8 @@
 //! The kernels that are built, and how.
 
 use std::collections::{HashMap, HashSet};
-use std::fs;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -98,6 +98,7 @@ impl<'a> Builder<'a> {
     /// To find out whether an unknown version works, the patched kernels among `wanted` are built
     /// at once.
     pub fn new(context: &'a Context, wanted: &[Kernel]) -> Result<Self> {
+        remove_objects(context)?;
         let sources = Sources::new(context)?;
         let known = sources.known()?;
         let choice = sources.choose(|version| {
@@ -134,6 +135,13 @@ impl<'a> Builder<'a> {
             build(self.context, &self.sources, &self.version, kernel)?;
         }
         Ok(kernel.folder(self.context))
+    }
+}
+
+impl Drop for Builder<'_> {
+    fn drop(&mut self) {
+        // At worst they stay until the next build.
+        let _ = remove_objects(self.context);
     }
 }
 
@@ -176,15 +184,19 @@ fn is_built(
 
 fn build(context: &Context, sources: &Sources<'_>, version: &str, kernel: &Kernel) -> Result<()> {
     let (folder, name) = (kernel.folder(context), kernel.name);
+    let trees = if kernel.patched { "patched" } else { "as-it-is" };
+    let build = objects(context).join(version).join(trees);
     let wanted = ingredients(context, sources, version, kernel)?;
     let tree =
         if kernel.patched { sources.patched_tree(version)? } else { sources.tree(version)? };
     empty(&folder)?;
-    let build = folder.join("build");
+    fs::create_dir_all(&build).with_context(|| format!("cannot create {}", build.display()))?;
     let make = || {
         let mut make = Command::new("make", &tree);
         // Makes builds reproducible: no user, host and time.
-        for (name, value) in [("USER", "umbra"), ("HOST", "umbra"), ("TIMESTAMP", "1970-01-01")] {
+        for (name, value) in
+            [("USER", "umbra"), ("HOST", "umbra"), ("TIMESTAMP", "1970-01-01"), ("VERSION", "1")]
+        {
             make.env(&format!("KBUILD_BUILD_{name}"), value);
         }
         make.args([format!("O={}", build.display())]);
@@ -204,7 +216,6 @@ fn build(context: &Context, sources: &Sources<'_>, version: &str, kernel: &Kerne
         let (from, to) = (build.join(from), folder.join(to));
         fs::rename(&from, &to).with_context(|| format!("make left no {}", from.display()))?;
     }
-    fs::remove_dir_all(&build).context("cannot remove the build's folder")?;
     fs::write(stamp(&folder), wanted).with_context(|| format!("cannot write {}", folder.display()))
 }
 
@@ -230,6 +241,23 @@ fn configure(
         );
     }
     Ok(())
+}
+
+/// Where kernels are built. Those of the same sources are built one after the other in the same
+/// folder: they share what their configurations have in common.
+fn objects(context: &Context) -> PathBuf {
+    context.root.join("target/linux/objects")
+}
+
+/// Removes what was built on the way to kernels. What an earlier call left behind may be of other
+/// sources, whose files are older than it.
+fn remove_objects(context: &Context) -> Result<()> {
+    match fs::remove_dir_all(objects(context)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).context("cannot remove what is left of an earlier build of Linux")
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The lines of a fragment that are missing in a configuration. A later line may override an
