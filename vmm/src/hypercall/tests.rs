@@ -207,7 +207,7 @@ proptest! {
             Err(error) => {
                 prop_assert!(error.result() >= abi::ERR_MIN);
                 prop_assert!(!error.to_string().contains('\n'));
-                prop_assert_eq!(error.result() == abi::ERR_CALL, !(1..=15).contains(&number));
+                prop_assert_eq!(error.result() == abi::ERR_CALL, !(1..=16).contains(&number));
                 let is_hello = number == u32::from(CallNumber::Hello);
                 prop_assert_eq!(error.result() == abi::ERR_VERSION, is_hello);
             }
