@@ -63,6 +63,13 @@ impl Need {
         if host_is("svm") { Self::Elsewhere } else { Self::There }
     }
 
+    /// A CPU that is not emulated, for programs that give up after some seconds. Where the nested
+    /// host alone has KVM, there is none for tests with guests.
+    pub fn fast_cpu() -> Self {
+        let why = "it gives up on the nested host's emulated CPU after some seconds";
+        Self::machine().and(&Self::unless(host_is("svm-alone").then(|| why.to_owned())))
+    }
+
     /// The nested host, if tests run there too: a Linux guest takes seconds in it, and minutes
     /// where ring 0 is emulated.
     pub fn prefer_nested() -> Self {

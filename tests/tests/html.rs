@@ -207,7 +207,7 @@ fn main() -> ExitCode {
         .is_ok_and(|output| output.status.success());
     let browser = Need::unless((!browser).then(|| "chromium is not installed".to_owned()));
     let kernel = Need::test_kernel();
-    let both = browser.and(&kernel).and(&Need::machine());
+    let both = browser.and(&kernel).and(&Need::fast_cpu());
     let tests: [(&str, &Need, Test); 4] = [
         ("a_run_with_findings", &both, a_run_with_findings),
         ("a_clean_run", &both, a_clean_run),

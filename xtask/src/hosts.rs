@@ -195,6 +195,7 @@ fn variables(role: Role, all: bool) -> Vec<(&'static str, &'static str)> {
     match role {
         Role::Machine if !all => variables.push((umbra_skip::HOST, "machine")),
         Role::Nested if !all => variables.push((umbra_skip::HOST, "svm")),
+        Role::NestedAlone if !all => variables.push((umbra_skip::HOST, "svm-alone")),
         _ => {}
     }
     if all {

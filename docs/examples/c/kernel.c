@@ -30,6 +30,9 @@ static __attribute__((noinline)) void greet(struct message *message)
 	kfree(message);
 }
 
+/* Bytes that somebody says a message has. */
+static volatile size_t message_bytes = 24;
+
 /* A bug: copies more bytes than a message has. */
 static __attribute__((noinline)) void forward(struct message *message, size_t bytes)
 {
@@ -49,7 +52,7 @@ void kernel_main(void)
 	/* A bug: the message is free by now, and the other may have its memory. */
 	print_number(message->times);
 	print(" times\n");
-	forward(other, 24);
+	forward(other, message_bytes);
 	/* A bug: no object starts here. */
 	kfree(&other->times);
 }

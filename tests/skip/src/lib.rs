@@ -9,8 +9,9 @@ use std::thread;
 const WORD: &str = "SKIPPED: ";
 
 /// The variable in which `cargo xtask test` names the host of a test, so that the test can leave to
-/// the other host what belongs there: `machine`, if there is a nested host as well, or `svm`, if
-/// tests run on the machine as well. Unset, nothing is left to another host.
+/// the other host what belongs there: `machine`, if there is a nested host as well, `svm`, if tests
+/// run on the machine as well, or `svm-alone`, if the machine has no KVM. Unset, nothing is left to
+/// another host.
 pub const HOST: &str = "UMBRA_TEST_HOST";
 
 /// The line about a skipped test: `SKIPPED: what: why`.

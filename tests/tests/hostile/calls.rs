@@ -120,7 +120,7 @@ fn wild_calls(mode: &str) {
 }
 
 fn unknown_calls() {
-    let rows: Vec<Row> = (16..22)
+    let rows: Vec<Row> = (17..23)
         .chain([0, 255, 0x8000_0000, 0xffff_ffff])
         .map(|number| [number, 1, 2, 3, 4])
         .collect();
@@ -203,7 +203,6 @@ fn a_flood_of_reports() {
     assert_eq!(run.findings.len(), 1000);
     assert!(run.stderr.len() < 4 << 20, "{} bytes", run.stderr.len());
     assert!(run.stderr.contains("99000 more of other kinds"), "{}", run.tail());
-    assert!(run.time.as_secs() < 20, "{:?}", run.time);
 }
 
 fn equal_reports_are_one() {

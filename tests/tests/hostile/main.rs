@@ -37,7 +37,7 @@ fn run(mut guest: Guest, args: &str) -> Run {
         .args(args)
         .collect();
     if !args.contains("--timeout") {
-        umbra = umbra.args("--timeout 30s");
+        umbra = umbra.args("--timeout 240s");
     }
     let run = umbra.run();
     run.assert_no_panic();
