@@ -9,6 +9,7 @@ mod smp;
 mod windows;
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use guest::{Guest, RAM};
 use umbra::machine::Kvm;
@@ -25,12 +26,16 @@ const OVERHEAD: u64 = 32 << 20;
 /// Most bytes that a run with few findings prints.
 const OUTPUT: usize = 64 << 10;
 
+/// Longer than the time limit of any guest here.
+const PATIENCE: Duration = Duration::from_secs(300);
+
 /// Runs a guest with these arguments, and a time limit if they have none. Whatever the guest does,
 /// the program ends regularly, needs little memory, and passes no escape sequence of the guest to
 /// standard error.
 #[track_caller]
 fn run(mut guest: Guest, args: &str) -> Run {
     let mut umbra = Umbra::new(PROGRAM, "run")
+        .patience(PATIENCE)
         .file(&guest.elf())
         .arg("--memory")
         .arg(RAM.to_string())
