@@ -63,10 +63,10 @@ impl Need {
         if host_is("svm") { Self::Elsewhere } else { Self::There }
     }
 
-    /// A CPU that is not emulated, for programs that give up after some seconds. Where the nested
-    /// host alone has KVM, there is none for tests with guests.
+    /// A CPU that is not emulated, for what would take an emulated one an hour, or gives up before.
+    /// Where the nested host alone has KVM, there is none for tests with guests.
     pub fn fast_cpu() -> Self {
-        let why = "it gives up on the nested host's emulated CPU after some seconds";
+        let why = "it takes too long on the nested host's emulated CPU";
         Self::machine().and(&Self::unless(host_is("svm-alone").then(|| why.to_owned())))
     }
 

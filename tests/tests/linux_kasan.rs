@@ -427,12 +427,12 @@ fn main() -> ExitCode {
     let missing = (!has_program("qemu-system-x86_64"))
         .then(|| "QEMU is not installed: qemu-system-x86".to_owned());
     let emulator =
-        umbra_tests::linux::need(BZIMAGE).and(&Need::unless(missing)).and(&Need::machine());
+        umbra_tests::linux::need(BZIMAGE).and(&Need::unless(missing)).and(&Need::fast_cpu());
     suite.add("linux_kasan::boots_unchecked_under_qemu", &emulator, boots_unchecked_under_qemu);
     suite.add("linux_kasan::suite_under_qemu", &emulator, suite_under_qemu);
     suite.add("linux_kasan::suite_with_rings", &nested, suite_with_rings);
     // The compiler's code poisons the stack itself: each of these stores is an exit in sync mode.
-    let sync = need.and(&Need::machine());
+    let sync = need.and(&Need::fast_cpu());
     suite.add("linux_kasan::suite_in_sync_mode", &sync, suite_in_sync_mode);
     let vmalloc = umbra_tests::linux::need(VMALLOC);
     suite.add("linux_kasan::suite_with_virtual_memory", &vmalloc, suite_with_virtual_memory);
