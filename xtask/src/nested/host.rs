@@ -145,10 +145,14 @@ impl Host {
             "none",
             "-no-reboot",
         ]);
-        // A periodic tick. QEMU's SVM changes the CPU's pending interrupts without a lock and may
-        // lose one. The next tick brings it back; a timer that fires once has no next one.
-        let parameters = "console=ttyS0 quiet panic=-1 mitigations=off nohz=off highres=off";
-        command.args(["-append", parameters]);
+        let mut parameters = "console=ttyS0 quiet panic=-1 mitigations=off".to_owned();
+        if !job.icount {
+            // A periodic tick. QEMU's SVM changes the CPU's pending interrupts without a lock and
+            // may lose one. The next tick brings it back; a timer that fires once has no next one.
+            // With `-icount` all of it is done by one thread, and ticks would only cost.
+            parameters += " nohz=off highres=off";
+        }
+        command.args(["-append", &parameters]);
         command.args([OsStr::new("-kernel"), self.kernel.image.as_os_str()]);
         command.args([OsStr::new("-initrd"), initrd.as_os_str()]);
         command.args(["-serial".into(), option("file:", console, "")]);
