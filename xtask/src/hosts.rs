@@ -12,9 +12,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
+use crate::context::Context;
+use crate::demo;
 use crate::nested::{self, Ended, Host, Job};
 use crate::summary::Summary;
-use crate::{Context, demo};
 
 /// What names of tests on the nested host begin with.
 const PREFIX: &str = "svm::";

@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result};
 use super::initrd::Initrd;
 use super::packages::{self, Kernel, Program};
 use super::watch::{self, Ended, Output, Ports, Watch};
-use crate::Context;
+use crate::context::Context;
 use crate::process::{Command, TemporaryFolder};
 use crate::progress::Progress;
 
