@@ -28,7 +28,7 @@ fn run(cpus: u8, shadow: ShadowMode, notify: Notify, operations: u32) -> (RunRep
         cpus,
         shadow,
         notify,
-        timeout: Some(Duration::from_secs(120)),
+        timeout: Some(Duration::from_secs(600)),
         ..Config::default()
     };
     let console = Screen::default();
