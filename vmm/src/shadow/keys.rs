@@ -14,7 +14,9 @@ use umbra_shadow::{
     codes::{PAGE_SHIFT, VMALLOC_INVALID},
 };
 
-use super::windows::{Memslots, Notify, ShadowError, Windows};
+use super::error::ShadowError;
+use super::memslots::Memslots;
+use super::windows::{Notify, Windows};
 
 impl Windows {
     /// The key that `len` bytes (not 0) of virtual memory at `va` would get; none if there are not

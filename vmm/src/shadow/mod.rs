@@ -4,10 +4,12 @@
 //! its own for virtual memory.
 
 pub mod accounting;
+mod error;
 mod keys;
 pub mod layout;
 mod mapping;
 pub mod memory;
+mod memslots;
 pub mod model;
 pub mod pages;
 pub mod reclaim;
@@ -19,11 +21,11 @@ pub mod windows;
 mod tests;
 
 pub use accounting::{Figures, ProcessMemory};
+pub use error::ShadowError;
 pub use layout::{CHUNK_BYTES, Layout, LayoutError, Window};
 pub use memory::ShadowBacking;
+pub use memslots::{MemslotError, Memslots};
 pub use model::Model;
 pub use pages::page_map;
 pub use reclaim::reclaim_unused;
-pub use windows::{
-    FaultOutcome, MemslotError, Memslots, Mode, Notify, ShadowError, Windows, WindowsConfig,
-};
+pub use windows::{FaultOutcome, Mode, Notify, Windows, WindowsConfig};

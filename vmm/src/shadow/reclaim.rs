@@ -18,9 +18,10 @@ use umbra_shadow::{Shadow, codes::PAGE_SHIFT};
 
 use super::{
     accounting::count,
+    error::ShadowError,
     layout::{CHUNK_BYTES, CHUNK_COVERS},
     mapping::HOST_PAGE,
-    windows::{ShadowError, Windows},
+    windows::Windows,
 };
 
 // The module's description and `ShadowBacking::shadow_page_in_use` rely on this.

@@ -10,8 +10,10 @@ use umbra_shadow::{
 };
 
 use super::{
+    error::ShadowError,
     layout::CHUNK_COVERS,
-    windows::{Memslots, ShadowError, WindowOffset, Windows},
+    memslots::Memslots,
+    windows::{WindowOffset, Windows},
 };
 
 impl Windows {

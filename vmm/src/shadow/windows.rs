@@ -1,17 +1,19 @@
 //! The windows through which a guest sees its shadow, and the policy of what backs them.
 
-use std::{io, ops::Range};
+use std::ops::Range;
 
 use umbra_shadow::{
-    RangeError, Shadow, ShadowMemory,
+    Shadow, ShadowMemory,
     codes::{self, GRANULE_SHIFT, PAGE_SHIFT, PAGE_SIZE, PAGE_VALID, POISON_MIN},
 };
 
 use super::{
     accounting::{Accounting, Figures, count},
-    layout::{CHUNK_BYTES, CHUNK_COVERS, Layout, LayoutError, Window},
+    error::ShadowError,
+    layout::{CHUNK_BYTES, CHUNK_COVERS, Layout, Window},
     mapping::Mapping,
     memory::ShadowBacking,
+    memslots::Memslots,
     model::Model,
     stack_pages::StackPages,
 };
@@ -46,122 +48,6 @@ pub struct WindowsConfig {
     /// The most byte shadow that may be mapped at a time, in bytes. Less than a chunk allows none.
     /// The default is [`Layout::default_limit`], which only virtual memory can reach.
     pub limit: Option<u64>,
-}
-
-/// The memslots of a virtual machine.
-pub trait Memslots {
-    /// Shows `len` bytes of host memory at `host` to the guest at `gpa`. Returns a handle for
-    /// [`Self::unmap`].
-    ///
-    /// The memory stays valid as long as the [`Windows`] that pass it exist. An implementation must
-    /// not let the guest run on it for longer.
-    ///
-    /// # Errors
-    /// There are no more memslots, or the kernel refuses.
-    fn map(
-        &mut self,
-        gpa: u64,
-        host: *mut u8,
-        len: u64,
-        readonly: bool,
-    ) -> Result<u32, MemslotError>;
-
-    /// Removes a memslot. When it returns, no vCPU can reach the memory any more.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    fn unmap(&mut self, memslot: u32) -> Result<(), MemslotError>;
-}
-
-/// A memslot could not be changed.
-#[derive(Debug, thiserror::Error)]
-pub enum MemslotError {
-    /// The host allows no more of them.
-    #[error("the host allows no more than {0} memslots")]
-    Exhausted(u32),
-    /// The kernel refused.
-    #[error("the kernel refused the memslot")]
-    Kernel(#[source] io::Error),
-}
-
-/// Why shadow could not be provided or accessed.
-#[derive(Debug, thiserror::Error)]
-pub enum ShadowError {
-    /// No windows for such memory.
-    #[error(transparent)]
-    Layout(#[from] LayoutError),
-    /// The ranges of RAM are not in order, or not page-aligned.
-    #[error("guest memory range {start:#x}..{end:#x} is empty, misaligned or out of order")]
-    Ram {
-        /// Guest-physical start.
-        start: u64,
-        /// Guest-physical end.
-        end: u64,
-    },
-    /// The host did not give the address space or the memory.
-    #[error("cannot reserve {bytes} bytes for shadow memory")]
-    Reserve {
-        /// Requested bytes.
-        bytes: u64,
-        /// Why not.
-        #[source]
-        source: io::Error,
-    },
-    /// More byte shadow is needed than is allowed.
-    #[error("byte shadow needs {needed} bytes, over the limit of {limit}")]
-    Limit {
-        /// The limit, in bytes.
-        limit: u64,
-        /// What would be mapped, in bytes.
-        needed: u64,
-    },
-    /// The access does not lie inside one window.
-    #[error("access of {len} bytes at guest-physical {gpa:#x} is not inside a shadow window")]
-    OutsideWindow {
-        /// Guest-physical address.
-        gpa: u64,
-        /// Bytes.
-        len: u64,
-    },
-    /// The access lies in a chunk that is not mapped.
-    #[error("shadow at guest-physical {gpa:#x} is not mapped")]
-    Unmapped {
-        /// Guest-physical address.
-        gpa: u64,
-    },
-    /// The windows are read-only for the guest.
-    #[error("store to shadow at guest-physical {gpa:#x}, which is read-only")]
-    ReadOnly {
-        /// Guest-physical address.
-        gpa: u64,
-    },
-    /// The model refuses the change.
-    #[error(transparent)]
-    Range(#[from] RangeError),
-    /// A memslot could not be changed.
-    #[error("cannot change the memslot of the shadow at guest-physical {gpa:#x}")]
-    Memslot {
-        /// Guest-physical address.
-        gpa: u64,
-        /// Why not.
-        #[source]
-        source: MemslotError,
-    },
-    /// The kernel refused something else.
-    #[error("cannot {what}")]
-    Host {
-        /// What was tried.
-        what: &'static str,
-        /// Why it failed.
-        #[source]
-        source: io::Error,
-    },
-}
-
-impl ShadowError {
-    pub(super) fn host(what: &'static str) -> impl Fn(io::Error) -> Self {
-        move |source| Self::Host { what, source }
-    }
 }
 
 /// Result of a guest's access to a window.
