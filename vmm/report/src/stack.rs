@@ -157,7 +157,7 @@ fn interrupted(
 }
 
 /// Whether an address is in a frame of the stack with this stack pointer and frame pointer, or of
-/// one that it interrupted. At most [`SEARCHED`] frames are looked at. The variables of a function
+/// one that it interrupted. At most 256 frames are looked at. The variables of a function
 /// lie below its frame pointer.
 pub fn holds(read: &mut dyn FnMut(u64) -> Option<u64>, rsp: u64, rbp: u64, address: u64) -> bool {
     let (mut low, mut frame) = (rsp, rbp);
