@@ -336,7 +336,12 @@ uint64_t umbra_violations(void);
 
 /* ---- Stacks and names ------------------------------------------------------------------------ */
 
-/* A thread gets a stack, or gives it back. Page-aligned, in a region. */
+/*
+ * A thread gets a stack: page-aligned, in a region. When the thread has ended and nothing runs on
+ * its stack any more, umbra_stack_free() makes the stack inaccessible. umbra_alloc(),
+ * umbra_stack_alloc() and umbra_unpoison() make it accessible again, and it may be freed by
+ * umbra_free().
+ */
 void umbra_stack_alloc(uint64_t start, uint64_t bytes);
 void umbra_stack_free(uint64_t start, uint64_t bytes);
 
@@ -360,6 +365,15 @@ bool umbra_page_fault(struct umbra_trap *trap);
  * UMBRA_STACK_GUARD. `trap` holds the registers at the fault, where the stack of the report begins.
  */
 void umbra_report(uint64_t address, uint64_t bytes, bool write, const struct umbra_trap *trap);
+
+/*
+ * Ready entry points for interrupt gates of 64-bit kernel code, not to be called. The first handles
+ * page faults as umbra_page_fault() does, and ends the guest at any other. The second, for a
+ * double fault, needs a stack of its own (an IST entry); it reports the bad access that led to the
+ * fault, if a check made it, and ends the guest.
+ */
+void umbra_page_fault_entry(void);
+void umbra_double_fault_entry(void);
 
 /*
  * End the guest: done (0 is success), panicked, stopped by a CPU exception. Only if

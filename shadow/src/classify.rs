@@ -5,8 +5,8 @@ use core::fmt;
 use crate::abi::Access;
 use crate::codes::{
     ALLOCA_LEFT, ALLOCA_RIGHT, FREE_PAGE, GLOBAL_REDZONE, GRANULE, LARGE_REDZONE, PAGE_SIZE,
-    SLAB_FREE, SLAB_FREE_TRACK, SLAB_REDZONE, STACK_LEFT, STACK_MID, STACK_PARTIAL, STACK_RIGHT,
-    USE_AFTER_SCOPE,
+    SLAB_FREE, SLAB_FREE_TRACK, SLAB_REDZONE, STACK_AFTER_RETURN, STACK_LEFT, STACK_MID,
+    STACK_PARTIAL, STACK_RIGHT, USE_AFTER_SCOPE,
 };
 use crate::model::Shadow;
 use crate::span::contains;
@@ -22,7 +22,7 @@ pub enum BugKind {
     SlabOutOfBounds,
     /// In a freed slab object.
     SlabUseAfterFree,
-    /// In a freed page.
+    /// In a freed page, or on the stack of a thread that has ended.
     UseAfterFree,
     /// Beside a global variable.
     GlobalOutOfBounds,
@@ -91,7 +91,7 @@ impl BugKind {
             0..=7 => Self::OutOfBounds,
             LARGE_REDZONE | SLAB_REDZONE => Self::SlabOutOfBounds,
             SLAB_FREE | SLAB_FREE_TRACK => Self::SlabUseAfterFree,
-            FREE_PAGE => Self::UseAfterFree,
+            FREE_PAGE | STACK_AFTER_RETURN => Self::UseAfterFree,
             GLOBAL_REDZONE => Self::GlobalOutOfBounds,
             STACK_LEFT | STACK_MID | STACK_RIGHT | STACK_PARTIAL => Self::StackOutOfBounds,
             ALLOCA_LEFT | ALLOCA_RIGHT => Self::AllocaOutOfBounds,

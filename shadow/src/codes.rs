@@ -57,7 +57,8 @@ pub const STACK_MID: u8 = 0xF2;
 pub const STACK_RIGHT: u8 = 0xF3;
 /// Partial redzone of a stack variable (older compilers).
 pub const STACK_PARTIAL: u8 = 0xF4;
-/// A frame whose function has returned (from compilers that keep such frames; kernels have none).
+/// The stack of a thread that has ended. (ASan has this code for a frame whose function has
+/// returned, which compilers do not use in kernels.)
 pub const STACK_AFTER_RETURN: u8 = 0xF5;
 /// Redzone left of an `alloca` region.
 pub const ALLOCA_LEFT: u8 = 0xCA;

@@ -166,6 +166,7 @@ fn the_linux_patches_have_these_constants() {
         ("UMBRA_NAME", number(CallNumber::Name)),
         ("UMBRA_GLOBALS", number(CallNumber::Globals)),
         ("UMBRA_VIRTUAL_ADD", number(CallNumber::VirtualAdd)),
+        ("UMBRA_MODULE", number(CallNumber::Module)),
         ("UMBRA_FREE_PAGES_UNUSED", GuestFlags::FREE_PAGES_UNUSED.bits()),
         ("UMBRA_QUARANTINE_UNUSED", GuestFlags::QUARANTINE_UNUSED.bits()),
         ("UMBRA_MEMORY_AS_BEFORE", MemoryUse::Unchanged.into()),
@@ -180,6 +181,7 @@ fn the_linux_patches_have_these_constants() {
         ("UMBRA_RECORD_ALLOCATED", u8::from(RecordKind::Allocated).into()),
         ("UMBRA_RECORD_FREED", u8::from(RecordKind::Freed).into()),
         ("UMBRA_RECORD_CACHE", u8::from(RecordKind::Cache).into()),
+        ("UMBRA_RECORD_TASK", u8::from(RecordKind::Task).into()),
         ("UMBRA_RECORD_FRAMES", RECORD_FRAMES as u64),
         ("UMBRA_REDZONE_ADAPTIVE", Redzone::Adaptive.to_register().into()),
     ];

@@ -17,8 +17,12 @@ pub fn kernel(name: &str) -> PathBuf {
 
 /// Needs KVM and a kernel.
 pub fn need(name: &str) -> Need {
+    let command = match name.split('/').next() {
+        Some("acpi" | "umbra-vmalloc") => "cargo xtask test --all",
+        _ => "cargo xtask linux",
+    };
     let missing = (!kernel(name).exists())
-        .then(|| format!("there is no target/linux/{name}: `cargo xtask linux`"));
+        .then(|| format!("there is no target/linux/{name}: `{command}` builds it"));
     Need::kvm().and(&Need::unless(missing))
 }
 

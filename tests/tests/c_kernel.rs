@@ -122,14 +122,16 @@ fn told_in_c(run: &Run) {
         let scenario = finding.frames.iter().filter(frame).filter_map(|f| f.symbol.as_deref());
         // Most scenarios misbehave in their own function, others in one that they call.
         assert!(scenario.into_iter().any(|symbol| symbol == finding.task.name), "{text}");
-        assert!(finding.notes.is_empty(), "{text}");
+        // The VMM sees that free only in the records of a ring.
+        let later = finding.task.name == "header_invalid_free";
+        assert!(finding.notes.is_empty() || later, "{text}");
         if finding.kind == "global-out-of-bounds" {
             let variable =
                 finding.variable.as_ref().unwrap_or_else(|| panic!("which variable?\n{text}"));
             let file = variable.file.as_deref().unwrap_or_default();
-            assert!(file == "guest/c/kernel/stack.c" && variable.line > Some(0), "{text}");
+            assert!(file.starts_with("guest/c/kernel/") && variable.line > Some(0), "{text}");
             assert!(
-                variable.name.starts_with("global_") && [10, 13].contains(&variable.size),
+                variable.name.starts_with("global_") && [10, 13, 4000].contains(&variable.size),
                 "{text}"
             );
         }

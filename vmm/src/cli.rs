@@ -14,10 +14,10 @@ use umbra_machine::layout;
 use umbra_machine::loader::Protocol;
 use umbra_provenance::QuarantineSize;
 use umbra_report::text::{self, TextStyle};
-use umbra_report::{Names, html};
+use umbra_report::{CpuState, Names, html};
 
 use crate::demo;
-use crate::print::{FindingPrinter, say, size, stderr_color};
+use crate::print::{FindingPrinter, in_full, say, size, stderr_color};
 use crate::sandbox::{
     self, Config, Console, GuestFile, Outcome, Redzone, RunError, RunReport, ShadowMode,
 };
@@ -85,6 +85,10 @@ struct Run {
     /// Write an HTML page about the run, when it has ended.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+    /// Look in this folder, and below it, for the `.ko` files of the kernel's modules: their source
+    /// lines are in reports.
+    #[arg(long, value_name = "DIR")]
+    modules: Option<PathBuf>,
     /// Continue after findings.
     #[arg(long, conflicts_with = "stop_at")]
     keep_going: bool,
@@ -113,9 +117,16 @@ struct Demo {
     list: bool,
     #[command(flatten)]
     guest: Guest,
-    /// Do not print the findings themselves.
-    #[arg(long, short)]
+    /// Print no findings. Without this option the first one is printed, or all of the named
+    /// scenarios.
+    #[arg(long, short, conflicts_with = "verbose")]
     quiet: bool,
+    /// Print all findings, and the guest's console.
+    #[arg(long, short)]
+    verbose: bool,
+    /// Write all findings to a folder: as text, as JSON, and an HTML page about the run.
+    #[arg(long, value_name = "DIR", conflicts_with = "list")]
+    out: Option<PathBuf>,
     /// Write an HTML page about the run.
     #[arg(long, value_name = "FILE", conflicts_with = "list")]
     html: Option<PathBuf>,
@@ -289,6 +300,9 @@ fn page(path: Option<&Path>) -> Result<Option<html::Target>> {
 fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
     let kernel = GuestFile::open("kernel", &args.kernel)?;
     let initrd = args.initrd.as_deref().map(|path| GuestFile::open("initrd", path)).transpose()?;
+    if let Some(folder) = args.modules.as_deref() {
+        std::fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
+    }
     let page = page(args.html.as_deref())?;
     let is_dash =
         |path: &Option<PathBuf>| path.as_ref().is_some_and(|path| path.as_os_str() == "-");
@@ -313,6 +327,7 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
         count_instructions: stats.is_some() || page.is_some(),
         picture: page.is_some(),
         marks: args.mark.clone(),
+        modules: args.modules.clone(),
         initrd,
         boot: match args.boot {
             Boot::Auto => Protocol::Auto,
@@ -330,6 +345,7 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
     let report = report?;
     // If standard error is closed, the output is lost.
     let _ = text::write_repeats(&mut io::stderr().lock(), &report.findings, style);
+    print_cpus(&report.cpus, style);
     say(format_args!("{}", summary(&report)));
     if let Some(mut stats) = stats {
         serde_json::to_writer_pretty(&mut stats, &report.stats)?;
@@ -346,6 +362,20 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
         target.write(|out| html::write(out, &page)).context("cannot write --html")?;
     }
     Ok(report.status())
+}
+
+/// Most CPUs whose state is printed.
+const CPUS_SHOWN: usize = 8;
+
+/// Prints the state of the CPUs to standard error. If that is closed, it is lost.
+fn print_cpus(cpus: &[CpuState], style: TextStyle) {
+    let mut out = io::stderr().lock();
+    for cpu in cpus.iter().take(CPUS_SHOWN) {
+        let _ = cpu.write(&mut out, style);
+    }
+    if cpus.len() > CPUS_SHOWN {
+        let _ = writeln!(out, "The other {} CPUs are not shown", cpus.len() - CPUS_SHOWN);
+    }
 }
 
 /// The option that would let a run continue, for a message.
@@ -391,9 +421,17 @@ fn demo(args: &Demo, stop: &AtomicBool) -> Result<u8> {
         chosen.retain(|scenario| scenario.expected.is_empty());
     }
     let page = page(args.html.as_deref())?;
-    let config =
-        Config { picture: page.is_some(), ..args.guest.config(kernel.into(), String::new()) };
-    demo::run(&config, &chosen, args.quiet, page, stop)
+    let folder = args.out.as_deref().map(demo::Folder::new).transpose()?;
+    let shown = match (args.quiet, args.verbose || !args.scenarios.is_empty()) {
+        (true, _) => demo::Shown::None,
+        (false, true) => demo::Shown::All,
+        (false, false) => demo::Shown::First,
+    };
+    let config = Config {
+        picture: page.is_some() || folder.is_some(),
+        ..args.guest.config(kernel.into(), String::new())
+    };
+    demo::run(&config, &chosen, demo::Outputs { shown, page, folder }, stop)
 }
 
 /// Restores the terminal when a signal ends the process, or ends the run.
@@ -443,12 +481,12 @@ pub fn main() -> ExitCode {
             Some(RunError::Abandoned(outcome)) => {
                 // Nobody may be reading standard error, so another thread prints the error.
                 let status = outcome.status(false);
-                std::thread::spawn(move || say(format_args!("{error:#}")));
+                std::thread::spawn(move || say(format_args!("{}", in_full(&error))));
                 std::thread::sleep(Duration::from_millis(200));
                 status.into()
             }
             _ => {
-                say(format_args!("{error:#}"));
+                say(format_args!("{}", in_full(&error)));
                 USAGE.into()
             }
         },

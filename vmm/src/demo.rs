@@ -2,16 +2,19 @@
 //! verdict, and compares the cost of the shadow with a full one.
 
 use std::fmt::Write as _;
+use std::fs::{self, File};
 use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use umbra_report::{Names, html};
+use umbra_report::text::{self, TextStyle};
+use umbra_report::{Finding, Names, html, json};
 
 use crate::kernel::{Expected, Scenario};
 use crate::print::{FindingPrinter, say, size};
-use crate::sandbox::{Config, RunReport, ShadowMode};
+use crate::sandbox::{Config, Observer, RunReport, ShadowMode};
 use crate::verdicts::{self, Verdict, config_for};
 
 /// The expected findings of a scenario, in words.
@@ -47,20 +50,97 @@ pub fn choose(scenarios: &[Scenario], names: &[String]) -> Result<Vec<Scenario>>
     Ok(scenarios.iter().filter(wanted).cloned().collect())
 }
 
+/// The findings that are printed in full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Shown {
+    /// None.
+    None,
+    /// The first one.
+    First,
+    /// All, and the guest's console.
+    All,
+}
+
+/// Where the demonstration writes.
+pub(crate) struct Outputs {
+    /// The findings on standard error.
+    pub shown: Shown,
+    /// An HTML page about the run.
+    pub page: Option<html::Target>,
+    /// A folder for all findings as text and as JSON, and for the page.
+    pub folder: Option<Folder>,
+}
+
+/// A folder with all that a run found.
+pub(crate) struct Folder {
+    path: PathBuf,
+    page: html::Target,
+    text: File,
+    json: File,
+}
+
+impl Folder {
+    /// Makes the folder, if it is not there, and opens its files.
+    ///
+    /// # Errors
+    /// It cannot be made, or a file in it cannot be written.
+    pub(crate) fn new(path: &Path) -> Result<Self> {
+        let all = || {
+            fs::create_dir_all(path)?;
+            Ok(Self {
+                path: path.to_owned(),
+                page: html::Target::new(&path.join("report.html"))?,
+                text: File::create(path.join("findings.txt"))?,
+                json: File::create(path.join("findings.json"))?,
+            })
+        };
+        let all: io::Result<Self> = all();
+        all.with_context(|| format!("cannot write to {}", path.display()))
+    }
+
+    /// Writes what a run found.
+    fn write(mut self, page: &html::Page, report: &RunReport) -> io::Result<PathBuf> {
+        for (finding, _) in report.findings.iter() {
+            text::write(&mut self.text, finding, TextStyle::default())?;
+            json::write(&mut self.json, finding)?;
+        }
+        self.page.write(|out| html::write(out, page))?;
+        Ok(self.path)
+    }
+}
+
+/// Prints the first finding.
+struct FirstFinding {
+    printer: FindingPrinter,
+    done: bool,
+}
+
+impl Observer for FirstFinding {
+    fn finding(&mut self, finding: &Finding) {
+        if !std::mem::replace(&mut self.done, true) {
+            self.printer.finding(finding);
+        }
+    }
+}
+
 /// Runs the demonstration and prints the verdicts. Returns the exit status: 0 when every
 /// scenario got its verdict.
 ///
 /// # Errors
-/// The run could not begin, or the page could not be written.
+/// The run could not begin, or an output could not be written.
 pub(crate) fn run(
     config: &Config,
     chosen: &[Scenario],
-    quiet: bool,
-    page: Option<html::Target>,
+    outputs: Outputs,
     stop: &AtomicBool,
 ) -> Result<u8> {
+    let printer = FindingPrinter::text(outputs.shown == Shown::None);
+    let observer: Box<dyn Observer> = match outputs.shown {
+        Shown::First => Box::new(FirstFinding { printer, done: false }),
+        Shown::None | Shown::All => Box::new(printer),
+    };
     let (verdicts, report) =
-        verdicts::run(config, chosen, !quiet, Box::new(FindingPrinter::text(quiet)), stop)?;
+        verdicts::run(config, chosen, outputs.shown == Shown::All, observer, stop)?;
     let width = verdicts.iter().map(|v| v.name.len()).max().unwrap_or(0);
     let mut table = String::new();
     for verdict in &verdicts {
@@ -76,7 +156,8 @@ pub(crate) fn run(
     let attributed: usize = verdicts.iter().map(|v| v.found.len()).sum();
     let stray = report.findings.distinct().saturating_sub(attributed);
     if stray > 0 {
-        writeln!(table, "{stray} finding(s) belong to no scenario that was chosen")?;
+        let belong = if stray == 1 { "finding belongs" } else { "findings belong" };
+        writeln!(table, "{stray} {belong} to no scenario that was chosen")?;
     }
     // If standard output is closed, the exit status still has the result.
     let _ = write!(
@@ -87,11 +168,16 @@ pub(crate) fn run(
         report.outcome
     );
     let mut good = verdicts.iter().all(Verdict::good) && stray == 0 && report.outcome.is_regular();
-    if let Some(target) = page {
-        write_page(target, &config_for(config, chosen), &verdicts, &report)?;
-    }
+    let folder = write_outputs(outputs, &config_for(config, chosen), &verdicts, &report)?;
     if config.shadow == ShadowMode::PerPage && good {
         good &= compare(config, chosen, &report, stop)?;
+    }
+    if let Some(folder) = folder {
+        let _ = writeln!(
+            io::stdout(),
+            "\nAll findings are in {}: findings.txt, findings.json, report.html",
+            folder.display()
+        );
     }
     let _ = io::stdout().flush();
     if good {
@@ -104,13 +190,13 @@ pub(crate) fn run(
     })
 }
 
-/// Writes the page about the run.
-fn write_page(
-    target: html::Target,
+/// Writes the page about the run, and the folder. Returns the folder.
+fn write_outputs(
+    outputs: Outputs,
     config: &Config,
     verdicts: &[Verdict],
     report: &RunReport,
-) -> Result<()> {
+) -> Result<Option<PathBuf>> {
     let row = |verdict: &Verdict| html::Verdict {
         name: verdict.name.clone(),
         expected: in_words(&verdict.expected),
@@ -128,7 +214,11 @@ fn write_page(
         names: Names::Demangled,
         verdicts: verdicts.iter().map(row).collect(),
     };
-    target.write(|out| html::write(out, &page)).context("cannot write --html")
+    if let Some(target) = outputs.page {
+        target.write(|out| html::write(out, &page)).context("cannot write --html")?;
+    }
+    let write = |folder: Folder| folder.write(&page, report).context("cannot write to --out");
+    outputs.folder.map(write).transpose()
 }
 
 /// Runs the same scenarios with a full shadow and prints the costs of both. Returns whether the

@@ -52,11 +52,41 @@ pub(crate) fn say(what: std::fmt::Arguments) {
     let _ = writeln!(io::stderr().lock(), "umbra: {what}");
 }
 
+/// An error with its causes. Some errors name their cause already; it is not repeated.
+pub(crate) fn in_full(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.ends_with(&cause) {
+            continue;
+        }
+        if !text.is_empty() {
+            text += ": ";
+        }
+        text += &cause;
+    }
+    text
+}
+
 /// Formats a size in a suitable unit.
 pub(crate) fn size(bytes: u64) -> String {
     match bytes {
         0..1024 => format!("{bytes} B"),
         1024..0x10_0000 => format!("{:.0} KiB", bytes as f64 / 1024.0),
         _ => format!("{:.1} MiB", bytes as f64 / 1_048_576.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_cause_is_told_twice() {
+        let cause = || io::Error::from(io::ErrorKind::NotFound);
+        let error = anyhow::Error::new(cause()).context(format!("cannot read x: {}", cause()));
+        assert_eq!(
+            in_full(&error.context("no kernel")),
+            "no kernel: cannot read x: entity not found"
+        );
     }
 }

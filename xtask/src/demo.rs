@@ -16,6 +16,7 @@ use crate::{nested, programs};
 pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
     let boots =
         !arguments.iter().any(|argument| ["--list", "--help", "-h"].contains(&argument.as_str()));
+    let arguments = &with_folder(context, arguments, boots);
     let problem = kvm_problem().filter(|_| boots);
     if let Some(problem) = &problem {
         context.progress.say(&format!("the demo runs in the nested host: {problem}"));
@@ -31,6 +32,17 @@ pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
     // cargo knows where the program is, whatever its target folder.
     let run = ["run", "--quiet"];
     context.cargo().args(run).args(UMBRA).args(["--", "demo"]).args(arguments).replace()
+}
+
+/// The arguments, with a folder for all findings if they name none.
+fn with_folder(context: &Context, arguments: &[String], boots: bool) -> Vec<String> {
+    let names_one = |argument: &String| argument == "--out" || argument.starts_with("--out=");
+    let mut all = arguments.to_vec();
+    if boots && !arguments.iter().any(names_one) {
+        let folder = context.root.join("target/demo");
+        all.extend(["--out".to_owned(), folder.to_string_lossy().into_owned()]);
+    }
+    all
 }
 
 /// The reason why guests cannot be booted on this machine, if any, and what to do about it.

@@ -62,7 +62,7 @@ fn run_all(context: &Context, selection: &Selection, checks: &mut Summary) -> Re
     guest::build(context)?;
     c_kernel::build(context)?;
     programs::build(context)?;
-    checks.notices = linux::build(context).notices;
+    checks.notices = linux::build(context, selection.all).notices;
     if selection.name.is_none() {
         format(context, checks)?;
         lints(context, checks)?;

@@ -184,6 +184,7 @@ pub extern "C" fn umbra_free(address: u64, start: u64, slot: u64, code: u8) -> b
 fn free_now(mode: Features, address: u64, start: u64, slot: u64, code: u8, fp: u64) -> bool {
     if mode.has(Features::RING)
         && address == start
+        && !stack::is_near(fp, start)
         && let Some(memory) = object::slot(mode, start, slot, code)
     {
         // SAFETY: the frame is the caller's.
@@ -234,6 +235,7 @@ pub extern "C" fn umbra_free_later(
     let owner = Owner { allocator, note };
     if mode.has(Features::RING)
         && address == start
+        && !stack::is_near(frame_pointer(), start)
         && let Some(memory) = object::slot(mode, start, slot, code)
     {
         let record = PackedRecord::quarantined(owner, slot as u32);
@@ -276,13 +278,17 @@ fn freed_slowly(
     if !mode.has(Features::SHADOW) {
         return true;
     }
-    if let Some(access) = bad_free(address, start) {
+    // SAFETY: the frame is the caller's.
+    if let Some(access) = unsafe { bad_free(address, start, fp) } {
         // SAFETY: the frame is the caller's.
         checks::report(address, 0, access, unsafe { return_address(fp) });
         return false;
     }
     if mode.has(Features::SYNC) {
         let due = ring::call(CallNumber::Freed, start, 0, owner, slot_register(slot, code));
+        if due == abi::FREE_REFUSED {
+            return false;
+        }
         // After an error the memory is not in the quarantine.
         let quarantined = owner != 0 && !host::is_error(due);
         if quarantined && due != 0 {
@@ -360,12 +366,20 @@ pub extern "C" fn umbra_redzone(object: u64) -> u64 {
     settings::redzone_of(object)
 }
 
-/// Classifies a free of `address`, where the allocator has an object that starts at `start`. `None`
-/// if it is good.
-fn bad_free(address: u64, start: u64) -> Option<Access> {
+/// Classifies a free of `address`, where the allocator has an object that starts at `start`. `fp` is
+/// the innermost frame. `None` if it is good, as far as the guest can tell.
+///
+/// # Safety
+/// As [`return_address`].
+unsafe fn bad_free(address: u64, start: u64, fp: u64) -> Option<Access> {
     match shadow::value(start) {
         _ if address != start => Some(Access::InvalidFree),
+        // An allocator that trusts a header before the memory takes a variable for an object.
+        // SAFETY: the caller's promise.
+        _ if unsafe { stack::holds(fp, start) } => Some(Access::InvalidFree),
         codes::FREE_PAGE | codes::SLAB_FREE | codes::SLAB_FREE_TRACK => Some(Access::DoubleFree),
+        // The stack of a thread that has ended goes back to its allocator.
+        codes::STACK_AFTER_RETURN => None,
         codes::POISON_MIN.. => Some(Access::InvalidFree),
         _ => None,
     }
@@ -389,10 +403,15 @@ pub extern "C" fn umbra_stack_alloc(start: u64, bytes: u64) {
     shadow::promote(start, bytes);
 }
 
-/// A thread's stack is freed. What its frames left poisoned becomes accessible again.
+/// A thread has ended, and nothing runs on its stack any more. The stack becomes inaccessible, until
+/// an allocator, another thread or [`umbra_unpoison`] makes it accessible again.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_stack_free(start: u64, bytes: u64) {
-    shadow::unpoison_for(start, bytes, MemoryUse::NotStack);
+    if state::mode().has(Features::SYNC) {
+        // Compiled code must not change this shadow any more.
+        shadow::unpoison_for(start, bytes, MemoryUse::NotStack);
+    }
+    shadow::poison(start, bytes, codes::STACK_AFTER_RETURN);
 }
 
 /// Names a cache whose objects have `object` bytes.

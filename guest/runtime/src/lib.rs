@@ -16,6 +16,7 @@ pub mod api;
 pub mod asan;
 pub mod checks;
 pub mod cpu;
+pub mod entries;
 pub mod host;
 pub mod memfn;
 pub mod object;

@@ -42,6 +42,41 @@ pub unsafe fn return_address(fp: u64) -> u64 {
 /// The most bytes between two neighbouring frames. A larger distance means a broken chain.
 const MAX_FRAME: u64 = 64 << 10;
 
+/// Bytes above a frame that [`is_near`] takes for stack.
+const NEAR: u64 = 16 << 10;
+
+/// Whether `address` may be on the stack whose frame at `fp` is the innermost one. [`holds`] knows.
+#[inline(always)]
+pub fn is_near(fp: u64, address: u64) -> bool {
+    address.wrapping_sub(fp) < NEAR
+}
+
+/// Most frames that [`holds`] follows.
+const SEARCHED: usize = 64;
+
+/// Whether `address` is in a frame of the stack whose frame at `fp` is the innermost one. Only
+/// addresses above `fp` count.
+///
+/// # Safety
+/// As [`return_address`].
+#[cold]
+#[inline(never)]
+pub unsafe fn holds(fp: u64, address: u64) -> bool {
+    let mut frame = fp;
+    for _ in 0..SEARCHED {
+        // SAFETY: the first is the caller's; the others follow at a short distance up the stack.
+        let next = unsafe { (frame as *const u64).read_volatile() };
+        if next <= frame || next - frame > MAX_FRAME || !next.is_multiple_of(8) {
+            return false;
+        }
+        if (frame..next).contains(&address) {
+            return true;
+        }
+        frame = next;
+    }
+    false
+}
+
 /// One step of [`walk`], from the frame number `$depth` at `$fp` to the one at `$next`.
 macro_rules! frame {
     ($depth:literal, $fp:literal, $next:literal, $deeper:literal) => {

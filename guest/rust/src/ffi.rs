@@ -40,6 +40,8 @@ unsafe extern "C" {
     pub fn umbra_violations() -> u64;
     pub fn umbra_report(address: u64, bytes: u64, write: bool, trap: &Trap);
     pub fn umbra_page_fault(trap: &mut Trap) -> bool;
+    pub fn umbra_page_fault_entry();
+    pub fn umbra_double_fault_entry();
     pub fn umbra_exit(code: u64) -> !;
     pub fn umbra_exit_panic() -> !;
     pub fn umbra_exit_fault(vector: u32, error: u32, rip: u64, address: u64) -> !;

@@ -177,7 +177,8 @@ safe_bindings! {
     violations = umbra_violations() -> u64;
     /// A thread gets a stack.
     stack_alloc = umbra_stack_alloc(start: u64, bytes: u64);
-    /// A thread's stack is freed.
+    /// A thread has ended, and nothing runs on its stack any more. The stack becomes inaccessible,
+    /// until it is allocated again, becomes a stack again, or is unpoisoned. It may be freed.
     stack_free = umbra_stack_free(start: u64, bytes: u64);
     /// Ends the guest, 0 for success. Needs Umbra underneath.
     exit = umbra_exit(code: u64) -> !;
@@ -229,4 +230,18 @@ pub fn suppressed<T>(work: impl FnOnce() -> T) -> T {
 pub unsafe fn page_fault(trap: &mut Trap) -> bool {
     // SAFETY: the caller's promise.
     unsafe { ffi::umbra_page_fault(trap) }
+}
+
+/// The address of a ready page-fault entry for an interrupt gate of 64-bit kernel code. It handles
+/// faults as [`page_fault`] does; any other page fault ends the guest ([`exit_fault`]).
+pub fn page_fault_entry() -> u64 {
+    ffi::umbra_page_fault_entry as *const () as u64
+}
+
+/// The address of a ready double-fault entry, for a gate with a stack of its own (an IST entry). It
+/// reports the bad access that led to the fault, if a check made it, and ends the guest
+/// ([`exit_fault`]). Without such an entry the guest triple-faults, and on AMD's CPUs nothing of
+/// what it was doing is left.
+pub fn double_fault_entry() -> u64 {
+    ffi::umbra_double_fault_entry as *const () as u64
 }

@@ -73,8 +73,38 @@ numbered! {
         Related = 15,
         /// Checks are on from here on. No arguments.
         Activate = 16,
+        /// A module of the kernel was loaded, or its symbols have moved. `rdi`: virtual address of a
+        /// [`ModuleInfo`]. The VMM reads it and the symbols during the call. What it knows of a
+        /// module stays after the module is gone, until another one takes its place.
+        Module = 17,
     }
 }
+
+/// A module of the kernel, for [`CallNumber::Module`].
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct ModuleInfo {
+    /// Its name, filled up with zeros.
+    pub name: [u8; MODULE_NAME_MAX],
+    /// Virtual start and bytes of the memory that it keeps.
+    pub core: [u64; 2],
+    /// The same of the memory that it gives back after its start.
+    pub init: [u64; 2],
+    /// Virtual address of its ELF symbols (`Elf64_Sym`), whose values are virtual addresses.
+    pub symbols: u64,
+    /// How many there are. The VMM reads at most [`MODULE_SYMBOLS_MAX`].
+    pub count: u64,
+    /// Virtual address of their names.
+    pub strings: u64,
+}
+
+/// Bytes of a module's name in [`ModuleInfo`].
+pub const MODULE_NAME_MAX: usize = 56;
+/// Most symbols of a module that the VMM reads.
+pub const MODULE_SYMBOLS_MAX: u64 = 1 << 14;
+/// Bytes of a [`ModuleInfo`].
+pub const MODULE_INFO_BYTES: u64 = 112;
+const _: () = assert!(size_of::<ModuleInfo>() as u64 == MODULE_INFO_BYTES);
 
 /// The unit of keys of virtual ranges: the memory that one page of page shadow describes.
 pub const VIRTUAL_UNIT: u64 = PAGE_SIZE << PAGE_SHIFT;
@@ -83,6 +113,10 @@ pub const VIRTUAL_UNIT: u64 = PAGE_SIZE << PAGE_SHIFT;
 pub const ERR_MIN: u64 = -4095i64 as u64;
 /// No such call.
 pub const ERR_CALL: u64 = -1i64 as u64;
+/// The result of [`CallNumber::Freed`] for an address inside of a live object: nothing was changed,
+/// and the allocator must not take the memory back.
+pub const FREE_REFUSED: u64 = 2;
+
 /// An argument is out of range, misaligned, or not in an added region.
 pub const ERR_ARGUMENT: u64 = -2i64 as u64;
 /// Guest and host have different versions of the ABI.

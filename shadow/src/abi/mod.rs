@@ -107,7 +107,8 @@ mod ring;
 
 pub use calls::{
     Access, Actor, CallNumber, ERR_ARGUMENT, ERR_CALL, ERR_LIMIT, ERR_MIN, ERR_MODE, ERR_VERSION,
-    ExitReason, GLOBAL_BYTES, GLOBALS_MAX, Global, MemoryUse, NAME_MAX, NameKind, Owner,
+    ExitReason, FREE_REFUSED, GLOBAL_BYTES, GLOBALS_MAX, Global, MODULE_INFO_BYTES,
+    MODULE_NAME_MAX, MODULE_SYMBOLS_MAX, MemoryUse, ModuleInfo, NAME_MAX, NameKind, Owner,
     RELEASED_BYTES, RELEASED_MAX, Released, Slot, VIRTUAL_UNIT,
 };
 pub use discovery::{

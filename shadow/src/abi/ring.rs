@@ -59,6 +59,8 @@ numbered! {
         /// The name of a cache, as [`CallNumber::Name`](super::CallNumber::Name) gives it, without
         /// a call. Sizes: bytes of one object.
         Cache = 5,
+        /// The name of the record's task.
+        Task = 6,
     }
 }
 
@@ -179,6 +181,11 @@ pub enum RecordBody {
         /// Its name.
         name: RecordName,
     },
+    /// The name of the record's task.
+    Task {
+        /// The name.
+        name: RecordName,
+    },
 }
 
 impl RecordBody {
@@ -188,7 +195,7 @@ impl RecordBody {
             Self::Allocated { stack, .. }
             | Self::Freed { stack, .. }
             | Self::Related { stack, .. } => Some(stack),
-            Self::Cache { .. } => None,
+            Self::Cache { .. } | Self::Task { .. } => None,
         }
     }
 }
@@ -276,15 +283,8 @@ impl Record {
                 stack: stack(),
             },
             RecordKind::Related => RecordBody::Related { address, stack: stack() },
-            RecordKind::Cache => {
-                if usize::from(count) > RECORD_NAME_MAX {
-                    return Err(BadRecord::NameLength(count));
-                }
-                let mut name = [0; RECORD_NAME_MAX];
-                name.copy_from_slice(&bytes[24..]);
-                let name = RecordName { bytes: name, len: count };
-                RecordBody::Cache { id: low, object: sizes, name }
-            }
+            RecordKind::Cache => RecordBody::Cache { id: low, object: sizes, name: name(bytes)? },
+            RecordKind::Task => RecordBody::Task { name: name(bytes)? },
         };
         Ok(Self { task: word(bytes, 4), body })
     }
@@ -295,6 +295,17 @@ impl Record {
     pub fn sequence(bytes: &[u8; RECORD_BYTES as usize]) -> u32 {
         word(bytes, 20)
     }
+}
+
+/// The name in a record.
+fn name(bytes: &[u8; RECORD_BYTES as usize]) -> Result<RecordName, BadRecord> {
+    let len = bytes[1];
+    if usize::from(len) > RECORD_NAME_MAX {
+        return Err(BadRecord::NameLength(len));
+    }
+    let mut name = [0; RECORD_NAME_MAX];
+    name.copy_from_slice(&bytes[24..]);
+    Ok(RecordName { bytes: name, len })
 }
 
 fn word(bytes: &[u8; RECORD_BYTES as usize], at: usize) -> u32 {
@@ -335,7 +346,7 @@ mod tests {
             RecordBody::Allocated { address, .. }
             | RecordBody::Freed { address, .. }
             | RecordBody::Related { address, .. } => address,
-            RecordBody::Cache { .. } => panic!("not what was written"),
+            RecordBody::Cache { .. } | RecordBody::Task { .. } => panic!("not what was written"),
         };
         assert_eq!(address, 0xffff_8000_0012_3450);
         let expected = (0..depth.min(RECORD_FRAMES as u64)).map(|i| match i {
@@ -378,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cache_has_a_name_of_at_most_40_bytes() {
+    fn names_have_at_most_40_bytes() {
         let mut bytes = [b'x'; RECORD_BYTES as usize];
         bytes[0] = RecordKind::Cache.into();
         bytes[2..4].copy_from_slice(&9u16.to_le_bytes());
@@ -394,6 +405,13 @@ mod tests {
         }
         bytes[1] = 41;
         assert_eq!(Record::decode(&bytes), Err(BadRecord::NameLength(41)));
+
+        bytes[0] = RecordKind::Task.into();
+        assert_eq!(Record::decode(&bytes), Err(BadRecord::NameLength(41)));
+        bytes[1] = 3;
+        let record = Record::decode(&bytes).expect("a name");
+        let RecordBody::Task { name } = record.body else { panic!("not a task's name") };
+        assert_eq!((record.task, name.as_bytes()), (0x7878_7878, &b"xxx"[..]));
     }
 
     #[test]

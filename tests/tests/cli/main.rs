@@ -109,6 +109,15 @@ fn demo_statuses() {
     let text = String::from_utf8_lossy(&run.stdout).into_owned();
     assert!(text.contains("kmalloc_uaf  ok") && text.contains("full"), "{text}");
     assert!(run.stderr.contains("BUG: KASAN: slab-use-after-free in "), "{}", run.stderr);
+    let folder = tempfile::tempdir().expect("a folder");
+    let out = folder.path().join("new/folder");
+    let run = demo(&format!("kmalloc_uaf kmalloc_oob_right --out {}", out.display()));
+    run.expect(0);
+    assert!(String::from_utf8_lossy(&run.stdout).contains("report.html"));
+    let read = |file: &str| std::fs::read_to_string(out.join(file)).expect("it was written");
+    assert_eq!(read("findings.txt").matches("BUG: KASAN: ").count(), 4);
+    assert_eq!(read("findings.json").lines().count(), 4);
+    assert!(read("report.html").contains("4 findings"));
     let run = demo("kmalloc_uaf --quiet");
     run.expect(0);
     assert!(!run.stderr.contains("BUG"), "{}", run.stderr);

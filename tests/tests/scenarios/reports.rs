@@ -46,6 +46,11 @@ pub fn findings_are_symbolized() {
                 finding.stack_frame.as_ref().unwrap_or_else(|| panic!("which frame?\n{text}"));
             assert!(frame.current && frame.variables.iter().any(|v| v.name == "array"), "{text}");
         }
+        if finding.task.name == "other_stack_oob" {
+            let frame =
+                finding.stack_frame.as_ref().unwrap_or_else(|| panic!("which frame?\n{text}"));
+            assert!(!frame.current && text.contains("the stack of another task"), "{text}");
+        }
         if finding.kind == "slab-use-after-free" || finding.kind == "double-free" {
             let freed = finding.freed.as_ref().unwrap_or_else(|| panic!("who freed it?\n{text}"));
             let by =

@@ -34,6 +34,33 @@ pub struct RefusedRecords {
     pub queue_full: u64,
 }
 
+/// A free of an address inside of a live object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InvalidFree {
+    /// The address that was freed.
+    pub address: u64,
+    /// Its key.
+    pub key: u64,
+    /// The CPU that did it.
+    pub cpu: u16,
+    /// The task that did it.
+    pub task: u32,
+    /// Return addresses, innermost first.
+    pub frames: Vec<u64>,
+}
+
+/// The outcome of a drain, beside the records that were taken in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Drained {
+    /// Records that were refused.
+    pub refused: RefusedRecords,
+    /// Frees that were certainly wrong, at most [`INVALID_FREES`].
+    pub invalid_frees: Vec<InvalidFree>,
+}
+
+/// Most invalid frees that one drain reports. More are only counted, as unknown frees.
+pub const INVALID_FREES: usize = 16;
+
 /// Why a record is refused.
 enum RecordError {
     Senseless,
@@ -138,42 +165,41 @@ impl Provenance {
     }
 
     /// Drains all rings; see [`Rings::drain`]. If a CPU asked for it, all its events are complete,
-    /// since a CPU records and poisons with interrupts off. Returns how many records were refused.
-    pub fn drain(
-        &mut self,
-        by: DrainBy,
-        memory: &dyn RingMemory,
-        key_of: KeyOf<'_>,
-    ) -> RefusedRecords {
+    /// since a CPU records and poisons with interrupts off.
+    pub fn drain(&mut self, by: DrainBy, memory: &dyn RingMemory, key_of: KeyOf<'_>) -> Drained {
         if let DrainBy::Cpu(cpu) = by {
             self.quarantine.complete_in_flight(cpu);
         }
         // The records change all other fields.
         let mut rings = std::mem::take(&mut self.rings);
-        let mut refused = RefusedRecords::default();
+        let mut drained = Drained::default();
         self.counts.ring_drains += u64::from(!rings.is_empty());
         rings.drain(by, memory, |record, last| {
             let in_flight = last && by != DrainBy::Cpu(record.cpu);
             match self.take_in(record, in_flight, key_of) {
-                Ok(()) => {}
-                Err(RecordError::Senseless) => refused.senseless += 1,
-                Err(RecordError::QueueFull) => refused.queue_full += 1,
+                Ok(None) => {}
+                Ok(Some(free)) if drained.invalid_frees.len() < INVALID_FREES => {
+                    drained.invalid_frees.push(free);
+                }
+                Ok(Some(_)) => {}
+                Err(RecordError::Senseless) => drained.refused.senseless += 1,
+                Err(RecordError::QueueFull) => drained.refused.queue_full += 1,
             }
         });
         self.rings = rings;
-        refused
+        drained
     }
 
-    /// Applies a record.
+    /// Applies a record. Returns the free that it is, if that is certainly wrong.
     fn take_in(
         &mut self,
         record: &RingRecord,
         in_flight: bool,
         key_of: KeyOf<'_>,
-    ) -> Result<(), RecordError> {
+    ) -> Result<Option<InvalidFree>, RecordError> {
         let key_of = |address, bytes| key_of(address, bytes).ok_or(RecordError::Senseless);
         let frames = record.frames.get(..record.depth).unwrap_or_default();
-        let mut waits = None;
+        let (mut waits, mut invalid) = (None, None);
         let Record { task, body } = record.record.map_err(|_| RecordError::Senseless)?;
         match body {
             RecordBody::Allocated { address, bytes, slot, cache, .. } => {
@@ -183,8 +209,14 @@ impl Provenance {
             }
             RecordBody::Freed { address, slot, owner, .. } => {
                 let key = key_of(address, u64::from(slot).max(1))?;
+                if self.objects.is_invalid_free(key) {
+                    // The quarantine must not give it to an allocator: it is no slot.
+                    let (cpu, frames) = (record.cpu, frames.to_vec());
+                    invalid = Some(InvalidFree { address, key, cpu, task, frames });
+                } else {
+                    waits = owner.map(|owner| Released::new(address, slot, owner));
+                }
                 self.freed(key, task, frames);
-                waits = owner.map(|owner| Released::new(address, slot, owner));
             }
             RecordBody::Related { address, .. } => {
                 self.related(key_of(address, 1)?, task, frames);
@@ -192,9 +224,10 @@ impl Provenance {
             RecordBody::Cache { id, object, name } => {
                 self.name_cache(id, name.as_bytes(), object.into());
             }
+            RecordBody::Task { name } => self.name_task(task, name.as_bytes()),
         }
         if self.quarantine.push_or_defer(record.cpu, waits, in_flight) {
-            Ok(())
+            Ok(invalid)
         } else {
             Err(RecordError::QueueFull)
         }
@@ -234,23 +267,66 @@ mod tests {
         let other = Released::new(0x2000, 0, OWNER);
         while provenance.quarantine_mut().push(other) {}
         assert_eq!(provenance.quarantine_mut().evict(1, true), [other]);
-        let refused = provenance.drain(DrainBy::Cpu(0), &ram, &|va, _| Some(va));
-        assert_eq!(refused, RefusedRecords { senseless: 0, queue_full: 1 });
+        let drained = provenance.drain(DrainBy::Cpu(0), &ram, &|va, _| Some(va));
+        assert_eq!(drained.refused, RefusedRecords { senseless: 0, queue_full: 1 });
         // The events count all the same.
         assert_eq!((provenance.counts().allocations, provenance.counts().frees), (1, 3));
 
         let ram = with_records(&mut provenance, &records);
         assert!(ram.write(RING + 64, &[99]));
-        let refused = provenance.drain(DrainBy::Cpu(0), &ram, &|_, _| None);
-        assert_eq!(refused, RefusedRecords { senseless: 4, queue_full: 0 });
+        let drained = provenance.drain(DrainBy::Cpu(0), &ram, &|_, _| None);
+        assert_eq!(drained.refused, RefusedRecords { senseless: 4, queue_full: 0 });
+    }
+
+    #[test]
+    fn frees_inside_live_objects_are_invalid() {
+        let mut provenance = Provenance::new(Objects::default(), Quarantine::new(1 << 30, 1));
+        let mut live = |key, size| {
+            let new = Allocation { key, size, slot: size, cache: 0, task: 1 };
+            provenance.allocated(new, &[]);
+        };
+        live(0x0fc0, 128);
+        let free = PackedRecord::quarantined(OWNER, 64);
+        let ram = with_records(&mut provenance, &[free; 2 * INVALID_FREES]);
+        let drained = provenance.drain(DrainBy::Cpu(0), &ram, &|va, _| Some(va));
+        assert_eq!(drained.refused, RefusedRecords::default());
+        assert_eq!(drained.invalid_frees.len(), INVALID_FREES);
+        let first = &drained.invalid_frees[0];
+        assert_eq!((first.address, first.key, first.cpu), (0x1000, 0x1000, 0));
+        // None of them is memory that an allocator may get.
+        assert_eq!(provenance.quarantine_mut().evict(99, true), []);
+        assert_eq!(provenance.objects().counts().unknown_frees, 2 * INVALID_FREES as u64);
+        // The object is alive, and can be freed.
+        assert!(!provenance.objects().is_invalid_free(0x0fc0));
+        provenance.freed(0x0fc0, 1, &[]);
+        assert!(!provenance.objects().is_invalid_free(0x1000), "freed: the guest's check sees it");
+    }
+
+    #[test]
+    fn frees_that_may_be_right_are_not_invalid() {
+        let mut provenance = Provenance::new(Objects::default(), Quarantine::new(0, 1));
+        let pages = Allocation { key: 0x4000, size: 0x4000, slot: 0, cache: 0, task: 1 };
+        provenance.allocated(pages, &[]);
+        let invalid = |key| provenance.objects().is_invalid_free(key);
+        assert!(!invalid(0x4000), "its start");
+        assert!(!invalid(0x5000), "a page that was split off");
+        assert!(invalid(0x5010));
+        assert!(!invalid(0x8000), "behind it");
+        assert!(!invalid(0x10), "nothing is known there");
+
+        let limits = crate::ObjectLimits { objects: 0, ..crate::ObjectLimits::of_budget(0) };
+        let mut full = Provenance::new(Objects::new(limits), Quarantine::new(0, 1));
+        full.allocated(pages, &[]);
+        assert!(full.objects().counts().dropped > 0);
+        assert!(!full.objects().is_invalid_free(0x5010));
     }
 
     #[test]
     fn a_drain_of_many_rings_counts_once() {
         let mut provenance = Provenance::new(Objects::default(), Quarantine::new(0, 1));
         let drain = |provenance: &mut Provenance, by| {
-            let refused = provenance.drain(by, &Ram::new(), &|_, _| None);
-            assert_eq!(refused, RefusedRecords::default());
+            let drained = provenance.drain(by, &Ram::new(), &|_, _| None);
+            assert_eq!(drained, Drained::default());
             provenance.counts().ring_drains
         };
         assert_eq!(drain(&mut provenance, DrainBy::Vmm), 0, "no rings");

@@ -46,7 +46,9 @@ pub mod quarantine;
 pub mod rings;
 mod stacks;
 
-pub use history::{Allocation, EventCounts, KeyOf, Provenance, RefusedRecords};
+pub use history::{
+    Allocation, Drained, EventCounts, INVALID_FREES, InvalidFree, KeyOf, Provenance, RefusedRecords,
+};
 pub use objects::{
     Cache, FoundObject, ObjectCounts, ObjectEvent, ObjectLimits, Objects, Previous,
     ProvenanceFigures, ShadowHint,

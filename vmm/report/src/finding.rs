@@ -16,7 +16,7 @@ pub const ROWS_AROUND: u64 = 2;
 
 /// The function in a headline where the kernel's ELF has no symbol. An address would differ between
 /// two builds of the same kernel.
-const NO_SYMBOL: &str = "<no symbol>";
+pub(super) const NO_SYMBOL: &str = "<no symbol>";
 
 /// One memory error of the guest.
 ///
@@ -135,6 +135,9 @@ pub struct Frame {
     /// The function's name as the ELF has it, where that differs from `symbol`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub linkage: Option<Arc<str>>,
+    /// The kernel's module that the function belongs to, if it is of one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub module: Option<Arc<str>>,
     /// Bytes from the function's start to `ip`; 0 for an inlined frame.
     pub offset: u64,
     /// Bytes of the function; 0 for an inlined frame.
@@ -305,10 +308,15 @@ impl Finding {
     }
 }
 
-/// `func+0xoff/0xsize`, if the function is known.
+/// `func+0xoff/0xsize`, if the function is known; with `[module]` if it is of one.
 pub(super) fn place(frame: &Frame, names: Names) -> Option<String> {
     let name = frame.name(names)?;
-    Some(format!("{}+{:#x}/{:#x}", printable(name), frame.offset, frame.size))
+    let place = format!("{}+{:#x}/{:#x}", printable(name), frame.offset, frame.size);
+    Some(match &frame.module {
+        // As the kernel prints it, for `decode_stacktrace.sh`.
+        Some(module) => format!("{place} [{}]", printable(module)),
+        None => place,
+    })
 }
 
 /// A name from the guest or its ELF, without characters that could forge lines of a report or

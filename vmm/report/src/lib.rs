@@ -9,6 +9,7 @@
 #![warn(clippy::missing_errors_doc)]
 
 mod collect;
+mod cpu;
 mod finding;
 pub mod frame;
 pub mod html;
@@ -19,6 +20,7 @@ pub mod symbols;
 pub mod text;
 
 pub use collect::{Added, DEFAULT_LIMIT, Findings};
+pub use cpu::{CpuState, Registers};
 pub use finding::{
     AccessKind, Finding, Frame, Names, Object, Previous, ROW_MEMORY, ROW_SHADOW, Row, ShadowDump,
     Task, Track, Variable,

@@ -42,6 +42,15 @@ pub fn write(out: &mut dyn Write, finding: &Finding, style: TextStyle) -> io::Re
     ReportWriter { out, style }.finding(finding)
 }
 
+/// Writes the lines of a stack.
+pub(super) fn write_frames(
+    out: &mut dyn Write,
+    frames: &[Frame],
+    style: TextStyle,
+) -> io::Result<()> {
+    ReportWriter { out, style }.frames(frames)
+}
+
 /// `finding` as a KASAN report.
 pub fn to_string(finding: &Finding, style: TextStyle) -> String {
     let mut text = Vec::new();

@@ -77,6 +77,11 @@ pub enum Call {
     },
     /// Checks are on.
     Activate,
+    /// A module is described at `va`.
+    Module {
+        /// Virtual address.
+        va: u64,
+    },
     /// A violation.
     Report(BadAccess),
     /// A name, `len` bytes (at most [`abi::NAME_MAX`]) at `va`.
@@ -322,6 +327,10 @@ impl Call {
                 Self::Hello { flags: GuestFlags::from_bits(rsi) }
             }
             CallNumber::Hello => return Err(CallError::Version(rdi)),
+            CallNumber::Module => {
+                range("address of a module", rdi, abi::MODULE_INFO_BYTES)?;
+                Self::Module { va: rdi }
+            }
             CallNumber::RegionAdd => Self::RegionAdd(Region::new(rdi, rsi, rcx)?),
             CallNumber::RingSetup => Self::RingSetup(RingPlace::decode(rdi, rsi, rcx, r8)?),
             CallNumber::RingDrain => {

@@ -122,7 +122,12 @@ impl Regions {
 
     /// The virtual address of `key`, in the first region with it that was added.
     pub fn to_va(&self, key: u64) -> Option<u64> {
-        self.regions.iter().find_map(|region| {
+        self.aliases(key).next()
+    }
+
+    /// The virtual addresses of `key`, one for each region that has it.
+    pub fn aliases(&self, key: u64) -> impl Iterator<Item = u64> {
+        self.regions.iter().filter_map(move |region| {
             let offset = key.checked_sub(region.key)?;
             (offset < region.len).then(|| region.va + offset)
         })
@@ -168,6 +173,8 @@ mod tests {
         }
         assert_eq!(regions.to_va(0x10_1000), Some(DIRECT + 0x10_1000), "the region added first");
         assert_eq!(regions.to_va(ram_end), None);
+        let image = 0u64.wrapping_sub(0x2000);
+        assert!(regions.aliases(0x10_0000).eq([DIRECT + 0x10_0000, image]));
         assert_eq!(regions.iter().count(), 2);
     }
 

@@ -1,8 +1,9 @@
 //! Handles hypercalls: one method for each call that does more than change one table.
 
 use umbra_machine::memory::Ram;
+use umbra_machine::walk::AddressSpace;
 use umbra_provenance::rings::{DrainBy, RingError};
-use umbra_provenance::{Allocation, quarantine};
+use umbra_provenance::{Allocation, InvalidFree, quarantine};
 use umbra_shadow::abi::{
     self, GuestFlags, Owner, RECORD_BYTES, RECORD_FRAMES, RELEASED_BYTES, Released,
 };
@@ -10,7 +11,7 @@ use vm_memory::GuestAddress;
 
 use super::context::ExitContext;
 use super::dispatch::Dispatcher;
-use super::{Outcome, investigate};
+use super::{Outcome, investigate, modules};
 use crate::hypercall::{
     Actor, BadAccess, Call, CallError, EvictionBuffer, Exit, Named, Region, RingPlace, Slot,
 };
@@ -70,6 +71,7 @@ impl Dispatcher {
             Call::Hello { flags } => Ok(self.hello(flags)),
             Call::RegionAdd(region) => self.region_add(region, context),
             Call::Activate => Ok(self.guest.activate()),
+            Call::Module { va } => self.module(va, context),
             Call::RingSetup(ring) => self.ring_setup(&ring, context),
             Call::RingDrain { cpu, released } => self.ring_drain(cpu, released, context),
             Call::Poison { va, len, code } => self.poison(va, len, code, context),
@@ -116,7 +118,7 @@ impl Dispatcher {
             return Err(CallError::Argument { what: "CPU", value: cpu.into() }.into());
         }
         context.others.pause()?;
-        self.drain(DrainBy::Cpu(cpu), context.ram);
+        self.drain(DrainBy::Cpu(cpu), context.ram)?;
         self.shadow.reclaim_byte_shadow()?;
         match released.filter(|_| self.provenance.quarantine().needs_eviction()) {
             Some(to) => Ok(self.evict(to, false, context.ram)?),
@@ -170,7 +172,8 @@ impl Dispatcher {
         Ok(0)
     }
 
-    /// Returns whether the guest has to evict from the quarantine, if the memory went into it.
+    /// Returns whether the guest has to evict from the quarantine, if the memory went into it, or
+    /// [`abi::FREE_REFUSED`].
     fn freed(
         &mut self,
         va: u64,
@@ -184,6 +187,9 @@ impl Dispatcher {
             _ => None,
         };
         let key = self.guest.key(va, slot.map_or(1, |slot| slot.bytes))?;
+        if self.provenance.objects().is_invalid_free(key) {
+            return self.invalid_free(va, key, actor, context);
+        }
         if let Some(slot) = slot {
             self.change_shadow(va, |windows| {
                 windows.poison(key, slot.bytes, slot.code, context.memslots)
@@ -199,6 +205,22 @@ impl Dispatcher {
         Ok(quarantine.needs_eviction().into())
     }
 
+    /// Reports a free of an address inside of a live object.
+    fn invalid_free(
+        &mut self,
+        address: u64,
+        key: u64,
+        actor: Actor,
+        context: &ExitContext,
+    ) -> Handled {
+        let (cpu, frames) = (context.id.into(), caller(context));
+        self.provenance.freed(key, actor.task, &frames);
+        let free = InvalidFree { address, key, cpu, task: actor.task, frames };
+        let finding = self.known().invalid_free(&free, None);
+        self.add_finding(finding)?;
+        Ok(abi::FREE_REFUSED)
+    }
+
     fn related(&mut self, va: u64, actor: Actor, context: &ExitContext) -> Handled {
         let key = self.guest.key(va, 1)?;
         self.provenance.related(key, actor.task, &caller(context));
@@ -207,7 +229,7 @@ impl Dispatcher {
 
     fn bad_access(&mut self, access: &BadAccess, context: &mut ExitContext) -> Handled {
         context.others.pause()?;
-        self.drain_all(context.ram);
+        self.drain_all(context.ram)?;
         let finding = self.investigation(context).bad_access(access);
         self.add_finding(finding)?;
         Ok(0)
@@ -235,6 +257,14 @@ impl Dispatcher {
             Named::Cache { id, object_size } => self.provenance.name_cache(id, name, object_size),
             Named::Task { id } => self.provenance.name_task(id, name),
         }
+        Ok(0)
+    }
+
+    fn module(&mut self, va: u64, context: &ExitContext) -> Handled {
+        let space = AddressSpace::new(&context.cpu.sregs().map_err(Outcome::from)?);
+        let wrong = CallError::Argument { what: "address of a module", value: va };
+        let module = modules::read(va, &space, context.ram).ok_or(wrong)?;
+        self.guest.symbols().add_module(module);
         Ok(0)
     }
 

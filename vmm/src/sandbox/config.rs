@@ -1,6 +1,7 @@
 //! What to run and how, and where its console goes.
 
 use std::io::{Read, Write};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use umbra_machine::cpuid::CpuidLeaf;
@@ -95,6 +96,8 @@ pub struct Config {
     /// Texts to look for on the console. When one first appears, the costs until then go to
     /// [`Stats::marks`](super::stats::Stats::marks).
     pub marks: Vec<String>,
+    /// The folder with the files of the kernel's modules (`.ko`), for the source lines in reports.
+    pub modules: Option<PathBuf>,
     /// Additional CPUID leaves. One with the number of Umbra's own leaf replaces it. That changes
     /// only what the guest reads, for example another version of Umbra, or smaller windows.
     pub cpuid: Vec<CpuidLeaf>,
@@ -125,6 +128,7 @@ impl Default for Config {
             count_instructions: false,
             picture: false,
             marks: Vec::new(),
+            modules: None,
             cpuid: Vec::new(),
         }
     }

@@ -43,6 +43,9 @@ pub struct Dispatcher {
 const LOGGED: u64 = 16;
 /// Why frees in rings are refused that the quarantine has no room for.
 const QUEUE_FULL: &str = "the quarantine's queue is full: the guest does not fetch evicted memory";
+/// The note of a finding that only the record of a free showed.
+const FOUND_LATER: &str =
+    "the free was found when the CPU's records were read, some time after it happened";
 
 impl Dispatcher {
     /// The state before the first exit.
@@ -99,7 +102,7 @@ impl Dispatcher {
             }
             VmExit::Interrupted => Ok(()),
             VmExit::Hlt => Err(Outcome::Halted),
-            VmExit::Shutdown => Err(Outcome::TripleFault { place: self.location(context) }),
+            VmExit::Shutdown => Err(self.triple_fault(context)),
             VmExit::SystemEvent { .. } => Err(Outcome::Reset),
             VmExit::FailEntry { reason } => {
                 Err(self.stuck(format!("entry fails with {reason:#x}"), context))
@@ -245,7 +248,7 @@ impl Dispatcher {
     /// Makes a finding of a guest's own store to a read-only window, which had no effect.
     fn tampering(&mut self, gpa: u64, size: u64, context: &mut ExitContext) -> Result<(), Outcome> {
         context.others.pause()?;
-        self.drain_all(context.ram);
+        self.drain_all(context.ram)?;
         let finding = self.investigation(context).tampering(gpa, size, context.cpu.regs()?.rip);
         self.add_finding(finding)
     }
@@ -257,21 +260,27 @@ impl Dispatcher {
     }
 
     /// Drains all rings. Every vCPU stands still.
-    pub(super) fn drain_all(&mut self, ram: &Ram) {
-        self.drain(DrainBy::Vmm, ram);
+    pub(super) fn drain_all(&mut self, ram: &Ram) -> Result<(), Outcome> {
+        self.drain(DrainBy::Vmm, ram)
     }
 
-    /// Drains all rings; see [`Provenance::drain`].
-    pub(super) fn drain(&mut self, by: DrainBy, ram: &Ram) {
+    /// Drains all rings; see [`Provenance::drain`]. A free that turns out to be wrong is a finding,
+    /// which may end the run.
+    pub(super) fn drain(&mut self, by: DrainBy, ram: &Ram) -> Result<(), Outcome> {
         let regions = self.guest.regions();
-        let refused = self.provenance.drain(by, &RingRam(ram), &|va, len| regions.key_of(va, len));
-        let RefusedRecords { senseless, queue_full } = refused;
+        let drained = self.provenance.drain(by, &RingRam(ram), &|va, len| regions.key_of(va, len));
+        let RefusedRecords { senseless, queue_full } = drained.refused;
         if senseless > 0 {
             self.refuse(senseless, &format_args!("{senseless} records in rings make no sense"));
         }
         if queue_full > 0 {
             self.refuse(queue_full, &QUEUE_FULL);
         }
+        for free in &drained.invalid_frees {
+            let finding = self.known().invalid_free(free, Some(FOUND_LATER));
+            self.add_finding(finding)?;
+        }
+        Ok(())
     }
 
     /// Counts refused calls or records, and logs the first few.
@@ -333,7 +342,7 @@ impl Dispatcher {
     }
 
     /// Where the guest is, for a message.
-    fn location(&self, context: &ExitContext) -> String {
+    pub(super) fn location(&self, context: &ExitContext) -> String {
         self.guest.location(context.rip())
     }
 

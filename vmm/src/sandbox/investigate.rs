@@ -5,28 +5,19 @@
 
 use umbra_machine::memory::Ram;
 use umbra_machine::walk::AddressSpace;
-use umbra_provenance::{FoundObject, ObjectEvent, Provenance, ShadowHint};
 use umbra_report::frame::{self, DESCRIPTION_MAX, FRAME_MAGIC, StackFrame};
 use umbra_report::stack::{Stack, holds, walk};
 use umbra_report::symbols::Position;
-use umbra_report::{
-    AccessKind, Finding, Object, Previous, ROW_SHADOW, ShadowDump, Task, Track, Variable,
-};
-use umbra_shadow::codes::{
-    FREE_PAGE, GRANULE, GRANULE_SHIFT, LARGE_REDZONE, PAGE_SHIFT, PAGE_SIZE, SLAB_REDZONE,
-    STACK_LEFT, UNKNOWN,
-};
+use umbra_report::{AccessKind, Finding, Variable};
+use umbra_shadow::codes::{GRANULE, GRANULE_SHIFT, PAGE_SHIFT, PAGE_SIZE, STACK_LEFT, UNKNOWN};
 use umbra_shadow::{BugKind, Cause, Shadow as _, Violation, classify};
 
 use super::context::ExitContext;
 use super::dispatch::Dispatcher;
-use super::guest_info::GuestInfo;
-use super::run_shadow::RunShadow;
+use super::known::{BadAddress, Known, task};
 use crate::hypercall::{Access, BadAccess};
 use crate::shadow::Model;
 
-/// [`GRANULE`], as shadow bytes count.
-const GRANULE_BYTES: u8 = GRANULE as u8;
 /// Most bytes below an address to search for the start of its stack frame.
 const STACK_SEARCH: u64 = 64 << 10;
 /// Most frames in a finding's stack.
@@ -47,9 +38,7 @@ impl Dispatcher {
         context: &'a ExitContext<'b>,
     ) -> Investigation<'a, 'b> {
         Investigation {
-            shadow: &self.shadow,
-            provenance: &self.provenance,
-            guest: &self.guest,
+            known: self.known(),
             context,
             space: AddressSpace::new(&context.cpu.sregs().unwrap_or_default()),
         }
@@ -58,70 +47,57 @@ impl Dispatcher {
 
 /// The state that a finding is made of. The rings are drained, and every vCPU stands still.
 pub(super) struct Investigation<'a, 'b> {
-    shadow: &'a RunShadow,
-    provenance: &'a Provenance,
-    guest: &'a GuestInfo,
+    known: Known<'a>,
     context: &'a ExitContext<'b>,
     space: AddressSpace,
-}
-
-/// The first bad address of an access.
-struct BadAddress {
-    /// The guest's own address.
-    va: u64,
-    /// Its key in the shadow and the object table; none outside of all regions.
-    key: Option<u64>,
-    kind: BugKind,
-}
-
-impl BadAddress {
-    /// Whether the memory may belong to an object of an allocator.
-    fn is_on_heap(&self) -> bool {
-        !matches!(
-            self.kind,
-            BugKind::StackOutOfBounds
-                | BugKind::GlobalOutOfBounds
-                | BugKind::AllocaOutOfBounds
-                | BugKind::UseAfterScope
-        )
-    }
-}
-
-/// What is known about the object that a bad address belongs to.
-#[derive(Default)]
-struct History {
-    object: Option<Object>,
-    allocated: Option<Track>,
-    freed: Option<Track>,
-    related_work: Vec<Track>,
-    previous: Option<Previous>,
 }
 
 impl Investigation<'_, '_> {
     /// A finding about an access that the guest reported.
     pub(super) fn bad_access(&self, access: &BadAccess) -> Finding {
+        self.finding(access, &stack(self.context, Some(access.ip), FRAMES))
+    }
+
+    /// A finding about an access whose check faulted, and so could not report it. The check has no
+    /// frame: its return address is on top of the stack.
+    pub(super) fn faulted_check(&self, access: &BadAccess) -> Finding {
+        let mut stack = stack(self.context, None, FRAMES - 1);
+        stack.ips.insert(0, access.ip);
+        self.finding(access, &stack)
+    }
+
+    fn finding(&self, access: &BadAccess, stack: &Stack) -> Finding {
         let mut bad = self.locate(access);
-        let stack_frame = match bad.kind {
+        let mut stack_frame = match bad.kind {
             BugKind::StackOutOfBounds | BugKind::UseAfterScope => self.stack_frame(bad.va),
             _ => None,
         };
         // In virtual memory one code means both. It is a use after scope if there is a stack frame.
         if bad.kind == BugKind::UseAfterScope
             && stack_frame.is_none()
-            && bad.key.is_some_and(|key| self.shadow.is_virtual(key))
+            && bad.key.is_some_and(|key| self.known.shadow.is_virtual(key))
         {
             bad.kind = BugKind::VmallocOutOfBounds;
         }
-        let stack = stack(self.context, Some(access.ip), FRAMES);
-        let frames = self.guest.symbols().stack(&stack.ips);
+        let frames = self.known.guest.symbols().stack(&stack.ips);
         let mut notes = stack.notes();
-        let history = self.history(&bad, &mut notes);
-        let variable = match bad.kind {
+        let history = self.known.history(&bad, &mut notes);
+        let mut variable = match bad.kind {
             BugKind::GlobalOutOfBounds => self.variable(bad.va),
             _ => None,
         };
-        notes.extend(self.guest.symbols().notes());
-        notes.extend(self.forgotten(&bad, &history));
+        // A variable may be freed, or lie in a part of the image that is free after the boot.
+        if history.object.is_none()
+            && matches!(
+                bad.kind,
+                BugKind::InvalidFree | BugKind::DoubleFree | BugKind::UseAfterFree
+            )
+        {
+            stack_frame = self.stack_frame(bad.va);
+            variable = if stack_frame.is_none() { self.variable_of(&bad) } else { None };
+        }
+        notes.extend(self.known.guest.symbols().notes());
+        notes.extend(self.known.forgotten(&bad, &history));
         Finding {
             kind: bad.kind.as_str(),
             access: match access.access {
@@ -134,7 +110,10 @@ impl Investigation<'_, '_> {
             ip: access.ip,
             // Not the guest's own number: this one cannot be wrong.
             cpu: self.context.id.into(),
-            task: task(access.actor.task, self.provenance.objects().task_name(access.actor.task)),
+            task: task(
+                access.actor.task,
+                self.known.provenance.objects().task_name(access.actor.task),
+            ),
             frames,
             object: history.object,
             variable,
@@ -143,7 +122,7 @@ impl Investigation<'_, '_> {
             freed: history.freed,
             related_work: history.related_work,
             previous: history.previous,
-            shadow: self.shadow_around(bad.va),
+            shadow: self.known.shadow_around(bad.va),
             notes,
         }
     }
@@ -151,13 +130,13 @@ impl Investigation<'_, '_> {
     /// Finds the first bad address of an access, and what is wrong with it.
     fn locate(&self, access: &BadAccess) -> BadAddress {
         let BadAccess { address, size, .. } = *access;
-        let region = self.guest.regions().find(address);
+        let region = self.known.guest.regions().find(address);
         let key = region.map(|(key, _)| key);
         // Only the address of a free is wrong, whatever the shadow says.
         if let Some(kind) = BugKind::of_free(access.access) {
             return BadAddress { va: address, key, kind };
         }
-        let violation = match (self.shadow.model(), region) {
+        let violation = match (self.known.shadow.model(), region) {
             (Some(model), Some((key, left))) => access_violation(model, key, size.max(1), left),
             _ => Some(Violation {
                 address: key.unwrap_or(address),
@@ -165,7 +144,7 @@ impl Investigation<'_, '_> {
                 cause: Cause::Outside,
             }),
         };
-        let kind = match (&violation, self.shadow.model()) {
+        let kind = match (&violation, self.known.shadow.model()) {
             (Some(violation), Some(model)) => {
                 classify(model, violation, address, size, access.access)
             }
@@ -180,68 +159,29 @@ impl Investigation<'_, '_> {
         BadAddress { va, key: bad_key, kind }
     }
 
-    /// The object of a bad address, and its history.
-    fn history(&self, bad: &BadAddress, notes: &mut Vec<String>) -> History {
-        let Some(key) = bad.key.filter(|_| bad.is_on_heap()) else { return History::default() };
-        let hint = match self.shadow.model().map(|model| model.state(key)) {
-            Some(1..GRANULE_BYTES | LARGE_REDZONE) => ShadowHint::Behind,
-            Some(SLAB_REDZONE) => ShadowHint::Redzone,
-            Some(FREE_PAGE) => ShadowHint::FreePage,
-            _ => ShadowHint::Anywhere,
-        };
-        let Some(found) = self.provenance.objects().nearest(key, hint) else {
-            return History::default();
-        };
-        let mut track = |event: &ObjectEvent| {
-            if event.lost {
-                notes.push("a stack is missing: too many different ones were recorded".into());
-            }
-            let frames = self.guest.symbols().stack(event.frames);
-            Track { task: task(event.task, event.name), frames }
-        };
-        let allocated = found.allocated.as_ref().map(&mut track);
-        let freed = found.freed.as_ref().map(&mut track);
-        let related_work = found.related.iter().map(&mut track).collect();
-        // Only if the pointer may have pointed to that object.
-        let before = found
-            .previous
-            .as_ref()
-            .filter(|p| (p.start..p.start.saturating_add(p.size)).contains(&key));
-        let previous = before.map(|before| Previous {
-            start: bad.va.wrapping_sub(key - before.start),
-            size: before.size,
-            allocated: before.allocated.as_ref().map(&mut track),
-            freed: track(&before.freed),
-        });
-        let object = Some(object(&found, key, bad.va));
-        History { object, allocated, freed, related_work, previous }
-    }
-
     /// The global variable of a bad address. The compiler's description knows its size without the
     /// redzone; the symbol table does not.
     fn variable(&self, va: u64) -> Option<Variable> {
-        let symbols = self.guest.symbols();
-        let described = self.guest.globals().find(va, &self.space, self.context.ram);
+        let symbols = self.known.guest.symbols();
+        let described = self.known.guest.globals().find(va, &self.space, self.context.ram);
         let mut variable = described.or_else(|| symbols.lookup_data(va))?;
         symbols.declare(&mut variable);
         Some(variable)
     }
 
-    /// A note if the object may be missing because the table was full.
-    fn forgotten(&self, bad: &BadAddress, history: &History) -> Option<String> {
-        let counts = self.provenance.objects().counts();
-        if counts.dropped + counts.forgotten == 0 || !bad.is_on_heap() {
-            return None;
-        }
-        // Memory beside an object may belong to one that was dropped.
-        let sure = |object: &&Object| (0..object.size.cast_signed()).contains(&object.offset);
-        if history.object.as_ref().filter(sure).is_none() {
-            Some("the table of objects was full: the object may be missing in it".into())
-        } else if history.allocated.is_none() {
-            Some("the table of objects was full: who allocated the object was forgotten".into())
-        } else {
-            None
-        }
+    /// As [`Investigation::variable`], also by the other addresses of the same memory.
+    fn variable_of(&self, bad: &BadAddress) -> Option<Variable> {
+        let mut aliases = self.known.guest.regions().aliases(bad.key?);
+        aliases.find_map(|va| {
+            let variable = self.variable(va)?;
+            // One that only lies before it explains nothing.
+            let offset = va.checked_sub(variable.start)?;
+            if offset >= variable.size {
+                return None;
+            }
+            let start = variable.start.wrapping_add(bad.va.wrapping_sub(va));
+            Some(Variable { start, ..variable })
+        })
     }
 
     /// The frame that a bad address on a stack lies in. Its start is that of the nearest left
@@ -256,7 +196,7 @@ impl Investigation<'_, '_> {
         }
         let variables = frame::parse(&self.text(word(1)?, ram)?)?;
         let pc = word(2)?;
-        let function = self.guest.symbols().lookup(pc).map(|symbol| {
+        let function = self.known.guest.symbols().lookup(pc).map(|symbol| {
             format!("{}+{:#x}/{:#x}", symbol.name, pc.wrapping_sub(symbol.start), symbol.size)
         });
         let current = self.is_on_current_stack(va);
@@ -279,8 +219,8 @@ impl Investigation<'_, '_> {
 
     /// The start of the left redzone that a stack frame begins with.
     fn frame_base(&self, va: u64) -> Option<u64> {
-        let model = self.shadow.model()?;
-        let regions = self.guest.regions();
+        let model = self.known.shadow.model()?;
+        let regions = self.known.guest.regions();
         let state = |at| Some(model.state(regions.key_of(at, GRANULE)?));
         let mut base = va & !(GRANULE - 1);
         let lowest = base.checked_sub(STACK_SEARCH)?;
@@ -288,7 +228,7 @@ impl Investigation<'_, '_> {
         while state(base)? != STACK_LEFT {
             // A stack ends at its guard page.
             if page.replace(base / PAGE_SIZE) != Some(base / PAGE_SIZE)
-                && self.shadow.is_guard(regions.key_of(base, GRANULE)?)
+                && self.known.shadow.is_guard(regions.key_of(base, GRANULE)?)
             {
                 return None;
             }
@@ -300,18 +240,10 @@ impl Investigation<'_, '_> {
         Some(base)
     }
 
-    fn shadow_around(&self, va: u64) -> ShadowDump {
-        ShadowDump::around(va, |at| {
-            let key = self.guest.regions().key_of(at, GRANULE * ROW_SHADOW as u64)?;
-            let model = self.shadow.model()?;
-            Some(std::array::from_fn(|i| model.state(key + i as u64 * GRANULE)))
-        })
-    }
-
     /// A finding about a guest's own store to a read-only window, by the instruction at `ip`.
     pub(super) fn tampering(&self, gpa: u64, size: u64, ip: u64) -> Finding {
         let address = self.window_address(gpa);
-        let symbols = self.guest.symbols();
+        let symbols = self.known.guest.symbols();
         let mut frames = symbols.frames(ip, Position::Instruction);
         frames.extend(symbols.stack(&stack(self.context, None, FRAMES - 1).ips));
         let mut notes = symbols.notes();
@@ -335,26 +267,14 @@ impl Investigation<'_, '_> {
     /// The guest's own address of a place in a window. It is not known which mapping the guest
     /// used; this is the one that its checks use.
     fn window_address(&self, gpa: u64) -> Option<u64> {
-        let windows = self.shadow.windows()?;
+        let windows = self.known.shadow.windows()?;
         let in_page = windows.page_window().and_then(|window| window.offset(gpa, 1));
         let (offset, shift) = match in_page {
             Some(offset) => (offset, PAGE_SHIFT),
             None => (windows.byte_window().offset(gpa, 1)?, GRANULE_SHIFT),
         };
-        let va = self.guest.regions().to_va(offset << shift)?;
+        let va = self.known.guest.regions().to_va(offset << shift)?;
         Some((va.cast_signed() >> shift).cast_unsigned())
-    }
-}
-
-/// An object of the table in the guest's own addresses; `va` is that of `key`.
-fn object(found: &FoundObject, key: u64, va: u64) -> Object {
-    let offset = key.wrapping_sub(found.start).cast_signed();
-    Object {
-        start: va.wrapping_sub(offset.cast_unsigned()),
-        size: found.size,
-        cache: found.cache.map(|cache| cache.name.to_owned()),
-        cache_size: found.cache.map_or(0, |cache| cache.object_size),
-        offset,
     }
 }
 
@@ -368,8 +288,4 @@ fn access_violation(model: &Model, key: u64, size: u64, left: u64) -> Option<Vio
     let behind =
         Violation { address: key.saturating_add(left), code: UNKNOWN, cause: Cause::Outside };
     model.check(key, left).err().or(Some(behind))
-}
-
-fn task(id: u32, name: Option<&str>) -> Task {
-    Task { id, name: name.unwrap_or_default().to_owned() }
 }

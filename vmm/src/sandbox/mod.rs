@@ -3,19 +3,22 @@
 //! | file | what it does |
 //! | --- | --- |
 //! | `builder.rs`, `config.rs`, `file.rs` | what to run and how; kernels and initrds |
+//! | `instrumentation.rs` | warns of a kernel that was not compiled as it must be |
 //! | `run.rs`, `shared.rs` | sets a run up, watches it, tears it down; what its threads share |
 //! | `vcpu_thread.rs`, `vcpus.rs` | the thread of a vCPU; how vCPUs are paused and ended |
 //! | `discovery.rs` | the CPUID leaves by which a guest finds Umbra |
 //! | `dispatch.rs` | handles an exit, of which it sees `context.rs`; `calls.rs` a hypercall |
-//! | `investigate.rs` | makes a finding of a bad access; `location.rs` names a place in the code |
+//! | `investigate.rs` | makes a finding of a bad access; `known.rs` the parts that need no vCPU |
+//! | `location.rs` | names a place in the code |
 //! | `run_shadow.rs`, `guest_pages.rs` | the shadow of a run; reclaim of dead guest pages |
 //! | `guest_info.rs`, `globals.rs` | what a guest has said about itself; its global variables |
+//! | `modules.rs` | reads the symbols of a guest's modules from its memory |
 //! | `ring_memory.rs` | guest RAM, as the rings read it |
 //! | `session.rs`, `observer.rs` | the findings; how a caller observes a run |
 //! | `watch.rs`, `console.rs`, `marks.rs`, `picture.rs` | what is watched beside the exits |
 //! | `input.rs` | input for the guest's console, and Ctrl-A |
 //! | `counts.rs`, `stats.rs` | exits and events; the figures that `--stats` writes |
-//! | `outcome.rs`, `report.rs` | how a run ended; its result |
+//! | `outcome.rs`, `end_state.rs`, `report.rs` | how a run ended; the CPUs then; its result |
 
 mod builder;
 mod calls;
@@ -25,14 +28,18 @@ mod context;
 mod counts;
 mod discovery;
 mod dispatch;
+mod end_state;
 mod file;
 mod globals;
 mod guest_info;
 mod guest_pages;
 pub mod input;
+mod instrumentation;
 mod investigate;
+mod known;
 mod location;
 mod marks;
+mod modules;
 mod observer;
 mod outcome;
 mod picture;

@@ -18,7 +18,7 @@ pub enum Outcome {
     #[error("the guest says that it failed")]
     Failed,
     /// There are as many findings as `stop_at`.
-    #[error("stopped after {0} finding(s)")]
+    #[error("stopped after {0} finding{s}", s = if *.0 == 1 { "" } else { "s" })]
     FindingLimit(usize),
     /// The guest reset the machine.
     #[error("the guest reset the machine")]

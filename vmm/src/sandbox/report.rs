@@ -4,7 +4,7 @@ use thiserror::Error;
 use umbra_machine::MachineError;
 use umbra_machine::loader::LoadError;
 use umbra_provenance::Objects;
-use umbra_report::{Findings, Picture, RunSummary, ShadowSummary};
+use umbra_report::{CpuState, Findings, Picture, RunSummary, ShadowSummary};
 
 use super::stats::Stats;
 use super::{Config, Outcome};
@@ -38,6 +38,8 @@ pub struct RunReport {
     pub stats: Stats,
     /// Data for the page about it, if requested.
     pub picture: Option<Picture>,
+    /// The CPUs at the end, if they explain a run that did not end well.
+    pub cpus: Vec<CpuState>,
     /// The table of objects at the end: live and freed ones, with their history.
     pub objects: Objects,
     /// [`Config::require_checks`].

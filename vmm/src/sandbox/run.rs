@@ -35,7 +35,10 @@ use super::shared::{MachineMemslots, Shared};
 use super::vcpu_thread;
 use super::vcpus::Vcpus;
 use super::watch::Watch;
-use super::{Config, Console, GuestFile, Observer, Outcome, RunError, RunReport, input, stats};
+use super::{
+    Config, Console, GuestFile, Observer, Outcome, RunError, RunReport, ShadowMode, input,
+    instrumentation, stats,
+};
 use crate::shadow::{Layout, ShadowError, Windows, WindowsConfig, page_map};
 
 /// Poll interval for the stop flag.
@@ -102,7 +105,8 @@ fn set_up(
         None => Quarantine::new(0, 1),
     };
     let kernel = config.kernel.clone();
-    let symbols = Symbols::lazy(move || kernel.contents().map_err(std::io::Error::other));
+    let symbols = Symbols::lazy(move || kernel.contents().map_err(std::io::Error::other))
+        .with_modules_in(config.modules.clone());
     let dispatcher = Dispatcher::new(
         Devices::new(output, com1),
         RunShadow::new(windows),
@@ -134,6 +138,9 @@ fn hardware(config: &Config) -> Result<Hardware, RunError> {
     Ram::check(config.memory).map_err(MachineError::from)?;
     let kernel = config.kernel.read()?;
     let linux = is_linux(&kernel);
+    if config.shadow != ShadowMode::Off {
+        instrumentation::warnings(&kernel).iter().for_each(|warning| log::warn!("{warning}"));
+    }
     let mut machine = Machine::new(
         &kvm,
         MachineConfig {
@@ -303,7 +310,8 @@ impl Running {
         if left_behind {
             log::warn!("the host does not let go of a vCPU; its thread is left behind");
         }
-        dispatcher.drain_all(shared.machine.ram());
+        // The run ends as it did, whatever is found only now.
+        let _ = dispatcher.drain_all(shared.machine.ram());
         dispatcher.flush();
         let outcome = dispatcher.watch().correct(outcome);
         let picture = picture(config, &mut dispatcher, std::mem::take(&mut self.tail));
@@ -322,10 +330,14 @@ impl Running {
             counted.filter(|_| self.emulated),
             host,
         );
+        let cpus = match outcome.shows_cpus() {
+            true => dispatcher.cpu_states(shared.vcpus.ends(), shared.machine.ram()),
+            false => Vec::new(),
+        };
         let findings = dispatcher.session.take_findings();
         let objects = dispatcher.provenance.take_objects();
         let require_checks = config.require_checks;
-        Ok(RunReport { outcome, findings, stats, picture, objects, require_checks })
+        Ok(RunReport { outcome, findings, stats, picture, cpus, objects, require_checks })
     }
 
     /// Gets all vCPUs out of the guest and joins their threads. Returns how the run ended, and

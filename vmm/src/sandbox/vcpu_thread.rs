@@ -10,6 +10,7 @@ use umbra_machine::vcpu::{Vcpu, VmExit};
 
 use super::Outcome;
 use super::context::{ExitContext, OtherVcpus};
+use super::end_state::EndState;
 use super::shared::{MachineMemslots, Shared};
 use super::vcpus::Vcpus;
 
@@ -59,6 +60,7 @@ pub(super) fn spawn(
     thread::Builder::new().name(name).spawn(move || {
         let sender = OutcomeSender(sender);
         run(&mut vcpu, &shared, &sender);
+        shared.vcpus.note_end(usize::from(vcpu.id()), EndState::of(&vcpu));
     })
 }
 

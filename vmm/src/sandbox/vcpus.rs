@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 use umbra_machine::kick::Kicker;
 use umbra_machine::vcpu::Vcpu;
 
+use super::end_state::EndState;
+
 /// Time between two kicks.
 const RETRY: Duration = Duration::from_millis(5);
 /// Most kicks for a vCPU that does not come out at the end of a run: some seconds' worth, then it
@@ -39,6 +41,8 @@ pub(super) struct Vcpus {
     halt_checks: AtomicU64,
     /// For each vCPU the last check at which it had halted, and its instruction pointer.
     halted: Vec<Mutex<(u64, u64)>>,
+    /// The state of each when its thread ended.
+    ends: Vec<Mutex<Option<EndState>>>,
     /// Nanoseconds that the threads spent outside of the guest.
     outside: AtomicU64,
     /// One of them has ended the run. Set and read under the state's lock.
@@ -53,6 +57,7 @@ impl Vcpus {
             hold: AtomicBool::new(false),
             halt_checks: AtomicU64::new(0),
             halted: vcpus.iter().map(|_| Mutex::default()).collect(),
+            ends: vcpus.iter().map(|_| Mutex::default()).collect(),
             outside: AtomicU64::new(0),
             ended: AtomicBool::new(false),
         }
@@ -81,6 +86,19 @@ impl Vcpus {
             *state.lock().unwrap_or_else(PoisonError::into_inner) =
                 (self.halt_checks.load(SeqCst), rip);
         }
+    }
+
+    /// The thread of a vCPU ends.
+    pub(super) fn note_end(&self, id: usize, state: Option<EndState>) {
+        if let Some(end) = self.ends.get(id) {
+            *end.lock().unwrap_or_else(PoisonError::into_inner) = state;
+        }
+    }
+
+    /// The states of the vCPUs whose threads have ended, with their numbers.
+    pub(super) fn ends(&self) -> impl Iterator<Item = (u8, EndState)> {
+        let ends = self.ends.iter().map(|end| *end.lock().unwrap_or_else(PoisonError::into_inner));
+        (0..).zip(ends).filter_map(|(id, end)| Some((id, end?)))
     }
 
     /// The time that all threads together spent outside of the guest.

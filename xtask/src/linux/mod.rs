@@ -20,10 +20,12 @@ use std::process::ExitCode;
 use anyhow::Result;
 
 use crate::context::Context;
-use kernels::{ACPI, Builder, COMPARED, Kernel, SMALL, UMBRA};
+use kernels::{ACPI, Builder, COMPARED, Kernel, SMALL, UMBRA, UMBRA_VMALLOC};
 
-/// The kernels that the tests boot, besides Debian's.
-const TESTED: [Kernel; 3] = [SMALL, ACPI, UMBRA];
+/// The kernels that the tests boot, besides Debian's: each takes minutes to build.
+const TESTED: [Kernel; 2] = [SMALL, UMBRA];
+/// With those of `cargo xtask test --all`.
+const ALL: [Kernel; 4] = [SMALL, UMBRA, ACPI, UMBRA_VMALLOC];
 
 /// The result of a build.
 #[derive(Default)]
@@ -49,10 +51,10 @@ pub fn run(context: &Context) -> Result<ExitCode> {
     Ok(if made.complete { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Builds the kernels that the tests boot, if they are missing or old. Prints which were not built,
-/// and why.
-pub fn build(context: &Context) -> Made {
-    let made = make(context, &TESTED);
+/// Builds the kernels that the tests boot, or `all` tests, if they are missing or old. Prints which
+/// were not built, and why.
+pub fn build(context: &Context, all: bool) -> Made {
+    let made = make(context, if all { &ALL } else { &TESTED });
     made.say(context);
     made
 }

@@ -2,10 +2,13 @@
 //! case.
 
 use core::arch::global_asm;
+use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use super::{opaque, read, scenarios, write};
 use crate::thread;
 
+/// The address of a variable on another thread's stack.
+static OTHER: AtomicU64 = AtomicU64::new(0);
 static mut GLOBAL: [u8; 10] = [7; 10];
 static mut FIRST: [u8; 10] = [1; 10];
 static mut SECOND: [u8; 10] = [2; 10];
@@ -133,6 +136,24 @@ scenarios! {
     "writes through a pointer to a variable of a function that has returned, when another uses \
      that part of the stack", {
         further_down(opaque(dangling()));
+    }
+
+    other_stack_oob, "stack-out-of-bounds Read 1 10",
+    "reads behind an array on the stack of another thread, which waits", {
+        fn owner() {
+            let mut array = [0u8; 10];
+            let p = opaque(&raw mut array) as u64;
+            write(p + 9, 1);
+            OTHER.store(p, Relaxed);
+            thread::yield_now();
+            OTHER.store(0, Relaxed);
+        }
+        let Some(slot) = thread::spawn("owner", owner) else { return };
+        while OTHER.load(Relaxed) == 0 {
+            thread::yield_now();
+        }
+        read(OTHER.load(Relaxed) + 10);
+        thread::join(slot);
     }
 
     stack_overflow_into_guard, "stack-out-of-bounds Write 8 -",

@@ -37,8 +37,8 @@ extern "C" fn vmalloc_stack_user() {
 }
 
 scenarios! {
-    vmalloc_stack, "stack-out-of-bounds Read 1 10",
-    "reads behind an array on a stack in virtual memory", {
+    vmalloc_stack, "stack-out-of-bounds Read 1 10;use-after-free Write 1 16383",
+    "reads behind an array on a stack in virtual memory, and writes to that stack after its end", {
         const BYTES: u64 = 16 << 10;
         let Some(stack) = vmalloc(BYTES) else { return };
         umbra_guest::stack_alloc(stack, BYTES);

@@ -22,6 +22,7 @@ const HEADER_LENGTH: usize = 0x201;
 const HEADER_END: usize = 0x268;
 const OLDEST_PROTOCOL: u16 = 0x20c;
 const SECTOR: u64 = 512;
+const PARAGRAPH: u64 = 16;
 const LOADED_HIGH: u8 = 1;
 const XLF_KERNEL_64: u16 = 1;
 /// The 64-bit entry point, from the start of the protected-mode code.
@@ -76,8 +77,9 @@ pub(super) fn check(ram: &Ram, image: &[u8]) -> Result<BzImage, LoadError> {
         sectors => sectors,
     }) + 1)
         * SECTOR;
-    let code = u64::from(header.syssize) * 16;
-    if setup + code > have {
+    let code = u64::from(header.syssize) * PARAGRAPH;
+    // The size counts whole paragraphs, and the file may end inside the last one.
+    if setup + code > have + (PARAGRAPH - 1) {
         return Err(cut_off("the kernel's code", setup + code));
     }
     let (start, init) = (header.pref_address, u64::from(header.init_size));

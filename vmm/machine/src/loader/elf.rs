@@ -123,7 +123,7 @@ fn segments(ram: &Ram, image: &[u8]) -> Result<Vec<Segment>, LoadError> {
             return Err(if end <= layout::HOLE_START {
                 LoadError::MemoryTooSmall { need: end, have }
             } else {
-                LoadError::OutsideMemory { index, gpa, bytes: memory }
+                LoadError::OutsideMemory { index, gpa, bytes: memory, is_virtual: gpa == gva }
             });
         }
         found.push(Segment { index, gpa, end, gva });

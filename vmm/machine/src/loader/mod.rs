@@ -31,6 +31,10 @@ pub use params::{GDT, GDT_PVH};
 /// Largest kernel file or initrd, in bytes. Debug information makes kernels big, but not this big.
 pub const MAX_IMAGE: u64 = 4 << 30;
 
+/// What to do about a segment whose physical address is its virtual one.
+const VIRTUAL: &str = ": its physical address is its virtual one; give it another with AT() in the \
+                       linker script";
+
 /// Why a kernel was not loaded.
 #[derive(Debug, Error)]
 #[allow(missing_docs)]
@@ -80,8 +84,11 @@ pub enum LoadError {
         layout::KERNEL_START
     )]
     BootArea { index: usize, gpa: u64 },
-    #[error("segment {index} ({bytes:#x} bytes at {gpa:#x}) lies outside of guest memory")]
-    OutsideMemory { index: usize, gpa: u64, bytes: u64 },
+    #[error(
+        "segment {index} ({bytes:#x} bytes at {gpa:#x}) lies outside of guest memory{}",
+        if *is_virtual { VIRTUAL } else { "" }
+    )]
+    OutsideMemory { index: usize, gpa: u64, bytes: u64, is_virtual: bool },
     #[error("the kernel needs {need} bytes of guest memory, the guest has {have}")]
     MemoryTooSmall { need: u64, have: u64 },
     #[error("segments {first} and {second} overlap in memory")]

@@ -119,8 +119,8 @@ pub struct Cache<'a> {
 pub enum ShadowHint {
     /// Nothing that would help.
     Anywhere,
-    /// It is in a free page: only an object that holds it explains it.
-    FreePage,
+    /// It is accessible, or in a free page: only an object that holds it explains it.
+    Inside,
     /// It is a redzone: no freed object explains it.
     Redzone,
     /// It is the rest of a live object's last granule, or the redzone behind a large one: that
@@ -334,6 +334,18 @@ impl Objects {
         self.redzones_peak = self.redzones_peak.max(self.redzones);
     }
 
+    /// Whether a free of `key` is certainly wrong: a live object holds `key`, and begins before it.
+    /// A page inside a larger object may have been split off it. If objects are missing, the one
+    /// that begins at `key` may be among them.
+    pub fn is_invalid_free(&self, key: u64) -> bool {
+        let is_page = key.is_multiple_of(PAGE_SIZE);
+        self.counts.dropped == 0
+            && self.holder(key).is_some_and(|holder| {
+                let may_be_split = is_page && u64::from(holder.size) >= PAGE_SIZE;
+                !holder.is_freed() && holder.start < key && !may_be_split
+            })
+    }
+
     /// The object at `key` was freed.
     pub fn freed(&mut self, key: u64, task: u32, frames: &[u64]) {
         self.counts.frees = self.counts.frees.saturating_add(1);
@@ -412,7 +424,7 @@ impl Objects {
     pub fn nearest(&self, key: u64, hint: ShadowHint) -> Option<FoundObject<'_>> {
         // A freed object leaves its memory poisoned as freed. Where that is a redzone now, it was
         // before the memory was cut up anew.
-        let freed_fits = matches!(hint, ShadowHint::Anywhere | ShadowHint::FreePage);
+        let freed_fits = matches!(hint, ShadowHint::Anywhere | ShadowHint::Inside);
         let fits = |entry: &Entry| freed_fits || !entry.is_freed();
         let table = &self.table;
         let mut before =
@@ -425,7 +437,7 @@ impl Objects {
             Some((entry, entry.start - key)).filter(|(_, distance)| *distance <= NEARBY)
         };
         let Some(left) = left else {
-            let right = right().filter(|_| hint != ShadowHint::FreePage);
+            let right = right().filter(|_| hint != ShadowHint::Inside);
             return Some(self.found(right?.0));
         };
         let slot = match self.caches.get(&left.cache) {
@@ -440,7 +452,7 @@ impl Objects {
         if key < end {
             return Some(self.found(left));
         }
-        if hint == ShadowHint::FreePage {
+        if hint == ShadowHint::Inside {
             return None;
         }
         let distance = key - end;

@@ -89,7 +89,7 @@ fn the_closer_neighbour_explains() {
     assert_eq!((redzone(0x1007f), redzone(0x10000 + 4096 + 64)), (Some(0x10000), Some(0x10000)));
     assert_eq!(redzone(0x10000 + 4096 + 65), None);
     // A free page has nothing to do with its neighbours, only with what was in it.
-    let in_free_page = |gpa| objects.nearest(gpa, ShadowHint::FreePage).map(|found| found.start);
+    let in_free_page = |gpa| objects.nearest(gpa, ShadowHint::Inside).map(|found| found.start);
     assert_eq!((in_free_page(0x10090), in_free_page(0x10000)), (Some(0x10080), Some(0x10000)));
     assert_eq!((in_free_page(0x10000 - 1), in_free_page(0x10000 + 4096)), (None, None));
     for _ in 0..3 {

@@ -9,7 +9,9 @@
 
 mod contents;
 mod dwarf;
+mod modules;
 mod reader;
+mod relocate;
 mod table;
 mod variables;
 
@@ -17,6 +19,7 @@ use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use object::ReadCache;
@@ -24,6 +27,8 @@ use object::ReadCache;
 pub use self::contents::Contents;
 use self::contents::{Blocks, Cursor};
 use self::dwarf::{Dwarf, Found, Source};
+use self::modules::Modules;
+pub use self::modules::{Module, ModuleSymbol};
 use self::reader::Limits;
 use self::table::{Elf, Entry, Tables};
 use self::variables::Variables;
@@ -37,6 +42,8 @@ const SHARED_MAX: usize = 4 * CACHED_MAX;
 const NAME_MAX: usize = 1024;
 /// Longest name in the symbol table that is read, in bytes; demangled it may be longer or shorter.
 const SYMBOL_MAX: usize = 64 << 10;
+/// Most files of modules that are kept in memory.
+const MODULE_FILES_MAX: usize = 8;
 /// Most notes that are kept.
 const NOTES_MAX: usize = 8;
 
@@ -64,6 +71,8 @@ pub struct Symbol {
     pub start: u64,
     /// Its bytes.
     pub size: u64,
+    /// The kernel's module that it belongs to, if it is of one.
+    pub module: Option<Arc<str>>,
 }
 
 type Load = Box<dyn FnOnce() -> io::Result<Contents> + Send>;
@@ -72,6 +81,11 @@ type Load = Box<dyn FnOnce() -> io::Result<Contents> + Send>;
 pub struct Symbols {
     load: Cell<Option<Load>>,
     file: OnceCell<Option<File>>,
+    modules: RefCell<Modules>,
+    /// Where the files of modules are.
+    modules_folder: Option<PathBuf>,
+    /// The debug information of modules, once it was needed; none where there is no file.
+    module_files: RefCell<HashMap<Arc<str>, Option<Box<Symbols>>>>,
     cached: RefCell<HashMap<(u64, Position), Vec<Frame>>>,
     shared: RefCell<HashSet<Arc<str>>>,
     notes: RefCell<Vec<String>>,
@@ -112,23 +126,46 @@ impl Symbols {
         Self {
             load: Cell::new(Some(Box::new(move || load().map(Into::into)))),
             file: OnceCell::new(),
+            modules: RefCell::default(),
+            modules_folder: None,
+            module_files: RefCell::default(),
             cached: RefCell::default(),
             shared: RefCell::default(),
             notes: RefCell::default(),
         }
     }
 
+    /// Looks for the debug information of modules in `.ko` files in this folder, and in those below
+    /// it.
+    #[must_use]
+    pub fn with_modules_in(self, folder: Option<PathBuf>) -> Self {
+        Self { modules_folder: folder, ..self }
+    }
+
+    /// Adds a module of the kernel. It takes the place of those that were in its memory.
+    pub fn add_module(&self, module: Module) {
+        self.module_files.borrow_mut().remove(module.name());
+        self.modules.borrow_mut().add(module);
+        self.cached.borrow_mut().clear();
+    }
+
     /// The function that holds `address`.
     pub fn lookup(&self, address: u64) -> Option<Symbol> {
+        if let Some(symbol) = self.modules.borrow().lookup(address) {
+            return Some(symbol);
+        }
         let file = self.file()?;
         let entry = file.symbols.functions.holding(address)?;
         let (name, linkage) = self.names(file.name(entry)?);
-        Some(Symbol { name, linkage, start: entry.start, size: entry.size })
+        Some(Symbol { name, linkage, start: entry.start, size: entry.size, module: None })
     }
 
     /// The global variable that holds `address`, or else the last one before it in its section,
     /// since an overrun lands behind the variable.
     pub fn lookup_data(&self, address: u64) -> Option<Variable> {
+        if let Some(variable) = self.modules.borrow().lookup_data(address) {
+            return Some(variable);
+        }
         let file = self.file()?;
         let entry = file.symbols.variables.nearest(address)?;
         Some(Variable {
@@ -201,6 +238,7 @@ impl Symbols {
         if let Some(symbol) = self.lookup(probe) {
             last.symbol = Some(symbol.name);
             last.linkage = symbol.linkage;
+            last.module = symbol.module;
             last.offset = ip.saturating_sub(symbol.start);
             last.size = symbol.size;
         }
@@ -259,6 +297,9 @@ impl Symbols {
     }
 
     fn find_sources(&self, probe: u64) -> Found {
+        if let Some(module) = self.modules.borrow().holding(probe) {
+            return self.find_in_module(module, probe);
+        }
         // There is no code at the last address, and addr2line computes the one after it.
         let Some(file) = self.file().filter(|_| probe < u64::MAX) else { return Found::default() };
         let mut lines = file.dwarf.borrow_mut();
@@ -284,6 +325,24 @@ impl Symbols {
             self.note(error);
         }
         found
+    }
+
+    /// The debug information of an address in a module, if its file is known.
+    fn find_in_module(&self, module: &Module, probe: u64) -> Found {
+        let mut files = self.module_files.borrow_mut();
+        if files.len() >= MODULE_FILES_MAX && !files.contains_key(module.name()) {
+            files.clear();
+        }
+        let open = || {
+            let path = relocate::find(self.modules_folder.as_deref()?, module.name())?;
+            let address_of = |name: &str| module.address_of(name);
+            let open = || relocate::relocated(relocate::read(&path)?, &address_of);
+            // As for the kernel's file: a panic must not cost the finding.
+            let bytes = catch_unwind(AssertUnwindSafe(open)).ok().flatten()?;
+            Some(Box::new(Self::from_elf(bytes)))
+        };
+        let file = files.entry(module.name().into()).or_insert_with(open);
+        file.as_ref().map_or_else(Found::default, |file| file.find_sources(probe))
     }
 
     fn file(&self) -> Option<&File> {

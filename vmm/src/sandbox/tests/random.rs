@@ -76,7 +76,7 @@ proptest! {
                 prop_assert!(!outcome.to_string().contains('\n'));
             }
         }
-        bench.state.drain_all(&bench.ram);
+        let _ = bench.state.drain_all(&bench.ram);
         prop_assert_eq!(bench.exits().total, exits);
         let heard = bench.heard.0.lock().unwrap().len();
         prop_assert_eq!(bench.state.session.findings().distinct(), heard);

@@ -1,0 +1,165 @@
+//! Symbols of a kernel's modules, which the guest reports when it loads them.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use super::Symbol;
+use crate::Variable;
+
+/// Most modules that are kept. The oldest go first.
+const MODULES_MAX: usize = 256;
+
+/// A function or a variable of a module.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModuleSymbol {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Its virtual address.
+    pub start: u64,
+    /// Its bytes; may be 0.
+    pub size: u64,
+    /// Whether it is a function.
+    pub code: bool,
+}
+
+/// A module of the kernel.
+#[derive(Clone, Debug)]
+pub struct Module {
+    name: Arc<str>,
+    /// Virtual starts and bytes of its memory.
+    parts: [(u64, u64); 2],
+    /// By address.
+    symbols: Vec<ModuleSymbol>,
+}
+
+impl Module {
+    /// A module without symbols, in memory at these virtual starts, of so many bytes each.
+    pub fn new(name: String, parts: [(u64, u64); 2]) -> Self {
+        Self { name: name.into(), parts, symbols: Vec::new() }
+    }
+
+    /// Whether `address` is in its memory.
+    pub fn contains(&self, address: u64) -> bool {
+        let within = |&(start, bytes): &(u64, u64)| address.wrapping_sub(start) < bytes;
+        self.parts.iter().any(within)
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The address of its function or variable of this name.
+    pub(super) fn address_of(&self, name: &str) -> Option<u64> {
+        self.symbols.iter().find(|symbol| *symbol.name == *name).map(|symbol| symbol.start)
+    }
+
+    /// Adds a symbol.
+    pub fn add(&mut self, symbol: ModuleSymbol) {
+        let at = self.symbols.partition_point(|other| other.start <= symbol.start);
+        self.symbols.insert(at, symbol);
+    }
+
+    /// The last function or variable that begins at or below `address`.
+    fn before(&self, address: u64, code: bool) -> Option<&ModuleSymbol> {
+        let end = self.symbols.partition_point(|symbol| symbol.start <= address);
+        self.symbols.get(..end)?.iter().rev().take(64).find(|symbol| symbol.code == code)
+    }
+
+    fn overlaps(&self, other: &Self) -> bool {
+        let overlap = |(a, m): (u64, u64), (b, n): (u64, u64)| {
+            m > 0 && n > 0 && (a.wrapping_sub(b) < n || b.wrapping_sub(a) < m)
+        };
+        self.parts.iter().any(|one| other.parts.iter().any(|two| overlap(*one, *two)))
+    }
+}
+
+/// The modules of a kernel, those that are gone included.
+#[derive(Debug, Default)]
+pub(super) struct Modules(VecDeque<Module>);
+
+impl Modules {
+    /// Adds a module in the place of those that were in its memory.
+    pub(super) fn add(&mut self, module: Module) {
+        self.0.retain(|old| !old.overlaps(&module));
+        if self.0.len() >= MODULES_MAX {
+            self.0.pop_front();
+        }
+        self.0.push_back(module);
+    }
+
+    /// The module that holds `address`.
+    pub(super) fn holding(&self, address: u64) -> Option<&Module> {
+        self.0.iter().find(|module| module.contains(address))
+    }
+
+    /// The function that holds `address`.
+    pub(super) fn lookup(&self, address: u64) -> Option<Symbol> {
+        let module = self.holding(address)?;
+        let symbol = module.before(address, true)?;
+        if symbol.size > 0 && address - symbol.start >= symbol.size {
+            return None;
+        }
+        Some(Symbol {
+            name: symbol.name.clone(),
+            linkage: None,
+            start: symbol.start,
+            size: symbol.size,
+            module: Some(module.name.clone()),
+        })
+    }
+
+    /// The variable that holds `address`, or else the last one before it.
+    pub(super) fn lookup_data(&self, address: u64) -> Option<Variable> {
+        let module = self.holding(address)?;
+        let symbol = module.before(address, false)?;
+        Some(Variable {
+            name: symbol.name.to_string(),
+            start: symbol.start,
+            size: symbol.size,
+            module: Some(module.name.to_string()),
+            ..Variable::default()
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn module(name: &str, start: u64) -> Module {
+        let mut module = Module::new(name.into(), [(start, 0x1000), (start + 0x8000, 0)]);
+        for (name, offset, size, code) in
+            [("two", 0x20, 0x10, true), ("one", 0x10, 0x10, true), ("data", 0x800, 8, false)]
+        {
+            module.add(ModuleSymbol { name: name.into(), start: start + offset, size, code });
+        }
+        module
+    }
+
+    #[test]
+    fn addresses_are_found_in_the_module_that_is_there() {
+        let mut modules = Modules::default();
+        modules.add(module("a", 0x10_0000));
+        modules.add(module("b", 0x20_0000));
+        let found = |modules: &Modules, address| {
+            let symbol = modules.lookup(address)?;
+            Some((symbol.module?.to_string(), symbol.name.to_string(), symbol.start))
+        };
+        assert_eq!(found(&modules, 0x10_001f), Some(("a".into(), "one".into(), 0x10_0010)));
+        assert_eq!(found(&modules, 0x20_0020), Some(("b".into(), "two".into(), 0x20_0020)));
+        for nowhere in [0x10_000f, 0x10_0030, 0x10_1000, 0, u64::MAX] {
+            assert_eq!(found(&modules, nowhere), None, "{nowhere:#x}");
+        }
+        let data = modules.lookup_data(0x20_0810).expect("behind a variable");
+        assert_eq!((data.name.as_str(), data.size, data.module.as_deref()), ("data", 8, Some("b")));
+        // Another module comes to where the first one was.
+        modules.add(module("c", 0x10_0800));
+        assert_eq!(found(&modules, 0x10_001f), None);
+        assert_eq!(found(&modules, 0x10_0810), Some(("c".into(), "one".into(), 0x10_0810)));
+        for i in 0..2 * MODULES_MAX as u64 {
+            modules.add(module("many", 0x100_0000 + i * 0x1_0000));
+        }
+        assert_eq!(modules.0.len(), MODULES_MAX);
+    }
+}

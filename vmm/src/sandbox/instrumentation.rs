@@ -1,0 +1,131 @@
+//! Looks for a kernel that has Umbra's runtime but was not compiled as it must be.
+//!
+//! Such a kernel runs, and its bugs are missed in silence: all of them if no file was compiled with
+//! the sanitizer, and those of copies if the code calls a `memcpy` of its own.
+
+use std::collections::HashMap;
+
+use object::{Object as _, ObjectSection as _, ObjectSymbol as _, SectionKind};
+
+/// Most bytes of code that are looked at.
+const CODE_MAX: usize = 64 << 20;
+/// Most symbols that are looked at.
+const SYMBOLS_MAX: usize = 1 << 20;
+/// Opcodes of a call and a jump with a distance of four bytes.
+const CALL: u8 = 0xe8;
+const JUMP: u8 = 0xe9;
+
+/// What a function is, by its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum Target {
+    /// A memory function that checks nothing.
+    PlainCopy,
+    /// A checked memory function of the runtime.
+    CheckedCopy,
+    /// A check of an access.
+    Check,
+}
+
+/// What may be wrong with how a kernel was compiled: a sentence each. None for a kernel without the
+/// runtime, and for a file that is no ELF file.
+pub(super) fn warnings(kernel: &[u8]) -> Vec<&'static str> {
+    let Ok(elf) = object::File::parse(kernel) else { return Vec::new() };
+    let mut targets = HashMap::new();
+    let mut has_runtime = false;
+    for symbol in elf.symbols().take(SYMBOLS_MAX) {
+        let name = symbol.name_bytes().unwrap_or_default();
+        has_runtime |= name == b"umbra_activate";
+        if let Some(target) = target(name) {
+            // One address may have several names; the runtime's says more.
+            let known = targets.entry(symbol.address()).or_insert(target);
+            *known = target.max(*known);
+        }
+    }
+    if !has_runtime {
+        return Vec::new();
+    }
+    let calls = calls(&elf, &targets);
+    let count = |target| calls.get(&target).copied().unwrap_or_default();
+    let mut warnings = Vec::new();
+    if count(Target::Check) == 0 {
+        warnings.push(
+            "no code of this kernel is checked, though Umbra's runtime is linked: compile it with \
+             the flags of umbra.mk or umbra.toml, after `make clean` or `cargo clean`",
+        );
+    } else if count(Target::CheckedCopy) == 0 && count(Target::PlainCopy) > 0 {
+        warnings.push(
+            "this kernel's copies are not checked: its code calls a memcpy or memset that is not \
+             the runtime's (docs/your-kernel.md)",
+        );
+    }
+    warnings
+}
+
+fn target(name: &[u8]) -> Option<Target> {
+    match name {
+        b"memcpy" | b"memmove" | b"memset" => Some(Target::PlainCopy),
+        b"__asan_memcpy"
+        | b"__asan_memmove"
+        | b"__asan_memset"
+        | b"umbra_checked_memcpy"
+        | b"umbra_checked_memmove"
+        | b"umbra_checked_memset" => Some(Target::CheckedCopy),
+        _ if name.starts_with(b"__asan_load") || name.starts_with(b"__asan_store") => {
+            Some(Target::Check)
+        }
+        _ => None,
+    }
+}
+
+/// How often code calls or jumps to the targets.
+fn calls(elf: &object::File, targets: &HashMap<u64, Target>) -> HashMap<Target, u64> {
+    let mut counts = HashMap::new();
+    let mut left = CODE_MAX;
+    for section in elf.sections() {
+        if section.kind() != SectionKind::Text {
+            continue;
+        }
+        let Ok(code) = section.data() else { continue };
+        let code = code.get(..left).unwrap_or(code);
+        left -= code.len();
+        for (at, five) in (0u64..).zip(code.windows(5)) {
+            let [CALL | JUMP, distance @ ..] = five else { continue };
+            let Ok(distance) = distance.try_into().map(i32::from_le_bytes) else { continue };
+            let next = section.address().wrapping_add(at + 5);
+            let to = next.wrapping_add_signed(distance.into());
+            if let Some(target) = targets.get(&to) {
+                *counts.entry(*target).or_default() += 1;
+            }
+        }
+    }
+    counts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn functions_are_known_by_name() {
+        assert_eq!(target(b"memcpy"), Some(Target::PlainCopy));
+        assert_eq!(target(b"__asan_memcpy"), Some(Target::CheckedCopy));
+        assert_eq!(target(b"__asan_load8_noabort"), Some(Target::Check));
+        assert_eq!(target(b"__asan_register_globals"), None);
+        assert_eq!(target(b"memcmp"), None);
+    }
+
+    #[test]
+    fn other_files_are_passed_over() {
+        assert!(warnings(b"no ELF file").is_empty());
+        let own = std::fs::read("/proc/self/exe").expect("this program");
+        assert!(warnings(&own).is_empty(), "it has no runtime");
+    }
+
+    #[test]
+    fn the_test_kernel_is_compiled_as_it_must_be() {
+        let Some(kernel) = crate::kernel::test_kernel() else {
+            umbra_skip::skip!("the test kernel is not built");
+        };
+        assert_eq!(warnings(kernel), [""; 0]);
+    }
+}
