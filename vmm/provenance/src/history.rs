@@ -247,7 +247,7 @@ mod tests {
     /// Writes these records, numbered from 0, to a ring of CPU 0. Their addresses are 0x1000.
     fn with_records(provenance: &mut Provenance, records: &[PackedRecord]) -> Ram {
         let ram = Ram::new();
-        provenance.set_up_ring(0, RING, 16, 0).expect("a ring");
+        provenance.set_up_ring(0, RING, 64, 0).expect("a ring");
         for (i, record) in (0u32..).zip(records) {
             for (word, value) in (0u64..).zip(record.words(0, 0, 0x1000, i)) {
                 assert!(ram.write(RING + 64 * u64::from(1 + i) + 8 * word, &value.to_le_bytes()));

@@ -154,7 +154,7 @@ mod tests {
         let relocated = relocated(bytes, &|name| (name == "one").then_some(at)).expect("a module");
         let frames = Symbols::from_elf(relocated).frames(at, Position::Instruction);
         let frame = frames.last().expect("there is always one");
-        assert_eq!(frame.line, Some(2), "{frames:?}");
+        assert!(matches!(frame.line, Some(2 | 3)), "{frames:?}");
         assert!(frame.file.as_deref().is_some_and(|file| file.ends_with("a.c")), "{frames:?}");
     }
 

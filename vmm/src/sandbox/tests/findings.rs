@@ -1,6 +1,6 @@
 //! Findings: reports, the records that are drained before them, and tampering.
 
-use umbra_shadow::abi::{Access, CallNumber, NameKind, RecordKind};
+use umbra_shadow::abi::{Access, CallNumber, FREE_REFUSED, NameKind, RecordKind, Slot};
 use vm_memory::GuestAddress;
 
 use super::CPU;
@@ -111,4 +111,72 @@ fn stores_to_read_only_windows_are_found_and_have_no_effect() {
     let heard = bench.heard.0.lock().unwrap();
     assert_eq!((heard[0].ip, heard[0].size, heard[0].address), (0x1234, 8, 0x20_000 >> 12));
     assert_eq!(heard[1].address, 0x100 >> 3);
+}
+
+#[test]
+fn a_module_names_its_functions() {
+    let mut bench = Bench::sync();
+    let words = |at: u64, words: &[u64]| {
+        let bytes: Vec<_> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        bench.ram.write(GuestAddress(at), &bytes).unwrap();
+    };
+    bench.ram.write(GuestAddress(0x1000), b"my_module").unwrap();
+    words(0x1000 + 56, &[0x10_0000, 0x1000, 0, 0, 0x2000, 3, 0x3000]);
+    // Name, type and address: a function, a variable, and a function of another module.
+    words(0x2000, &[1 | 2 << 32, 0x10_0040, 0x20]);
+    words(0x2018, &[6 | 1 << 32, 0x10_0800, 8]);
+    words(0x2030, &[1 | 2 << 32, 0x20_0000, 8]);
+    bench.ram.write(GuestAddress(0x3000), b"\0func\0data\0").unwrap();
+    assert_eq!(bench.call(CallNumber::Module, [0x1000, 0, 0, 0]), 0);
+    for ip in [0x10_0050, 0x20_0004] {
+        assert_eq!(bench.call(CallNumber::Report, [0x5000, 1, 0, ip]), 0);
+    }
+    let heard = bench.heard.0.lock().unwrap().clone();
+    let frame = &heard[0].frames[0];
+    assert_eq!(
+        (frame.symbol.as_deref(), frame.module.as_deref()),
+        (Some("func"), Some("my_module"))
+    );
+    assert_eq!((frame.offset, frame.size), (0x10, 0x20));
+    assert_eq!(heard[1].frames[0].symbol, None);
+    // Addresses of nothing are refused, or the module has no symbols.
+    assert!(bench.call(CallNumber::Module, [1 << 40, 0, 0, 0]) >= umbra_shadow::abi::ERR_MIN);
+    bench.ram.write(GuestAddress(0x1000 + 56 + 32), &[0xff; 24]).unwrap();
+    assert_eq!(bench.call(CallNumber::Module, [0x1000, 0, 0, 0]), 0);
+}
+
+#[test]
+fn a_free_inside_a_live_object_is_found_and_changes_nothing() {
+    let mut bench = Bench::sync();
+    let slot = Slot { bytes: 64, code: 0xfc }.to_register();
+    assert_eq!(bench.call(CallNumber::Allocated, [0x5000, 64, 0, slot]), 0);
+    let inside = Slot { bytes: 16, code: 0xfb }.to_register();
+    assert_eq!(bench.call(CallNumber::Freed, [0x5010, 0, 0, inside]), FREE_REFUSED);
+    assert_eq!(bench.kinds(), ["invalid-free"]);
+    let free = bench.heard.0.lock().unwrap()[0].clone();
+    let object = free.object.unwrap();
+    assert_eq!((object.start, object.offset, free.address), (0x5000, 16, 0x5010));
+    assert_eq!(bench.call(CallNumber::Freed, [0x5000, 0, 0, slot]), 0);
+    assert_eq!(bench.kinds().len(), 1);
+}
+
+#[test]
+fn a_record_of_a_wrong_free_may_end_the_run() {
+    let mut bench = Bench::new(Some(Mode::PerPage), Notify::Ring, None, Some(1)).with_region();
+    assert_eq!(bench.call(CallNumber::RingSetup, [0x8000, 64 * 5, 0, 0]), 0);
+    let records = [(RecordKind::Allocated, 0x6000u32, 40u32), (RecordKind::Freed, 0x6010, 0)];
+    for (i, (kind, low, size)) in (1u64..).zip(records) {
+        let mut bytes = [0u8; 64];
+        bytes[0] = kind.into();
+        bytes[8..12].copy_from_slice(&low.to_le_bytes());
+        bytes[16..20].copy_from_slice(&size.to_le_bytes());
+        bytes[20] = i as u8;
+        bench.ram.write(GuestAddress(0x8000 + 64 * i), &bytes).unwrap();
+    }
+    bench.ram.write(GuestAddress(0x8000), &2u64.to_le_bytes()).unwrap();
+    let outcome = ended(bench.hypercall(CallNumber::RingDrain, [0, 0, 0, 0]));
+    assert!(matches!(outcome, Outcome::FindingLimit(1)), "{outcome:?}");
+    let heard = bench.heard.0.lock().unwrap();
+    assert_eq!((heard[0].kind, heard[0].address), ("invalid-free", 0x6010));
+    assert!(heard[0].notes.iter().any(|note| note.contains("records were read")));
 }
