@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use umbra_report::{Names, html};
+use umbra_report::{Names, Target, html};
 
 use crate::kernel::{Expected, Scenario};
 use crate::print::{FindingPrinter, say, size};
@@ -56,7 +56,7 @@ pub(crate) fn run(
     config: &Config,
     chosen: &[Scenario],
     quiet: bool,
-    page: Option<html::Target>,
+    page: Option<Target>,
     stop: &AtomicBool,
 ) -> Result<u8> {
     let (verdicts, report) =
@@ -106,7 +106,7 @@ pub(crate) fn run(
 
 /// Writes the page about the run.
 fn write_page(
-    target: html::Target,
+    target: Target,
     config: &Config,
     verdicts: &[Verdict],
     report: &RunReport,

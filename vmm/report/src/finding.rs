@@ -1,11 +1,13 @@
-//! The model of one finding, and its identity.
+//! The model of one finding.
 
 use std::fmt::Write as _;
+use std::ops::Range;
 use std::sync::Arc;
 
 use serde::{Serialize, Serializer};
 
 use super::frame::StackFrame;
+use super::identity::{self, Fingerprint, Identity};
 
 /// Shadow bytes in one row of a [`ShadowDump`].
 pub const ROW_SHADOW: usize = 16;
@@ -16,7 +18,7 @@ pub const ROWS_AROUND: u64 = 2;
 
 /// The function in a headline where the kernel's ELF has no symbol. An address would differ between
 /// two builds of the same kernel.
-const NO_SYMBOL: &str = "<no symbol>";
+pub(super) const NO_SYMBOL: &str = "<no symbol>";
 
 /// One memory error of the guest.
 ///
@@ -66,6 +68,9 @@ pub struct Finding {
     pub shadow: ShadowDump,
     /// The parts that this finding lacks, and the reasons.
     pub notes: Vec<String>,
+    /// The addresses of the kernel's image, for frames without a symbol; empty if not known.
+    #[serde(skip)]
+    pub image: Range<u64>,
 }
 
 /// The guest's operation on the memory.
@@ -101,6 +106,18 @@ impl Finding {
             previous: None,
             shadow: ShadowDump::default(),
             notes: Vec::new(),
+            image: 0..0,
+        }
+    }
+}
+
+impl AccessKind {
+    /// Its name in JSON.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Free => "free",
         }
     }
 }
@@ -297,10 +314,46 @@ impl Finding {
         self.frames.iter().find(|frame| !frame.inlined && frame.ip == self.ip)
     }
 
-    /// The finding in one line, as KASAN prints it: `BUG: KASAN: kind in func+0xoff/0xsize`. It
-    /// holds no address, so that equal bugs have equal headlines in every run.
+    /// The frames from that of [`Finding::ip`] on.
+    pub(super) fn access_frames(&self) -> &[Frame] {
+        let start = self.frames.iter().position(|frame| frame.ip == self.ip);
+        start.and_then(|start| self.frames.get(start..)).unwrap_or_default()
+    }
+
+    /// The function that a person would look at first: that of the access, or the first of its
+    /// callers that is not only a tool, such as `memcpy` or `core::ptr::read_volatile`. It may be
+    /// an inlined one.
+    pub fn function(&self) -> Option<&Frame> {
+        identity::first_of(self.access_frames())
+    }
+
+    /// The identity of the bug.
+    pub fn identity(&self) -> Identity {
+        Identity::of(self)
+    }
+
+    /// The hash over the identity of the bug. Equal bugs have equal ones in every run and build.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.identity().fingerprint()
+    }
+
+    /// The finding in one line, as KASAN prints it: `BUG: KASAN: kind in func+0xoff/0xsize`, with
+    /// [`Finding::function`]. It holds no address, so that equal bugs have equal headlines in every
+    /// run.
+    ///
+    /// An inlined function has no place in the ELF. Its name stands alone, or with
+    /// [`Names::Linkage`] the function of the ELF that it was inlined into.
     pub fn headline(&self, names: Names) -> String {
-        let place = self.culprit().and_then(|frame| place(frame, names));
+        let of_the_elf = |inlined: &Frame| {
+            let mut frames = self.access_frames().iter();
+            frames.find(|frame| std::ptr::eq(*frame, inlined))?;
+            frames.find(|frame| !frame.inlined)
+        };
+        let place = self.function().and_then(|frame| match names {
+            _ if !frame.inlined => place(frame, names),
+            Names::Demangled => frame.name(names).map(printable),
+            Names::Linkage => place(of_the_elf(frame)?, names),
+        });
         format!("BUG: KASAN: {} in {}", self.kind, place.as_deref().unwrap_or(NO_SYMBOL))
     }
 }
@@ -426,6 +479,7 @@ pub(super) mod tests {
                 Some(bytes)
             }),
             notes: vec![],
+            image: 0..0,
         }
     }
 

@@ -262,7 +262,7 @@ impl ReportWriter<'_> {
 }
 
 /// The position of `offset` relative to an object of `size` bytes.
-fn relation(offset: i128, size: u64) -> String {
+pub(super) fn relation(offset: i128, size: u64) -> String {
     let size = i128::from(size);
     if offset < 0 {
         format!("{} bytes to the left", -offset)

@@ -145,6 +145,7 @@ impl Investigation<'_, '_> {
             previous: history.previous,
             shadow: self.shadow_around(bad.va),
             notes,
+            image: self.guest.symbols().image(),
         }
     }
 
@@ -328,6 +329,7 @@ impl Investigation<'_, '_> {
             cpu: self.context.id.into(),
             frames,
             notes,
+            image: symbols.image(),
             ..Finding::new(AccessKind::Write)
         }
     }

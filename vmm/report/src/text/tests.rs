@@ -1,5 +1,5 @@
 use super::super::finding::tests::finding;
-use super::super::{Previous, Row, Variable, frame};
+use super::super::{Distinct, Previous, Row, Variable, frame};
 use super::*;
 
 const PLAIN: TextStyle = TextStyle { color: false, names: Names::Demangled };
@@ -230,7 +230,7 @@ fn colours_change_nothing_else() {
 
 #[test]
 fn repeats_are_one_line_each() {
-    let mut findings = Findings::new(1);
+    let mut findings = Findings::new(Distinct::Bugs, 1);
     for _ in 0..3 {
         findings.add(finding());
     }
