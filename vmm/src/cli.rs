@@ -284,9 +284,8 @@ fn output(path: &Path) -> Result<Box<dyn Write + Send>> {
 
 /// Checks before the run whether a file can be written to `path` when it has ended.
 fn target(path: Option<&Path>) -> Result<Option<Target>> {
-    let target = |path: &Path| {
-        Target::new(path).with_context(|| format!("cannot write {}", path.display()))
-    };
+    let target =
+        |path: &Path| Target::new(path).with_context(|| format!("cannot write {}", path.display()));
     path.map(target).transpose()
 }
 

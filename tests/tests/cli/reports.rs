@@ -97,7 +97,10 @@ pub fn a_log_of_each_run() {
     };
     let file = Some("guest/kernel/src/scenarios/slab.rs".to_owned());
     assert_eq!(place(&result["locations"][0]), (file, true), "{result}");
-    assert_eq!((&result["ruleId"], &result["occurrenceCount"]), (&"slab-use-after-free".into(), &2.into()));
+    assert_eq!(
+        (&result["ruleId"], &result["occurrenceCount"]),
+        (&"slab-use-after-free".into(), &2.into())
+    );
     assert_eq!(result["relatedLocations"].as_array().map(Vec::len), Some(2), "{result}");
     let rules = &found["tool"]["driver"]["rules"];
     assert_eq!(rules[0]["id"], "slab-use-after-free");

@@ -42,8 +42,16 @@ const TOOLS: [&str; 142] = [
 
 /// What names of tools begin with that compilers, linkers and checkers make.
 const TOOL_PREFIXES: [&str; 10] = [
-    "__asan_", "__hwasan_", "__kasan_", "__wrap_", "__fortify_", "__builtin_", "__rust_", "__rdl_",
-    "__rg_", "umbra_",
+    "__asan_",
+    "__hwasan_",
+    "__kasan_",
+    "__wrap_",
+    "__fortify_",
+    "__builtin_",
+    "__rust_",
+    "__rdl_",
+    "__rg_",
+    "umbra_",
 ];
 
 /// A function's name without what changes from build to build: rustc's hashes, the numbers of
@@ -241,11 +249,11 @@ mod tests {
             ("kernel::List<u8, Box<T>>::push", "kernel::List::push"),
             ("kernel::f::<fn(u8) -> u8>::g::<7>", "kernel::f::g"),
             ("<kernel::List<u8>>::push::<u8>", "<kernel::List>::push"),
+            ("<kernel::A<kernel::B<u8>> as kernel::T<u8>>::f::<u8>", "<kernel::A as kernel::T>::f"),
             (
-                "<kernel::A<kernel::B<u8>> as kernel::T<u8>>::f::<u8>",
-                "<kernel::A as kernel::T>::f",
+                "<<kernel::A as kernel::T>::U as kernel::V>::f",
+                "<<kernel::A as kernel::T>::U as kernel::V>::f",
             ),
-            ("<<kernel::A as kernel::T>::U as kernel::V>::f", "<<kernel::A as kernel::T>::U as kernel::V>::f"),
             ("kernel::m::<impl kernel::T<u8> for u8>::f", "kernel::m::<impl kernel::T for u8>::f"),
             ("<[u8]>::get", "<[u8]>::get"),
             ("a\nb\x1b[31m", "a?b?[31m"),
@@ -266,9 +274,9 @@ mod tests {
             "<[u32]>::get_unchecked::<usize>",
             "<alloc::vec::Vec<kernel::A> as core::ops::Index<usize>>::index",
             "<T as core::convert::Into<U>>::into",
-            "<umbra_guest::alloc::Checked<kernel::Heap> as core::alloc::global::GlobalAlloc>::dealloc",
+            "<umbra_guest::Checked<kernel::Heap> as core::alloc::global::GlobalAlloc>::dealloc",
             "<kernel::Heap as core::alloc::global::GlobalAlloc>::alloc",
-            "<kernel::f::{closure#0} as core::ops::function::FnOnce<()>>::call_once::{shim:vtable#0}",
+            "<kernel::f::{closure#0} as core::ops::FnOnce<()>>::call_once::{shim:vtable#0}",
             "<&mut kernel::f::{closure#0} as core::ops::function::FnMut<()>>::call_mut",
             "core::ops::function::FnOnce::call_once{{vtable.shim}}",
             "__rustc::__rust_dealloc",
@@ -316,7 +324,8 @@ mod tests {
     /// Names are those of a file that may be hostile.
     #[test]
     fn any_text_is_a_name() {
-        let parts = ["<", ">", "::", " as ", "->", "{closure#", "[", "]", ".", "é", "core", "\u{0}"];
+        let parts =
+            ["<", ">", "::", " as ", "->", "{closure#", "[", "]", ".", "é", "core", "\u{0}"];
         for first in parts {
             for second in parts {
                 for third in parts {

@@ -98,9 +98,9 @@ impl Log<'_> {
         for (what, track) in events {
             let Some(track) = track else { continue };
             let Some(frame) = first_of(&track.frames) else { continue };
-            let name = frame.symbol.as_deref().map(plain).unwrap_or_default();
+            let name = frame.symbol.as_deref().map(|name| format!(" in {}", literal(&plain(name))));
             let number = related.len() as i64 + 1;
-            text.push_str(&format!(" It was [{what}]({number}) in {}.", literal(&name)));
+            text.push_str(&format!(" It was [{what}]({number}){}.", name.unwrap_or_default()));
             let place = self.location(&track.frames, Some(frame));
             related.push(Location { id: Some(number), ..place });
         }

@@ -145,6 +145,8 @@ impl ReportWriter<'_> {
             let style = self.paint(ASIDE);
             writeln!(self.out, "{style}Note: {}{style:#}", printable(note))?;
         }
+        let style = self.paint(ASIDE);
+        writeln!(self.out, "{style}Fingerprint: {}{style:#}", finding.fingerprint())?;
         writeln!(self.out, "{SEPARATOR}")
     }
 

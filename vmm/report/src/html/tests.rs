@@ -17,7 +17,11 @@ fn picture() -> Picture {
     Picture { samples, pages, console: b"hello\n".to_vec() }
 }
 
-pub(crate) fn run<'a>(outcome: &str, findings: &'a Findings, picture: &'a Picture) -> RunSummary<'a> {
+pub(crate) fn run<'a>(
+    outcome: &str,
+    findings: &'a Findings,
+    picture: &'a Picture,
+) -> RunSummary<'a> {
     RunSummary {
         kernel_bytes: 100,
         cmdline: "a=1",

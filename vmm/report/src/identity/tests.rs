@@ -47,7 +47,10 @@ fn functions_are_the_first_that_are_no_tools() {
         ]),
         ["kernel::release"]
     );
-    assert_eq!(functions_of(&["memcpy", "copy_name.isra.0", "sys_open"]), ["copy_name", "sys_open"]);
+    assert_eq!(
+        functions_of(&["memcpy", "copy_name.isra.0", "sys_open"]),
+        ["copy_name", "sys_open"]
+    );
     // A recursion of any depth.
     assert_eq!(functions_of(&["walk", "walk", "walk", "start", "main"]), ["walk", "start", "main"]);
 }
@@ -67,14 +70,18 @@ fn a_stack_of_tools_has_their_names() {
 fn the_headline_names_the_first_function() {
     let headline = |stack: &[&str]| access(stack).headline(Names::Demangled);
     let kernel = "BUG: KASAN: slab-out-of-bounds in kernel::f";
-    assert_eq!(headline(&["core::ptr::read_volatile::<u8>", "kernel::f"]), format!("{kernel}+0x10/0x40"));
-    assert_eq!(headline(&["~core::ptr::read_volatile::<u8>", "kernel::f"]), format!("{kernel}+0x10/0x40"));
+    assert_eq!(
+        headline(&["core::ptr::read_volatile::<u8>", "kernel::f"]),
+        format!("{kernel}+0x10/0x40")
+    );
+    assert_eq!(
+        headline(&["~core::ptr::read_volatile::<u8>", "kernel::f"]),
+        format!("{kernel}+0x10/0x40")
+    );
     let shim = "core::ops::function::FnOnce::call_once::{shim:vtable#0}";
     assert_eq!(headline(&["~kernel::f", shim, "main"]), kernel);
     // Tools that know the ELF get a function of it.
-    assert!(
-        access(&["~f", "g", "main"]).headline(Names::Linkage).ends_with(" in g+0x10/0x40")
-    );
+    assert!(access(&["~f", "g", "main"]).headline(Names::Linkage).ends_with(" in g+0x10/0x40"));
     assert_eq!(access(&["~f", "g"]).identity().title(), "slab-out-of-bounds Write in f");
     let free = Finding { kind: "double-free", access: AccessKind::Free, ..access(&["kfree", "f"]) };
     assert_eq!(free.identity().title(), "double-free in f");
@@ -84,7 +91,12 @@ fn the_headline_names_the_first_function() {
 fn two_builds_have_one_fingerprint() {
     let old = access(&["~core::ptr::read_volatile::<u8>", "~kernel::peek", "kernel::f", "main"]);
     // Another compiler inlines nothing, moves all, and adds its suffixes.
-    let mut new = access(&["core::ptr::read_volatile::<u8>", "kernel::peek.llvm.77", "kernel::f::h0123456789abcdef", "main.cold"]);
+    let mut new = access(&[
+        "core::ptr::read_volatile::<u8>",
+        "kernel::peek.llvm.77",
+        "kernel::f::h0123456789abcdef",
+        "main.cold",
+    ]);
     for frame in &mut new.frames {
         (frame.ip, frame.offset) = (frame.ip + 0x12345, 3);
         (frame.file, frame.line) = (Some("elsewhere.rs".into()), Some(999));
@@ -152,7 +164,8 @@ fn the_origin_tells_bugs_apart() {
     assert_eq!(origin(&one), None);
     one.variable = Some(Variable { name: "TABLE.7".into(), ..Variable::default() });
     assert_eq!(origin(&one).as_deref(), Some("TABLE"));
-    let variable = |offset, name: &str| StackVariable { offset, size: 8, name: name.into(), line: None };
+    let variable =
+        |offset, name: &str| StackVariable { offset, size: 8, name: name.into(), line: None };
     let at = |offset| StackFrame {
         offset,
         current: true,
@@ -194,7 +207,8 @@ fn mangled_names_are_read() {
     let read = "_RINvNtCs1234_4core3ptr13read_volatilehECs5678_6kernel";
     assert_eq!(plain(read), "core::ptr::read_volatile");
     assert!(is_tool(&plain(read)));
-    let dealloc = "_RNvXs_Cs1_11umbra_guestNtB4_7CheckedNtNtNtCs2_4core5alloc6global11GlobalAlloc7dealloc";
+    let dealloc =
+        "_RNvXs_Cs1_11umbra_guestNtB4_7CheckedNtNtNtCs2_4core5alloc6global11GlobalAlloc7dealloc";
     assert_eq!(
         plain(dealloc),
         "<umbra_guest::Checked as core::alloc::global::GlobalAlloc>::dealloc"

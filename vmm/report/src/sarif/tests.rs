@@ -51,11 +51,7 @@ fn a_finding_is_a_result_of_its_rule() {
     let rules: Vec<_> = results.iter().map(|r| (r["ruleIndex"].as_u64(), &r["ruleId"])).collect();
     assert_eq!(
         rules,
-        [
-            (Some(0), &ids[0].into()),
-            (Some(1), &ids[1].into()),
-            (Some(0), &ids[0].into())
-        ]
+        [(Some(0), &ids[0].into()), (Some(1), &ids[1].into()), (Some(0), &ids[0].into())]
     );
     let result = &results[0];
     assert_eq!((&result["level"], &result["occurrenceCount"]), (&"error".into(), &2.into()));
@@ -72,15 +68,17 @@ fn a_finding_is_a_result_of_its_rule() {
     );
     let location = &result["locations"][0];
     assert_eq!(
-        location["physicalLocation"]["artifactLocation"]["uri"],
-        "kernel/src/oob.rs",
+        location["physicalLocation"]["artifactLocation"]["uri"], "kernel/src/oob.rs",
         "{location}"
     );
     assert_eq!(location["physicalLocation"]["artifactLocation"]["uriBaseId"], "%SRCROOT%");
     assert_eq!(location["physicalLocation"]["region"]["startLine"], 21);
     assert_eq!(location["logicalLocations"][0]["fullyQualifiedName"], "kernel::kmalloc_oob_right");
     let related = &result["relatedLocations"][0];
-    assert_eq!((&related["id"], related["physicalLocation"]["region"]["startLine"].as_u64()), (&1.into(), Some(7)));
+    assert_eq!(
+        (&related["id"], related["physicalLocation"]["region"]["startLine"].as_u64()),
+        (&1.into(), Some(7))
+    );
 }
 
 /// The place of the access in [`finding`], whose function is in this file.
@@ -137,6 +135,6 @@ fn a_name_cannot_make_a_link() {
     evil.frames[1].symbol = Some("x [a](https://example.org)\n\x1b[31m \\".into());
     let result = one(evil);
     let text = result["message"]["text"].as_str().expect("a text");
-    assert!(text.contains(r"in x \[a\](https://example?"), "{text}") ;
+    assert!(text.contains(r"in x \[a\](https://example?"), "{text}");
     assert!(!text.contains('\n') && !text.contains('\x1b'), "{text}");
 }

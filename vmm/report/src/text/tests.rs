@@ -39,6 +39,7 @@ Memory state around the buggy address:
                                                              ^
  ffff800000201080: fc fc fc fc fc fc fc fc fc fc fc fc fc fc fc fc
  ffff800000201100: fc fc fc fc fc fc fc fc fc fc fc fc fc fc fc fc
+Fingerprint: d9b81c7c09687433
 ==================================================================
 ";
 
@@ -164,6 +165,7 @@ The buggy address belongs to the variable:
 
 Memory state around the buggy address: it has no shadow
 Note: the kernel has no symbols
+Fingerprint: 3829faf42b3fe18f
 ==================================================================
 "
     );
