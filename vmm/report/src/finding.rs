@@ -254,6 +254,13 @@ pub struct Track {
     pub frames: Vec<Frame>,
 }
 
+impl Track {
+    /// The frames outside of the allocator.
+    pub(super) fn caller_frames(&self) -> &[Frame] {
+        identity::outside_allocator(&self.frames)
+    }
+}
+
 /// The shadow around the first bad address.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ShadowDump {
@@ -314,10 +321,14 @@ impl Finding {
         self.frames.iter().find(|frame| !frame.inlined && frame.ip == self.ip)
     }
 
-    /// The frames from that of [`Finding::ip`] on.
+    /// The frames from that of [`Finding::ip`] on; of a free those outside of the allocator.
     pub(super) fn access_frames(&self) -> &[Frame] {
         let start = self.frames.iter().position(|frame| frame.ip == self.ip);
-        start.and_then(|start| self.frames.get(start..)).unwrap_or_default()
+        let frames = start.and_then(|start| self.frames.get(start..)).unwrap_or_default();
+        match self.access {
+            AccessKind::Free => identity::outside_allocator(frames),
+            AccessKind::Read | AccessKind::Write => frames,
+        }
     }
 
     /// The function that a person would look at first: that of the access, or the first of its
@@ -337,23 +348,30 @@ impl Finding {
         self.identity().fingerprint()
     }
 
-    /// The finding in one line, as KASAN prints it: `BUG: KASAN: kind in func+0xoff/0xsize`, with
-    /// [`Finding::function`]. It holds no address, so that equal bugs have equal headlines in every
-    /// run.
+    /// The function of the ELF that has the code of [`Finding::function`].
+    fn function_of_the_elf(&self) -> Option<&Frame> {
+        let function = self.function()?;
+        let mut frames = self.access_frames().iter();
+        frames.by_ref().find(|frame| std::ptr::eq(*frame, function))?;
+        if function.inlined { frames.find(|frame| !frame.inlined) } else { Some(function) }
+    }
+
+    /// The finding in one line, as KASAN prints it: `BUG: KASAN: kind in func+0xoff/0xsize`. It
+    /// holds no address, so that equal bugs have equal headlines in every run.
     ///
-    /// An inlined function has no place in the ELF. Its name stands alone, or with
-    /// [`Names::Linkage`] the function of the ELF that it was inlined into.
+    /// The function is [`Finding::function`]. If that is inlined, the function of the ELF follows,
+    /// unless it is only a tool; with [`Names::Linkage`] it stands alone.
     pub fn headline(&self, names: Names) -> String {
-        let of_the_elf = |inlined: &Frame| {
-            let mut frames = self.access_frames().iter();
-            frames.find(|frame| std::ptr::eq(*frame, inlined))?;
-            frames.find(|frame| !frame.inlined)
+        let of_the_elf = self.function_of_the_elf();
+        let place = of_the_elf.and_then(|frame| place(frame, names));
+        let inlined = self.function().filter(|frame| frame.inlined && names == Names::Demangled);
+        let place = match (inlined.and_then(|frame| frame.name(names)), place) {
+            (Some(name), Some(place)) if !of_the_elf.is_some_and(identity::is_only_tool) => {
+                Some(format!("{}, inlined into {place}", printable(name)))
+            }
+            (Some(name), _) => Some(printable(name)),
+            (None, place) => place,
         };
-        let place = self.function().and_then(|frame| match names {
-            _ if !frame.inlined => place(frame, names),
-            Names::Demangled => frame.name(names).map(printable),
-            Names::Linkage => place(of_the_elf(frame)?, names),
-        });
         format!("BUG: KASAN: {} in {}", self.kind, place.as_deref().unwrap_or(NO_SYMBOL))
     }
 }

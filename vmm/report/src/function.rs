@@ -7,52 +7,51 @@ use super::finding::printable;
 const LIBRARIES: [&str; 6] =
     ["core", "alloc", "std", "compiler_builtins", "__rustc", "umbra_guest"];
 
-/// Functions in C that work on memory or text for their caller, and allocators, by names without
-/// leading underscores. In Rust the last part of a path is looked up here, too.
+/// Functions in C that work on memory or text for their caller, by names without leading
+/// underscores. In Rust the last part of a path is looked up here, too. Sorted.
 #[rustfmt::skip]
-const TOOLS: [&str; 142] = [
-    // Sorted, since they are searched by halves.
-    "aligned_alloc", "alloc_pages", "alloc_pages_bulk", "alloc_pages_bulk_array",
-    "alloc_pages_exact", "alloc_pages_node", "bcmp", "bcopy", "bzero", "cache_free", "calloc",
-    "check_region_inline", "do_kmalloc", "do_kmalloc_node", "do_kmem_cache_free", "do_krealloc",
-    "do_slab_free", "folio_alloc", "free", "free_page", "free_pages", "free_pages_exact",
-    "get_free_page", "get_free_pages", "get_zeroed_page", "instrument_atomic_read",
+const MEMORY: [&str; 51] = [
+    "bcmp", "bcopy", "bzero", "check_region_inline", "instrument_atomic_read",
     "instrument_atomic_read_write", "instrument_atomic_write", "instrument_read",
     "instrument_read_write", "instrument_write", "kasan_check_byte", "kasan_check_range",
-    "kasan_check_read", "kasan_check_write", "kasan_kmalloc", "kasan_kmalloc_large",
-    "kasan_krealloc", "kasan_save_alloc_info", "kasan_save_free_info", "kasan_save_stack",
-    "kasan_set_track", "kasan_slab_alloc", "kasan_slab_free", "kcalloc", "kcalloc_node", "kfree",
-    "kfree_const", "kfree_sensitive", "kmalloc", "kmalloc_array", "kmalloc_array_node",
-    "kmalloc_large", "kmalloc_large_node", "kmalloc_node", "kmalloc_node_trace",
-    "kmalloc_node_track_caller", "kmalloc_order", "kmalloc_order_trace", "kmalloc_trace",
-    "kmalloc_track_caller", "kmem_cache_alloc", "kmem_cache_alloc_bulk", "kmem_cache_alloc_lru",
-    "kmem_cache_alloc_node", "kmem_cache_alloc_trace", "kmem_cache_free", "kmem_cache_free_bulk",
-    "kmem_cache_zalloc", "kmemdup", "kmemdup_nul", "krealloc", "krealloc_array", "kstrdup",
-    "kstrdup_const", "kstrndup", "kvcalloc", "kvfree", "kvfree_sensitive", "kvmalloc",
-    "kvmalloc_array", "kvmalloc_node", "kvrealloc", "kvzalloc", "kzalloc", "kzalloc_node", "kzfree",
-    "malloc", "memalign", "memchr", "memchr_inv", "memcmp", "memcpy", "memcpy_and_pad", "memmove",
-    "memscan", "memset", "memset16", "memset32", "memset64", "memzero_explicit", "posix_memalign",
-    "realloc", "slab_alloc", "slab_alloc_node", "slab_free", "slab_free_freelist_hook",
-    "slab_free_hook", "slab_post_alloc_hook", "slab_pre_alloc_hook", "stpcpy", "strcasecmp",
-    "strcat", "strchr", "strchrnul", "strcmp", "strcpy", "strcspn", "strlcat", "strlcpy", "strlen",
-    "strncasecmp", "strncat", "strnchr", "strncmp", "strncpy", "strnlen", "strnstr", "strpbrk",
-    "strrchr", "strscpy", "strscpy_pad", "strsep", "strspn", "strstr", "vfree", "vmalloc",
-    "vmalloc_node", "vmalloc_user", "vzalloc", "vzalloc_node", "zalloc",
+    "kasan_check_read", "kasan_check_write", "memchr", "memchr_inv", "memcmp", "memcpy",
+    "memcpy_and_pad", "memmove", "memscan", "memset", "memset16", "memset32", "memset64",
+    "memzero_explicit", "stpcpy", "strcasecmp", "strcat", "strchr", "strchrnul", "strcmp", "strcpy",
+    "strcspn", "strlcat", "strlcpy", "strlen", "strncasecmp", "strncat", "strnchr", "strncmp",
+    "strncpy", "strnlen", "strnstr", "strpbrk", "strrchr", "strscpy", "strscpy_pad", "strsep",
+    "strspn", "strstr",
 ];
 
-/// What names of tools begin with that compilers, linkers and checkers make.
-const TOOL_PREFIXES: [&str; 10] = [
-    "__asan_",
-    "__hwasan_",
-    "__kasan_",
-    "__wrap_",
-    "__fortify_",
-    "__builtin_",
-    "__rust_",
-    "__rdl_",
-    "__rg_",
-    "umbra_",
+/// Functions of allocators, by names as in [`MEMORY`].
+#[rustfmt::skip]
+const ALLOCATORS: [&str; 93] = [
+    "aligned_alloc", "alloc_pages", "alloc_pages_bulk", "alloc_pages_bulk_array",
+    "alloc_pages_exact", "alloc_pages_node", "cache_free", "calloc", "do_kmalloc",
+    "do_kmalloc_node", "do_kmem_cache_free", "do_krealloc", "do_slab_free", "folio_alloc", "free",
+    "free_page", "free_pages", "free_pages_exact", "get_free_page", "get_free_pages",
+    "get_zeroed_page", "kasan_kmalloc", "kasan_kmalloc_large", "kasan_krealloc",
+    "kasan_save_alloc_info", "kasan_save_free_info", "kasan_save_stack", "kasan_set_track",
+    "kasan_slab_alloc", "kasan_slab_free", "kcalloc", "kcalloc_node", "kfree", "kfree_const",
+    "kfree_sensitive", "kmalloc", "kmalloc_array", "kmalloc_array_node", "kmalloc_large",
+    "kmalloc_large_node", "kmalloc_node", "kmalloc_node_trace", "kmalloc_node_track_caller",
+    "kmalloc_order", "kmalloc_order_trace", "kmalloc_trace", "kmalloc_track_caller",
+    "kmem_cache_alloc", "kmem_cache_alloc_bulk", "kmem_cache_alloc_lru", "kmem_cache_alloc_node",
+    "kmem_cache_alloc_trace", "kmem_cache_free", "kmem_cache_free_bulk", "kmem_cache_zalloc",
+    "kmemdup", "kmemdup_nul", "krealloc", "krealloc_array", "ksize", "kstrdup", "kstrdup_const",
+    "kstrndup", "kvcalloc", "kvfree", "kvfree_sensitive", "kvmalloc", "kvmalloc_array",
+    "kvmalloc_node", "kvrealloc", "kvzalloc", "kzalloc", "kzalloc_node", "kzfree", "malloc",
+    "memalign", "posix_memalign", "realloc", "slab_alloc", "slab_alloc_node", "slab_free",
+    "slab_free_freelist_hook", "slab_free_hook", "slab_post_alloc_hook", "slab_pre_alloc_hook",
+    "vfree", "vmalloc", "vmalloc_node", "vmalloc_user", "vrealloc", "vzalloc", "vzalloc_node",
+    "zalloc",
 ];
+
+/// What names of tools in C begin with that compilers, linkers and checkers make.
+const TOOL_PREFIXES: [&str; 7] =
+    ["__asan_", "__hwasan_", "__kasan_", "__wrap_", "__fortify_", "__builtin_", "umbra_"];
+
+/// What rustc's functions for allocators begin with.
+const RUST_PREFIXES: [&str; 3] = ["__rust_", "__rdl_", "__rg_"];
 
 /// A function's name without what changes from build to build: rustc's hashes, the numbers of
 /// closures, the values of generic parameters, and what gcc and LLVM add to the names of copies
@@ -124,44 +123,76 @@ fn strip_hash(name: &str) -> &str {
 
 /// Whether a function is only the tool of its caller: one of Rust's libraries, a function that
 /// copies, fills or compares memory, part of an allocator's interface, or the compiler's glue.
-/// `plain` is a name from [`plain`].
-pub(super) fn is_tool(plain: &str) -> bool {
-    if plain.contains("{shim") || TOOL_PREFIXES.iter().any(|prefix| is_c(plain, prefix)) {
+///
+/// `plain` is a name from [`plain`]. `file` is the source file of its line. It tells where an
+/// inlined function comes from if the debug information has only the end of its name.
+pub(super) fn is_tool(plain: &str, file: Option<&str>) -> bool {
+    if file.is_some_and(is_in_library) || is_allocator(plain) || plain.contains("{shim") {
         return true;
     }
-    if let Some(rest) = plain.strip_prefix('<') {
-        let (inside, _) = rest.split_at(closing(rest));
-        let (of, as_trait) = match split_as(inside) {
-            Some((of, as_trait)) => (of, Some(as_trait)),
-            None => (inside, None),
-        };
+    if let Some((of, name)) = qualified(plain) {
         let is_library = |path: &str| LIBRARIES.contains(&root(path));
-        return match as_trait {
-            // What forwards to an allocator or a closure, whoever implements it.
-            Some(name) if is_library(name) && forwards(name) => true,
+        return match name {
+            // What passes a call on to a closure, whoever implements it.
+            Some(name) if is_library(name) && ends_with(name, &["Fn", "FnMut", "FnOnce"]) => true,
             Some(name) => is_foreign(of) && is_library(name),
             None => is_foreign(of),
         };
     }
-    let last = plain.rsplit("::").next().unwrap_or(plain);
-    (plain.contains("::") && LIBRARIES.contains(&root(plain))) || is_in_list(last)
+    if plain.contains("::") {
+        return LIBRARIES.contains(&root(plain)) || is_listed(plain, &MEMORY);
+    }
+    is_listed(plain, &MEMORY) || TOOL_PREFIXES.iter().any(|prefix| plain.starts_with(prefix))
 }
 
-/// A C name that begins so. A path of Rust's begins with a crate, whatever that is called.
-fn is_c(plain: &str, prefix: &str) -> bool {
-    plain.starts_with(prefix) && !plain.contains("::")
+/// Whether a function belongs to the interface of an allocator. What it calls belongs to the
+/// allocator, too. `plain` is a name from [`plain`].
+pub(super) fn is_allocator(plain: &str) -> bool {
+    match qualified(plain) {
+        Some((_, Some(name))) => {
+            LIBRARIES.contains(&root(name)) && ends_with(name, &["GlobalAlloc", "Allocator"])
+        }
+        Some((_, None)) => false,
+        None => {
+            let last = last_part(plain);
+            is_listed(plain, &ALLOCATORS) || RUST_PREFIXES.iter().any(|it| last.starts_with(it))
+        }
+    }
 }
 
-fn is_in_list(name: &str) -> bool {
-    let name = name.trim_start_matches('_');
+/// A file of Rust's libraries or of Umbra's bindings for Rust.
+fn is_in_library(file: &str) -> bool {
+    let of_rust = |name: &str| {
+        file.split_once(name).is_some_and(|(before, _)| before.is_empty() || before.ends_with('/'))
+    };
+    ["library/core/src/", "library/alloc/src/", "library/std/src/", "guest/rust/src/"]
+        .into_iter()
+        .any(of_rust)
+}
+
+/// The type and the trait of `<Type as Trait>::function`, or the type of `<Type>::function`.
+fn qualified(plain: &str) -> Option<(&str, Option<&str>)> {
+    let rest = plain.strip_prefix('<')?;
+    let (inside, _) = rest.split_at(closing(rest));
+    Some(match split_as(inside) {
+        Some((of, name)) => (of, Some(name)),
+        None => (inside, None),
+    })
+}
+
+fn last_part(path: &str) -> &str {
+    path.rsplit("::").next().unwrap_or(path)
+}
+
+fn is_listed(path: &str, names: &[&str]) -> bool {
+    let name = last_part(path).trim_start_matches('_');
     let name = name.strip_suffix("_noprof").unwrap_or(name);
-    TOOLS.binary_search(&name).is_ok()
+    names.binary_search(&name).is_ok()
 }
 
-/// Whether the methods of a trait of the libraries only pass a call on.
-fn forwards(name: &str) -> bool {
-    let last = name.rsplit("::").next().unwrap_or(name);
-    matches!(last, "GlobalAlloc" | "Allocator" | "Fn" | "FnMut" | "FnOnce")
+/// Whether the path of a trait ends in one of these.
+fn ends_with(path: &str, names: &[&str]) -> bool {
+    names.contains(&last_part(path))
 }
 
 /// Whether a type belongs to the language or its libraries, and not to the kernel.
@@ -227,8 +258,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_list_of_tools_is_sorted() {
-        assert!(TOOLS.is_sorted());
+    fn the_lists_of_names_are_sorted() {
+        assert!(MEMORY.is_sorted() && ALLOCATORS.is_sorted());
     }
 
     #[test]
@@ -296,7 +327,7 @@ mod tests {
             "umbra_guest::free_later",
             "umbra_free_later",
         ] {
-            assert!(is_tool(&plain(tool)), "{tool}");
+            assert!(is_tool(&plain(tool), None), "{tool}");
         }
         for function in [
             "kmalloc_oob_right",
@@ -317,7 +348,33 @@ mod tests {
             "kernel::f::{closure#0}",
             "",
         ] {
-            assert!(!is_tool(&plain(function)), "{function}");
+            assert!(!is_tool(&plain(function), None), "{function}");
+        }
+    }
+
+    #[test]
+    fn a_file_tells_what_a_short_name_hides() {
+        for file in ["library/core/src/slice/mod.rs", "/umbra/guest/rust/src/lib.rs"] {
+            assert!(is_tool("check", Some(file)), "{file}");
+        }
+        for file in ["src/library/core.rs", "my_library/core/src/lib.rs", "src/check.rs"] {
+            assert!(!is_tool("check", Some(file)), "{file}");
+        }
+    }
+
+    #[test]
+    fn allocators_are_told_from_other_tools() {
+        for name in [
+            "kmalloc",
+            "__kmem_cache_free",
+            "kernel::memory::kfree",
+            "__rustc::__rust_alloc",
+            "<kernel::Heap as core::alloc::global::GlobalAlloc>::alloc",
+        ] {
+            assert!(is_allocator(name), "{name}");
+        }
+        for name in ["memcpy", "core::ptr::read", "<kernel::Heap>::alloc", "kmalloc_oob_right"] {
+            assert!(!is_allocator(name), "{name}");
         }
     }
 
@@ -332,11 +389,11 @@ mod tests {
                     let name = [first, second, third, first, second].concat();
                     let short = plain(&name);
                     assert!(short.len() <= name.len(), "{name:?}");
-                    is_tool(&short);
+                    is_tool(&short, Some(&name));
                 }
             }
         }
         let deep = "<".repeat(512) + &">".repeat(512);
-        is_tool(&plain(&deep));
+        is_tool(&plain(&deep), None);
     }
 }

@@ -11,9 +11,10 @@
 //!   bug here. A caller that must see each of them counts places ([`Distinct::Places`]).
 //!
 //! The functions are the first [`FUNCTIONS`] of the stack that are not only tools of their callers,
-//! such as `core::ptr::read_volatile`, `memcpy` and `kfree` (`function.rs` has the rule). One
-//! function would not do: many bugs of a kernel go through the same few accessors. Of a recursion
-//! the function counts once.
+//! such as `core::ptr::read_volatile`, `memcpy` and `kfree` (`function.rs` has the rule). What
+//! happens inside of an allocator is left out too, in an allocation or a free. One function would
+//! not do: many bugs of a kernel go through the same few accessors. Of a recursion the function
+//! counts once.
 //!
 //! The origin is a global variable, a variable of a stack frame, or the function that allocated the
 //! object, by the same rule. It separates bugs that show in one function which handles objects of
@@ -31,11 +32,14 @@ use serde::Serialize;
 
 use super::finding::NO_SYMBOL;
 use super::frame::StackFrame;
-use super::function::{is_tool, plain, plain_variable};
+use super::function::{is_allocator, is_tool, plain, plain_variable};
 use super::{AccessKind, Finding, Frame};
 
 /// Most functions of an identity.
 pub const FUNCTIONS: usize = 3;
+/// Most frames between an event of an allocator and the function that the kernel called for it.
+/// Further out there may be another allocation: one that made the kernel reclaim memory.
+const INSIDE_ALLOCATOR: usize = 8;
 
 /// The identity of a bug.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -124,12 +128,24 @@ impl Fnv {
     }
 }
 
+/// The stack of an allocation or a free without what the allocator does inside.
+pub(super) fn outside_allocator(frames: &[Frame]) -> &[Frame] {
+    let is_allocator =
+        |frame: &Frame| frame.symbol.as_deref().is_some_and(|name| is_allocator(&plain(name)));
+    let entry = frames.iter().take(INSIDE_ALLOCATOR).position(is_allocator);
+    entry.and_then(|entry| frames.get(entry..)).unwrap_or(frames)
+}
+
 /// The first frame that is not only a tool of its caller; if all are tools, the first function of
 /// the ELF, as KASAN names it.
 pub(super) fn first_of(frames: &[Frame]) -> Option<&Frame> {
-    let is_tool = |frame: &Frame| frame.symbol.as_deref().is_some_and(|name| is_tool(&plain(name)));
-    let interesting = frames.iter().filter(|frame| is_function(frame)).find(|f| !is_tool(f));
+    let interesting = frames.iter().filter(|frame| is_function(frame)).find(|f| !is_only_tool(f));
     interesting.or_else(|| frames.iter().find(|frame| !frame.inlined))
+}
+
+/// Whether a frame is only a tool of its caller.
+pub(super) fn is_only_tool(frame: &Frame) -> bool {
+    frame.symbol.as_deref().is_some_and(|name| is_tool(&plain(name), frame.file.as_deref()))
 }
 
 /// Debug information may lack the name of an inlined function.
@@ -145,9 +161,10 @@ fn functions(frames: &[Frame], image: &Range<u64>, most: usize) -> Vec<String> {
         None if image.contains(&frame.ip) => format!("+{:#x}", frame.ip - image.start),
         None => format!("{:#x}", frame.ip),
     };
-    let all = || frames.iter().filter(|frame| is_function(frame)).map(named);
-    let found = first(&mut all().filter(|name| !is_tool(name)), most);
-    if found.is_empty() { first(&mut all(), most) } else { found }
+    let all = || frames.iter().filter(|frame| is_function(frame));
+    let interesting = |frame: &&Frame| !is_tool(&named(frame), frame.file.as_deref());
+    let found = first(&mut all().filter(interesting).map(named), most);
+    if found.is_empty() { first(&mut all().map(named), most) } else { found }
 }
 
 fn first(names: &mut dyn Iterator<Item = String>, most: usize) -> Vec<String> {
@@ -172,18 +189,19 @@ fn origin(finding: &Finding) -> Option<String> {
         return Some(of_stack(frame));
     }
     let allocated = finding.allocated.as_ref()?;
-    functions(&allocated.frames, &finding.image, 1).pop()
+    functions(allocated.caller_frames(), &finding.image, 1).pop()
 }
 
 /// The function of a stack frame and its variable: `function: variable`. An address between two
 /// variables belongs to the lower one, as with globals. So an overrun is one bug up to the next
 /// variable.
 fn of_stack(frame: &StackFrame) -> String {
-    let below = frame.variables.iter().rfind(|variable| variable.offset <= frame.offset);
-    let variable = below.or(frame.variables.first()).map(|variable| variable.name.as_str());
+    let mut named = frame.variables.iter().filter(|variable| !variable.name.is_empty());
+    let below = named.clone().rfind(|variable| variable.offset <= frame.offset);
+    let variable = below.or_else(|| named.next()).map(|variable| plain_variable(&variable.name));
     let function = frame.function.as_deref().unwrap_or_default();
     let function = function.rsplit_once("+0x").map_or(function, |(name, _)| name);
-    format!("{}: {}", plain(function), plain_variable(variable.unwrap_or_default()))
+    format!("{}: {}", plain(function), variable.unwrap_or_default())
 }
 
 #[cfg(test)]

@@ -97,11 +97,12 @@ impl Log<'_> {
         let mut related = Vec::new();
         for (what, track) in events {
             let Some(track) = track else { continue };
-            let Some(frame) = first_of(&track.frames) else { continue };
+            let frames = track.caller_frames();
+            let Some(frame) = first_of(frames) else { continue };
             let name = frame.symbol.as_deref().map(|name| format!(" in {}", literal(&plain(name))));
             let number = related.len() as i64 + 1;
             text.push_str(&format!(" It was [{what}]({number}){}.", name.unwrap_or_default()));
-            let place = self.location(&track.frames, Some(frame));
+            let place = self.location(frames, Some(frame));
             related.push(Location { id: Some(number), ..place });
         }
         Entry::builder()

@@ -55,6 +55,29 @@ fn functions_are_the_first_that_are_no_tools() {
     assert_eq!(functions_of(&["walk", "walk", "walk", "start", "main"]), ["walk", "start", "main"]);
 }
 
+/// A free is the caller's, whatever the allocator does before it finds out.
+#[test]
+fn what_an_allocator_does_inside_is_left_out() {
+    let free = |stack: &[&str]| Finding { access: AccessKind::Free, ..access(stack) };
+    let inside = ["~check_slot", "free_in_slab", "kfree", "kernel::release", "main"];
+    let functions = |finding: Finding| finding.identity().functions;
+    assert_eq!(functions(free(&inside)), ["kernel::release", "main"]);
+    assert_eq!(functions(access(&inside)), ["check_slot", "free_in_slab", "kernel::release"]);
+    // Without a function that is known to belong to an allocator, all counts.
+    assert_eq!(
+        functions(free(&["free_in_slab", "pool_free", "f"])),
+        ["free_in_slab", "pool_free", "f"]
+    );
+    // An allocation far out made the kernel free something else.
+    let reclaim = ["pool_free", "a", "b", "c", "d", "e", "f", "g", "kmalloc", "h"];
+    assert_eq!(functions(free(&reclaim)), ["pool_free", "a", "b"]);
+    let mut one = access(&["f"]);
+    let track = one.allocated.as_mut().expect("the fixture has one");
+    track.frames =
+        vec![frame(1, "take_slot", true), frame(1, "kmalloc", false), frame(2, "g", false)];
+    assert_eq!(one.identity().origin.as_deref(), Some("g"));
+}
+
 #[test]
 fn a_stack_of_tools_has_their_names() {
     assert_eq!(functions_of(&["memcpy", "kmemdup"]), ["memcpy", "kmemdup"]);
@@ -80,6 +103,8 @@ fn the_headline_names_the_first_function() {
     );
     let shim = "core::ops::function::FnOnce::call_once::{shim:vtable#0}";
     assert_eq!(headline(&["~kernel::f", shim, "main"]), kernel);
+    let both = format!("{kernel}, inlined into kernel::g+0x10/0x40");
+    assert_eq!(headline(&["~kernel::f", "~kernel::m", "kernel::g"]), both);
     // Tools that know the ELF get a function of it.
     assert!(access(&["~f", "g", "main"]).headline(Names::Linkage).ends_with(" in g+0x10/0x40"));
     assert_eq!(access(&["~f", "g"]).identity().title(), "slab-out-of-bounds Write in f");
@@ -170,7 +195,7 @@ fn the_origin_tells_bugs_apart() {
         offset,
         current: true,
         function: Some("kernel::f+0x12/0x90".into()),
-        variables: vec![variable(32, "a"), variable(64, "b")],
+        variables: vec![variable(16, ""), variable(32, "a"), variable(64, "b")],
     };
     one.variable = None;
     for (offset, name) in [(0, "a"), (31, "a"), (40, "a"), (63, "a"), (64, "b"), (500, "b")] {
@@ -206,12 +231,12 @@ fn mangled_names_are_read() {
     assert_eq!(plain("_RNvCs1234_6kernel4peek.llvm.123"), "kernel::peek");
     let read = "_RINvNtCs1234_4core3ptr13read_volatilehECs5678_6kernel";
     assert_eq!(plain(read), "core::ptr::read_volatile");
-    assert!(is_tool(&plain(read)));
+    assert!(is_tool(&plain(read), None));
     let dealloc =
         "_RNvXs_Cs1_11umbra_guestNtB4_7CheckedNtNtNtCs2_4core5alloc6global11GlobalAlloc7dealloc";
     assert_eq!(
         plain(dealloc),
         "<umbra_guest::Checked as core::alloc::global::GlobalAlloc>::dealloc"
     );
-    assert!(is_tool(&plain(dealloc)));
+    assert!(is_tool(&plain(dealloc), None));
 }
