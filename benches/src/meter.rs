@@ -10,7 +10,7 @@ use umbra::machine::Kvm;
 use umbra::machine::stats::{Counters, emulates_ring0};
 use umbra::provenance::{Objects, QuarantineSize};
 use umbra::report::{Finding, Findings};
-use umbra::sandbox::{self, Config, Observer, Outcome, ShadowMode};
+use umbra::sandbox::{self, Config, Distinct, Observer, Outcome, ShadowMode};
 use umbra::shadow::Notify;
 
 /// Time limit of a guest.
@@ -215,6 +215,8 @@ impl Meter {
             notify: mode.notify,
             quarantine: mode.quarantine,
             timeout: Some(TIMEOUT),
+            // As many as the scenarios expect.
+            distinct: Distinct::Places,
             count_instructions: self.counts,
             ..Config::default()
         };

@@ -10,7 +10,7 @@ use std::time::Duration;
 use umbra::kernel::test_kernel;
 use umbra::provenance::QuarantineSize;
 use umbra::report::Track;
-use umbra::sandbox::{self, Config, Outcome, Redzone, RunReport, ShadowMode};
+use umbra::sandbox::{self, Config, Distinct, Outcome, Redzone, RunReport, ShadowMode};
 use umbra::shadow::Notify;
 use umbra_tests::suite::{Need, Suite};
 
@@ -37,6 +37,7 @@ fn config(cmdline: &str) -> Config {
         cmdline: cmdline.into(),
         memory: MEMORY,
         timeout: Some(Duration::from_secs(120)),
+        distinct: Distinct::Places,
         ..Config::default()
     }
 }

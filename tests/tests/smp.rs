@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use umbra::kernel::test_kernel;
 use umbra::report::Finding;
-use umbra::sandbox::{self, Config, Outcome, RunReport, ShadowMode};
+use umbra::sandbox::{self, Config, Distinct, Outcome, RunReport, ShadowMode};
 use umbra::shadow::Notify;
 use umbra_tests::suite::{Need, Suite};
 
@@ -29,6 +29,8 @@ fn run(cpus: u8, shadow: ShadowMode, notify: Notify, operations: u32) -> (RunRep
         shadow,
         notify,
         timeout: Some(Duration::from_secs(600)),
+        // The planted bugs are instances of one generic function.
+        distinct: Distinct::Places,
         ..Config::default()
     };
     let console = Screen::default();

@@ -8,13 +8,13 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use umbra_machine::layout;
 use umbra_machine::loader::Protocol;
 use umbra_provenance::QuarantineSize;
 use umbra_report::text::{self, TextStyle};
-use umbra_report::{CpuState, Names, html};
+use umbra_report::{CpuState, Names, RunSummary, Target, html, sarif};
 
 use crate::demo;
 use crate::print::{FindingPrinter, in_full, say, size, stderr_color};
@@ -85,6 +85,10 @@ struct Run {
     /// Write an HTML page about the run, when it has ended.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+    /// Write the findings as a SARIF 2.1.0 log, when the run has ended. Paths of sources in it are
+    /// relative to the current directory.
+    #[arg(long, value_name = "FILE")]
+    sarif: Option<PathBuf>,
     /// Look in this folder, and below it, for the `.ko` files of the kernel's modules: their source
     /// lines are in reports.
     #[arg(long, value_name = "DIR")]
@@ -92,7 +96,7 @@ struct Run {
     /// Continue after findings.
     #[arg(long, conflicts_with = "stop_at")]
     keep_going: bool,
-    /// Stop after this many different findings.
+    /// Stop after this many different findings. Those of one bug, wherever it shows, count once.
     #[arg(long, value_name = "N", default_value = "1",
           value_parser = clap::value_parser!(u32).range(1..))]
     stop_at: u32,
@@ -289,12 +293,30 @@ fn output(path: &Path) -> Result<Box<dyn Write + Send>> {
     Ok(Box::new(BufWriter::new(file)))
 }
 
-/// Checks before the run whether a page can be written to `path`.
-fn page(path: Option<&Path>) -> Result<Option<html::Target>> {
-    let target = |path: &Path| {
-        html::Target::new(path).with_context(|| format!("cannot write {}", path.display()))
-    };
+/// Checks before the run whether a file can be written to `path` when it has ended.
+fn target(path: Option<&Path>) -> Result<Option<Target>> {
+    let target =
+        |path: &Path| Target::new(path).with_context(|| format!("cannot write {}", path.display()));
     path.map(target).transpose()
+}
+
+/// Fails if two options name one file: only one of them would be left.
+fn one_file_each(args: &Run) -> Result<()> {
+    let files = [
+        ("--findings", &args.findings),
+        ("--stats", &args.stats),
+        ("--html", &args.html),
+        ("--sarif", &args.sarif),
+    ];
+    let mut seen: Vec<(&str, &PathBuf)> = Vec::new();
+    for (option, path) in files {
+        let Some(path) = path.as_ref().filter(|path| path.as_os_str() != "-") else { continue };
+        if let Some((other, _)) = seen.iter().find(|(_, named)| *named == path) {
+            bail!("{other} and {option} name the same file: {}", path.display());
+        }
+        seen.push((option, path));
+    }
+    Ok(())
 }
 
 fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
@@ -303,7 +325,9 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
     if let Some(folder) = args.modules.as_deref() {
         std::fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
     }
-    let page = page(args.html.as_deref())?;
+    one_file_each(args)?;
+    let page = target(args.html.as_deref())?;
+    let log = target(args.sarif.as_deref())?;
     let is_dash =
         |path: &Option<PathBuf>| path.as_ref().is_some_and(|path| path.as_os_str() == "-");
     let json = args.findings.as_deref().map(output).transpose()?;
@@ -351,17 +375,30 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
         serde_json::to_writer_pretty(&mut stats, &report.stats)?;
         stats.write_all(b"\n").and_then(|()| stats.flush()).context("cannot write --stats")?;
     }
+    write_reports(args, &report.summary(&config), names, page, log)?;
+    Ok(report.status())
+}
+
+/// Writes the page and the log about a run that has ended.
+fn write_reports(
+    args: &Run,
+    run: &RunSummary,
+    names: Names,
+    page: Option<Target>,
+    log: Option<Target>,
+) -> Result<()> {
+    let kernel = args.kernel.to_string_lossy();
     if let Some(target) = page {
-        let page = html::Page {
-            kernel: &args.kernel.to_string_lossy(),
-            file: Some(&args.kernel),
-            run: &report.summary(&config),
-            names,
-            verdicts: Vec::new(),
-        };
+        let file = Some(args.kernel.as_path());
+        let page = html::Page { kernel: &kernel, file, run, names, verdicts: Vec::new() };
         target.write(|out| html::write(out, &page)).context("cannot write --html")?;
     }
-    Ok(report.status())
+    if let Some(target) = log {
+        let root = std::env::current_dir().ok();
+        let log = sarif::Log { kernel: &kernel, root: root.as_deref(), run };
+        target.write(|out| sarif::write(out, &log)).context("cannot write --sarif")?;
+    }
+    Ok(())
 }
 
 /// Most CPUs whose state is printed.
@@ -420,7 +457,7 @@ fn demo(args: &Demo, stop: &AtomicBool) -> Result<u8> {
         // Unchecked, the others would really corrupt memory.
         chosen.retain(|scenario| scenario.expected.is_empty());
     }
-    let page = page(args.html.as_deref())?;
+    let page = target(args.html.as_deref())?;
     let folder = args.out.as_deref().map(demo::Folder::new).transpose()?;
     let shown = match (args.quiet, args.verbose || !args.scenarios.is_empty()) {
         (true, _) => demo::Shown::None,

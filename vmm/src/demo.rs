@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use umbra_report::text::{self, TextStyle};
-use umbra_report::{Finding, Names, html, json};
+use umbra_report::{Finding, Names, Target, html, json};
 
 use crate::kernel::{Expected, Scenario};
 use crate::print::{FindingPrinter, say, size};
@@ -66,7 +66,7 @@ pub(crate) struct Outputs {
     /// The findings on standard error.
     pub shown: Shown,
     /// An HTML page about the run.
-    pub page: Option<html::Target>,
+    pub page: Option<Target>,
     /// A folder for all findings as text and as JSON, and for the page.
     pub folder: Option<Folder>,
 }
@@ -74,7 +74,7 @@ pub(crate) struct Outputs {
 /// A folder with all that a run found.
 pub(crate) struct Folder {
     path: PathBuf,
-    page: html::Target,
+    page: Target,
     text: File,
     json: File,
 }
@@ -89,7 +89,7 @@ impl Folder {
             fs::create_dir_all(path)?;
             Ok(Self {
                 path: path.to_owned(),
-                page: html::Target::new(&path.join("report.html"))?,
+                page: Target::new(&path.join("report.html"))?,
                 text: File::create(path.join("findings.txt"))?,
                 json: File::create(path.join("findings.json"))?,
             })

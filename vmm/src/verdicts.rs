@@ -10,7 +10,7 @@ use umbra_report::Finding;
 use umbra_report::frame::StackVariable;
 
 use crate::kernel::{self, Expected, Scenario};
-use crate::sandbox::{self, Config, Observer, RunError, RunReport, ShadowMode};
+use crate::sandbox::{self, Config, Distinct, Observer, RunError, RunReport, ShadowMode};
 
 /// Default time limit.
 const TIMEOUT: Duration = Duration::from_secs(300);
@@ -121,6 +121,8 @@ pub(crate) fn config_for(config: &Config, chosen: &[Scenario]) -> Config {
     Config {
         cmdline: format!("{} {}", choice(&all, chosen), config.cmdline),
         timeout: config.timeout.or(Some(TIMEOUT)),
+        // Each statement of a scenario that misbehaves is expected.
+        distinct: Distinct::Places,
         ..config.clone()
     }
 }

@@ -15,6 +15,7 @@ use umbra_tests::program::{Run, Umbra};
 use umbra_tests::suite::{Need, Suite};
 
 mod images;
+mod reports;
 mod streams;
 
 /// The program.
@@ -141,7 +142,7 @@ fn help_and_version() {
 }
 
 fn files_that_cannot_be_written() {
-    for flag in ["--findings", "--stats"] {
+    for flag in ["--findings", "--stats", "--html", "--sarif"] {
         for (path, word) in [("/nonexistent/dir/file", "No such file"), ("/", "directory")] {
             let run = umbra().file(&good()).arg(flag).arg(path).run();
             run.expect_refusal(&["cannot write", word]);
@@ -414,7 +415,9 @@ fn it_stops_after_the_first_finding() {
     assert_eq!((run.outcome(), run.findings.len()), ("finding-limit", 2));
     let run = scenarios(args).args("--keep-going").collect().run();
     run.expect(1);
-    assert_eq!((run.outcome(), run.findings.len()), ("done", 4));
+    // Both writes of the first scenario are one bug.
+    assert_eq!((run.outcome(), run.findings.len()), ("done", 3));
+    assert_eq!(run.figure("/findings_total"), 4);
 }
 
 fn repeats_are_counted() {
@@ -445,7 +448,8 @@ fn main() -> ExitCode {
     let test_kernel = Need::test_kernel();
     let namespaces = kvm.and(&Need::root()).and(&namespaces());
     let nobody = kvm.and(&Need::root()).and(&kvm_is_guarded());
-    let tests: [(&str, &Need, fn()); 35] = [
+    let jq = test_kernel.and(&reports::jq());
+    let tests: [(&str, &Need, fn()); 40] = [
         ("status_0_is_clean", &test_kernel, status_0_is_clean),
         ("status_1_is_findings", &test_kernel, status_1_is_findings),
         ("status_2_is_a_host_or_usage_problem", &nothing, status_2_is_a_host_or_usage_problem),
@@ -473,6 +477,11 @@ fn main() -> ExitCode {
         ("it_stops_after_the_first_finding", &test_kernel, it_stops_after_the_first_finding),
         ("repeats_are_counted", &test_kernel, repeats_are_counted),
         ("linkage_names", &test_kernel, linkage_names),
+        ("findings_match_their_schema", &test_kernel, reports::findings_match_their_schema),
+        ("fingerprints_stay_the_same", &test_kernel, reports::fingerprints_stay_the_same),
+        ("a_log_of_each_run", &test_kernel, reports::a_log_of_each_run),
+        ("one_file_for_two_outputs", &nothing, reports::one_file_for_two_outputs),
+        ("the_script_finds_new_bugs", &jq, reports::the_script_finds_new_bugs),
         ("ctrl_c_ends_it_in_order", &kvm, streams::ctrl_c_ends_it_in_order),
         ("a_kill_leaves_nothing_behind", &kvm, streams::a_kill_leaves_nothing_behind),
         ("closed_pipes", &test_kernel, streams::closed_pipes),

@@ -3,33 +3,53 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
+use super::finding::place;
+use super::identity::Fingerprint;
 use super::{AccessKind, Finding, Names};
 
 /// Most different findings by default.
 pub const DEFAULT_LIMIT: usize = 1000;
 
-/// The identity of a bug: kind, place and caller. The caller distinguishes bugs of several
-/// functions that show in one, such as double frees.
-#[derive(PartialEq, Eq, Hash)]
-struct Identity {
-    headline: String,
-    access: AccessKind,
-    caller: Option<String>,
-    /// Without symbols all headlines of a kind are equal, and only the address distinguishes two
-    /// bugs.
-    ip: Option<u64>,
+/// Which findings count as different.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Distinct {
+    /// Those of different bugs, by their [fingerprints](Finding::fingerprint).
+    #[default]
+    Bugs,
+    /// Those of different places in the code, or called from different functions. This is for
+    /// tests that expect a finding of each statement.
+    Places,
 }
 
-impl Identity {
-    fn of(finding: &Finding) -> Self {
-        let named = finding.culprit().is_some_and(|frame| frame.symbol.is_some());
+/// What equal findings have in common.
+#[derive(PartialEq, Eq, Hash)]
+enum Key {
+    Bug(Fingerprint),
+    Place {
+        kind: &'static str,
+        access: AccessKind,
+        /// The function with the offset in it, as the ELF has it.
+        place: Option<String>,
+        caller: Option<String>,
+        /// Only the address distinguishes two places without a symbol.
+        ip: Option<u64>,
+    },
+}
+
+impl Key {
+    fn of(finding: &Finding, distinct: Distinct) -> Self {
+        if distinct == Distinct::Bugs {
+            return Self::Bug(finding.fingerprint());
+        }
+        let place = finding.culprit().and_then(|frame| place(frame, Names::Linkage));
         let functions = finding.frames.iter().filter(|frame| !frame.inlined);
         let caller = functions.skip_while(|frame| frame.ip != finding.ip).nth(1);
-        Self {
-            headline: finding.headline(Names::Linkage),
+        Self::Place {
+            kind: finding.kind,
             access: finding.access,
             caller: caller.and_then(|frame| frame.name(Names::Linkage).map(str::to_owned)),
-            ip: (!named).then_some(finding.ip),
+            ip: place.is_none().then_some(finding.ip),
+            place,
         }
     }
 }
@@ -48,26 +68,27 @@ pub enum Added {
 /// The findings of a run, in the order of their first appearance.
 pub struct Findings {
     kept: Vec<(Finding, u64)>,
-    index: HashMap<Identity, usize>,
+    index: HashMap<Key, usize>,
+    distinct: Distinct,
     limit: usize,
     dropped: u64,
 }
 
 impl Default for Findings {
     fn default() -> Self {
-        Self::new(DEFAULT_LIMIT)
+        Self::new(Distinct::Bugs, DEFAULT_LIMIT)
     }
 }
 
 impl Findings {
     /// No findings yet; at most `limit` different ones will be kept.
-    pub fn new(limit: usize) -> Self {
-        Self { kept: Vec::new(), index: HashMap::new(), limit, dropped: 0 }
+    pub fn new(distinct: Distinct, limit: usize) -> Self {
+        Self { kept: Vec::new(), index: HashMap::new(), distinct, limit, dropped: 0 }
     }
 
     /// Adds a finding.
     pub fn add(&mut self, finding: Finding) -> Added {
-        match self.index.entry(Identity::of(&finding)) {
+        match self.index.entry(Key::of(&finding, self.distinct)) {
             Entry::Occupied(entry) => {
                 let at = *entry.get();
                 let Some((_, seen)) = self.kept.get_mut(at) else { return Added::Dropped };
@@ -121,6 +142,7 @@ impl Findings {
 #[cfg(test)]
 mod tests {
     use super::super::finding::tests::finding;
+    use super::super::{Frame, Names};
     use super::*;
 
     #[test]
@@ -129,57 +151,59 @@ mod tests {
         assert_eq!(findings.add(finding()), Added::New(0));
         let mut again = finding();
         (again.address, again.cpu, again.task.id, again.size) = (0x1234, 3, 99, 8);
+        // Another statement of the same function.
+        again.frames[1].offset += 4;
         assert_eq!(findings.add(again.clone()), Added::Repeat(0, 2));
         again.access = AccessKind::Read;
         assert_eq!(findings.add(again.clone()), Added::New(1));
         again.kind = "slab-use-after-free";
         assert_eq!(findings.add(again), Added::New(2));
-        let mut elsewhere = finding();
-        elsewhere.frames[1].offset += 4;
-        assert_eq!(findings.add(elsewhere), Added::New(3));
-        assert_eq!((findings.distinct(), findings.total()), (4, 5));
+        assert_eq!((findings.distinct(), findings.total()), (3, 4));
         assert_eq!(findings.get(0).map(|(f, n)| (f.address, n)), Some((finding().address, 2)));
     }
 
     #[test]
-    fn the_caller_tells_apart_what_is_wrong_in_one_function() {
-        let called_by = |name: &str| {
-            let mut called = finding();
-            let at = called.frames.iter().rposition(|frame| !frame.inlined).expect("a caller");
-            (called.frames[at].symbol, called.frames[at].linkage) = (Some(name.into()), None);
-            called
-        };
-        let mut findings = Findings::default();
-        assert_eq!(findings.add(called_by("one")), Added::New(0));
-        assert_eq!(findings.add(called_by("other")), Added::New(1));
-        assert_eq!(findings.add(called_by("one")), Added::Repeat(0, 2));
+    fn places_are_told_apart_if_that_is_wanted() {
+        let mut findings = Findings::new(Distinct::Places, 10);
+        assert_eq!(findings.add(finding()), Added::New(0));
+        assert_eq!(findings.add(finding()), Added::Repeat(0, 2));
+        let mut elsewhere = finding();
+        elsewhere.frames[1].offset += 4;
+        assert_eq!(findings.add(elsewhere), Added::New(1));
+        let mut called_by_another = finding();
+        called_by_another.frames[2].symbol = Some("other".into());
+        assert_eq!(findings.add(called_by_another), Added::New(2));
+        assert_eq!(findings.add(Finding { access: AccessKind::Read, ..finding() }), Added::New(3));
     }
 
     #[test]
     fn without_symbols_the_address_tells_bugs_apart() {
         let bare = |ip| {
             let mut bare = finding();
-            (bare.ip, bare.frames) = (ip, vec![super::super::Frame::unknown(ip)]);
+            (bare.ip, bare.frames) = (ip, vec![Frame::unknown(ip)]);
             bare
         };
-        let mut findings = Findings::default();
-        assert_eq!(findings.add(bare(1)), Added::New(0));
-        assert_eq!(findings.add(bare(2)), Added::New(1));
-        assert_eq!(findings.add(bare(1)), Added::Repeat(0, 2));
+        for distinct in [Distinct::Bugs, Distinct::Places] {
+            let mut findings = Findings::new(distinct, 10);
+            assert_eq!(findings.add(bare(1)), Added::New(0));
+            assert_eq!(findings.add(bare(2)), Added::New(1));
+            assert_eq!(findings.add(bare(1)), Added::Repeat(0, 2));
+        }
         assert_eq!(bare(1).headline(Names::Demangled), bare(2).headline(Names::Demangled));
     }
 
     #[test]
     fn a_flood_is_bounded_and_counted() {
-        let mut findings = Findings::new(2);
-        for offset in 0..10 {
+        let mut findings = Findings::new(Distinct::Bugs, 2);
+        let called_by = |number: u32| {
             let mut one = finding();
-            one.frames[1].offset = offset;
-            findings.add(one);
+            one.frames[2].symbol = Some(format!("caller{number}").into());
+            one
+        };
+        for number in 0..10 {
+            findings.add(called_by(number));
         }
-        let mut known = finding();
-        known.frames[1].offset = 1;
-        assert_eq!(findings.add(known), Added::Repeat(1, 2));
+        assert_eq!(findings.add(called_by(1)), Added::Repeat(1, 2));
         assert_eq!((findings.distinct(), findings.dropped(), findings.total()), (2, 8, 11));
     }
 }

@@ -1,11 +1,13 @@
-//! The model of one finding, and its identity.
+//! The model of one finding.
 
 use std::fmt::Write as _;
+use std::ops::Range;
 use std::sync::Arc;
 
 use serde::{Serialize, Serializer};
 
 use super::frame::StackFrame;
+use super::identity::{self, Fingerprint, Identity};
 
 /// Shadow bytes in one row of a [`ShadowDump`].
 pub const ROW_SHADOW: usize = 16;
@@ -66,6 +68,9 @@ pub struct Finding {
     pub shadow: ShadowDump,
     /// The parts that this finding lacks, and the reasons.
     pub notes: Vec<String>,
+    /// The addresses of the kernel's image, for frames without a symbol; empty if not known.
+    #[serde(skip)]
+    pub image: Range<u64>,
 }
 
 /// The guest's operation on the memory.
@@ -101,6 +106,18 @@ impl Finding {
             previous: None,
             shadow: ShadowDump::default(),
             notes: Vec::new(),
+            image: 0..0,
+        }
+    }
+}
+
+impl AccessKind {
+    /// Its name in JSON.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Free => "free",
         }
     }
 }
@@ -240,6 +257,13 @@ pub struct Track {
     pub frames: Vec<Frame>,
 }
 
+impl Track {
+    /// The frames outside of the allocator.
+    pub(super) fn caller_frames(&self) -> &[Frame] {
+        identity::outside_allocator(&self.frames)
+    }
+}
+
 /// The shadow around the first bad address.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ShadowDump {
@@ -300,10 +324,57 @@ impl Finding {
         self.frames.iter().find(|frame| !frame.inlined && frame.ip == self.ip)
     }
 
+    /// The frames from that of [`Finding::ip`] on; of a free those outside of the allocator.
+    pub(super) fn access_frames(&self) -> &[Frame] {
+        let start = self.frames.iter().position(|frame| frame.ip == self.ip);
+        let frames = start.and_then(|start| self.frames.get(start..)).unwrap_or_default();
+        match self.access {
+            AccessKind::Free => identity::outside_allocator(frames),
+            AccessKind::Read | AccessKind::Write => frames,
+        }
+    }
+
+    /// The function that a person would look at first: that of the access, or the first of its
+    /// callers that is not only a tool, such as `memcpy` or `core::ptr::read_volatile`. It may be
+    /// an inlined one.
+    pub fn function(&self) -> Option<&Frame> {
+        identity::first_of(self.access_frames())
+    }
+
+    /// The identity of the bug.
+    pub fn identity(&self) -> Identity {
+        Identity::of(self)
+    }
+
+    /// The hash over the identity of the bug. Equal bugs have equal ones in every run and build.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.identity().fingerprint()
+    }
+
+    /// The function of the ELF that has the code of [`Finding::function`].
+    fn function_of_the_elf(&self) -> Option<&Frame> {
+        let function = self.function()?;
+        let mut frames = self.access_frames().iter();
+        frames.by_ref().find(|frame| std::ptr::eq(*frame, function))?;
+        if function.inlined { frames.find(|frame| !frame.inlined) } else { Some(function) }
+    }
+
     /// The finding in one line, as KASAN prints it: `BUG: KASAN: kind in func+0xoff/0xsize`. It
     /// holds no address, so that equal bugs have equal headlines in every run.
+    ///
+    /// The function is [`Finding::function`]. If that is inlined, the function of the ELF follows,
+    /// unless it is only a tool; with [`Names::Linkage`] it stands alone.
     pub fn headline(&self, names: Names) -> String {
-        let place = self.culprit().and_then(|frame| place(frame, names));
+        let of_the_elf = self.function_of_the_elf();
+        let place = of_the_elf.and_then(|frame| place(frame, names));
+        let inlined = self.function().filter(|frame| frame.inlined && names == Names::Demangled);
+        let place = match (inlined.and_then(|frame| frame.name(names)), place) {
+            (Some(name), Some(place)) if !of_the_elf.is_some_and(identity::is_only_tool) => {
+                Some(format!("{}, inlined into {place}", printable(name)))
+            }
+            (Some(name), _) => Some(printable(name)),
+            (None, place) => place,
+        };
         format!("BUG: KASAN: {} in {}", self.kind, place.as_deref().unwrap_or(NO_SYMBOL))
     }
 }
@@ -434,6 +505,7 @@ pub(super) mod tests {
                 Some(bytes)
             }),
             notes: vec![],
+            image: 0..0,
         }
     }
 

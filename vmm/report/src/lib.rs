@@ -1,28 +1,35 @@
 //! Reports about memory errors: one model of a [`Finding`], printed as a KASAN report ([`text`]) or
-//! as a line of JSON ([`json`]); and a page for a browser about a whole run ([`html`]).
+//! as a line of JSON ([`json`]); and a whole run as a page for a browser ([`html`]) or as SARIF
+//! ([`sarif`]).
 //!
 //! The guest's registers and memory give a stack ([`stack`]), the kernel's ELF and DWARF give its
 //! names and lines ([`symbols`]), and [`Findings`] counts repeats. Nothing here knows KVM, the
-//! shadow's layout or the sandbox. A caller passes in plain values, and a [`RunSummary`] for the
-//! page.
+//! shadow's layout or the sandbox. A caller passes in plain values, and a [`RunSummary`] for
+//! reports on a run.
 
 #![warn(clippy::missing_errors_doc)]
 
 mod collect;
 mod cpu;
+mod file;
 mod finding;
 pub mod frame;
+mod function;
 pub mod html;
+mod identity;
 pub mod json;
 mod run;
+pub mod sarif;
 pub mod stack;
 pub mod symbols;
 pub mod text;
 
-pub use collect::{Added, DEFAULT_LIMIT, Findings};
+pub use collect::{Added, DEFAULT_LIMIT, Distinct, Findings};
 pub use cpu::{CpuState, Registers};
+pub use file::Target;
 pub use finding::{
     AccessKind, Finding, Frame, Names, Object, Previous, ROW_MEMORY, ROW_SHADOW, Row, ShadowDump,
     Task, Track, Variable,
 };
+pub use identity::{FUNCTIONS, Fingerprint, Identity};
 pub use run::{PageCounts, PageMap, Picture, RunSummary, Sample, ShadowSummary};

@@ -154,6 +154,8 @@ impl ReportWriter<'_> {
             let style = self.paint(ASIDE);
             writeln!(self.out, "{style}Note: {}{style:#}", printable(note))?;
         }
+        let style = self.paint(ASIDE);
+        writeln!(self.out, "{style}Fingerprint: {}{style:#}", finding.fingerprint())?;
         writeln!(self.out, "{SEPARATOR}")
     }
 
@@ -271,7 +273,7 @@ impl ReportWriter<'_> {
 }
 
 /// The position of `offset` relative to an object of `size` bytes.
-fn relation(offset: i128, size: u64) -> String {
+pub(super) fn relation(offset: i128, size: u64) -> String {
     let size = i128::from(size);
     if offset < 0 {
         format!("{} bytes to the left", -offset)

@@ -7,6 +7,7 @@ use std::time::Duration;
 use umbra_machine::cpuid::CpuidLeaf;
 use umbra_machine::loader::Protocol;
 use umbra_provenance::{QuarantineSize, objects};
+use umbra_report::Distinct;
 use umbra_shadow::abi::Redzone;
 
 use super::GuestFile;
@@ -82,6 +83,8 @@ pub struct Config {
     pub timeout: Option<Duration>,
     /// Stop after this many different findings; never if none.
     pub stop_at: Option<usize>,
+    /// Which findings count as different.
+    pub distinct: Distinct,
     /// A run that was not checked is not clean: its status is 5
     /// ([`RunReport::status`](super::RunReport::status)).
     pub require_checks: bool,
@@ -123,6 +126,7 @@ impl Default for Config {
             provenance: objects::DEFAULT_BUDGET,
             timeout: None,
             stop_at: None,
+            distinct: Distinct::Bugs,
             require_checks: false,
             ignore_oops: false,
             count_instructions: false,

@@ -124,6 +124,7 @@ impl Investigation<'_, '_> {
             previous: history.previous,
             shadow: self.known.shadow_around(bad.va),
             notes,
+            image: self.known.guest.symbols().image(),
         }
     }
 
@@ -260,6 +261,7 @@ impl Investigation<'_, '_> {
             cpu: self.context.id.into(),
             frames,
             notes,
+            image: symbols.image(),
             ..Finding::new(AccessKind::Write)
         }
     }

@@ -145,6 +145,7 @@ impl Known<'_> {
             related_work: history.related_work,
             previous: history.previous,
             shadow: self.shadow_around(address),
+            image: symbols.image(),
             notes,
             ..Finding::new(AccessKind::Free)
         }

@@ -56,7 +56,7 @@ mod vcpu_thread;
 mod vcpus;
 mod watch;
 
-pub use umbra_report::{Picture, Sample};
+pub use umbra_report::{Distinct, Picture, Sample};
 
 pub use builder::Sandbox;
 pub use config::{Config, Console, ShadowMode};

@@ -112,7 +112,7 @@ fn set_up(
         RunShadow::new(windows),
         Provenance::new(Objects::new(ObjectLimits::of_budget(config.provenance)), quarantine),
         GuestInfo::new(symbols),
-        Session::new(observer, config.stop_at),
+        Session::new(observer, config.distinct, config.stop_at),
         Watch::new(
             ConsoleWatch::new(linux).with_oopses(!config.ignore_oops),
             Marks::new(config.marks.clone(), counters.clone().filter(|_| emulated)),

@@ -1,6 +1,6 @@
 //! The findings of a run, the observer that gets them, and the limit that ends the run.
 
-use umbra_report::{Added, Finding, Findings};
+use umbra_report::{Added, DEFAULT_LIMIT, Distinct, Finding, Findings};
 
 use super::{Observer, Outcome};
 
@@ -13,8 +13,12 @@ pub(super) struct Session {
 
 impl Session {
     /// No findings yet. `observer` gets each new one; the run ends after `stop_at` of them.
-    pub(super) fn new(observer: Box<dyn Observer>, stop_at: Option<usize>) -> Self {
-        Self { findings: Findings::default(), observer, stop_at }
+    pub(super) fn new(
+        observer: Box<dyn Observer>,
+        distinct: Distinct,
+        stop_at: Option<usize>,
+    ) -> Self {
+        Self { findings: Findings::new(distinct, DEFAULT_LIMIT), observer, stop_at }
     }
 
     /// The findings so far.

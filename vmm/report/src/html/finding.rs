@@ -16,7 +16,8 @@ pub fn draw(
     names: Names,
     sources: &mut Sources,
 ) -> Markup {
-    let culprit = finding.culprit().and_then(|frame| frame.name(names));
+    let function = finding.function();
+    let name = function.and_then(|frame| frame.name(names));
     let report = text::to_string(finding, TextStyle { color: false, names });
     html! {
         article.finding {
@@ -25,7 +26,7 @@ pub fn draw(
                     h3 {
                         span.n { (n) } " " span.kind { (Line(finding.kind)) } " "
                         span.in { "in" } " "
-                        code { (Line(culprit.unwrap_or("a function without a name"))) }
+                        code { (Line(name.unwrap_or("a function without a name"))) }
                     }
                     span.what {
                         (access(finding))
@@ -36,7 +37,7 @@ pub fn draw(
                     (facts(finding))
                     h4 { "Shadow around the address" }
                     (PreEscaped(shadow::draw(finding)))
-                    (stack("Call trace", &finding.frames, finding.culprit(), names, sources))
+                    (stack("Call trace", &finding.frames, function, names, sources))
                     (history(finding, names, sources))
                     @for note in &finding.notes { p.note { "Note: " (Line(note)) "." } }
                     details.text {
@@ -131,6 +132,7 @@ fn facts(finding: &Finding) -> Markup {
             @if let Some(variable) = &finding.variable {
                 (fact("Variable", variable_fact(variable, first_bad)))
             }
+            (fact("Fingerprint", html! { code { (finding.fingerprint().to_string()) } }))
         }
     }
 }

@@ -7,14 +7,13 @@
 
 mod chart;
 mod escape;
-mod file;
 mod finding;
 mod map;
 mod shadow;
 mod source;
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::io::{self, Write};
 use std::path::Path;
@@ -23,7 +22,6 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 use serde_json::Value;
 
 use self::escape::{Block, Line, grouped, seconds, size};
-pub use self::file::Target;
 use self::finding::fact;
 use self::source::Sources;
 use super::{Names, RunSummary};

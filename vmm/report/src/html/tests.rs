@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::super::finding::tests::finding;
-use super::super::{Findings, Frame};
+use super::super::{DEFAULT_LIMIT, Distinct, Findings, Frame};
 use super::*;
 use crate::{PageCounts, PageMap, Picture, Sample, ShadowSummary};
 
@@ -17,7 +17,11 @@ fn picture() -> Picture {
     Picture { samples, pages, console: b"hello\n".to_vec() }
 }
 
-fn run<'a>(outcome: &str, findings: &'a Findings, picture: &'a Picture) -> RunSummary<'a> {
+pub(crate) fn run<'a>(
+    outcome: &str,
+    findings: &'a Findings,
+    picture: &'a Picture,
+) -> RunSummary<'a> {
     RunSummary {
         kernel_bytes: 100,
         cmdline: "a=1",
@@ -179,7 +183,7 @@ fn a_hostile_guest_writes_no_markup() {
 
 #[test]
 fn a_thousand_findings_are_a_page_too() {
-    let mut findings = Findings::default();
+    let mut findings = Findings::new(Distinct::Places, DEFAULT_LIMIT);
     for offset in 0..1200 {
         let mut one = finding();
         one.frames[1].offset = offset;

@@ -18,6 +18,7 @@ mod variables;
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::io;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -207,6 +208,11 @@ impl Symbols {
     /// The frames of a stack of return addresses.
     pub fn stack(&self, ips: &[u64]) -> Vec<Frame> {
         ips.iter().flat_map(|ip| self.frames(*ip, Position::Return)).collect()
+    }
+
+    /// The addresses of the kernel's image; empty if the file does not tell them.
+    pub fn image(&self) -> Range<u64> {
+        self.file().map(|file| file.symbols.image.clone()).unwrap_or_default()
     }
 
     /// The parts that the lookups so far did not find because the file lacks them or is damaged,

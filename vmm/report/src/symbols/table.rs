@@ -1,9 +1,12 @@
 //! The symbol table: finds the function or variable that holds an address.
 
+use std::ops::Range;
+
 use object::elf::Sym64;
 use object::read::elf::{ElfFile64, Sym as _};
 use object::{
-    LittleEndian, Object, ObjectSection, ObjectSymbol, ReadCache, SectionKind, SymbolKind,
+    LittleEndian, Object, ObjectSection, ObjectSegment, ObjectSymbol, ReadCache, SectionKind,
+    SymbolKind,
 };
 
 use super::contents::Cursor;
@@ -35,6 +38,8 @@ pub(super) struct Tables {
     pub variables: Table,
     /// Offset of their names in the file.
     pub names: u64,
+    /// The addresses from the lowest to the highest segment that is loaded; empty if there is none.
+    pub image: Range<u64>,
 }
 
 impl Tables {
@@ -75,8 +80,21 @@ impl Tables {
                     | u8::from(symbol.is_global()),
             });
         }
-        Self { functions: Table::sorted(functions), variables: Table::sorted(variables), names }
+        Self {
+            functions: Table::sorted(functions),
+            variables: Table::sorted(variables),
+            names,
+            image: image(elf),
+        }
     }
+}
+
+/// The addresses of all segments that are loaded and not empty.
+fn image(elf: &Elf) -> Range<u64> {
+    let segments = || elf.segments().filter(|segment| segment.size() > 0);
+    let start = segments().map(|segment| segment.address()).min();
+    let end = segments().map(|segment| segment.address().saturating_add(segment.size())).max();
+    start.unwrap_or_default()..end.unwrap_or_default()
 }
 
 /// The symbols of a kind, by address.

@@ -1,5 +1,5 @@
 use super::super::finding::tests::finding;
-use super::super::{Previous, Row, Variable, frame};
+use super::super::{Distinct, Previous, Row, Variable, frame};
 use super::*;
 
 const PLAIN: TextStyle = TextStyle { color: false, names: Names::Demangled };
@@ -39,6 +39,7 @@ Memory state around the buggy address:
                                                              ^
  ffff800000201080: fc fc fc fc fc fc fc fc fc fc fc fc fc fc fc fc
  ffff800000201100: fc fc fc fc fc fc fc fc fc fc fc fc fc fc fc fc
+Fingerprint: d9b81c7c09687433
 ==================================================================
 ";
 
@@ -164,6 +165,7 @@ The buggy address belongs to the variable:
 
 Memory state around the buggy address: it has no shadow
 Note: the kernel has no symbols
+Fingerprint: 3829faf42b3fe18f
 ==================================================================
 "
     );
@@ -230,7 +232,7 @@ fn colours_change_nothing_else() {
 
 #[test]
 fn repeats_are_one_line_each() {
-    let mut findings = Findings::new(1);
+    let mut findings = Findings::new(Distinct::Bugs, 1);
     for _ in 0..3 {
         findings.add(finding());
     }

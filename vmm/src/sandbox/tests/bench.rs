@@ -8,8 +8,8 @@ use umbra_machine::devices::Devices;
 use umbra_machine::memory::Ram;
 use umbra_machine::vcpu::{Data, VcpuError, VmExit, XsaveArea};
 use umbra_provenance::{Objects, Provenance, Quarantine};
-use umbra_report::Finding;
 use umbra_report::symbols::Symbols;
+use umbra_report::{Distinct, Finding};
 use umbra_shadow::abi::{CallNumber, PORT};
 use vm_memory::GuestAddress;
 
@@ -188,7 +188,7 @@ impl Bench {
             RunShadow::new(windows),
             Provenance::new(Objects::default(), quarantine),
             GuestInfo::new(Symbols::lazy(|| Ok(Vec::new()))),
-            Session::new(Box::new(heard.clone()), stop_at),
+            Session::new(Box::new(heard.clone()), Distinct::default(), stop_at),
             Watch::new(ConsoleWatch::new(linux), Marks::default(), None),
         );
         let mut cpu = FakeCpu::default();

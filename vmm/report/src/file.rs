@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::NamedTempFile;
 
-/// A path to write a page to later. It was writable when this was made.
+/// A path to write to later. It was writable when this was made.
 pub struct Target {
     path: PathBuf,
     to: To,
@@ -51,7 +51,6 @@ impl Target {
         // The error names the temporary file; its kind is enough.
         let file = tempfile::Builder::new()
             .prefix(".umbra-")
-            .suffix(".html")
             // As any new file: less what the user's mask takes away.
             .permissions(Permissions::from_mode(0o666))
             .tempfile_in(folder)
