@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use umbra::kernel::irqchip;
 use umbra::machine::Kvm;
 use umbra::machine::stats::{Counters, emulates_ring0};
 use umbra::provenance::{Objects, QuarantineSize};
@@ -208,6 +209,7 @@ impl Meter {
         let marks = Marks { line: Vec::new(), seen: seen.clone() };
         let config = Config {
             kernel: self.kernel.clone().into(),
+            irqchip: irqchip(1),
             initrd: initrd.map(Into::into),
             cmdline: cmdline.to_owned(),
             memory: 256 << 20,

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use umbra::kernel::test_kernel;
+use umbra::kernel::{irqchip, test_kernel};
 use umbra::provenance::QuarantineSize;
 use umbra::report::Track;
 use umbra::sandbox::{self, Config, Distinct, Outcome, Redzone, RunReport, ShadowMode};
@@ -34,6 +34,7 @@ impl Write for Screen {
 fn config(cmdline: &str) -> Config {
     Config {
         kernel: test_kernel().expect("checked before").into(),
+        irqchip: irqchip(1),
         cmdline: cmdline.into(),
         memory: MEMORY,
         timeout: Some(Duration::from_secs(120)),
@@ -83,8 +84,8 @@ fn keeps_to_its_size(notify: Notify, cpus: u8) {
         1 => (256 << 10, "scenarios=huge_churn churn=3000"),
         _ => (64 << 10, "scenarios=- smp=600"),
     };
-    let config =
-        Config { quarantine: QuarantineSize::Bytes(limit), notify, cpus, ..config(cmdline) };
+    let quarantine = QuarantineSize::Bytes(limit);
+    let config = Config { quarantine, notify, cpus, irqchip: irqchip(cpus), ..config(cmdline) };
     let (report, _) = run(&config);
     let figures = report.stats.quarantine;
     assert!(figures.peak_bytes <= limit && figures.peak_bytes >= limit / 2, "{figures:?}");

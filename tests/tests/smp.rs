@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use umbra::kernel::test_kernel;
+use umbra::kernel::{irqchip, test_kernel};
 use umbra::report::Finding;
 use umbra::sandbox::{self, Config, Distinct, Outcome, RunReport, ShadowMode};
 use umbra::shadow::Notify;
@@ -26,6 +26,7 @@ fn run(cpus: u8, shadow: ShadowMode, notify: Notify, operations: u32) -> (RunRep
         kernel: test_kernel().expect("checked before").into(),
         cmdline: format!("scenarios=- smp={operations}"),
         cpus,
+        irqchip: irqchip(cpus),
         shadow,
         notify,
         timeout: Some(Duration::from_secs(600)),

@@ -19,7 +19,8 @@ use umbra_report::{CpuState, Names, RunSummary, Target, html, sarif};
 use crate::demo;
 use crate::print::{FindingPrinter, in_full, say, size, stderr_color};
 use crate::sandbox::{
-    self, Config, Console, GuestFile, Outcome, Redzone, RunError, RunReport, ShadowMode,
+    self, Config, Console, DebugExit, GuestFile, Irqchip, Outcome, Redzone, RunError, RunReport,
+    ShadowMode,
 };
 use crate::shadow::Notify;
 use crate::terminal;
@@ -33,9 +34,9 @@ const USAGE: u8 = 2;
 #[command(
     version,
     about = "Boots an x86_64 kernel under KVM and finds its memory errors as they happen",
-    after_help = "Exit status: 0 clean, 1 findings, 2 usage or host problem, 3 the guest crashed, \
-                  4 time limit, 5 unchecked (--require-checks), 6 an oops, 130 interrupted. \
-                  RUST_LOG=info (or debug) tells more."
+    after_help = "Exit status: 0 clean, 1 findings, 2 usage or host problem, 3 the guest crashed \
+                  or failed, 4 time limit, 5 unchecked (--require-checks), 6 an oops, 130 \
+                  interrupted. RUST_LOG=info (or debug) tells more."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -69,6 +70,14 @@ struct Run {
     cmdline: String,
     #[command(flatten)]
     guest: Guest,
+    /// Interrupt controllers and timers. With them `hlt` ends the run only if interrupts are off on
+    /// all CPUs; without them it does at once. Linux and several CPUs need them.
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    irqchip: Switch,
+    /// QEMU's isa-debug-exit, port 0xf4: a write ends the run, with exit status 0 (or 1, with
+    /// findings) for this VALUE and 3 for any other. Or `off`, or `auto` (0x10; off for Linux).
+    #[arg(long, default_value = "auto", value_name = "VALUE", value_parser = parse_debug_exit)]
+    debug_exit: DebugExit,
     /// End the run after this time (such as 90s, 5m), or `none`.
     #[arg(long, default_value = "60s", value_name = "TIME", value_parser = parse_time)]
     timeout: Limit,
@@ -142,8 +151,7 @@ struct Guest {
     /// Guest memory.
     #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = parse_size)]
     memory: u64,
-    /// CPUs of the guest. With more than one it has interrupt controllers, so `hlt` does not end
-    /// the run.
+    /// CPUs of the guest.
     #[arg(long, value_name = "N", default_value = "1",
           value_parser = clap::value_parser!(u8).range(1..=MAX_CPUS))]
     cpus: u8,
@@ -202,6 +210,14 @@ enum HowToNotify {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
+enum Switch {
+    /// As a PC has them.
+    On,
+    /// None.
+    Off,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
 enum Symbols {
     /// As in the source.
     Demangled,
@@ -255,6 +271,19 @@ fn parse_redzone(text: &str) -> Result<Redzone, String> {
             bytes @ 8..=MAX if bytes.is_multiple_of(8) => Ok(Redzone::Bytes(bytes as u32)),
             _ => Err(format!("not a multiple of 8 from 8 to {MAX}; try 32, off or auto")),
         },
+    }
+}
+
+fn parse_debug_exit(text: &str) -> Result<DebugExit, String> {
+    match text {
+        "auto" => Ok(DebugExit::Auto),
+        "off" => Ok(DebugExit::Off),
+        _ => match text.strip_prefix("0x") {
+            Some(digits) => u32::from_str_radix(digits, 16),
+            None => text.parse(),
+        }
+        .map(DebugExit::Success)
+        .map_err(|_| "not a number of 32 bits; try 0x10, off or auto".into()),
     }
 }
 
@@ -344,6 +373,11 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
     };
     let style = TextStyle { color: stderr_color(), names };
     let config = Config {
+        irqchip: match args.irqchip {
+            Switch::On => Irqchip::On,
+            Switch::Off => Irqchip::Off,
+        },
+        debug_exit: args.debug_exit,
         timeout: args.timeout.0,
         stop_at: (!args.keep_going).then_some(args.stop_at as usize),
         require_checks: args.require_checks,
@@ -420,6 +454,7 @@ fn hint(outcome: &Outcome) -> &'static str {
     match outcome {
         Outcome::TimeLimit(_) => ": --timeout gives it more",
         Outcome::ShadowLimit(_) => ": --shadow-limit gives it more",
+        Outcome::DebugExit { success: false, .. } => ": --debug-exit sets the value of success",
         _ => "",
     }
 }
@@ -561,6 +596,18 @@ mod tests {
         assert_eq!(parse_redzone("4K"), Ok(Redzone::Bytes(4096)));
         for bad in ["0", "1", "12", "4104", "much"] {
             assert!(parse_redzone(bad).is_err_and(|e| e.contains("try 32")), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_debug_exit_is_a_value_or_a_word() {
+        assert_eq!(parse_debug_exit("auto"), Ok(DebugExit::Auto));
+        assert_eq!(parse_debug_exit("off"), Ok(DebugExit::Off));
+        assert_eq!(parse_debug_exit("0x10"), Ok(DebugExit::Success(16)));
+        assert_eq!(parse_debug_exit("0"), Ok(DebugExit::Success(0)));
+        assert_eq!(parse_debug_exit("0xffffffff"), Ok(DebugExit::Success(u32::MAX)));
+        for bad in ["", "0x", "-1", "0x100000000", "on"] {
+            assert!(parse_debug_exit(bad).is_err_and(|e| e.contains("try 0x10")), "{bad}");
         }
     }
 

@@ -3,6 +3,8 @@
 use object::{Object as _, ObjectSection as _};
 use thiserror::Error;
 
+use crate::sandbox::Irqchip;
+
 /// The section that describes the scenarios.
 const SECTION: &str = ".umbra.scenarios";
 
@@ -70,6 +72,13 @@ pub fn test_kernel() -> Option<&'static [u8]> {
     return Some(include_bytes!(env!("UMBRA_KERNEL_FILE")));
     #[cfg(not(umbra_kernel))]
     None
+}
+
+/// The interrupt controllers that the test kernel needs: its CPUs start and wake each other through
+/// them, and one alone has no use for them. Without them it has less to set up, and what it costs
+/// repeats exactly.
+pub fn irqchip(cpus: u8) -> Irqchip {
+    if cpus > 1 { Irqchip::On } else { Irqchip::Off }
 }
 
 /// The scenarios of a test kernel, in the order in which it runs them.

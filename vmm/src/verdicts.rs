@@ -123,12 +123,13 @@ pub(crate) fn config_for(config: &Config, chosen: &[Scenario]) -> Config {
         timeout: config.timeout.or(Some(TIMEOUT)),
         // Each statement of a scenario that misbehaves is expected.
         distinct: Distinct::Places,
+        irqchip: kernel::irqchip(config.cpus),
         ..config.clone()
     }
 }
 
 /// Runs `chosen` in one guest with a test kernel. `config.cmdline` comes behind the word that
-/// chooses them.
+/// chooses them. The guest has the interrupt controllers that the kernel needs.
 ///
 /// # Errors
 /// The run could not begin.

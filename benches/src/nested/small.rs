@@ -58,18 +58,20 @@ pub(super) fn figures(program: &Path, tick: impl Fn(&str)) -> Result<Vec<Measure
     let at_once = file("exits-at-once", &exits_at_once())?;
     for (name, options) in CONFIGURATIONS.iter().filter(|(name, _)| !name.ends_with("sync")) {
         tick(&format!("a start, {name}"));
-        let cost = cheapest(program, &at_once, options)?;
+        let cost = without_interrupts(program, &at_once, options)?;
         all.push(Measured::new(ONCE, format!("start to end in 256 MiB, {name}"), cost.whole));
     }
     tick("an exit");
-    let exit = |count| cheapest(program, &file("exits", &exits_after(count))?, &["--shadow=off"]);
+    let exit = |count| {
+        without_interrupts(program, &file("exits", &exits_after(count))?, &["--shadow=off"])
+    };
     let [few, many] = [exit(EXITS[0])?, exit(EXITS[1])?];
     let each = slope(few.running, many.running, EXITS);
     all.push(Measured::new(ONCE, "an exit to Umbra and back".into(), each));
     tick("a shadow fault");
     let fault = |count| {
         let words = format!("--cmdline=scenarios=- bench=chunks:{count}:new");
-        cheapest(program, &kernel, &[&words])
+        without_interrupts(program, &kernel, &[&words])
     };
     let [few, many] = [fault(FAULTS[0])?, fault(FAULTS[1])?];
     let each = slope(few.running, many.running, FAULTS);
@@ -77,9 +79,14 @@ pub(super) fn figures(program: &Path, tick: impl Fn(&str)) -> Result<Vec<Measure
     Ok(all)
 }
 
+/// As [`cheapest`], for a guest that needs no interrupts.
+fn without_interrupts(program: &Path, kernel: &Path, arguments: &[&str]) -> Result<Cost> {
+    cheapest(program, kernel, &[arguments, &["--irqchip=off"]].concat())
+}
+
 fn churn(program: &Path, kernel: &Path, options: &[&str], operations: u64) -> Result<Cost> {
     let words = format!("--cmdline=scenarios=huge_churn churn={operations}");
     let mut arguments = options.to_vec();
     arguments.push(&words);
-    cheapest(program, kernel, &arguments)
+    without_interrupts(program, kernel, &arguments)
 }

@@ -4,7 +4,7 @@
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use umbra::kernel::test_kernel;
+use umbra::kernel::{irqchip, test_kernel};
 use umbra::sandbox::{self, Config, ShadowMode};
 use umbra::shadow::Notify;
 
@@ -15,6 +15,7 @@ fn random(shadow: ShadowMode, notify: Notify, operations: u64, seed: u64, tell_e
     let console = Screen::default();
     let config = Config {
         kernel: test_kernel().expect("checked before").into(),
+        irqchip: irqchip(1),
         cmdline: format!("random={operations}:{seed}:{tell_each} scenarios=-"),
         memory: MEMORY,
         shadow,

@@ -12,6 +12,7 @@ use acpi_tables::{Aml, AmlSink};
 use vm_memory::GuestAddress;
 
 use super::devices::{ACPI_PM1_CONTROL, ACPI_PM1_EVENT, RESET_CONTROL, RESET_CPU};
+use super::irqchip::{TIMER, TIMER_PIN};
 use super::layout;
 use super::memory::{NotRam, Ram};
 
@@ -68,8 +69,8 @@ fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
     bytes(&table.finalize())
 }
 
-/// The CPUs and interrupt controllers (section 5.2.12), as KVM has them: line n goes to pin n. (The
-/// crate's own MADT knows neither its flags nor all of these entries.)
+/// The CPUs and interrupt controllers (section 5.2.12), as KVM has them: line n goes to pin n, but
+/// for the timer's. (The crate's own MADT knows neither its flags nor all of these entries.)
 fn madt(cpus: u8) -> Vec<u8> {
     const PCAT_COMPAT: u32 = 1;
     const ENABLED: u8 = 1;
@@ -84,6 +85,7 @@ fn madt(cpus: u8) -> Vec<u8> {
     }
     let [a, b, c, d] = layout::IO_APIC.to_le_bytes();
     table.append_slice(&[1, 12, cpus, 0, a, b, c, d, 0, 0, 0, 0]);
+    table.append_slice(&[2, 10, 0, TIMER, TIMER_PIN, 0, 0, 0, 0, 0]);
     table.append_slice(&[2, 10, 0, SCI, SCI, 0, 0, 0, HIGH_LEVEL, 0]);
     table.append_slice(&[4, 6, ALL_CPUS, 0, 0, 1]);
     table.as_slice().to_vec()
@@ -181,7 +183,8 @@ mod tests {
                 seen[kind] += 1;
                 at += usize::from(madt[at + 1]);
             }
-            assert_eq!((at, seen), (madt.len(), [cpus, 1, 1, 0, 1]));
+            assert_eq!((at, seen), (madt.len(), [cpus, 1, 2, 0, 1]));
+            assert!(madt.windows(10).any(|entry| entry == [2, 10, 0, 0, 2, 0, 0, 0, 0, 0]));
         }
     }
 

@@ -61,6 +61,15 @@ impl CpuTopology {
     }
 }
 
+/// Adds the timer that waits for a value of the time-stamp counter to what KVM supports: KVM tells
+/// of it by a capability, and leaves this bit to the VMM (Linux, Documentation/virt/kvm/api.rst,
+/// 4.46).
+pub(super) fn add_tsc_deadline(supported: &mut CpuId) {
+    for entry in supported.as_mut_slice().iter_mut().filter(|entry| entry.function == 1) {
+        entry.ecx |= LEAF1_ECX_TSC_DEADLINE;
+    }
+}
+
 /// Builds the table for a vCPU from what KVM supports.
 ///
 /// # Errors
@@ -211,8 +220,23 @@ mod tests {
         assert_eq!(find(1).edx & (LEAF1_EDX_APIC | LEAF1_EDX_HTT), 0);
         assert_eq!((find(0x4000_0100).eax, find(0x4000_0100).edx), (1, 4));
         assert_eq!(find(KVM_FEATURES).eax, KVM_FEATURES_KEPT);
+        assert_eq!(find(1).ecx & LEAF1_ECX_TSC_DEADLINE, 0);
         let with_chip = super::table(&supported(), &[], true, ALONE).unwrap();
         assert_ne!(with_chip.as_slice()[0].edx & LEAF1_EDX_APIC, 0);
+    }
+
+    #[test]
+    fn the_deadline_timer_comes_with_the_interrupt_controllers() {
+        let mut supported = supported();
+        supported.as_mut_slice()[0].ecx = 0;
+        let has = |supported: &CpuId, irqchip| {
+            let table = super::table(supported, &[], irqchip, ALONE).unwrap();
+            table.as_slice()[0].ecx & LEAF1_ECX_TSC_DEADLINE != 0
+        };
+        assert!(!has(&supported, true), "KVM does not have it");
+        add_tsc_deadline(&mut supported);
+        assert!(has(&supported, true) && !has(&supported, false));
+        assert_eq!(supported.as_slice()[1].ecx, 0, "no other leaf");
     }
 
     #[test]

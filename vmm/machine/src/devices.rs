@@ -1,5 +1,6 @@
-//! The devices of a PC that a kernel needs: a serial port for its console, the date, reset and
-//! power off. All other ports read as all ones and ignore writes.
+//! The devices of a PC that a kernel needs: a serial port for its console, the date, reset, power
+//! off, and QEMU's debug port that ends a run. Interrupt controllers and timers are KVM's. All
+//! other ports read as all ones and ignore writes.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -39,6 +40,10 @@ pub const RESET_CONTROL: u16 = 0xcf9;
 /// Its bit that resets the CPU.
 pub const RESET_CPU: u8 = 1 << 2;
 
+/// QEMU's `isa-debug-exit`, where small kernels and their tests have it: a write ends the run, and
+/// its value is the result.
+pub const DEBUG_EXIT: u16 = 0xf4;
+
 /// Most unknown accesses that are logged; the rest are only counted.
 const LOGGED: u64 = 16;
 /// Most typed bytes that are pending for the guest.
@@ -55,6 +60,13 @@ pub enum DeviceEvent {
     Reset,
     /// The guest switched the machine off.
     PowerOff,
+    /// The guest wrote to [`DEBUG_EXIT`].
+    DebugExit {
+        /// What it wrote.
+        value: u32,
+        /// It is the value that means success.
+        success: bool,
+    },
 }
 
 /// Collects a line before it is written, so that a console costs one write per line and not one per
@@ -126,6 +138,8 @@ pub struct Devices {
     /// The values in the ACPI registers: enabled events, and control.
     power: [u8; 4],
     rtc: Rtc,
+    /// The value at [`DEBUG_EXIT`] that means success; none if there is no such port.
+    debug_exit: Option<u32>,
     ignored: u64,
 }
 
@@ -147,13 +161,26 @@ impl Devices {
             break_next: false,
             power: [0; 4],
             rtc: Rtc::default(),
+            debug_exit: None,
             ignored: 0,
         }
+    }
+
+    /// Adds the port [`DEBUG_EXIT`], if there is a value that means `success`. Without it the port
+    /// is like any that has no device.
+    #[must_use]
+    pub fn with_debug_exit(mut self, success: Option<u32>) -> Self {
+        self.debug_exit = success;
+        self
     }
 
     /// The guest wrote `data` (1 to 4 bytes) to `port`.
     pub fn io_out(&mut self, port: u16, data: &[u8]) -> DeviceEvent {
         let value = data.iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b));
+        if let (DEBUG_EXIT, Some(success)) = (port, self.debug_exit) {
+            let value = value as u32;
+            return DeviceEvent::DebugExit { value, success: value == success };
+        }
         match port {
             COM1..=COM1_LAST => {
                 for &byte in data {
@@ -407,6 +434,21 @@ mod tests {
         assert_eq!(devices.io_out(0xcf9, &[0x06]), DeviceEvent::Reset);
         assert_eq!(devices.io_out(0xcf9, &[0x02]), DeviceEvent::None);
         assert_eq!(devices.ignored, 0);
+    }
+
+    #[test]
+    fn a_debug_exit_has_a_value_or_is_no_device() {
+        let devices = || Devices::new(Box::new(io::sink()), None);
+        let exit = |value, success| DeviceEvent::DebugExit { value, success };
+        let mut with = devices().with_debug_exit(Some(0x10));
+        assert_eq!(with.io_out(DEBUG_EXIT, &[0x10]), exit(0x10, true));
+        assert_eq!(with.io_out(DEBUG_EXIT, &[0x10, 0, 0, 0]), exit(0x10, true));
+        assert_eq!(with.io_out(DEBUG_EXIT, &[0x10, 0, 0, 1]), exit(0x100_0010, false));
+        assert_eq!(with.io_out(DEBUG_EXIT, &[0]), exit(0, false));
+        assert_eq!(with.io_out(DEBUG_EXIT + 1, &[0x10]), DeviceEvent::None);
+        let mut without = devices().with_debug_exit(None);
+        assert_eq!(without.io_out(DEBUG_EXIT, &[0x10]), DeviceEvent::None);
+        assert_eq!((with.ignored, without.ignored), (1, 1));
     }
 
     #[test]

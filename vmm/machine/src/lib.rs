@@ -7,6 +7,7 @@ mod acpi;
 pub mod complete;
 pub mod cpuid;
 pub mod devices;
+mod irqchip;
 pub mod kick;
 pub mod layout;
 pub mod loader;
@@ -28,8 +29,7 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MAX_CPUID_ENTRIES,
-    KVM_PIT_SPEAKER_DUMMY, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS,
-    kvm_enable_cap, kvm_pit_config,
+    KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, kvm_enable_cap,
 };
 use kvm_ioctls::Cap;
 use thiserror::Error;
@@ -68,6 +68,8 @@ pub enum MachineError {
     Capability(&'static str),
     #[error("a machine with {cpus} CPUs: 1 to {max} are possible here")]
     Cpus { cpus: u8, max: usize },
+    #[error("a machine with {0} CPUs needs interrupt controllers, and they are off")]
+    NoIrqchip(u8),
     #[error(transparent)]
     Memory(#[from] MemoryError),
     #[error(transparent)]
@@ -90,6 +92,8 @@ pub struct Kvm {
     fd: kvm_ioctls::Kvm,
     sync_regs: bool,
     emulation_exits: bool,
+    /// The local APIC's timer has a mode in which it waits for a value of the time-stamp counter.
+    tsc_deadline: bool,
 }
 
 impl Kvm {
@@ -134,7 +138,8 @@ impl Kvm {
         const SYNC: i32 = (KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS) as i32;
         let sync_regs = fd.check_extension_int(Cap::SyncRegs) & SYNC == SYNC;
         let emulation_exits = fd.check_extension_raw(KVM_CAP_EXIT_ON_EMULATION_FAILURE.into()) > 0;
-        Ok(Self { fd, sync_regs, emulation_exits })
+        let tsc_deadline = fd.check_extension(Cap::TscDeadlineTimer);
+        Ok(Self { fd, sync_regs, emulation_exits, tsc_deadline })
     }
 
     /// Whether registers are read and written without system calls.
@@ -148,28 +153,18 @@ impl Kvm {
 pub struct MachineConfig {
     /// Bytes of RAM, a multiple of 4096 from [`layout::MIN_MEMORY`] to [`layout::MAX_MEMORY`].
     pub memory_bytes: u64,
-    /// The number of vCPUs, 1 to [`layout::MAX_CPUS`]. More than one need the interrupt
-    /// controllers, which come with them.
+    /// The number of vCPUs, 1 to [`layout::MAX_CPUS`]. More than one need `irqchip`.
     pub cpus: u8,
     /// CPUID leaves beside KVM's own.
     pub extra_cpuid: Vec<CpuidLeaf>,
-    /// KVM's interrupt controllers, and an MP table and ACPI tables that describe them. Without
-    /// them `hlt` is an exit; with them it waits for an interrupt in the kernel.
+    /// KVM's interrupt controllers and timers, and an MP table and ACPI tables that describe them.
+    /// Without them `hlt` is an exit; with them it waits for an interrupt in the kernel.
     pub irqchip: bool,
-    /// KVM's programmable interval timer, on line 0 of the interrupt controllers, which come with
-    /// it.
-    pub pit: bool,
 }
 
 impl Default for MachineConfig {
     fn default() -> Self {
-        Self { memory_bytes: 0, cpus: 1, extra_cpuid: Vec::new(), irqchip: false, pit: false }
-    }
-}
-
-impl MachineConfig {
-    fn has_irqchip(&self) -> bool {
-        self.irqchip || self.pit || self.cpus > 1
+        Self { memory_bytes: 0, cpus: 1, extra_cpuid: Vec::new(), irqchip: false }
     }
 }
 
@@ -187,15 +182,22 @@ impl Machine {
     /// Makes a machine without vCPUs.
     ///
     /// # Errors
-    /// The memory or the number of vCPUs is out of range, or the host refuses a step.
+    /// The memory or the number of vCPUs is out of range, several vCPUs have no interrupt
+    /// controllers, or the host refuses a step.
     pub fn new(kvm: &Kvm, config: MachineConfig) -> Result<Self, MachineError> {
         let max = kvm.fd.get_max_vcpus().min(layout::MAX_CPUS.into());
         if config.cpus == 0 || usize::from(config.cpus) > max {
             return Err(MachineError::Cpus { cpus: config.cpus, max });
         }
+        if config.cpus > 1 && !config.irqchip {
+            return Err(MachineError::NoIrqchip(config.cpus));
+        }
         let ram = Ram::new(config.memory_bytes)?;
-        let supported =
+        let mut supported =
             kvm.fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("tell its CPUID"))?;
+        if kvm.tsc_deadline {
+            cpuid::add_tsc_deadline(&mut supported);
+        }
         let fd = kvm.fd.create_vm().map_err(refused("create a VM"))?;
         fd.set_tss_address(layout::KVM_TSS as usize).map_err(refused("set the TSS address"))?;
         if kvm.emulation_exits {
@@ -208,13 +210,8 @@ impl Machine {
             };
             fd.enable_cap(&cap).map_err(refused("exit on emulation failures"))?;
         }
-        if config.has_irqchip() {
-            fd.create_irq_chip().map_err(refused("create an interrupt controller"))?;
-        }
-        if config.pit {
-            // Port 0x61 is the timer's, too: kernels calibrate with it.
-            let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-            fd.create_pit2(pit).map_err(refused("create a timer"))?;
+        if config.irqchip {
+            irqchip::create(&fd)?;
         }
         kick::install_handler().map_err(|source| MachineError::Kvm {
             operation: "install a signal handler",
@@ -235,7 +232,7 @@ impl Machine {
     /// A file is not what it should be, or does not fit into RAM.
     pub fn load(&mut self, boot: &Boot) -> Result<LoadedKernel, LoadError> {
         let kernel = loader::load(self.ram(), boot)?;
-        if self.config.has_irqchip() {
+        if self.config.irqchip {
             mptable::write(self.ram(), self.config.cpus, &self.supported)?;
             let root = acpi::write(self.ram(), self.config.cpus)?;
             loader::tell_acpi_root(self.ram(), kernel.state, root)?;
@@ -259,12 +256,8 @@ impl Machine {
         }
         let fd = self.vm.fd().create_vcpu(u64::from(id)).map_err(refused("create a vCPU"))?;
         let place = cpuid::CpuTopology { id, cpus: self.config.cpus };
-        let wanted = cpuid::table(
-            &self.supported,
-            &self.config.extra_cpuid,
-            self.config.has_irqchip(),
-            place,
-        )?;
+        let wanted =
+            cpuid::table(&self.supported, &self.config.extra_cpuid, self.config.irqchip, place)?;
         fd.set_cpuid2(&wanted).map_err(refused("set CPUID"))?;
         // Only once: the other vCPUs differ in their number only, and probe guests have no kernel.
         if id == 0
@@ -321,7 +314,7 @@ impl Machine {
 
     /// A line of the interrupt controller; `None` when the machine has none.
     pub fn irq_line(&self, irq: u32) -> Option<IrqLine> {
-        self.config.has_irqchip().then(|| IrqLine { vm: self.vm.clone(), irq })
+        self.config.irqchip.then(|| IrqLine { vm: self.vm.clone(), irq })
     }
 }
 

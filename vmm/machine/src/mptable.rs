@@ -5,6 +5,7 @@
 use kvm_bindings::CpuId;
 use vm_memory::GuestAddress;
 
+use super::irqchip::{CASCADE, io_apic_pin};
 use super::layout;
 use super::memory::{NotRam, Ram};
 
@@ -18,8 +19,6 @@ const IO_APIC_VERSION: u8 = 0x11;
 const ISA: u8 = 0;
 /// ISA's interrupt lines.
 const ISA_IRQS: u8 = 16;
-/// The line of the second of a PC's two interrupt controllers. No device has it.
-const CASCADE: u8 = 2;
 /// Interrupt types (table 4-10).
 const INT: u8 = 0;
 const NMI: u8 = 1;
@@ -55,9 +54,9 @@ fn configuration(cpus: u8, signature: u32, features: u32) -> Vec<u8> {
     let io_apic = cpus;
     let [a, b, c, d] = layout::IO_APIC.to_le_bytes();
     add(&[2, io_apic, IO_APIC_VERSION, 1, a, b, c, d]);
-    // KVM connects line n to pin n (4.3.4). Polarity and trigger are the bus' own.
+    // 4.3.4. Polarity and trigger are the bus' own.
     for irq in (0..ISA_IRQS).filter(|irq| *irq != CASCADE) {
-        add(&[3, INT, 0, 0, ISA, irq, io_apic, irq]);
+        add(&[3, INT, 0, 0, ISA, irq, io_apic, io_apic_pin(irq)]);
     }
     // The old interrupt controllers are at the first CPU's pin 0, NMI is at pin 1 of all (4.3.5).
     add(&[4, EXT_INT, 0, 0, ISA, 0, 0, 0]);

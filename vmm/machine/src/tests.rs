@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use kvm_bindings::kvm_regs;
 use umbra_skip::{need, need_cpu, skip_part};
 use umbra_testkit::elf::ElfBuilder;
+use umbra_testkit::guest;
 use vm_memory::GuestAddress;
 
 use super::complete::Completer;
@@ -16,23 +17,6 @@ use super::loader::Boot;
 use super::stats::{self, VcpuStats, raw_guest};
 use super::vcpu::{Data, Vcpu, VmExit};
 use super::*;
-
-/// Machine code from Intel syntax.
-macro_rules! guest {
-    ($($line:literal),+ $(,)?) => {{
-        let (start, end): (*const u8, *const u8);
-        // SAFETY: two address calculations; the code goes to a section of its own and is not
-        // executed here.
-        unsafe {
-            std::arch::asm!(
-                "lea {0}, [rip + 220f]", "lea {1}, [rip + 221f]",
-                ".pushsection .rodata.guest, \"a\"", "220:", $($line,)+ "221:", ".popsection",
-                out(reg) start, out(reg) end,
-            );
-            std::slice::from_raw_parts(start, end.offset_from(start) as usize)
-        }
-    }};
-}
 
 mod completion;
 
@@ -413,7 +397,7 @@ fn a_missing_device_is_said_clearly() {
 #[test]
 fn with_interrupt_controller() {
     let kvm = need!(Kvm::open());
-    let config = MachineConfig { memory_bytes: 4 << 20, pit: true, ..Default::default() };
+    let config = MachineConfig { memory_bytes: 4 << 20, irqchip: true, ..Default::default() };
     let mut machine = Machine::new(&kvm, config).unwrap();
     // The timer's port 0x61 is KVM's: no exit.
     let code = guest!("in al, 0x61", "mov ebx, eax", "out 0x80, al");
@@ -448,6 +432,9 @@ fn a_second_cpu_starts() {
         "hlt",
     );
     let config = MachineConfig { memory_bytes: 4 << 20, cpus: 2, ..Default::default() };
+    let error = Machine::new(&kvm, config.clone()).unwrap_err();
+    assert!(matches!(error, MachineError::NoIrqchip(2)), "{error}");
+    let config = MachineConfig { irqchip: true, ..config };
     let mut machine = Machine::new(&kvm, config).unwrap();
     machine.load(&Boot::new(&elf(1 << 20, &[(1 << 20, 0, code, 4096)]), "")).unwrap();
     assert!(machine.create_vcpu(2).is_err());

@@ -1,6 +1,7 @@
 //! A virtual CPU: runs the guest until an exit, and gives access to its registers.
 
 mod extended;
+mod halt;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -8,8 +9,7 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_INTERNAL_ERROR_EMULATION,
-    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_MP_STATE_HALTED,
-    KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_fpu, kvm_msr_entry, kvm_regs,
+    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, Msrs, kvm_fpu, kvm_msr_entry, kvm_regs,
     kvm_segment, kvm_sregs,
 };
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
@@ -187,7 +187,7 @@ pub struct Vcpu {
     read: PendingRead,
     kick: Arc<KickState>,
     /// Guest memory must outlive the vCPU. Last: dropped after `fd`.
-    _vm: Arc<Vm>,
+    vm: Arc<Vm>,
 }
 
 impl Vcpu {
@@ -208,7 +208,7 @@ impl Vcpu {
             port: None,
             read: PendingRead::None,
             kick: Arc::default(),
-            _vm: vm,
+            vm,
         }
     }
 
@@ -408,17 +408,6 @@ impl Vcpu {
             self.fd.sync_regs_mut().sregs = *sregs;
         }
         Ok(())
-    }
-
-    /// The `rip` of a vCPU that only another one can wake: it waits to be started, or has halted
-    /// with interrupts off. Only interrupt controllers let a vCPU stay in such a state.
-    pub fn halted_for_good(&self) -> Option<u64> {
-        const INTERRUPTS_ON: u64 = 1 << 9;
-        let state = self.fd.get_mp_state().ok()?.mp_state;
-        let regs = self.regs().ok()?;
-        let waits = matches!(state, KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED);
-        let halted = state == KVM_MP_STATE_HALTED && regs.rflags & INTERRUPTS_ON == 0;
-        (waits || halted).then_some(regs.rip)
     }
 
     /// The frequency of the guest's time-stamp counter, in kHz.

@@ -45,6 +45,46 @@ impl ShadowMode {
     }
 }
 
+/// Interrupt controllers and timers of a guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Irqchip {
+    /// Those of a PC: the old interrupt controllers and the APICs, an interval timer and the local
+    /// APICs' timers, and tables that name them. `hlt` with interrupts on waits for one; with
+    /// interrupts off on all CPUs, it ends the run.
+    #[default]
+    On,
+    /// None: `hlt` ends the run. For one CPU, and not for Linux.
+    Off,
+}
+
+/// The debug port that ends a run: QEMU's `isa-debug-exit` at
+/// [`DEBUG_EXIT`](umbra_machine::devices::DEBUG_EXIT).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DebugExit {
+    /// As with [`DebugExit::SUCCESS`], but none for Linux.
+    #[default]
+    Auto,
+    /// There is no such port.
+    Off,
+    /// The value that means success. Every other means failure.
+    Success(u32),
+}
+
+impl DebugExit {
+    /// The value by which small kernels in Rust say that all is well. QEMU's exit status is 33
+    /// then, which no problem of QEMU's own gives.
+    pub const SUCCESS: u32 = 0x10;
+
+    /// The value that means success, if there is such a port.
+    pub(super) fn success(self, linux: bool) -> Option<u32> {
+        match self {
+            Self::Auto => (!linux).then_some(Self::SUCCESS),
+            Self::Off => None,
+            Self::Success(value) => Some(value),
+        }
+    }
+}
+
 /// What to run, and how.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -61,12 +101,10 @@ pub struct Config {
     pub memory: u64,
     /// CPUs, 1 to [`MAX_CPUS`](umbra_machine::layout::MAX_CPUS).
     pub cpus: u8,
-    /// Give the guest interrupt controllers even if it has one CPU; a Linux guest gets them anyway.
-    /// With them `hlt` does not end the run: an interrupt may follow.
-    pub irqchip: bool,
-    /// Give the guest a timer, and the interrupt controllers that it needs. A Linux guest gets it
-    /// anyway.
-    pub pit: bool,
+    /// Its interrupt controllers and timers.
+    pub irqchip: Irqchip,
+    /// Its debug port that ends the run.
+    pub debug_exit: DebugExit,
     /// Which shadow.
     pub shadow: ShadowMode,
     /// Who writes it.
@@ -116,8 +154,8 @@ impl Default for Config {
             cmdline: String::new(),
             memory: 256 << 20,
             cpus: 1,
-            irqchip: false,
-            pit: false,
+            irqchip: Irqchip::default(),
+            debug_exit: DebugExit::default(),
             shadow: ShadowMode::default(),
             notify: Notify::Ring,
             shadow_limit: None,

@@ -125,6 +125,9 @@ impl Dispatcher {
         };
         match (event, sign) {
             (DeviceEvent::Reset, _) => Err(Outcome::Reset),
+            (DeviceEvent::DebugExit { value, success }, _) => {
+                Err(Outcome::DebugExit { value, success })
+            }
             (DeviceEvent::PowerOff, _) | (_, Sign::Stopped) => Err(Outcome::PowerOff),
             (_, Sign::PanicEnd) => Err(Outcome::Panic),
             (DeviceEvent::None, Sign::None) => Ok(()),

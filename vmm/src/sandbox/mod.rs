@@ -59,7 +59,7 @@ mod watch;
 pub use umbra_report::{Distinct, Picture, Sample};
 
 pub use builder::Sandbox;
-pub use config::{Config, Console, ShadowMode};
+pub use config::{Config, Console, DebugExit, Irqchip, ShadowMode};
 pub use file::GuestFile;
 pub use marks::Mark;
 pub use observer::Observer;

@@ -29,6 +29,17 @@ pub enum Outcome {
     /// The guest halted for good: there is no interrupt that could wake it.
     #[error("the guest halted")]
     Halted,
+    /// The guest wrote to its debug port ([`DebugExit`](super::DebugExit)).
+    #[error(
+        "the guest exited by its debug port with value {value:#x} (QEMU's exit status {status})",
+        status = qemu_status(*value)
+    )]
+    DebugExit {
+        /// The value.
+        value: u32,
+        /// It is the one that means success.
+        success: bool,
+    },
     /// The guest panicked.
     #[error("the guest panicked")]
     Panic,
@@ -105,6 +116,11 @@ pub enum Outcome {
     Host(#[from] VcpuError),
 }
 
+/// The exit status of QEMU with `isa-debug-exit`, of which the system keeps 8 bits.
+fn qemu_status(value: u32) -> u8 {
+    (value << 1 | 1) as u8
+}
+
 /// The names of the x86 exceptions (Intel SDM volume 3, table 6-1).
 fn exception(vector: u32) -> &'static str {
     match vector {
@@ -131,6 +147,7 @@ impl Outcome {
             Self::PowerOff => "power-off",
             Self::Halted => "halted",
             Self::HaltedForGood { .. } => "halted-for-good",
+            Self::DebugExit { .. } => "debug-exit",
             Self::Panic | Self::LinuxPanic(_) => "panic",
             Self::LinuxOops(_) => "oops",
             Self::Fault { .. } => "fault",
@@ -145,15 +162,19 @@ impl Outcome {
     }
 
     /// The exit status of a program that runs one guest: 0 clean, 1 findings, 2 usage or host
-    /// problem, 3 the guest crashed, 4 time limit, 6 an oops of Linux; 130 after Ctrl-C, as shells
-    /// have it.
+    /// problem, 3 the guest crashed or failed, 4 time limit, 6 an oops of Linux; 130 after Ctrl-C,
+    /// as shells have it.
     pub fn status(&self, findings: bool) -> u8 {
         match self {
-            Self::Done | Self::Reset | Self::PowerOff | Self::Halted | Self::FindingLimit(_) => {
-                u8::from(findings)
-            }
+            Self::Done
+            | Self::Reset
+            | Self::PowerOff
+            | Self::Halted
+            | Self::DebugExit { success: true, .. }
+            | Self::FindingLimit(_) => u8::from(findings),
             Self::ShadowLimit(_) | Self::Shadow(_) | Self::Host(_) | Self::Unstoppable { .. } => 2,
             Self::Failed
+            | Self::DebugExit { success: false, .. }
             | Self::Panic
             | Self::LinuxPanic(_)
             | Self::HaltedForGood { .. }
@@ -169,7 +190,14 @@ impl Outcome {
 
     /// Whether the guest came to an end of its own.
     pub fn is_regular(&self) -> bool {
-        matches!(self, Self::Done | Self::Reset | Self::PowerOff | Self::Halted)
+        matches!(
+            self,
+            Self::Done
+                | Self::Reset
+                | Self::PowerOff
+                | Self::Halted
+                | Self::DebugExit { success: true, .. }
+        )
     }
 }
 
@@ -185,6 +213,19 @@ impl From<ShadowError> for Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_debug_exit_is_clean_with_one_value_only() {
+        let exit = |value, success| Outcome::DebugExit { value, success };
+        assert_eq!([false, true].map(|findings| exit(0x10, true).status(findings)), [0, 1]);
+        assert_eq!([false, true].map(|findings| exit(0x10, false).status(findings)), [3, 3]);
+        assert!(exit(1, true).is_regular() && !exit(1, false).is_regular());
+        for (value, text) in
+            [(0x10, "0x10 (QEMU's exit status 33)"), (0, "status 1)"), (u32::MAX, "status 255)")]
+        {
+            assert!(exit(value, true).to_string().contains(text), "{}", exit(value, true));
+        }
+    }
 
     #[test]
     fn crash_and_time_limit_outrank_findings() {

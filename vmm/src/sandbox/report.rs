@@ -20,6 +20,8 @@ pub enum RunError {
     Load(#[from] LoadError),
     #[error(transparent)]
     Shadow(#[from] ShadowError),
+    #[error("Linux needs interrupt controllers and a timer, and they are off")]
+    LinuxWithoutIrqchip,
     #[error("cannot start a thread for a vCPU: {0}")]
     Thread(std::io::Error),
     #[error("a vCPU's thread panicked: this is a bug in Umbra")]

@@ -36,15 +36,17 @@ use super::vcpu_thread;
 use super::vcpus::Vcpus;
 use super::watch::Watch;
 use super::{
-    Config, Console, GuestFile, Observer, Outcome, RunError, RunReport, ShadowMode, input,
+    Config, Console, GuestFile, Irqchip, Observer, Outcome, RunError, RunReport, ShadowMode, input,
     instrumentation, stats,
 };
 use crate::shadow::{Layout, ShadowError, Windows, WindowsConfig, page_map};
 
 /// Poll interval for the stop flag.
 const TICK: Duration = Duration::from_millis(20);
-/// Interval between two checks whether all vCPUs have halted for good.
+/// Longest interval between two checks whether all vCPUs have halted for good.
 const HALT_CHECK: Duration = Duration::from_millis(500);
+/// The interval is the run's time until then, divided by this, so that short runs end soon.
+const HALT_CHECK_PART: u32 = 8;
 
 /// Runs a kernel to its end. `console` is its serial port, `observer` gets its findings, and `stop`
 /// ends the run.
@@ -108,7 +110,7 @@ fn set_up(
     let symbols = Symbols::lazy(move || kernel.contents().map_err(std::io::Error::other))
         .with_modules_in(config.modules.clone());
     let dispatcher = Dispatcher::new(
-        Devices::new(output, com1),
+        Devices::new(output, com1).with_debug_exit(config.debug_exit.success(linux)),
         RunShadow::new(windows),
         Provenance::new(Objects::new(ObjectLimits::of_budget(config.provenance)), quarantine),
         GuestInfo::new(symbols),
@@ -141,14 +143,16 @@ fn hardware(config: &Config) -> Result<Hardware, RunError> {
     if config.shadow != ShadowMode::Off {
         instrumentation::warnings(&kernel).iter().for_each(|warning| log::warn!("{warning}"));
     }
+    if linux && config.irqchip == Irqchip::Off {
+        return Err(RunError::LinuxWithoutIrqchip);
+    }
     let mut machine = Machine::new(
         &kvm,
         MachineConfig {
             memory_bytes: config.memory,
             cpus: config.cpus,
             extra_cpuid: cpuid(config)?,
-            irqchip: config.irqchip || linux,
-            pit: config.pit || linux,
+            irqchip: config.irqchip == Irqchip::On,
         },
     )?;
     let emulated = (linux || config.count_instructions) && is_emulated(&kvm);
@@ -265,7 +269,7 @@ impl Running {
         // A limit that overflows the clock is none.
         let deadline =
             config.timeout.and_then(|limit| Some((Instant::now().checked_add(limit)?, limit)));
-        let mut halts = HaltCheck { last: Instant::now(), halted: false };
+        let mut halts = HaltCheck::new();
         loop {
             let tick = deadline
                 .map_or(TICK, |(at, _)| TICK.min(at.saturating_duration_since(Instant::now())));
@@ -358,16 +362,24 @@ impl Running {
 
 /// Finds out whether all vCPUs have halted for good.
 struct HaltCheck {
+    begin: Instant,
+    /// When the vCPUs were last asked, and for how long nothing more is done.
     last: Instant,
-    /// They had at the last check.
+    wait: Duration,
+    /// They had halted at the check before.
     halted: bool,
 }
 
 impl HaltCheck {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self { begin: now, last: now, wait: TICK, halted: false }
+    }
+
     /// The outcome, if at two checks in a row all vCPUs had halted: one may just have been woken by
     /// another at the first.
     fn check(&mut self, shared: &Shared) -> Option<Outcome> {
-        if self.last.elapsed() < HALT_CHECK {
+        if self.last.elapsed() < self.wait {
             return None;
         }
         let rip = shared.vcpus.halted_for_good();
@@ -377,6 +389,11 @@ impl HaltCheck {
         }
         shared.vcpus.check_halted();
         self.last = Instant::now();
+        self.wait = if self.halted {
+            TICK
+        } else {
+            ((self.last - self.begin) / HALT_CHECK_PART).clamp(TICK, HALT_CHECK)
+        };
         None
     }
 }

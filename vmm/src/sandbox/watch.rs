@@ -75,6 +75,7 @@ impl Watch {
                 | Outcome::PowerOff
                 | Outcome::Halted
                 | Outcome::HaltedForGood { .. }
+                | Outcome::DebugExit { .. }
                 | Outcome::Panic
                 | Outcome::TripleFault { .. }
                 | Outcome::TimeLimit(_),
