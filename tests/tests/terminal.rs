@@ -202,7 +202,7 @@ fn the_terminal_is_put_back_after_signals() {
         run.wait_for("Ctrl-A x");
         run.signal(signal);
         let code = run.ends();
-        let ends_in_order = [libc::SIGINT, libc::SIGTERM].contains(&signal);
+        let ends_in_order = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP].contains(&signal);
         assert_eq!(code, ends_in_order.then_some(130), "signal {signal}");
     }
 }

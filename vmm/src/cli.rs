@@ -1,11 +1,10 @@
 //! The command line of `umbra`.
 
-use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -17,6 +16,7 @@ use umbra_report::text::{self, TextStyle};
 use umbra_report::{CpuState, Names, RunSummary, Target, html, sarif};
 
 use crate::demo;
+use crate::outputs::{one_file_each, output, target};
 use crate::print::{FindingPrinter, in_full, say, size, stderr_color};
 use crate::sandbox::{
     self, Config, Console, DebugExit, GuestFile, Irqchip, Outcome, Redzone, RunError, RunReport,
@@ -313,60 +313,27 @@ impl Guest {
     }
 }
 
-/// Opens a file to write, or standard output for `-`.
-fn output(path: &Path) -> Result<Box<dyn Write + Send>> {
-    if path.as_os_str() == "-" {
-        return Ok(Box::new(io::stdout()));
-    }
-    let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
-    Ok(Box::new(BufWriter::new(file)))
-}
-
-/// Checks before the run whether a file can be written to `path` when it has ended.
-fn target(path: Option<&Path>) -> Result<Option<Target>> {
-    let target =
-        |path: &Path| Target::new(path).with_context(|| format!("cannot write {}", path.display()));
-    path.map(target).transpose()
-}
-
-/// Fails if two options name one file: only one of them would be left.
-fn one_file_each(args: &Run) -> Result<()> {
-    let files = [
-        ("--findings", &args.findings),
-        ("--stats", &args.stats),
-        ("--html", &args.html),
-        ("--sarif", &args.sarif),
-    ];
-    let mut seen: Vec<(&str, &PathBuf)> = Vec::new();
-    for (option, path) in files {
-        let Some(path) = path.as_ref().filter(|path| path.as_os_str() != "-") else { continue };
-        if let Some((other, _)) = seen.iter().find(|(_, named)| *named == path) {
-            bail!("{other} and {option} name the same file: {}", path.display());
-        }
-        seen.push((option, path));
-    }
-    Ok(())
-}
-
 fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
     let kernel = GuestFile::open("kernel", &args.kernel)?;
     let initrd = args.initrd.as_deref().map(|path| GuestFile::open("initrd", path)).transpose()?;
     if let Some(folder) = args.modules.as_deref() {
         std::fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
     }
-    one_file_each(args)?;
+    let files = [
+        ("--findings", args.findings.as_deref()),
+        ("--stats", args.stats.as_deref()),
+        ("--html", args.html.as_deref()),
+        ("--sarif", args.sarif.as_deref()),
+    ];
+    one_file_each(&files)?;
     let page = target(args.html.as_deref())?;
     let log = target(args.sarif.as_deref())?;
-    let is_dash =
-        |path: &Option<PathBuf>| path.as_ref().is_some_and(|path| path.as_os_str() == "-");
     let json = args.findings.as_deref().map(output).transpose()?;
     let stats = args.stats.as_deref().map(output).transpose()?;
     // Standard output has either the guest's console or the JSON.
-    let output: Box<dyn Write + Send> = if is_dash(&args.findings) || is_dash(&args.stats) {
-        Box::new(io::stderr())
-    } else {
-        Box::new(io::stdout())
-    };
+    let is_dash = |(_, path): &(&str, Option<&Path>)| path.is_some_and(|p| p.as_os_str() == "-");
+    let output: Box<dyn Write + Send> =
+        if files.iter().any(is_dash) { Box::new(io::stderr()) } else { Box::new(io::stdout()) };
     let names = match args.symbols {
         Symbols::Demangled => Names::Demangled,
         Symbols::Linkage => Names::Linkage,
@@ -395,7 +362,8 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
         },
         ..args.guest.config(kernel, args.cmdline.clone())
     };
-    let printer = FindingPrinter { style, quiet: false, json };
+    let lost = Arc::new(AtomicBool::new(false));
+    let printer = FindingPrinter { style, quiet: false, json, lost: lost.clone() };
     let restore = terminal::Restore;
     let console = Console { output, input: terminal::input() };
     let report = sandbox::run(&config, console, Box::new(printer), stop);
@@ -410,6 +378,9 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
         stats.write_all(b"\n").and_then(|()| stats.flush()).context("cannot write --stats")?;
     }
     write_reports(args, &report.summary(&config), names, page, log)?;
+    if lost.load(Relaxed) {
+        bail!("cannot write --findings");
+    }
     Ok(report.status())
 }
 
@@ -512,7 +483,7 @@ fn restore_terminal_at_signals() {
     for signal in [SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGABRT] {
         let handler = move || {
             terminal::restore();
-            if ![SIGINT, SIGTERM].contains(&signal) {
+            if ![SIGINT, SIGTERM, SIGHUP].contains(&signal) {
                 // A signal handler cannot report its error.
                 let _ = signal_hook::low_level::emulate_default_handler(signal);
             }
@@ -535,7 +506,8 @@ pub fn main() -> ExitCode {
     let stop = Arc::new(AtomicBool::new(false));
     // The first Ctrl-C ends the run cleanly; a second one ends the process.
     restore_terminal_at_signals();
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
         let registered =
             signal_hook::flag::register_conditional_shutdown(signal, 130, stop.clone())
                 .and_then(|_| signal_hook::flag::register(signal, stop.clone()));

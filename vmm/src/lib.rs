@@ -7,6 +7,7 @@ pub mod cli;
 mod demo;
 pub mod hypercall;
 pub mod kernel;
+mod outputs;
 mod print;
 pub mod sandbox;
 pub mod shadow;

@@ -1,6 +1,8 @@
 //! What the program prints: findings as they come, and lines for people.
 
 use std::io::{self, IsTerminal, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use umbra_report::text::{self, TextStyle};
 use umbra_report::{Finding, Names, json};
@@ -12,6 +14,8 @@ pub(crate) struct FindingPrinter {
     pub(crate) style: TextStyle,
     pub(crate) quiet: bool,
     pub(crate) json: Option<Box<dyn Write + Send>>,
+    /// The JSON could not be written.
+    pub(crate) lost: Arc<AtomicBool>,
 }
 
 impl FindingPrinter {
@@ -21,6 +25,7 @@ impl FindingPrinter {
             style: TextStyle { color: stderr_color(), names: Names::Demangled },
             quiet,
             json: None,
+            lost: Arc::default(),
         }
     }
 }
@@ -37,6 +42,7 @@ impl Observer for FindingPrinter {
         {
             log::error!("--findings cannot be written any more: {error}");
             self.json = None;
+            self.lost.store(true, Relaxed);
         }
     }
 }

@@ -16,16 +16,21 @@ pub struct Target {
 enum To {
     /// A new file beside the one that it will become.
     Beside(NamedTempFile),
+    /// Standard output.
+    Stdout,
     /// A file that is not regular. It is written in place, since a new file cannot replace it.
     Into(File),
 }
 
 impl Target {
-    /// Checks that `path` can be written. Changes nothing there yet.
+    /// Checks that `path` can be written; `-` is standard output. Changes nothing there yet.
     ///
     /// # Errors
     /// It cannot be written.
     pub fn new(path: &Path) -> io::Result<Self> {
+        if path.as_os_str() == "-" {
+            return Ok(Self { path: path.to_owned(), to: To::Stdout });
+        }
         let path = match fs::metadata(path) {
             Ok(data) if data.is_dir() => return Err(io::ErrorKind::IsADirectory.into()),
             Ok(data) => {
@@ -64,6 +69,11 @@ impl Target {
     /// An error of `write` or of the disk. Then the old file is still there.
     pub fn write(self, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
         match self.to {
+            To::Stdout => {
+                let mut out = BufWriter::new(io::stdout().lock());
+                write(&mut out)?;
+                out.flush()
+            }
             To::Into(mut file) => {
                 let mut out = BufWriter::new(&mut file);
                 write(&mut out)?;
