@@ -145,7 +145,12 @@ pub(super) fn first_of(frames: &[Frame]) -> Option<&Frame> {
 
 /// Whether a frame is only a tool of its caller.
 pub(super) fn is_only_tool(frame: &Frame) -> bool {
-    frame.symbol.as_deref().is_some_and(|name| is_tool(&plain(name), frame.file.as_deref()))
+    frame.symbol.as_deref().is_some_and(|name| is_tool(&plain(name), file(frame)))
+}
+
+/// The whole path if it is known: what a frame shows may be without the folder of the library.
+fn file(frame: &Frame) -> Option<&str> {
+    frame.path.as_deref().or(frame.file.as_deref())
 }
 
 /// Debug information may lack the name of an inlined function.
@@ -162,7 +167,7 @@ fn functions(frames: &[Frame], image: &Range<u64>, most: usize) -> Vec<String> {
         None => format!("{:#x}", frame.ip),
     };
     let all = || frames.iter().filter(|frame| is_function(frame));
-    let interesting = |frame: &&Frame| !is_tool(&named(frame), frame.file.as_deref());
+    let interesting = |frame: &&Frame| !is_tool(&named(frame), file(frame));
     let found = first(&mut all().filter(interesting).map(named), most);
     if found.is_empty() { first(&mut all().map(named), most) } else { found }
 }
