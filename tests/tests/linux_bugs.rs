@@ -95,12 +95,9 @@ fn bugs_have_the_right_verdicts() {
     assert_eq!(other["allocated"]["task"]["name"], "umbra_owner", "{other:#}");
     assert_eq!(other["task"]["name"], "other_owner", "{other:#}");
 
-    let pending = of(&run, "pending_work");
-    assert!(!pending.is_empty(), "{}", run.tail());
-    for finding in pending {
-        assert_eq!(finding["kind"], "slab-use-after-free", "{finding:#}");
-        assert!(track_goes_through(finding, "freed", "pending_work"), "{finding:#}");
-    }
+    // Many accesses of timer and workqueue code are one bug.
+    let pending = one(&run, "pending_work", "slab-use-after-free");
+    assert!(track_goes_through(pending, "freed", "pending_work"), "{pending:#}");
 }
 
 fn a_fault_of_the_kernel_is_an_outcome() {

@@ -54,6 +54,29 @@ impl Key {
     }
 }
 
+/// Freed objects that are remembered for each finding that may be kept.
+const OBJECTS_PER_FINDING: usize = 4;
+
+/// A freed object: where it was, and who freed it.
+#[derive(PartialEq, Eq, Hash)]
+struct FreedObject {
+    start: u64,
+    task: u32,
+    ips: Vec<u64>,
+}
+
+impl FreedObject {
+    /// The freed object that a finding is a use of, if it is one.
+    fn of(finding: &Finding) -> Option<Self> {
+        if finding.access == AccessKind::Free {
+            return None;
+        }
+        let (object, freed) = (finding.object.as_ref()?, finding.freed.as_ref()?);
+        let ips = freed.frames.iter().filter(|frame| !frame.inlined).map(|frame| frame.ip);
+        Some(Self { start: object.start, task: freed.task.id, ips: ips.collect() })
+    }
+}
+
 /// The result of [`Findings::add`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Added {
@@ -69,6 +92,8 @@ pub enum Added {
 pub struct Findings {
     kept: Vec<(Finding, u64)>,
     index: HashMap<Key, usize>,
+    /// The findings that are uses of freed objects.
+    uses: HashMap<FreedObject, usize>,
     distinct: Distinct,
     limit: usize,
     dropped: u64,
@@ -83,17 +108,40 @@ impl Default for Findings {
 impl Findings {
     /// No findings yet; at most `limit` different ones will be kept.
     pub fn new(distinct: Distinct, limit: usize) -> Self {
-        Self { kept: Vec::new(), index: HashMap::new(), distinct, limit, dropped: 0 }
+        let (kept, index, uses) = (Vec::new(), HashMap::new(), HashMap::new());
+        Self { kept, index, uses, distinct, limit, dropped: 0 }
     }
 
-    /// Adds a finding.
+    /// Adds a finding. Where bugs count, all uses of one freed object are one bug: what is wrong is
+    /// that it was freed.
     pub fn add(&mut self, finding: Finding) -> Added {
+        let freed = match self.distinct {
+            Distinct::Bugs => FreedObject::of(&finding),
+            Distinct::Places => None,
+        };
+        if let Some(at) = freed.as_ref().and_then(|object| self.uses.get(object)).copied() {
+            return self.seen_again(at);
+        }
+        let added = self.add_by_key(finding);
+        if let (Some(object), Added::New(at) | Added::Repeat(at, _)) = (freed, added)
+            && self.uses.len() < self.limit.saturating_mul(OBJECTS_PER_FINDING)
+        {
+            self.uses.insert(object, at);
+        }
+        added
+    }
+
+    fn seen_again(&mut self, at: usize) -> Added {
+        let Some((_, seen)) = self.kept.get_mut(at) else { return Added::Dropped };
+        *seen = seen.saturating_add(1);
+        Added::Repeat(at, *seen)
+    }
+
+    fn add_by_key(&mut self, finding: Finding) -> Added {
         match self.index.entry(Key::of(&finding, self.distinct)) {
             Entry::Occupied(entry) => {
                 let at = *entry.get();
-                let Some((_, seen)) = self.kept.get_mut(at) else { return Added::Dropped };
-                *seen = seen.saturating_add(1);
-                Added::Repeat(at, *seen)
+                self.seen_again(at)
             }
             Entry::Vacant(entry) if self.kept.len() < self.limit => {
                 let at = self.kept.len();
@@ -160,6 +208,32 @@ mod tests {
         assert_eq!(findings.add(again), Added::New(2));
         assert_eq!((findings.distinct(), findings.total()), (3, 4));
         assert_eq!(findings.get(0).map(|(f, n)| (f.address, n)), Some((finding().address, 2)));
+    }
+
+    #[test]
+    fn all_uses_of_one_freed_object_are_one_bug() {
+        let used = |function: &str, freed_by: u64| {
+            let mut finding = finding();
+            finding.kind = "slab-use-after-free";
+            finding.frames[1].symbol = Some(function.into());
+            finding.frames[1].linkage = None;
+            let mut track = finding.allocated.clone().expect("it has one");
+            track.frames[0].ip = freed_by;
+            finding.freed = Some(track);
+            finding
+        };
+        let mut findings = Findings::default();
+        assert_eq!(findings.add(used("timer", 1)), Added::New(0));
+        assert_eq!(findings.add(used("queue", 1)), Added::Repeat(0, 2));
+        // Freed by other code: another bug.
+        assert_eq!(findings.add(used("queue", 2)), Added::New(1));
+        // A double free is another one, too.
+        let mut twice = used("queue", 1);
+        (twice.kind, twice.access) = ("double-free", AccessKind::Free);
+        assert_eq!(findings.add(twice), Added::New(2));
+        let mut places = Findings::new(Distinct::Places, 10);
+        assert_eq!(places.add(used("timer", 1)), Added::New(0));
+        assert_eq!(places.add(used("queue", 1)), Added::New(1));
     }
 
     #[test]
