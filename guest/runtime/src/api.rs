@@ -376,7 +376,9 @@ unsafe fn bad_free(address: u64, start: u64, fp: u64) -> Option<Access> {
         _ if address != start => Some(Access::InvalidFree),
         // An allocator that trusts a header before the memory takes a variable for an object.
         // SAFETY: the caller's promise.
-        _ if unsafe { stack::holds(fp, start) } => Some(Access::InvalidFree),
+        _ if stack::is_near(fp, start) && unsafe { stack::holds(fp, start) } => {
+            Some(Access::InvalidFree)
+        }
         codes::FREE_PAGE | codes::SLAB_FREE | codes::SLAB_FREE_TRACK => Some(Access::DoubleFree),
         // The stack of a thread that has ended goes back to its allocator.
         codes::STACK_AFTER_RETURN => None,
