@@ -247,9 +247,19 @@ impl<'a> Guest<'a> {
         Ok(object)
     }
 
-    /// cargo's configuration for kernels in Rust: this machine's compiler, and the flags.
+    /// Whether cargo takes this compiler anyway. Then the configuration does not name it, so that
+    /// another toolchain, such as a nightly one, can use its own.
+    fn is_usual_compiler(&self) -> bool {
+        let mut usual = std::process::Command::new("rustc");
+        let Ok(output) = usual.args(["--print", "sysroot"]).output() else { return false };
+        let sysroot = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+        !sysroot.is_empty() && self.tools.compiler.rustc.starts_with(sysroot)
+    }
+
+    /// cargo's configuration for kernels in Rust: the flags, and the compiler if it is not the one
+    /// that cargo takes anyway.
     fn configuration(&self) -> String {
-        let text = |path: &Path| format!("{:?}", path.display().to_string());
+        let rustc = format!("{:?}", self.tools.compiler.rustc.display().to_string());
         let linked = |what: &str, path: &Path| format!("{:?}", format!("{what}{}", path.display()));
         let flags = COMMON.iter().chain(&SANITIZER).chain(&CHECKED_MEMORY);
         let mut flags: Vec<String> = flags.map(|flag| format!("{flag:?}")).collect();
@@ -259,10 +269,10 @@ impl<'a> Guest<'a> {
             "# For kernels that Umbra checks: `RUSTC_BOOTSTRAP=1 cargo build --release --config \
              umbra.toml`.\n\
              # Made by `cargo xtask guest --lib` for this machine.\n\n\
-             [build]\nrustc = {}\ntarget = {TARGET:?}\n\n\
+             [build]\n{}target = {TARGET:?}\n\n\
              [unstable]\nbuild-std = [\"core\", \"alloc\", \"compiler_builtins\"]\n\n\
              [target.{TARGET}]\nrustflags = [\n    {},\n]\n",
-            text(&self.tools.compiler.rustc),
+            if self.is_usual_compiler() { String::new() } else { format!("rustc = {rustc}\n") },
             flags.join(",\n    ")
         )
     }

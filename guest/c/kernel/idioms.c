@@ -182,7 +182,7 @@ SCENARIO(header_invalid_free, "invalid-free Free 0 16",
 }
 
 SCENARIO(header_free_of_variable, "invalid-free Free 0 16",
-	 "frees an address in an array on the stack, where something looks like an allocator's header")
+	 "frees an address in an array on the stack, behind what looks like an allocator's header")
 {
 	char local[64] __attribute__((aligned(16)));
 

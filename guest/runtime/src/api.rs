@@ -366,8 +366,8 @@ pub extern "C" fn umbra_redzone(object: u64) -> u64 {
     settings::redzone_of(object)
 }
 
-/// Classifies a free of `address`, where the allocator has an object that starts at `start`. `fp` is
-/// the innermost frame. `None` if it is good, as far as the guest can tell.
+/// Classifies a free of `address`, where the allocator has an object that starts at `start`. `fp`
+/// is the innermost frame. `None` if it is good, as far as the guest can tell.
 ///
 /// # Safety
 /// As [`return_address`].
@@ -405,8 +405,8 @@ pub extern "C" fn umbra_stack_alloc(start: u64, bytes: u64) {
     shadow::promote(start, bytes);
 }
 
-/// A thread has ended, and nothing runs on its stack any more. The stack becomes inaccessible, until
-/// an allocator, another thread or [`umbra_unpoison`] makes it accessible again.
+/// A thread has ended, and nothing runs on its stack any more. The stack becomes inaccessible,
+/// until an allocator, another thread or [`umbra_unpoison`] makes it accessible again.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_stack_free(start: u64, bytes: u64) {
     if state::mode().has(Features::SYNC) {

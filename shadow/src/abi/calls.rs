@@ -73,8 +73,8 @@ numbered! {
         Related = 15,
         /// Checks are on from here on. No arguments.
         Activate = 16,
-        /// A module of the kernel was loaded, or its symbols have moved. `rdi`: virtual address of a
-        /// [`ModuleInfo`]. The VMM reads it and the symbols during the call. What it knows of a
+        /// A module of the kernel was loaded, or its symbols have moved. `rdi`: virtual address of
+        /// a [`ModuleInfo`]. The VMM reads it and the symbols during the call. What it knows of a
         /// module stays after the module is gone, until another one takes its place.
         Module = 17,
     }

@@ -20,8 +20,8 @@
 //! object, by the same rule. It separates bugs that show in one function which handles objects of
 //! many kinds.
 //!
-//! In one run, all uses of one freed object count as one bug (`collect.rs`), with the fingerprint of
-//! the first: a timer that outlives its object is seen in many functions of the timer code.
+//! In one run, all uses of one freed object count as one bug (`collect.rs`), with the fingerprint
+//! of the first: a timer that outlives its object is seen in many functions of the timer code.
 //!
 //! An address without a symbol is written as its offset in the kernel's image, `+0x1234`, or as the
 //! address itself if it is outside of the image. That survives another run, and no rebuild.

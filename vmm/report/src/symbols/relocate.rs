@@ -1,5 +1,5 @@
-//! The debug information of a module: finds its `.ko` file, and gives the addresses in it the values
-//! that they have in the guest.
+//! The debug information of a module: finds its `.ko` file, and gives the addresses in it the
+//! values that they have in the guest.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
