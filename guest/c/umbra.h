@@ -242,6 +242,22 @@ static inline bool umbra_start(const struct umbra_offer *offer, const struct umb
 	return true;
 }
 
+/*
+ * Runs the constructors between two symbols of the linker script, in order. Those that the compiler
+ * makes register the redzones of global variables, so this comes after umbra_start().
+ *
+ *	.init_array : {
+ *		constructors_start = .;
+ *		KEEP(*(SORT_BY_INIT_PRIORITY(.init_array.*) .init_array))
+ *		constructors_end = .;
+ *	}
+ */
+static inline void umbra_run_constructors(void (*const *start)(void), void (*const *end)(void))
+{
+	while (start < end)
+		(*start++)();
+}
+
 /* ---- Allocators ------------------------------------------------------------------------------ */
 
 /*

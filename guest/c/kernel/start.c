@@ -139,8 +139,7 @@ _Noreturn void kernel_main(uint64_t boot_params)
 	boot_pml4[0] = 0;
 	flush();
 	fault_init();
-	for (void (*const *run)(void) = constructors_start; run < constructors_end; run++)
-		(*run)();
+	umbra_run_constructors(constructors_start, constructors_end);
 	alloc_init(next, end);
 	umbra_name_task(0, "kernel", 6);
 	scenarios_run(command_line);

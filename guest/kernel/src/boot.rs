@@ -91,13 +91,9 @@ pub fn image_end() -> u64 {
 
 /// Runs the constructors that the compiler made. Each registers the globals of a compilation unit.
 pub fn run_constructors() {
-    let mut f = &raw const __init_array_start;
-    while f < &raw const __init_array_end {
-        // SAFETY: the linker script bounds the array.
-        unsafe {
-            (*f)();
-            f = f.add(1);
-        }
+    // SAFETY: the linker script bounds the array, and this runs once.
+    unsafe {
+        umbra_guest::run_constructors(&raw const __init_array_start, &raw const __init_array_end);
     }
 }
 

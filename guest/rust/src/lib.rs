@@ -211,6 +211,32 @@ pub unsafe fn quarantine_add(release: ReleaseFn, context: *mut core::ffi::c_void
     unsafe { ffi::umbra_quarantine_add(release, context) }
 }
 
+/// Runs the constructors from `start` up to `end`, in order. Those that the compiler makes register
+/// the redzones of global variables, so this comes after [`start`]. A linker script puts them there:
+///
+/// ```text
+/// .init_array : {
+///     constructors_start = .;
+///     KEEP(*(SORT_BY_INIT_PRIORITY(.init_array.*) .init_array))
+///     constructors_end = .;
+/// }
+/// ```
+///
+/// # Safety
+/// Between the pointers there are functions that may be called, each once.
+///
+/// [`start`]: fn@start
+pub unsafe fn run_constructors(start: *const extern "C" fn(), end: *const extern "C" fn()) {
+    let mut next = start;
+    while next < end {
+        // SAFETY: the caller's promise.
+        unsafe {
+            (*next)();
+            next = next.add(1);
+        }
+    }
+}
+
 /// Runs `work` with this CPU's reports off: for code that uses poisoned memory on purpose.
 pub fn suppressed<T>(work: impl FnOnce() -> T) -> T {
     // SAFETY: counts up and down on this CPU.
