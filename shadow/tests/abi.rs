@@ -186,8 +186,15 @@ fn the_linux_patches_have_these_constants() {
         ("UMBRA_REDZONE_ADAPTIVE", Redzone::Adaptive.to_register().into()),
     ];
     // Constants of its tables, its quarantine, and its part of the virtual range.
-    let own =
-        ["UMBRA_CPUS", "UMBRA_FRAME_MAX", "UMBRA_FRACTION", "UMBRA_AT_ONCE", "UMBRA_VMALLOC_MOST"];
+    let own = [
+        "UMBRA_CPUS",
+        "UMBRA_FRAME_MAX",
+        "UMBRA_FRACTION",
+        "UMBRA_AT_ONCE",
+        "UMBRA_SPARES",
+        "UMBRA_SPARES_LOW",
+        "UMBRA_VMALLOC_MOST",
+    ];
     let added = added_to_linux();
     same(constants(&added), &expected, &own);
     let signature: Vec<u8> = CPUID_SIGNATURE.iter().flat_map(|word| word.to_le_bytes()).collect();

@@ -41,7 +41,8 @@ fn broken_bzimages() {
     let args = "--memory 64M";
     refused(&image[..0x210], args, &["cut off", "setup header"]);
     refused(&image[..image.len() / 2], args, &["cut off", "the kernel's code"]);
-    refused(&image[..image.len() - 1], args, &["cut off"]);
+    // Less than a paragraph may be missing.
+    refused(&image[..image.len() - 16], args, &["cut off"]);
     for at in [image.len() / 2, image.len() - 1, 0x300] {
         let mut damaged = image.clone();
         damaged[at] ^= 0x10;

@@ -75,7 +75,10 @@ fn status_2_is_a_host_or_usage_problem() {
 fn status_3_is_a_crash() {
     let run = umbra().file(&kernel(&CRASH).build()).run();
     run.expect(3);
-    assert!(run.stderr.starts_with("umbra: the guest triple-faulted at rip 0x"), "{}", run.stderr);
+    // The state of the CPU, then the outcome.
+    assert!(run.stderr.starts_with("CPU 0 was in "), "{}", run.stderr);
+    let last = run.stderr.lines().last().unwrap_or_default();
+    assert!(last.starts_with("umbra: the guest triple-faulted at rip 0x"), "{}", run.stderr);
 }
 
 fn status_5_is_unchecked() {

@@ -120,7 +120,7 @@ fn wild_calls(mode: &str) {
 }
 
 fn unknown_calls() {
-    let rows: Vec<Row> = (17..23)
+    let rows: Vec<Row> = (18..24)
         .chain([0, 255, 0x8000_0000, 0xffff_ffff])
         .map(|number| [number, 1, 2, 3, 4])
         .collect();

@@ -133,7 +133,8 @@ fn a_triple_fault() {
     let run = quiet(guest, "");
     run.expect(3);
     assert_eq!(run.outcome(), "triple-fault");
-    assert_eq!(run.stderr.lines().count(), 1, "{}", run.stderr);
+    // Registers and stack of one CPU, and the outcome.
+    assert_eq!(run.stderr.lines().count(), 9, "{}", run.stderr);
     assert!(run.stderr.contains("triple-faulted at rip 0x"), "{}", run.stderr);
 }
 
