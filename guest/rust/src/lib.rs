@@ -212,7 +212,7 @@ pub unsafe fn quarantine_add(release: ReleaseFn, context: *mut core::ffi::c_void
 }
 
 /// Runs the constructors from `start` up to `end`, in order. Those that the compiler makes register
-/// the redzones of global variables, so this comes after [`start`]. A linker script puts them there:
+/// the redzones of global variables, so this comes after [`start`]. The linker script has them:
 ///
 /// ```text
 /// .init_array : {
