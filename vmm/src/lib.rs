@@ -12,6 +12,7 @@ mod print;
 pub mod sandbox;
 pub mod shadow;
 mod terminal;
+mod values;
 pub mod verdicts;
 
 pub use umbra_machine as machine;
