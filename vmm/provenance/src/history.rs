@@ -153,10 +153,11 @@ impl Provenance {
         self.objects.allocated(new, frames);
     }
 
-    /// Records a free, with the return addresses of its stack.
-    pub fn freed(&mut self, key: u64, task: u32, frames: &[u64]) {
+    /// Records a free, with the return addresses of its stack. Returns false if it is certainly
+    /// wrong ([`Objects::is_invalid_free`]).
+    pub fn freed(&mut self, key: u64, task: u32, frames: &[u64]) -> bool {
         self.counts.frees += 1;
-        self.objects.freed(key, task, frames);
+        self.objects.freed(key, task, frames)
     }
 
     /// Records that work was queued for the object at `key`.
@@ -209,14 +210,13 @@ impl Provenance {
             }
             RecordBody::Freed { address, slot, owner, .. } => {
                 let key = key_of(address, u64::from(slot).max(1))?;
-                if self.objects.is_invalid_free(key) {
+                if self.freed(key, task, frames) {
+                    waits = owner.map(|owner| Released::new(address, slot, owner));
+                } else {
                     // The quarantine must not give it to an allocator: it is no slot.
                     let (cpu, frames) = (record.cpu, frames.to_vec());
                     invalid = Some(InvalidFree { address, key, cpu, task, frames });
-                } else {
-                    waits = owner.map(|owner| Released::new(address, slot, owner));
                 }
-                self.freed(key, task, frames);
             }
             RecordBody::Related { address, .. } => {
                 self.related(key_of(address, 1)?, task, frames);

@@ -5,15 +5,21 @@
 
 use std::collections::HashMap;
 
-use object::{Object as _, ObjectSection as _, ObjectSymbol as _, SectionKind};
+use object::read::elf::{ElfFile64, Sym as _};
+use object::{LittleEndian, Object as _, ObjectSection as _, ObjectSymbol as _, SectionKind};
 
 /// Most bytes of code that are looked at.
-const CODE_MAX: usize = 64 << 20;
+const CODE_MAX: usize = 16 << 20;
+/// Most bytes of a name that are looked at: more than any that matters has.
+const NAME_MAX: usize = 64;
 /// Most symbols that are looked at.
 const SYMBOLS_MAX: usize = 1 << 20;
 /// Opcodes of a call and a jump with a distance of four bytes.
 const CALL: u8 = 0xe8;
 const JUMP: u8 = 0xe9;
+
+/// A kernel's ELF file.
+type Elf<'a> = ElfFile64<'a, LittleEndian>;
 
 /// What a function is, by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -29,11 +35,13 @@ enum Target {
 /// What may be wrong with how a kernel was compiled: a sentence each. None for a kernel without the
 /// runtime, and for a file that is no ELF file.
 pub(super) fn warnings(kernel: &[u8]) -> Vec<&'static str> {
-    let Ok(elf) = object::File::parse(kernel) else { return Vec::new() };
+    let Ok(elf) = Elf::parse(kernel) else { return Vec::new() };
+    let strings = elf.section_by_index(elf.elf_symbol_table().string_section());
+    let strings = strings.and_then(|section| section.data()).unwrap_or_default();
     let mut targets = HashMap::new();
     let mut has_runtime = false;
     for symbol in elf.symbols().take(SYMBOLS_MAX) {
-        let name = symbol.name_bytes().unwrap_or_default();
+        let name = name(strings, symbol.elf_symbol().st_name(LittleEndian));
         has_runtime |= name == b"umbra_activate";
         if let Some(target) = target(name) {
             // One address may have several names; the runtime's says more.
@@ -44,7 +52,7 @@ pub(super) fn warnings(kernel: &[u8]) -> Vec<&'static str> {
     if !has_runtime {
         return Vec::new();
     }
-    let calls = calls(&elf, &targets);
+    let Some(calls) = calls(&elf, &targets) else { return Vec::new() };
     let count = |target| calls.get(&target).copied().unwrap_or_default();
     let mut warnings = Vec::new();
     if count(Target::Check) == 0 {
@@ -59,6 +67,13 @@ pub(super) fn warnings(kernel: &[u8]) -> Vec<&'static str> {
         );
     }
     warnings
+}
+
+/// The name at an offset, as far as it matters here: the work on each symbol is bounded.
+fn name(strings: &[u8], offset: u32) -> &[u8] {
+    let rest = strings.get(offset as usize..).unwrap_or_default();
+    let start = rest.get(..NAME_MAX).unwrap_or(rest);
+    start.split(|byte| *byte == 0).next().unwrap_or_default()
 }
 
 fn target(name: &[u8]) -> Option<Target> {
@@ -77,8 +92,8 @@ fn target(name: &[u8]) -> Option<Target> {
     }
 }
 
-/// How often code calls or jumps to the targets.
-fn calls(elf: &object::File, targets: &HashMap<u64, Target>) -> HashMap<Target, u64> {
+/// How often code calls or jumps to the targets. None if there is too much code to look at.
+fn calls(elf: &Elf, targets: &HashMap<u64, Target>) -> Option<HashMap<Target, u64>> {
     let mut counts = HashMap::new();
     let mut left = CODE_MAX;
     for section in elf.sections() {
@@ -86,8 +101,7 @@ fn calls(elf: &object::File, targets: &HashMap<u64, Target>) -> HashMap<Target, 
             continue;
         }
         let Ok(code) = section.data() else { continue };
-        let code = code.get(..left).unwrap_or(code);
-        left -= code.len();
+        left = left.checked_sub(code.len())?;
         for (at, five) in (0u64..).zip(code.windows(5)) {
             let [CALL | JUMP, distance @ ..] = five else { continue };
             let Ok(distance) = distance.try_into().map(i32::from_le_bytes) else { continue };
@@ -98,7 +112,7 @@ fn calls(elf: &object::File, targets: &HashMap<u64, Target>) -> HashMap<Target, 
             }
         }
     }
-    counts
+    Some(counts)
 }
 
 #[cfg(test)]
@@ -112,6 +126,15 @@ mod tests {
         assert_eq!(target(b"__asan_load8_noabort"), Some(Target::Check));
         assert_eq!(target(b"__asan_register_globals"), None);
         assert_eq!(target(b"memcmp"), None);
+    }
+
+    #[test]
+    fn names_are_bounded() {
+        let mut strings = b"\0memcpy\0".to_vec();
+        strings.extend([b'x'; 4096]);
+        assert_eq!(name(&strings, 1), b"memcpy");
+        assert_eq!(name(&strings, 8).len(), NAME_MAX);
+        assert_eq!(name(&strings, u32::MAX), b"");
     }
 
     #[test]

@@ -20,13 +20,12 @@ const FUNCTION: u8 = 2;
 pub(super) fn read(va: u64, space: &AddressSpace, ram: &Ram) -> Option<Module> {
     let mut info = [0; MODULE_INFO_BYTES as usize];
     space.read(ram, va, &mut info).ok()?;
-    let (name, words) = info.split_at(MODULE_NAME_MAX);
+    let (module, words) = info.split_at(MODULE_NAME_MAX);
     let mut words = words.chunks_exact(8).map(u64_of);
     let mut next = || words.next().unwrap_or_default();
     let parts = [(next(), next()), (next(), next())];
     let (symbols, count, strings) = (next(), next(), next());
-    let mut module = Module::new(text(name), parts);
-    let mut names = 0;
+    let (mut found, mut names) = (Vec::new(), 0);
     for i in 0..count.min(MODULE_SYMBOLS_MAX) {
         let mut raw = [0; SYMBOL_BYTES];
         let at = i.checked_mul(SYMBOL_BYTES as u64).and_then(|offset| symbols.checked_add(offset));
@@ -40,9 +39,6 @@ pub(super) fn read(va: u64, space: &AddressSpace, ram: &Ram) -> Option<Module> {
             OBJECT => false,
             _ => continue,
         };
-        if !module.contains(start) {
-            continue;
-        }
         let offset = u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]);
         let Some(at) = strings.checked_add(offset.into()) else { continue };
         let mut bytes = [0; SYMBOL_NAME_MAX];
@@ -53,10 +49,10 @@ pub(super) fn read(va: u64, space: &AddressSpace, ram: &Ram) -> Option<Module> {
             break;
         }
         if !name.is_empty() {
-            module.add(ModuleSymbol { name: name.into(), start, size, code });
+            found.push(ModuleSymbol { name: name.into(), start, size, code });
         }
     }
-    Some(module)
+    Some(Module::new(text(module), parts, found))
 }
 
 /// The text up to the first zero.

@@ -338,16 +338,18 @@ impl Objects {
     /// A page inside a larger object may have been split off it. If objects are missing, the one
     /// that begins at `key` may be among them.
     pub fn is_invalid_free(&self, key: u64) -> bool {
-        let is_page = key.is_multiple_of(PAGE_SIZE);
-        self.counts.dropped == 0
-            && self.holder(key).is_some_and(|holder| {
-                let may_be_split = is_page && u64::from(holder.size) >= PAGE_SIZE;
-                !holder.is_freed() && holder.start < key && !may_be_split
-            })
+        self.holder(key).is_some_and(|holder| self.is_inside(key, &holder))
     }
 
-    /// The object at `key` was freed.
-    pub fn freed(&mut self, key: u64, task: u32, frames: &[u64]) {
+    /// Whether a free of `key`, which `holder` holds, is certainly wrong.
+    fn is_inside(&self, key: u64, holder: &Entry) -> bool {
+        let may_be_split = key.is_multiple_of(PAGE_SIZE) && u64::from(holder.size) >= PAGE_SIZE;
+        self.counts.dropped == 0 && !holder.is_freed() && holder.start < key && !may_be_split
+    }
+
+    /// The object at `key` was freed. Returns false if that is certainly wrong
+    /// ([`Objects::is_invalid_free`]).
+    pub fn freed(&mut self, key: u64, task: u32, frames: &[u64]) -> bool {
         self.counts.frees = self.counts.frees.saturating_add(1);
         let origin = self.origin(task, frames);
         let room = self.has_room(EDIT_MOST);
@@ -360,11 +362,11 @@ impl Objects {
                 self.counts.forgotten = self.counts.forgotten.saturating_add(1);
             }
             self.redzones -= u64::from(entry.redzone());
-            return;
+            return true;
         }
         self.counts.unknown_frees = self.counts.unknown_frees.saturating_add(1);
-        if self.holder(key).is_some() {
-            return; // Inside another object: no object of its own.
+        if let Some(holder) = self.holder(key) {
+            return !self.is_inside(key, &holder); // No object of its own.
         }
         match Entry::live(key, 0, 0, Origin::NONE, 0) {
             Some(entry) if self.has_room(INSERT_MOST + EDIT_MOST) => {
@@ -373,6 +375,7 @@ impl Objects {
             }
             _ => self.drop_one(),
         }
+        true
     }
 
     /// Work was made that has to do with the object that holds `key`: it may free it, for instance.

@@ -338,7 +338,9 @@ fn it_never_takes_more_than_its_budget() {
             };
             let (task, frames) = (next(50) as u32, [next(1 << 20); 3]);
             match next(9) {
-                0..2 if event > events / 3 => objects.freed(at, task, &frames),
+                0..2 if event > events / 3 => {
+                    objects.freed(at, task, &frames);
+                }
                 2 => objects.related(at, task, &frames),
                 _ => objects.allocated(
                     of(

@@ -85,6 +85,8 @@ pub struct Symbols {
     modules: RefCell<Modules>,
     /// Where the files of modules are.
     modules_folder: Option<PathBuf>,
+    /// These files, by the modules' names, once one was needed.
+    module_paths: OnceCell<HashMap<String, PathBuf>>,
     /// The debug information of modules, once it was needed; none where there is no file.
     module_files: RefCell<HashMap<Arc<str>, Option<Box<Symbols>>>>,
     cached: RefCell<HashMap<(u64, Position), Vec<Frame>>>,
@@ -129,6 +131,7 @@ impl Symbols {
             file: OnceCell::new(),
             modules: RefCell::default(),
             modules_folder: None,
+            module_paths: OnceCell::new(),
             module_files: RefCell::default(),
             cached: RefCell::default(),
             shared: RefCell::default(),
@@ -340,9 +343,11 @@ impl Symbols {
             files.clear();
         }
         let open = || {
-            let path = relocate::find(self.modules_folder.as_deref()?, module.name())?;
+            let folder = self.modules_folder.as_deref()?;
+            let paths = self.module_paths.get_or_init(|| relocate::index(folder));
+            let path = paths.get(module.name())?;
             let address_of = |name: &str| module.address_of(name);
-            let open = || relocate::relocated(relocate::read(&path)?, &address_of);
+            let open = || relocate::relocated(relocate::read(path)?, &address_of);
             // As for the kernel's file: a panic must not cost the finding.
             let bytes = catch_unwind(AssertUnwindSafe(open)).ok().flatten()?;
             Some(Box::new(Self::from_elf(bytes)))

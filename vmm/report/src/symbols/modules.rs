@@ -33,9 +33,15 @@ pub struct Module {
 }
 
 impl Module {
-    /// A module without symbols, in memory at these virtual starts, of so many bytes each.
-    pub fn new(name: String, parts: [(u64, u64); 2]) -> Self {
-        Self { name: name.into(), parts, symbols: Vec::new() }
+    /// A module in memory at these virtual starts, of so many bytes each. Symbols that lie elsewhere
+    /// are left out.
+    pub fn new(name: String, parts: [(u64, u64); 2], symbols: Vec<ModuleSymbol>) -> Self {
+        let mut module = Self { name: name.into(), parts, symbols };
+        let mut symbols = std::mem::take(&mut module.symbols);
+        symbols.retain(|symbol| module.contains(symbol.start));
+        symbols.sort_by_key(|symbol| symbol.start);
+        module.symbols = symbols;
+        module
     }
 
     /// Whether `address` is in its memory.
@@ -52,12 +58,6 @@ impl Module {
     /// The address of its function or variable of this name.
     pub(super) fn address_of(&self, name: &str) -> Option<u64> {
         self.symbols.iter().find(|symbol| *symbol.name == *name).map(|symbol| symbol.start)
-    }
-
-    /// Adds a symbol.
-    pub fn add(&mut self, symbol: ModuleSymbol) {
-        let at = self.symbols.partition_point(|other| other.start <= symbol.start);
-        self.symbols.insert(at, symbol);
     }
 
     /// The last function or variable that begins at or below `address`.
@@ -128,13 +128,19 @@ mod tests {
     use super::*;
 
     fn module(name: &str, start: u64) -> Module {
-        let mut module = Module::new(name.into(), [(start, 0x1000), (start + 0x8000, 0)]);
-        for (name, offset, size, code) in
-            [("two", 0x20, 0x10, true), ("one", 0x10, 0x10, true), ("data", 0x800, 8, false)]
-        {
-            module.add(ModuleSymbol { name: name.into(), start: start + offset, size, code });
-        }
-        module
+        let symbols = [
+            ("two", 0x20, 0x10, true),
+            ("one", 0x10, 0x10, true),
+            ("data", 0x800, 8, false),
+            ("elsewhere", 0x9000, 8, true),
+        ];
+        let symbols = symbols.map(|(name, offset, size, code)| ModuleSymbol {
+            name: name.into(),
+            start: start + offset,
+            size,
+            code,
+        });
+        Module::new(name.into(), [(start, 0x1000), (start + 0x8000, 0)], symbols.into())
     }
 
     #[test]
@@ -148,7 +154,7 @@ mod tests {
         };
         assert_eq!(found(&modules, 0x10_001f), Some(("a".into(), "one".into(), 0x10_0010)));
         assert_eq!(found(&modules, 0x20_0020), Some(("b".into(), "two".into(), 0x20_0020)));
-        for nowhere in [0x10_000f, 0x10_0030, 0x10_1000, 0, u64::MAX] {
+        for nowhere in [0x10_000f, 0x10_0030, 0x10_1000, 0x10_9000, 0, u64::MAX] {
             assert_eq!(found(&modules, nowhere), None, "{nowhere:#x}");
         }
         let data = modules.lookup_data(0x20_0810).expect("behind a variable");

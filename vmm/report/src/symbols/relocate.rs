@@ -17,35 +17,33 @@ const DEPTH_MAX: usize = 16;
 /// Largest module, in bytes.
 const FILE_MAX: u64 = 256 << 20;
 
-/// The file of the module `name` in `folder` or below it. The name is the guest's: it only chooses
-/// among the files that are there. Links are not followed.
-pub(super) fn find(folder: &Path, name: &str) -> Option<PathBuf> {
-    let mut entries = 0;
+/// The files of modules in `folder` and below it, by the modules' names. Links are not followed. The
+/// guest's name of a module only chooses among them.
+pub(super) fn index(folder: &Path) -> HashMap<String, PathBuf> {
+    let (mut files, mut entries) = (HashMap::new(), 0);
     let mut folders = vec![(folder.to_owned(), 0)];
     while let Some((folder, depth)) = folders.pop() {
         for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
             entries += 1;
             if entries > ENTRIES_MAX {
-                return None;
+                return files;
             }
             let Ok(kind) = entry.file_type() else { continue };
             let path = entry.path();
             if kind.is_dir() && depth < DEPTH_MAX {
                 folders.push((path, depth + 1));
-            } else if kind.is_file() && is_module(&path, name) {
-                return Some(path);
+            } else if let Some(name) = module_name(&path).filter(|_| kind.is_file()) {
+                files.entry(name).or_insert(path);
             }
         }
     }
-    None
+    files
 }
 
-/// Whether a path is that of the module's file. The kernel has `_` where the file may have `-`.
-fn is_module(path: &Path, name: &str) -> bool {
-    path.extension().is_some_and(|extension| extension == "ko")
-        && path.file_stem().and_then(|stem| stem.to_str()).is_some_and(|stem| {
-            stem.len() == name.len() && stem.replace('-', "_") == name.replace('-', "_")
-        })
+/// The name of the module whose file this is. The kernel has `_` where the file may have `-`.
+fn module_name(path: &Path) -> Option<String> {
+    let stem = path.file_stem()?.to_str()?;
+    (path.extension()? == "ko").then(|| stem.replace('-', "_"))
 }
 
 /// Reads a module's file.
@@ -131,10 +129,10 @@ mod tests {
         fs::create_dir_all(&deep).expect("folders");
         fs::write(deep.join("my-driver.ko"), b"x").expect("a file");
         std::os::unix::fs::symlink("/etc/passwd", deep.join("other.ko")).expect("a link");
-        let found = |name| find(folder.path(), name);
-        assert_eq!(found("my_driver"), Some(deep.join("my-driver.ko")));
+        let files = index(folder.path());
+        assert_eq!(files.get("my_driver"), Some(&deep.join("my-driver.ko")));
         for other in ["my_drive", "other", "../my_driver", "", "kernel/drivers/my-driver"] {
-            assert_eq!(found(other), None, "{other}");
+            assert_eq!(files.get(other), None, "{other}");
         }
     }
 
