@@ -33,8 +33,8 @@ pub struct Module {
 }
 
 impl Module {
-    /// A module in memory at these virtual starts, of so many bytes each. Symbols that lie elsewhere
-    /// are left out.
+    /// A module in memory at these virtual starts, of so many bytes each. Symbols that lie
+    /// elsewhere are left out.
     pub fn new(name: String, parts: [(u64, u64); 2], symbols: Vec<ModuleSymbol>) -> Self {
         let mut module = Self { name: name.into(), parts, symbols };
         let mut symbols = std::mem::take(&mut module.symbols);

@@ -17,8 +17,8 @@ const DEPTH_MAX: usize = 16;
 /// Largest module, in bytes.
 const FILE_MAX: u64 = 256 << 20;
 
-/// The files of modules in `folder` and below it, by the modules' names. Links are not followed. The
-/// guest's name of a module only chooses among them.
+/// The files of modules in `folder` and below it, by the modules' names. Links are not followed.
+/// The guest's name of a module only chooses among them.
 pub(super) fn index(folder: &Path) -> HashMap<String, PathBuf> {
     let (mut files, mut entries) = (HashMap::new(), 0);
     let mut folders = vec![(folder.to_owned(), 0)];
