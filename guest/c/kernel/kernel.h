@@ -24,10 +24,10 @@ int memcmp(const void *a, const void *b, size_t n);
 void print(const char *text);
 void print_hex(uint64_t value);
 void out8(uint16_t port, uint8_t value);
-
-/* start.c */
 extern bool on_umbra;
 _Noreturn void reset(void);
+
+/* start.c */
 /* The end of memory, as an address of the direct map. */
 char *memory_end(void);
 

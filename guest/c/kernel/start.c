@@ -16,7 +16,6 @@ extern uint64_t boot_pml4[512], boot_pd_shadow[512];
 extern char boot_stack[], image_end[], text_start[], text_end[];
 extern void (*const constructors_start[])(void), (*const constructors_end[])(void);
 
-bool on_umbra;
 /* Guest-physical addresses: the next free byte at start, and the end of memory. */
 static uint64_t next, end;
 
@@ -146,12 +145,4 @@ _Noreturn void kernel_main(uint64_t boot_params)
 	if (on_umbra)
 		umbra_exit(0);
 	reset();
-}
-
-/* Resets the machine through the keyboard controller. */
-_Noreturn void reset(void)
-{
-	out8(0x64, 0xfe);
-	for (;;)
-		__asm__ volatile("cli; hlt");
 }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-use super::finding::place;
+use super::headline::place;
 use super::identity::Fingerprint;
 use super::{AccessKind, Finding, Names};
 

@@ -5,7 +5,8 @@ use std::io::{self, Write};
 use serde::Serialize;
 
 use super::Frame;
-use super::finding::{NO_SYMBOL, place};
+use super::headline::place;
+use super::printable::NO_SYMBOL;
 use super::text::{TextStyle, write_frames};
 
 /// The general registers and those that explain a fault, in the guest's own values.

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use serde::{Serialize, Serializer};
 
 use super::frame::StackFrame;
-use super::identity::{self, Fingerprint, Identity};
 
 /// Shadow bytes in one row of a [`ShadowDump`].
 pub const ROW_SHADOW: usize = 16;
@@ -15,10 +14,6 @@ pub const ROW_SHADOW: usize = 16;
 pub const ROW_MEMORY: u64 = ROW_SHADOW as u64 * umbra_shadow::codes::GRANULE;
 /// Rows before, and rows after, the row of the first bad address.
 pub const ROWS_AROUND: u64 = 2;
-
-/// The function in a headline where the kernel's ELF has no symbol. An address would differ between
-/// two builds of the same kernel.
-pub(super) const NO_SYMBOL: &str = "<no symbol>";
 
 /// One memory error of the guest.
 ///
@@ -257,13 +252,6 @@ pub struct Track {
     pub frames: Vec<Frame>,
 }
 
-impl Track {
-    /// The frames outside of the allocator.
-    pub(super) fn caller_frames(&self) -> &[Frame] {
-        identity::outside_allocator(&self.frames)
-    }
-}
-
 /// The shadow around the first bad address.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ShadowDump {
@@ -323,87 +311,6 @@ impl Finding {
     pub fn culprit(&self) -> Option<&Frame> {
         self.frames.iter().find(|frame| !frame.inlined && frame.ip == self.ip)
     }
-
-    /// The frames from that of [`Finding::ip`] on; of a free those outside of the allocator.
-    pub(super) fn access_frames(&self) -> &[Frame] {
-        let start = self.frames.iter().position(|frame| frame.ip == self.ip);
-        let frames = start.and_then(|start| self.frames.get(start..)).unwrap_or_default();
-        match self.access {
-            AccessKind::Free => identity::outside_allocator(frames),
-            AccessKind::Read | AccessKind::Write => frames,
-        }
-    }
-
-    /// The function that a person would look at first: that of the access, or the first of its
-    /// callers that is not only a tool, such as `memcpy` or `core::ptr::read_volatile`. It may be
-    /// an inlined one.
-    pub fn function(&self) -> Option<&Frame> {
-        identity::first_of(self.access_frames())
-    }
-
-    /// The identity of the bug.
-    pub fn identity(&self) -> Identity {
-        Identity::of(self)
-    }
-
-    /// The hash over the identity of the bug. Equal bugs have equal ones in every run and build.
-    pub fn fingerprint(&self) -> Fingerprint {
-        self.identity().fingerprint()
-    }
-
-    /// The function of the ELF that has the code of [`Finding::function`].
-    fn function_of_the_elf(&self) -> Option<&Frame> {
-        let function = self.function()?;
-        let mut frames = self.access_frames().iter();
-        frames.by_ref().find(|frame| std::ptr::eq(*frame, function))?;
-        if function.inlined { frames.find(|frame| !frame.inlined) } else { Some(function) }
-    }
-
-    /// The finding in one line, as KASAN prints it: `BUG: KASAN: kind in func+0xoff/0xsize`. It
-    /// holds no address, so that equal bugs have equal headlines in every run.
-    ///
-    /// The function is [`Finding::function`]. If that is inlined, the function of the ELF follows,
-    /// unless it is only a tool; with [`Names::Linkage`] it stands alone.
-    pub fn headline(&self, names: Names) -> String {
-        let of_the_elf = self.function_of_the_elf();
-        let place = of_the_elf.and_then(|frame| place(frame, names));
-        let inlined = self.function().filter(|frame| frame.inlined && names == Names::Demangled);
-        let place = match (inlined.and_then(|frame| frame.name(names)), place) {
-            (Some(name), Some(place)) if !of_the_elf.is_some_and(identity::is_only_tool) => {
-                Some(format!("{}, inlined into {place}", printable(name)))
-            }
-            (Some(name), _) => Some(printable(name)),
-            (None, place) => place,
-        };
-        format!("BUG: KASAN: {} in {}", self.kind, place.as_deref().unwrap_or(NO_SYMBOL))
-    }
-}
-
-/// `func+0xoff/0xsize`, if the function is known; with `[module]` if it is of one.
-pub(super) fn place(frame: &Frame, names: Names) -> Option<String> {
-    let name = frame.name(names)?;
-    let place = format!("{}+{:#x}/{:#x}", printable(name), frame.offset, frame.size);
-    Some(match &frame.module {
-        // As the kernel prints it, for `decode_stacktrace.sh`.
-        Some(module) => format!("{place} [{}]", printable(module)),
-        None => place,
-    })
-}
-
-/// A name from the guest or its ELF, without characters that could forge lines of a report or
-/// control a terminal: control characters, and those that hide or reorder text.
-pub(super) fn printable(name: &str) -> String {
-    let bad = |c: char| {
-        c.is_control()
-            || matches!(
-                c,
-                '\u{200b}'..='\u{200f}'
-                    | '\u{2028}'..='\u{202e}'
-                    | '\u{2060}'..='\u{206f}'
-                    | '\u{feff}'
-            )
-    };
-    name.chars().map(|c| if bad(c) { '?' } else { c }).collect()
 }
 
 fn hex<S: Serializer>(value: &u64, serializer: S) -> Result<S::Ok, S::Error> {
@@ -565,11 +472,6 @@ pub(super) mod tests {
         assert_eq!(one.headline(Names::Demangled), "BUG: KASAN: slab-out-of-bounds in <no symbol>");
         one.frames.clear();
         assert_eq!(one.headline(Names::Demangled), "BUG: KASAN: slab-out-of-bounds in <no symbol>");
-    }
-
-    #[test]
-    fn names_cannot_forge_lines() {
-        assert_eq!(printable("a\nb\x1b[31m\u{202e}é {x}"), "a?b?[31m?é {x}");
     }
 
     #[test]

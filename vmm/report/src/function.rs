@@ -1,7 +1,7 @@
 //! Names of functions as parts of a bug's identity: without what changes from build to build, and
 //! told apart by whether the function is only the tool of its caller.
 
-use super::finding::printable;
+use super::printable::printable;
 
 /// Crates whose functions do what their caller wants: the memory errors in them are the caller's.
 const LIBRARIES: [&str; 6] =

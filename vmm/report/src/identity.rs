@@ -33,10 +33,10 @@ use std::ops::Range;
 
 use serde::Serialize;
 
-use super::finding::NO_SYMBOL;
 use super::frame::StackFrame;
 use super::function::{is_allocator, is_tool, plain, plain_variable};
-use super::{AccessKind, Finding, Frame};
+use super::printable::NO_SYMBOL;
+use super::{AccessKind, Finding, Frame, Track};
 
 /// Most functions of an identity.
 pub const FUNCTIONS: usize = 3;
@@ -113,6 +113,42 @@ impl Identity {
     }
 }
 
+impl Finding {
+    /// The frames from that of [`Finding::ip`] on; of a free those outside of the allocator.
+    pub(super) fn access_frames(&self) -> &[Frame] {
+        let start = self.frames.iter().position(|frame| frame.ip == self.ip);
+        let frames = start.and_then(|start| self.frames.get(start..)).unwrap_or_default();
+        match self.access {
+            AccessKind::Free => outside_allocator(frames),
+            AccessKind::Read | AccessKind::Write => frames,
+        }
+    }
+
+    /// The function that a person would look at first: that of the access, or the first of its
+    /// callers that is not only a tool, such as `memcpy` or `core::ptr::read_volatile`. It may be
+    /// an inlined one.
+    pub fn function(&self) -> Option<&Frame> {
+        first_of(self.access_frames())
+    }
+
+    /// The identity of the bug.
+    pub fn identity(&self) -> Identity {
+        Identity::of(self)
+    }
+
+    /// The hash over the identity of the bug. Equal bugs have equal ones in every run and build.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.identity().fingerprint()
+    }
+}
+
+impl Track {
+    /// The frames outside of the allocator.
+    pub(super) fn caller_frames(&self) -> &[Frame] {
+        outside_allocator(&self.frames)
+    }
+}
+
 /// FNV-1a with 64 bits. It is no defence: a guest that wants two bugs to look alike can
 /// do that with any names.
 struct Fnv(u64);
@@ -132,7 +168,7 @@ impl Fnv {
 }
 
 /// The stack of an allocation or a free without what the allocator does inside.
-pub(super) fn outside_allocator(frames: &[Frame]) -> &[Frame] {
+fn outside_allocator(frames: &[Frame]) -> &[Frame] {
     let is_allocator =
         |frame: &Frame| frame.symbol.as_deref().is_some_and(|name| is_allocator(&plain(name)));
     let entry = frames.iter().take(INSIDE_ALLOCATOR).position(is_allocator);

@@ -22,9 +22,9 @@ use serde_sarif::sarif::{
     SCHEMA_URL, Sarif, Tool, ToolComponent,
 };
 
-use super::finding::printable;
 use super::function::plain;
 use super::identity::first_of;
+use super::printable::printable;
 use super::text::relation;
 use super::{AccessKind, Finding, Frame, RunSummary};
 

@@ -13,8 +13,9 @@ use std::io::{self, Write};
 
 use anstyle::{AnsiColor, Style};
 
-use super::finding::{place, printable};
 use super::frame::StackFrame;
+use super::headline::place;
+use super::printable::printable;
 use super::{AccessKind, Finding, Findings, Frame, Names, Object, ShadowDump, Task, Track};
 
 /// The options of a report.

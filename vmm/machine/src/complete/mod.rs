@@ -8,6 +8,7 @@
 //!
 //! Semantics are those of Intel's and AMD's manuals (Intel SDM volumes 1 and 2).
 
+mod enabled;
 mod integer;
 mod native;
 mod operand;

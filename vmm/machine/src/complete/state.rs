@@ -10,10 +10,9 @@ use std::sync::LazyLock;
 
 use iced_x86::{Code, EncodingKind, Mnemonic};
 
+use super::enabled::{Enabled, enabled};
 use super::operand::{OperandLocation, OperandUse};
-use super::{
-    CR0_EM, CR0_TS, CR4_OSXSAVE, CR4_PKE, Context, DEVICE_NOT_AVAILABLE, Effect, Stop, native,
-};
+use super::{CR0_EM, CR0_TS, CR4_OSXSAVE, CR4_PKE, Context, DEVICE_NOT_AVAILABLE, Effect, Stop};
 use crate::vcpu::XsaveArea;
 
 /// Offsets in the area.
@@ -401,7 +400,7 @@ pub(super) fn fxrstor(c: &mut Context) -> Result<Effect, Stop> {
 }
 
 pub(super) fn ldmxcsr(c: &mut Context) -> Result<Effect, Stop> {
-    native::enabled(c, encoding(c))?;
+    enabled(c, encoding(c))?;
     let value = c.value(0)? as u32;
     if value & !mxcsr_mask(c.extended()?) != 0 {
         return Err(Stop::PROTECTION);
@@ -413,7 +412,7 @@ pub(super) fn ldmxcsr(c: &mut Context) -> Result<Effect, Stop> {
 }
 
 pub(super) fn stmxcsr(c: &mut Context) -> Result<Effect, Stop> {
-    native::enabled(c, encoding(c))?;
+    enabled(c, encoding(c))?;
     let value = mxcsr(c.extended()?);
     c.set_value(0, value.into())?;
     Ok(Effect::Next)
@@ -452,9 +451,9 @@ pub(super) fn wrpkru(c: &mut Context) -> Result<Effect, Stop> {
     Ok(Effect::Next)
 }
 
-fn encoding(c: &Context) -> native::Enabled {
+fn encoding(c: &Context) -> Enabled {
     match c.instruction.encoding() {
-        EncodingKind::VEX => native::Enabled::Avx,
-        _ => native::Enabled::Sse,
+        EncodingKind::VEX => Enabled::Avx,
+        _ => Enabled::Sse,
     }
 }

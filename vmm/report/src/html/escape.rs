@@ -3,7 +3,7 @@
 
 use maud::Render;
 
-use super::super::finding::printable;
+use super::super::printable::printable;
 
 /// Text of one line at most. Characters that could hide or reorder text are replaced.
 pub struct Line<T>(pub T);

@@ -5,7 +5,10 @@ use iced_x86::{
     InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register,
 };
 
-use super::stub::MAX_CODE;
+use super::super::enabled::Enabled;
+
+/// Most bytes of an instruction and the `ret` behind it.
+pub(super) const MAX_CODE: usize = 16;
 
 /// The plan to execute an instruction.
 #[derive(Debug)]
@@ -28,17 +31,6 @@ pub(super) struct Plan {
     pub reads: bool,
     /// Whether it is written.
     pub writes: bool,
-}
-
-/// The state that a kernel must enable for an instruction; the encoding decides.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in super::super) enum Enabled {
-    /// SSE.
-    Sse,
-    /// AVX.
-    Avx,
-    /// AVX-512.
-    Avx512,
 }
 
 /// The vector registers that an instruction may touch.

@@ -18,18 +18,15 @@ use std::io;
 
 use iced_x86::Instruction;
 
+use super::enabled::enabled;
 use super::operand::{OperandLocation, OperandUse};
 use super::{
-    CR0_EM, CR0_TS, CR4_OSFXSR, CR4_OSXMMEXCPT, CR4_OSXSAVE, Context, DEVICE_NOT_AVAILABLE, Effect,
-    INVALID_OPCODE, RFLAGS_STATUS, SIMD_EXCEPTION, Stop, is_long, state,
+    CR4_OSXMMEXCPT, Context, Effect, INVALID_OPCODE, RFLAGS_STATUS, SIMD_EXCEPTION, Stop, is_long,
+    state,
 };
-pub(super) use class::Enabled;
 use class::Plan;
 use stub::{Code, Frame};
 
-/// XCR0's bits for SSE and AVX, and with AVX-512's three.
-const XCR0_AVX: u64 = 0x06;
-const XCR0_AVX512: u64 = 0xe6;
 /// MXCSR: the six exception flags; their masks are [`MXCSR_MASKS`].
 const MXCSR_FLAGS: u32 = 0x3f;
 const MXCSR_MASKS: u32 = 0x1f80;
@@ -105,24 +102,6 @@ pub(super) fn execute(c: &mut Context) -> Result<Effect, Stop> {
     frame.take_registers(&mut c.regs, plan.pointer);
     c.regs.rflags = c.regs.rflags & !RFLAGS_STATUS | frame.flags & RFLAGS_STATUS;
     Ok(Effect::Next)
-}
-
-/// Raises the CPU's exceptions for state that the guest's kernel did not enable, or whose use it
-/// traps.
-pub(super) fn enabled(c: &mut Context, needed: Enabled) -> Result<(), Stop> {
-    let mut has = |bits| Ok::<_, Stop>(c.sregs.cr4 & CR4_OSXSAVE != 0 && c.xcr0()? & bits == bits);
-    let on = match needed {
-        Enabled::Sse => c.sregs.cr0 & CR0_EM == 0 && c.sregs.cr4 & CR4_OSFXSR != 0,
-        Enabled::Avx => has(XCR0_AVX)?,
-        Enabled::Avx512 => has(XCR0_AVX512)?,
-    };
-    if !on {
-        return Err(Stop::UNDEFINED);
-    }
-    if c.sregs.cr0 & CR0_TS != 0 {
-        return Err(Stop::Fault { vector: DEVICE_NOT_AVAILABLE, error: None });
-    }
-    Ok(())
 }
 
 /// The memory operand, which the instruction may access.

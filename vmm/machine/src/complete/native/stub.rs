@@ -13,11 +13,10 @@ use kvm_bindings::kvm_regs;
 
 use super::super::operand::{register_value, slot};
 use super::super::state;
-use super::class::Registers;
+use super::class::{MAX_CODE, Registers};
 use crate::vcpu::XsaveArea;
 
-/// Bytes of one instruction with its `ret`, and of the code area.
-pub(super) const MAX_CODE: usize = 16;
+/// Bytes of the code area.
 const AREA: usize = 16 << 10;
 /// State components of `xsave`.
 const SSE: u32 = 1 << 1;

@@ -12,6 +12,7 @@ use vm_memory::GuestAddress;
 use super::super::tests::{FakeCpu, RIP, cpu, ram, run_in};
 use super::super::{CompleteError, Completer, Cpu, RFLAGS_CF, RFLAGS_ZF};
 use super::*;
+use crate::complete::{CR0_EM, CR0_TS, CR4_OSFXSR, CR4_OSXSAVE};
 use crate::memory::Ram;
 use crate::vcpu::XsaveArea;
 
