@@ -254,6 +254,32 @@ impl Guest {
     }
 }
 
+impl Run {
+    /// The configuration, without what depends on the other files that are named.
+    fn config(&self, kernel: GuestFile) -> Config {
+        Config {
+            irqchip: match self.irqchip {
+                Switch::On => Irqchip::On,
+                Switch::Off => Irqchip::Off,
+            },
+            debug_exit: self.debug_exit,
+            timeout: self.timeout.0,
+            stop_at: (!self.keep_going).then_some(self.stop_at as usize),
+            require_checks: self.require_checks,
+            ignore_oops: self.ignore_oops,
+            marks: self.mark.clone(),
+            modules: self.modules.clone(),
+            boot: match self.boot {
+                Boot::Auto => Protocol::Auto,
+                Boot::Elf => Protocol::Elf,
+                Boot::Pvh => Protocol::Pvh,
+                Boot::Bzimage => Protocol::BzImage,
+            },
+            ..self.guest.config(kernel, self.cmdline.clone())
+        }
+    }
+}
+
 fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
     let kernel = GuestFile::open("kernel", &args.kernel)?;
     let initrd = args.initrd.as_deref().map(|path| GuestFile::open("initrd", path)).transpose()?;
@@ -281,27 +307,10 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
     };
     let style = TextStyle { color: stderr_color(), names };
     let config = Config {
-        irqchip: match args.irqchip {
-            Switch::On => Irqchip::On,
-            Switch::Off => Irqchip::Off,
-        },
-        debug_exit: args.debug_exit,
-        timeout: args.timeout.0,
-        stop_at: (!args.keep_going).then_some(args.stop_at as usize),
-        require_checks: args.require_checks,
-        ignore_oops: args.ignore_oops,
+        initrd,
         count_instructions: stats.is_some() || page.is_some(),
         picture: page.is_some(),
-        marks: args.mark.clone(),
-        modules: args.modules.clone(),
-        initrd,
-        boot: match args.boot {
-            Boot::Auto => Protocol::Auto,
-            Boot::Elf => Protocol::Elf,
-            Boot::Pvh => Protocol::Pvh,
-            Boot::Bzimage => Protocol::BzImage,
-        },
-        ..args.guest.config(kernel, args.cmdline.clone())
+        ..args.config(kernel)
     };
     let lost = Arc::new(AtomicBool::new(false));
     let printer = FindingPrinter { style, quiet: false, json, lost: lost.clone() };
