@@ -72,9 +72,9 @@ impl Section {
 }
 
 /// A folder with `umbra` in it, where a reader of the guide would be.
-struct Place(TempDir);
+struct Workplace(TempDir);
 
-impl Place {
+impl Workplace {
     fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         symlink(workspace(), folder.path().join("umbra")).expect("a link");
@@ -137,7 +137,7 @@ fn shows(shown: &str, output: &str) {
 /// Follows a section. `changed` is what the test does differently from it.
 fn done_as_it_says(title: &str, changed: fn(&str) -> String) {
     let section = Section::new(title);
-    let place = Place::new();
+    let place = Workplace::new();
     let mut script = String::new();
     for (i, block) in section.0.iter().enumerate() {
         match block.kind.as_str() {
@@ -175,7 +175,7 @@ fn done_as_it_says(title: &str, changed: fn(&str) -> String) {
 fn the_kernel_before() {
     let section = Section::new("A kernel in C");
     let commands: Vec<_> = section.commands().collect();
-    let (status, output) = Place::new().run(&commands.join("\n"));
+    let (status, output) = Workplace::new().run(&commands.join("\n"));
     assert_eq!(status, Some(0), "{output}");
     assert!(output.contains("1 times") && output.contains("the guest ran unchecked"), "{output}");
 }

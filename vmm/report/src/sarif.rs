@@ -147,7 +147,7 @@ impl Log<'_> {
         }
     }
 
-    fn place(&self, frame: &Frame) -> Option<Place> {
+    fn place(&self, frame: &Frame) -> Option<SourceLine> {
         let line = frame.line?;
         let root = self.root.and_then(|root| components(root.to_str()?));
         let below = frame.path.as_deref().and_then(|path| {
@@ -161,18 +161,18 @@ impl Log<'_> {
             Some(if file.starts_with('/') { format!("/{path}") } else { path })
         };
         let path = below.or_else(shortened).filter(|path| !path.trim_matches('/').is_empty())?;
-        Some(Place { in_root, line, ..Place::at(&path) })
+        Some(SourceLine { in_root, line, ..SourceLine::at(&path) })
     }
 
-    fn kernel_file(&self) -> Place {
+    fn kernel_file(&self) -> SourceLine {
         let name = Path::new(self.kernel).file_name().and_then(|name| name.to_str());
-        Place::at(name.unwrap_or("kernel"))
+        SourceLine::at(name.unwrap_or("kernel"))
     }
 }
 
 /// A line of a file.
 #[derive(Clone)]
-struct Place {
+struct SourceLine {
     uri: String,
     /// The address is relative to the root of the sources, as far as one can tell.
     relative: bool,
@@ -181,7 +181,7 @@ struct Place {
     line: u32,
 }
 
-impl Place {
+impl SourceLine {
     fn at(path: &str) -> Self {
         let relative = !path.starts_with('/');
         let scheme = if relative { "" } else { "file://" };

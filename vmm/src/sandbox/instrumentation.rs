@@ -144,6 +144,35 @@ mod tests {
         assert!(warnings(&own).is_empty(), "it has no runtime");
     }
 
+    /// The test kernel, with other names of functions of the same length.
+    fn renamed(names: &[(&[u8], &[u8])]) -> Option<Vec<u8>> {
+        let mut kernel = crate::kernel::test_kernel()?.to_vec();
+        for (from, to) in names {
+            let windows = kernel.windows(from.len()).enumerate();
+            let places: Vec<_> =
+                windows.filter(|(_, bytes)| bytes == from).map(|(at, _)| at).collect();
+            assert!(!places.is_empty(), "{}", String::from_utf8_lossy(from));
+            for at in places {
+                kernel[at..at + to.len()].copy_from_slice(to);
+            }
+        }
+        Some(kernel)
+    }
+
+    #[test]
+    fn what_is_missing_is_told() {
+        let unchecked =
+            renamed(&[(b"__asan_load", b"__none_load"), (b"__asan_store", b"__none_store")]);
+        let copies = renamed(&[(b"__asan_mem", b"__none_mem")]);
+        let (Some(unchecked), Some(copies)) = (unchecked, copies) else {
+            umbra_skip::skip!("the test kernel is not built");
+        };
+        let told = warnings(&unchecked);
+        assert!(matches!(told.as_slice(), [one] if one.starts_with("no code")), "{told:?}");
+        let told = warnings(&copies);
+        assert!(matches!(told.as_slice(), [one] if one.contains("copies")), "{told:?}");
+    }
+
     #[test]
     fn the_test_kernel_is_compiled_as_it_must_be() {
         let Some(kernel) = crate::kernel::test_kernel() else {
