@@ -45,7 +45,7 @@ extern "C" {
 #endif
 
 /* ABI version of this header; compare with umbra_offer.version. */
-#define UMBRA_VERSION 1u
+#define UMBRA_VERSION 2u
 
 /* Features of this run (umbra_offer.features). */
 #define UMBRA_PER_PAGE (1u << 0) /* two-level shadow: both windows exist */

@@ -153,6 +153,8 @@ fn the_linux_patches_have_these_constants() {
         ("UMBRA_PER_PAGE", Features::PER_PAGE.bits().into()),
         ("UMBRA_FULL", Features::FULL.bits().into()),
         ("UMBRA_RING", Features::RING.bits().into()),
+        ("UMBRA_STAMPS_TSC", Features::STAMPS_TSC.bits().into()),
+        ("UMBRA_STAMPS_FENCED", Features::STAMPS_FENCED.bits().into()),
         ("UMBRA_SYNC", Features::SYNC.bits().into()),
         ("UMBRA_HELLO", number(CallNumber::Hello)),
         ("UMBRA_REGION_ADD", number(CallNumber::RegionAdd)),
@@ -231,12 +233,14 @@ fn fields(text: &str, structure: &str) -> BTreeMap<String, usize> {
 
 #[test]
 fn the_linux_patches_have_this_record() {
+    const STAMP: u64 = 0x1020_3040_5566_7788;
     let fields = fields(&added_to_linux(), "umbra_record");
     let owner = Owner { allocator: 0x11, note: 0x22 };
     let packed = PackedRecord::quarantined(owner, 0x3344_5566);
     let actor = Actor { cpu: 0x7788, task: 0x99aa_bbcc };
-    let words = packed.words(7, actor.to_register(0), 0xddee_ff00_1122_3344, 0x5566_7788);
+    let words = packed.words(7, actor.to_register(0), 0xddee_ff00_1122_3344, STAMP);
     let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    bytes.extend(((STAMP >> 32) as u32).to_le_bytes());
     bytes.resize(RECORD_BYTES as usize, 0);
     let at = |name: &str, bytes_of_field: usize| {
         let field = &bytes[fields[name]..][..bytes_of_field];
@@ -248,9 +252,9 @@ fn the_linux_patches_have_this_record() {
     assert_eq!(at("task", 4), actor.task.into());
     assert_eq!(at("address", 8), 0xddee_ff00_1122_3344);
     assert_eq!(at("size", 4), 0x3344_5566);
-    assert_eq!(at("sequence", 4), 0x5566_7788);
+    assert_eq!(at("stamp_low", 4) | at("stamp_high", 4) << 32, STAMP);
     assert_eq!(fields["frames"] + 4 * RECORD_FRAMES, RECORD_BYTES as usize);
-    assert_eq!(fields.len(), 8);
+    assert_eq!(fields.len(), 9);
 }
 
 #[test]

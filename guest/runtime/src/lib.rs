@@ -26,6 +26,7 @@ pub mod ring;
 pub mod settings;
 pub mod shadow;
 pub mod stack;
+mod stamp;
 pub mod state;
 
 #[cfg(target_os = "none")]

@@ -3,7 +3,7 @@
 
 use core::ptr::null_mut;
 use core::sync::atomic::{
-    AtomicPtr, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::Release, compiler_fence,
+    AtomicPtr, AtomicU64, Ordering::Relaxed, Ordering::Release, compiler_fence,
 };
 
 use umbra_shadow::abi::{
@@ -13,7 +13,7 @@ use umbra_shadow::abi::{
 
 use crate::cpu::without_interrupts;
 use crate::released::ReleaseBuffer;
-use crate::{host, settings, stack, state};
+use crate::{host, settings, stack, stamp, state};
 
 /// A CPU's event ring.
 pub struct Ring {
@@ -33,7 +33,6 @@ static RINGS: [Ring; state::CPUS] = [const {
         released: ReleaseBuffer::new(),
     }
 }; state::CPUS];
-static SEQUENCE: AtomicU32 = AtomicU32::new(0);
 
 /// Hands a CPU's ring memory to the runtime and the VMM. Returns the hypercall's result. With a
 /// quarantine, the last quarter of the memory is the CPU's release buffer.
@@ -128,8 +127,9 @@ impl Ring {
             }
             let to = header.add(1).cast::<RawRecord>().add(n as usize);
             let depth = stack::walk(fp, (&raw mut (*to).frames).cast());
-            let sequence = SEQUENCE.fetch_add(1, Relaxed);
-            (&raw mut (*to).words).write(record.words(depth, actor, address, sequence));
+            let stamp = stamp::of(record.is_allocation());
+            (&raw mut (*to).words).write(record.words(depth, actor, address, stamp));
+            (&raw mut (*to).stamp_high).write((stamp >> 32) as u32);
             compiler_fence(Release);
             count.write_volatile(n + 1);
         }

@@ -5,6 +5,7 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use umbra_shadow::abi::{Features, Redzone};
 
 use crate::host::{self, Host};
+use crate::stamp;
 
 static BATCH: AtomicU64 = AtomicU64::new(0);
 static REDZONE: AtomicU32 = AtomicU32::new(UNKNOWN);
@@ -14,6 +15,7 @@ const UNKNOWN: u32 = u32::MAX;
 /// Takes the settings over from the VMM, if there is one that keeps shadow.
 pub fn set(host: Option<&Host>) {
     let host = host.filter(|host| host.features.has(Features::SHADOW));
+    stamp::set(host.map_or(Features::default(), |host| host.features));
     BATCH.store(host.map_or(0, |host| host.quarantine_batch), Relaxed);
     REDZONE.store(host.map_or(Redzone::Off, |host| host.redzone).to_register(), Relaxed);
 }

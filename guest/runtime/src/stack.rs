@@ -142,10 +142,8 @@ pub unsafe fn walk(fp: u64, frames: *mut u32) -> u64 {
             frame!(6, "{a}", "{b}", 7),
             frame!(7, "{b}", "{a}", 8),
             frame!(8, "{a}", "{b}", 9),
-            frame!(9, "{b}", "{a}", 10),
-            ends_with!(10), ends_with!(0), ends_with!(1), ends_with!(2), ends_with!(3),
+            ends_with!(9), ends_with!(0), ends_with!(1), ends_with!(2), ends_with!(3),
             ends_with!(4), ends_with!(5), ends_with!(6), ends_with!(7), ends_with!(8),
-            ends_with!(9),
             "30:",
             a = inout(reg) fp => _, b = out(reg) _, address = out(reg) _, depth = out(reg) depth,
             base = in(reg) TEXT_BASE.load(Relaxed), text = in(reg) TEXT_BYTES.load(Relaxed),
@@ -154,4 +152,4 @@ pub unsafe fn walk(fp: u64, frames: *mut u32) -> u64 {
     }
     depth
 }
-const _: () = assert!(RECORD_FRAMES == 10);
+const _: () = assert!(RECORD_FRAMES == 9);

@@ -46,6 +46,12 @@ bit_set! {
         /// The windows are read-only. The guest makes a call for each change of shadow and for each
         /// event.
         SYNC = 1 << 3,
+        /// Stamps of records are time stamp counters, which all CPUs have in step.
+        STAMPS_TSC = 1 << 4,
+        /// A CPU lets its earlier loads end before it reads its time stamp counter for an
+        /// allocation (`lfence`): else the counter may be older than the memory's last free on
+        /// another CPU.
+        STAMPS_FENCED = 1 << 5,
         /// Either kind of shadow.
         SHADOW = 1 << 0 | 1 << 1,
     }

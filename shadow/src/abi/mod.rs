@@ -122,7 +122,7 @@ pub use ring::{
 };
 
 /// Version of the interface.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// The I/O port of the hypercall.
 pub const PORT: u16 = 0x0b5e;

@@ -10,8 +10,15 @@
 //! | 4..8 | task |
 //! | 8..16 | virtual address of the memory |
 //! | 16..20 | sizes, by kind |
-//! | 20..24 | sequence number |
-//! | 24..64 | frames, 4 bytes each; or a name |
+//! | 20..28 | stamp |
+//! | 28..64 | frames, 4 bytes each; or a name |
+//!
+//! A stamp says when the event happened: for a free, before the memory can be handed out again; for
+//! an allocation, after that. So stamps put the events of any piece of memory in their true order.
+//! A free comes before an allocation with the same stamp. With [`Features::STAMPS_TSC`] it is the
+//! CPU's time stamp counter, else the next number of a counter that all CPUs share.
+//!
+//! [`Features::STAMPS_TSC`]: super::Features::STAMPS_TSC
 //!
 //! The guest writes one with [`PackedRecord`], which packs these bytes for each kind. The VMM reads
 //! one with [`Record::decode`].
@@ -25,15 +32,17 @@ pub const RECORD_BYTES: u64 = 64;
 /// Most records of one ring.
 pub const RING_MAX_RECORDS: u64 = 1 << 16;
 /// Most return addresses in one record.
-pub const RECORD_FRAMES: usize = 10;
+pub const RECORD_FRAMES: usize = 9;
+/// Where frames, or a name, begin.
+const FRAMES_AT: usize = 28;
 /// Most bytes of a name in a record.
 pub const RECORD_NAME_MAX: usize = 4 * RECORD_FRAMES;
 
 /// The first 64 bytes of a ring; records follow.
 ///
 /// The guest writes a record, then raises `count`. While every CPU stands still, the VMM takes the
-/// records that it has not taken yet, from all rings, in the order of their sequence numbers. It
-/// sets `count` to 0 only when the ring's CPU asks for a drain. At any other time that CPU may have
+/// records that it has not taken yet, from all rings, in the order of their stamps. It sets `count`
+/// to 0 only when the ring's CPU asks for a drain. At any other time that CPU may have
 /// read the old count and be about to store the next.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C, align(64))]
@@ -70,6 +79,8 @@ numbered! {
 pub struct RawRecord {
     /// Its first 24 bytes: [`PackedRecord::words`].
     pub words: [u64; 3],
+    /// The high half of its stamp.
+    pub stamp_high: u32,
     /// Its return addresses.
     pub frames: [u32; RECORD_FRAMES],
 }
@@ -123,9 +134,16 @@ impl PackedRecord {
 
     /// The first 24 bytes of the record. `actor` is an [`Actor`](super::Actor) in a register.
     #[inline(always)]
-    pub const fn words(self, depth: u64, actor: u64, address: u64, sequence: u32) -> [u64; 3] {
+    pub const fn words(self, depth: u64, actor: u64, address: u64, stamp: u64) -> [u64; 3] {
         let task = actor & !0xffff_ffff;
-        [self.head | depth << 8 | task, address, self.sizes as u64 | (sequence as u64) << 32]
+        [self.head | depth << 8 | task, address, self.sizes as u64 | stamp << 32]
+    }
+
+    /// Whether it is of an allocation.
+    #[inline(always)]
+    pub const fn is_allocation(self) -> bool {
+        let kind = self.head as u8;
+        kind == RecordKind::Allocated as u8 || kind == RecordKind::AllocatedInSlot as u8
     }
 }
 
@@ -263,7 +281,7 @@ impl Record {
         let stack = || {
             let mut frames = [0; RECORD_FRAMES];
             for (i, frame) in frames.iter_mut().enumerate() {
-                *frame = word(bytes, 24 + 4 * i);
+                *frame = word(bytes, FRAMES_AT + 4 * i);
             }
             RecordStack { frames, depth: count.min(RECORD_FRAMES as u8) }
         };
@@ -289,11 +307,9 @@ impl Record {
         Ok(Self { task: word(bytes, 4), body })
     }
 
-    /// The sequence number of a record, of any kind. Numbers count across all CPUs and wrap. Each
-    /// is taken once, from an atomic counter, when the event happens: for a free, before the memory
-    /// can be handed out again.
-    pub fn sequence(bytes: &[u8; RECORD_BYTES as usize]) -> u32 {
-        word(bytes, 20)
+    /// The stamp of a record, of any kind; see the [module](self).
+    pub fn stamp(bytes: &[u8; RECORD_BYTES as usize]) -> u64 {
+        u64::from(word(bytes, 20)) | u64::from(word(bytes, 24)) << 32
     }
 }
 
@@ -304,7 +320,7 @@ fn name(bytes: &[u8; RECORD_BYTES as usize]) -> Result<RecordName, BadRecord> {
         return Err(BadRecord::NameLength(len));
     }
     let mut name = [0; RECORD_NAME_MAX];
-    name.copy_from_slice(&bytes[24..]);
+    name.copy_from_slice(&bytes[FRAMES_AT..]);
     Ok(RecordName { bytes: name, len })
 }
 
@@ -313,7 +329,7 @@ fn word(bytes: &[u8; RECORD_BYTES as usize], at: usize) -> u32 {
 }
 
 const _: () = assert!(size_of::<RawRecord>() as u64 == RECORD_BYTES);
-const _: () = assert!(core::mem::offset_of!(RawRecord, frames) == 24);
+const _: () = assert!(core::mem::offset_of!(RawRecord, frames) == FRAMES_AT);
 const _: () = assert!(size_of::<RingHeader>() as u64 == RECORD_BYTES);
 
 #[cfg(test)]
@@ -322,16 +338,18 @@ mod tests {
     use crate::abi::Actor;
 
     const ACTOR: Actor = Actor { cpu: 3, task: 0x1234_5678 };
+    const STAMP: u64 = 0x0123_4567_89ab_cdef;
 
     /// A record as a guest writes it.
     fn written(packed: PackedRecord, depth: u64, address: u64) -> [u8; RECORD_BYTES as usize] {
         let mut bytes = [0; RECORD_BYTES as usize];
-        let words = packed.words(depth, ACTOR.to_register(0xffff), address, 0x89ab_cdef);
+        let words = packed.words(depth, ACTOR.to_register(0xffff), address, STAMP);
         for (to, word) in bytes.chunks_exact_mut(8).zip(words) {
             to.copy_from_slice(&word.to_le_bytes());
         }
+        bytes[24..28].copy_from_slice(&((STAMP >> 32) as u32).to_le_bytes());
         for i in 0..RECORD_FRAMES {
-            bytes[24 + 4 * i..][..4].copy_from_slice(&(i as u32 * 16).to_le_bytes());
+            bytes[28 + 4 * i..][..4].copy_from_slice(&(i as u32 * 16).to_le_bytes());
         }
         bytes
     }
@@ -339,7 +357,7 @@ mod tests {
     /// The body of such a record. Checks its frames and task.
     fn read(packed: PackedRecord, depth: u64) -> RecordBody {
         let bytes = written(packed, depth, 0xffff_8000_0012_3450);
-        assert_eq!(Record::sequence(&bytes), 0x89ab_cdef);
+        assert_eq!(Record::stamp(&bytes), STAMP);
         let record = Record::decode(&bytes).expect("a good record");
         assert_eq!(record.task, ACTOR.task);
         let address = match record.body {
@@ -360,7 +378,7 @@ mod tests {
 
     #[test]
     fn the_vmm_reads_what_the_guest_writes() {
-        for depth in [0, 1, 10, 255] {
+        for depth in [0, 1, 9, 255] {
             let RecordBody::Allocated { bytes, slot, cache, .. } =
                 read(PackedRecord::allocated_in_slot(7, 50, 0xffff), depth)
             else {
@@ -389,12 +407,12 @@ mod tests {
     }
 
     #[test]
-    fn names_have_at_most_40_bytes() {
+    fn names_have_at_most_36_bytes() {
         let mut bytes = [b'x'; RECORD_BYTES as usize];
         bytes[0] = RecordKind::Cache.into();
         bytes[2..4].copy_from_slice(&9u16.to_le_bytes());
         bytes[16..20].copy_from_slice(&192u32.to_le_bytes());
-        for len in [0, 1, 40] {
+        for len in [0, 1, 36] {
             bytes[1] = len;
             let Ok(Record { body: RecordBody::Cache { id, object, name }, .. }) =
                 Record::decode(&bytes)
@@ -403,11 +421,11 @@ mod tests {
             };
             assert_eq!((id, object, name.as_bytes().len()), (9, 192, usize::from(len)));
         }
-        bytes[1] = 41;
-        assert_eq!(Record::decode(&bytes), Err(BadRecord::NameLength(41)));
+        bytes[1] = 37;
+        assert_eq!(Record::decode(&bytes), Err(BadRecord::NameLength(37)));
 
         bytes[0] = RecordKind::Task.into();
-        assert_eq!(Record::decode(&bytes), Err(BadRecord::NameLength(41)));
+        assert_eq!(Record::decode(&bytes), Err(BadRecord::NameLength(37)));
         bytes[1] = 3;
         let record = Record::decode(&bytes).expect("a name");
         let RecordBody::Task { name } = record.body else { panic!("not a task's name") };

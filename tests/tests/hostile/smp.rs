@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use iced_x86::code_asm::*;
-use umbra_shadow::abi::{Access, CallNumber, ExitReason, PORT};
+use umbra_shadow::abi::{self, Access, CallNumber, ExitReason, PORT};
 use umbra_shadow::codes::{PAGE_BUSY, PAGE_BYTES, SLAB_FREE};
 use umbra_tests::program::Umbra;
 
@@ -147,7 +147,7 @@ fn others_go_on(what: impl FnOnce(&mut Guest) -> Result<(), IcedError>) -> Guest
         g.asm.jne(go_on)?;
         what(g)?;
         g.asm.set_label(&mut go_on)?;
-        g.call(CallNumber::Hello, [1, 0, 0, 0])?;
+        g.call(CallNumber::Hello, [abi::VERSION.into(), 0, 0, 0])?;
         g.asm.jmp(go_on)
     })
 }

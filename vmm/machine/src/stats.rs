@@ -172,6 +172,12 @@ pub fn tsc_khz(kvm: &Kvm) -> Result<u32, StatsError> {
     Ok(vcpu.tsc_khz()?)
 }
 
+/// The host's own time stamp counter.
+pub fn time_stamp() -> u64 {
+    // SAFETY: every x86-64 CPU has it, and Linux lets programs read it unless one asks for a trap.
+    unsafe { std::arch::x86_64::_rdtsc() }
+}
+
 /// A small machine whose vCPU 0 is about to execute `code` at [`layout::KERNEL_START`] in the boot
 /// state.
 pub(super) fn raw_guest(kvm: &Kvm, code: &[u8]) -> Result<(Machine, Vcpu), MachineError> {

@@ -1,6 +1,6 @@
 //! Host memory of collections, including the allocator's overhead.
 
-use std::collections::HashMap;
+use hashbrown::HashTable;
 
 /// Host memory of an allocation of `bytes` bytes: glibc's `malloc` adds 8, and rounds up to a
 /// multiple of 16, at least 32.
@@ -19,29 +19,33 @@ pub fn of_vec<T>(values: &Vec<T>) -> usize {
     taken(values.capacity() * size_of::<T>())
 }
 
-/// Host memory of a hash map.
-pub fn of_map<K, V>(map: &HashMap<K, V>) -> usize {
-    match map.capacity() {
-        0 => 0,
-        capacity => taken(of_buckets::<K, V>((capacity * 8 / 7).next_power_of_two())),
-    }
-}
-
 /// Bytes that a hash map allocates for its buckets (a power of two), with a control byte for each
 /// and 16 more.
 pub const fn of_buckets<K, V>(buckets: usize) -> usize {
     buckets * (size_of::<(K, V)>() + 1) + 16
 }
 
-/// Most bytes of a hash map per value: it has just grown, and 7/16 of its buckets are in use.
-pub const fn of_value<K, V>() -> usize {
-    ((size_of::<(K, V)>() + 1) * 16).div_ceil(7)
+/// Host memory of a hash table.
+pub fn of_table<T>(table: &HashTable<T>) -> usize {
+    taken(table.allocation_size())
 }
 
-/// Reserves room for `more` values, at least an eighth of the length. Doubling would leave up to
-/// half unused.
+/// Most bytes of host memory that the next value adds to a hash table, which may double then.
+pub fn growth_of_table<T>(table: &HashTable<T>) -> usize {
+    // The first allocation has four or more buckets, and control bytes for a group.
+    const FIRST: usize = 128;
+    if table.len() < table.capacity() { 0 } else { table.allocation_size() + FIRST }
+}
+
+/// How many values more a vector of `len` gets room for if `more` find none: an eighth of them at
+/// least. Doubling would leave up to half unused.
+pub fn little(len: usize, more: usize) -> usize {
+    more.max(len / 8)
+}
+
+/// Reserves room for `more` values; see [`little`].
 pub fn reserve_little<T>(values: &mut Vec<T>, more: usize) {
     if values.capacity() - values.len() < more {
-        values.reserve_exact(more.max(values.len() / 8));
+        values.reserve_exact(little(values.len(), more));
     }
 }

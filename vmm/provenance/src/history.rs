@@ -2,7 +2,7 @@
 
 use umbra_shadow::abi::{Record, RecordBody, Released};
 
-use crate::rings::{DrainBy, RingError, RingMemory, RingRecord, Rings};
+use crate::rings::{Clock, DrainBy, RingError, RingMemory, RingRecord, Rings};
 use crate::{Objects, Quarantine};
 
 /// Finds the key of a range: guest-virtual address and bytes. None if the guest cannot have objects
@@ -20,8 +20,26 @@ pub struct Allocation {
     pub slot: u64,
     /// Its cache, 0 for none.
     pub cache: u16,
-    /// The task that allocated it.
+}
+
+/// On which CPU something happened, and when.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moment {
+    /// The guest's number of the CPU.
+    pub cpu: u16,
+    /// Microseconds since the guest's time stamp counter was 0, if they are known.
+    pub micros: Option<u64>,
+}
+
+/// Who did something to an object, when, and where in the code.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Event<'a> {
+    /// The guest's task.
     pub task: u32,
+    /// CPU and time.
+    pub at: Moment,
+    /// Return addresses, innermost first.
+    pub frames: &'a [u64],
 }
 
 /// How many records of a drain were refused, by reason.
@@ -41,8 +59,8 @@ pub struct InvalidFree {
     pub address: u64,
     /// Its key.
     pub key: u64,
-    /// The CPU that did it.
-    pub cpu: u16,
+    /// On which CPU, and when.
+    pub at: Moment,
     /// The task that did it.
     pub task: u32,
     /// Return addresses, innermost first.
@@ -91,6 +109,12 @@ impl Provenance {
     /// Keeps history in `objects`, and freed memory in `quarantine`. There are no rings yet.
     pub fn new(objects: Objects, quarantine: Quarantine) -> Self {
         Self { objects, quarantine, rings: Rings::default(), counts: EventCounts::default() }
+    }
+
+    /// With stamps of records that `clock` explains. Called before there are rings.
+    #[must_use]
+    pub fn with_clock(self, clock: Clock) -> Self {
+        Self { rings: Rings::new(clock), ..self }
     }
 
     /// The objects.
@@ -147,22 +171,21 @@ impl Provenance {
         self.rings.set_up(cpu, gpa, records, text_base)
     }
 
-    /// Records an allocation, with the return addresses of its stack.
-    pub fn allocated(&mut self, new: Allocation, frames: &[u64]) {
+    /// Records an allocation.
+    pub fn allocated(&mut self, new: Allocation, by: &Event) {
         self.counts.allocations += 1;
-        self.objects.allocated(new, frames);
+        self.objects.allocated(new, by);
     }
 
-    /// Records a free, with the return addresses of its stack. Returns false if it is certainly
-    /// wrong ([`Objects::is_invalid_free`]).
-    pub fn freed(&mut self, key: u64, task: u32, frames: &[u64]) -> bool {
+    /// Records a free. Returns false if it is certainly wrong ([`Objects::is_invalid_free`]).
+    pub fn freed(&mut self, key: u64, by: &Event) -> bool {
         self.counts.frees += 1;
-        self.objects.freed(key, task, frames)
+        self.objects.freed(key, by)
     }
 
     /// Records that work was queued for the object at `key`.
-    pub fn related(&mut self, key: u64, task: u32, frames: &[u64]) {
-        self.objects.related(key, task, frames);
+    pub fn related(&mut self, key: u64, by: &Event) {
+        self.objects.related(key, by);
     }
 
     /// Drains all rings; see [`Rings::drain`]. If a CPU asked for it, all its events are complete,
@@ -176,7 +199,7 @@ impl Provenance {
         let mut drained = Drained::default();
         self.counts.ring_drains += u64::from(!rings.is_empty());
         rings.drain(by, memory, |record, last| {
-            let in_flight = last && by != DrainBy::Cpu(record.cpu);
+            let in_flight = last && by != DrainBy::Cpu(record.at.cpu);
             match self.take_in(record, in_flight, key_of) {
                 Ok(None) => {}
                 Ok(Some(free)) if drained.invalid_frees.len() < INVALID_FREES => {
@@ -202,31 +225,32 @@ impl Provenance {
         let frames = record.frames.get(..record.depth).unwrap_or_default();
         let (mut waits, mut invalid) = (None, None);
         let Record { task, body } = record.record.map_err(|_| RecordError::Senseless)?;
+        let by = Event { task, at: record.at, frames };
         match body {
             RecordBody::Allocated { address, bytes, slot, cache, .. } => {
                 let (size, slot) = (u64::from(bytes), u64::from(slot));
                 let key = key_of(address, size.max(slot).max(1))?;
-                self.allocated(Allocation { key, size, slot, cache, task }, frames);
+                self.allocated(Allocation { key, size, slot, cache }, &by);
             }
             RecordBody::Freed { address, slot, owner, .. } => {
                 let key = key_of(address, u64::from(slot).max(1))?;
-                if self.freed(key, task, frames) {
+                if self.freed(key, &by) {
                     waits = owner.map(|owner| Released::new(address, slot, owner));
                 } else {
                     // The quarantine must not give it to an allocator: it is no slot.
-                    let (cpu, frames) = (record.cpu, frames.to_vec());
-                    invalid = Some(InvalidFree { address, key, cpu, task, frames });
+                    let (at, frames) = (by.at, frames.to_vec());
+                    invalid = Some(InvalidFree { address, key, at, task, frames });
                 }
             }
             RecordBody::Related { address, .. } => {
-                self.related(key_of(address, 1)?, task, frames);
+                self.related(key_of(address, 1)?, &by);
             }
             RecordBody::Cache { id, object, name } => {
                 self.name_cache(id, name.as_bytes(), object.into());
             }
             RecordBody::Task { name } => self.name_task(task, name.as_bytes()),
         }
-        if self.quarantine.push_or_defer(record.cpu, waits, in_flight) {
+        if self.quarantine.push_or_defer(record.at.cpu, waits, in_flight) {
             Ok(invalid)
         } else {
             Err(RecordError::QueueFull)
@@ -249,7 +273,7 @@ mod tests {
         let ram = Ram::new();
         provenance.set_up_ring(0, RING, 64, 0).expect("a ring");
         for (i, record) in (0u32..).zip(records) {
-            for (word, value) in (0u64..).zip(record.words(0, 0, 0x1000, i)) {
+            for (word, value) in (0u64..).zip(record.words(0, 0, 0x1000, i.into())) {
                 assert!(ram.write(RING + 64 * u64::from(1 + i) + 8 * word, &value.to_le_bytes()));
             }
         }
@@ -282,8 +306,8 @@ mod tests {
     fn frees_inside_live_objects_are_invalid() {
         let mut provenance = Provenance::new(Objects::default(), Quarantine::new(1 << 30, 1));
         let mut live = |key, size| {
-            let new = Allocation { key, size, slot: size, cache: 0, task: 1 };
-            provenance.allocated(new, &[]);
+            let new = Allocation { key, size, slot: size, cache: 0 };
+            provenance.allocated(new, &Event::default());
         };
         live(0x0fc0, 128);
         let free = PackedRecord::quarantined(OWNER, 64);
@@ -292,21 +316,21 @@ mod tests {
         assert_eq!(drained.refused, RefusedRecords::default());
         assert_eq!(drained.invalid_frees.len(), INVALID_FREES);
         let first = &drained.invalid_frees[0];
-        assert_eq!((first.address, first.key, first.cpu), (0x1000, 0x1000, 0));
+        assert_eq!((first.address, first.key, first.at.cpu), (0x1000, 0x1000, 0));
         // None of them is memory that an allocator may get.
         assert_eq!(provenance.quarantine_mut().evict(99, true), []);
         assert_eq!(provenance.objects().counts().unknown_frees, 2 * INVALID_FREES as u64);
         // The object is alive, and can be freed.
         assert!(!provenance.objects().is_invalid_free(0x0fc0));
-        provenance.freed(0x0fc0, 1, &[]);
+        provenance.freed(0x0fc0, &Event::default());
         assert!(!provenance.objects().is_invalid_free(0x1000), "freed: the guest's check sees it");
     }
 
     #[test]
     fn frees_that_may_be_right_are_not_invalid() {
         let mut provenance = Provenance::new(Objects::default(), Quarantine::new(0, 1));
-        let pages = Allocation { key: 0x4000, size: 0x4000, slot: 0, cache: 0, task: 1 };
-        provenance.allocated(pages, &[]);
+        let pages = Allocation { key: 0x4000, size: 0x4000, slot: 0, cache: 0 };
+        provenance.allocated(pages, &Event::default());
         let invalid = |key| provenance.objects().is_invalid_free(key);
         assert!(!invalid(0x4000), "its start");
         assert!(!invalid(0x5000), "a page that was split off");
@@ -316,7 +340,7 @@ mod tests {
 
         let limits = crate::ObjectLimits { objects: 0, ..crate::ObjectLimits::of_budget(0) };
         let mut full = Provenance::new(Objects::new(limits), Quarantine::new(0, 1));
-        full.allocated(pages, &[]);
+        full.allocated(pages, &Event::default());
         assert!(full.objects().counts().dropped > 0);
         assert!(!full.objects().is_invalid_free(0x5010));
     }

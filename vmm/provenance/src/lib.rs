@@ -42,12 +42,14 @@ mod heap;
 mod history;
 mod names;
 pub mod objects;
+mod pool;
 pub mod quarantine;
 pub mod rings;
 mod stacks;
 
 pub use history::{
-    Allocation, Drained, EventCounts, INVALID_FREES, InvalidFree, KeyOf, Provenance, RefusedRecords,
+    Allocation, Drained, Event, EventCounts, INVALID_FREES, InvalidFree, KeyOf, Moment, Provenance,
+    RefusedRecords,
 };
 pub use objects::{
     Cache, FoundObject, ObjectCounts, ObjectEvent, ObjectLimits, Objects, Previous,

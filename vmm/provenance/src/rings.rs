@@ -1,20 +1,27 @@
 //! The rings in which a guest records its allocations and frees: one for each CPU, drained all at
 //! once.
 //!
-//! Records are numbered across all CPUs. A CPU completes a record before its event can affect
-//! another CPU: a free is recorded before the memory can be handed out again. So all records that
-//! led to a record are in the same drain or in an earlier one, and merging a drain's records by
-//! their numbers puts the events of any piece of memory in their true order.
+//! Each record has a stamp: the CPU's time stamp counter, or a number of a counter that all CPUs
+//! share (`umbra_shadow::abi`). A CPU completes a record before its event can affect another CPU: a
+//! free is recorded before the memory can be handed out again. So all records that led to a record
+//! are in the same drain or in an earlier one, and merging a drain's records by their stamps puts
+//! the events of any piece of memory in their true order.
 //!
 //! A CPU may be stopped anywhere, also between reading its ring's count and storing the
 //! incremented one. So only the CPU itself changes that count, and the drain that it asks for.
 //! Other drains remember here how far they have read.
 
+use std::cell::Cell;
+use std::num::NonZeroU32;
 use std::ops::Range;
 
 use thiserror::Error;
-use umbra_shadow::abi::{BadRecord, RECORD_BYTES, RECORD_FRAMES, RING_MAX_RECORDS, Record};
+use umbra_shadow::abi::{
+    BadRecord, RECORD_BYTES, RECORD_FRAMES, RING_MAX_RECORDS, Record, RecordBody,
+};
 use umbra_shadow::codes::PAGE_SIZE;
+
+use crate::Moment;
 
 /// Most CPUs that may have a ring.
 const CPUS: usize = 64;
@@ -77,10 +84,10 @@ struct Ring {
 /// A record of a ring, with its return addresses.
 #[derive(Clone, Copy, Debug)]
 pub struct RingRecord {
-    /// The CPU that wrote it.
-    pub cpu: u16,
-    /// Its number among the records of all CPUs.
-    pub sequence: u32,
+    /// The CPU that wrote it, and when.
+    pub at: Moment,
+    /// Its place among the records of all CPUs. A free comes before other records with its stamp.
+    order: (u64, bool),
     /// What the guest wrote. The addresses in it have not been checked.
     pub record: Result<Record, BadRecord>,
     /// Return addresses, innermost first.
@@ -90,16 +97,48 @@ pub struct RingRecord {
 }
 
 impl RingRecord {
-    fn new(bytes: &[u8; RECORD_BYTES as usize], cpu: u16, text_base: u64) -> Self {
+    fn new(bytes: &[u8; RECORD_BYTES as usize], ring: &Ring, cpu: u16, clock: &Clock) -> Self {
         let record = Record::decode(bytes);
         let (mut frames, mut depth) = ([0; RECORD_FRAMES], 0);
         if let Some(stack) = record.as_ref().ok().and_then(|record| record.body.stack()) {
-            for (to, address) in frames.iter_mut().zip(stack.addresses(text_base)) {
+            for (to, address) in frames.iter_mut().zip(stack.addresses(ring.text_base)) {
                 *to = address;
                 depth += 1;
             }
         }
-        Self { cpu, sequence: Record::sequence(bytes), record, frames, depth }
+        let stamp = Record::stamp(bytes);
+        let is_free = matches!(record, Ok(Record { body: RecordBody::Freed { .. }, .. }));
+        let at = Moment { cpu, micros: clock.micros(stamp) };
+        Self { at, order: (stamp, !is_free), record, frames, depth }
+    }
+}
+
+/// What stamps say about time.
+#[derive(Debug, Default)]
+pub struct Clock {
+    /// Ticks of a millisecond, if they are the guest's time stamp counters. Else they are numbers.
+    khz: Option<NonZeroU32>,
+    /// The host's own counter when the run began.
+    host: u64,
+    /// The guest's counter when the run began, once there is a stamp.
+    begin: Cell<Option<u64>>,
+}
+
+impl Clock {
+    /// That of time stamp counters of so many kHz, or none if that is 0. The host's counter is
+    /// `host` when the run begins.
+    pub fn tsc(khz: u32, host: u64) -> Self {
+        Self { khz: NonZeroU32::new(khz), host, begin: Cell::new(None) }
+    }
+
+    /// Microseconds since the run began.
+    fn micros(&self, stamp: u64) -> Option<u64> {
+        let khz = u64::from(self.khz?.get());
+        // A guest's counter begins with 0, but a host that emulates ring 0 shows it its own.
+        let begin = self.begin.get().unwrap_or(if stamp < self.host { 0 } else { self.host });
+        self.begin.set(Some(begin));
+        let ticks = stamp.saturating_sub(begin);
+        Some((ticks / khz).saturating_mul(1000).saturating_add(ticks % khz * 1000 / khz))
     }
 }
 
@@ -107,9 +146,10 @@ impl RingRecord {
 const BLOCK: usize = 64;
 
 /// The records of one ring in a drain, in the order in which they were written.
-struct Reader {
+struct Reader<'a> {
     ring: Ring,
     cpu: u16,
+    clock: &'a Clock,
     /// Records drained or in `block`, also in earlier drains; and the number of all records.
     read: u64,
     count: u64,
@@ -118,10 +158,16 @@ struct Reader {
     next: usize,
 }
 
-impl Reader {
+impl<'a> Reader<'a> {
     /// Reads how many records there are and counts all of them as drained. If the ring's CPU asked
     /// for the drain, its ring is emptied. Without new records there is no reader.
-    fn new(cpu: u16, ring: &mut Ring, by: DrainBy, ram: &dyn RingMemory) -> Option<Self> {
+    fn new(
+        cpu: u16,
+        ring: &mut Ring,
+        clock: &'a Clock,
+        by: DrainBy,
+        ram: &dyn RingMemory,
+    ) -> Option<Self> {
         // Copied once, and bounded: the guest may have written anything.
         let count = ram.read_u64(ring.gpa)?.min(ring.records);
         // A count that is less than it was is the guest's own doing.
@@ -132,7 +178,7 @@ impl Reader {
             // It was readable, so it is RAM, and the write succeeds.
             let _ = ram.write(ring.gpa, &0u64.to_le_bytes());
         }
-        let mut reader = Self { ring: *ring, cpu, read, count, block: Vec::new(), next: 0 };
+        let mut reader = Self { ring: *ring, cpu, clock, read, count, block: Vec::new(), next: 0 };
         reader.refill(ram).then_some(reader)
     }
 
@@ -147,7 +193,7 @@ impl Reader {
         }
         self.block.clear();
         let records = bytes.as_chunks::<{ RECORD_BYTES as usize }>().0;
-        let event = |bytes| RingRecord::new(bytes, self.cpu, self.ring.text_base);
+        let event = |bytes| RingRecord::new(bytes, &self.ring, self.cpu, self.clock);
         self.block.extend(records.iter().map(event));
         self.read += some;
         self.next = 0;
@@ -174,11 +220,15 @@ impl Reader {
 #[derive(Debug, Default)]
 pub struct Rings {
     rings: Vec<Option<Ring>>,
-    /// The number of the record that was drained last.
-    last: u32,
+    clock: Clock,
 }
 
 impl Rings {
+    /// No rings yet; `clock` says what their stamps mean.
+    pub fn new(clock: Clock) -> Self {
+        Self { rings: Vec::new(), clock }
+    }
+
     /// Sets up a CPU's ring: a header at `gpa` and `records` records behind it, all of which is RAM
     /// (the caller has checked that).
     ///
@@ -237,29 +287,37 @@ impl Rings {
         })
     }
 
-    /// Drains all rings: passes their new records to `take` in the order of their numbers, each
-    /// with whether it is the last of its CPU. Every CPU stands still. If a CPU asked for the
-    /// drain, its ring is empty afterwards.
+    /// Drains all rings: passes their new records to `take` in the order of their stamps, each with
+    /// whether it is the last of its CPU. Every CPU stands still. If a CPU asked for the drain, its
+    /// ring is empty afterwards. Wild stamps only change the order of the guest's own events.
     pub fn drain(
         &mut self,
         by: DrainBy,
         ram: &dyn RingMemory,
         mut take: impl FnMut(&RingRecord, bool),
     ) {
+        let clock = &self.clock;
         let rings =
             (0..).zip(&mut self.rings).filter_map(|(cpu, ring)| Some((cpu, ring.as_mut()?)));
         let mut readers: Vec<_> =
-            rings.filter_map(|(cpu, ring)| Reader::new(cpu, ring, by, ram)).collect();
-        // Distances count from the record that was drained last, since the numbers wrap. Wild
-        // numbers only change the order of the guest's own events.
-        let begin = self.last;
-        let distance = |reader: &Reader| reader.record().sequence.wrapping_sub(begin).cast_signed();
-        while let Some(next) = (0..readers.len()).min_by_key(|at| distance(&readers[*at])) {
-            let reader = &mut readers[next];
-            self.last = reader.record().sequence;
-            take(reader.record(), reader.is_last());
-            if !reader.advance(ram) {
-                readers.remove(next);
+            rings.filter_map(|(cpu, ring)| Reader::new(cpu, ring, clock, by, ram)).collect();
+        let order = |reader: &Reader| reader.record().order;
+        while let Some(first) = (0..readers.len()).min_by_key(|at| order(&readers[*at])) {
+            // All of one CPU up to the next record of another.
+            let others = readers.iter().enumerate().filter(|(at, _)| *at != first);
+            let until = others.map(|(_, reader)| order(reader)).min();
+            let reader = &mut readers[first];
+            let more = loop {
+                take(reader.record(), reader.is_last());
+                if !reader.advance(ram) {
+                    break false;
+                }
+                if until.is_some_and(|until| order(reader) > until) {
+                    break true;
+                }
+            };
+            if !more {
+                readers.remove(first);
             }
         }
     }
@@ -313,7 +371,7 @@ pub(crate) mod tests {
             bytes[0] = RecordKind::Allocated.into();
             bytes[1] = 255;
             bytes[8] = i + 1;
-            bytes[24..28].copy_from_slice(&0x8010_0000u32.to_le_bytes());
+            bytes[28..32].copy_from_slice(&0x8010_0000u32.to_le_bytes());
             assert!(ram.write(0x10_0040 + 64 * u64::from(i), &bytes));
         }
         (ram, rings)
@@ -331,7 +389,7 @@ pub(crate) mod tests {
             rings.drain(by, &ram, |event, _| {
                 assert_eq!(
                     (event.depth, event.frames[0], event.frames[1]),
-                    (10, 0xffff_ffff_8010_0000, 0)
+                    (RECORD_FRAMES, 0xffff_ffff_8010_0000, 0)
                 );
                 addresses.push(allocation(event).0);
             });
@@ -383,62 +441,87 @@ pub(crate) mod tests {
         assert!(Rings::default().set_up(64, 0, 1, 0).is_err());
     }
 
-    /// Writes records with these numbers; each is identified by CPU and number.
-    fn fill(ram: &Ram, cpu: u16, gpa: u64, numbers: &[u32]) {
-        for (i, number) in numbers.iter().enumerate() {
+    /// Writes records with these stamps; each is identified by CPU and stamp.
+    fn fill(ram: &Ram, cpu: u16, gpa: u64, stamps: &[u64]) {
+        for (i, stamp) in stamps.iter().enumerate() {
             let mut bytes = [0; 64];
             bytes[0] = RecordKind::Allocated.into();
             bytes[2..4].copy_from_slice(&cpu.to_le_bytes());
-            bytes[20..24].copy_from_slice(&number.to_le_bytes());
+            bytes[20..28].copy_from_slice(&stamp.to_le_bytes());
             assert!(ram.write(gpa + 64 * (1 + i as u64), &bytes));
         }
-        assert!(ram.write(gpa, &(numbers.len() as u64).to_le_bytes()));
+        assert!(ram.write(gpa, &(stamps.len() as u64).to_le_bytes()));
     }
 
     #[test]
-    fn events_of_all_cpus_come_in_the_order_of_their_numbers() {
+    fn events_of_all_cpus_come_in_the_order_of_their_stamps() {
         let ram = Ram::new();
         let mut rings = Rings::default();
-        for cpu in 0..3u16 {
-            rings
-                .set_up(cpu, 0x10_0000 + u64::from(cpu) * 0x4_0000, 1000, 0)
-                .expect("a ring for each");
+        let ring = |cpu: u16| 0x10_0000 + u64::from(cpu) * 0x4_0000;
+        for cpu in 0..3 {
+            rings.set_up(cpu, ring(cpu), 1000, 0).expect("a ring for each");
         }
-        let mut drain = |numbers: [&[u32]; 3]| {
-            for (cpu, numbers) in (0u16..).zip(numbers) {
-                fill(&ram, cpu, 0x10_0000 + u64::from(cpu) * 0x4_0000, numbers);
+        let mut drain = |stamps: [&[u64]; 3]| {
+            for (cpu, stamps) in (0u16..).zip(stamps) {
+                fill(&ram, cpu, ring(cpu), stamps);
             }
             let mut taken = Vec::new();
             for by in [DrainBy::Vmm, DrainBy::Cpu(0), DrainBy::Cpu(1), DrainBy::Cpu(2)] {
                 let mut last = [false; 3];
                 rings.drain(by, &ram, |event, is_last| {
-                    assert!(
-                        !std::mem::replace(&mut last[usize::from(event.cpu)], is_last),
-                        "once, at the end"
-                    );
-                    taken.push((allocation(event).1, event.sequence));
+                    let last = &mut last[usize::from(event.at.cpu)];
+                    assert!(!std::mem::replace(last, is_last), "once, at the end");
+                    taken.push((allocation(event).1, event.order.0));
                 });
             }
             taken
         };
         assert_eq!(drain([&[1, 4], &[], &[2, 3, 5]]), [(0, 1), (2, 2), (2, 3), (0, 4), (2, 5)]);
         // More than are read at a time; one that was written late comes first.
-        let [even, odd] = [0u32, 1].map(|from| (from + 6..500).step_by(2).collect::<Vec<_>>());
+        let [even, odd] = [0, 1].map(|from| (from + 6..500).step_by(2).collect::<Vec<u64>>());
         let taken = drain([&even, &[4], &odd]);
         assert_eq!(taken[0], (1, 4));
+        assert!(taken[1..].iter().map(|t| t.1).eq(6..500));
+        // Stamps that make no sense cost nobody a record.
+        assert_eq!(drain([&[9, 9, 1 << 63, 0], &[7, u64::MAX, 7], &[0; 70]]).len(), 77);
+    }
+
+    #[test]
+    fn a_free_comes_before_an_allocation_with_its_stamp() {
+        let ram = Ram::new();
+        let mut rings = Rings::new(Clock::tsc(2_000_000, 1 << 40));
+        for (cpu, kind) in [(0, RecordKind::Allocated), (1, RecordKind::Freed)] {
+            let gpa = 0x10_0000 + 0x1000 * u64::from(cpu);
+            rings.set_up(cpu, gpa, 4, 0).expect("a ring");
+            fill(&ram, cpu, gpa, &[3_000_000_000]);
+            assert!(ram.write(gpa + 64, &[kind.into()]));
+        }
+        let mut taken = Vec::new();
+        rings.drain(DrainBy::Vmm, &ram, |event, _| taken.push(event.at));
+        assert_eq!(taken, [1, 0].map(|cpu| Moment { cpu, micros: Some(1_500_000) }));
+    }
+
+    #[test]
+    fn stamps_are_times_if_they_are_time_stamp_counters() {
+        for (khz, stamp, micros) in [
+            (1_000_000, 0, Some(0)),
+            (1_000_000, 1_234_567_890, Some(1_234_567)),
+            (3_700_000, 3_700_000_000_000, Some(1_000_000_000)),
+            (u32::MAX, u64::MAX, Some(4_294_967_296_999)),
+            (1, u64::MAX, Some(u64::MAX)),
+            (0, 5, None),
+        ] {
+            assert_eq!(Clock::tsc(khz, u64::MAX).micros(stamp.min(u64::MAX - 1)), micros);
+        }
+        // The host's own, which began before the run.
+        let clock = Clock::tsc(1_000, 5_000);
         assert_eq!(
-            taken[1..].iter().map(|t| t.1).collect::<Vec<_>>(),
-            (6..500).collect::<Vec<_>>()
+            [6_000, 4_000, 7_500].map(|stamp| clock.micros(stamp)),
+            [1000, 0, 2500].map(Some)
         );
-        // They wrap.
-        drain([&[u32::MAX / 2], &[], &[]]);
-        drain([&[u32::MAX - 2], &[], &[]]);
-        assert_eq!(
-            drain([&[u32::MAX, 1], &[u32::MAX - 1, 0], &[]]),
-            [(1, u32::MAX - 1), (0, u32::MAX), (1, 0), (0, 1)]
-        );
-        // Numbers that make no sense cost nobody a record.
-        assert_eq!(drain([&[9, 9, 1 << 31, 0], &[7, u32::MAX, 7], &[0; 70]]).len(), 77);
+        // The guest's own, which outlives what the host's was then.
+        let clock = Clock::tsc(1_000, 5_000);
+        assert_eq!([4_000, 6_000].map(|stamp| clock.micros(stamp)), [4000, 6000].map(Some));
     }
 
     #[test]

@@ -1,101 +1,109 @@
-//! Interns call stacks: most allocations share a few of them.
+//! Call stacks, each once: most events share a few of them.
+//!
+//! A stack stays as long as something uses it.
 
-use std::{
-    collections::HashMap,
-    hash::{BuildHasher, RandomState},
-};
+use std::hash::BuildHasher;
 
-use super::heap;
+use foldhash::fast::RandomState;
+use hashbrown::HashTable;
+
+use crate::heap;
+use crate::pool::Pool;
 
 /// Most frames kept of one stack; the innermost ones.
 pub const MAX_FRAMES: usize = 16;
 
-/// A stack in a [`Stacks`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+/// A stack in [`Stacks`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct StackId(u32);
 
 impl StackId {
     /// There is none.
     pub const NONE: Self = Self(0);
-    /// There was one, but the table was full.
+    /// There was one, but there was no room for it.
     pub const LOST: Self = Self(u32::MAX);
 }
 
-/// A table of stacks.
-#[derive(Debug, Default)]
-pub struct Stacks {
-    /// The frames of all stacks, one after the other.
-    frames: Vec<u64>,
-    /// End of stack `id - 1` in `frames`; it starts where the previous one ends.
-    ends: Vec<u32>,
-    /// Stack by hash. The hash has a random key, so a guest cannot aim for equal ones.
-    index: HashMap<u64, StackId>,
-    hash: RandomState,
-    /// Bytes of its stacks, without spare capacity.
-    used: usize,
+#[derive(Debug)]
+struct Stack {
+    frames: Box<[u64]>,
+    uses: u32,
 }
 
-/// Bytes of a stack without its frames: its end, and its share of the index.
-const STACK_BYTES: usize = 5 + heap::of_value::<u64, StackId>();
-/// Bytes of a frame, with an eighth of spare capacity.
-const FRAME_BYTES: usize = size_of::<u64>() * 9 / 8;
+/// A bounded table of stacks.
+#[derive(Debug, Default)]
+pub struct Stacks {
+    stacks: Pool<Stack>,
+    /// By a hash with a random key, so that a guest cannot aim for equal ones.
+    index: HashTable<u32>,
+    hash: RandomState,
+    /// Bytes of all frames.
+    frames: usize,
+}
 
 impl Stacks {
-    /// Bytes of a stack of `frames` frames.
-    pub const fn cost(frames: usize) -> usize {
-        STACK_BYTES + frames * FRAME_BYTES
-    }
-
-    /// Bytes of its stacks, by [`Stacks::cost`].
-    pub fn used(&self) -> usize {
-        self.used
+    /// Distinct stacks.
+    pub fn len(&self) -> usize {
+        self.stacks.len()
     }
 
     /// Bytes of host memory.
     pub fn bytes(&self) -> usize {
-        heap::of_vec(&self.frames) + heap::of_vec(&self.ends) + heap::of_map(&self.index)
+        self.stacks.bytes() + heap::of_table(&self.index) + self.frames
     }
 
-    /// The id of the stack with these return addresses, innermost first. A new one may take up to
-    /// `room` bytes, or is lost.
+    /// The stack with these return addresses, innermost first, for one more use. A new one may take
+    /// up to `room` bytes, or is lost.
     pub fn intern(&mut self, frames: &[u64], room: usize) -> StackId {
         let frames = &frames[..frames.len().min(MAX_FRAMES)];
         if frames.is_empty() {
             return StackId::NONE;
         }
-        let mut hash = self.hash.hash_one(frames);
-        while let Some(id) = self.index.get(&hash) {
-            if self.get(*id) == frames {
-                return *id;
+        let hash = self.hash.hash_one(frames);
+        let stacks = &mut self.stacks;
+        let is_it = |at: &u32| stacks.get(*at).is_some_and(|stack| *stack.frames == *frames);
+        if let Some(at) = self.index.find(hash, is_it).copied() {
+            if let Some(stack) = stacks.get_mut(at) {
+                stack.uses = stack.uses.saturating_add(1);
             }
-            hash = hash.wrapping_add(1);
+            return StackId(at + 1);
         }
-        let Ok(end) = u32::try_from(self.frames.len() + frames.len()) else { return StackId::LOST };
-        if Self::cost(frames.len()) > room {
+        let bytes = heap::taken(size_of_val(frames));
+        let growth = stacks.growth().map(|growth| growth + heap::growth_of_table(&self.index));
+        if growth.is_none_or(|growth| growth + bytes > room) {
             return StackId::LOST;
         }
-        self.used += Self::cost(frames.len());
-        heap::reserve_little(&mut self.frames, frames.len());
-        self.frames.extend_from_slice(frames);
-        heap::reserve_little(&mut self.ends, 1);
-        self.ends.push(end);
-        let id = StackId(self.ends.len() as u32);
-        self.index.insert(hash, id);
-        id
+        self.frames += bytes;
+        let at = stacks.insert(Stack { frames: frames.into(), uses: 1 });
+        let hash_of = |at: &u32| {
+            let frames = stacks.get(*at).map_or(&[] as &[u64], |stack| &stack.frames);
+            self.hash.hash_one(frames)
+        };
+        self.index.insert_unique(hash, at, hash_of);
+        StackId(at + 1)
+    }
+
+    /// Ends a use.
+    pub fn release(&mut self, id: StackId) {
+        let Some(at) = id.0.checked_sub(1) else { return };
+        let Some(stack) = self.stacks.get_mut(at) else { return };
+        stack.uses -= 1;
+        if stack.uses > 0 {
+            return;
+        }
+        let hash = self.hash.hash_one(&*stack.frames);
+        if let Ok(entry) = self.index.find_entry(hash, |other| *other == at) {
+            entry.remove();
+        }
+        if let Some(stack) = self.stacks.remove(at) {
+            self.frames -= heap::taken(size_of_val(&*stack.frames));
+        }
     }
 
     /// The frames of a stack; none if it was lost.
     pub fn get(&self, id: StackId) -> &[u64] {
-        let end = |index: usize| self.ends.get(index).map(|end| *end as usize);
-        let Some(index) = (id.0 as usize).checked_sub(1) else { return &[] };
-        let Some(last) = end(index) else { return &[] };
-        let first = index.checked_sub(1).and_then(end).unwrap_or(0);
-        self.frames.get(first..last).unwrap_or(&[])
-    }
-
-    /// Distinct stacks.
-    pub fn len(&self) -> usize {
-        self.ends.len()
+        let at = id.0.checked_sub(1);
+        at.and_then(|at| self.stacks.get(at)).map_or(&[], |stack| &stack.frames)
     }
 }
 
@@ -103,11 +111,13 @@ impl Stacks {
 mod tests {
     use super::*;
 
+    const ROOM: usize = 1 << 20;
+
     #[test]
     fn equal_stacks_are_one() {
         let mut stacks = Stacks::default();
         let ids: Vec<_> =
-            (1..=50u64).map(|depth| stacks.intern(&(0..depth).collect::<Vec<_>>(), 1000)).collect();
+            (1..=50u64).map(|depth| stacks.intern(&(0..depth).collect::<Vec<_>>(), ROOM)).collect();
         // Beyond 16 frames they are all alike.
         assert_eq!(stacks.len(), MAX_FRAMES);
         for depth in 1..=50usize {
@@ -120,12 +130,32 @@ mod tests {
     }
 
     #[test]
+    fn a_stack_goes_with_its_last_use() {
+        let mut stacks = Stacks::default();
+        let ids = [1, 2, 3].map(|frame| stacks.intern(&[frame], ROOM));
+        assert_eq!(stacks.intern(&[2], 0), ids[1]);
+        let bytes = stacks.bytes();
+        stacks.release(ids[1]);
+        assert_eq!((stacks.get(ids[1]), stacks.len()), (&[2u64] as &[u64], 3));
+        stacks.release(ids[1]);
+        assert_eq!((stacks.get(ids[1]), stacks.len()), (&[] as &[u64], 2));
+        assert_eq!(bytes - stacks.bytes(), heap::taken(8));
+        for id in [ids[1], StackId::NONE, StackId::LOST] {
+            stacks.release(id);
+        }
+        // Its place serves the next one.
+        assert_eq!(stacks.intern(&[4], ROOM), ids[1]);
+        assert_eq!(
+            (stacks.get(ids[0]), stacks.get(ids[1])),
+            (&[1u64] as &[u64], &[4u64] as &[u64])
+        );
+    }
+
+    #[test]
     fn without_room_only_new_stacks_are_lost() {
         let mut stacks = Stacks::default();
-        let max = 2 * Stacks::cost(1) + 5;
-        let ids = [1, 2, 3].map(|frame| stacks.intern(&[frame], max - stacks.used()));
-        assert_eq!(ids[2], StackId::LOST);
-        assert_eq!(stacks.intern(&[2], 0), ids[1]);
-        assert_eq!((stacks.len(), stacks.used()), (2, max - 5));
+        let known = stacks.intern(&[1], ROOM);
+        assert_eq!(stacks.intern(&[2], heap::taken(8) - 1), StackId::LOST);
+        assert_eq!((stacks.intern(&[1], 0), stacks.len()), (known, 1));
     }
 }

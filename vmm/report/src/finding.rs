@@ -243,13 +243,30 @@ pub struct Variable {
     pub line: Option<u32>,
 }
 
-/// The allocation or the free of an object: task and stack.
+/// The allocation or the free of an object: task, CPU, time and stack.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Track {
     /// The task that did it.
     pub task: Task,
+    /// The CPU on which it did, if that is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<u32>,
+    /// When, in microseconds since the guest's time stamp counters began, if that is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub micros: Option<u64>,
     /// Its stack, innermost first; empty where it is not known.
     pub frames: Vec<Frame>,
+}
+
+impl Track {
+    /// Where and when, as KASAN says it (`print_track`, `mm/kasan/report.c`): ` on cpu 1 at
+    /// 2.345678s`, as far as it is known.
+    pub(crate) fn place_and_time(&self) -> String {
+        let cpu = self.cpu.map(|cpu| format!(" on cpu {cpu}")).unwrap_or_default();
+        let time =
+            self.micros.map(|all| format!(" at {}.{:06}s", all / 1_000_000, all % 1_000_000));
+        cpu + &time.unwrap_or_default()
+    }
 }
 
 /// The shadow around the first bad address.
@@ -398,6 +415,8 @@ pub(super) mod tests {
             stack_frame: None,
             allocated: Some(Track {
                 task: Task { id: 12, name: "kmalloc_oob_right".into() },
+                cpu: Some(1),
+                micros: Some(2_034_567),
                 frames: vec![alloc, thread],
             }),
             freed: None,

@@ -166,7 +166,12 @@ impl ReportWriter<'_> {
     }
 
     fn event(&mut self, what: &str, event: &Track) -> io::Result<()> {
-        self.heading(&format!("{what} by task {}:", event.task.id))?;
+        // Tools know these words without CPU and time.
+        let rest = match self.style.names {
+            Names::Demangled => event.place_and_time(),
+            Names::Linkage => String::new(),
+        };
+        self.heading(&format!("{what} by task {}{rest}:", event.task.id))?;
         self.frames(&event.frames)?;
         writeln!(self.out)
     }

@@ -3,7 +3,7 @@
 use umbra_machine::memory::Ram;
 use umbra_machine::walk::AddressSpace;
 use umbra_provenance::rings::{DrainBy, RingError};
-use umbra_provenance::{Allocation, InvalidFree, quarantine};
+use umbra_provenance::{Allocation, Event, InvalidFree, Moment, quarantine};
 use umbra_shadow::abi::{
     self, GuestFlags, Owner, RECORD_BYTES, RECORD_FRAMES, RELEASED_BYTES, Released,
 };
@@ -166,8 +166,9 @@ impl Dispatcher {
                 windows.poison(key + size, rest, slot.code, context.memslots)
             })?;
         }
-        let new = Allocation { key, size, slot: bytes, cache, task: actor.task };
-        self.provenance.allocated(new, &caller(context));
+        let new = Allocation { key, size, slot: bytes, cache };
+        let (at, frames) = (self.now(context), caller(context));
+        self.provenance.allocated(new, &Event { task: actor.task, at, frames: &frames });
         self.reclaim_now_and_then()?;
         Ok(0)
     }
@@ -195,7 +196,8 @@ impl Dispatcher {
                 windows.poison(key, slot.bytes, slot.code, context.memslots)
             })?;
         }
-        self.provenance.freed(key, actor.task, &caller(context));
+        let (at, frames) = (self.now(context), caller(context));
+        self.provenance.freed(key, &Event { task: actor.task, at, frames: &frames });
         self.reclaim_now_and_then()?;
         let Some(memory) = waits else { return Ok(0) };
         let quarantine = self.provenance.quarantine_mut();
@@ -213,17 +215,24 @@ impl Dispatcher {
         actor: Actor,
         context: &ExitContext,
     ) -> Handled {
-        let (cpu, frames) = (context.id.into(), caller(context));
-        self.provenance.freed(key, actor.task, &frames);
-        let free = InvalidFree { address, key, cpu, task: actor.task, frames };
+        let (task, at, frames) = (actor.task, self.now(context), caller(context));
+        self.provenance.freed(key, &Event { task, at, frames: &frames });
+        let free = InvalidFree { address, key, at, task, frames };
         let finding = self.known().invalid_free(&free, None);
         self.add_finding(finding)?;
         Ok(abi::FREE_REFUSED)
     }
 
+    /// The present, on the vCPU of this exit. The guest's time stamp counters began with the run.
+    fn now(&self, context: &ExitContext) -> Moment {
+        let micros = u64::try_from(self.begin.elapsed().as_micros()).ok();
+        Moment { cpu: context.id.into(), micros }
+    }
+
     fn related(&mut self, va: u64, actor: Actor, context: &ExitContext) -> Handled {
         let key = self.guest.key(va, 1)?;
-        self.provenance.related(key, actor.task, &caller(context));
+        let (at, frames) = (self.now(context), caller(context));
+        self.provenance.related(key, &Event { task: actor.task, at, frames: &frames });
         Ok(0)
     }
 

@@ -28,6 +28,24 @@ pub(super) struct Settings {
     pub quarantine_batch: u64,
     /// Size of the redzone behind each object.
     pub redzone: Redzone,
+    /// What the stamps of records are: [`stamps`].
+    pub stamps: Features,
+}
+
+/// What the stamps of records are in a guest of so many CPUs. Time stamp counters, if the host
+/// kernel has found its own to be in step, which it checks as long as it uses them itself. Where it
+/// emulates ring 0 there is no fence.
+pub(super) fn stamps(cpus: u8, emulated: bool) -> Features {
+    const CLOCK: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+    if cpus == 1 {
+        return Features::STAMPS_TSC;
+    }
+    let in_step = || std::fs::read(CLOCK).is_ok_and(|name| name.trim_ascii_end() == b"tsc");
+    if !emulated && in_step() {
+        Features::STAMPS_TSC | Features::STAMPS_FENCED
+    } else {
+        Features::default()
+    }
 }
 
 /// The leaves, one block beyond KVM's own; see [`umbra_shadow::abi`].
@@ -38,7 +56,11 @@ pub(super) fn leaves(
     layout: &Layout,
 ) -> Vec<CpuidLeaf> {
     let base = CPUID_FIRST + CPUID_STEP;
-    let offered = features(mode, notify);
+    let offered = match mode {
+        // Guests take any feature for a reason to start.
+        ShadowMode::Off => Features::default(),
+        _ => features(mode, notify) | settings.stamps,
+    };
     let leaf =
         |function, [eax, ebx, ecx, edx]: [u32; 4]| CpuidLeaf { function, eax, ebx, ecx, edx };
     let window =

@@ -3,6 +3,8 @@
 //! [`Dispatcher::dispatch`] is a plain function of an exit. It takes registers, RAM and
 //! memslots through traits and references, so tests feed it with exits that no guest made.
 
+use std::time::Instant;
+
 use umbra_machine::complete::{CompleteError, Completer};
 use umbra_machine::devices::{DeviceEvent, Devices};
 use umbra_machine::memory::Ram;
@@ -37,6 +39,7 @@ pub struct Dispatcher {
     exits: ExitStats,
     /// Calls and records that were refused.
     refused: u64,
+    pub(super) begin: Instant,
 }
 
 /// Refused calls and records that are logged; the rest are only counted.
@@ -67,6 +70,7 @@ impl Dispatcher {
             completer: Completer::default(),
             exits: ExitStats::default(),
             refused: 0,
+            begin: Instant::now(),
         }
     }
 

@@ -78,7 +78,12 @@ impl Known<'_> {
                 notes.push("a stack is missing: too many different ones were recorded".into());
             }
             let frames = self.guest.symbols().stack(event.frames);
-            Track { task: task(event.task, event.name), frames }
+            Track {
+                task: task(event.task, event.name),
+                cpu: event.at.map(|at| at.cpu.into()),
+                micros: event.at.and_then(|at| at.micros),
+                frames,
+            }
         };
         let allocated = found.allocated.as_ref().map(&mut track);
         let freed = found.freed.as_ref().map(&mut track);
@@ -126,7 +131,7 @@ impl Known<'_> {
 
     /// A finding about a free of an address inside of a live object. `note` says how it was found.
     pub fn invalid_free(&self, free: &InvalidFree, note: Option<&str>) -> Finding {
-        let InvalidFree { address, key, cpu, task: id, ref frames } = *free;
+        let InvalidFree { address, key, at, task: id, ref frames } = *free;
         let symbols = self.guest.symbols();
         let bad = BadAddress { va: address, key: Some(key), kind: BugKind::InvalidFree };
         let mut notes: Vec<String> = note.map(str::to_owned).into_iter().collect();
@@ -136,7 +141,7 @@ impl Known<'_> {
             kind: bad.kind.as_str(),
             address,
             ip: frames.first().copied().unwrap_or_default(),
-            cpu: cpu.into(),
+            cpu: at.cpu.into(),
             task: task(id, self.provenance.objects().task_name(id)),
             frames: symbols.stack(frames),
             object: history.object,

@@ -16,12 +16,14 @@ use parking_lot::Mutex;
 use umbra_machine::devices::{COM1_IRQ, Devices};
 use umbra_machine::loader::{Boot, Emulated, is_bzimage, is_linux, with_defaults};
 use umbra_machine::memory::Ram;
-use umbra_machine::stats::{Counters, emulates_ring0, tsc_khz};
+use umbra_machine::stats::{Counters, emulates_ring0, time_stamp, tsc_khz};
 use umbra_machine::vcpu::Vcpu;
 use umbra_machine::{Kvm, Machine, MachineConfig, MachineError, layout};
+use umbra_provenance::rings::Clock;
 use umbra_provenance::{ObjectLimits, Objects, Provenance, Quarantine, quarantine};
 use umbra_report::Picture;
 use umbra_report::symbols::Symbols;
+use umbra_shadow::abi::Features;
 
 use super::console::ConsoleWatch;
 use super::discovery::{self, Settings};
@@ -73,6 +75,8 @@ struct Hardware {
     linux: bool,
     /// The host emulates ring 0, and so counts the guest's instructions.
     emulated: bool,
+    /// What stamps of records say about time.
+    clock: Clock,
 }
 
 /// A run that can start.
@@ -91,7 +95,7 @@ fn set_up(
     console: Console,
     mut observer: Box<dyn Observer>,
 ) -> Result<Prepared, RunError> {
-    let Hardware { machine, vcpus, linux, emulated } = hardware(config)?;
+    let Hardware { machine, vcpus, linux, emulated, clock } = hardware(config)?;
     // The last step that can fail: if it does, no vCPU has run on its memslots.
     let windows = windows(config, &machine)?;
     let counters = config.count_instructions.then(|| Counters::open(&vcpus)).and_then(|counters| {
@@ -112,7 +116,8 @@ fn set_up(
     let dispatcher = Dispatcher::new(
         Devices::new(output, com1).with_debug_exit(config.debug_exit.success(linux)),
         RunShadow::new(windows),
-        Provenance::new(Objects::new(ObjectLimits::of_budget(config.provenance)), quarantine),
+        Provenance::new(Objects::new(ObjectLimits::of_budget(config.provenance)), quarantine)
+            .with_clock(clock),
         GuestInfo::new(symbols),
         Session::new(observer, config.distinct, config.stop_at),
         Watch::new(
@@ -146,16 +151,17 @@ fn hardware(config: &Config) -> Result<Hardware, RunError> {
     if linux && config.irqchip == Irqchip::Off {
         return Err(RunError::LinuxWithoutIrqchip);
     }
+    let emulated = (linux || config.count_instructions || config.cpus > 1) && is_emulated(&kvm);
+    let stamps = discovery::stamps(config.cpus, emulated);
     let mut machine = Machine::new(
         &kvm,
         MachineConfig {
             memory_bytes: config.memory,
             cpus: config.cpus,
-            extra_cpuid: cpuid(config)?,
+            extra_cpuid: cpuid(config, stamps)?,
             irqchip: config.irqchip == Irqchip::On,
         },
     )?;
-    let emulated = (linux || config.count_instructions) && is_emulated(&kvm);
     let cmdline = if linux {
         let host = emulated.then(|| Emulated {
             // 0 where it is not known.
@@ -178,17 +184,25 @@ fn hardware(config: &Config) -> Result<Hardware, RunError> {
     drop((kernel, initrd));
     let vcpus =
         (0..config.cpus).map(|id| machine.create_vcpu(id)).collect::<Result<Vec<_>, _>>()?;
-    Ok(Hardware { machine, vcpus, linux, emulated })
+    let clock = match vcpus.first().filter(|_| stamps.has(Features::STAMPS_TSC)) {
+        Some(vcpu) => Clock::tsc(vcpu.tsc_khz().unwrap_or(0), time_stamp()),
+        None => Clock::default(),
+    };
+    Ok(Hardware { machine, vcpus, linux, emulated, clock })
 }
 
 /// The CPUID leaves by which the guest finds Umbra.
-fn cpuid(config: &Config) -> Result<Vec<umbra_machine::cpuid::CpuidLeaf>, RunError> {
+fn cpuid(
+    config: &Config,
+    stamps: Features,
+) -> Result<Vec<umbra_machine::cpuid::CpuidLeaf>, RunError> {
     let layout = Layout::new(layout::ram_end(config.memory)).map_err(ShadowError::from)?;
     let quarantine = config.quarantine.bytes(config.memory);
     let settings = Settings {
         quarantine,
         quarantine_batch: quarantine::batch(quarantine, config.cpus),
         redzone: config.redzone,
+        stamps,
     };
     let mut leaves = discovery::leaves(config.shadow, config.notify, settings, &layout);
     for leaf in &config.cpuid {

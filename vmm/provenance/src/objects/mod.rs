@@ -1,30 +1,29 @@
 //! Provenance: which objects a guest allocated and freed, where, by which task and from which call
 //! stack.
 //!
-//! Everything here comes from the guest and is bounded: the oldest freed objects are forgotten
-//! first, then new ones are not remembered, and both are counted.
+//! Everything here comes from the guest and is bounded: freed objects are forgotten first, those of
+//! the page whose last free is the longest ago; then new ones are not remembered. Both are counted.
 
-mod ages;
-mod chunk;
-mod coding;
-mod entry;
 mod origins;
+mod page;
+mod record;
 mod table;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
 use std::iter::successors;
 
+use foldhash::fast::RandomState;
+use hashbrown::HashMap;
 use umbra_shadow::codes::{GRANULE, PAGE_SIZE};
 
 use super::heap;
-use super::history::Allocation;
+use super::history::{Allocation, Event, Moment};
 use super::names::{TaskNames, sanitize};
 use super::stacks::StackId;
-use entry::Entry;
 use origins::{Origin, Origins};
-use table::{EDIT_MOST, INSERT_MOST, Table};
+use record::{Record, When};
+use table::{Found, Table};
 
 /// How far from an object an address may lie to be explained by it, in bytes.
 const NEARBY: u64 = 4096;
@@ -135,6 +134,8 @@ pub struct ObjectEvent<'a> {
     pub task: u32,
     /// The task's name, printable ASCII, if the guest gave it.
     pub name: Option<&'a str>,
+    /// On which CPU, and when; not kept of all events.
+    pub at: Option<Moment>,
     /// Return addresses, innermost first.
     pub frames: &'a [u64],
     /// There was a call stack, but no room for it.
@@ -175,16 +176,10 @@ pub struct Previous<'a> {
     pub freed: ObjectEvent<'a>,
 }
 
-/// How many stacks are taken in at least between two looks for those that nothing needs any more.
-const COLLECT_PAUSE: usize = 16;
-/// Without room, one in so many freed objects is forgotten, or one in so many of all if that is
-/// more, and then there is a pause of as many events: so that it costs little for each, whatever a
-/// guest does.
-const EVICTED: usize = 8;
-const EVICTED_OF_ALL: usize = 32;
+/// Most pages whose freed objects an event forgets to make room.
+const PAGES_FORGOTTEN: usize = 8;
 
-/// Most objects with related work in so many bytes. When one goes and another one comes, a hash map
-/// may grow that is half full.
+/// Most objects with related work in so many bytes: a hash map may grow when it is half full.
 fn most_related(bytes: usize) -> usize {
     let buckets = (2..40).map(|shift| 1 << shift);
     let fits =
@@ -198,13 +193,9 @@ pub struct Objects {
     table: Table,
     origins: Origins,
     /// Of few objects: who made work that has to do with them, the last one first.
-    related: HashMap<u64, [Origin; 2]>,
+    related: HashMap<u64, [Origin; 2], RandomState>,
     most_related: usize,
-    /// Stacks to take in before the table of stacks is looked through again.
-    collect_in: usize,
-    /// Events before freed objects are forgotten again.
-    evict_in: usize,
-    caches: HashMap<u16, (String, u64)>,
+    caches: HashMap<u16, (String, u64), RandomState>,
     tasks: TaskNames,
     /// Bytes for the table of objects.
     most: usize,
@@ -226,11 +217,9 @@ impl Objects {
         Self {
             table: Table::default(),
             origins: Origins::new(limits.stacks),
-            related: HashMap::new(),
+            related: HashMap::default(),
             most_related: most_related(limits.related),
-            collect_in: 0,
-            evict_in: 0,
-            caches: HashMap::new(),
+            caches: HashMap::default(),
             tasks: TaskNames::new(limits.tasks),
             most: limits.objects,
             counts: ObjectCounts::default(),
@@ -261,7 +250,8 @@ impl Objects {
 
     /// What is remembered, under a budget of so many bytes.
     pub fn figures(&self, budget_bytes: u64) -> ProvenanceFigures {
-        let bytes = self.table.bytes() + self.origins.bytes() + heap::of_map(&self.related);
+        let bytes =
+            self.table.bytes() + self.origins.bytes() + heap::taken(self.related.allocation_size());
         ProvenanceFigures {
             budget_bytes,
             bytes: bytes as u64,
@@ -294,130 +284,170 @@ impl Objects {
     }
 
     /// An object was allocated. Objects that were there before are forgotten.
-    pub fn allocated(&mut self, new: Allocation, frames: &[u64]) {
-        let Allocation { key, size, slot, cache, task } = new;
+    pub fn allocated(&mut self, new: Allocation, by: &Event) {
+        let Allocation { key, size, slot, cache } = new;
         self.counts.allocations = self.counts.allocations.saturating_add(1);
         // What the cache would hand out anyway is no redzone, nor the rest of the last page of an
         // object that has pages of its own.
-        let object = self.caches.get(&cache).map_or(0, |(_, object_size)| *object_size).max(size);
-        let redzone =
-            if slot.is_multiple_of(PAGE_SIZE) { 0 } else { slot.saturating_sub(object) / GRANULE };
-        let redzone = redzone.min(u8::MAX.into()) as u8;
-        let origin = self.origin(task, frames);
-        let Some(mut entry) = Entry::live(key, size, cache, origin, redzone) else {
-            return self.drop_one();
+        let of_cache = self.caches.get(&cache).map_or(0, |(_, object_size)| *object_size);
+        let redzone = match slot.is_multiple_of(PAGE_SIZE) {
+            true => 0,
+            false => slot.saturating_sub(of_cache.max(size)) / GRANULE,
         };
-        let mut room = self.has_room(INSERT_MOST);
-        // Those that overlap come last before its end, one after the other.
-        while let Some(old) = self.table.up_to(entry.end() - 1)
-            && old.end() > key
-        {
-            self.redzones -= u64::from(old.redzone());
-            entry.follows(&old);
-            self.related.remove(&old.start);
-            if old.start == key {
-                // The usual case: the same slot again. What lies before the same start cannot
-                // overlap, as no two objects do.
-                room |= self.fits(EDIT_MOST);
-                if !room {
-                    self.table.remove(key);
-                }
-                break;
-            }
-            self.table.remove(old.start);
-        }
-        if !room {
+        let redzone = redzone.min(u8::MAX.into()) as u8;
+        if key > Table::LAST_START {
             return self.drop_one();
         }
-        self.table.put(entry);
-        self.redzones += u64::from(redzone);
-        self.redzones_peak = self.redzones_peak.max(self.redzones);
+        let origin = self.origin(by);
+        let record = Record::live(size, cache, redzone, origin, by.at);
+        if self.put(key, slot.max(of_cache).max(size), record) {
+            self.redzones += u64::from(redzone);
+            self.redzones_peak = self.redzones_peak.max(self.redzones);
+        } else {
+            self.origins.release(origin);
+            self.drop_one();
+        }
+    }
+
+    /// Puts a live object in the place of those that it overlaps. Its slot has `slot` bytes. Returns
+    /// false if there is no room for it.
+    fn put(&mut self, key: u64, slot: u64, mut record: Record) -> bool {
+        let end = key + record.bytes();
+        // By falling address.
+        while let Some(old) = self.table.last_over(key, end) {
+            if old.start == key && self.table.can_replace(old, slot) {
+                // The usual case: the same slot again. No two objects overlap, so what lies before
+                // it does not overlap this one either.
+                let before = self.table.get(old).copied();
+                self.succeed(&mut record, before, old.start, key);
+                self.table.replace(old, record);
+                return true;
+            }
+            let before = self.table.remove(old);
+            self.succeed(&mut record, before, old.start, key);
+        }
+        let fits = self.make_room(key, slot);
+        if fits {
+            self.table.insert(key, slot, record);
+        } else if let Some(previous) = record.previous() {
+            self.origins.release(previous.allocated);
+            self.origins.release(previous.freed);
+        }
+        fits
+    }
+
+    /// `record`, at `key`, comes in the place of `old`, which started at `start`.
+    fn succeed(&mut self, record: &mut Record, old: Option<Record>, start: u64, key: u64) {
+        let Some(old) = old else { return };
+        self.redzones -= u64::from(old.redzone);
+        self.forget_related(start);
+        for origin in record.follows(&old, start.wrapping_sub(key).cast_signed()) {
+            self.origins.release(origin);
+        }
     }
 
     /// Whether a free of `key` is certainly wrong: a live object holds `key`, and begins before it.
     /// A page inside a larger object may have been split off it. If objects are missing, the one
     /// that begins at `key` may be among them.
     pub fn is_invalid_free(&self, key: u64) -> bool {
-        self.holder(key).is_some_and(|holder| self.is_inside(key, &holder))
+        self.table.at(key).is_none() && self.is_inside_live(key)
     }
 
-    /// Whether a free of `key`, which `holder` holds, is certainly wrong.
-    fn is_inside(&self, key: u64, holder: &Entry) -> bool {
-        let may_be_split = key.is_multiple_of(PAGE_SIZE) && u64::from(holder.size) >= PAGE_SIZE;
-        self.counts.dropped == 0 && !holder.is_freed() && holder.start < key && !may_be_split
+    /// Whether a free of `key`, where no object starts, is certainly wrong.
+    fn is_inside_live(&self, key: u64) -> bool {
+        let Some(holder) = self.holder(key).filter(|_| self.counts.dropped == 0) else {
+            return false;
+        };
+        self.table.get(holder).is_some_and(|record| {
+            let may_be_split = key.is_multiple_of(PAGE_SIZE) && record.bytes() >= PAGE_SIZE;
+            !record.is_freed() && !may_be_split
+        })
     }
 
     /// The object at `key` was freed. Returns false if that is certainly wrong
     /// ([`Objects::is_invalid_free`]).
-    pub fn freed(&mut self, key: u64, task: u32, frames: &[u64]) -> bool {
+    pub fn freed(&mut self, key: u64, by: &Event) -> bool {
         self.counts.frees = self.counts.frees.saturating_add(1);
-        let origin = self.origin(task, frames);
-        let room = self.has_room(EDIT_MOST);
-        if let Some(entry) = self.table.free(key, origin, room) {
-            if entry.is_freed() {
-                // The first free is the one that explains later accesses.
-                self.counts.repeated_frees = self.counts.repeated_frees.saturating_add(1);
-            } else if !room {
-                self.related.remove(&key);
-                self.counts.forgotten = self.counts.forgotten.saturating_add(1);
-            }
-            self.redzones -= u64::from(entry.redzone());
+        if let Some(found) = self.table.at(key) {
+            self.free(found, by);
             return true;
         }
         self.counts.unknown_frees = self.counts.unknown_frees.saturating_add(1);
-        if let Some(holder) = self.holder(key) {
-            return !self.is_inside(key, &holder); // No object of its own.
+        if self.holder(key).is_some() {
+            return !self.is_inside_live(key); // No object of its own.
         }
-        match Entry::live(key, 0, 0, Origin::NONE, 0) {
-            Some(entry) if self.has_room(INSERT_MOST + EDIT_MOST) => {
-                self.table.put(entry);
-                self.table.free(key, origin, true);
-            }
-            _ => self.drop_one(),
+        if key > Table::LAST_START {
+            self.drop_one();
+            return true;
+        }
+        let mut record = Record::live(0, 0, 0, Origin::NONE, by.at);
+        (record.freed, record.freed_at) = (self.origin(by), When::new(by.at));
+        if self.make_room(key, 0) {
+            self.table.insert(key, 0, record);
+        } else {
+            self.origins.release(record.freed);
+            self.drop_one();
         }
         true
     }
 
+    /// A known object was freed.
+    fn free(&mut self, found: Found, by: &Event) {
+        let Some(record) = self.table.get(found).copied() else { return };
+        if record.is_freed() {
+            // The first free is the one that explains later accesses.
+            self.counts.repeated_frees = self.counts.repeated_frees.saturating_add(1);
+            return;
+        }
+        self.redzones -= u64::from(record.redzone);
+        let freed = self.origin(by);
+        // Live objects are not forgotten, so it is still there.
+        self.table.free(found, freed, When::new(by.at));
+    }
+
     /// Work was made that has to do with the object that holds `key`: it may free it, for instance.
-    pub fn related(&mut self, key: u64, task: u32, frames: &[u64]) {
-        let origin = self.origin(task, frames);
+    pub fn related(&mut self, key: u64, by: &Event) {
+        let holder = self.holder(key).map(|found| found.start);
         let room = self.related.len() < self.most_related;
-        match self.holder(key) {
-            Some(Entry { start, .. }) if room || self.related.contains_key(&start) => {
-                let [last, before] = self.related.entry(start).or_default();
-                *before = std::mem::replace(last, origin);
-            }
-            _ => self.counts.unknown_related = self.counts.unknown_related.saturating_add(1),
+        let Some(start) = holder.filter(|start| room || self.related.contains_key(start)) else {
+            self.counts.unknown_related = self.counts.unknown_related.saturating_add(1);
+            return;
+        };
+        let origin = self.origin(by);
+        if self.table.at(start).is_none() {
+            // It was forgotten to make room for the stack.
+            return self.origins.release(origin);
+        }
+        let [last, before] = self.related.entry(start).or_default();
+        let gone = std::mem::replace(before, std::mem::replace(last, origin));
+        self.origins.release(gone);
+    }
+
+    /// Forgets who made work that has to do with the object at `start`.
+    fn forget_related(&mut self, start: u64) {
+        if !self.related.is_empty()
+            && let Some(gone) = self.related.remove(&start)
+        {
+            gone.into_iter().for_each(|origin| self.origins.release(origin));
         }
     }
 
     /// The object that `key` lies in, however small it is.
-    fn holder(&self, key: u64) -> Option<Entry> {
-        self.table.up_to(key).filter(|entry| entry.end() > key)
+    fn holder(&self, key: u64) -> Option<Found> {
+        self.table.up_to(key).filter(|found| self.table.end(*found) > key)
     }
 
-    /// A task and a stack, as objects keep them. If there is no room for new ones, those that no
-    /// object needs any more go, and if that is not enough, freed objects, the oldest first.
-    fn origin(&mut self, task: u32, frames: &[u64]) -> Origin {
-        if self.origins.is_full() && self.collect_in == 0 {
-            self.collect();
-            if self.origins.is_crowded() {
-                self.evict(self.table.freed() / 2);
-                self.collect();
+    /// A task and a stack, as objects keep them. If there is no room for new ones, freed objects
+    /// go, the oldest first, and their stacks with them.
+    fn origin(&mut self, by: &Event) -> Origin {
+        for _ in 0..PAGES_FORGOTTEN {
+            if let Some(origin) = self.origins.intern(by.task, by.frames) {
+                return origin;
             }
-            // So that it costs little for each, whatever a guest does.
-            self.collect_in = ((self.table.len() + self.origins.len()) / 4).max(COLLECT_PAUSE);
+            self.forget_oldest();
         }
-        self.collect_in = self.collect_in.saturating_sub(1);
-        self.origins.intern(task, frames)
-    }
-
-    fn collect(&mut self) {
-        let Self { table, origins, related, .. } = self;
-        origins.keep(|keep| {
-            table.visit(keep);
-            related.values_mut().flatten().for_each(keep);
-        });
+        let last = self.origins.intern(by.task, by.frames);
+        last.unwrap_or_else(|| self.origins.lose())
     }
 
     /// The object that explains an access to `key`: the one that holds it, rest of its slot
@@ -428,32 +458,24 @@ impl Objects {
         // A freed object leaves its memory poisoned as freed. Where that is a redzone now, it was
         // before the memory was cut up anew.
         let freed_fits = matches!(hint, ShadowHint::Anywhere | ShadowHint::Inside);
-        let fits = |entry: &Entry| freed_fits || !entry.is_freed();
+        let fits = |found: &Found| freed_fits || !self.is_freed(*found);
         let table = &self.table;
         let mut before =
-            successors(table.up_to(key), |entry| table.up_to(entry.start.checked_sub(1)?));
+            successors(table.up_to(key), |found| table.up_to(found.start.checked_sub(1)?));
         let left = before.by_ref().take(PASSED_OVER).find(fits);
         let right = || {
             let behind =
-                successors(table.from(key.checked_add(1)?), |entry| table.from(entry.start + 1));
-            let entry = behind.take(PASSED_OVER).find(fits)?;
-            Some((entry, entry.start - key)).filter(|(_, distance)| *distance <= NEARBY)
+                successors(table.from(key.checked_add(1)?), |found| table.from(found.start + 1));
+            let found = behind.take(PASSED_OVER).find(fits)?;
+            Some((found, found.start - key)).filter(|(_, distance)| *distance <= NEARBY)
         };
         let Some(left) = left else {
             let right = right().filter(|_| hint != ShadowHint::Inside);
-            return Some(self.found(right?.0));
+            return self.explained(right?.0);
         };
-        let slot = match self.caches.get(&left.cache) {
-            Some((_, object_size)) => *object_size,
-            // Without a cache, an object that starts a page has pages of its own.
-            None if left.start.is_multiple_of(PAGE_SIZE) => {
-                u64::from(left.size).next_multiple_of(PAGE_SIZE)
-            }
-            None => 0,
-        };
-        let end = left.end().max(left.start.saturating_add(slot));
+        let end = table.end(left).max(left.start.saturating_add(self.slot(left)));
         if key < end {
-            return Some(self.found(left));
+            return self.explained(left);
         }
         if hint == ShadowHint::Inside {
             return None;
@@ -464,88 +486,95 @@ impl Objects {
             // Between two that are as near the one in use is the likelier, and then the one in the
             // same page.
             Some((right, other))
-                if (other, right.is_freed(), page(right.start) != page(key))
-                    < (distance, left.is_freed(), page(end.saturating_sub(1)) != page(key))
+                if (other, self.is_freed(right), page(right.start) != page(key))
+                    < (distance, self.is_freed(left), page(end.saturating_sub(1)) != page(key))
                     && !(hint == ShadowHint::Behind && distance <= NEARBY) =>
             {
-                Some(self.found(right))
+                self.explained(right)
             }
-            _ if distance <= NEARBY => Some(self.found(left)),
+            _ if distance <= NEARBY => self.explained(left),
             _ => None,
         }
     }
 
-    fn found(&self, entry: Entry) -> FoundObject<'_> {
-        let event = |origin| {
+    fn is_freed(&self, found: Found) -> bool {
+        self.table.get(found).is_some_and(Record::is_freed)
+    }
+
+    /// Bytes of an object's slot, as far as they are known.
+    fn slot(&self, found: Found) -> u64 {
+        let Some(record) = self.table.get(found) else { return 0 };
+        match self.caches.get(&record.cache) {
+            Some((_, object_size)) => *object_size,
+            // Without a cache, an object that starts a page has pages of its own.
+            None if found.start.is_multiple_of(PAGE_SIZE) => {
+                u64::from(record.size).next_multiple_of(PAGE_SIZE)
+            }
+            None => 0,
+        }
+    }
+
+    fn explained(&self, found: Found) -> Option<FoundObject<'_>> {
+        let record = self.table.get(found)?;
+        let event = |origin, at: Option<When>| {
             let (task, stack) = self.origins.get(origin);
             ObjectEvent {
                 task,
                 name: self.tasks.get(task),
+                at: at.map(When::moment),
                 frames: self.origins.frames(stack),
                 lost: stack == StackId::LOST,
             }
         };
-        let some = |origin: Origin| (origin != Origin::NONE).then(|| event(origin));
-        let Entry { start, size, cache, allocated, previous, .. } = entry;
-        let freed = entry.freed();
-        FoundObject {
-            start,
+        let some = |origin: Origin, at| (origin != Origin::NONE).then(|| event(origin, at));
+        let Record { size, cache, .. } = *record;
+        let related = self.related.get(&found.start).into_iter().flatten();
+        Some(FoundObject {
+            start: found.start,
             size: size.into(),
-            live: freed.is_none(),
+            live: !record.is_freed(),
             cache: self.caches.get(&cache).map(|(name, object_size)| Cache {
                 id: cache,
                 name,
                 object_size: *object_size,
             }),
-            allocated: some(allocated),
-            freed: freed.map(event),
-            previous: previous.map(|previous| Previous {
-                start: start.wrapping_add_signed(previous.offset.into()),
+            allocated: some(record.allocated, Some(record.allocated_at)),
+            freed: some(record.freed, Some(record.freed_at)),
+            previous: record.previous().map(|previous| Previous {
+                start: found.start.wrapping_add_signed(previous.offset.into()),
                 size: previous.size.into(),
-                allocated: some(previous.allocated),
-                freed: event(previous.freed),
+                allocated: some(previous.allocated, None),
+                freed: event(previous.freed, None),
             }),
-            related: self
-                .related
-                .get(&start)
-                .into_iter()
-                .flatten()
-                .filter_map(|o| some(*o))
-                .collect(),
-        }
+            related: related.filter_map(|origin| some(*origin, None)).collect(),
+        })
     }
 
-    /// Whether the table may grow by so many bytes.
-    fn fits(&self, bytes: usize) -> bool {
-        self.table.bytes() + bytes <= self.most && self.table.len() < u32::MAX as usize
-    }
-
-    /// Whether it may, at the cost of the oldest freed objects if need be. Called for each event.
-    fn has_room(&mut self, bytes: usize) -> bool {
-        self.evict_in = self.evict_in.saturating_sub(1);
-        if self.evict_in == 0 && !self.fits(bytes) {
-            let objects = self.table.len() / EVICTED_OF_ALL;
-            let mut some = (self.table.freed() / EVICTED).max(objects).max(1);
-            // As much room as the objects of the pause need.
-            while self.table.freed() > 0 && !self.fits(bytes + self.most / EVICTED_OF_ALL) {
-                self.evict(some);
-                some *= 2;
+    /// Makes room for an object at `key` that takes `bytes` bytes, at the cost of freed ones if need
+    /// be. Returns whether there is some.
+    fn make_room(&mut self, key: u64, bytes: u64) -> bool {
+        for _ in 0..PAGES_FORGOTTEN {
+            if self.table.fits(key, bytes, self.most) {
+                return true;
             }
-            self.evict_in = objects;
+            self.forget_oldest();
         }
-        self.fits(bytes)
+        self.table.fits(key, bytes, self.most)
     }
 
     fn drop_one(&mut self) {
         self.counts.dropped = self.counts.dropped.saturating_add(1);
     }
 
-    /// Forgets so many freed objects, the oldest.
-    fn evict(&mut self, some: usize) {
-        let Self { table, related, counts, .. } = self;
-        let gone = table.forget_oldest(some, &mut |start| {
-            related.remove(&start);
-        });
-        counts.forgotten = counts.forgotten.saturating_add(gone as u64);
+    /// Forgets the freed objects of a page, the one whose last free is the longest ago.
+    fn forget_oldest(&mut self) {
+        let gone = self.table.oldest();
+        self.counts.forgotten = self.counts.forgotten.saturating_add(gone.len() as u64);
+        for found in gone {
+            self.forget_related(found.start);
+            if let Some(record) = self.table.remove(found) {
+                record.origins().into_iter().for_each(|origin| self.origins.release(origin));
+            }
+        }
     }
 }

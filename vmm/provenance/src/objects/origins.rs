@@ -1,8 +1,14 @@
 //! Who did something, and where: tasks with call stacks, each pair once, and each stack once.
+//!
+//! A pair stays as long as an object refers to it.
 
-use std::collections::HashMap;
+use std::hash::BuildHasher;
+
+use foldhash::fast::RandomState;
+use hashbrown::HashTable;
 
 use crate::heap;
+use crate::pool::Pool;
 use crate::stacks::{MAX_FRAMES, StackId, Stacks};
 
 /// A task and a stack in [`Origins`].
@@ -13,111 +19,37 @@ impl Origin {
     /// None is known.
     pub const NONE: Self = Self(0);
     /// There was one, but there was no room for it.
-    pub const LOST: Self = Self((1 << Self::BITS) - 1);
-    /// It fits into so many bits.
-    pub const BITS: u32 = 22;
-
-    /// Its bits.
-    pub fn bits(self) -> u32 {
-        self.0
-    }
-
-    /// The one with these bits.
-    pub fn from_bits(bits: u32) -> Self {
-        Self(bits)
-    }
+    pub const LOST: Self = Self(u32::MAX);
 }
 
-/// The most pairs, so that each has an [`Origin`] of its own.
-const MOST_PAIRS: usize = Origin::LOST.0 as usize - 1;
-
-/// Bytes of a pair, with its share of the index.
-const PAIR_BYTES: usize = 9 + heap::of_value::<(StackId, u32), Origin>();
-/// Bytes that may be taken beside: what allocations of few values have too much.
-const BESIDE: usize = 384;
+#[derive(Debug)]
+struct Pair {
+    task: u32,
+    stack: StackId,
+    uses: u32,
+}
 
 /// A bounded table of them.
 #[derive(Debug, Default)]
 pub struct Origins {
     stacks: Stacks,
-    pairs: Vec<(StackId, u32)>,
-    index: HashMap<(StackId, u32), Origin>,
+    pairs: Pool<Pair>,
+    index: HashTable<u32>,
+    hash: RandomState,
     /// The most bytes.
     most: usize,
-    most_pairs: usize,
     lost: u64,
 }
 
 impl Origins {
     /// A table of at most so many bytes.
     pub fn new(most: usize) -> Self {
-        Self { most: most.saturating_sub(BESIDE), most_pairs: MOST_PAIRS, ..Self::default() }
-    }
-
-    fn room(&self) -> usize {
-        if self.pairs.len() >= self.most_pairs {
-            return 0;
-        }
-        self.most.saturating_sub(self.stacks.used() + self.pairs.len() * PAIR_BYTES)
-    }
-
-    /// Whether a new pair with the longest stack finds no room.
-    pub fn is_full(&self) -> bool {
-        self.room() < Stacks::cost(MAX_FRAMES) + PAIR_BYTES
-    }
-
-    /// Whether that is so soon.
-    pub fn is_crowded(&self) -> bool {
-        self.room() < (Stacks::cost(MAX_FRAMES) + PAIR_BYTES).max(self.most / 8)
+        Self { most, ..Self::default() }
     }
 
     /// How many stacks found no room.
     pub fn lost(&self) -> u64 {
         self.lost
-    }
-
-    /// How many pairs there are.
-    pub fn len(&self) -> usize {
-        self.pairs.len()
-    }
-
-    /// The task that did something, and its stack. Without room the stack is lost, or both.
-    pub fn intern(&mut self, task: u32, frames: &[u64]) -> Origin {
-        let stack = self.stacks.intern(frames, self.room());
-        let origin = self.intern_pair(stack, task);
-        if stack == StackId::LOST || origin == Origin::LOST {
-            self.lost = self.lost.saturating_add(1);
-        }
-        origin
-    }
-
-    fn intern_pair(&mut self, stack: StackId, task: u32) -> Origin {
-        if let Some(known) = self.index.get(&(stack, task)) {
-            return *known;
-        }
-        if self.room() < PAIR_BYTES {
-            return Origin::LOST;
-        }
-        heap::reserve_little(&mut self.pairs, 1);
-        self.pairs.push((stack, task));
-        let origin = Origin(self.pairs.len() as u32);
-        self.index.insert((stack, task), origin);
-        origin
-    }
-
-    /// The task and its stack.
-    pub fn get(&self, origin: Origin) -> (u32, StackId) {
-        let pair = (origin.0 as usize).checked_sub(1).and_then(|at| self.pairs.get(at));
-        match pair {
-            Some((stack, task)) => (*task, *stack),
-            None if origin == Origin::NONE => (0, StackId::NONE),
-            None => (0, StackId::LOST),
-        }
-    }
-
-    /// The frames of a stack; none if it was lost.
-    pub fn frames(&self, stack: StackId) -> &[u64] {
-        self.stacks.get(stack)
     }
 
     /// Distinct stacks.
@@ -127,40 +59,82 @@ impl Origins {
 
     /// Bytes of host memory.
     pub fn bytes(&self) -> usize {
-        self.stacks.bytes() + heap::of_vec(&self.pairs) + heap::of_map(&self.index)
+        self.stacks.bytes() + self.pairs.bytes() + heap::of_table(&self.index)
     }
 
-    /// Keeps only what `visit` shows to the function that it gets. It is called once more, to
-    /// change each origin to what it is called from now on: none gets more bits, and different ones
-    /// stay different.
-    pub fn keep(&mut self, mut visit: impl FnMut(&mut dyn FnMut(&mut Origin))) {
-        let Self { most, most_pairs, lost, .. } = *self;
-        let empty = Self { most, most_pairs, lost, ..Self::default() };
-        let mut old = std::mem::replace(self, empty);
-        // Not needed any more, and not small.
-        old.index = HashMap::new();
-        let mut names: Vec<_> = vec![None; old.pairs.len()];
-        let at = |origin: &Origin| (origin.0 as usize).wrapping_sub(1);
-        visit(&mut |origin| {
-            if let Some(name) = names.get_mut(at(origin)) {
-                *name = Some(*origin);
-            }
-        });
-        for ((stack, task), name) in old.pairs.iter().zip(&mut names) {
-            if name.is_some() {
-                // What is lost stays lost. Nothing else is: there was room for it before.
-                let stack = match *stack {
-                    StackId::LOST => StackId::LOST,
-                    stack => self.stacks.intern(old.stacks.get(stack), self.room()),
-                };
-                *name = Some(self.intern_pair(stack, *task));
-            }
+    /// The task that did something, and its stack, for one more use, if they are known.
+    pub fn find(&mut self, task: u32, frames: &[u64]) -> Option<Origin> {
+        let frames = &frames[..frames.len().min(MAX_FRAMES)];
+        let hash = self.hash.hash_one((task, frames));
+        let (pairs, stacks) = (&mut self.pairs, &self.stacks);
+        let is_it = |at: &u32| {
+            let pair = pairs.get(*at).filter(|pair| pair.task == task);
+            pair.is_some_and(|pair| stacks.get(pair.stack) == frames)
+        };
+        let at = *self.index.find(hash, is_it)?;
+        let pair = pairs.get_mut(at)?;
+        pair.uses = pair.uses.saturating_add(1);
+        Some(Origin(at + 1))
+    }
+
+    /// The task that did something, and its stack, for one more use. None if there is no room.
+    pub fn intern(&mut self, task: u32, frames: &[u64]) -> Option<Origin> {
+        if let Some(known) = self.find(task, frames) {
+            return Some(known);
         }
-        visit(&mut |origin| {
-            if let Some(Some(name)) = names.get(at(origin)) {
-                *origin = *name;
-            }
-        });
+        let frames = &frames[..frames.len().min(MAX_FRAMES)];
+        let growth = self.pairs.growth()? + heap::growth_of_table(&self.index);
+        let room = self.most.checked_sub(self.bytes() + growth)?;
+        let stack = self.stacks.intern(frames, room);
+        if stack == StackId::LOST {
+            return None;
+        }
+        let hash = self.hash.hash_one((task, frames));
+        let at = self.pairs.insert(Pair { task, stack, uses: 1 });
+        let (pairs, stacks, state) = (&self.pairs, &self.stacks, &self.hash);
+        let hash_of = |at: &u32| {
+            let pair = pairs.get(*at);
+            pair.map_or(0, |pair| state.hash_one((pair.task, stacks.get(pair.stack))))
+        };
+        self.index.insert_unique(hash, at, hash_of);
+        Some(Origin(at + 1))
+    }
+
+    /// Counts a stack that found no room.
+    pub fn lose(&mut self) -> Origin {
+        self.lost = self.lost.saturating_add(1);
+        Origin::LOST
+    }
+
+    /// Ends a use.
+    pub fn release(&mut self, origin: Origin) {
+        let Some(at) = origin.0.checked_sub(1) else { return };
+        let Some(pair) = self.pairs.get_mut(at) else { return };
+        pair.uses -= 1;
+        if pair.uses > 0 {
+            return;
+        }
+        let (task, stack) = (pair.task, pair.stack);
+        let hash = self.hash.hash_one((task, self.stacks.get(stack)));
+        if let Ok(entry) = self.index.find_entry(hash, |other| *other == at) {
+            entry.remove();
+        }
+        self.pairs.remove(at);
+        self.stacks.release(stack);
+    }
+
+    /// The task and its stack.
+    pub fn get(&self, origin: Origin) -> (u32, StackId) {
+        match origin.0.checked_sub(1).and_then(|at| self.pairs.get(at)) {
+            Some(pair) => (pair.task, pair.stack),
+            None if origin == Origin::NONE => (0, StackId::NONE),
+            None => (0, StackId::LOST),
+        }
+    }
+
+    /// The frames of a stack; none if it was lost.
+    pub fn frames(&self, stack: StackId) -> &[u64] {
+        self.stacks.get(stack)
     }
 }
 
@@ -169,48 +143,46 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_kept_keeps_its_meaning() {
+    fn what_is_used_keeps_its_meaning() {
         let mut origins = Origins::new(1 << 20);
-        let mut all: Vec<_> =
-            (0..100u32).map(|i| origins.intern(i % 10, &[u64::from(i / 10), 7])).collect();
-        assert_eq!((origins.len(), origins.stacks()), (100, 10));
-        assert_eq!(origins.intern(3, &[4, 7]), all[43]);
-        let mut kept = all.split_off(95);
-        kept.push(Origin::NONE);
-        kept.push(Origin::LOST);
-        origins.keep(|keep| kept.iter_mut().for_each(keep));
-        assert_eq!((origins.len(), origins.stacks()), (5, 1));
-        assert!(kept[..5].iter().map(|origin| origin.bits()).eq(1..6));
-        for (i, origin) in (95..100u32).zip(&kept) {
+        let all: Vec<_> = (0..100u32)
+            .map(|i| origins.intern(i % 10, &[u64::from(i / 10), 7]).expect("room"))
+            .collect();
+        assert_eq!((origins.pairs.len(), origins.stacks()), (100, 10));
+        assert_eq!(origins.intern(3, &[4, 7]), Some(all[43]));
+        origins.release(all[43]);
+        for origin in &all[..95] {
+            origins.release(*origin);
+        }
+        assert_eq!((origins.pairs.len(), origins.stacks()), (5, 1));
+        for (i, origin) in (95..100u32).zip(&all[95..]) {
             let (task, stack) = origins.get(*origin);
             assert_eq!((task, origins.frames(stack)), (i % 10, &[9u64, 7] as &[u64]));
+            assert_eq!(origins.find(task, &[9, 7]), Some(*origin));
         }
-        assert_eq!(kept[5..], [Origin::NONE, Origin::LOST]);
+        for origin in [Origin::NONE, Origin::LOST] {
+            origins.release(origin);
+        }
+        assert_eq!(origins.get(Origin::NONE), (0, StackId::NONE));
         assert_eq!(origins.get(Origin::LOST), (0, StackId::LOST));
     }
 
     #[test]
-    fn there_are_no_more_pairs_than_origins() {
-        let mut origins = Origins { most_pairs: 10, ..Origins::new(1 << 20) };
-        let mut all: Vec<_> = (0..12).map(|task| origins.intern(task, &[])).collect();
-        assert_eq!((all[9] == Origin::LOST, &all[10..]), (false, &[Origin::LOST; 2] as &[_]));
-        assert!(origins.is_full() && origins.is_crowded() && origins.lost() == 2);
-        all.truncate(5);
-        origins.keep(|keep| all.iter_mut().for_each(keep));
-        assert!(
-            (0..5).all(|task| origins.intern(task, &[]) == all[task as usize])
-                && !origins.is_full()
-        );
-        // The last one is another than the one that says that it is lost.
-        assert_eq!(MOST_PAIRS + 1, Origin::LOST.bits() as usize);
-        assert_eq!(Origin::LOST.bits(), u32::MAX >> (32 - Origin::BITS));
-    }
-
-    #[test]
-    fn without_room_stacks_are_lost() {
-        let mut origins = Origins::new(1000);
-        let all: Vec<_> = (0..100).map(|i| origins.intern(i, &[i.into()])).collect();
-        assert!(origins.is_full() && all.contains(&Origin::LOST) && all[0] != Origin::LOST);
-        assert!(origins.bytes() <= 1000, "{}", origins.bytes());
+    fn its_bytes_are_bounded() {
+        for most in [0, 40, 100, 1000, 1001, 5000, 65536] {
+            let mut origins = Origins::new(most);
+            let mut kept = Vec::new();
+            for i in 0..2000u32 {
+                let frames: Vec<u64> = (0..u64::from(i % 17)).map(|n| n + u64::from(i)).collect();
+                kept.extend(origins.intern(i % 50, &frames));
+                assert!(origins.bytes() <= most, "{i} {most}: {}", origins.bytes());
+                if i % 3 == 0 && !kept.is_empty() {
+                    origins.release(kept.swap_remove((i as usize * 7) % kept.len()));
+                }
+            }
+            assert!(most < 1000 || kept.len() > most / 400, "{most}: {}", kept.len());
+            kept.into_iter().for_each(|origin| origins.release(origin));
+            assert_eq!((origins.pairs.len(), origins.stacks()), (0, 0));
+        }
     }
 }

@@ -97,9 +97,10 @@ fn access(finding: &Finding) -> String {
 }
 
 fn by(what: &str, event: &Track) -> String {
+    let rest = event.place_and_time();
     match event.task.name.as_str() {
-        "" => format!("{what} by task {}", event.task.id),
-        name => format!("{what} by task {name} ({})", event.task.id),
+        "" => format!("{what} by task {}{rest}", event.task.id),
+        name => format!("{what} by task {name} ({}){rest}", event.task.id),
     }
 }
 

@@ -21,7 +21,7 @@ Call Trace:
     at kernel/src/thread.rs:7
  </TASK>
 
-Allocated by task 12:
+Allocated by task 12 on cpu 1 at 2.034567s:
  kmalloc+0x10/0x90
     at kernel/src/slab.rs:50
  thread_main+0x44/0x60
@@ -73,15 +73,16 @@ fn a_free_has_no_size() {
     assert!(text.contains(
         "in kernel::kmalloc_oob_right+0x1d/0x80\nFree of addr ffff800000201073 by task kmal"
     ));
-    assert!(text.contains("\nFreed by task 12:\n(stack is not available)\n\nThe buggy"), "{text}");
+    assert!(text.contains("\nFreed by task 12 on cpu 1 at 2.034567s:\n(stack is not available)\n\nThe buggy"), "{text}");
     assert!(!text.contains("Allocated by"));
 }
 
 #[test]
 fn related_work_and_what_was_there_before_are_told() {
     let mut one = finding();
-    let event = one.allocated.clone().unwrap();
+    let mut event = one.allocated.clone().unwrap();
     (one.allocated, one.freed) = (None, Some(event.clone()));
+    (event.cpu, event.micros) = (None, None);
     one.related_work = vec![event.clone(), event.clone()];
     one.previous =
         Some(Previous { start: 0x1000, size: 64, allocated: Some(event.clone()), freed: event });
@@ -89,7 +90,7 @@ fn related_work_and_what_was_there_before_are_told() {
     let stack = " kmalloc+0x10/0x90\n    at kernel/src/slab.rs:50\n \
                  thread_main+0x44/0x60\n    at kernel/src/thread.rs:7\n\n";
     let expected = format!(
-        "Freed by task 12:\n{stack}Last potentially related work creation:\n{stack}\
+        "Freed by task 12 on cpu 1 at 2.034567s:\n{stack}Last potentially related work creation:\n{stack}\
          Second to last potentially related work creation:\n{stack}\
          Before, the address belonged to an object of 64 bytes at 0000000000001000\n\
          Previously allocated by task 12:\n{stack}Previously freed by task 12:\n{stack}\

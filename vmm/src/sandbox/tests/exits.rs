@@ -6,7 +6,7 @@ use std::time::Duration;
 use umbra_machine::devices::COM1;
 use umbra_machine::vcpu::{Data, VmExit};
 use umbra_provenance::Quarantine;
-use umbra_shadow::abi::CallNumber;
+use umbra_shadow::abi::{self, CallNumber};
 
 use super::bench::*;
 use crate::sandbox::Outcome;
@@ -136,7 +136,7 @@ fn a_vcpu_that_fails_is_a_host_error() {
     bench.cpu.broken = true;
     let byte = bench.layout.byte.gpa;
     for handled in [
-        bench.hypercall(CallNumber::Hello, [1, 0, 0, 0]),
+        bench.hypercall(CallNumber::Hello, [abi::VERSION.into(), 0, 0, 0]),
         bench.write(byte, &[1]),
         bench.exit(VmExit::EmulationFailed { bytes: [0xcc; 15], len: 1 }),
     ] {

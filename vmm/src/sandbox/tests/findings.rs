@@ -83,13 +83,13 @@ fn a_record_names_a_cache() {
         (bytes[0], bytes[1], bytes[2]) = (kind.into(), depth, 3);
         bytes[8..12].copy_from_slice(&low.to_le_bytes());
         bytes[16..20].copy_from_slice(&40u32.to_le_bytes());
-        bytes[24..24 + name.len()].copy_from_slice(name);
+        bytes[28..28 + name.len()].copy_from_slice(name);
         bench.ram.write(GuestAddress(at), &bytes).unwrap();
     };
     write(0x8040, RecordKind::Cache, 7, 0, b"my\ncache");
     write(0x8080, RecordKind::Allocated, 0, 0x6000, &[]);
     // Longer than there is room for.
-    write(0x80c0, RecordKind::Cache, 41, 0, &[b'x'; 40]);
+    write(0x80c0, RecordKind::Cache, 37, 0, &[b'x'; 36]);
     bench.ram.write(GuestAddress(0x8000), &3u64.to_le_bytes()).unwrap();
     assert_eq!(bench.call(CallNumber::Report, [0x6008, 1, 0, 0x100]), 0);
     let object = bench.heard.0.lock().unwrap()[0].object.clone().unwrap();
