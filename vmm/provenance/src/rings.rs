@@ -17,7 +17,7 @@ use std::ops::Range;
 
 use thiserror::Error;
 use umbra_shadow::abi::{
-    BadRecord, RECORD_BYTES, RECORD_FRAMES, RING_MAX_RECORDS, Record, RecordBody,
+    BadRecord, RECORD_BYTES, RECORD_FRAMES, RING_MAX_RECORDS, Record, RecordKind,
 };
 use umbra_shadow::codes::PAGE_SIZE;
 
@@ -86,8 +86,6 @@ struct Ring {
 pub struct RingRecord {
     /// The CPU that wrote it, and when.
     pub at: Moment,
-    /// Its place among the records of all CPUs. A free comes before other records with its stamp.
-    order: (u64, bool),
     /// What the guest wrote. The addresses in it have not been checked.
     pub record: Result<Record, BadRecord>,
     /// Return addresses, innermost first.
@@ -97,7 +95,7 @@ pub struct RingRecord {
 }
 
 impl RingRecord {
-    fn new(bytes: &[u8; RECORD_BYTES as usize], ring: &Ring, cpu: u16, clock: &Clock) -> Self {
+    fn new(bytes: &RawBytes, ring: &Ring, cpu: u16, clock: &Clock) -> Self {
         let record = Record::decode(bytes);
         let (mut frames, mut depth) = ([0; RECORD_FRAMES], 0);
         if let Some(stack) = record.as_ref().ok().and_then(|record| record.body.stack()) {
@@ -106,10 +104,8 @@ impl RingRecord {
                 depth += 1;
             }
         }
-        let stamp = Record::stamp(bytes);
-        let is_free = matches!(record, Ok(Record { body: RecordBody::Freed { .. }, .. }));
-        let at = Moment { cpu, micros: clock.micros(stamp) };
-        Self { at, order: (stamp, !is_free), record, frames, depth }
+        let at = Moment { cpu, micros: clock.micros(Record::stamp(bytes)) };
+        Self { at, record, frames, depth }
     }
 }
 
@@ -142,6 +138,9 @@ impl Clock {
     }
 }
 
+/// A record in guest memory.
+type RawBytes = [u8; RECORD_BYTES as usize];
+
 /// Records that are read at a time: a page of them.
 const BLOCK: usize = 64;
 
@@ -153,7 +152,7 @@ struct Reader<'a> {
     /// Records drained or in `block`, also in earlier drains; and the number of all records.
     read: u64,
     count: u64,
-    block: Vec<RingRecord>,
+    block: Vec<u8>,
     /// The next in `block`.
     next: usize,
 }
@@ -185,34 +184,38 @@ impl<'a> Reader<'a> {
     /// Reads the next records; false if there are none.
     fn refill(&mut self, ram: &dyn RingMemory) -> bool {
         let some = (self.count - self.read).min(BLOCK as u64);
-        let mut bytes = [0; BLOCK * RECORD_BYTES as usize];
-        let bytes = &mut bytes[..some as usize * RECORD_BYTES as usize];
+        self.block.resize(some as usize * RECORD_BYTES as usize, 0);
         let at = self.ring.gpa + (1 + self.read) * RECORD_BYTES;
-        if !ram.read(at, bytes) {
-            return false;
-        }
-        self.block.clear();
-        let records = bytes.as_chunks::<{ RECORD_BYTES as usize }>().0;
-        let event = |bytes| RingRecord::new(bytes, &self.ring, self.cpu, self.clock);
-        self.block.extend(records.iter().map(event));
         self.read += some;
         self.next = 0;
-        some > 0
+        some > 0 && ram.read(at, &mut self.block)
     }
 
-    fn record(&self) -> &RingRecord {
-        &self.block[self.next]
+    fn bytes(&self) -> &RawBytes {
+        const NONE: &RawBytes = &[0; RECORD_BYTES as usize];
+        self.block.as_chunks().0.get(self.next).unwrap_or(NONE)
+    }
+
+    fn record(&self) -> RingRecord {
+        RingRecord::new(self.bytes(), &self.ring, self.cpu, self.clock)
+    }
+
+    /// The next record's place among those of all CPUs. A free comes before other records with its
+    /// stamp.
+    fn order(&self) -> (u64, bool) {
+        let bytes = self.bytes();
+        (Record::stamp(bytes), bytes[0] != RecordKind::Freed.into())
     }
 
     /// Whether there is none behind [`Self::record`].
     fn is_last(&self) -> bool {
-        self.next + 1 == self.block.len() && self.read == self.count
+        (self.next + 1) * RECORD_BYTES as usize == self.block.len() && self.read == self.count
     }
 
     /// Goes to the next record; false if this was the last.
     fn advance(&mut self, ram: &dyn RingMemory) -> bool {
         self.next += 1;
-        self.next < self.block.len() || self.refill(ram)
+        self.next * (RECORD_BYTES as usize) < self.block.len() || self.refill(ram)
     }
 }
 
@@ -301,18 +304,17 @@ impl Rings {
             (0..).zip(&mut self.rings).filter_map(|(cpu, ring)| Some((cpu, ring.as_mut()?)));
         let mut readers: Vec<_> =
             rings.filter_map(|(cpu, ring)| Reader::new(cpu, ring, clock, by, ram)).collect();
-        let order = |reader: &Reader| reader.record().order;
-        while let Some(first) = (0..readers.len()).min_by_key(|at| order(&readers[*at])) {
+        while let Some(first) = (0..readers.len()).min_by_key(|at| readers[*at].order()) {
             // All of one CPU up to the next record of another.
             let others = readers.iter().enumerate().filter(|(at, _)| *at != first);
-            let until = others.map(|(_, reader)| order(reader)).min();
+            let until = others.map(|(_, reader)| reader.order()).min();
             let reader = &mut readers[first];
             let more = loop {
-                take(reader.record(), reader.is_last());
+                take(&reader.record(), reader.is_last());
                 if !reader.advance(ram) {
                     break false;
                 }
-                if until.is_some_and(|until| order(reader) > until) {
+                if until.is_some_and(|until| reader.order() > until) {
                     break true;
                 }
             };
@@ -328,7 +330,7 @@ pub(crate) mod tests {
     use std::cell::RefCell;
 
     use super::*;
-    use umbra_shadow::abi::{RecordBody, RecordKind};
+    use umbra_shadow::abi::RecordBody;
 
     /// Address and cache of an allocation.
     fn allocation(record: &RingRecord) -> (u64, u16) {
@@ -456,7 +458,8 @@ pub(crate) mod tests {
     #[test]
     fn events_of_all_cpus_come_in_the_order_of_their_stamps() {
         let ram = Ram::new();
-        let mut rings = Rings::default();
+        // A time is a stamp.
+        let mut rings = Rings::new(Clock::tsc(1000, u64::MAX));
         let ring = |cpu: u16| 0x10_0000 + u64::from(cpu) * 0x4_0000;
         for cpu in 0..3 {
             rings.set_up(cpu, ring(cpu), 1000, 0).expect("a ring for each");
@@ -471,7 +474,7 @@ pub(crate) mod tests {
                 rings.drain(by, &ram, |event, is_last| {
                     let last = &mut last[usize::from(event.at.cpu)];
                     assert!(!std::mem::replace(last, is_last), "once, at the end");
-                    taken.push((allocation(event).1, event.order.0));
+                    taken.push((allocation(event).1, event.at.micros.unwrap_or_default()));
                 });
             }
             taken

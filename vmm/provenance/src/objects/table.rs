@@ -111,21 +111,25 @@ impl Table {
     }
 
     fn last_of_pages(&self, first: u64, key: u64) -> Option<Found> {
-        let (number, offset) = split(key);
-        let (mut next, mut offset) = (Some(number), offset);
-        while let Some(number) = next {
-            if let Some(page) = self.pages.page(number) {
-                for id in page.up_to(offset) {
-                    // In the first cell looked at, it may start behind.
-                    if self.records.get(id)?.offset <= offset {
-                        return self.found(id);
-                    }
+        let (mut number, mut offset) = split(key);
+        loop {
+            let page = self.pages.page(number);
+            for id in page.into_iter().flat_map(|page| page.up_to(offset)) {
+                let record = self.records.get(id)?;
+                // In the first cell looked at, it may start behind.
+                if record.offset <= offset {
+                    let start = (number << PAGE_SHIFT) + u64::from(record.offset);
+                    return Some(Found { id, start });
                 }
             }
-            next = self.pages.last_between(first, number);
             offset = (PAGE_SIZE - 1) as u16;
+            number = match number.checked_sub(first)? {
+                0 => return None,
+                // To look is cheaper than to ask where to look.
+                1..=PAGES_BEFORE => number - 1,
+                _ => self.pages.last_between(first, number)?,
+            };
         }
-        None
     }
 
     /// The first object that starts at `key` or behind, in its page or the next.
