@@ -73,7 +73,12 @@ fn a_free_has_no_size() {
     assert!(text.contains(
         "in kernel::kmalloc_oob_right+0x1d/0x80\nFree of addr ffff800000201073 by task kmal"
     ));
-    assert!(text.contains("\nFreed by task 12 on cpu 1 at 2.034567s:\n(stack is not available)\n\nThe buggy"), "{text}");
+    assert!(
+        text.contains(
+            "\nFreed by task 12 on cpu 1 at 2.034567s:\n(stack is not available)\n\nThe buggy"
+        ),
+        "{text}"
+    );
     assert!(!text.contains("Allocated by"));
 }
 

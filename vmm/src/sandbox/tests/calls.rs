@@ -34,7 +34,10 @@ fn hello_tells_the_features_that_cpuid_tells() {
             let leaves = leaves(shadow, notify, settings, &bench.layout);
             let told = if off { (0, 0, 0) } else { (9, 7, 5) };
             assert_eq!((leaves[5].eax, leaves[5].ecx, leaves[5].edx), told);
-            assert_eq!((leaves[1].eax, leaves[1].ebx, leaves[1].ecx), (abi::VERSION, PORT.into(), expected));
+            assert_eq!(
+                (leaves[1].eax, leaves[1].ebx, leaves[1].ecx),
+                (abi::VERSION, PORT.into(), expected)
+            );
             assert_eq!([leaves[0].ebx, leaves[0].ecx, leaves[0].edx], abi::CPUID_SIGNATURE);
         }
     }
