@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use object::read::elf::ElfFile64;
 use object::{LittleEndian, Object, ObjectSection, ObjectSymbol};
 
+use super::answers::{Answers, CORRUPT};
 use super::*;
+use crate::bounds::SHOWN_PATH_MAX;
 
 type Elf<'a> = ElfFile64<'a, LittleEndian>;
 
@@ -112,9 +114,7 @@ fn what_was_parsed_is_dropped_after_many_lookups_and_parsed_anew() {
     let opened_with = |n: u64| {
         // Other addresses have no lines, but each is a lookup.
         (0..n).for_each(|i| drop(symbols.frames(i, Position::Instruction)));
-        let lines = symbols.file().unwrap().dwarf.borrow();
-        let Lines::Open(dwarf) = &*lines else { panic!("it is open") };
-        dwarf.lookups()
+        symbols.access.borrow().answers().and_then(Answers::lookups).expect("it is open")
     };
     assert_eq!(u64::from(opened_with(20)), 20);
     assert!(opened_with(500) < 480);
@@ -418,37 +418,50 @@ fn shared_line_tables_do_not_take_unbounded_work() {
     );
 }
 
-fn symbol_any(bytes: &[u8], name: &str) -> u64 {
-    let elf = Elf::parse(bytes).unwrap();
-    elf.symbols().find(|symbol| symbol.name() == Ok(name)).unwrap().address()
-}
-
+/// One path of a megabyte, which each frame would have.
 #[test]
-fn paths_keep_what_tells_the_file() {
-    let home = Some("/home/me/kernel/");
-    for (path, short) in [
-        ("/home/me/kernel/src/main.rs", "src/main.rs"),
-        ("/home/me/kernel2/src/main.rs", "/home/me/kernel2/src/main.rs"),
-        ("/rustc/0123abc/library/core/src/ptr/mod.rs", "library/core/src/ptr/mod.rs"),
-        (
-            "/r/toolchains/x/lib/rustlib/src/rust/library/alloc/src/vec.rs",
-            "library/alloc/src/vec.rs",
-        ),
-        ("/h/.cargo/registry/src/index.crates.io-1/talc-4.0/src/lib.rs", "talc-4.0/src/lib.rs"),
-        ("src/main.rs", "src/main.rs"),
-        ("/home/me/kernel/", "/home/me/kernel/"),
-        ("", ""),
-    ] {
-        assert_eq!(shorten(path, home), short);
+fn long_paths_are_not_kept() {
+    let lines = "
+        .long 2f - 1f
+        1: .short 4
+        .long 4f - 3f
+        3: .byte 1, 1, 1, 0xfb, 14, 13
+        .byte 0, 1, 1, 1, 1, 0, 0, 0, 1, 0, 0, 1
+        .byte 0
+        .fill LENGTH, 1, 0x61
+        .asciz \".c\"
+        .byte 0, 0, 0, 0
+        4:
+        .byte 0, 9, 2
+        .quad _start
+        .byte 1, 2
+        .uleb128 4096
+        .byte 0, 1, 1
+        2:
+        ";
+    let unit = "
+        .long 24 + 4
+        .short 4
+        .long 0
+        .byte 8
+        .byte 4
+        .quad _start, end - _start
+        .long 0
+        ";
+    for (length, kept) in [("200", true), ("3000", true), ("1000000", false)] {
+        let bytes = by_hand(unit, &lines.replace("LENGTH", length));
+        let start = symbol_any(&bytes, "_start");
+        let frames = from_disk(bytes).frames(start, Position::Instruction);
+        let (path, file) = (&frames[0].path, frames[0].file.as_deref().expect("a file"));
+        assert_eq!(path.is_some(), kept, "{length}");
+        assert!(file.len() <= SHOWN_PATH_MAX && file.ends_with("a.c"), "{length}: {file}");
+        assert_eq!(file.contains('…'), length != "200", "{length}: {file}");
     }
 }
 
-#[test]
-fn names_are_demangled_and_bounded() {
-    let hash = "_ZN6kernel4slab5alloc17h0123456789abcdefE";
-    assert_eq!(names(hash.into()), ("kernel::slab::alloc".into(), Some(hash.into())));
-    assert_eq!(names("kmalloc".into()), ("kmalloc".into(), None));
-    assert_eq!(names("é".repeat(2000)).0.len(), NAME_MAX + 3);
+fn symbol_any(bytes: &[u8], name: &str) -> u64 {
+    let elf = Elf::parse(bytes).unwrap();
+    elf.symbols().find(|symbol| symbol.name() == Ok(name)).unwrap().address()
 }
 
 #[test]
