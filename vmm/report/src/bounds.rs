@@ -26,6 +26,8 @@ const INLINED_MAX: usize = 128;
 /// Most bytes of inlined functions, and of the others, in all stacks of a finding, as text.
 const INLINED_BYTES: usize = 20 << 10;
 const FUNCTION_BYTES: usize = 36 << 10;
+/// Most bytes of all paths that are kept to look for files.
+const PATH_BYTES: usize = 64 << 10;
 /// Bytes of a frame beside its names, as text.
 const FRAME_BYTES: usize = 40;
 
@@ -34,13 +36,19 @@ struct Room {
     inlined: usize,
     inlined_bytes: usize,
     function_bytes: usize,
+    path_bytes: usize,
     left_out: usize,
 }
 
 impl Room {
     fn new() -> Self {
-        let (inlined_bytes, function_bytes) = (INLINED_BYTES, FUNCTION_BYTES);
-        Self { inlined: INLINED_MAX, inlined_bytes, function_bytes, left_out: 0 }
+        Self {
+            inlined: INLINED_MAX,
+            inlined_bytes: INLINED_BYTES,
+            function_bytes: FUNCTION_BYTES,
+            path_bytes: PATH_BYTES,
+            left_out: 0,
+        }
     }
 
     /// Whether there is room for this frame.
@@ -63,6 +71,15 @@ impl Room {
     fn stack(&mut self, frames: &mut Vec<Frame>) {
         frames.iter_mut().for_each(clean_frame);
         frames.retain(|frame| self.takes(frame));
+        for frame in frames {
+            // It only names a file, which a part of it would not.
+            let bytes = frame.path.as_ref().map_or(0, |path| path.len());
+            if bytes > PATH_MAX.min(self.path_bytes) {
+                frame.path = None;
+            } else {
+                self.path_bytes -= bytes;
+            }
+        }
     }
 
     fn track(&mut self, track: &mut Track) {
@@ -106,7 +123,7 @@ impl Finding {
 }
 
 impl CpuState {
-    /// The state with bounded texts and a bounded stack, as [`Finding::bounded`].
+    /// The state with printable and bounded texts, and a stack of bounded size.
     #[must_use]
     pub fn bounded(mut self) -> Self {
         let mut room = Room::new();
@@ -127,10 +144,6 @@ fn clean_frame(frame: &mut Frame) {
         clean_shared(name, NAME_MAX);
     }
     clean_shared(&mut frame.file, SHOWN_PATH_MAX);
-    // It only names a file, which a part of it would not.
-    if frame.path.as_ref().is_some_and(|path| path.len() > PATH_MAX) {
-        frame.path = None;
-    }
 }
 
 fn clean_stack_frame(frame: &mut StackFrame) {

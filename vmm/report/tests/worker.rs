@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 
 use libtest_mimic::{Arguments, Trial};
@@ -79,7 +80,8 @@ fn named(name: &str, line: u32) -> (Option<String>, Option<u32>) {
     (Some(name.to_owned()), Some(line))
 }
 
-/// The workers of this process.
+/// The workers of this process. One that was started but does not run yet is none: to stop it would
+/// stop this process, too.
 fn workers() -> Vec<Pid> {
     let own = getpid().as_raw_nonzero().to_string();
     let all = fs::read_dir("/proc").expect("a list of processes").flatten();
@@ -88,7 +90,10 @@ fn workers() -> Vec<Pid> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         // Behind the name in parentheses: the state and the parent.
         let mut rest = stat.rsplit(") ").next().unwrap_or_default().split(' ');
-        rest.next().is_some_and(|state| state != "Z") && rest.next() == Some(&own)
+        let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        command.ends_with(b"--umbra-symbol-worker\0")
+            && rest.next().is_some_and(|state| state != "Z")
+            && rest.next() == Some(&own)
     });
     ours.filter_map(Pid::from_raw).collect()
 }
@@ -183,6 +188,18 @@ fn one_that_does_not_answer_is_ended_in_time() {
     }
     kernel.deadline.set(Duration::from_secs(60));
     assert_eq!(kernel.at(kernel.other), named("other", 4));
+}
+
+/// Without any deadline. Names come from another process, with what is left of the time.
+fn a_finding_waits_for_lines_for_a_while() {
+    let kernel = kernel();
+    assert_eq!(kernel.at(kernel.store), named("store", 3));
+    kill_process(worker(), Signal::STOP).expect("it is there");
+    assert_eq!(kernel.at(kernel.other), (Some("other".into()), None));
+    // The time of this finding is over, that of the next one is not.
+    let frames = kernel.symbols.frames(kernel.store + 1, Position::Instruction);
+    assert!(frames.iter().all(|frame| frame.line.is_none()), "{frames:?}");
+    assert_eq!(kernel.at(kernel.store + 1), named("store", 3));
 }
 
 fn a_deadline_that_comes_nearer_holds() {
@@ -326,7 +343,7 @@ fn a_page_has_lines_of_its_roots_only() {
     fs::write(&good, "a good line\n").expect("a file");
     fs::write(&secret, "a secret line\n").expect("a file");
     symlink(&secret, &link).expect("a link");
-    let roots = SourceRoots::new(&[root.clone()]).expect("a folder");
+    let roots = SourceRoots::new(std::slice::from_ref(&root)).expect("a folder");
     let text = page(&roots, &[&good, &secret, &link, &secret]);
     assert!(text.contains("a good line") && !text.contains("secret line"), "{text}");
     let remark = format!("Sources outside of {} are not shown", root.display());
@@ -334,15 +351,43 @@ fn a_page_has_lines_of_its_roots_only() {
     assert_eq!(text.matches("--source-root").count(), 1);
     // Nothing is missing, and nothing is said.
     assert!(!page(&roots, &[&good]).contains("--source-root"));
+    // Lines that are too much for a page.
+    let large = root.join("large.c");
+    fs::write(&large, ("\"".repeat(200) + "\n").repeat(9)).expect("a file");
+    let text = page(&roots, &[large.as_path(); 200]);
+    assert!(text.contains("too large for this page") && text.len() < 128 << 10, "{}", text.len());
     // No folder at all.
     let text = page(&SourceRoots::default(), &[&good]);
     assert!(!text.contains("a good line") && text.contains("No folder of sources is named"));
 }
 
+/// Whoever reads the sources does not answer: the page is written nevertheless.
+fn a_page_does_not_wait_for_ever() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let paths: Vec<_> = (0..200).map(|i| folder.path().join(format!("{i}.c"))).collect();
+    let paths: Vec<_> = paths.iter().map(PathBuf::as_path).collect();
+    let roots = SourceRoots::new(&[folder.path().to_owned()]).expect("a folder");
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(SeqCst) {
+                for worker in workers() {
+                    // It may just have ended.
+                    let _ = kill_process(worker, Signal::STOP);
+                }
+            }
+        });
+        let text = page(&roots, &paths);
+        done.store(true, SeqCst);
+        assert!(text.trim_end().ends_with("</html>"));
+    });
+    assert_eq!(workers(), []);
+}
+
 fn main() -> ExitCode {
     umbra_report::symbol_worker();
     type Test = (&'static str, fn());
-    let tests: [Test; 9] = [
+    let tests: [Test; 11] = [
         ("names_and_lines_come_from_another_process", names_and_lines_come_from_another_process),
         (
             "it_has_no_descriptors_and_little_of_everything",
@@ -350,6 +395,8 @@ fn main() -> ExitCode {
         ),
         ("its_death_costs_lines_at_most", its_death_costs_lines_at_most),
         ("one_that_does_not_answer_is_ended_in_time", one_that_does_not_answer_is_ended_in_time),
+        ("a_finding_waits_for_lines_for_a_while", a_finding_waits_for_lines_for_a_while),
+        ("a_page_does_not_wait_for_ever", a_page_does_not_wait_for_ever),
         ("a_deadline_that_comes_nearer_holds", a_deadline_that_comes_nearer_holds),
         ("it_is_started_a_few_times", it_is_started_a_few_times),
         ("more_lines_than_memory", more_lines_than_memory),

@@ -99,7 +99,7 @@ fn formats(findings: &Findings) -> [usize; 4] {
 
 #[test]
 fn a_finding_is_bounded_in_each_format() {
-    for (inlined, bytes) in [(0, 1 << 18), (64, 8), (64, 1000), (64, 1 << 16)] {
+    for (inlined, bytes) in [(0, 1 << 17), (64, 8), (64, 1000), (64, 1 << 13)] {
         let mut findings = Findings::default();
         findings.add(worst(inlined, bytes));
         let sizes = formats(&findings);
@@ -108,6 +108,8 @@ fn a_finding_is_bounded_in_each_format() {
             assert!(*size <= limit, "{inlined} {bytes}: {sizes:?}");
         }
         let kept = findings.get(0).expect("one").0;
+        let paths = kept.frames.iter().filter_map(|frame| frame.path.as_deref());
+        assert!(paths.map(str::len).sum::<usize>() <= PATH_BYTES);
         assert!(kept.culprit().is_some(), "the place itself is kept");
     }
 }

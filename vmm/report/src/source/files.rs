@@ -18,13 +18,13 @@ const FILE_MAX: u64 = 1 << 20;
 /// Most files that are read.
 const FILES_MAX: usize = 256;
 /// Most bytes of all files that are read.
-pub(super) const READ_MAX: u64 = 32 << 20;
+const READ_MAX: u64 = 16 << 20;
 /// Most names that are looked for.
 const NAMES_MAX: usize = 4096;
 /// Most characters of a line.
-pub(super) const LINE_MAX: usize = 200;
+const LINE_MAX: usize = 200;
 /// Most bytes of all excerpts.
-pub(super) const EXCERPTS_MAX: usize = 4 << 20;
+const EXCERPTS_MAX: usize = 4 << 20;
 /// The endings of source files.
 const SUFFIXES: [&str; 17] = [
     "rs", "c", "h", "cc", "cpp", "cxx", "hh", "hpp", "hxx", "inc", "inl", "s", "S", "asm", "zig",

@@ -182,3 +182,21 @@ impl<'a> Sources<'a> {
 fn modified(path: &Path) -> Option<SystemTime> {
     std::fs::metadata(path).and_then(|data| data.modified()).ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_are_few_and_there() {
+        let folder = tempfile::tempdir().expect("a temporary directory");
+        let path = folder.path().to_owned();
+        let roots = SourceRoots::new(&vec![path.clone(); ROOTS_MAX]).expect("folders");
+        assert_eq!(roots.folders()[0], path.canonicalize().expect("it is there"));
+        let file = path.join("file");
+        std::fs::write(&file, "").expect("a file");
+        for bad in [vec![path.clone(); ROOTS_MAX + 1], vec![path.join("none")], vec![file]] {
+            assert!(SourceRoots::new(&bad).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -20,7 +20,7 @@ mod relocate;
 mod table;
 mod variables;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::ops::Range;
@@ -36,10 +36,10 @@ pub use self::modules::{Module, ModuleSymbol};
 pub use self::names::demangle;
 use super::{Frame, Variable};
 
-/// Addresses whose frames are cached, since the stacks of a run are much alike.
-const CACHED_MAX: usize = 4096;
-/// Names and paths that frames share.
-const SHARED_MAX: usize = 4 * CACHED_MAX;
+/// Frames that are cached, since the stacks of a run are much alike.
+const CACHED_MAX: usize = 16 << 10;
+/// Bytes of names and paths that frames share.
+const SHARED_MAX: usize = 4 << 20;
 /// Most notes that are kept.
 const NOTES_MAX: usize = 12;
 /// Most inlined functions of one address.
@@ -75,7 +75,11 @@ pub struct Symbols {
     access: RefCell<Access>,
     modules: RefCell<Modules>,
     cached: RefCell<HashMap<(u64, Position), Vec<Frame>>>,
+    /// Frames in `cached`.
+    cached_frames: Cell<usize>,
     shared: RefCell<HashSet<Arc<str>>>,
+    /// Bytes of `shared`.
+    shared_bytes: Cell<usize>,
     notes: RefCell<Vec<String>>,
 }
 
@@ -93,7 +97,9 @@ impl Symbols {
             access: RefCell::new(Access::new(Box::new(move || load().map(Into::into)))),
             modules: RefCell::default(),
             cached: RefCell::default(),
+            cached_frames: Cell::default(),
             shared: RefCell::default(),
+            shared_bytes: Cell::default(),
             notes: RefCell::default(),
         }
     }
@@ -125,6 +131,7 @@ impl Symbols {
         self.access.borrow_mut().forget_module(module.name());
         self.modules.borrow_mut().add(module);
         self.cached.borrow_mut().clear();
+        self.cached_frames.set(0);
     }
 
     /// The function that holds `address`.
@@ -170,9 +177,10 @@ impl Symbols {
             return frames.clone();
         }
         let (frames, complete) = self.find_frames(ip, position);
-        let mut cached = self.cached.borrow_mut();
-        if complete && cached.len() < CACHED_MAX {
-            cached.insert((ip, position), frames.clone());
+        let all = self.cached_frames.get() + frames.len();
+        if complete && all <= CACHED_MAX {
+            self.cached_frames.set(all);
+            self.cached.borrow_mut().insert((ip, position), frames.clone());
         }
         frames
     }
@@ -279,7 +287,9 @@ impl Symbols {
             return text.clone();
         }
         let text: Arc<str> = text.into();
-        if shared.len() < SHARED_MAX {
+        let all = self.shared_bytes.get() + text.len();
+        if all <= SHARED_MAX {
+            self.shared_bytes.set(all);
             shared.insert(text.clone());
         }
         text

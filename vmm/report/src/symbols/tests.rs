@@ -465,6 +465,44 @@ fn symbol_any(bytes: &[u8], name: &str) -> u64 {
 }
 
 #[test]
+fn inlined_functions_of_an_address_are_bounded() {
+    let mut source =
+        "volatile int x;\n#define F static inline __attribute__((always_inline)) void\n\
+                      F f0(void) { x = 1; }\n"
+            .to_owned();
+    for i in 1..DEPTH_MAX + 10 {
+        source += &format!("F f{i}(void) {{ f{}(); }}\n", i - 1);
+    }
+    source += &format!("void _start(void) {{ f{}(); for (;;); }}\n", DEPTH_MAX + 9);
+    let bytes = build("kernel.c", &source, &["-g", "-O1"]);
+    let start = symbol(&bytes, "_start");
+    let frames = inlined(&Symbols::from_elf(bytes), start);
+    assert_eq!(frames.len(), DEPTH_MAX);
+    let names = |frame: &Frame| frame.symbol.as_deref().map(str::to_owned);
+    assert_eq!((names(&frames[0]), names(&frames[DEPTH_MAX - 1])), named("f0", "_start"));
+}
+
+fn named(first: &str, last: &str) -> (Option<String>, Option<String>) {
+    (Some(first.to_owned()), Some(last.to_owned()))
+}
+
+#[test]
+fn what_is_kept_is_bounded() {
+    let symbols = Symbols::from_elf(kernel());
+    for i in 0..2 * CACHED_MAX as u64 {
+        symbols.frames(i, Position::Instruction);
+    }
+    let kept: usize = symbols.cached.borrow().values().map(Vec::len).sum();
+    assert_eq!((kept, symbols.cached_frames.get()), (CACHED_MAX, CACHED_MAX));
+    for i in 0..100 {
+        symbols.share(&format!("{i}{}", "x".repeat(SHARED_MAX / 64)));
+    }
+    let bytes: usize = symbols.shared.borrow().iter().map(|text| text.len()).sum();
+    assert!(bytes == symbols.shared_bytes.get() && bytes <= SHARED_MAX);
+    assert_eq!(symbols.shared.borrow().len(), 63);
+}
+
+#[test]
 fn symbols_can_move_to_another_thread() {
     fn moves<T: Send>(_: T) {}
     moves(Symbols::from_elf(vec![]));

@@ -87,8 +87,7 @@ fn nothing_outside_of_the_folders_is_opened() {
     .expect("a pipe");
     let mut files = SourceFiles::new(std::slice::from_ref(&root), None);
     let [root, top] = [&root, &top].map(|path| path.to_str().expect("UTF-8"));
-    let cwd = std::env::current_dir().expect("it is there");
-    let own = cwd.join("src/lib.rs");
+    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs");
     assert!(own.exists(), "the next ones could be opened");
     for path in [
         secret.to_str().expect("UTF-8"),
