@@ -282,6 +282,20 @@ impl Started {
     }
 }
 
+/// The processes that a process has started, and that have not ended.
+pub fn children(parent: i32) -> Vec<i32> {
+    let all = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let ours = pids.filter(|pid| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // Behind the name, which is in parentheses: the state and the parent.
+        let mut rest = stat.rsplit(") ").next().unwrap_or_default().split(' ');
+        rest.next().is_some_and(|state| state != "Z")
+            && rest.next().is_some_and(|of| of == parent.to_string())
+    });
+    ours.collect()
+}
+
 /// The end of some output, for a message.
 fn tail(output: &[u8]) -> String {
     String::from_utf8_lossy(&output[output.len().saturating_sub(3000)..]).into_owned()

@@ -13,10 +13,10 @@ use umbra_machine::layout;
 use umbra_machine::loader::Protocol;
 use umbra_provenance::QuarantineSize;
 use umbra_report::text::{self, TextStyle};
-use umbra_report::{CpuState, Names, RunSummary, Target, html, sarif};
+use umbra_report::{CpuState, Names, RunSummary, SourceRoots, Target, html, sarif};
 
 use crate::demo;
-use crate::outputs::{one_file_each, output, target};
+use crate::outputs::{one_file_each, output, source_roots, target};
 use crate::print::{FindingPrinter, in_full, say, size, stderr_color};
 use crate::sandbox::{
     self, Config, Console, DebugExit, GuestFile, Irqchip, Outcome, Redzone, RunError, RunReport,
@@ -97,6 +97,11 @@ struct Run {
     /// Write an HTML page about the run, when it has ended.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+    /// Show source lines on the HTML page from this folder, and from no other. Links in it are not
+    /// followed. Can be given more than once. Default: the top of the current directory's Git tree,
+    /// or else the current directory.
+    #[arg(long, value_name = "DIR", requires = "html")]
+    source_root: Vec<PathBuf>,
     /// Write the findings as a SARIF 2.1.0 log, when the run has ended. Paths of sources in it are
     /// relative to the current directory.
     #[arg(long, value_name = "FILE")]
@@ -146,6 +151,9 @@ struct Demo {
     /// Write an HTML page about the run.
     #[arg(long, value_name = "FILE", conflicts_with = "list")]
     html: Option<PathBuf>,
+    /// Show source lines on the HTML page from this folder, as for `run`.
+    #[arg(long, value_name = "DIR")]
+    source_root: Vec<PathBuf>,
 }
 
 /// What `run` and `demo` have in common.
@@ -293,6 +301,7 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
         ("--sarif", args.sarif.as_deref()),
     ];
     one_file_each(&files)?;
+    let roots = source_roots(&args.source_root)?;
     let page = target(args.html.as_deref())?;
     let log = target(args.sarif.as_deref())?;
     let json = args.findings.as_deref().map(output).transpose()?;
@@ -327,7 +336,7 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
         serde_json::to_writer_pretty(&mut stats, &report.stats)?;
         stats.write_all(b"\n").and_then(|()| stats.flush()).context("cannot write --stats")?;
     }
-    write_reports(args, &report.summary(&config), names, page, log)?;
+    write_reports(args, &report.summary(&config), names, page.map(|page| (page, roots)), log)?;
     if lost.load(Relaxed) {
         bail!("cannot write --findings");
     }
@@ -339,13 +348,14 @@ fn write_reports(
     args: &Run,
     run: &RunSummary,
     names: Names,
-    page: Option<Target>,
+    page: Option<(Target, SourceRoots)>,
     log: Option<Target>,
 ) -> Result<()> {
     let kernel = args.kernel.to_string_lossy();
-    if let Some(target) = page {
+    if let Some((target, roots)) = page {
         let file = Some(args.kernel.as_path());
-        let page = html::Page { kernel: &kernel, file, run, names, verdicts: Vec::new() };
+        let roots = &roots;
+        let page = html::Page { kernel: &kernel, file, roots, run, names, verdicts: Vec::new() };
         target.write(|out| html::write(out, &page)).context("cannot write --html")?;
     }
     if let Some(target) = log {
@@ -413,6 +423,7 @@ fn demo(args: &Demo, stop: &AtomicBool) -> Result<u8> {
         // Unchecked, the others would really corrupt memory.
         chosen.retain(|scenario| scenario.expected.is_empty());
     }
+    let roots = source_roots(&args.source_root)?;
     let page = target(args.html.as_deref())?;
     let folder = args.out.as_deref().map(demo::Folder::new).transpose()?;
     let shown = match (args.quiet, args.verbose || !args.scenarios.is_empty()) {
@@ -424,7 +435,7 @@ fn demo(args: &Demo, stop: &AtomicBool) -> Result<u8> {
         picture: page.is_some() || folder.is_some(),
         ..args.guest.config(kernel.into(), String::new())
     };
-    demo::run(&config, &chosen, demo::Outputs { shown, page, folder }, stop)
+    demo::run(&config, &chosen, demo::Outputs { shown, page, folder, roots }, stop)
 }
 
 /// Restores the terminal when a signal ends the process, or ends the run.
@@ -445,8 +456,10 @@ fn restore_terminal_at_signals() {
     }
 }
 
-/// Parses the command line and executes it.
+/// Parses the command line and executes it. To be called first in a program's `main`, since it
+/// calls [`symbol_worker`](crate::symbol_worker).
 pub fn main() -> ExitCode {
+    crate::symbol_worker();
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
         .format_timestamp(None)
         .format_target(false)

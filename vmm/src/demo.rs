@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use umbra_report::text::{self, TextStyle};
-use umbra_report::{Finding, Names, Target, html, json};
+use umbra_report::{Finding, Names, SourceRoots, Target, html, json};
 
 use crate::kernel::{Expected, Scenario};
 use crate::print::{FindingPrinter, say, size};
@@ -69,6 +69,8 @@ pub(crate) struct Outputs {
     pub page: Option<Target>,
     /// A folder for all findings as text and as JSON, and for the page.
     pub folder: Option<Folder>,
+    /// The folders that the page's source lines may come from.
+    pub roots: SourceRoots,
 }
 
 /// A folder with all that a run found.
@@ -210,6 +212,7 @@ fn write_outputs(
     let page = html::Page {
         kernel: "the built-in test kernel",
         file: None,
+        roots: &outputs.roots,
         run: &report.summary(config),
         names: Names::Demangled,
         verdicts: verdicts.iter().map(row).collect(),

@@ -18,3 +18,4 @@ pub mod verdicts;
 pub use umbra_machine as machine;
 pub use umbra_provenance as provenance;
 pub use umbra_report as report;
+pub use umbra_report::symbol_worker;

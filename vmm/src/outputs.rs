@@ -2,10 +2,10 @@
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use umbra_report::Target;
+use umbra_report::{SourceRoots, Target};
 
 /// Opens a file to write, or standard output for `-`.
 pub(crate) fn output(path: &Path) -> Result<Box<dyn Write + Send>> {
@@ -21,6 +21,17 @@ pub(crate) fn target(path: Option<&Path>) -> Result<Option<Target>> {
     let target =
         |path: &Path| Target::new(path).with_context(|| format!("cannot write {}", path.display()));
     path.map(target).transpose()
+}
+
+/// The folders that source lines may come from: those that are named, or else that of the current
+/// directory.
+pub(crate) fn source_roots(folders: &[PathBuf]) -> Result<SourceRoots> {
+    if folders.is_empty() {
+        return Ok(SourceRoots::of_current_directory());
+    }
+    SourceRoots::new(folders).map_err(|(path, error)| {
+        anyhow::Error::new(error).context(format!("cannot read --source-root {}", path.display()))
+    })
 }
 
 /// Fails if two options name one file: only one of them would be left.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use umbra_report::text::{self, TextStyle};
-use umbra_report::{Finding, Names, json};
+use umbra_report::{Finding, Names, json, printable};
 
 use crate::sandbox::Observer;
 
@@ -55,7 +55,7 @@ pub(crate) fn stderr_color() -> bool {
 
 /// Prints a line to standard error. If that is closed, only the exit status is left.
 pub(crate) fn say(what: std::fmt::Arguments) {
-    let _ = writeln!(io::stderr().lock(), "umbra: {what}");
+    let _ = writeln!(io::stderr().lock(), "umbra: {}", printable(&what.to_string()));
 }
 
 /// An error with its causes. Some errors name their cause already; it is not repeated.

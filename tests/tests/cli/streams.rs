@@ -1,5 +1,7 @@
 //! Signals, pipes, terminals.
 
+use umbra_tests::program::children;
+
 use super::*;
 
 /// A kernel that reports once and then never ends.
@@ -37,7 +39,8 @@ pub fn ctrl_c_ends_it_in_order() {
     }
 }
 
-/// After `kill -9` nothing is left: no process of its group, and no child of this process.
+/// After `kill -9` nothing is left: no process of its group, no child of this process, and not the
+/// one that reads symbols, which sees that nobody is there to ask any more.
 pub fn a_kill_leaves_nothing_behind() {
     let mut umbra = umbra().file(&one_finding_and_no_end()).args("--keep-going");
     umbra.command().process_group(0);
@@ -56,6 +59,8 @@ pub fn a_kill_leaves_nothing_behind() {
         })
     };
     assert!(guests(), "it runs");
+    let workers = children(group);
+    assert_eq!(workers.len(), 1, "one that reads symbols");
     started.signal(libc::SIGKILL);
     let run = started.wait();
     assert_eq!(run.code(), None);
@@ -63,6 +68,14 @@ pub fn a_kill_leaves_nothing_behind() {
     // SAFETY: only asks whether the group has a member.
     let gone = unsafe { libc::kill(-group, 0) } == -1;
     assert!(gone, "the group has a member left");
+    let begin = Instant::now();
+    let lives = |pid: &i32| {
+        fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == Path::new(PROGRAM))
+    };
+    while workers.iter().any(lives) {
+        assert!(begin.elapsed() < Duration::from_secs(60), "a worker is left");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// Both ends of a pipe.

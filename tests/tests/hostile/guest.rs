@@ -216,7 +216,12 @@ impl Guest {
 
     /// The ELF file.
     pub fn elf(&mut self) -> Vec<u8> {
+        self.builder().build()
+    }
+
+    /// The ELF file, to add to it.
+    pub fn builder(&mut self) -> ElfBuilder {
         let code = self.asm.assemble(CODE).expect("code that can be encoded");
-        ElfBuilder::new(CODE).segment(CODE, code).segment(DATA, self.data.clone()).build()
+        ElfBuilder::new(CODE).segment(CODE, code).segment(DATA, self.data.clone())
     }
 }

@@ -69,7 +69,7 @@ fn halts() {
 fn panics_and_resets() {
     let run = quiet(
         linux(|g| {
-            print(g, "[    0.1] Kernel panic - not syncing: \x1b[31mfirst\n")?;
+            print(g, "[    0.1] Kernel panic - not syncing: \x1b[31mfirst\u{202e}\u{200b}\n")?;
             print(g, "Kernel panic - not syncing: second\n")?;
             out(g, 0x64, &[0xfe])
         }),
@@ -77,7 +77,8 @@ fn panics_and_resets() {
     );
     run.expect(3);
     assert_eq!(run.outcome(), "panic");
-    assert!(run.stderr.contains("the guest panicked: [31mfirst"), "{}", run.stderr);
+    let shown = r"the guest panicked: \u{1b}[31mfirst\u{202e}\u{200b}";
+    assert!(run.stderr.contains(shown), "{}", run.stderr);
 }
 
 fn panics_and_stays() {

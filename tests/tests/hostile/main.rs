@@ -3,6 +3,7 @@
 
 mod calls;
 mod crash;
+mod files;
 mod guest;
 mod linux;
 mod smp;
@@ -34,9 +35,15 @@ const PATIENCE: Duration = Duration::from_secs(300);
 /// standard error.
 #[track_caller]
 fn run(mut guest: Guest, args: &str) -> Run {
+    run_file(&guest.elf(), args)
+}
+
+/// As [`run`], for a kernel's file.
+#[track_caller]
+fn run_file(kernel: &[u8], args: &str) -> Run {
     let mut umbra = Umbra::new(PROGRAM, "run")
         .patience(PATIENCE)
-        .file(&guest.elf())
+        .file(kernel)
         .arg("--memory")
         .arg(RAM.to_string())
         .args(args)
@@ -72,9 +79,8 @@ fn ring0_is_emulated() -> bool {
 fn main() -> ExitCode {
     let mut suite = Suite::default();
     let kvm = Need::kvm().and(&Need::machine());
-    for (name, test) in
-        calls::ALL.iter().chain(crash::ALL).chain(linux::ALL).chain(windows::ALL).chain(smp::ALL)
-    {
+    let all = [calls::ALL, crash::ALL, files::ALL, linux::ALL, windows::ALL, smp::ALL];
+    for (name, test) in all.into_iter().flatten() {
         suite.add(*name, &kvm, test);
     }
     suite.run()

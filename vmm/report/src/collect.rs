@@ -112,9 +112,13 @@ impl Findings {
         Self { kept, index, uses, distinct, limit, dropped: 0 }
     }
 
-    /// Adds a finding. Where bugs count, all uses of one freed object are one bug: what is wrong is
-    /// that it was freed.
+    /// Adds a finding. Its texts are made printable, they and its stacks are shortened to bounded
+    /// sizes, and a note says so.
+    ///
+    /// Where bugs count, all uses of one freed object are one bug: what is wrong is that it was
+    /// freed.
     pub fn add(&mut self, finding: Finding) -> Added {
+        let finding = finding.bounded();
         let freed = match self.distinct {
             Distinct::Bugs => FreedObject::of(&finding),
             Distinct::Places => None,

@@ -5,9 +5,10 @@ use std::io::{self, Write};
 use serde::Serialize;
 
 use super::Frame;
+use super::bounds::BoundedLines;
 use super::headline::place;
-use super::printable::NO_SYMBOL;
-use super::text::{TextStyle, write_frames};
+use super::printable::{NO_SYMBOL, printable};
+use super::text::{REPORT_MAX, TextStyle, write_frames};
 
 /// The general registers and those that explain a fault, in the guest's own values.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -49,11 +50,18 @@ pub struct CpuState {
 }
 
 impl CpuState {
-    /// Writes the state as lines of text, like those of a Linux oops.
+    /// Writes the state as lines of text, like those of a Linux oops, at most as many as of a
+    /// finding.
     ///
     /// # Errors
     /// An error of `out`.
     pub fn write(&self, out: &mut dyn Write, style: TextStyle) -> io::Result<()> {
+        let mut lines = BoundedLines::new(out, REPORT_MAX);
+        self.write_lines(&mut lines, style)?;
+        lines.finish().map(drop)
+    }
+
+    fn write_lines(&self, out: &mut dyn Write, style: TextStyle) -> io::Result<()> {
         let r = &self.registers;
         let at = self.frames.iter().find(|frame| !frame.inlined);
         let at = at.and_then(|frame| place(frame, style.names));
@@ -72,7 +80,7 @@ impl CpuState {
         writeln!(out, "Call Trace:")?;
         write_frames(out, &self.frames, style)?;
         for note in &self.notes {
-            writeln!(out, "Note: {note}")?;
+            writeln!(out, "Note: {}", printable(note))?;
         }
         Ok(())
     }
@@ -98,11 +106,11 @@ mod tests {
         let mut text = Vec::new();
         state.write(&mut text, TextStyle::default()).expect("memory takes all");
         let text = String::from_utf8(text).expect("text");
-        assert!(text.starts_with("CPU 2 was in spin?[2J+0x4/0x20\n"), "{text}");
+        assert!(text.starts_with("CPU 2 was in spin\\u{1b}[2J+0x4/0x20\n"), "{text}");
         for part in ["RIP: ffffffff80001234", "R15: 0000000000000f15", "CR3: ", "Note: odd\n"] {
             assert!(text.contains(part), "{part} in {text}");
         }
-        assert!(text.contains("Call Trace:\n spin?[2J+0x4/0x20\n"), "{text}");
+        assert!(text.contains("Call Trace:\n spin\\u{1b}[2J+0x4/0x20\n"), "{text}");
         let unknown = CpuState::default();
         let mut text = Vec::new();
         unknown.write(&mut text, TextStyle::default()).expect("memory takes all");

@@ -26,7 +26,7 @@ impl Finding {
             (Some(name), Some(place)) if !of_the_elf.is_some_and(is_only_tool) => {
                 Some(format!("{}, inlined into {place}", printable(name)))
             }
-            (Some(name), _) => Some(printable(name)),
+            (Some(name), _) => Some(printable(name).into_owned()),
             (None, place) => place,
         };
         format!("BUG: KASAN: {} in {}", self.kind, place.as_deref().unwrap_or(NO_SYMBOL))

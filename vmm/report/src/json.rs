@@ -21,6 +21,9 @@ struct Line<'a> {
     finding: &'a Finding,
 }
 
+/// Most bytes of a line. It follows from the bounds of a finding in [`Findings`](super::Findings).
+pub const LINE_MAX: usize = 512 << 10;
+
 /// Writes `finding` as one line of JSON, with its line end.
 ///
 /// Fields are those of [`Finding`], whose documentation says how addresses are written, and before

@@ -9,6 +9,7 @@
 
 #![warn(clippy::missing_errors_doc)]
 
+mod bounds;
 mod collect;
 mod cpu;
 mod file;
@@ -22,9 +23,11 @@ pub mod json;
 mod printable;
 mod run;
 pub mod sarif;
+mod source;
 pub mod stack;
 pub mod symbols;
 pub mod text;
+mod worker;
 
 pub use collect::{Added, DEFAULT_LIMIT, Distinct, Findings};
 pub use cpu::{CpuState, Registers};
@@ -34,4 +37,7 @@ pub use finding::{
     Task, Track, Variable,
 };
 pub use identity::{FUNCTIONS, Fingerprint, Identity};
+pub use printable::{printable, printable_keeping};
 pub use run::{PageCounts, PageMap, Picture, RunSummary, Sample, ShadowSummary};
+pub use source::{ROOTS_MAX, SourceRoots};
+pub use worker::symbol_worker;

@@ -32,6 +32,8 @@ use super::{AccessKind, Finding, Frame, RunSummary};
 const GITHUB: &str = "primaryLocationLineHash";
 /// Umbra's own name for it, with the version of the fingerprint.
 const OWN: &str = "umbraFinding/v1";
+/// Most bytes of a path.
+const PATH_MAX: usize = 1024;
 /// The base of relative paths, by the name that viewers know.
 const SOURCE_ROOT: &str = "%SRCROOT%";
 
@@ -74,7 +76,7 @@ impl Log<'_> {
         let invocation = Invocation::builder()
             .execution_successful(matches!(self.run.status, 0 | 1))
             .exit_code(i64::from(self.run.status))
-            .exit_code_description(printable(&self.run.outcome))
+            .exit_code_description(printable(&self.run.outcome).into_owned())
             .build();
         let run = Run::builder()
             .tool(Tool::builder().driver(driver).build())
@@ -136,7 +138,7 @@ impl Log<'_> {
         let logical = name.map(|name| {
             vec![
                 LogicalLocation::builder()
-                    .fully_qualified_name(printable(name))
+                    .fully_qualified_name(printable(name).into_owned())
                     .kind("function")
                     .build(),
             ]
@@ -151,7 +153,8 @@ impl Log<'_> {
         let line = frame.line?;
         let root = self.root.and_then(|root| components(root.to_str()?));
         let below = frame.path.as_deref().and_then(|path| {
-            let path = components(path).filter(|_| path.starts_with('/'))?;
+            let short = path.starts_with('/') && path.len() <= PATH_MAX;
+            let path = components(path).filter(|_| short)?;
             Some(path.strip_prefix(&root?[..])?.join("/"))
         });
         let in_root = below.is_some();

@@ -6,13 +6,15 @@
 //! and additions to it (its source line, the functions inlined into it) are on lines below it that
 //! hold no such text.
 //!
-//! Names from the guest are printed without control characters, so that a guest cannot forge a
+//! Names from the guest pass [`printable`], so that a guest cannot forge a
 //! report or control a terminal.
 
+use std::borrow::Cow;
 use std::io::{self, Write};
 
 use anstyle::{AnsiColor, Style};
 
+use super::bounds::BoundedLines;
 use super::frame::StackFrame;
 use super::headline::place;
 use super::printable::printable;
@@ -35,12 +37,18 @@ const HEADING: Style = AnsiColor::Cyan.on_default();
 const CARET: Style = AnsiColor::Red.on_default().bold();
 const ASIDE: Style = Style::new().dimmed();
 
-/// Writes `finding` as a KASAN report.
+/// Most bytes of a report, but for its last lines.
+pub const REPORT_MAX: usize = 64 << 10;
+
+/// Writes `finding` as a KASAN report. Of one longer than [`REPORT_MAX`], lines are left out, and
+/// one line says how many.
 ///
 /// # Errors
 /// An error of `out`.
 pub fn write(out: &mut dyn Write, finding: &Finding, style: TextStyle) -> io::Result<()> {
-    ReportWriter { out, style }.finding(finding)
+    let mut lines = BoundedLines::new(out, REPORT_MAX);
+    ReportWriter { out: &mut lines, style }.finding(finding)?;
+    ReportWriter { out: lines.finish()?, style }.end(finding)
 }
 
 /// Writes the lines of a stack.
@@ -155,6 +163,11 @@ impl ReportWriter<'_> {
             let style = self.paint(ASIDE);
             writeln!(self.out, "{style}Note: {}{style:#}", printable(note))?;
         }
+        Ok(())
+    }
+
+    /// The lines that no report lacks.
+    fn end(&mut self, finding: &Finding) -> io::Result<()> {
         let style = self.paint(ASIDE);
         writeln!(self.out, "{style}Fingerprint: {}{style:#}", finding.fingerprint())?;
         writeln!(self.out, "{SEPARATOR}")
@@ -290,7 +303,7 @@ pub(super) fn relation(offset: i128, size: u64) -> String {
     }
 }
 
-fn name(task: &Task) -> String {
+fn name(task: &Task) -> Cow<'_, str> {
     if task.name.is_empty() { UNKNOWN_TASK.into() } else { printable(&task.name) }
 }
 
@@ -298,7 +311,7 @@ fn source(file: Option<&str>, line: Option<u32>) -> Option<String> {
     let file = printable(file?);
     Some(match line {
         Some(line) => format!("{file}:{line}"),
-        None => file,
+        None => file.into_owned(),
     })
 }
 

@@ -10,6 +10,10 @@ use crate::shadow::Notify;
 
 /// A run of a kernel, which [`Sandbox::run`] starts.
 ///
+/// A program that runs kernels that it does not trust calls
+/// [`symbol_worker`](crate::symbol_worker) first in its `main`: then another process parses their
+/// symbols and debug information.
+///
 /// ```no_run
 /// use std::time::Duration;
 ///

@@ -1,7 +1,12 @@
 //! Watches the guest's console: keeps its last lines and, if the guest is Linux, recognises a panic
 //! and a regular stop.
+//!
+//! The console itself is a terminal, and what a guest writes goes there as it is. What is kept here
+//! is for messages and figures, and is printable.
 
 use std::collections::VecDeque;
+
+use umbra_report::printable_keeping;
 
 /// Lines that are kept.
 const LINES: usize = 64;
@@ -49,13 +54,12 @@ impl ConsoleWatch {
     /// Handles a line, without its end.
     pub(super) fn line(&mut self, line: &[u8]) -> Sign {
         let line = String::from_utf8_lossy(&line[..line.len().min(LINE_BYTES)]);
-        let line: String =
-            line.trim_end().chars().filter(|c| !c.is_control() || *c == '\t').collect();
+        let line = printable_keeping(line.trim_end(), &['\t']);
         let sign = if self.linux { self.sign(&line) } else { Sign::None };
         if self.lines.len() >= LINES {
             self.lines.pop_front();
         }
-        self.lines.push_back(line);
+        self.lines.push_back(line.into_owned());
         sign
     }
 
@@ -159,6 +163,10 @@ mod tests {
         }
         assert_eq!(watch.lines().count(), LINES);
         assert!(watch.lines().all(|line| line.len() <= 3 * LINE_BYTES && !line.contains('\x1b')));
+        assert!(watch.lines().any(|line| line == "\\u{1b}[31mred\u{fffd}\\u{0}"));
+        let panic = "Kernel panic - not syncing: x\x1b[2J\u{202e}y\u{200b}z";
+        watch.line(panic.as_bytes());
+        assert_eq!(watch.panic(), Some(r"x\u{1b}[2J\u{202e}y\u{200b}z"));
     }
 
     #[test]

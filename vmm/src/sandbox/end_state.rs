@@ -115,7 +115,8 @@ impl Dispatcher {
         ends: impl Iterator<Item = (u8, EndState)>,
         ram: &Ram,
     ) -> Vec<CpuState> {
-        ends.map(|(cpu, end)| end.describe(cpu, self, ram)).collect()
+        self.guest.symbols().begin();
+        ends.map(|(cpu, end)| end.describe(cpu, self, ram).bounded()).collect()
     }
 
     /// The guest has triple-faulted. If that was in a check's lookup, the checked access is bad,

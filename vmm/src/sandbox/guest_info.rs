@@ -86,6 +86,7 @@ impl GuestInfo {
 
     /// The location of the instruction at `rip`, for a message.
     pub(super) fn location(&self, rip: u64) -> String {
+        self.symbols.begin();
         CodeLocation::new(rip, &self.symbols).to_string()
     }
 

@@ -21,8 +21,9 @@ pub(super) struct Known<'a> {
 }
 
 impl Dispatcher {
-    /// What is known now.
+    /// What is known now, for another finding.
     pub(super) fn known(&self) -> Known<'_> {
+        self.guest.symbols().begin();
         Known { shadow: &self.shadow, provenance: &self.provenance, guest: &self.guest }
     }
 }

@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-use umbra_report::Frame;
 use umbra_report::symbols::{Position, Symbols};
+use umbra_report::{Frame, printable};
 
 /// A location in the guest's code, for a message.
 pub struct CodeLocation {
@@ -25,6 +25,23 @@ impl fmt::Display for CodeLocation {
         else {
             return Ok(());
         };
-        write!(f, ", in {symbol}+{:#x}", frame.offset)
+        write!(f, ", in {}+{:#x}", printable(symbol), frame.offset)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_in_a_message_is_printable() {
+        let symbol = "f\x1b]0;title\x07\x1b[2J\numbra: clean\u{202e}";
+        let frame = Frame { symbol: Some(symbol.into()), offset: 4, ..Frame::unknown(0x1000) };
+        let place = CodeLocation { rip: 0x1000, frame: Some(frame) }.to_string();
+        assert!(
+            place.starts_with(r"rip 0x1000, in f\u{1b}]0;title\u{7}\u{1b}[2J\u{a}umbra"),
+            "{place}"
+        );
+        assert!(place.ends_with(r"clean\u{202e}+0x4"), "{place}");
     }
 }

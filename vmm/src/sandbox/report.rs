@@ -26,7 +26,10 @@ pub enum RunError {
     Thread(std::io::Error),
     #[error("a vCPU's thread panicked: this is a bug in Umbra")]
     Panicked,
-    #[error("{0}, but the run cannot be ended in good order: is its output being read?")]
+    #[error(
+        "{0}, but the run cannot be ended in good order: a vCPU's thread is still busy. Is its \
+         output being read?"
+    )]
     Abandoned(Outcome),
 }
 

@@ -22,7 +22,7 @@ use umbra_machine::{Kvm, Machine, MachineConfig, MachineError, layout};
 use umbra_provenance::rings::Clock;
 use umbra_provenance::{ObjectLimits, Objects, Provenance, Quarantine, quarantine};
 use umbra_report::Picture;
-use umbra_report::symbols::Symbols;
+use umbra_report::symbols::{Deadline, Symbols};
 use umbra_shadow::abi::Features;
 
 use super::console::ConsoleWatch;
@@ -49,6 +49,10 @@ const TICK: Duration = Duration::from_millis(20);
 const HALT_CHECK: Duration = Duration::from_millis(500);
 /// The interval is the run's time until then, divided by this, so that short runs end soon.
 const HALT_CHECK_PART: u32 = 8;
+/// How long a lookup of symbols may go on when the run is to end.
+const LOOKUP_END: Duration = Duration::from_millis(500);
+/// How long the lookups may take that tell of the end.
+const LAST_LOOKUPS: Duration = Duration::from_secs(3);
 
 /// Runs a kernel to its end. `console` is its serial port, `observer` gets its findings, and `stop`
 /// ends the run.
@@ -110,9 +114,11 @@ fn set_up(
         Some(_) => Quarantine::new(config.quarantine.bytes(config.memory), config.cpus),
         None => Quarantine::new(0, 1),
     };
+    let lookups = Deadline::default();
     let kernel = config.kernel.clone();
     let symbols = Symbols::lazy(move || kernel.contents().map_err(std::io::Error::other))
-        .with_modules_in(config.modules.clone());
+        .with_modules_in(config.modules.clone())
+        .with_deadline(lookups.clone());
     let dispatcher = Dispatcher::new(
         Devices::new(output, com1).with_debug_exit(config.debug_exit.success(linux)),
         RunShadow::new(windows),
@@ -132,6 +138,7 @@ fn set_up(
         counters,
         stop: AtomicBool::new(false),
         quit: AtomicBool::new(false),
+        lookups,
         dispatcher: Mutex::new(dispatcher),
     });
     let input = console.input.filter(|_| linux);
@@ -283,6 +290,9 @@ impl Running {
         // A limit that overflows the clock is none.
         let deadline =
             config.timeout.and_then(|limit| Some((Instant::now().checked_add(limit)?, limit)));
+        if let Some((_, limit)) = deadline {
+            self.shared.lookups.set(limit.saturating_add(LOOKUP_END));
+        }
         let mut halts = HaltCheck::new();
         loop {
             let tick = deadline
@@ -325,6 +335,7 @@ impl Running {
         let Some(mut dispatcher) = shared.dispatcher_in_time() else {
             return Err(RunError::Abandoned(outcome));
         };
+        shared.lookups.set(LAST_LOOKUPS);
         if left_behind {
             log::warn!("the host does not let go of a vCPU; its thread is left behind");
         }
@@ -361,6 +372,7 @@ impl Running {
     /// Gets all vCPUs out of the guest and joins their threads. Returns how the run ended, and
     /// whether a thread had to be left behind.
     fn end_threads(&mut self, outcome: Option<Outcome>) -> Result<(Outcome, bool), RunError> {
+        self.shared.lookups.set(LOOKUP_END);
         self.shared.stop.store(true, SeqCst);
         let left_behind = !self.shared.vcpus.end(&self.threads);
         // The guest may just have ended the run itself.
@@ -398,7 +410,9 @@ impl HaltCheck {
         }
         let rip = shared.vcpus.halted_for_good();
         if let (true, Some(rip)) = (std::mem::replace(&mut self.halted, rip.is_some()), rip) {
-            let place = shared.dispatcher().guest.location(rip);
+            shared.lookups.set(LAST_LOOKUPS);
+            let place = shared.dispatcher_in_time().map(|state| state.guest.location(rip));
+            let place = place.unwrap_or_else(|| format!("rip {rip:#x}"));
             return Some(Outcome::HaltedForGood { place });
         }
         shared.vcpus.check_halted();

@@ -7,6 +7,7 @@ use std::time::Duration;
 use parking_lot::{Mutex, MutexGuard};
 use umbra_machine::stats::Counters;
 use umbra_machine::{Machine, MemslotId};
+use umbra_report::symbols::Deadline;
 use vm_memory::GuestAddress;
 
 use super::dispatch::Dispatcher;
@@ -51,6 +52,8 @@ pub(super) struct Shared {
     pub(super) stop: AtomicBool,
     /// The user typed the key that ends the run.
     pub(super) quit: AtomicBool,
+    /// When lookups of symbols have to end.
+    pub(super) lookups: Deadline,
     /// The state. The lock is fair: a vCPU that makes one exit after the other does not keep the
     /// others waiting. A panic does not poison it. The panic shows when its thread is joined, and
     /// the findings are still good.

@@ -1,11 +1,11 @@
-//! Text out of the guest, its ELF or a file. `maud` escapes all text; this replaces characters that
+//! Text out of the guest, its ELF or a file. `maud` escapes all text; this escapes characters that
 //! could hide or reorder it.
 
 use maud::Render;
 
-use super::super::printable::printable;
+use super::super::printable::{printable, printable_keeping};
 
-/// Text of one line at most. Characters that could hide or reorder text are replaced.
+/// Text of one line at most. Characters that could hide or reorder text are escaped.
 pub struct Line<T>(pub T);
 
 impl<T: AsRef<str>> Render for Line<T> {
@@ -19,17 +19,8 @@ pub struct Block<T>(pub T);
 
 impl<T: AsRef<str>> Render for Block<T> {
     fn render_to(&self, out: &mut String) {
-        for (i, line) in self.0.as_ref().split('\n').enumerate() {
-            if i > 0 {
-                out.push('\n');
-            }
-            for (j, part) in line.trim_end_matches('\r').split('\t').enumerate() {
-                if j > 0 {
-                    out.push('\t');
-                }
-                printable(part).render_to(out);
-            }
-        }
+        let text = self.0.as_ref().replace("\r\n", "\n");
+        printable_keeping(&text, &['\n', '\t']).render_to(out);
     }
 }
 
@@ -76,9 +67,9 @@ mod tests {
     #[test]
     fn nothing_in_a_name_is_markup() {
         let line = Line("</pre><script>alert('1')&\"\u{202e}\n\x1b").render().into_string();
-        assert_eq!(line, "&lt;/pre&gt;&lt;script&gt;alert('1')&amp;&quot;???");
+        assert_eq!(line, "&lt;/pre&gt;&lt;script&gt;alert('1')&amp;&quot;\\u{202e}\\u{a}\\u{1b}");
         let block = Block("a\tb\r\n<i>\u{7}\n").render().into_string();
-        assert_eq!(block, "a\tb\n&lt;i&gt;?\n");
+        assert_eq!(block, "a\tb\n&lt;i&gt;\\u{7}\n");
     }
 
     #[test]

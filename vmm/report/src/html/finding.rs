@@ -6,7 +6,7 @@ use super::super::text::{self, TextStyle};
 use super::super::{AccessKind, Finding, Frame, Names, Object, Track, Variable};
 use super::escape::{Block, Line, grouped};
 use super::shadow;
-use super::source::{Excerpt, Sources};
+use crate::source::{Excerpt, Sources};
 
 /// Finding number `n` of all, from 1. `open`: shown in full at first.
 pub fn draw(
@@ -17,8 +17,42 @@ pub fn draw(
     sources: &mut Sources,
 ) -> Markup {
     let function = finding.function();
-    let name = function.and_then(|frame| frame.name(names));
     let report = text::to_string(finding, TextStyle { color: false, names });
+    let body = html! {
+        (facts(finding))
+        h4 { "Shadow around the address" }
+        (PreEscaped(shadow::draw(finding)))
+        (stack("Call trace", &finding.frames, function, names, sources))
+        (history(finding, names, sources))
+        @for note in &finding.notes { p.note { "Note: " (Line(note)) "." } }
+        details.text {
+            summary { "The report as text" }
+            pre.scroll tabindex="0" { (Block(report)) }
+        }
+    };
+    article(n, finding, seen, open, names, &body)
+}
+
+/// As [`draw`], without what may be large.
+pub fn draw_briefly(n: usize, (finding, seen): (&Finding, u64), names: Names) -> Markup {
+    let body = html! {
+        (facts(finding))
+        h4 { "Shadow around the address" }
+        (PreEscaped(shadow::draw(finding)))
+        p.note { "Note: the finding is too large for this page: its stacks are left out." }
+    };
+    article(n, finding, seen, false, names, &body)
+}
+
+fn article(
+    n: usize,
+    finding: &Finding,
+    seen: u64,
+    open: bool,
+    names: Names,
+    body: &Markup,
+) -> Markup {
+    let name = finding.function().and_then(|frame| frame.name(names));
     html! {
         article.finding {
             details open[open] {
@@ -33,18 +67,7 @@ pub fn draw(
                         @if seen > 1 { " · seen " (grouped(seen)) "×" }
                     }
                 }
-                div.body id={ "finding-" (n) } {
-                    (facts(finding))
-                    h4 { "Shadow around the address" }
-                    (PreEscaped(shadow::draw(finding)))
-                    (stack("Call trace", &finding.frames, function, names, sources))
-                    (history(finding, names, sources))
-                    @for note in &finding.notes { p.note { "Note: " (Line(note)) "." } }
-                    details.text {
-                        summary { "The report as text" }
-                        pre.scroll tabindex="0" { (Block(report)) }
-                    }
-                }
+                div.body id={ "finding-" (n) } { (body) }
             }
         }
     }
@@ -196,7 +219,8 @@ fn stack(
 /// A frame, with its source lines if they are known.
 fn frame_item(frame: &Frame, open: bool, names: Names, sources: &mut Sources) -> Markup {
     let place = frame.path.as_deref().zip(frame.line);
-    let excerpt = place.and_then(|(path, line)| Some((line, sources.excerpt(path, line)?)));
+    let file = frame.file.as_deref();
+    let excerpt = place.and_then(|(path, line)| Some((line, sources.excerpt(path, file, line)?)));
     html! {
         @if let Some((line, excerpt)) = excerpt {
             details open[open] {

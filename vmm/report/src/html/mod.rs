@@ -1,6 +1,6 @@
 //! A run as one page for a browser, without network, script or font.
 //!
-//! `maud` escapes all text, and `escape` replaces characters that could hide or reorder text of a
+//! `maud` escapes all text, and `escape` escapes characters that could hide or reorder text of a
 //! guest, its ELF or a file. Only the drawings (`chart`, `map`, `shadow`) are written as strings;
 //! they hold numbers and words of their own. Should anything slip through, a content security
 //! policy in the page forbids scripts and any request.
@@ -10,7 +10,6 @@ mod escape;
 mod finding;
 mod map;
 mod shadow;
-mod source;
 
 #[cfg(test)]
 pub(super) mod tests;
@@ -23,10 +22,12 @@ use serde_json::Value;
 
 use self::escape::{Block, Line, grouped, seconds, size};
 use self::finding::fact;
-use self::source::Sources;
-use super::{Names, RunSummary};
+use super::source::Sources;
+use super::{Names, RunSummary, SourceRoots};
 
 const STYLE: &str = include_str!("style.css");
+/// Most bytes of a finding on the page. Of a larger one the stacks are left out.
+pub const FINDING_MAX: usize = 512 << 10;
 /// The number of findings that are open at first.
 const OPEN: usize = 3;
 
@@ -34,8 +35,10 @@ const OPEN: usize = 3;
 pub struct Page<'a> {
     /// The kernel's name.
     pub kernel: &'a str,
-    /// Its file, if it has one: source files are looked for near it.
+    /// Its file, if it has one: sources that are newer are remarked on.
     pub file: Option<&'a Path>,
+    /// The folders that source files may come from.
+    pub roots: &'a SourceRoots,
     /// The run.
     pub run: &'a RunSummary<'a>,
     /// The kind of names of functions.
@@ -63,14 +66,20 @@ pub struct Verdict {
 pub fn write(out: &mut dyn Write, page: &Page) -> io::Result<()> {
     out.write_all(page.start().as_bytes())?;
     let findings = page.run.findings;
-    let mut sources = Sources::new(page.file);
+    let mut sources = Sources::new(page.roots, page.file);
     for (i, found) in findings.iter().enumerate() {
         let open = i < OPEN && findings.distinct() <= OPEN;
         // One by one, since a thousand of them would need much memory.
-        let part = finding::draw(i + 1, found, open, page.names, &mut sources);
-        out.write_all(part.into_string().as_bytes())?;
+        let part = finding::draw(i + 1, found, open, page.names, &mut sources).into_string();
+        if part.len() <= FINDING_MAX {
+            out.write_all(part.as_bytes())?;
+        } else {
+            out.write_all(
+                finding::draw_briefly(i + 1, found, page.names).into_string().as_bytes(),
+            )?;
+        }
     }
-    out.write_all(page.end(sources.exhausted()).as_bytes())
+    out.write_all(page.end(&sources.remarks()).as_bytes())
 }
 
 /// The page around its findings, which are written one by one.
@@ -101,8 +110,8 @@ impl Page<'_> {
         part.into_string()
     }
 
-    /// Everything after the last finding. `cut`: lines of source files are missing.
-    fn end(&self, cut: bool) -> String {
+    /// Everything after the last finding. `remarks`: why lines of source files are missing.
+    fn end(&self, remarks: &[String]) -> String {
         let findings = self.run.findings;
         let part = html! {
             @if findings.dropped() > 0 {
@@ -111,11 +120,7 @@ impl Page<'_> {
                     (grouped(findings.distinct() as u64)) " different ones are kept."
                 }
             }
-            @if cut {
-                p.note {
-                    "There were too many places in the source: some are shown without their lines."
-                }
-            }
+            @for remark in remarks { p.note { (Line(remark)) } }
             (PreEscaped(END))
             (self.verdicts())
             (self.memory())

@@ -46,9 +46,11 @@ pub(crate) fn run<'a>(
     }
 }
 
-fn render(run: &RunSummary, kernel: &str, verdicts: Vec<Verdict>) -> String {
+pub(crate) fn render(run: &RunSummary, kernel: &str, verdicts: Vec<Verdict>) -> String {
     let mut out = Vec::new();
-    let page = Page { kernel, file: None, run, names: Names::Demangled, verdicts };
+    let roots = SourceRoots::default();
+    let names = Names::Demangled;
+    let page = Page { kernel, file: None, roots: &roots, run, names, verdicts };
     write(&mut out, &page).expect("a Vec takes everything");
     let text = String::from_utf8(out).expect("UTF-8");
     well_formed(&text);

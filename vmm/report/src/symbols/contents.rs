@@ -2,13 +2,14 @@
 //! a kernel's debug information may be larger than all other memory of Umbra.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write as _};
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use object::read::ReadCacheOps;
+use rustix::fs::{MemfdFlags, memfd_create};
 
 /// Bytes that are read from disk at once.
 const BLOCK: usize = 4096;
@@ -51,6 +52,22 @@ impl Contents {
     pub fn disk(file: File) -> io::Result<Self> {
         let meta = file.metadata()?;
         Ok(Self::Disk { bytes: meta.len(), modified: meta.modified().ok(), file })
+    }
+
+    /// The same in a file, for another process.
+    pub(super) fn into_file(self) -> io::Result<Self> {
+        let Self::Memory(bytes) = self else { return Ok(self) };
+        let mut file = File::from(memfd_create("kernel", MemfdFlags::CLOEXEC)?);
+        file.write_all(&bytes)?;
+        Self::disk(file)
+    }
+
+    /// The open file, if it is one.
+    pub(super) fn to_file(&self) -> io::Result<File> {
+        match self {
+            Self::Memory(_) => Err(io::ErrorKind::Unsupported.into()),
+            Self::Disk { file, .. } => file.try_clone(),
+        }
     }
 
     /// Its bytes.
@@ -197,8 +214,6 @@ impl Blocks {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write as _;
-
     use super::*;
 
     fn on_disk(bytes: &[u8]) -> (File, Blocks) {

@@ -14,7 +14,7 @@ use super::table::Elf;
 
 /// Time limit of a lookup. The first in a large unit parses that unit, which takes a part of a
 /// second.
-const TIME: Duration = Duration::from_secs(5);
+const TIME: Duration = Duration::from_secs(4);
 /// Lookups after which the parsed data is dropped: it grows with each unit of the kernel that a
 /// lookup reaches.
 const LOOKUPS_MAX: u32 = 48;

@@ -1,55 +1,49 @@
 //! Names and source lines of guest addresses, from the kernel's ELF and DWARF.
 //!
 //! The file is a user's, so nothing in it is trusted: a stripped, truncated or corrupt one gives
-//! frames with addresses and a note that says why ([`Symbols::notes`]), and the work on it is
-//! bounded (see `reader.rs`). Nothing is read before the first lookup, since most runs have no
-//! finding.
+//! frames with addresses and a note that says why ([`Symbols::notes`]). All of it is read in a
+//! process of its own if the program offers that ([`symbol_worker`](crate::symbol_worker)), with
+//! time limits (`access.rs`); and the work on it is bounded (`reader.rs`). Nothing is read before
+//! the first lookup, since most runs have no finding.
 //!
 //! Addresses are those that the kernel was linked at.
 
+mod access;
+pub(crate) mod answers;
 mod contents;
+mod deadline;
 mod dwarf;
 mod modules;
+mod names;
 mod reader;
 mod relocate;
 mod table;
 mod variables;
 
-use std::cell::{Cell, OnceCell, RefCell};
+use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use object::ReadCache;
-
+use self::access::Access;
+use self::answers::{Answer, Code, Name, Question, Reply, Source};
 pub use self::contents::Contents;
-use self::contents::{Blocks, Cursor};
-use self::dwarf::{Dwarf, Found, Source};
+pub use self::deadline::Deadline;
 use self::modules::Modules;
 pub use self::modules::{Module, ModuleSymbol};
-use self::reader::Limits;
-use self::table::{Elf, Entry, Tables};
-use self::variables::Variables;
+pub use self::names::demangle;
 use super::{Frame, Variable};
 
-/// Addresses whose frames are cached, since the stacks of a run are much alike.
-const CACHED_MAX: usize = 4096;
-/// Names and paths that frames share.
-const SHARED_MAX: usize = 4 * CACHED_MAX;
-/// Longest name that is printed, in bytes.
-const NAME_MAX: usize = 1024;
-/// Longest name in the symbol table that is read, in bytes; demangled it may be longer or shorter.
-const SYMBOL_MAX: usize = 64 << 10;
-/// Most files of modules that are kept in memory.
-const MODULE_FILES_MAX: usize = 8;
+/// Frames that are cached, since the stacks of a run are much alike.
+const CACHED_MAX: usize = 16 << 10;
+/// Bytes of names and paths that frames share.
+const SHARED_MAX: usize = 4 << 20;
 /// Most notes that are kept.
-const NOTES_MAX: usize = 8;
-
-/// The note on debug information that makes its parser panic.
-const CORRUPT: &str = "the debug information is corrupt: frames may have no source lines";
+const NOTES_MAX: usize = 12;
+/// Most inlined functions of one address.
+const DEPTH_MAX: usize = 64;
 
 /// The meaning of an address of code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -76,44 +70,17 @@ pub struct Symbol {
     pub module: Option<Arc<str>>,
 }
 
-type Load = Box<dyn FnOnce() -> io::Result<Contents> + Send>;
-
 /// The symbols and the debug information of one kernel.
 pub struct Symbols {
-    load: Cell<Option<Load>>,
-    file: OnceCell<Option<File>>,
+    access: RefCell<Access>,
     modules: RefCell<Modules>,
-    /// Where the files of modules are.
-    modules_folder: Option<PathBuf>,
-    /// These files, by the modules' names, once one was needed.
-    module_paths: OnceCell<HashMap<String, PathBuf>>,
-    /// The debug information of modules, once it was needed; none where there is no file.
-    module_files: RefCell<HashMap<Arc<str>, Option<Box<Symbols>>>>,
     cached: RefCell<HashMap<(u64, Position), Vec<Frame>>>,
+    /// Frames in `cached`.
+    cached_frames: Cell<usize>,
     shared: RefCell<HashSet<Arc<str>>>,
+    /// Bytes of `shared`.
+    shared_bytes: Cell<usize>,
     notes: RefCell<Vec<String>>,
-}
-
-/// The debug information that lines come from.
-#[derive(Default)]
-enum Lines {
-    /// Not opened yet, or closed because it had grown.
-    #[default]
-    Closed,
-    /// There is none.
-    Missing,
-    /// Open.
-    Open(Box<Dwarf>),
-}
-
-/// The kernel's file, once it was needed.
-struct File {
-    contents: Arc<Contents>,
-    blocks: Arc<Blocks>,
-    symbols: Tables,
-    limits: Arc<Limits>,
-    dwarf: RefCell<Lines>,
-    variables: OnceCell<Option<Variables>>,
 }
 
 impl Symbols {
@@ -127,14 +94,12 @@ impl Symbols {
     /// there are no symbols and a note says why.
     pub fn lazy<C: Into<Contents>>(load: impl FnOnce() -> io::Result<C> + Send + 'static) -> Self {
         Self {
-            load: Cell::new(Some(Box::new(move || load().map(Into::into)))),
-            file: OnceCell::new(),
+            access: RefCell::new(Access::new(Box::new(move || load().map(Into::into)))),
             modules: RefCell::default(),
-            modules_folder: None,
-            module_paths: OnceCell::new(),
-            module_files: RefCell::default(),
             cached: RefCell::default(),
+            cached_frames: Cell::default(),
             shared: RefCell::default(),
+            shared_bytes: Cell::default(),
             notes: RefCell::default(),
         }
     }
@@ -143,14 +108,30 @@ impl Symbols {
     /// it.
     #[must_use]
     pub fn with_modules_in(self, folder: Option<PathBuf>) -> Self {
-        Self { modules_folder: folder, ..self }
+        self.access.borrow_mut().set_modules_folder(folder);
+        self
+    }
+
+    /// Lets no lookup go on after this deadline.
+    #[must_use]
+    pub fn with_deadline(self, deadline: Deadline) -> Self {
+        self.access.borrow_mut().set_deadline(deadline);
+        self
+    }
+
+    /// Begins the lookups of another finding, or of something else that is told of: they have some
+    /// seconds together, of which those before took none. What is not found in time lacks names or
+    /// lines, and a note says so.
+    pub fn begin(&self) {
+        self.access.borrow_mut().begin();
     }
 
     /// Adds a module of the kernel. It takes the place of those that were in its memory.
     pub fn add_module(&self, module: Module) {
-        self.module_files.borrow_mut().remove(module.name());
+        self.access.borrow_mut().forget_module(module.name());
         self.modules.borrow_mut().add(module);
         self.cached.borrow_mut().clear();
+        self.cached_frames.set(0);
     }
 
     /// The function that holds `address`.
@@ -158,10 +139,11 @@ impl Symbols {
         if let Some(symbol) = self.modules.borrow().lookup(address) {
             return Some(symbol);
         }
-        let file = self.file()?;
-        let entry = file.symbols.functions.holding(address)?;
-        let (name, linkage) = self.names(file.name(entry)?);
-        Some(Symbol { name, linkage, start: entry.start, size: entry.size, module: None })
+        let question = Question::Code { address, lines: false, module: None };
+        match self.ask(question) {
+            Some(Answer::Code(Code { symbol: Some(symbol), .. })) => Some(self.symbol(&symbol)),
+            _ => None,
+        }
     }
 
     /// The global variable that holds `address`, or else the last one before it in its section,
@@ -170,12 +152,11 @@ impl Symbols {
         if let Some(variable) = self.modules.borrow().lookup_data(address) {
             return Some(variable);
         }
-        let file = self.file()?;
-        let entry = file.symbols.variables.nearest(address)?;
+        let Some(Answer::Data(symbol)) = self.ask(Question::Data { address }) else { return None };
         Some(Variable {
-            name: names(file.name(entry)?).0,
-            start: entry.start,
-            size: entry.size,
+            name: symbol.name.name,
+            start: symbol.start,
+            size: symbol.size,
             ..Variable::default()
         })
     }
@@ -183,15 +164,10 @@ impl Symbols {
     /// Adds the place of declaration to `variable`, if the debug information has it. A compiler's
     /// own description of globals may have it, too, but with the path on its command line.
     pub fn declare(&self, variable: &mut Variable) {
-        let find = || self.variables()?.find(variable.start);
-        // As for frames: a panic must not cost the finding.
-        let found = catch_unwind(AssertUnwindSafe(find)).unwrap_or_else(|_| {
-            self.note(CORRUPT.into());
-            None
-        });
-        let Some(found) = found else { return };
-        variable.file = Some(self.share(shorten(&found.file, found.directory.as_deref())));
-        variable.line = found.line.filter(|line| *line > 0);
+        let answer = self.ask(Question::Declaration { address: variable.start });
+        let Some(Answer::Declaration { file, line }) = answer else { return };
+        variable.file = Some(self.share(&file));
+        variable.line = line;
     }
 
     /// The frames of one address: the functions inlined there, innermost first, and last the
@@ -200,10 +176,11 @@ impl Symbols {
         if let Some(frames) = self.cached.borrow().get(&(ip, position)) {
             return frames.clone();
         }
-        let frames = self.find_frames(ip, position);
-        let mut cached = self.cached.borrow_mut();
-        if cached.len() < CACHED_MAX {
-            cached.insert((ip, position), frames.clone());
+        let (frames, complete) = self.find_frames(ip, position);
+        let all = self.cached_frames.get() + frames.len();
+        if complete && all <= CACHED_MAX {
+            self.cached_frames.set(all);
+            self.cached.borrow_mut().insert((ip, position), frames.clone());
         }
         frames
     }
@@ -215,82 +192,93 @@ impl Symbols {
 
     /// The addresses of the kernel's image; empty if the file does not tell them.
     pub fn image(&self) -> Range<u64> {
-        self.file().map(|file| file.symbols.image.clone()).unwrap_or_default()
+        match self.ask(Question::Image) {
+            Some(Answer::Image { start, end }) => start..end,
+            _ => 0..0,
+        }
     }
 
-    /// The parts that the lookups so far did not find because the file lacks them or is damaged,
-    /// one sentence each.
+    /// The parts that the lookups so far did not find because the file lacks them, is damaged or
+    /// takes too long to read, one sentence each.
     pub fn notes(&self) -> Vec<String> {
         self.notes.borrow().clone()
     }
 
-    fn note(&self, note: String) {
-        let mut notes = self.notes.borrow_mut();
-        if notes.len() < NOTES_MAX && !notes.contains(&note) {
-            notes.push(note);
-        }
+    fn ask(&self, question: Question) -> Option<Answer> {
+        let reply = self.access.borrow_mut().ask(question);
+        self.take(reply)
     }
 
-    fn find_frames(&self, ip: u64, position: Position) -> Vec<Frame> {
-        if self.file().is_some_and(|file| file.contents.changed()) {
-            self.note(
-                "the kernel's file was written to since the run began: names and lines may be \
-                 wrong"
-                    .into(),
-            );
+    /// The answer; the notes are kept.
+    fn take(&self, reply: Reply) -> Option<Answer> {
+        let mut notes = self.notes.borrow_mut();
+        for note in reply.notes {
+            if notes.len() < NOTES_MAX && !notes.contains(&note) {
+                notes.push(note);
+            }
         }
+        reply.answer
+    }
+
+    /// The frames of an address, and whether there was time for all that is known of them.
+    fn find_frames(&self, ip: u64, position: Position) -> (Vec<Frame>, bool) {
         let probe = match position {
             Position::Instruction => ip,
             Position::Return => ip.saturating_sub(1),
         };
+        let modules = self.modules.borrow();
+        let reply = self.access.borrow_mut().code(probe, modules.holding(probe));
+        let (complete, of_module) = (!reply.late, modules.lookup(probe));
+        drop(modules);
+        let code = match self.take(reply) {
+            Some(Answer::Code(code)) => code,
+            _ => Code::default(),
+        };
         let mut last = Frame::unknown(ip);
-        if let Some(symbol) = self.lookup(probe) {
+        if let Some(symbol) = of_module.or_else(|| Some(self.symbol(code.symbol.as_ref()?))) {
             last.symbol = Some(symbol.name);
             last.linkage = symbol.linkage;
             last.module = symbol.module;
             last.offset = ip.saturating_sub(symbol.start);
             last.size = symbol.size;
         }
-        let mut found = self.find_sources(probe);
-        let directory = found.directory.as_deref();
-        if let Some(source) = found.sources.pop() {
-            self.locate(&mut last, &source, directory);
+        let mut sources = code.sources;
+        sources.truncate(DEPTH_MAX);
+        if let Some(source) = sources.pop() {
+            self.locate(&mut last, &source);
             // A kernel may have debug information and no symbol table.
             if let (None, Some(name), Some((start, size))) =
-                (&last.symbol, &source.function, found.function)
+                (&last.symbol, &source.function, code.function)
             {
-                let (name, linkage) = self.names(name.clone());
-                last = Frame {
-                    symbol: Some(name),
-                    linkage,
-                    offset: ip.saturating_sub(start),
-                    size,
-                    ..last
-                };
+                (last.symbol, last.linkage) = self.name(name);
+                (last.offset, last.size) = (ip.saturating_sub(start), size);
             }
         }
-        let inlined = found.sources.iter().map(|source| {
-            let named = source.function.clone().map(|name| self.names(name));
-            let (symbol, linkage) =
-                named.map_or((None, None), |(name, linkage)| (Some(name), linkage));
+        let inlined = sources.iter().map(|source| {
+            let named = source.function.as_ref().map(|name| self.name(name));
+            let (symbol, linkage) = named.unwrap_or_default();
             let mut frame = Frame { symbol, linkage, inlined: true, ..Frame::unknown(ip) };
-            self.locate(&mut frame, source, directory);
+            self.locate(&mut frame, source);
             frame
         });
-        inlined.chain([last.clone()]).collect()
+        (inlined.chain([last.clone()]).collect(), complete)
     }
 
-    /// [`names`], shared with the frames that have the same.
-    fn names(&self, raw: String) -> (Arc<str>, Option<Arc<str>>) {
-        let (name, linkage) = names(raw);
-        (self.share(&name), linkage.map(|linkage| self.share(&linkage)))
+    fn symbol(&self, symbol: &answers::Symbol) -> Symbol {
+        let (name, linkage) = (self.share(&symbol.name.name), symbol.name.linkage.as_deref());
+        let linkage = linkage.map(|linkage| self.share(linkage));
+        Symbol { name, linkage, start: symbol.start, size: symbol.size, module: None }
     }
 
-    fn locate(&self, frame: &mut Frame, source: &Source, directory: Option<&str>) {
-        frame.file = source.file.as_deref().map(|file| self.share(shorten(file, directory)));
-        frame.path = source.file.as_deref().map(|file| self.share(file));
-        // DWARF has 0 for code without a line.
-        frame.line = source.line.filter(|line| *line > 0);
+    fn name(&self, name: &Name) -> (Option<Arc<str>>, Option<Arc<str>>) {
+        let linkage = name.linkage.as_deref().map(|linkage| self.share(linkage));
+        (Some(self.share(&name.name)), linkage)
+    }
+
+    fn locate(&self, frame: &mut Frame, source: &Source) {
+        frame.file = source.file.as_deref().map(|file| self.share(file));
+        frame.path = source.path.as_deref().map(|path| self.share(path));
+        frame.line = source.line;
     }
 
     fn share(&self, text: &str) -> Arc<str> {
@@ -299,174 +287,13 @@ impl Symbols {
             return text.clone();
         }
         let text: Arc<str> = text.into();
-        if shared.len() < SHARED_MAX {
+        let all = self.shared_bytes.get() + text.len();
+        if all <= SHARED_MAX {
+            self.shared_bytes.set(all);
             shared.insert(text.clone());
         }
         text
     }
-
-    fn find_sources(&self, probe: u64) -> Found {
-        if let Some(module) = self.modules.borrow().holding(probe) {
-            return self.find_in_module(module, probe);
-        }
-        // There is no code at the last address, and addr2line computes the one after it.
-        let Some(file) = self.file().filter(|_| probe < u64::MAX) else { return Found::default() };
-        let mut lines = file.dwarf.borrow_mut();
-        if matches!(&*lines, Lines::Open(dwarf) if dwarf.has_grown()) {
-            *lines = Lines::Closed;
-        }
-        if matches!(*lines, Lines::Closed) {
-            *lines =
-                self.open_dwarf(file).map_or(Lines::Missing, |dwarf| Lines::Open(Box::new(dwarf)));
-        }
-        let Lines::Open(dwarf) = &*lines else { return Found::default() };
-        // The parser is made for hostile input, but a panic in it must not cost the finding.
-        let mut found = catch_unwind(AssertUnwindSafe(|| dwarf.find(probe))).unwrap_or_else(|_| {
-            let error = Some(CORRUPT.into());
-            Found { error, ..Found::default() }
-        });
-        if dwarf.exhausted() {
-            self.note(
-                "the debug information takes too long to read: frames may have no source lines"
-                    .into(),
-            );
-        } else if let Some(error) = found.error.take() {
-            self.note(error);
-        }
-        found
-    }
-
-    /// The debug information of an address in a module, if its file is known.
-    fn find_in_module(&self, module: &Module, probe: u64) -> Found {
-        let mut files = self.module_files.borrow_mut();
-        if files.len() >= MODULE_FILES_MAX && !files.contains_key(module.name()) {
-            files.clear();
-        }
-        let open = || {
-            let folder = self.modules_folder.as_deref()?;
-            let paths = self.module_paths.get_or_init(|| relocate::index(folder));
-            let path = paths.get(module.name())?;
-            let address_of = |name: &str| module.address_of(name);
-            let open = || relocate::relocated(relocate::read(path)?, &address_of);
-            // As for the kernel's file: a panic must not cost the finding.
-            let bytes = catch_unwind(AssertUnwindSafe(open)).ok().flatten()?;
-            Some(Box::new(Self::from_elf(bytes)))
-        };
-        let file = files.entry(module.name().into()).or_insert_with(open);
-        file.as_ref().map_or_else(Found::default, |file| file.find_sources(probe))
-    }
-
-    fn file(&self) -> Option<&File> {
-        let open = || match self.load.take()?() {
-            Ok(contents) => Some(self.open(contents)),
-            Err(error) => {
-                self.note(format!("the kernel's file cannot be read: {error}"));
-                None
-            }
-        };
-        self.file.get_or_init(open).as_ref()
-    }
-
-    fn open(&self, contents: Contents) -> File {
-        let contents = Arc::new(contents);
-        let blocks = Arc::new(Blocks::new(contents.clone()));
-        let limits = Arc::new(Limits::new(blocks.clone()));
-        let (symbols, dwarf) = match parse(&contents, Tables::read) {
-            Ok(symbols) => (symbols, RefCell::default()),
-            Err(error) => {
-                self.note(format!("the kernel's file is no complete 64-bit ELF: {error}"));
-                let (symbols, dwarf) = (Tables::default(), Lines::Missing.into());
-                return File { contents, blocks, symbols, limits, dwarf, variables: None.into() };
-            }
-        };
-        if symbols.functions.is_empty() {
-            self.note(
-                "the kernel has no symbol table (it is stripped): frames have addresses only"
-                    .into(),
-            );
-        }
-        File { contents, blocks, symbols, limits, dwarf, variables: OnceCell::new() }
-    }
-
-    /// The frames, which each finding has, add the note on a damaged file.
-    fn variables(&self) -> Option<&Variables> {
-        let file = self.file()?;
-        let open = || parse(&file.contents, |elf| Variables::open(&file.blocks, elf)).ok()?.ok();
-        let open = || catch_unwind(AssertUnwindSafe(open)).ok().flatten();
-        file.variables.get_or_init(open).as_ref()
-    }
-
-    fn open_dwarf(&self, file: &File) -> Option<Dwarf> {
-        let open = || {
-            parse(&file.contents, |elf| Dwarf::open(file.limits.clone(), &file.blocks, elf)).ok()
-        };
-        let opened =
-            catch_unwind(AssertUnwindSafe(open)).unwrap_or_else(|_| Some(Err(CORRUPT.into())))?;
-        opened.map_err(|why| self.note(why)).ok()
-    }
-}
-
-/// Parses an ELF file as far as `read` looks at it; nothing of it is kept.
-fn parse<T>(contents: &Contents, read: impl FnOnce(&Elf) -> T) -> Result<T, object::Error> {
-    let cache = ReadCache::new(Cursor { contents, at: 0 });
-    Ok(read(&Elf::parse(&cache)?))
-}
-
-impl File {
-    /// The name of a symbol in the file.
-    fn name(&self, entry: Entry) -> Option<String> {
-        let at = self.symbols.names.checked_add(entry.name.into())?;
-        let name = self.blocks.string(usize::try_from(at).ok()?, SYMBOL_MAX)?;
-        Some(String::from_utf8_lossy(&name).into_owned())
-    }
-}
-
-/// The name in the source, if `raw` is a mangled one; bounded.
-pub fn demangle(raw: &str) -> String {
-    names(raw.to_owned()).0
-}
-
-/// The name in the source, and the name in the ELF if that is another.
-fn names(mut raw: String) -> (String, Option<String>) {
-    let demangled = rustc_demangle::try_demangle(&raw).ok().map(|name| format!("{name:#}"));
-    shorten_name(&mut raw);
-    match demangled {
-        Some(mut name) if name != raw => {
-            shorten_name(&mut name);
-            (name, Some(raw))
-        }
-        _ => (raw, None),
-    }
-}
-
-fn shorten_name(name: &mut String) {
-    if name.len() > NAME_MAX {
-        name.truncate(name.floor_char_boundary(NAME_MAX));
-        name.push_str("...");
-    }
-}
-
-/// The part of a path that identifies the file: without the folder of the standard library, of
-/// Cargo's downloads, or of the compiler's current directory.
-fn shorten<'a>(path: &'a str, directory: Option<&str>) -> &'a str {
-    let after = |mark: &str, names: usize| {
-        let (_, mut rest) = path.split_once(mark)?;
-        for _ in 0..names {
-            rest = rest.split_once('/')?.1;
-        }
-        Some(rest)
-    };
-    let inside = || {
-        let directory = directory?.trim_end_matches('/');
-        path.strip_prefix(directory)?.strip_prefix('/').filter(|rest| !rest.is_empty())
-    };
-    let rustc = || path.strip_prefix("/rustc/")?.split_once('/').map(|(_, rest)| rest);
-    let short = rustc()
-        .or_else(|| after("/lib/rustlib/src/rust/", 0))
-        .or_else(|| after("/registry/src/", 1))
-        .or_else(|| after("/git/checkouts/", 0))
-        .or_else(inside);
-    short.unwrap_or(path)
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::Symbol;
+use super::answers::Question;
 use crate::Variable;
 
 /// Most modules that are kept. The oldest go first.
@@ -55,9 +56,10 @@ impl Module {
         &self.name
     }
 
-    /// The address of its function or variable of this name.
-    pub(super) fn address_of(&self, name: &str) -> Option<u64> {
-        self.symbols.iter().find(|symbol| *symbol.name == *name).map(|symbol| symbol.start)
+    /// What is told of it to whoever reads its file.
+    pub(super) fn question(&self) -> Question {
+        let symbols = self.symbols.iter().map(|symbol| (symbol.name.clone(), symbol.start));
+        Question::Module { name: self.name.to_string(), symbols: symbols.collect() }
     }
 
     /// The last function or variable that begins at or below `address`.

@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use object::read::elf::ElfFile64;
 use object::{LittleEndian, Object, ObjectSection, ObjectSymbol};
 
+use super::answers::{Answers, CORRUPT};
 use super::*;
+use crate::bounds::SHOWN_PATH_MAX;
 
 type Elf<'a> = ElfFile64<'a, LittleEndian>;
 
@@ -112,9 +114,7 @@ fn what_was_parsed_is_dropped_after_many_lookups_and_parsed_anew() {
     let opened_with = |n: u64| {
         // Other addresses have no lines, but each is a lookup.
         (0..n).for_each(|i| drop(symbols.frames(i, Position::Instruction)));
-        let lines = symbols.file().unwrap().dwarf.borrow();
-        let Lines::Open(dwarf) = &*lines else { panic!("it is open") };
-        dwarf.lookups()
+        symbols.access.borrow().answers().and_then(Answers::lookups).expect("it is open")
     };
     assert_eq!(u64::from(opened_with(20)), 20);
     assert!(opened_with(500) < 480);
@@ -418,37 +418,88 @@ fn shared_line_tables_do_not_take_unbounded_work() {
     );
 }
 
+/// One path of a megabyte, which each frame would have.
+#[test]
+fn long_paths_are_not_kept() {
+    let lines = "
+        .long 2f - 1f
+        1: .short 4
+        .long 4f - 3f
+        3: .byte 1, 1, 1, 0xfb, 14, 13
+        .byte 0, 1, 1, 1, 1, 0, 0, 0, 1, 0, 0, 1
+        .byte 0
+        .fill LENGTH, 1, 0x61
+        .asciz \".c\"
+        .byte 0, 0, 0, 0
+        4:
+        .byte 0, 9, 2
+        .quad _start
+        .byte 1, 2
+        .uleb128 4096
+        .byte 0, 1, 1
+        2:
+        ";
+    let unit = "
+        .long 24 + 4
+        .short 4
+        .long 0
+        .byte 8
+        .byte 4
+        .quad _start, end - _start
+        .long 0
+        ";
+    for (length, kept) in [("200", true), ("3000", true), ("1000000", false)] {
+        let bytes = by_hand(unit, &lines.replace("LENGTH", length));
+        let start = symbol_any(&bytes, "_start");
+        let frames = from_disk(bytes).frames(start, Position::Instruction);
+        let (path, file) = (&frames[0].path, frames[0].file.as_deref().expect("a file"));
+        assert_eq!(path.is_some(), kept, "{length}");
+        assert!(file.len() <= SHOWN_PATH_MAX && file.ends_with("a.c"), "{length}: {file}");
+        assert_eq!(file.contains('…'), length != "200", "{length}: {file}");
+    }
+}
+
 fn symbol_any(bytes: &[u8], name: &str) -> u64 {
     let elf = Elf::parse(bytes).unwrap();
     elf.symbols().find(|symbol| symbol.name() == Ok(name)).unwrap().address()
 }
 
 #[test]
-fn paths_keep_what_tells_the_file() {
-    let home = Some("/home/me/kernel/");
-    for (path, short) in [
-        ("/home/me/kernel/src/main.rs", "src/main.rs"),
-        ("/home/me/kernel2/src/main.rs", "/home/me/kernel2/src/main.rs"),
-        ("/rustc/0123abc/library/core/src/ptr/mod.rs", "library/core/src/ptr/mod.rs"),
-        (
-            "/r/toolchains/x/lib/rustlib/src/rust/library/alloc/src/vec.rs",
-            "library/alloc/src/vec.rs",
-        ),
-        ("/h/.cargo/registry/src/index.crates.io-1/talc-4.0/src/lib.rs", "talc-4.0/src/lib.rs"),
-        ("src/main.rs", "src/main.rs"),
-        ("/home/me/kernel/", "/home/me/kernel/"),
-        ("", ""),
-    ] {
-        assert_eq!(shorten(path, home), short);
+fn inlined_functions_of_an_address_are_bounded() {
+    let mut source =
+        "volatile int x;\n#define F static inline __attribute__((always_inline)) void\n\
+                      F f0(void) { x = 1; }\n"
+            .to_owned();
+    for i in 1..DEPTH_MAX + 10 {
+        source += &format!("F f{i}(void) {{ f{}(); }}\n", i - 1);
     }
+    source += &format!("void _start(void) {{ f{}(); for (;;); }}\n", DEPTH_MAX + 9);
+    let bytes = build("kernel.c", &source, &["-g", "-O1"]);
+    let start = symbol(&bytes, "_start");
+    let frames = inlined(&Symbols::from_elf(bytes), start);
+    assert_eq!(frames.len(), DEPTH_MAX);
+    let names = |frame: &Frame| frame.symbol.as_deref().map(str::to_owned);
+    assert_eq!((names(&frames[0]), names(&frames[DEPTH_MAX - 1])), named("f0", "_start"));
+}
+
+fn named(first: &str, last: &str) -> (Option<String>, Option<String>) {
+    (Some(first.to_owned()), Some(last.to_owned()))
 }
 
 #[test]
-fn names_are_demangled_and_bounded() {
-    let hash = "_ZN6kernel4slab5alloc17h0123456789abcdefE";
-    assert_eq!(names(hash.into()), ("kernel::slab::alloc".into(), Some(hash.into())));
-    assert_eq!(names("kmalloc".into()), ("kmalloc".into(), None));
-    assert_eq!(names("é".repeat(2000)).0.len(), NAME_MAX + 3);
+fn what_is_kept_is_bounded() {
+    let symbols = Symbols::from_elf(kernel());
+    for i in 0..2 * CACHED_MAX as u64 {
+        symbols.frames(i, Position::Instruction);
+    }
+    let kept: usize = symbols.cached.borrow().values().map(Vec::len).sum();
+    assert_eq!((kept, symbols.cached_frames.get()), (CACHED_MAX, CACHED_MAX));
+    for i in 0..100 {
+        symbols.share(&format!("{i}{}", "x".repeat(SHARED_MAX / 64)));
+    }
+    let bytes: usize = symbols.shared.borrow().iter().map(|text| text.len()).sum();
+    assert!(bytes == symbols.shared_bytes.get() && bytes <= SHARED_MAX);
+    assert_eq!(symbols.shared.borrow().len(), 63);
 }
 
 #[test]

@@ -1,0 +1,114 @@
+//! The side that asks.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use super::wire::{Left, WireError, receive, send};
+use super::{ARGUMENT, Message, Request, Response, Setup};
+
+/// This program, also where its file was replaced meanwhile.
+const SELF: &str = "/proc/self/exe";
+/// Seconds after which the process ends itself, beyond the time limit of a request.
+const MORE_SECONDS: u32 = 2;
+
+/// Why there is no answer. The process is ended then; the next request starts another one.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// The process cannot be started.
+    Start(io::Error),
+    /// It died.
+    Died,
+    /// It took too long.
+    Late,
+}
+
+impl From<WireError> for Failure {
+    fn from(error: WireError) -> Self {
+        match error {
+            WireError::Late => Self::Late,
+            WireError::Gone => Self::Died,
+        }
+    }
+}
+
+/// Asks a worker, which it starts when it has to.
+pub(crate) struct Client {
+    setup: Setup,
+    /// The kernel's file.
+    file: Option<File>,
+    process: Option<Process>,
+}
+
+impl Client {
+    /// A client of processes that work on this. None is started yet.
+    pub(crate) fn new(setup: Setup, file: Option<File>) -> Self {
+        Self { setup, file, process: None }
+    }
+
+    /// Asks, and waits for the answer while there is time left.
+    ///
+    /// # Errors
+    /// There is no answer in time.
+    pub(crate) fn ask(&mut self, request: Request, left: Left) -> Result<Response, Failure> {
+        let mut process = match self.process.take() {
+            Some(process) => process,
+            None => Process::start(&self.setup, self.file.as_ref(), left)?,
+        };
+        let response = process.ask(request, left)?;
+        // Otherwise it was dropped, and with that ended.
+        self.process = Some(process);
+        Ok(response)
+    }
+}
+
+/// A worker. It is ended when this is dropped.
+struct Process {
+    child: Child,
+    socket: UnixStream,
+}
+
+impl Process {
+    fn start(setup: &Setup, file: Option<&File>, left: Left) -> Result<Self, Failure> {
+        let (socket, theirs) = UnixStream::pair().map_err(Failure::Start)?;
+        let file = match file {
+            Some(file) => file.try_clone().map_err(Failure::Start)?.into(),
+            None => Stdio::null(),
+        };
+        let child = Command::new(SELF)
+            .arg(ARGUMENT)
+            .stdin(OwnedFd::from(theirs))
+            .stdout(file)
+            .stderr(Stdio::null())
+            // A Ctrl-C is for the run, which still has findings to tell then.
+            .process_group(0)
+            .spawn()
+            .map_err(Failure::Start)?;
+        let process = Self { child, socket };
+        let setup = serde_json::to_vec(setup).map_err(|_| Failure::Died)?;
+        send(&process.socket, &setup, left)?;
+        Ok(process)
+    }
+
+    fn ask(&mut self, request: Request, left: Left) -> Result<Response, Failure> {
+        let seconds = left().unwrap_or(Duration::ZERO).as_secs();
+        let seconds = u32::try_from(seconds).unwrap_or(u32::MAX).saturating_add(MORE_SECONDS);
+        let message = Message { seconds, request };
+        let message = serde_json::to_vec(&message).map_err(|_| Failure::Died)?;
+        send(&self.socket, &message, left)?;
+        let response = receive(&self.socket, left)?;
+        serde_json::from_slice(&response).map_err(|_| Failure::Died)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
