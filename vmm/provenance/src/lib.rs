@@ -11,30 +11,25 @@
 //! # What is stored
 //!
 //! - Of each object, live or freed: its start and size, its cache, who allocated it (a task and a
-//!   call stack), and its redzone or who freed it and how long ago. Of what was freed in its place
-//!   before: the same, in short.
+//!   call stack), on which CPU and when, and its redzone or the same of its free. Of what was freed
+//!   in its place before: the same, in short.
 //! - Each call stack once, and each pair of task and stack once. Objects refer to a pair by number.
 //! - The freed memory that waits, oldest first, and the last free of each CPU.
 //!
 //! All of it is bounded. The table of objects and the stacks have a budget in bytes of host memory,
-//! including the allocator's overhead. What no longer fits is dropped, oldest freed objects first,
-//! and counted.
+//! including the allocator's overhead. What no longer fits is dropped, freed objects first, and
+//! counted.
 //!
-//! # Why no `BTreeMap`
+//! # How it is found
 //!
-//! With a quarantine, most remembered objects are freed ones that wait, so there are many, and each
-//! byte of an object counts. An object takes 48 bytes as a plain struct, before what a tree adds:
-//! its key, the free part of its nodes, and the allocator's own bytes. Neighbours are alike,
-//! though: most lie in one slab, have its size and cache, and come from few call sites. So up to 32
-//! neighbours share a leaf, in which each stores only how it differs from the one before
-//! (`objects/coding.rs`), and up to 64 leaves share a chunk.
-//!
-//! `cargo xtask bench costs` measures host memory in a churn of 4,000 operations, all objects,
-//! stacks and indices included (BENCHMARKS.md, "provenance"): 7.37 bytes for each object with a
-//! quarantine, 10.89 without one, where few objects share the same stacks.
-//!
-//! The price is time. An event finds its leaf by two binary searches and writes the rest of it
-//! anew. The property tests of `objects/table.rs` compare every operation with a `BTreeMap`.
+//! By page: a hash table leads from a page's number to its cells, a power of two of them, and a
+//! cell to the record of the object that starts in it, of 48 bytes (`objects/record.rs`). Cells are
+//! so small that no two objects share one; in a slab nearly all are in use. Objects that reach
+//! beyond the next page are in a tree as well, so that they explain addresses far from their start.
+//! The pages with freed objects are a list in the order of their last frees, whose oldest is
+//! forgotten first. So an event costs a few hundred instructions, however much is remembered, and
+//! no pass over the table stops a guest. `cargo xtask bench nested` measures an event, and `cargo
+//! xtask bench costs` the memory for each object (BENCHMARKS.md).
 
 #![warn(clippy::missing_errors_doc)]
 
