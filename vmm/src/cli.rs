@@ -479,6 +479,10 @@ pub fn main() -> ExitCode {
                 std::thread::sleep(Duration::from_millis(200));
                 status.into()
             }
+            Some(RunError::NotBegun(outcome)) => {
+                say(format_args!("{error}"));
+                outcome.status(false).into()
+            }
             _ => {
                 say(format_args!("{}", in_full(&error)));
                 USAGE.into()

@@ -22,6 +22,8 @@ pub enum RunError {
     Shadow(#[from] ShadowError),
     #[error("Linux needs interrupt controllers and a timer, and they are off")]
     LinuxWithoutIrqchip,
+    #[error("{0}: the guest had not begun")]
+    NotBegun(Outcome),
     #[error("cannot start a thread for a vCPU: {0}")]
     Thread(std::io::Error),
     #[error("a vCPU's thread panicked: this is a bug in Umbra")]

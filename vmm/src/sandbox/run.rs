@@ -14,7 +14,9 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use umbra_machine::devices::{COM1_IRQ, Devices};
-use umbra_machine::loader::{Boot, Emulated, is_bzimage, is_linux, with_defaults};
+use umbra_machine::loader::{
+    Boot, Emulated, Limit, LoadError, is_bzimage, is_linux, with_defaults,
+};
 use umbra_machine::memory::Ram;
 use umbra_machine::stats::{Counters, emulates_ring0, tsc_khz};
 use umbra_machine::vcpu::Vcpu;
@@ -60,9 +62,25 @@ pub fn run(
     stop: &AtomicBool,
 ) -> Result<RunReport, RunError> {
     let begin = Instant::now();
-    let running = set_up(config, console.into(), observer)?.start(begin)?;
-    let outcome = running.watch(config, stop);
+    // A limit that overflows the clock is none.
+    let deadline = config.timeout.and_then(|limit| Some((begin.checked_add(limit)?, limit)));
+    let limit = Limit { stop: Some(stop), deadline: deadline.map(|(at, _)| at) };
+    let prepared = set_up(config, console.into(), observer, &limit);
+    let prepared = prepared.map_err(|error| ended_early(error, config))?;
+    let running = prepared.start(begin)?;
+    let outcome = running.watch(config, deadline, stop);
     running.tear_down(config, outcome)
+}
+
+/// An error of the set-up. Where the user or the time limit ended it, it is a run that ended.
+fn ended_early(error: RunError, config: &Config) -> RunError {
+    match (error, config.timeout) {
+        (RunError::Load(LoadError::Interrupted), _) => RunError::NotBegun(Outcome::Interrupted),
+        (RunError::Load(LoadError::TimeLimit), Some(limit)) => {
+            RunError::NotBegun(Outcome::TimeLimit(limit))
+        }
+        (error, _) => error,
+    }
 }
 
 /// A loaded machine.
@@ -90,8 +108,9 @@ fn set_up(
     config: &Config,
     console: Console,
     mut observer: Box<dyn Observer>,
+    limit: &Limit,
 ) -> Result<Prepared, RunError> {
-    let Hardware { machine, vcpus, linux, emulated } = hardware(config)?;
+    let Hardware { machine, vcpus, linux, emulated } = hardware(config, limit)?;
     // The last step that can fail: if it does, no vCPU has run on its memslots.
     let windows = windows(config, &machine)?;
     let counters = config.count_instructions.then(|| Counters::open(&vcpus)).and_then(|counters| {
@@ -134,18 +153,10 @@ fn set_up(
 }
 
 /// Makes the machine and loads the kernel.
-fn hardware(config: &Config) -> Result<Hardware, RunError> {
+fn hardware(config: &Config, limit: &Limit) -> Result<Hardware, RunError> {
     let kvm = Kvm::open()?;
     // Check it before it is used.
     Ram::check(config.memory).map_err(MachineError::from)?;
-    let kernel = config.kernel.read()?;
-    let linux = is_linux(&kernel);
-    if config.shadow != ShadowMode::Off {
-        instrumentation::warnings(&kernel).iter().for_each(|warning| log::warn!("{warning}"));
-    }
-    if linux && config.irqchip == Irqchip::Off {
-        return Err(RunError::LinuxWithoutIrqchip);
-    }
     let mut machine = Machine::new(
         &kvm,
         MachineConfig {
@@ -155,27 +166,34 @@ fn hardware(config: &Config) -> Result<Hardware, RunError> {
             irqchip: config.irqchip == Irqchip::On,
         },
     )?;
+    let kernel = config.kernel.source();
+    let linux = is_linux(machine.ram(), kernel, limit)?;
+    if config.shadow != ShadowMode::Off {
+        instrumentation::warnings(kernel, limit)?.iter().for_each(|text| log::warn!("{text}"));
+    }
+    if linux && config.irqchip == Irqchip::Off {
+        return Err(RunError::LinuxWithoutIrqchip);
+    }
+    let bzimage = is_bzimage(kernel)?;
     let emulated = (linux || config.count_instructions) && is_emulated(&kvm);
     let cmdline = if linux {
         let host = emulated.then(|| Emulated {
             // 0 where it is not known.
             tsc_khz: tsc_khz(&kvm).unwrap_or(0),
-            bzimage: is_bzimage(&kernel),
+            bzimage,
         });
         with_defaults(&config.cmdline, host)
     } else {
         config.cmdline.clone()
     };
-    let initrd = config.initrd.as_ref().map(GuestFile::read).transpose()?;
     machine.load(&Boot {
-        image: &kernel,
+        image: kernel,
         cmdline: &cmdline,
-        initrd: initrd.as_deref(),
+        initrd: config.initrd.as_ref().map(GuestFile::source),
         protocol: config.boot,
         unpack: emulated,
+        limit: *limit,
     })?;
-    // They are in guest memory now.
-    drop((kernel, initrd));
     let vcpus =
         (0..config.cpus).map(|id| machine.create_vcpu(id)).collect::<Result<Vec<_>, _>>()?;
     Ok(Hardware { machine, vcpus, linux, emulated })
@@ -265,10 +283,12 @@ impl Prepared {
 impl Running {
     /// Waits until the run is to end: by a vCPU, the time limit, the user, or an idle machine. None
     /// if a thread panicked.
-    fn watch(&self, config: &Config, stop: &AtomicBool) -> Option<Outcome> {
-        // A limit that overflows the clock is none.
-        let deadline =
-            config.timeout.and_then(|limit| Some((Instant::now().checked_add(limit)?, limit)));
+    fn watch(
+        &self,
+        config: &Config,
+        deadline: Option<(Instant, Duration)>,
+        stop: &AtomicBool,
+    ) -> Option<Outcome> {
         let mut halts = HaltCheck::new();
         loop {
             let tick = deadline
