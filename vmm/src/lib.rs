@@ -4,8 +4,10 @@
 #![warn(clippy::missing_errors_doc)]
 
 pub mod cli;
+mod confine;
 mod demo;
 pub mod hypercall;
+pub mod jail;
 pub mod kernel;
 mod outputs;
 mod print;

@@ -67,6 +67,14 @@ impl Target {
         Ok(Self { path, to: To::Beside(file) })
     }
 
+    /// The folder in which the file is made and renamed; none if it is written in place.
+    pub fn folder(&self) -> Option<&Path> {
+        match &self.to {
+            To::Beside(file) => file.path().parent(),
+            To::Stdout | To::Into(_) => None,
+        }
+    }
+
     /// Writes the file.
     ///
     /// # Errors

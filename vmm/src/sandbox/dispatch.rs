@@ -72,6 +72,11 @@ impl Dispatcher {
         }
     }
 
+    /// With something else to complete instructions.
+    pub(super) fn with_completer(self, completer: Completer) -> Self {
+        Self { completer, ..self }
+    }
+
     /// Handles an exit.
     ///
     /// # Errors

@@ -24,8 +24,10 @@ pub enum RunError {
     LinuxWithoutIrqchip,
     #[error("{0}: the guest had not begun")]
     NotBegun(Outcome),
-    #[error("cannot start a thread for a vCPU: {0}")]
+    #[error("cannot start a thread for a vCPU, or close the jail for it: {0}")]
     Thread(std::io::Error),
+    #[error("cannot make memory to execute instructions in: {0}; --jail off makes it on demand")]
+    Code(std::io::Error),
     #[error("a vCPU's thread panicked: this is a bug in Umbra")]
     Panicked,
     #[error("{0}, but the run cannot be ended in good order: is its output being read?")]

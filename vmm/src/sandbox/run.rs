@@ -13,6 +13,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use umbra_machine::complete::Completer;
 use umbra_machine::devices::{COM1_IRQ, Devices};
 use umbra_machine::loader::{
     Boot, Emulated, Limit, LoadError, is_bzimage, is_linux, with_defaults,
@@ -28,6 +29,7 @@ use umbra_report::symbols::Symbols;
 use super::console::ConsoleWatch;
 use super::discovery::{self, Settings};
 use super::dispatch::Dispatcher;
+use super::gate::Gate;
 use super::guest_info::GuestInfo;
 use super::marks::Marks;
 use super::picture::{self, Tail, Timeline};
@@ -41,6 +43,7 @@ use super::{
     Config, Console, GuestFile, Irqchip, Observer, Outcome, RunError, RunReport, ShadowMode, input,
     instrumentation, stats,
 };
+use crate::jail::Jail;
 use crate::shadow::{Layout, ShadowError, Windows, WindowsConfig, page_map};
 
 /// Poll interval for the stop flag.
@@ -67,7 +70,7 @@ pub fn run(
     let limit = Limit { stop: Some(stop), deadline: deadline.map(|(at, _)| at) };
     let prepared = set_up(config, console.into(), observer, &limit);
     let prepared = prepared.map_err(|error| ended_early(error, config))?;
-    let running = prepared.start(begin)?;
+    let running = prepared.start(begin, config.jail.clone())?;
     let outcome = running.watch(config, deadline, stop);
     running.tear_down(config, outcome)
 }
@@ -139,7 +142,8 @@ fn set_up(
             Marks::new(config.marks.clone(), counters.clone().filter(|_| emulated)),
             config.picture.then(Timeline::default),
         ),
-    );
+    )
+    .with_completer(completer(config, emulated)?);
     let shared = Arc::new(Shared {
         machine,
         vcpus: Vcpus::new(&vcpus),
@@ -150,6 +154,15 @@ fn set_up(
     });
     let input = console.input.filter(|_| linux);
     Ok(Prepared { shared, vcpus, input, tail, has_irqchip, emulated })
+}
+
+/// What completes instructions. In a jail, executable memory is made now or never. Only where ring 0
+/// is emulated is there anything to execute in it.
+fn completer(config: &Config, emulated: bool) -> Result<Completer, RunError> {
+    match config.jail {
+        Some(_) => Completer::fixed(emulated).map_err(RunError::Code),
+        None => Ok(Completer::default()),
+    }
 }
 
 /// Makes the machine and loads the kernel.
@@ -175,7 +188,8 @@ fn hardware(config: &Config, limit: &Limit) -> Result<Hardware, RunError> {
         return Err(RunError::LinuxWithoutIrqchip);
     }
     let bzimage = is_bzimage(kernel)?;
-    let emulated = (linux || config.count_instructions) && is_emulated(&kvm);
+    let emulated =
+        (linux || config.count_instructions || config.jail.is_some()) && is_emulated(&kvm);
     let cmdline = if linux {
         let host = emulated.then(|| Emulated {
             // 0 where it is not known.
@@ -259,19 +273,24 @@ struct Running {
 }
 
 impl Prepared {
-    /// Starts the vCPUs.
-    fn start(self, begin: Instant) -> Result<Running, RunError> {
+    /// Starts the vCPUs, once all threads have closed the jail.
+    fn start(self, begin: Instant, jail: Option<Arc<Jail>>) -> Result<Running, RunError> {
         let Self { shared, vcpus, input, tail, has_irqchip, emulated } = self;
         let (sender, outcomes) = mpsc::sync_channel(2 * vcpus.len());
         let started = Instant::now();
+        let gate = Arc::new(Gate::new(jail));
         let mut threads = Vec::with_capacity(vcpus.len());
         let start = || {
             for vcpu in vcpus {
-                threads.push(vcpu_thread::spawn(vcpu, shared.clone(), sender.clone())?);
+                let (shared, sender) = (shared.clone(), sender.clone());
+                threads.push(vcpu_thread::spawn(vcpu, shared, sender, gate.clone())?);
             }
-            input.map_or(Ok(()), |input| input::spawn(input, Arc::downgrade(&shared)))
+            let others = if input.is_some() { input::THREADS } else { 0 };
+            input.map_or(Ok(()), |input| input::spawn(input, Arc::downgrade(&shared), &gate))?;
+            gate.open(threads.len() + others)
         };
         if let Err(error) = start() {
+            gate.decide(false);
             shared.stop.store(true, SeqCst);
             shared.vcpus.end(&threads);
             return Err(RunError::Thread(error));
