@@ -28,6 +28,7 @@ use crate::terminal;
 use crate::values::{
     Limit, parse_debug_exit, parse_quarantine, parse_redzone, parse_size, parse_time,
 };
+use crate::watchdog;
 
 /// Most CPUs, as clap wants it.
 const MAX_CPUS: i64 = layout::MAX_CPUS as i64;
@@ -305,7 +306,7 @@ impl Run {
     }
 }
 
-fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
+fn run(args: &Run, stop: &Arc<AtomicBool>) -> Result<u8> {
     let kernel = GuestFile::open("kernel", &args.kernel)?;
     let initrd = args.initrd.as_deref().map(|path| GuestFile::open("initrd", path)).transpose()?;
     if let Some(folder) = args.modules.as_deref() {
@@ -347,6 +348,7 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
         again: false,
     };
     config.jail = confine::enter(args.guest.jail.into(), &config, &places)?;
+    watchdog::start(config.timeout, stop.clone(), config.jail.clone());
     let report = sandbox::run(&config, console, Box::new(printer), stop);
     drop(restore);
     let report = report?;

@@ -16,6 +16,7 @@ pub mod shadow;
 mod terminal;
 mod values;
 pub mod verdicts;
+mod watchdog;
 
 pub use umbra_machine as machine;
 pub use umbra_provenance as provenance;

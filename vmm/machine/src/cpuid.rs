@@ -1,5 +1,7 @@
 //! The guest's CPUID table: KVM's supported leaves with some changed bits, and the caller's leaves.
 
+use std::arch::x86_64::__cpuid;
+
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
 };
@@ -183,6 +185,13 @@ fn topology(function: u32, place: CpuTopology) -> impl Iterator<Item = kvm_cpuid
         edx: place.id.into(),
         ..Default::default()
     })
+}
+
+/// Whether this CPU has VMX or SVM. If not, KVM can only emulate a guest's ring 0.
+pub fn has_virtualisation() -> bool {
+    __cpuid(1).ecx & LEAF1_ECX_VMX != 0
+        || __cpuid(0x8000_0000).eax > 0x8000_0000
+            && __cpuid(0x8000_0001).ecx & EXTENDED_ECX_SVM != 0
 }
 
 /// The bits in which `got` differs from `wanted`, as "leaf 0x1.0 ecx 0x2000", for the log. Hosts

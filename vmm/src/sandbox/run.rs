@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use umbra_machine::complete::Completer;
+use umbra_machine::cpuid::has_virtualisation;
 use umbra_machine::devices::{COM1_IRQ, Devices};
 use umbra_machine::loader::{
     Boot, Emulated, Limit, LoadError, is_bzimage, is_linux, with_defaults,
@@ -94,6 +95,7 @@ struct Hardware {
     linux: bool,
     /// The host emulates ring 0, and so counts the guest's instructions.
     emulated: bool,
+    completer: Completer,
 }
 
 /// A run that can start.
@@ -113,7 +115,7 @@ fn set_up(
     mut observer: Box<dyn Observer>,
     limit: &Limit,
 ) -> Result<Prepared, RunError> {
-    let Hardware { machine, vcpus, linux, emulated } = hardware(config, limit)?;
+    let Hardware { machine, vcpus, linux, emulated, completer } = hardware(config, limit)?;
     // The last step that can fail: if it does, no vCPU has run on its memslots.
     let windows = windows(config, &machine)?;
     let counters = config.count_instructions.then(|| Counters::open(&vcpus)).and_then(|counters| {
@@ -143,7 +145,7 @@ fn set_up(
             config.picture.then(Timeline::default),
         ),
     )
-    .with_completer(completer(config, emulated)?);
+    .with_completer(completer);
     let shared = Arc::new(Shared {
         machine,
         vcpus: Vcpus::new(&vcpus),
@@ -158,9 +160,9 @@ fn set_up(
 
 /// What completes instructions. In a jail, executable memory is made now or never. Only where ring 0
 /// is emulated is there anything to execute in it.
-fn completer(config: &Config, emulated: bool) -> Result<Completer, RunError> {
+fn completer(config: &Config, emulated: impl Fn() -> bool) -> Result<Completer, RunError> {
     match config.jail {
-        Some(_) => Completer::fixed(emulated).map_err(RunError::Code),
+        Some(_) => Completer::fixed(emulated()).map_err(RunError::Code),
         None => Ok(Completer::default()),
     }
 }
@@ -188,8 +190,12 @@ fn hardware(config: &Config, limit: &Limit) -> Result<Hardware, RunError> {
         return Err(RunError::LinuxWithoutIrqchip);
     }
     let bzimage = is_bzimage(kernel)?;
-    let emulated =
-        (linux || config.count_instructions || config.jail.is_some()) && is_emulated(&kvm);
+    let emulated = (linux || config.count_instructions).then(|| is_emulated(&kvm));
+    // The probe takes longer than all else here. It is not needed where the CPU has nothing to run
+    // ring 0 with: there, ring 0 is emulated.
+    let needs_code = || emulated.unwrap_or_else(|| !has_virtualisation() || is_emulated(&kvm));
+    let completer = completer(config, needs_code)?;
+    let emulated = emulated.unwrap_or(false);
     let cmdline = if linux {
         let host = emulated.then(|| Emulated {
             // 0 where it is not known.
@@ -210,7 +216,7 @@ fn hardware(config: &Config, limit: &Limit) -> Result<Hardware, RunError> {
     })?;
     let vcpus =
         (0..config.cpus).map(|id| machine.create_vcpu(id)).collect::<Result<Vec<_>, _>>()?;
-    Ok(Hardware { machine, vcpus, linux, emulated })
+    Ok(Hardware { machine, vcpus, linux, emulated, completer })
 }
 
 /// The CPUID leaves by which the guest finds Umbra.
