@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -15,9 +14,11 @@ use umbra_provenance::QuarantineSize;
 use umbra_report::text::{self, TextStyle};
 use umbra_report::{CpuState, Names, RunSummary, SourceRoots, Target, html, sarif};
 
+use crate::confine::{self, Places};
 use crate::demo;
+use crate::jail;
 use crate::outputs::{one_file_each, output, source_roots, target};
-use crate::print::{FindingPrinter, in_full, say, size, stderr_color};
+use crate::print::{FindingPrinter, in_full, say, say_if_read, size, stderr_color};
 use crate::sandbox::{
     self, Config, Console, DebugExit, GuestFile, Irqchip, Outcome, Redzone, RunError, RunReport,
     ShadowMode,
@@ -27,6 +28,7 @@ use crate::terminal;
 use crate::values::{
     Limit, parse_debug_exit, parse_quarantine, parse_redzone, parse_size, parse_time,
 };
+use crate::watchdog;
 
 /// Most CPUs, as clap wants it.
 const MAX_CPUS: i64 = layout::MAX_CPUS as i64;
@@ -188,6 +190,30 @@ struct Guest {
     /// objects are dropped first.
     #[arg(long, default_value = "64M", value_name = "SIZE", value_parser = parse_size)]
     provenance: u64,
+    /// Confine this program before it looks at the kernel: only the files that it needs, no
+    /// privileges, no network, and few system calls once the guest runs (docs/security.md).
+    #[arg(long, value_enum, default_value_t = JailMode::On)]
+    jail: JailMode,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum JailMode {
+    /// As far as the host can.
+    On,
+    /// Not at all.
+    Off,
+    /// Completely, or there is no run.
+    Required,
+}
+
+impl From<JailMode> for jail::Mode {
+    fn from(mode: JailMode) -> Self {
+        match mode {
+            JailMode::On => Self::On,
+            JailMode::Off => Self::Off,
+            JailMode::Required => Self::Required,
+        }
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -288,7 +314,7 @@ impl Run {
     }
 }
 
-fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
+fn run(args: &Run, stop: &Arc<AtomicBool>) -> Result<u8> {
     let kernel = GuestFile::open("kernel", &args.kernel)?;
     let initrd = args.initrd.as_deref().map(|path| GuestFile::open("initrd", path)).transpose()?;
     if let Some(folder) = args.modules.as_deref() {
@@ -315,7 +341,7 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
         Symbols::Linkage => Names::Linkage,
     };
     let style = TextStyle { color: stderr_color(), names };
-    let config = Config {
+    let mut config = Config {
         initrd,
         count_instructions: stats.is_some() || page.is_some(),
         picture: page.is_some(),
@@ -325,13 +351,20 @@ fn run(args: &Run, stop: &AtomicBool) -> Result<u8> {
     let printer = FindingPrinter { style, quiet: false, json, lost: lost.clone() };
     let restore = terminal::Restore;
     let console = Console { output, input: terminal::input() };
+    let places = Places {
+        sources_of: page.is_some().then_some(args.kernel.as_path()),
+        write: [&page, &log].into_iter().flatten().filter_map(Target::folder).collect(),
+        again: false,
+    };
+    config.jail = confine::enter(args.guest.jail.into(), &config, &places)?;
+    watchdog::start(config.timeout, stop.clone(), config.jail.clone());
     let report = sandbox::run(&config, console, Box::new(printer), stop);
     drop(restore);
     let report = report?;
     // If standard error is closed, the output is lost.
     let _ = text::write_repeats(&mut io::stderr().lock(), &report.findings, style);
     print_cpus(&report.cpus, style);
-    say(format_args!("{}", summary(&report)));
+    say(format_args!("{}{}", summary(&report), unjailed(&config)));
     if let Some(mut stats) = stats {
         serde_json::to_writer_pretty(&mut stats, &report.stats)?;
         stats.write_all(b"\n").and_then(|()| stats.flush()).context("cannot write --stats")?;
@@ -390,6 +423,11 @@ fn hint(outcome: &Outcome) -> &'static str {
     }
 }
 
+/// The end of the summary of a run without a jail.
+fn unjailed(config: &Config) -> &'static str {
+    if config.jail.is_some() { "" } else { "; without a jail (--jail off)" }
+}
+
 /// Summary of a run, in one line.
 fn summary(report: &RunReport) -> String {
     let outcome = format!("{}{}", report.outcome, hint(&report.outcome));
@@ -431,10 +469,17 @@ fn demo(args: &Demo, stop: &AtomicBool) -> Result<u8> {
         (false, true) => demo::Shown::All,
         (false, false) => demo::Shown::First,
     };
-    let config = Config {
+    let mut config = Config {
         picture: page.is_some() || folder.is_some(),
         ..args.guest.config(kernel.into(), String::new())
     };
+    let folders = page.as_ref().and_then(Target::folder).into_iter();
+    let places = Places {
+        write: folders.chain(folder.as_ref().and_then(demo::Folder::folder)).collect(),
+        again: true,
+        ..Places::default()
+    };
+    config.jail = confine::enter(args.guest.jail.into(), &config, &places)?;
     demo::run(&config, &chosen, demo::Outputs { shown, page, folder, roots }, stop)
 }
 
@@ -486,11 +531,13 @@ pub fn main() -> ExitCode {
         Ok(status) => status.into(),
         Err(error) => match error.downcast_ref() {
             Some(RunError::Abandoned(outcome)) => {
-                // Nobody may be reading standard error, so another thread prints the error.
-                let status = outcome.status(false);
-                std::thread::spawn(move || say(format_args!("{}", in_full(&error))));
-                std::thread::sleep(Duration::from_millis(200));
-                status.into()
+                // Nobody may be reading standard error.
+                say_if_read(format_args!("{}", in_full(&error)));
+                outcome.status(false).into()
+            }
+            Some(RunError::NotBegun(outcome)) => {
+                say(format_args!("{error}"));
+                outcome.status(false).into()
             }
             _ => {
                 say(format_args!("{}", in_full(&error)));

@@ -100,6 +100,11 @@ impl Folder {
         all.with_context(|| format!("cannot write to {}", path.display()))
     }
 
+    /// Where the page is made.
+    pub(crate) fn folder(&self) -> Option<&Path> {
+        self.page.folder()
+    }
+
     /// Writes what a run found.
     fn write(mut self, page: &html::Page, report: &RunReport) -> io::Result<PathBuf> {
         for (finding, _) in report.findings.iter() {

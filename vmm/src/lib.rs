@@ -4,8 +4,10 @@
 #![warn(clippy::missing_errors_doc)]
 
 pub mod cli;
+mod confine;
 mod demo;
 pub mod hypercall;
+pub mod jail;
 pub mod kernel;
 mod outputs;
 mod print;
@@ -14,6 +16,7 @@ pub mod shadow;
 mod terminal;
 mod values;
 pub mod verdicts;
+mod watchdog;
 
 pub use umbra_machine as machine;
 pub use umbra_provenance as provenance;

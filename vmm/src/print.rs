@@ -4,6 +4,7 @@ use std::io::{self, IsTerminal, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use umbra_report::text::{self, TextStyle};
 use umbra_report::{Finding, Names, json, printable};
 
@@ -56,6 +57,16 @@ pub(crate) fn stderr_color() -> bool {
 /// Prints a line to standard error. If that is closed, only the exit status is left.
 pub(crate) fn say(what: std::fmt::Arguments) {
     let _ = writeln!(io::stderr().lock(), "umbra: {}", printable(&what.to_string()));
+}
+
+/// Prints a line to standard error, if it is read within 200 ms. Another thread may be writing
+/// there, and wait for its reader, so that this takes no lock.
+pub(crate) fn say_if_read(what: std::fmt::Arguments) {
+    const PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
+    let out = io::stderr();
+    if let Ok(1..) = poll(&mut [PollFd::new(&out, PollFlags::OUT)], Some(&PATIENCE)) {
+        let _ = rustix::io::write(&out, format!("umbra: {what}\n").as_bytes());
+    }
 }
 
 /// An error with its causes. Some errors name their cause already; it is not repeated.

@@ -116,8 +116,8 @@ pub fn choice(all: &[Scenario], chosen: &[Scenario]) -> String {
 /// The configuration of a guest that runs `chosen`.
 pub(crate) fn config_for(config: &Config, chosen: &[Scenario]) -> Config {
     // If the file is bad, booting it fails with an error.
-    let all =
-        config.kernel.read().ok().and_then(|elf| kernel::scenarios(&elf).ok()).unwrap_or_default();
+    let elf = config.kernel.test_kernel();
+    let all = elf.and_then(|elf| kernel::scenarios(&elf).ok()).unwrap_or_default();
     Config {
         cmdline: format!("{} {}", choice(&all, chosen), config.cmdline),
         timeout: config.timeout.or(Some(TIMEOUT)),

@@ -9,6 +9,12 @@ pub fn files_that_are_no_kernels() {
         .expect_refusal(&["/nonexistent/kernel", "No such file"]);
     umbra().arg("/").run().expect_refusal(&["/", "not a regular file"]);
     umbra().arg("/dev/zero").run().expect_refusal(&["not a regular file"]);
+    umbra().arg("-").run().expect_refusal(&["kernel", "standard input", "file"]);
+    umbra().file(&good()).args("--initrd -").run().expect_refusal(&["initrd", "standard input"]);
+    umbra().arg("/dev/stdin").run().expect_refusal(&["not a regular file"]);
+    umbra().arg("/dev/tty0").run().expect(2);
+    umbra().arg("/proc/self/cwd").run().expect_refusal(&["a directory"]);
+    umbra().arg("/proc/self/fd/0").run().expect_refusal(&["not a regular file"]);
     umbra().arg("").run().expect_usage(&["KERNEL"]);
     umbra().arg("x".repeat(5000)).run().expect(2);
 }
@@ -58,6 +64,98 @@ pub fn segments_that_do_not_fit() {
     refused(&twice, &["overlap"]);
     // Side by side is fine.
     umbra().file(&kernel(&HALT).segment(BASE + 1, HALT).build()).run().expect(0);
+}
+
+/// A kernel whose program headers all name the same bytes of the file: `count` of `kind`, each of
+/// the whole file, which is made `bytes` large. A loader that looks at the bytes of each would take
+/// minutes.
+fn with_headers(count: u16, kind: u32, bytes: u64) -> (tempfile::TempDir, std::path::PathBuf) {
+    let mut image = kernel(&HALT).build();
+    let table = image.len() as u64;
+    image.extend_from_within(HEADER..HEADER + PROGRAM_HEADER);
+    let mut put = |at: usize, field: &[u8]| image[at..at + field.len()].copy_from_slice(field);
+    put(32, &table.to_le_bytes());
+    put(56, &count.to_le_bytes());
+    let mut header = vec![0; PROGRAM_HEADER];
+    header[..4].copy_from_slice(&kind.to_le_bytes());
+    for (at, field) in [(16, BASE), (24, BASE), (32, bytes), (40, bytes)] {
+        header[at..at + 8].copy_from_slice(&field.to_le_bytes());
+    }
+    (1..count).for_each(|_| image.extend_from_slice(&header));
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("kernel");
+    fs::write(&path, image).expect("a file");
+    let file = fs::File::options().write(true).open(&path).expect("it is there");
+    file.set_len(bytes).expect("a sparse file");
+    (folder, path)
+}
+
+pub fn headers_that_name_the_same_bytes() {
+    const LOAD: u32 = 1;
+    const NOTE: u32 = 4;
+    let run = |count, kind, bytes| {
+        let (_folder, path) = with_headers(count, kind, bytes);
+        umbra().arg(path).args("--timeout 60s --memory 4G").collect().run()
+    };
+    for kind in [LOAD, NOTE] {
+        run(u16::MAX, kind, 64 << 20).expect_refusal(&["65535 program headers", "64"]);
+        run(65, kind, 64 << 20).expect_refusal(&["65 program headers"]);
+    }
+    run(64, LOAD, 64 << 20).expect_refusal(&["overlap"]);
+    // Notes are looked at as far as notes go.
+    let notes = run(64, NOTE, 2 << 30);
+    notes.expect(0);
+    assert!(notes.figure("/host/rss_peak_bytes") < 64 << 20, "{}", notes.stats);
+}
+
+/// Two GiB, of which nothing is loaded; and one that says so of all of it.
+pub fn a_sparse_kernel_costs_what_it_loads() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("kernel");
+    fs::write(&path, good()).expect("a file");
+    let file = fs::File::options().write(true).open(&path).expect("it is there");
+    file.set_len(2 << 30).expect("a sparse file");
+    let run = umbra().arg(&path).collect().run();
+    run.expect(0);
+    assert!(run.figure("/host/rss_peak_bytes") < 64 << 20, "{}", run.stats);
+    let run = umbra().file(&good()).arg("--initrd").arg(&path).run();
+    run.expect_refusal(&["initrd", "does not fit"]);
+    file.set_len(1 << 40).expect("a sparse file");
+    umbra().arg(&path).run().expect_refusal(&["larger than 4294967296 bytes"]);
+    umbra().file(&good()).arg("--initrd").arg(&path).run().expect_refusal(&["larger than"]);
+}
+
+/// Section headers are for symbols and for a warning: whatever they say, the kernel runs.
+pub fn sections_that_lie() {
+    let section = |kind: u32, offset: u64, bytes: u64, link: u32| {
+        let mut header = vec![0; 64];
+        header[4..8].copy_from_slice(&kind.to_le_bytes());
+        header[8..16].copy_from_slice(&6u64.to_le_bytes());
+        for (at, field) in [(24, offset), (32, bytes)] {
+            header[at..at + 8].copy_from_slice(&field.to_le_bytes());
+        }
+        header[40..44].copy_from_slice(&link.to_le_bytes());
+        header
+    };
+    for (first, count, others) in [
+        // 2^32 sections, in the first one's size.
+        (section(0, 0, 1 << 32, 1), 0u16, section(1, 0, u64::MAX, 0)),
+        (section(0, 0, u64::MAX, u32::MAX), 0, section(2, 0, 1 << 40, 1)),
+        (section(2, 0, 1 << 30, 1), u16::MAX, section(3, 0, 1 << 30, 1)),
+        (section(2, u64::MAX, u64::MAX, 1), 8, section(1, u64::MAX - 1, 2, u32::MAX)),
+    ] {
+        let mut image = kernel(&CRASH).build();
+        let table = image.len() as u64;
+        image[40..48].copy_from_slice(&table.to_le_bytes());
+        image[58..60].copy_from_slice(&64u16.to_le_bytes());
+        image[60..62].copy_from_slice(&count.to_le_bytes());
+        image[62..64].copy_from_slice(&1u16.to_le_bytes());
+        image.extend(first);
+        (0..8).for_each(|_| image.extend(&others));
+        let run = umbra().file(&image).args("--timeout 60s").collect().run();
+        run.expect(3);
+        assert!(run.figure("/host/rss_peak_bytes") < 64 << 20, "{}", run.stats);
+    }
 }
 
 /// Cut off anywhere, a kernel is refused; whole, it runs.

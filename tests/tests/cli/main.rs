@@ -1,7 +1,7 @@
 //! The program from outside: exit statuses, bad input, files and streams, signals, colours.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -165,6 +165,36 @@ fn files_that_cannot_be_written() {
         "{}",
         run.stderr
     );
+}
+
+/// Pipes that nobody reads, sockets, and links to them: refused before the run, and not waited for.
+fn outputs_that_are_no_files() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name);
+    let fifo = std::ffi::CString::new(path("fifo").as_os_str().as_encoded_bytes());
+    // SAFETY: a string that ends with a zero.
+    assert_eq!(unsafe { libc::mkfifo(fifo.expect("no zero").as_ptr(), 0o600) }, 0);
+    let _socket = std::os::unix::net::UnixListener::bind(path("socket")).expect("a socket");
+    for (link, target) in [("to-fifo", "fifo"), ("to-itself", "to-itself")] {
+        std::os::unix::fs::symlink(path(target), path(link)).expect("a link");
+    }
+    for option in ["--findings", "--stats", "--html", "--sarif"] {
+        for (name, word) in [
+            ("fifo", "start its reader"),
+            ("to-fifo", "start its reader"),
+            ("socket", "it is a socket"),
+            ("to-itself", "symbolic links"),
+            ("socket/below", "Not a directory"),
+            ("", "directory"),
+        ] {
+            let run = umbra().file(&good()).arg(option).arg(path(name)).run();
+            run.expect_refusal(&["cannot write", word]);
+        }
+        let run = umbra().file(&good()).arg(option).arg("/dev/full").run();
+        // There are no findings, so that nothing is lost.
+        run.expect(if option == "--findings" { 0 } else { 2 });
+        assert!(option == "--findings" || run.stderr.contains("No space left"), "{}", run.stderr);
+    }
 }
 
 fn a_full_disk_does_not_hide_findings() {
@@ -455,7 +485,7 @@ fn main() -> ExitCode {
     let namespaces = kvm.and(&Need::root()).and(&namespaces());
     let nobody = kvm.and(&Need::root()).and(&kvm_is_guarded());
     let jq = test_kernel.and(&reports::jq());
-    let tests: [(&str, &Need, fn()); 40] = [
+    let tests: [(&str, &Need, fn()); 44] = [
         ("status_0_is_clean", &test_kernel, status_0_is_clean),
         ("status_1_is_findings", &test_kernel, status_1_is_findings),
         ("status_2_is_a_host_or_usage_problem", &nothing, status_2_is_a_host_or_usage_problem),
@@ -466,6 +496,10 @@ fn main() -> ExitCode {
         ("help_and_version", &nothing, help_and_version),
         ("files_that_are_no_kernels", &kvm, images::files_that_are_no_kernels),
         ("images_that_are_no_kernels", &kvm, images::images_that_are_no_kernels),
+        ("headers_that_name_the_same_bytes", &kvm, images::headers_that_name_the_same_bytes),
+        ("a_sparse_kernel_costs_what_it_loads", &kvm, images::a_sparse_kernel_costs_what_it_loads),
+        ("sections_that_lie", &kvm, images::sections_that_lie),
+        ("outputs_that_are_no_files", &kvm, outputs_that_are_no_files),
         ("segments_that_do_not_fit", &kvm, images::segments_that_do_not_fit),
         ("kernels_cut_off_anywhere", &kvm, images::kernels_cut_off_anywhere),
         ("the_test_kernel_cut_off", &test_kernel, images::the_test_kernel_cut_off),

@@ -1,5 +1,7 @@
 //! The guest's CPUID table: KVM's supported leaves with some changed bits, and the caller's leaves.
 
+use std::arch::x86_64::__cpuid;
+
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
 };
@@ -30,6 +32,14 @@ pub enum CpuidError {
     TooMany(usize),
 }
 
+/// Virtualisation inside of the guest, Intel's and AMD's. Both are large interfaces of KVM that no
+/// kernel under test needs, and with them come their model-specific registers (`IA32_VMX_*`,
+/// `EFER.SVME`, `VM_HSAVE_PA`), which KVM has only for a guest that is told of the feature.
+const LEAF1_ECX_VMX: u32 = 1 << 5;
+const EXTENDED_ECX_SVM: u32 = 1 << 2;
+/// AMD's leaves of what SVM can do, and of encrypted guests.
+const SVM_FEATURES: u32 = 0x8000_000a;
+const ENCRYPTION_FEATURES: u32 = 0x8000_001f;
 const LEAF1_ECX_CX16: u32 = 1 << 13;
 const LEAF1_ECX_X2APIC: u32 = 1 << 21;
 const LEAF1_ECX_TSC_DEADLINE: u32 = 1 << 24;
@@ -127,6 +137,7 @@ fn changed(mut entry: kvm_cpuid_entry2, irqchip: bool, place: CpuTopology) -> kv
             // KVM's instruction emulator has no cmpxchg16b: on a host that emulates ring 0 each is
             // an exit.
             entry.ecx &= !LEAF1_ECX_CX16;
+            entry.ecx &= !LEAF1_ECX_VMX;
             if !irqchip {
                 // Without the in-kernel interrupt controller there is no local APIC,
                 entry.edx &= !LEAF1_EDX_APIC;
@@ -141,6 +152,10 @@ fn changed(mut entry: kvm_cpuid_entry2, irqchip: bool, place: CpuTopology) -> kv
         4 if entry.eax & 0x1f != 0 => {
             let shared = if entry.eax >> 5 & 7 >= 3 { ids } else { 1 };
             entry.eax = entry.eax & 0x3fff | (shared - 1) << 14 | (ids - 1) << 26;
+        }
+        0x8000_0001 => entry.ecx &= !EXTENDED_ECX_SVM,
+        SVM_FEATURES | ENCRYPTION_FEATURES => {
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
         }
         KVM_FEATURES => entry.eax &= KVM_FEATURES_KEPT,
         // AMD's number of cores, and the bits of the APIC id for them; reserved on Intel's.
@@ -170,6 +185,13 @@ fn topology(function: u32, place: CpuTopology) -> impl Iterator<Item = kvm_cpuid
         edx: place.id.into(),
         ..Default::default()
     })
+}
+
+/// Whether this CPU has VMX or SVM. If not, KVM can only emulate a guest's ring 0.
+pub fn has_virtualisation() -> bool {
+    __cpuid(1).ecx & LEAF1_ECX_VMX != 0
+        || __cpuid(0x8000_0000).eax > 0x8000_0000
+            && __cpuid(0x8000_0001).ecx & EXTENDED_ECX_SVM != 0
 }
 
 /// The bits in which `got` differs from `wanted`, as "leaf 0x1.0 ecx 0x2000", for the log. Hosts
@@ -223,6 +245,28 @@ mod tests {
         assert_eq!(find(1).ecx & LEAF1_ECX_TSC_DEADLINE, 0);
         let with_chip = super::table(&supported(), &[], true, ALONE).unwrap();
         assert_ne!(with_chip.as_slice()[0].edx & LEAF1_EDX_APIC, 0);
+    }
+
+    #[test]
+    fn no_guest_is_offered_virtualisation() {
+        let all = |function| kvm_cpuid_entry2 {
+            function,
+            eax: !0,
+            ebx: !0,
+            ecx: !0,
+            edx: !0,
+            ..Default::default()
+        };
+        let leaves = [1, 0x8000_0001, SVM_FEATURES, ENCRYPTION_FEATURES].map(all);
+        let supported = CpuId::from_entries(&leaves).unwrap();
+        let table = super::table(&supported, &[], true, ALONE).unwrap();
+        let leaf = |i: usize| table.as_slice()[i];
+        assert_eq!(leaf(0).ecx, !(LEAF1_ECX_VMX | LEAF1_ECX_CX16));
+        assert_eq!((leaf(1).ecx, leaf(1).edx), (!EXTENDED_ECX_SVM, !0));
+        for i in [2, 3] {
+            let leaf = leaf(i);
+            assert_eq!((leaf.eax, leaf.ebx, leaf.ecx, leaf.edx), (0, 0, 0, 0));
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod acpi;
 pub mod complete;
 pub mod cpuid;
 pub mod devices;
+pub mod ioctls;
 mod irqchip;
 pub mod kick;
 pub mod layout;

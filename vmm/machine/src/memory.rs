@@ -1,7 +1,9 @@
 //! Guest RAM: host memory that is reserved at once and becomes resident page by page on use.
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use thiserror::Error;
@@ -121,6 +123,27 @@ impl Ram {
             return Err(NotRam { gpa, len: from.len() });
         }
         self.mem.write_slice(from, gpa).map_err(|_| NotRam { gpa, len: from.len() })
+    }
+
+    /// Reads up to `bytes` bytes at `at` of `file` into guest memory, straight from the file.
+    /// Returns how many they were: 0 at its end.
+    ///
+    /// # Errors
+    /// Not all of the place is RAM, or the file cannot be read.
+    pub fn read_file(
+        &self,
+        gpa: GuestAddress,
+        file: &File,
+        at: u64,
+        bytes: u64,
+    ) -> io::Result<u64> {
+        let len = usize::try_from(bytes).map_err(io::Error::other)?;
+        let offset = libc::off_t::try_from(at).map_err(io::Error::other)?;
+        let slice = self.mem.get_slice(gpa, len).map_err(io::Error::other)?;
+        let guard = slice.ptr_guard_mut();
+        // SAFETY: `len` bytes of guest memory from there on, to which there is no reference.
+        let got = unsafe { libc::pread(file.as_raw_fd(), guard.as_ptr().cast(), len, offset) };
+        u64::try_from(got).map_err(|_| io::Error::last_os_error())
     }
 
     /// The little-endian number at `gpa`.

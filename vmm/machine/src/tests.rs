@@ -152,6 +152,48 @@ fn cpuid_has_the_extra_leaves_beside_kvms_own() {
     assert_eq!(regs.rbx as u32, u32::from_le_bytes(*b"KVMK"));
 }
 
+/// Only some hosts make it an exit.
+#[test]
+fn a_lowered_task_priority_goes_on() {
+    let kvm = need!(Kvm::open());
+    let code = guest!("mov eax, 15", "mov cr8, rax", "xor eax, eax", "mov cr8, rax", "hlt");
+    let (machine, mut vcpu) = raw_guest(&kvm, code).unwrap();
+    let mut completer = Completer::default();
+    let exit = match next(&machine, &mut vcpu, &mut completer) {
+        VmExit::TaskPriority => next(&machine, &mut vcpu, &mut completer),
+        exit => exit,
+    };
+    assert_eq!(exit, VmExit::Hlt);
+}
+
+/// Where the CPU has SVM or VMX, the guest sees neither, and setting `EFER.SVME` is an exception,
+/// for which it has no handler.
+#[test]
+fn a_guest_has_no_virtualisation() {
+    let kvm = need!(Kvm::open());
+    let code = guest!(
+        "mov eax, 0x80000001",
+        "cpuid",
+        "mov esi, ecx",
+        "mov eax, 1",
+        "cpuid",
+        "mov edi, ecx",
+        "out 0x80, al",
+        "mov ecx, 0xc0000080",
+        "rdmsr",
+        "or eax, 0x1000",
+        "wrmsr",
+        "hlt",
+    );
+    let (machine, mut vcpu) = raw_guest(&kvm, code).unwrap();
+    let mut completer = Completer::default();
+    let exit = next(&machine, &mut vcpu, &mut completer);
+    assert!(matches!(exit, VmExit::IoOut { port: 0x80, .. }), "{exit:?}");
+    let regs = vcpu.regs().unwrap();
+    assert_eq!((regs.rsi & 1 << 2, regs.rdi & 1 << 5), (0, 0), "SVM, VMX");
+    assert_eq!(next(&machine, &mut vcpu, &mut completer), VmExit::Shutdown);
+}
+
 #[test]
 fn mmio_reads_and_writes_are_exits() {
     let kvm = need!(Kvm::open());

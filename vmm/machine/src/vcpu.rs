@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_INTERNAL_ERROR_EMULATION,
-    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, Msrs, kvm_fpu, kvm_msr_entry, kvm_regs,
-    kvm_segment, kvm_sregs,
+    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_RUN_X86_SMM, Msrs, kvm_fpu,
+    kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
 };
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use thiserror::Error;
@@ -135,6 +135,12 @@ pub enum VmExit {
     /// A kick, another signal, or the start of a vCPU that waited for it; there is nothing to
     /// handle.
     Interrupted,
+    /// The guest lowered its task priority (`cr8`) on a machine without interrupt controllers.
+    /// Nothing waits for it there: KVM has the new value, and the guest goes on.
+    TaskPriority,
+    /// KVM's emulator stopped in system management mode, for which this machine has no memory: what
+    /// the guest's RAM holds at `rip` is not what the CPU would execute.
+    SystemManagement,
     /// The vCPU cannot go on: the guest's state is not valid for the hardware.
     FailEntry {
         /// The hardware's reason.
@@ -286,12 +292,16 @@ impl Vcpu {
                 });
                 self.next_port_item().unwrap_or(VmExit::Unsupported { reason: KVM_EXIT_IO })
             }
+            Raw::Other => VmExit::Unsupported { reason: self.fd.get_kvm_run().exit_reason },
             Raw::Internal => {
                 // SAFETY: KVM says that this is an internal error; all its variants start with
                 // `suberror`.
                 let internal = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
                 if internal.suberror != KVM_INTERNAL_ERROR_EMULATION {
                     return VmExit::InternalError { suberror: internal.suberror };
+                }
+                if u32::from(self.fd.get_kvm_run().flags) & KVM_RUN_X86_SMM != 0 {
+                    return VmExit::SystemManagement;
                 }
                 // SAFETY: with this suberror the member is `emulation_failure`; every bit pattern
                 // is valid.
@@ -545,6 +555,7 @@ enum Raw {
     Port,
     MmioRead(GuestAddress, u8),
     Internal,
+    Other,
 }
 
 impl From<VcpuExit<'_>> for Raw {
@@ -566,15 +577,8 @@ impl From<VcpuExit<'_>> for Raw {
             VcpuExit::SystemEvent(kind, _) => VmExit::SystemEvent { kind },
             VcpuExit::Intr => VmExit::Interrupted,
             VcpuExit::FailEntry(reason, _) => VmExit::FailEntry { reason },
-            VcpuExit::Unsupported(reason) => VmExit::Unsupported { reason },
-            VcpuExit::Unknown => VmExit::Unsupported { reason: kvm_bindings::KVM_EXIT_UNKNOWN },
-            VcpuExit::Exception => VmExit::Unsupported { reason: kvm_bindings::KVM_EXIT_EXCEPTION },
-            VcpuExit::Hypercall(_) => {
-                VmExit::Unsupported { reason: kvm_bindings::KVM_EXIT_HYPERCALL }
-            }
-            VcpuExit::Debug(_) => VmExit::Unsupported { reason: kvm_bindings::KVM_EXIT_DEBUG },
-            VcpuExit::Nmi => VmExit::Unsupported { reason: kvm_bindings::KVM_EXIT_NMI },
-            _ => VmExit::Unsupported { reason: u32::MAX },
+            VcpuExit::SetTpr => VmExit::TaskPriority,
+            _ => return Raw::Other,
         })
     }
 }

@@ -1,11 +1,15 @@
 //! A file that appears as a whole or not at all.
 
-use std::fs::{self, File, Permissions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, BufWriter, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::OFlags;
 use tempfile::NamedTempFile;
+
+/// `ENXIO`: nobody has opened the pipe for reading, or there is no device.
+const NO_READER: i32 = rustix::io::Errno::NXIO.raw_os_error();
 
 /// A path to write to later. It was writable when this was made.
 pub struct Target {
@@ -35,7 +39,7 @@ impl Target {
             Ok(data) if data.is_dir() => return Err(io::ErrorKind::IsADirectory.into()),
             Ok(data) => {
                 // A write-protected file must not be replaced either.
-                let file = File::options().write(true).open(path)?;
+                let file = open(File::options().write(true), path)?;
                 if !data.is_file() {
                     return Ok(Self { path: path.to_owned(), to: To::Into(file) });
                 }
@@ -63,6 +67,14 @@ impl Target {
         Ok(Self { path, to: To::Beside(file) })
     }
 
+    /// The folder in which the file is made and renamed; none if it is written in place.
+    pub fn folder(&self) -> Option<&Path> {
+        match &self.to {
+            To::Beside(file) => file.path().parent(),
+            To::Stdout | To::Into(_) => None,
+        }
+    }
+
     /// Writes the file.
     ///
     /// # Errors
@@ -88,6 +100,32 @@ impl Target {
             }
         }
     }
+}
+
+/// Creates `path`, or empties the file there, and opens it for writing.
+///
+/// # Errors
+/// It cannot be written: a pipe that nobody reads, a socket, and a directory among others.
+pub fn create(path: &Path) -> io::Result<File> {
+    open(File::options().write(true).create(true).truncate(true), path)
+}
+
+/// Opens a file for writing without waiting: a pipe's reader may never come.
+fn open(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
+    let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = options.custom_flags(flags.bits().cast_signed()).open(path).map_err(|error| {
+        match fs::metadata(path).map(|data| data.file_type()) {
+            Ok(kind) if kind.is_socket() => io::Error::other("it is a socket"),
+            Ok(kind) if kind.is_fifo() && error.raw_os_error() == Some(NO_READER) => {
+                io::Error::other("nobody reads this pipe: start its reader first")
+            }
+            _ => error,
+        }
+    })?;
+    // From here on, a reader that is slow is waited for.
+    let flags = rustix::fs::fcntl_getfl(&file)?;
+    rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK)?;
+    Ok(file)
 }
 
 #[cfg(test)]

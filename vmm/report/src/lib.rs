@@ -31,7 +31,7 @@ mod worker;
 
 pub use collect::{Added, DEFAULT_LIMIT, Distinct, Findings};
 pub use cpu::{CpuState, Registers};
-pub use file::Target;
+pub use file::{Target, create};
 pub use finding::{
     AccessKind, Finding, Frame, Names, Object, Previous, ROW_MEMORY, ROW_SHADOW, Row, ShadowDump,
     Task, Track, Variable,

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use umbra_machine::cpuid::CpuidLeaf;
@@ -11,6 +12,7 @@ use umbra_report::Distinct;
 use umbra_shadow::abi::Redzone;
 
 use super::GuestFile;
+use crate::jail::Jail;
 use crate::shadow::{Mode, Notify};
 
 /// Which shadow to keep.
@@ -142,6 +144,9 @@ pub struct Config {
     /// Additional CPUID leaves. One with the number of Umbra's own leaf replaces it. That changes
     /// only what the guest reads, for example another version of Umbra, or smaller windows.
     pub cpuid: Vec<CpuidLeaf>,
+    /// The jail that this process is in. The threads of the run close it before guest code runs,
+    /// and the thread that called [`run`](super::run) with them, for good. None: no jail.
+    pub jail: Option<Arc<Jail>>,
 }
 
 /// An empty kernel with 256 MiB, one CPU and no limits.
@@ -172,6 +177,7 @@ impl Default for Config {
             marks: Vec::new(),
             modules: None,
             cpuid: Vec::new(),
+            jail: None,
         }
     }
 }

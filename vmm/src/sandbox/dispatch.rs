@@ -46,6 +46,8 @@ pub struct Dispatcher {
 const LOGGED: u64 = 16;
 /// Why frees in rings are refused that the quarantine has no room for.
 const QUEUE_FULL: &str = "the quarantine's queue is full: the guest does not fetch evicted memory";
+/// Why a guest in system management mode ends.
+const NO_SMM: &str = "it is in system management mode, for which there is no firmware,";
 /// The note of a finding that only the record of a free showed.
 const FOUND_LATER: &str =
     "the free was found when the CPU's records were read, some time after it happened";
@@ -72,6 +74,11 @@ impl Dispatcher {
             refused: 0,
             begin: Instant::now(),
         }
+    }
+
+    /// With something else to complete instructions.
+    pub(super) fn with_completer(self, completer: Completer) -> Self {
+        Self { completer, ..self }
     }
 
     /// Handles an exit.
@@ -104,7 +111,8 @@ impl Dispatcher {
                 let bytes = &bytes[..usize::from(len).min(bytes.len())];
                 self.complete_instruction(bytes, context)
             }
-            VmExit::Interrupted => Ok(()),
+            VmExit::Interrupted | VmExit::TaskPriority => Ok(()),
+            VmExit::SystemManagement => Err(self.stuck(NO_SMM.into(), context)),
             VmExit::Hlt => Err(Outcome::Halted),
             VmExit::Shutdown => Err(self.triple_fault(context)),
             VmExit::SystemEvent { .. } => Err(Outcome::Reset),

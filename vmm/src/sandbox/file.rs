@@ -1,14 +1,14 @@
-//! Kernels and initrds. A file is read when it is copied into guest memory, and a kernel again when
-//! a report needs its symbols. Files on disk are not kept in memory in between.
+//! Kernels and initrds. A file on disk is opened once. It is read when it is copied into guest
+//! memory, and a kernel again when a report needs its symbols.
 
-use std::fs::{File, Metadata};
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-use std::time::SystemTime;
 
-use umbra_machine::loader::{LoadError, read_file};
+use umbra_machine::loader::{DiskFile, LoadError, Source};
 use umbra_report::symbols::Contents;
+
+/// Most bytes of a test kernel's file. They are about a tenth.
+const TEST_KERNEL_MAX: u64 = 64 << 20;
 
 /// The contents of a file.
 #[derive(Clone, Debug)]
@@ -16,16 +16,7 @@ pub enum GuestFile {
     /// In memory.
     Memory(Arc<[u8]>),
     /// On disk.
-    Disk(DiskFile),
-}
-
-/// A file on disk, with its state when it was first opened.
-#[derive(Clone, Debug)]
-pub struct DiskFile {
-    what: &'static str,
-    path: PathBuf,
-    bytes: u64,
-    modified: Option<SystemTime>,
+    Disk(Arc<DiskFile>),
 }
 
 impl Default for GuestFile {
@@ -47,72 +38,52 @@ impl From<&[u8]> for GuestFile {
 }
 
 impl GuestFile {
-    /// The file at `path`. Messages call it `what`.
+    /// Opens the file at `path`. Messages call it `what`.
     ///
     /// # Errors
-    /// There is none.
+    /// It is no regular file, too large, or cannot be opened.
     pub fn open(what: &'static str, path: &Path) -> Result<Self, LoadError> {
-        let fail = |source| LoadError::Read { what, path: path.to_owned(), source };
-        let (bytes, modified) = state(&path.metadata().map_err(fail)?);
-        Ok(Self::Disk(DiskFile { what, path: path.to_owned(), bytes, modified }))
+        DiskFile::open(what, path).map(|file| Self::Disk(Arc::new(file)))
     }
 
-    /// Its size.
+    /// Its size in bytes.
     pub fn bytes(&self) -> u64 {
+        self.source().bytes()
+    }
+
+    /// Its contents, for the loader.
+    pub fn source(&self) -> Source<'_> {
         match self {
-            Self::Memory(bytes) => bytes.len() as u64,
-            Self::Disk(file) => file.bytes,
+            Self::Memory(bytes) => Source::Memory(bytes),
+            Self::Disk(file) => Source::Disk(file),
         }
     }
 
-    /// Its contents; a file on disk is read later.
+    /// All of it, if it is a test kernel: no larger than [`TEST_KERNEL_MAX`].
+    pub(crate) fn test_kernel(&self) -> Option<Arc<[u8]>> {
+        match self {
+            Self::Memory(bytes) => Some(bytes.clone()),
+            Self::Disk(file) if file.bytes() <= TEST_KERNEL_MAX => {
+                let mut bytes = vec![0; file.bytes() as usize];
+                self.source().read(0, &mut bytes).ok()?;
+                Some(bytes.into())
+            }
+            Self::Disk(_) => None,
+        }
+    }
+
+    /// Its contents, for its symbols; a file on disk is read later.
     ///
     /// # Errors
-    /// It cannot be opened, or has changed.
+    /// It has changed.
     pub fn contents(&self) -> Result<Contents, LoadError> {
         match self {
             Self::Memory(bytes) => Ok(bytes.clone().into()),
             Self::Disk(file) => {
-                let fail =
-                    |source| LoadError::Read { what: file.what, path: file.path.clone(), source };
-                let opened = File::open(&file.path).map_err(fail)?;
-                file.is_the_same(&opened.metadata().map_err(fail)?)?;
-                Contents::disk(opened).map_err(fail)
+                Contents::disk(file.try_clone()?).map_err(|source| file.error(source))
             }
         }
     }
-
-    /// Its contents.
-    ///
-    /// # Errors
-    /// It cannot be read, or has changed.
-    pub fn read(&self) -> Result<Arc<[u8]>, LoadError> {
-        match self {
-            Self::Memory(bytes) => Ok(bytes.clone()),
-            Self::Disk(file) => {
-                let contents = read_file(file.what, &file.path)?;
-                let fail =
-                    |source| LoadError::Read { what: file.what, path: file.path.clone(), source };
-                file.is_the_same(&file.path.metadata().map_err(fail)?)?;
-                Ok(contents.into())
-            }
-        }
-    }
-}
-
-impl DiskFile {
-    fn is_the_same(&self, now: &Metadata) -> Result<(), LoadError> {
-        if state(now) == (self.bytes, self.modified) {
-            return Ok(());
-        }
-        let source = io::Error::other("the file has changed meanwhile");
-        Err(LoadError::Read { what: self.what, path: self.path.clone(), source })
-    }
-}
-
-/// State that changes when a file is written.
-fn state(meta: &Metadata) -> (u64, Option<SystemTime>) {
-    (meta.len(), meta.modified().ok())
 }
 
 #[cfg(test)]
@@ -120,19 +91,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_is_read_as_it_was_named_or_not_at_all() {
+    fn a_file_is_read_as_it_was_opened_or_not_at_all() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("kernel");
         assert!(GuestFile::open("kernel", &path).is_err());
         std::fs::write(&path, b"abc").unwrap();
         let file = GuestFile::open("kernel", &path).unwrap();
-        assert_eq!((file.bytes(), &*file.read().unwrap()), (3, &b"abc"[..]));
+        let mut read = [0; 3];
+        file.source().read(0, &mut read).unwrap();
+        assert_eq!((file.bytes(), &read), (3, b"abc"));
+        assert!(file.contents().is_ok());
         std::fs::write(&path, b"abcd").unwrap();
-        for error in [file.read().unwrap_err(), file.contents().unwrap_err()] {
-            let error = std::error::Error::source(&error).unwrap().to_string();
-            assert!(error.contains("changed"), "{error}");
-        }
-        let folder = GuestFile::open("kernel", dir.path()).unwrap();
-        assert!(matches!(folder.read(), Err(LoadError::NotAFile { .. })));
+        let error = file.contents().unwrap_err();
+        let error = std::error::Error::source(&error).unwrap().to_string();
+        assert!(error.contains("changed"), "{error}");
+        assert!(matches!(GuestFile::open("kernel", dir.path()), Err(LoadError::NotAFile { .. })));
     }
 }

@@ -26,6 +26,8 @@ const PAUSE: Duration = Duration::from_secs(1);
 const PART: u64 = 4 << 30;
 /// Most runs of dead pages per scan, whatever the guest has written to its page shadow.
 const RUNS: usize = 1024;
+/// Most scans that [`GuestPageReclaim::scan_all`] makes for runs that are left over.
+const SCANS: u64 = if cfg!(test) { 1 } else { 64 };
 
 /// Decides when to scan, and discards what a scan finds.
 #[derive(Debug)]
@@ -72,12 +74,15 @@ impl GuestPageReclaim {
         self.last_scan -= PAUSE;
     }
 
-    /// Scans all guest memory. Every vCPU stands still.
+    /// Scans all guest memory, unless the guest has cut it into too many runs. Every vCPU stands
+    /// still.
     pub(super) fn scan_all(&mut self, windows: &Windows, rings: &Rings, ram: &Ram) {
         self.next = 0;
-        self.scan(windows, rings, ram);
-        while self.next < ram.end() && self.is_allowed() {
+        for _ in 0..SCANS + ram.end() / PART {
             self.scan(windows, rings, ram);
+            if self.next >= ram.end() || !self.is_allowed() {
+                break;
+            }
         }
     }
 

@@ -2,12 +2,14 @@
 //! a command to Umbra itself.
 
 use std::io::Read;
-use std::sync::Weak;
 use std::sync::atomic::Ordering::SeqCst;
+use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::Duration;
 
+use super::gate::Gate;
 use super::shared::Shared;
+use crate::jail::ThreadKind;
 
 /// Ctrl-A.
 const ESCAPE: u8 = 1;
@@ -54,11 +56,22 @@ impl Keys {
     }
 }
 
-/// Starts the threads. The reading thread ends at the end of the input, or at the first key after
+/// The threads that [`spawn`] starts.
+pub(super) const THREADS: usize = 2;
+
+/// Starts the threads, which wait at the `gate`. The reading thread ends at the end of the input, or at the first key after
 /// the run.
-pub(super) fn spawn(mut input: Box<dyn Read + Send>, shared: Weak<Shared>) -> std::io::Result<()> {
+pub(super) fn spawn(
+    mut input: Box<dyn Read + Send>,
+    shared: Weak<Shared>,
+    gate: &Arc<Gate>,
+) -> std::io::Result<()> {
     let flushed = shared.clone();
+    let [input_gate, console_gate] = [gate.clone(), gate.clone()];
     let run = move || {
+        if !input_gate.arrive(ThreadKind::Console) {
+            return;
+        }
         let (mut keys, mut chunk) = (Keys::default(), [0; CHUNK]);
         loop {
             let count = match input.read(&mut chunk) {
@@ -78,7 +91,12 @@ pub(super) fn spawn(mut input: Box<dyn Read + Send>, shared: Weak<Shared>) -> st
         }
     };
     thread::Builder::new().name("input".into()).spawn(run)?;
-    thread::Builder::new().name("console".into()).spawn(move || keep_flushing(&flushed)).map(drop)
+    let flush = move || {
+        if console_gate.arrive(ThreadKind::Console) {
+            keep_flushing(&flushed);
+        }
+    };
+    thread::Builder::new().name("console".into()).spawn(flush).map(drop)
 }
 
 /// Writes out console lines without an end, such as a prompt. This has a thread of its own, since

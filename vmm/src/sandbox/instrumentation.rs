@@ -4,22 +4,25 @@
 //! the sanitizer, and those of copies if the code calls a `memcpy` of its own.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
-use object::read::elf::{ElfFile64, Sym as _};
-use object::{LittleEndian, Object as _, ObjectSection as _, ObjectSymbol as _, SectionKind};
+use umbra_machine::loader::{Limit, LoadError, Source};
 
+/// Most sections that are looked at.
+const SECTIONS_MAX: u64 = 1 << 12;
 /// Most bytes of code that are looked at.
-const CODE_MAX: usize = 16 << 20;
+const CODE_MAX: u64 = 16 << 20;
 /// Most bytes of a name that are looked at: more than any that matters has.
 const NAME_MAX: usize = 64;
 /// Most symbols that are looked at.
-const SYMBOLS_MAX: usize = 1 << 20;
+const SYMBOLS_MAX: u64 = 1 << 20;
+/// Most bytes of all names.
+const STRINGS_MAX: u64 = 64 << 20;
+/// Most addresses of functions that matter; some twenty do.
+const TARGETS_MAX: usize = 1 << 10;
 /// Opcodes of a call and a jump with a distance of four bytes.
 const CALL: u8 = 0xe8;
 const JUMP: u8 = 0xe9;
-
-/// A kernel's ELF file.
-type Elf<'a> = ElfFile64<'a, LittleEndian>;
 
 /// What a function is, by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -32,27 +35,19 @@ enum Target {
     Check,
 }
 
+/// The addresses of functions that matter, and whether the kernel has Umbra's runtime.
+type Targets = (HashMap<u64, Target>, bool);
+
 /// What may be wrong with how a kernel was compiled: a sentence each. None for a kernel without the
-/// runtime, and for a file that is no ELF file.
-pub(super) fn warnings(kernel: &[u8]) -> Vec<&'static str> {
-    let Ok(elf) = Elf::parse(kernel) else { return Vec::new() };
-    let strings = elf.section_by_index(elf.elf_symbol_table().string_section());
-    let strings = strings.and_then(|section| section.data()).unwrap_or_default();
-    let mut targets = HashMap::new();
-    let mut has_runtime = false;
-    for symbol in elf.symbols().take(SYMBOLS_MAX) {
-        let name = name(strings, symbol.elf_symbol().st_name(LittleEndian));
-        has_runtime |= name == b"umbra_activate";
-        if let Some(target) = target(name) {
-            // One address may have several names; the runtime's says more.
-            let known = targets.entry(symbol.address()).or_insert(target);
-            *known = target.max(*known);
-        }
-    }
-    if !has_runtime {
-        return Vec::new();
-    }
-    let Some(calls) = calls(&elf, &targets) else { return Vec::new() };
+/// runtime, for a file that is no ELF file, and for one that is too large to look at. Only the
+/// symbols, their names, and the code are read.
+///
+/// # Errors
+/// The file cannot be read, or the time is over.
+pub(super) fn warnings(kernel: Source, limit: &Limit) -> Result<Vec<&'static str>, LoadError> {
+    let sections = sections(kernel)?;
+    let Some((targets, true)) = targets(kernel, &sections, limit)? else { return Ok(Vec::new()) };
+    let Some(calls) = calls(kernel, &sections, &targets, limit)? else { return Ok(Vec::new()) };
     let count = |target| calls.get(&target).copied().unwrap_or_default();
     let mut warnings = Vec::new();
     if count(Target::Check) == 0 {
@@ -66,7 +61,106 @@ pub(super) fn warnings(kernel: &[u8]) -> Vec<&'static str> {
              the runtime's (docs/your-kernel.md)",
         );
     }
-    warnings
+    Ok(warnings)
+}
+
+/// A section's header.
+struct Section {
+    kind: u32,
+    flags: u64,
+    address: u64,
+    /// Its bytes in the file.
+    range: Range<u64>,
+    link: u32,
+}
+
+/// The headers of the sections whose contents are in the file; none for other files.
+fn sections(kernel: Source) -> Result<Vec<Section>, LoadError> {
+    const HEADER: usize = 64;
+    let mut header = [0; HEADER];
+    if kernel.bytes() < HEADER as u64 {
+        return Ok(Vec::new());
+    }
+    kernel.read(0, &mut header)?;
+    // A 64-bit little-endian file.
+    if !header.starts_with(b"\x7fELF\x02\x01") {
+        return Ok(Vec::new());
+    }
+    let (start, count) = (number(&header, 40, 8), number(&header, 60, 2));
+    let bytes = count * HEADER as u64;
+    let in_file = |start: u64, bytes: u64| {
+        start.checked_add(bytes).filter(|end| *end <= kernel.bytes()).map(|end| start..end)
+    };
+    if count > SECTIONS_MAX || number(&header, 58, 2) != HEADER as u64 {
+        return Ok(Vec::new());
+    }
+    let Some(range) = in_file(start, bytes) else { return Ok(Vec::new()) };
+    let mut table = vec![0; bytes as usize];
+    kernel.read(range.start, &mut table)?;
+    let section = |header: &[u8]| {
+        // One without contents may name any place.
+        let range = in_file(number(header, 24, 8), number(header, 32, 8)).unwrap_or_default();
+        Section {
+            kind: number(header, 4, 4) as u32,
+            flags: number(header, 8, 8),
+            address: number(header, 16, 8),
+            range,
+            link: number(header, 40, 4) as u32,
+        }
+    };
+    Ok(table.chunks_exact(HEADER).map(section).collect())
+}
+
+/// The little-endian number of `bytes` bytes (8 at most) at `at`.
+fn number(from: &[u8], at: usize, bytes: usize) -> u64 {
+    let mut number = [0; 8];
+    if let Some(part) = from.get(at..at + bytes) {
+        number[..bytes].copy_from_slice(part);
+    }
+    u64::from_le_bytes(number)
+}
+
+/// What the symbols say. None if there are none, or too many.
+fn targets(
+    kernel: Source,
+    sections: &[Section],
+    limit: &Limit,
+) -> Result<Option<Targets>, LoadError> {
+    const SYMTAB: u32 = 2;
+    const SYMBOL: usize = 24;
+    let Some(table) = sections.iter().find(|section| section.kind == SYMTAB) else {
+        return Ok(None);
+    };
+    let Some(names) = sections.get(table.link as usize) else { return Ok(None) };
+    let bytes = names.range.end - names.range.start;
+    if bytes > STRINGS_MAX {
+        return Ok(None);
+    }
+    let mut strings = vec![0; bytes as usize];
+    kernel.read(names.range.start, &mut strings)?;
+    let (mut targets, mut has_runtime) = (HashMap::new(), false);
+    let start = table.range.start;
+    let end = table.range.end.min(start.saturating_add(SYMBOLS_MAX * SYMBOL as u64));
+    // A symbol may lie across the end of a block.
+    let mut rest = Vec::new();
+    kernel.blocks(start..end, 0, limit, |block| {
+        rest.extend_from_slice(block);
+        let (symbols, cut_off) = rest.as_chunks::<SYMBOL>();
+        for symbol in symbols {
+            let name = name(&strings, number(symbol, 0, 4) as u32);
+            has_runtime |= name == b"umbra_activate";
+            if let Some(target) = target(name)
+                && targets.len() < TARGETS_MAX
+            {
+                // One address may have several names; the runtime's says more.
+                let known = targets.entry(number(symbol, 8, 8)).or_insert(target);
+                *known = target.max(*known);
+            }
+        }
+        rest = cut_off.to_vec();
+        true
+    })?;
+    Ok(Some((targets, has_runtime)))
 }
 
 /// The name at an offset, as far as it matters here: the work on each symbol is bounded.
@@ -93,31 +187,55 @@ fn target(name: &[u8]) -> Option<Target> {
 }
 
 /// How often code calls or jumps to the targets. None if there is too much code to look at.
-fn calls(elf: &Elf, targets: &HashMap<u64, Target>) -> Option<HashMap<Target, u64>> {
+fn calls(
+    kernel: Source,
+    sections: &[Section],
+    targets: &HashMap<u64, Target>,
+    limit: &Limit,
+) -> Result<Option<HashMap<Target, u64>>, LoadError> {
+    const PROGBITS: u32 = 1;
+    /// Memory of the program, and instructions in it.
+    const CODE: u64 = 2 | 4;
+    /// Bytes of a call or jump.
+    const BYTES: usize = 5;
     let mut counts = HashMap::new();
     let mut left = CODE_MAX;
-    for section in elf.sections() {
-        if section.kind() != SectionKind::Text {
+    for section in sections {
+        if section.kind != PROGBITS || section.flags & CODE != CODE {
             continue;
         }
-        let Ok(code) = section.data() else { continue };
-        left = left.checked_sub(code.len())?;
-        for (at, five) in (0u64..).zip(code.windows(5)) {
-            let [CALL | JUMP, distance @ ..] = five else { continue };
-            let Ok(distance) = distance.try_into().map(i32::from_le_bytes) else { continue };
-            let next = section.address().wrapping_add(at + 5);
-            let to = next.wrapping_add_signed(distance.into());
-            if let Some(target) = targets.get(&to) {
-                *counts.entry(*target).or_default() += 1;
+        let Some(less) = left.checked_sub(section.range.end - section.range.start) else {
+            return Ok(None);
+        };
+        left = less;
+        let mut address = section.address;
+        kernel.blocks(section.range.clone(), BYTES - 1, limit, |block| {
+            for (at, bytes) in (0u64..).zip(block.windows(BYTES)) {
+                let [CALL | JUMP, distance @ ..] = bytes else { continue };
+                let Ok(distance) = distance.try_into().map(i32::from_le_bytes) else { continue };
+                let next = address.wrapping_add(at + BYTES as u64);
+                let to = next.wrapping_add_signed(distance.into());
+                if let Some(target) = targets.get(&to) {
+                    *counts.entry(*target).or_default() += 1;
+                }
             }
-        }
+            // The next block repeats the end of this one.
+            let repeated = block.len().min(BYTES - 1);
+            address = address.wrapping_add((block.len() - repeated) as u64);
+            true
+        })?;
     }
-    Some(counts)
+    Ok(Some(counts))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The warnings about a file in memory.
+    fn warnings(kernel: &[u8]) -> Vec<&'static str> {
+        super::warnings(kernel.into(), &Limit::default()).unwrap()
+    }
 
     #[test]
     fn functions_are_known_by_name() {
@@ -142,6 +260,20 @@ mod tests {
         assert!(warnings(b"no ELF file").is_empty());
         let own = std::fs::read("/proc/self/exe").expect("this program");
         assert!(warnings(&own).is_empty(), "it has no runtime");
+    }
+
+    /// Whatever its fields say, no more is read than is looked at.
+    #[test]
+    fn no_bytes_make_it_panic_or_read_much() {
+        let elf = umbra_testkit::elf::with_section(".text", &[CALL; 64]);
+        for at in 0..elf.len() {
+            for value in [0, 1, 2, 0x7f, 0xff] {
+                let mut changed = elf.clone();
+                changed[at] = value;
+                warnings(&changed);
+            }
+            warnings(&elf[..at]);
+        }
     }
 
     /// The test kernel, with other names of functions of the same length.

@@ -5,6 +5,7 @@
 //! | `builder.rs`, `config.rs`, `file.rs` | what to run and how; kernels and initrds |
 //! | `instrumentation.rs` | warns of a kernel that was not compiled as it must be |
 //! | `run.rs`, `shared.rs` | sets a run up, watches it, tears it down; what its threads share |
+//! | `gate.rs` | closes the jail before guest code runs |
 //! | `vcpu_thread.rs`, `vcpus.rs` | the thread of a vCPU; how vCPUs are paused and ended |
 //! | `discovery.rs` | the CPUID leaves by which a guest finds Umbra |
 //! | `dispatch.rs` | handles an exit, of which it sees `context.rs`; `calls.rs` a hypercall |
@@ -30,6 +31,7 @@ mod discovery;
 mod dispatch;
 mod end_state;
 mod file;
+mod gate;
 mod globals;
 mod guest_info;
 mod guest_pages;

@@ -22,8 +22,12 @@ pub enum RunError {
     Shadow(#[from] ShadowError),
     #[error("Linux needs interrupt controllers and a timer, and they are off")]
     LinuxWithoutIrqchip,
-    #[error("cannot start a thread for a vCPU: {0}")]
+    #[error("{0}: the guest had not begun")]
+    NotBegun(Outcome),
+    #[error("cannot start a thread for a vCPU, or close the jail for it: {0}")]
     Thread(std::io::Error),
+    #[error("cannot make memory to execute instructions in: {0}; --jail off makes it on demand")]
+    Code(std::io::Error),
     #[error("a vCPU's thread panicked: this is a bug in Umbra")]
     Panicked,
     #[error(

@@ -13,8 +13,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use umbra_machine::complete::Completer;
+use umbra_machine::cpuid::has_virtualisation;
 use umbra_machine::devices::{COM1_IRQ, Devices};
-use umbra_machine::loader::{Boot, Emulated, is_bzimage, is_linux, with_defaults};
+use umbra_machine::loader::{
+    Boot, Emulated, Limit, LoadError, is_bzimage, is_linux, with_defaults,
+};
 use umbra_machine::memory::Ram;
 use umbra_machine::stats::{Counters, emulates_ring0, time_stamp, tsc_khz};
 use umbra_machine::vcpu::Vcpu;
@@ -28,6 +32,7 @@ use umbra_shadow::abi::Features;
 use super::console::ConsoleWatch;
 use super::discovery::{self, Settings};
 use super::dispatch::Dispatcher;
+use super::gate::Gate;
 use super::guest_info::GuestInfo;
 use super::marks::Marks;
 use super::picture::{self, Tail, Timeline};
@@ -41,6 +46,7 @@ use super::{
     Config, Console, GuestFile, Irqchip, Observer, Outcome, RunError, RunReport, ShadowMode, input,
     instrumentation, stats,
 };
+use crate::jail::Jail;
 use crate::shadow::{Layout, ShadowError, Windows, WindowsConfig, page_map};
 
 /// Poll interval for the stop flag.
@@ -66,9 +72,25 @@ pub fn run(
     stop: &AtomicBool,
 ) -> Result<RunReport, RunError> {
     let begin = Instant::now();
-    let running = set_up(config, console.into(), observer)?.start(begin)?;
-    let outcome = running.watch(config, stop);
+    // A limit that overflows the clock is none.
+    let deadline = config.timeout.and_then(|limit| Some((begin.checked_add(limit)?, limit)));
+    let limit = Limit { stop: Some(stop), deadline: deadline.map(|(at, _)| at) };
+    let prepared = set_up(config, console.into(), observer, &limit);
+    let prepared = prepared.map_err(|error| ended_early(error, config))?;
+    let running = prepared.start(begin, config.jail.clone())?;
+    let outcome = running.watch(config, deadline, stop);
     running.tear_down(config, outcome)
+}
+
+/// An error of the set-up. Where the user or the time limit ended it, it is a run that ended.
+fn ended_early(error: RunError, config: &Config) -> RunError {
+    match (error, config.timeout) {
+        (RunError::Load(LoadError::Interrupted), _) => RunError::NotBegun(Outcome::Interrupted),
+        (RunError::Load(LoadError::TimeLimit), Some(limit)) => {
+            RunError::NotBegun(Outcome::TimeLimit(limit))
+        }
+        (error, _) => error,
+    }
 }
 
 /// A loaded machine.
@@ -81,6 +103,7 @@ struct Hardware {
     emulated: bool,
     /// What stamps of records say about time.
     clock: Clock,
+    completer: Completer,
 }
 
 /// A run that can start.
@@ -98,8 +121,9 @@ fn set_up(
     config: &Config,
     console: Console,
     mut observer: Box<dyn Observer>,
+    limit: &Limit,
 ) -> Result<Prepared, RunError> {
-    let Hardware { machine, vcpus, linux, emulated, clock } = hardware(config)?;
+    let Hardware { machine, vcpus, linux, emulated, clock, completer } = hardware(config, limit)?;
     // The last step that can fail: if it does, no vCPU has run on its memslots.
     let windows = windows(config, &machine)?;
     let counters = config.count_instructions.then(|| Counters::open(&vcpus)).and_then(|counters| {
@@ -131,7 +155,8 @@ fn set_up(
             Marks::new(config.marks.clone(), counters.clone().filter(|_| emulated)),
             config.picture.then(Timeline::default),
         ),
-    );
+    )
+    .with_completer(completer);
     let shared = Arc::new(Shared {
         machine,
         vcpus: Vcpus::new(&vcpus),
@@ -145,21 +170,21 @@ fn set_up(
     Ok(Prepared { shared, vcpus, input, tail, has_irqchip, emulated })
 }
 
+/// What completes instructions. In a jail, executable memory is made now or never. Only where ring 0
+/// is emulated is there anything to execute in it.
+fn completer(config: &Config, emulated: impl Fn() -> bool) -> Result<Completer, RunError> {
+    match config.jail {
+        Some(_) => Completer::fixed(emulated()).map_err(RunError::Code),
+        None => Ok(Completer::default()),
+    }
+}
+
 /// Makes the machine and loads the kernel.
-fn hardware(config: &Config) -> Result<Hardware, RunError> {
+fn hardware(config: &Config, limit: &Limit) -> Result<Hardware, RunError> {
     let kvm = Kvm::open()?;
     // Check it before it is used.
     Ram::check(config.memory).map_err(MachineError::from)?;
-    let kernel = config.kernel.read()?;
-    let linux = is_linux(&kernel);
-    if config.shadow != ShadowMode::Off {
-        instrumentation::warnings(&kernel).iter().for_each(|warning| log::warn!("{warning}"));
-    }
-    if linux && config.irqchip == Irqchip::Off {
-        return Err(RunError::LinuxWithoutIrqchip);
-    }
-    let emulated = (linux || config.count_instructions || config.cpus > 1) && is_emulated(&kvm);
-    let stamps = discovery::stamps(config.cpus, emulated);
+    let stamps = discovery::stamps(config.cpus, !has_virtualisation());
     let mut machine = Machine::new(
         &kvm,
         MachineConfig {
@@ -169,33 +194,46 @@ fn hardware(config: &Config) -> Result<Hardware, RunError> {
             irqchip: config.irqchip == Irqchip::On,
         },
     )?;
+    let kernel = config.kernel.source();
+    let linux = is_linux(machine.ram(), kernel, limit)?;
+    if config.shadow != ShadowMode::Off {
+        instrumentation::warnings(kernel, limit)?.iter().for_each(|text| log::warn!("{text}"));
+    }
+    if linux && config.irqchip == Irqchip::Off {
+        return Err(RunError::LinuxWithoutIrqchip);
+    }
+    let bzimage = is_bzimage(kernel)?;
+    let emulated = (linux || config.count_instructions).then(|| is_emulated(&kvm));
+    // The probe takes longer than all else here. It is not needed where the CPU has nothing to run
+    // ring 0 with: there, ring 0 is emulated.
+    let needs_code = || emulated.unwrap_or_else(|| !has_virtualisation() || is_emulated(&kvm));
+    let completer = completer(config, needs_code)?;
+    let emulated = emulated.unwrap_or(false);
     let cmdline = if linux {
         let host = emulated.then(|| Emulated {
             // 0 where it is not known.
             tsc_khz: tsc_khz(&kvm).unwrap_or(0),
-            bzimage: is_bzimage(&kernel),
+            bzimage,
         });
         with_defaults(&config.cmdline, host)
     } else {
         config.cmdline.clone()
     };
-    let initrd = config.initrd.as_ref().map(GuestFile::read).transpose()?;
     machine.load(&Boot {
-        image: &kernel,
+        image: kernel,
         cmdline: &cmdline,
-        initrd: initrd.as_deref(),
+        initrd: config.initrd.as_ref().map(GuestFile::source),
         protocol: config.boot,
         unpack: emulated,
+        limit: *limit,
     })?;
-    // They are in guest memory now.
-    drop((kernel, initrd));
     let vcpus =
         (0..config.cpus).map(|id| machine.create_vcpu(id)).collect::<Result<Vec<_>, _>>()?;
     let clock = match vcpus.first().filter(|_| stamps.has(Features::STAMPS_TSC)) {
         Some(vcpu) => Clock::tsc(vcpu.tsc_khz().unwrap_or(0), time_stamp()),
         None => Clock::default(),
     };
-    Ok(Hardware { machine, vcpus, linux, emulated, clock })
+    Ok(Hardware { machine, vcpus, linux, emulated, clock, completer })
 }
 
 /// The CPUID leaves by which the guest finds Umbra.
@@ -262,19 +300,24 @@ struct Running {
 }
 
 impl Prepared {
-    /// Starts the vCPUs.
-    fn start(self, begin: Instant) -> Result<Running, RunError> {
+    /// Starts the vCPUs, once all threads have closed the jail.
+    fn start(self, begin: Instant, jail: Option<Arc<Jail>>) -> Result<Running, RunError> {
         let Self { shared, vcpus, input, tail, has_irqchip, emulated } = self;
         let (sender, outcomes) = mpsc::sync_channel(2 * vcpus.len());
         let started = Instant::now();
+        let gate = Arc::new(Gate::new(jail));
         let mut threads = Vec::with_capacity(vcpus.len());
         let start = || {
             for vcpu in vcpus {
-                threads.push(vcpu_thread::spawn(vcpu, shared.clone(), sender.clone())?);
+                let (shared, sender) = (shared.clone(), sender.clone());
+                threads.push(vcpu_thread::spawn(vcpu, shared, sender, gate.clone())?);
             }
-            input.map_or(Ok(()), |input| input::spawn(input, Arc::downgrade(&shared)))
+            let others = if input.is_some() { input::THREADS } else { 0 };
+            input.map_or(Ok(()), |input| input::spawn(input, Arc::downgrade(&shared), &gate))?;
+            gate.open(threads.len() + others)
         };
         if let Err(error) = start() {
+            gate.decide(false);
             shared.stop.store(true, SeqCst);
             shared.vcpus.end(&threads);
             return Err(RunError::Thread(error));
@@ -286,12 +329,15 @@ impl Prepared {
 impl Running {
     /// Waits until the run is to end: by a vCPU, the time limit, the user, or an idle machine. None
     /// if a thread panicked.
-    fn watch(&self, config: &Config, stop: &AtomicBool) -> Option<Outcome> {
-        // A limit that overflows the clock is none.
-        let deadline =
-            config.timeout.and_then(|limit| Some((Instant::now().checked_add(limit)?, limit)));
-        if let Some((_, limit)) = deadline {
-            self.shared.lookups.set(limit.saturating_add(LOOKUP_END));
+    fn watch(
+        &self,
+        config: &Config,
+        deadline: Option<(Instant, Duration)>,
+        stop: &AtomicBool,
+    ) -> Option<Outcome> {
+        if let Some((at, _)) = deadline {
+            let left = at.saturating_duration_since(Instant::now());
+            self.shared.lookups.set(left.saturating_add(LOOKUP_END));
         }
         let mut halts = HaltCheck::new();
         loop {

@@ -11,8 +11,10 @@ use umbra_machine::vcpu::{Vcpu, VmExit};
 use super::Outcome;
 use super::context::{ExitContext, OtherVcpus};
 use super::end_state::EndState;
+use super::gate::Gate;
 use super::shared::{MachineMemslots, Shared};
 use super::vcpus::Vcpus;
+use crate::jail::ThreadKind;
 
 /// Pauses the other vCPUs for one that handles an exit; they continue when it is dropped.
 struct PauseGuard<'a> {
@@ -48,17 +50,22 @@ impl Drop for OutcomeSender {
     }
 }
 
-/// Starts a thread that runs `vcpu` until the run ends. If this vCPU ends it, the outcome goes to
+/// Starts a thread that runs `vcpu`, once the `gate` is open, until the run ends. If this vCPU ends it, the outcome goes to
 /// `sender`; each thread sends `None` as its last value. The channel holds two values for each
 /// vCPU.
 pub(super) fn spawn(
     mut vcpu: Vcpu,
     shared: Arc<Shared>,
     sender: SyncSender<Option<Outcome>>,
+    gate: Arc<Gate>,
 ) -> std::io::Result<JoinHandle<()>> {
     let name = format!("vcpu{}", vcpu.id());
     thread::Builder::new().name(name).spawn(move || {
         let sender = OutcomeSender(sender);
+        if !gate.arrive(ThreadKind::Vcpu) {
+            return;
+        }
+        drop(gate);
         run(&mut vcpu, &shared, &sender);
         shared.vcpus.note_end(usize::from(vcpu.id()), EndState::of(&vcpu));
     })

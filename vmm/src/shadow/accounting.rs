@@ -15,7 +15,15 @@ use std::{
     os::unix::fs::FileExt,
 };
 
-use super::{layout::CHUNK_BYTES, mapping::HOST_PAGE, memory::ShadowBacking};
+use super::{
+    layout::CHUNK_BYTES,
+    mapping::HOST_PAGE,
+    memory::ShadowBacking,
+    proc::{FromStart, files},
+};
+
+/// Bytes of `/proc/self/smaps` that are read at once.
+const SMAPS_BLOCK: usize = 64 << 10;
 
 /// Bytes of private memory that the kernel holds for the addresses `range` of this process,
 /// swapped-out pages included. The shared page of zeroes, which reads of untouched memory get, is
@@ -26,12 +34,12 @@ use super::{layout::CHUNK_BYTES, mapping::HOST_PAGE, memory::ShadowBacking};
 /// # Errors
 /// The file in `/proc` cannot be read.
 pub fn resident_bytes(range: &Range<u64>) -> io::Result<u64> {
-    parse_smaps(BufReader::new(File::open("/proc/self/smaps")?), range)
+    parse_smaps(BufReader::with_capacity(SMAPS_BLOCK, FromStart::new(&files()?.smaps)), range)
 }
 
 /// `/proc/self/pagemap`: which pages of this process are in memory.
 #[derive(Debug)]
-pub(super) struct ResidentPages(File);
+pub(super) struct ResidentPages(&'static File);
 
 impl ResidentPages {
     /// Bytes of an entry.
@@ -44,7 +52,7 @@ impl ResidentPages {
     const EXCLUSIVE: u64 = 1 << 56;
 
     pub(super) fn open() -> io::Result<Self> {
-        File::open("/proc/self/pagemap").map(Self)
+        files().map(|files| Self(&files.pagemap))
     }
 
     /// Whether the kernel holds private memory for each page of `range`, whose ends are multiples
@@ -105,6 +113,8 @@ pub struct ProcessMemory {
     pub resident: u64,
     /// The most that `resident` has been.
     pub resident_peak: u64,
+    /// Address space in use now, in bytes.
+    pub address_space: u64,
 }
 
 impl ProcessMemory {
@@ -114,7 +124,7 @@ impl ProcessMemory {
     /// The file in `/proc` cannot be read.
     pub fn read() -> io::Result<Self> {
         let mut status = String::new();
-        File::open("/proc/self/status")?.read_to_string(&mut status)?;
+        FromStart::new(&files()?.status).read_to_string(&mut status)?;
         Self::parse(&status).ok_or_else(|| {
             io::Error::new(io::ErrorKind::InvalidData, "/proc/self/status without VmRSS and VmHWM")
         })
@@ -124,7 +134,8 @@ impl ProcessMemory {
         let find = |name| status.lines().find_map(|line| field(line, name));
         let resident = find("VmRSS")?;
         // The kernel updates the peak lazily.
-        Some(Self { resident, resident_peak: find("VmHWM")?.max(resident) })
+        let resident_peak = find("VmHWM")?.max(resident);
+        Some(Self { resident, resident_peak, address_space: find("VmSize").unwrap_or(0) })
     }
 }
 
@@ -325,8 +336,12 @@ mod tests {
 
     #[test]
     fn process_memory() {
-        let parsed = ProcessMemory::parse("Name:\tx\nVmHWM:\t    1624 kB\nVmRSS:\t     800 kB\n");
-        assert_eq!(parsed, Some(ProcessMemory { resident: 800 << 10, resident_peak: 1624 << 10 }));
+        let parsed = ProcessMemory::parse(
+            "VmSize:\t 9 kB\nName:\tx\nVmHWM:\t    1624 kB\nVmRSS:\t     800 kB\n",
+        );
+        let (resident, resident_peak) = (800 << 10, 1624 << 10);
+        let wanted = ProcessMemory { resident, resident_peak, address_space: 9 << 10 };
+        assert_eq!(parsed, Some(wanted));
         assert_eq!(ProcessMemory::parse("VmRSS: x kB"), None);
         let now = ProcessMemory::read().unwrap();
         assert!(now.resident > 100 << 10 && now.resident_peak >= now.resident, "{now:?}");

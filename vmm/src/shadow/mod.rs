@@ -12,6 +12,7 @@ pub mod memory;
 mod memslots;
 pub mod model;
 pub mod pages;
+pub(crate) mod proc;
 pub mod reclaim;
 mod stack_pages;
 mod stack_store;

@@ -313,6 +313,16 @@ pub struct Completer {
 }
 
 impl Completer {
+    /// A completer that makes no executable memory later: with `native` it is made now, and without
+    /// it there is none, and SSE and AVX instructions end the run.
+    ///
+    /// # Errors
+    /// The host has no such memory.
+    pub fn fixed(native: bool) -> io::Result<Self> {
+        let native = if native { Native::prepared()? } else { Native::never() };
+        Ok(Self { native, ..Self::default() })
+    }
+
     /// How often each instruction was completed.
     pub fn counts(&self) -> &BTreeMap<&'static str, u64> {
         &self.counts

@@ -1,13 +1,10 @@
 //! Linux's bzImage: a setup header (Linux, Documentation/x86/boot.rst), and code that unpacks the
 //! kernel.
 
-use std::io::Cursor;
-
-use linux_loader::loader::KernelLoader;
 use linux_loader::loader::bootparam::setup_header;
-use linux_loader::loader::bzimage::BzImage as Loader;
 use vm_memory::{ByteValued, GuestAddress};
 
+use super::source::{Limit, Source};
 use super::{LoadError, LoadedKernel, StartState, foreign_format, layout, u16_at, u32_at};
 use crate::memory::Ram;
 
@@ -20,6 +17,8 @@ const MAGIC_VALUE: &[u8] = b"HdrS";
 const HEADER_LENGTH: usize = 0x201;
 /// The end of the shortest header of protocol 2.12.
 const HEADER_END: usize = 0x268;
+/// More than the setup header, whose length is one byte.
+const HEAD: usize = 1024;
 const OLDEST_PROTOCOL: u16 = 0x20c;
 const SECTOR: u64 = 512;
 const PARAGRAPH: u64 = 16;
@@ -43,9 +42,65 @@ pub(super) fn is_one(image: &[u8]) -> bool {
     image.get(MAGIC..MAGIC + MAGIC_VALUE.len()) == Some(MAGIC_VALUE)
 }
 
-/// Checks all fields of `image` that are needed to load it into `ram`. Changes nothing.
-pub(super) fn check(ram: &Ram, image: &[u8]) -> Result<BzImage, LoadError> {
-    let have = image.len() as u64;
+/// Checks all fields of `file` that are needed to load it into `ram`. Changes nothing.
+pub(super) fn check(ram: &Ram, file: Source, limit: &Limit) -> Result<BzImage, LoadError> {
+    let have = file.bytes();
+    let image = file.head(HEAD)?;
+    let header = read_header(&image, have)?;
+    // 0 means 4, in kernels much older than these.
+    let setup = (u64::from(match header.setup_sects {
+        0 => 4,
+        sectors => sectors,
+    }) + 1)
+        * SECTOR;
+    let code = u64::from(header.syssize) * PARAGRAPH;
+    // The size counts whole paragraphs, and the file may end inside the last one.
+    if setup + code > have + (PARAGRAPH - 1) {
+        let what = "the kernel's code".into();
+        return Err(LoadError::CutOff { what, need: (setup + code).into(), have });
+    }
+    let (start, init) = (header.pref_address, u64::from(header.init_size));
+    if code <= ENTRY_64 || code > init {
+        return Err(LoadError::BadHeader("it needs less memory than it has code"));
+    }
+    if start < layout::KERNEL_START || !start.is_multiple_of(layout::PAGE) {
+        return Err(LoadError::BadHeader("its preferred address is not one to load at"));
+    }
+    // The boot page tables reach to the hole. Data that is appended to the code is loaded with it.
+    let appended = have.saturating_sub(setup);
+    let end = start.checked_add(init.max(appended)).filter(|end| *end <= layout::HOLE_START);
+    let Some(end) = end else {
+        return Err(LoadError::BadHeader("its preferred address is not one to load at"));
+    };
+    if !ram.contains(GuestAddress(start), end - start) {
+        return Err(LoadError::MemoryTooSmall { need: end, have: ram.bytes() });
+    }
+    // An appended signature is made after the checksum, and changes bytes that the checksum covers.
+    if setup + code == have && checksum(file, limit)? != !0 {
+        return Err(LoadError::Checksum);
+    }
+    let initrd_end = u64::from(u32_at(&image, 0x22c)) + 1;
+    let kernel = LoadedKernel {
+        entry: GuestAddress(start + ENTRY_64),
+        state: StartState::Linux64,
+        start: GuestAddress(start),
+        end: GuestAddress(end),
+    };
+    Ok(BzImage { header, kernel, code: setup, initrd_end })
+}
+
+/// The checksum of a whole file, which is no larger than guest memory.
+fn checksum(file: Source, limit: &Limit) -> Result<u32, LoadError> {
+    let mut hasher = crc32fast::Hasher::new();
+    file.blocks(0..file.bytes(), 0, limit, |block| {
+        hasher.update(block);
+        true
+    })?;
+    Ok(hasher.finalize())
+}
+
+/// The setup header of a file that starts with `image` and has `have` bytes.
+fn read_header(image: &[u8], have: u64) -> Result<setup_header, LoadError> {
     if !is_one(image) {
         return Err(LoadError::NotBzImage(foreign_format(image)));
     }
@@ -71,49 +126,15 @@ pub(super) fn check(ram: &Ram, image: &[u8]) -> Result<BzImage, LoadError> {
     if header.xloadflags & XLF_KERNEL_64 == 0 {
         return Err(LoadError::Not64Bit);
     }
-    // 0 means 4, in kernels much older than these.
-    let setup = (u64::from(match header.setup_sects {
-        0 => 4,
-        sectors => sectors,
-    }) + 1)
-        * SECTOR;
-    let code = u64::from(header.syssize) * PARAGRAPH;
-    // The size counts whole paragraphs, and the file may end inside the last one.
-    if setup + code > have + (PARAGRAPH - 1) {
-        return Err(cut_off("the kernel's code", setup + code));
-    }
-    let (start, init) = (header.pref_address, u64::from(header.init_size));
-    if code <= ENTRY_64 || code > init {
-        return Err(LoadError::BadHeader("it needs less memory than it has code"));
-    }
-    if start < layout::KERNEL_START || !start.is_multiple_of(layout::PAGE) {
-        return Err(LoadError::BadHeader("its preferred address is not one to load at"));
-    }
-    // The boot page tables reach to the hole. Data that is appended to the code is loaded with it.
-    let end = start.checked_add(init.max(have - setup)).filter(|end| *end <= layout::HOLE_START);
-    let Some(end) = end else {
-        return Err(LoadError::BadHeader("its preferred address is not one to load at"));
-    };
-    if !ram.contains(GuestAddress(start), end - start) {
-        return Err(LoadError::MemoryTooSmall { need: end, have: ram.bytes() });
-    }
-    // An appended signature is made after the checksum, and changes bytes that the checksum covers.
-    if setup + code == have && crc32fast::hash(image) != !0 {
-        return Err(LoadError::Checksum);
-    }
-    let initrd_end = u64::from(u32_at(image, 0x22c)) + 1;
-    let kernel = LoadedKernel {
-        entry: GuestAddress(start + ENTRY_64),
-        state: StartState::Linux64,
-        start: GuestAddress(start),
-        end: GuestAddress(end),
-    };
-    Ok(BzImage { header, kernel, code: setup, initrd_end })
+    Ok(header)
 }
 
 /// Copies the protected-mode code to its preferred address.
-pub(super) fn load(ram: &Ram, image: &[u8], found: &BzImage) -> Result<(), LoadError> {
-    Loader::load(ram.inner(), Some(found.kernel.start), &mut Cursor::new(image), None)
-        .map_err(LoadError::Loader)?;
-    Ok(())
+pub(super) fn load(
+    ram: &Ram,
+    file: Source,
+    found: &BzImage,
+    limit: &Limit,
+) -> Result<(), LoadError> {
+    file.copy(found.code..file.bytes(), ram, found.kernel.start.0, limit)
 }

@@ -1,15 +1,19 @@
 //! 64-bit ELF kernels.
 
-use std::io::Cursor;
-
-use linux_loader::loader::{Elf, KernelLoader};
 use vm_memory::GuestAddress;
 
-use super::{LoadError, LoadedKernel, StartState, foreign_format, layout, u16_at, u32_at, u64_at};
+use super::source::{Limit, Source};
+use super::{
+    HEAD, LoadError, LoadedKernel, StartState, foreign_format, layout, u16_at, u32_at, u64_at,
+};
 use crate::memory::Ram;
 
 const EHDR_BYTES: usize = 64;
 const PHDR_BYTES: usize = 56;
+/// Most program headers. Linkers write some ten for a kernel.
+pub(super) const MAX_HEADERS: u16 = 64;
+/// Most bytes of a segment of notes that are looked at. Linux's has less than a hundredth.
+const NOTES_MAX: u64 = 64 << 10;
 const ELF_MAGIC: &[u8] = b"\x7fELF";
 const CLASS_64: u8 = 2;
 const DATA_LITTLE_ENDIAN: u8 = 1;
@@ -21,89 +25,120 @@ const SEGMENT_NOTE: u32 = 4;
 /// The note with the PVH entry point, and its owner (Xen, xen/include/public/elfnote.h).
 const NOTE_PHYS32_ENTRY: u32 = 18;
 const NOTE_OWNER: &[u8] = b"Xen\0";
+/// The start of the line that Linux prints first.
+const BANNER: &[u8] = b"Linux version ";
 
 /// Whether a file starts as an ELF file.
 pub(super) fn is_one(image: &[u8]) -> bool {
     image.starts_with(ELF_MAGIC)
 }
 
-/// One `PT_LOAD` program header.
+/// One `PT_LOAD` program header, whose parts of the file and of memory were checked.
+#[derive(Debug)]
 struct Segment {
     index: usize,
     gpa: u64,
     end: u64,
     gva: u64,
+    offset: u64,
+    /// Its bytes in the file: at most those in memory.
+    file: u64,
+}
+
+/// A checked ELF file.
+#[derive(Debug)]
+pub(super) struct Elf {
+    pub(super) kernel: LoadedKernel,
+    /// By rising address; they do not overlap. So they are no more than guest memory, together.
+    segments: Vec<Segment>,
+    /// The entry point in its PVH note, if it has one.
+    pub(super) pvh_entry: Option<u64>,
 }
 
 /// Checks all fields of `image` that are needed to load it into `ram`. Changes nothing.
-pub(super) fn check(ram: &Ram, image: &[u8]) -> Result<LoadedKernel, LoadError> {
-    if !is_one(image) {
-        return Err(LoadError::NotElf(foreign_format(image)));
+pub(super) fn check(ram: &Ram, image: Source) -> Result<Elf, LoadError> {
+    let header = image.head(HEAD)?;
+    if !is_one(&header) {
+        return Err(LoadError::NotElf(foreign_format(&header)));
     }
-    if image.len() < EHDR_BYTES {
-        return Err(LoadError::HeaderCutOff(image.len()));
+    if header.len() < EHDR_BYTES {
+        return Err(LoadError::HeaderCutOff(header.len()));
     }
-    if image[4] != CLASS_64 {
+    if header[4] != CLASS_64 {
         return Err(LoadError::Not64Bit);
     }
-    if image[5] != DATA_LITTLE_ENDIAN {
+    if header[5] != DATA_LITTLE_ENDIAN {
         return Err(LoadError::BigEndian);
     }
-    let (kind, machine) = (u16_at(image, 16), u16_at(image, 18));
+    let (kind, machine) = (u16_at(&header, 16), u16_at(&header, 18));
     if machine != MACHINE_X86_64 {
         return Err(LoadError::ForeignMachine(machine));
     }
     if kind != TYPE_EXECUTABLE && kind != TYPE_DYNAMIC {
         return Err(LoadError::NotExecutable(kind));
     }
-    let segments = segments(ram, image)?;
+    let headers = program_headers(image, &header)?;
+    let segments = segments(ram, image, &headers)?;
     let (Some(start), Some(end)) =
         (segments.iter().map(|s| s.gpa).min(), segments.iter().map(|s| s.end).max())
     else {
         return Err(LoadError::NoSegment);
     };
-    let entry = u64_at(image, 24);
-    // Linux gives a physical entry point, other kernels a virtual one.
-    let entry = segments
-        .iter()
-        .find_map(|s| (s.gpa..s.end).contains(&entry).then_some(entry))
-        .or_else(|| {
-            segments.iter().find_map(|s| {
-                let offset = entry.checked_sub(s.gva)?;
-                (offset < s.end - s.gpa).then_some(s.gpa + offset)
-            })
-        })
-        .ok_or(LoadError::EntryOutside(entry))?;
-    Ok(LoadedKernel {
-        entry: GuestAddress(entry),
+    let kernel = LoadedKernel {
+        entry: entry(&segments, u64_at(&header, 24))?,
         state: StartState::Linux64,
         start: GuestAddress(start),
         end: GuestAddress(end),
-    })
+    };
+    Ok(Elf { kernel, segments, pvh_entry: pvh_entry(image, &headers)? })
 }
 
-fn segments(ram: &Ram, image: &[u8]) -> Result<Vec<Segment>, LoadError> {
-    let (offset, size, count) = (u64_at(image, 32), u16_at(image, 54), u16_at(image, 56));
+/// The entry point. Linux gives a physical one, other kernels a virtual one.
+fn entry(segments: &[Segment], entry: u64) -> Result<GuestAddress, LoadError> {
+    let physical = segments.iter().any(|s| (s.gpa..s.end).contains(&entry)).then_some(entry);
+    let from_virtual = |s: &Segment| {
+        let offset = entry.checked_sub(s.gva)?;
+        s.gpa.checked_add(offset).filter(|gpa| *gpa < s.end)
+    };
+    physical
+        .or_else(|| segments.iter().find_map(from_virtual))
+        .map(GuestAddress)
+        .ok_or(LoadError::EntryOutside(entry))
+}
+
+/// The table of program headers.
+fn program_headers(image: Source, header: &[u8]) -> Result<Vec<u8>, LoadError> {
+    let (offset, size, count) = (u64_at(header, 32), u16_at(header, 54), u16_at(header, 56));
     if count == 0 {
         return Err(LoadError::NoSegment);
+    }
+    if count > MAX_HEADERS {
+        return Err(LoadError::ManyProgramHeaders(count));
     }
     if usize::from(size) != PHDR_BYTES || offset < EHDR_BYTES as u64 {
         return Err(LoadError::BadProgramHeaders { offset, size, count });
     }
-    let in_file = |what: String, offset: u64, bytes: u64| {
-        let (need, have) = (u128::from(offset) + u128::from(bytes), image.len() as u64);
-        if need > u128::from(have) { Err(LoadError::CutOff { what, need, have }) } else { Ok(()) }
-    };
-    in_file("the program header table".into(), offset, u64::from(count) * PHDR_BYTES as u64)?;
+    let bytes = usize::from(count) * PHDR_BYTES;
+    in_file(image, "the program header table".into(), offset, bytes as u64)?;
+    let mut table = vec![0; bytes];
+    image.read(offset, &mut table)?;
+    Ok(table)
+}
+
+fn in_file(image: Source, what: String, offset: u64, bytes: u64) -> Result<(), LoadError> {
+    let (need, have) = (u128::from(offset) + u128::from(bytes), image.bytes());
+    if need > u128::from(have) { Err(LoadError::CutOff { what, need, have }) } else { Ok(()) }
+}
+
+fn segments(ram: &Ram, image: Source, headers: &[u8]) -> Result<Vec<Segment>, LoadError> {
     let mut found: Vec<Segment> = Vec::new();
-    for index in 0..usize::from(count) {
-        let header = &image[offset as usize + index * PHDR_BYTES..][..PHDR_BYTES];
+    for (index, header) in headers.chunks_exact(PHDR_BYTES).enumerate() {
         let kind = u32_at(header, 0);
-        let (file_offset, gva, gpa) = (u64_at(header, 8), u64_at(header, 16), u64_at(header, 24));
+        let (offset, gva, gpa) = (u64_at(header, 8), u64_at(header, 16), u64_at(header, 24));
         let (file, memory) = (u64_at(header, 32), u64_at(header, 40));
-        // The loader reads notes too.
+        // Notes are read, too.
         if kind == SEGMENT_LOAD || kind == SEGMENT_NOTE {
-            in_file(format!("segment {index}"), file_offset, file)?;
+            in_file(image, format!("segment {index}"), offset, file)?;
         }
         if kind != SEGMENT_LOAD {
             continue;
@@ -126,7 +161,7 @@ fn segments(ram: &Ram, image: &[u8]) -> Result<Vec<Segment>, LoadError> {
                 LoadError::OutsideMemory { index, gpa, bytes: memory, is_virtual: gpa == gva }
             });
         }
-        found.push(Segment { index, gpa, end, gva });
+        found.push(Segment { index, gpa, end, gva, offset, file });
     }
     found.sort_by_key(|s| s.gpa);
     for pair in found.windows(2) {
@@ -137,63 +172,73 @@ fn segments(ram: &Ram, image: &[u8]) -> Result<Vec<Segment>, LoadError> {
     Ok(found)
 }
 
-/// The parts of the file in program headers of one type, as far as they are in the file.
-fn parts(image: &[u8], kind: u32) -> impl Iterator<Item = &[u8]> {
-    let (offset, count) = (u64_at(image, 32), u16_at(image, 56));
-    (0..usize::from(count)).filter_map(move |index| {
-        let at = usize::try_from(offset).ok()?.checked_add(index * PHDR_BYTES)?;
-        let header = image.get(at..)?.get(..PHDR_BYTES)?;
-        let (start, bytes) = (u64_at(header, 8), u64_at(header, 32));
-        let end = start.checked_add(bytes)?;
-        (u32_at(header, 0) == kind).then(|| image.get(start as usize..end as usize)).flatten()
-    })
-}
-
-/// Whether an ELF file holds the line that Linux prints first.
-pub(super) fn has_linux_banner(image: &[u8]) -> bool {
-    is_one(image)
-        && parts(image, SEGMENT_LOAD)
-            .any(|part| memchr::memmem::find(part, b"Linux version ").is_some())
-}
-
-/// The entry point in an ELF file's PVH note, if it has one.
-pub(super) fn pvh_entry(image: &[u8]) -> Option<u64> {
-    if !is_one(image) {
-        return None;
-    }
-    parts(image, SEGMENT_NOTE).find_map(|mut notes| {
-        // Name and description are padded to 4 bytes each (System V ABI, "Note Section").
-        loop {
-            let (name, bytes) = (u32_at(notes, 0) as usize, u32_at(notes, 4) as usize);
-            let body = notes.get(12..)?;
-            let description = body.get(name.checked_next_multiple_of(4)?..)?.get(..bytes)?;
-            if u32_at(notes, 8) == NOTE_PHYS32_ENTRY && body.get(..name)? == NOTE_OWNER {
-                return match bytes {
-                    4 => Some(u32_at(description, 0).into()),
-                    8 => Some(u64_at(description, 0)),
-                    _ => None,
-                };
+impl Elf {
+    /// Whether the file holds the line that Linux prints first.
+    pub(super) fn has_linux_banner(&self, image: Source, limit: &Limit) -> Result<bool, LoadError> {
+        let mut found = false;
+        for segment in &self.segments {
+            let range = segment.offset..segment.offset + segment.file;
+            image.blocks(range, BANNER.len() - 1, limit, |block| {
+                found = memchr::memmem::find(block, BANNER).is_some();
+                !found
+            })?;
+            if found {
+                break;
             }
-            notes =
-                body.get(name.checked_next_multiple_of(4)? + bytes.checked_next_multiple_of(4)?..)?;
         }
-    })
-}
+        Ok(found)
+    }
 
-/// The PVH entry point, which must be in the kernel.
-pub(super) fn check_pvh_entry(ram: &Ram, image: &[u8]) -> Result<GuestAddress, LoadError> {
-    let entry = pvh_entry(image).ok_or(LoadError::NoPvhNote)?;
-    let inside = segments(ram, image)?.iter().any(|s| (s.gpa..s.end).contains(&entry));
-    // The CPU starts with 32-bit addresses.
-    if inside && u32::try_from(entry).is_ok() {
-        Ok(GuestAddress(entry))
-    } else {
-        Err(LoadError::EntryOutside(entry))
+    /// The PVH entry point, which must be in the kernel.
+    pub(super) fn check_pvh_entry(&self) -> Result<GuestAddress, LoadError> {
+        let entry = self.pvh_entry.ok_or(LoadError::NoPvhNote)?;
+        let inside = self.segments.iter().any(|s| (s.gpa..s.end).contains(&entry));
+        // The CPU starts with 32-bit addresses.
+        if inside && u32::try_from(entry).is_ok() {
+            Ok(GuestAddress(entry))
+        } else {
+            Err(LoadError::EntryOutside(entry))
+        }
+    }
+
+    /// Copies the segments to their addresses. The rest of their memory is zero already.
+    pub(super) fn load(&self, ram: &Ram, image: Source, limit: &Limit) -> Result<(), LoadError> {
+        for segment in &self.segments {
+            let range = segment.offset..segment.offset + segment.file;
+            image.copy(range, ram, segment.gpa, limit)?;
+        }
+        Ok(())
     }
 }
 
-/// Copies the segments to their addresses.
-pub(super) fn load(ram: &Ram, image: &[u8]) -> Result<(), LoadError> {
-    Elf::load(ram.inner(), None, &mut Cursor::new(image), None).map_err(LoadError::Loader)?;
-    Ok(())
+/// The entry point in a PVH note, if there is one.
+fn pvh_entry(image: Source, headers: &[u8]) -> Result<Option<u64>, LoadError> {
+    for header in headers.chunks_exact(PHDR_BYTES) {
+        if u32_at(header, 0) == SEGMENT_NOTE {
+            let (offset, bytes) = (u64_at(header, 8), u64_at(header, 32));
+            if let Some(entry) = entry_in_notes(&image.part(offset, bytes.min(NOTES_MAX))?) {
+                return Ok(Some(entry));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// The entry point in a segment of notes.
+fn entry_in_notes(mut notes: &[u8]) -> Option<u64> {
+    // Name and description are padded to 4 bytes each (System V ABI, "Note Section").
+    loop {
+        let (name, bytes) = (u32_at(notes, 0) as usize, u32_at(notes, 4) as usize);
+        let body = notes.get(12..)?;
+        let description = body.get(name.checked_next_multiple_of(4)?..)?.get(..bytes)?;
+        if u32_at(notes, 8) == NOTE_PHYS32_ENTRY && body.get(..name)? == NOTE_OWNER {
+            return match bytes {
+                4 => Some(u32_at(description, 0).into()),
+                8 => Some(u64_at(description, 0)),
+                _ => None,
+            };
+        }
+        let padded = name.checked_next_multiple_of(4)?;
+        notes = body.get(padded.checked_add(bytes.checked_next_multiple_of(4)?)?..)?;
+    }
 }

@@ -11,13 +11,12 @@ mod elf;
 mod linux;
 mod params;
 mod pvh;
+mod source;
 #[cfg(test)]
 mod tests;
 mod unpack;
 
-use std::fs::File;
-use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use thiserror::Error;
 use vm_memory::GuestAddress;
@@ -27,6 +26,7 @@ use super::memory::{NotRam, Ram};
 pub use linux::{Emulated, with_defaults};
 pub(super) use params::write_boot_tables;
 pub use params::{GDT, GDT_PVH};
+pub use source::{DiskFile, Limit, Source};
 
 /// Largest kernel file or initrd, in bytes. Debug information makes kernels big, but not this big.
 pub const MAX_IMAGE: u64 = 4 << 30;
@@ -41,8 +41,10 @@ const VIRTUAL: &str = ": its physical address is its virtual one; give it anothe
 pub enum LoadError {
     #[error("cannot read {what} {path}: {source}")]
     Read { what: &'static str, path: PathBuf, source: std::io::Error },
-    #[error("{what} {path} is not a regular file")]
-    NotAFile { what: &'static str, path: PathBuf },
+    #[error("{what} {path} is not a regular file but {found}: copy its contents to a file first")]
+    NotAFile { what: &'static str, path: PathBuf, found: &'static str },
+    #[error("the {what} cannot come from standard input: write it to a file first")]
+    StandardInput { what: &'static str },
     #[error("{what} of {bytes} bytes is larger than {MAX_IMAGE} bytes")]
     TooLarge { what: &'static str, bytes: u64 },
     #[error("the kernel file is empty")]
@@ -65,6 +67,11 @@ pub enum LoadError {
     NotExecutable(u16),
     #[error("the ELF program headers ({count} of {size} bytes at {offset:#x}) are not valid")]
     BadProgramHeaders { offset: u64, size: u16, count: u16 },
+    #[error(
+        "the kernel has {0} program headers, at most {max} are possible: link it again",
+        max = elf::MAX_HEADERS
+    )]
+    ManyProgramHeaders(u16),
     #[error(
         "the kernel file is cut off: {what} needs bytes up to {need:#x}, the file has {have:#x}"
     )]
@@ -116,8 +123,10 @@ pub enum LoadError {
     CmdlineTooLong { have: usize, max: usize },
     #[error("the command line holds a NUL byte")]
     CmdlineNul,
-    #[error("cannot load the kernel: {0}")]
-    Loader(linux_loader::loader::Error),
+    #[error("interrupted")]
+    Interrupted,
+    #[error("the time limit is over")]
+    TimeLimit,
     #[error("cannot write the boot structures: {0}")]
     BootStructures(#[from] NotRam),
 }
@@ -141,21 +150,24 @@ pub enum Protocol {
 #[derive(Clone, Copy, Debug)]
 pub struct Boot<'a> {
     /// The kernel file.
-    pub image: &'a [u8],
+    pub image: Source<'a>,
     /// The kernel's command line.
     pub cmdline: &'a str,
     /// A file for the kernel to find in memory.
-    pub initrd: Option<&'a [u8]>,
+    pub initrd: Option<Source<'a>>,
     /// How to boot.
     pub protocol: Protocol,
     /// Unpack the kernel of a bzImage here and not in the guest, if `protocol` leaves the choice.
     pub unpack: bool,
+    /// When to give up.
+    pub limit: Limit<'a>,
 }
 
 impl<'a> Boot<'a> {
     /// A kernel without an initrd.
-    pub fn new(image: &'a [u8], cmdline: &'a str) -> Self {
-        Self { image, cmdline, initrd: None, protocol: Protocol::Auto, unpack: false }
+    pub fn new(image: impl Into<Source<'a>>, cmdline: &'a str) -> Self {
+        let (image, limit) = (image.into(), Limit::default());
+        Self { image, cmdline, initrd: None, protocol: Protocol::Auto, unpack: false, limit }
     }
 }
 
@@ -181,104 +193,101 @@ pub struct LoadedKernel {
     pub end: GuestAddress,
 }
 
-/// Reads a kernel or an initrd (`what`). It must be a regular file of at most [`MAX_IMAGE`] bytes.
+/// Bytes at the start of a file by which its format is recognised.
+const HEAD: usize = 1024;
+
+/// Whether a kernel file is Linux for x86, by its header or by its banner. A file that cannot be
+/// loaded into `ram` is not.
 ///
 /// # Errors
-/// It is no regular file, too large, or cannot be read.
-pub fn read_file(what: &'static str, path: &Path) -> Result<Vec<u8>, LoadError> {
-    let fail = |source| LoadError::Read { what, path: path.to_owned(), source };
-    let file = File::open(path).map_err(fail)?;
-    let meta = file.metadata().map_err(fail)?;
-    if !meta.is_file() {
-        return Err(LoadError::NotAFile { what, path: path.to_owned() });
+/// It cannot be read, or the time is over.
+pub fn is_linux(ram: &Ram, image: Source, limit: &Limit) -> Result<bool, LoadError> {
+    let head = image.head(HEAD)?;
+    if bzimage::is_one(&head) {
+        return Ok(true);
     }
-    if meta.len() > MAX_IMAGE {
-        return Err(LoadError::TooLarge { what, bytes: meta.len() });
+    match elf::is_one(&head).then(|| elf::check(ram, image)) {
+        Some(Ok(elf)) => elf.has_linux_banner(image, limit),
+        _ => Ok(false),
     }
-    // The full size at once: growing would take twice as much for a while.
-    let mut image = Vec::new();
-    image
-        .try_reserve_exact(meta.len() as usize + 1)
-        .map_err(|error| fail(io::Error::other(error)))?;
-    file.take(MAX_IMAGE).read_to_end(&mut image).map_err(fail)?;
-    Ok(image)
-}
-
-/// Whether a kernel file is Linux for x86, by its header or by its banner.
-pub fn is_linux(image: &[u8]) -> bool {
-    bzimage::is_one(image) || elf::has_linux_banner(image)
 }
 
 /// Whether a kernel file is a Linux bzImage, by its header.
-pub fn is_bzimage(image: &[u8]) -> bool {
-    bzimage::is_one(image)
-}
-
-/// Checks the files of `boot`, loads them into `ram`, and writes the boot structures.
 ///
 /// # Errors
-/// A file is not what it should be, or does not fit into RAM.
+/// It cannot be read.
+pub fn is_bzimage(image: Source) -> Result<bool, LoadError> {
+    Ok(bzimage::is_one(&image.head(HEAD)?))
+}
+
+/// Checks the files of `boot`, loads them into `ram`, which is zero, and writes the boot
+/// structures.
+///
+/// # Errors
+/// A file is not what it should be, or does not fit into RAM; or the time is over.
 pub fn load(ram: &Ram, boot: &Boot) -> Result<LoadedKernel, LoadError> {
-    let &Boot { image, cmdline, initrd, protocol, unpack } = boot;
-    if image.is_empty() {
+    let head = boot.image.head(HEAD)?;
+    if head.is_empty() {
         return Err(LoadError::Empty);
     }
-    let unpack = unpack && protocol == Protocol::Auto;
-    let protocol = match protocol {
-        Protocol::Auto if bzimage::is_one(image) => Protocol::BzImage,
-        Protocol::Auto if !elf::is_one(image) => {
-            return Err(LoadError::NotKernel(foreign_format(image)));
+    check_cmdline(boot.cmdline)?;
+    let kernel = match boot.protocol {
+        Protocol::BzImage => load_bzimage(ram, boot)?,
+        Protocol::Auto if bzimage::is_one(&head) => load_bzimage(ram, boot)?,
+        Protocol::Auto if !elf::is_one(&head) => {
+            return Err(LoadError::NotKernel(foreign_format(&head)));
         }
-        Protocol::Auto if elf::pvh_entry(image).is_some() && !elf::has_linux_banner(image) => {
-            Protocol::Pvh
-        }
-        Protocol::Auto => Protocol::Elf,
-        forced => forced,
+        Protocol::Auto | Protocol::Elf | Protocol::Pvh => load_elf(ram, boot)?,
     };
-    check_cmdline(cmdline)?;
-    let kernel = match protocol {
-        Protocol::BzImage => {
-            let mut found = bzimage::check(ram, image)?;
-            let unpacked =
-                if unpack { unpack::kernel(image, found.code, &found.header) } else { None };
-            // If its contents are not as expected, its own code unpacks it.
-            let unpacked = unpacked.and_then(|elf| Some((elf::check(ram, &elf).ok()?, elf)));
-            if let Some((kernel, _)) = &unpacked {
-                found.kernel = *kernel;
-            }
-            let initrd =
-                initrd.map(|initrd| place_initrd(ram, initrd, &found.kernel, found.initrd_end));
-            let initrd = initrd.transpose()?;
-            match unpacked {
-                Some((_, elf)) => elf::load(ram, &elf)?,
-                None => bzimage::load(ram, image, &found)?,
-            }
-            params::write_boot_params(ram, found.header, cmdline, initrd.as_ref())?;
-            found.kernel
-        }
-        Protocol::Auto | Protocol::Elf | Protocol::Pvh => {
-            let mut kernel = elf::check(ram, image)?;
-            let initrd =
-                initrd.map(|initrd| place_initrd(ram, initrd, &kernel, layout::HOLE_START));
-            let initrd = initrd.transpose()?;
-            if protocol == Protocol::Pvh {
-                (kernel.entry, kernel.state) = (elf::check_pvh_entry(ram, image)?, StartState::Pvh);
-            }
-            elf::load(ram, image)?;
-            match kernel.state {
-                StartState::Linux64 => {
-                    params::write_boot_params(ram, params::elf_header(), cmdline, initrd.as_ref())?;
-                }
-                StartState::Pvh => pvh::write_start_info(ram, initrd.as_ref())?,
-            }
-            kernel
-        }
-    };
+    let cmdline = boot.cmdline;
     ram.write(GuestAddress(layout::CMDLINE), cmdline.as_bytes())?;
     ram.write(GuestAddress(layout::CMDLINE + cmdline.len() as u64), &[0])?;
     params::write_boot_tables(ram)?;
     if kernel.state == StartState::Pvh {
         params::write_gdt(ram, &GDT_PVH)?;
+    }
+    Ok(kernel)
+}
+
+fn load_bzimage(ram: &Ram, boot: &Boot) -> Result<LoadedKernel, LoadError> {
+    let &Boot { image, cmdline, ref limit, .. } = boot;
+    let mut found = bzimage::check(ram, image, limit)?;
+    let unpack = boot.unpack && boot.protocol == Protocol::Auto;
+    let unpacked = if unpack { unpack::kernel(image, found.code, &found.header)? } else { None };
+    // If its contents are not as expected, its own code unpacks it.
+    let unpacked =
+        unpacked.and_then(|bytes| Some((elf::check(ram, Source::Memory(&bytes)).ok()?, bytes)));
+    if let Some((elf, _)) = &unpacked {
+        found.kernel = elf.kernel;
+    }
+    let initrd = place_initrd(ram, boot, &found.kernel, found.initrd_end)?;
+    match unpacked {
+        Some((elf, bytes)) => elf.load(ram, Source::Memory(&bytes), limit)?,
+        None => bzimage::load(ram, image, &found, limit)?,
+    }
+    params::write_boot_params(ram, found.header, cmdline, initrd.as_ref())?;
+    Ok(found.kernel)
+}
+
+fn load_elf(ram: &Ram, boot: &Boot) -> Result<LoadedKernel, LoadError> {
+    let &Boot { image, cmdline, ref limit, .. } = boot;
+    let elf = elf::check(ram, image)?;
+    let mut kernel = elf.kernel;
+    let by_pvh = match boot.protocol {
+        Protocol::Pvh => true,
+        Protocol::Auto => elf.pvh_entry.is_some() && !elf.has_linux_banner(image, limit)?,
+        Protocol::Elf | Protocol::BzImage => false,
+    };
+    if by_pvh {
+        (kernel.entry, kernel.state) = (elf.check_pvh_entry()?, StartState::Pvh);
+    }
+    let initrd = place_initrd(ram, boot, &kernel, layout::HOLE_START)?;
+    elf.load(ram, image, limit)?;
+    match kernel.state {
+        StartState::Linux64 => {
+            params::write_boot_params(ram, params::elf_header(), cmdline, initrd.as_ref())?;
+        }
+        StartState::Pvh => pvh::write_start_info(ram, initrd.as_ref())?,
     }
     Ok(kernel)
 }
@@ -302,18 +311,20 @@ struct Initrd {
     bytes: u64,
 }
 
-/// Copies an initrd to the end of the RAM below `limit` and below the hole, above the kernel.
+/// Copies the initrd, if there is one, to the end of the RAM below `end` and below the hole, above
+/// the kernel.
 fn place_initrd(
     ram: &Ram,
-    initrd: &[u8],
+    boot: &Boot,
     kernel: &LoadedKernel,
-    limit: u64,
-) -> Result<Initrd, LoadError> {
-    let bytes = initrd.len() as u64;
+    end: u64,
+) -> Result<Option<Initrd>, LoadError> {
+    let Some(initrd) = boot.initrd else { return Ok(None) };
+    let bytes = initrd.bytes();
     if bytes == 0 {
         return Err(LoadError::EmptyInitrd);
     }
-    let top = ram.bytes().min(layout::HOLE_START).min(limit);
+    let top = ram.bytes().min(layout::HOLE_START).min(end);
     let bottom = kernel.end.0.next_multiple_of(layout::PAGE);
     let free = top.saturating_sub(bottom);
     if bytes > free {
@@ -321,8 +332,8 @@ fn place_initrd(
     }
     // `bottom` is a page's start, so that this does not go below it.
     let gpa = (top - bytes) & !(layout::PAGE - 1);
-    ram.write(GuestAddress(gpa), initrd)?;
-    Ok(Initrd { gpa, bytes })
+    initrd.copy(0..bytes, ram, gpa, &boot.limit)?;
+    Ok(Some(Initrd { gpa, bytes }))
 }
 
 fn u16_at(b: &[u8], at: usize) -> u16 {

@@ -1,5 +1,10 @@
 //! Tests of the loader: it refuses every broken file, and a good one is in memory as it should be.
 
+use std::fs::File;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
 use super::super::tests::elf;
 use super::*;
 
@@ -13,9 +18,9 @@ fn ram() -> Ram {
 fn broken(change: impl FnOnce(&mut Vec<u8>)) -> LoadError {
     let mut image =
         elf(BASE + 4, &[(BASE, BASE, &[0x90; 64], 128), (BASE + 0x1000, 0, &[1; 16], 16)]);
-    super::elf::check(&ram(), &image).expect("valid before the change");
+    super::elf::check(&ram(), Source::from(&image)).expect("valid before the change");
     change(&mut image);
-    super::elf::check(&ram(), &image).expect_err("not valid after it")
+    super::elf::check(&ram(), Source::from(&image)).expect_err("not valid after it")
 }
 
 fn put(at: usize, bytes: impl AsRef<[u8]>) -> impl FnOnce(&mut Vec<u8>) {
@@ -30,7 +35,7 @@ fn put64(at: usize, value: u64) -> impl FnOnce(&mut Vec<u8>) {
 fn every_broken_image_is_refused() {
     use LoadError as E;
     assert!(matches!(broken(Vec::clear), E::NotElf(_)));
-    assert!(matches!(load(&ram(), &Boot::new(&[], "")), Err(E::Empty)));
+    assert!(matches!(load(&ram(), &Boot::new(&[0; 0], "")), Err(E::Empty)));
     assert!(matches!(broken(put(0, b"#!/b")), E::NotElf(_)));
     assert!(matches!(broken(|i| i.truncate(63)), E::HeaderCutOff(63)));
     assert!(matches!(broken(put(4, [1])), E::Not64Bit));
@@ -40,7 +45,9 @@ fn every_broken_image_is_refused() {
     assert!(matches!(broken(put(54, [55])), E::BadProgramHeaders { .. }));
     assert!(matches!(broken(put64(32, 0)), E::BadProgramHeaders { .. }));
     assert!(matches!(broken(put64(32, u64::MAX)), E::CutOff { .. }));
-    assert!(matches!(broken(put(56, [255, 255])), E::CutOff { .. }));
+    assert!(matches!(broken(put(56, [64, 0])), E::CutOff { .. }));
+    assert!(matches!(broken(put(56, [65, 0])), E::ManyProgramHeaders(65)));
+    assert!(matches!(broken(put(56, [255, 255])), E::ManyProgramHeaders(0xffff)));
     assert!(matches!(broken(put(56, [0, 0])), E::NoSegment));
     assert!(matches!(broken(|i| (put(64, [6])(i), put(120, [6])(i)).0), E::NoSegment));
     assert!(matches!(broken(put64(64 + 8, u64::MAX)), E::CutOff { .. }), "p_offset");
@@ -58,6 +65,8 @@ fn every_broken_image_is_refused() {
     assert!(matches!(broken(put64(64 + 40, 1 << 40)), E::OutsideMemory { index: 0, .. }));
     assert!(matches!(broken(put64(120 + 24, BASE + 127)), E::Overlap { first: 0, second: 1 }));
     assert!(matches!(broken(put64(24, BASE + 128)), E::EntryOutside(_)));
+    // The second segment's virtual address is 0.
+    assert!(matches!(broken(put64(24, u64::MAX)), E::EntryOutside(_)));
     // A note outside of the file, or garbage.
     assert!(matches!(
         broken(|i| (put(120, [4])(i), put64(120 + 8, 1 << 40)(i)).0),
@@ -83,7 +92,7 @@ fn no_bytes_make_it_panic() {
 fn a_virtual_entry_point_is_translated() {
     let high = 0xffff_ffff_8010_0000;
     let image = elf(high + 8, &[(BASE, high, &[0x90; 64], 64)]);
-    let kernel = super::elf::check(&ram(), &image).unwrap();
+    let kernel = super::elf::check(&ram(), Source::from(&image)).unwrap().kernel;
     assert_eq!(kernel.entry, GuestAddress(BASE + 8));
     assert_eq!((kernel.start.0, kernel.end.0), (BASE, BASE + 64));
 }
@@ -123,14 +132,125 @@ fn command_lines() {
 }
 
 #[test]
-fn files() {
+fn only_regular_files_are_opened() {
     let dir = tempfile::tempdir().unwrap();
-    let missing = read_file("kernel", &dir.path().join("none")).unwrap_err();
-    assert!(missing.to_string().starts_with("cannot read kernel"), "{missing}");
-    assert!(matches!(read_file("kernel", dir.path()), Err(LoadError::NotAFile { .. })));
-    let path = dir.path().join("kernel");
-    std::fs::write(&path, b"abc").unwrap();
-    assert_eq!(read_file("kernel", &path).unwrap(), b"abc");
+    let open = |path: &Path| DiskFile::open("kernel", path).map(|_| ()).unwrap_err();
+    let missing = open(&dir.path().join("none")).to_string();
+    assert!(missing.starts_with("cannot read kernel"), "{missing}");
+    let fifo = dir.path().join("fifo");
+    let name = std::ffi::CString::new(fifo.as_os_str().as_encoded_bytes()).unwrap();
+    // SAFETY: a string that ends with a zero.
+    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+    let socket = dir.path().join("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let link = dir.path().join("link");
+    std::os::unix::fs::symlink(&fifo, &link).unwrap();
+    for (path, kind) in [
+        (dir.path(), "a directory"),
+        (&fifo, "a pipe"),
+        (&link, "a pipe"),
+        (&socket, "a socket"),
+        (Path::new("/dev/zero"), "a device"),
+    ] {
+        let error = open(path);
+        assert!(matches!(error, LoadError::NotAFile { found, .. } if found == kind), "{error}");
+    }
+    assert!(matches!(open(Path::new("-")), LoadError::StandardInput { .. }));
+    let loop_ = dir.path().join("loop");
+    std::os::unix::fs::symlink(&loop_, &loop_).unwrap();
+    assert!(matches!(open(&loop_), LoadError::Read { .. }));
+    let large = dir.path().join("large");
+    File::create(&large).unwrap().set_len(MAX_IMAGE + 1).unwrap();
+    assert!(matches!(open(&large), LoadError::TooLarge { bytes, .. } if bytes == MAX_IMAGE + 1));
+}
+
+/// `image` on disk.
+fn on_disk(image: &[u8]) -> (File, DiskFile) {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), image).unwrap();
+    let opened = DiskFile::open("kernel", file.path()).unwrap();
+    (file.into_file(), opened)
+}
+
+#[test]
+fn files_on_disk_are_loaded_as_those_in_memory() {
+    let elf = elf(BASE + 4, &[(BASE, BASE, &[0x90; 5000], 6000), (BASE + 0x4000, 0, &[1; 16], 16)]);
+    for image in [elf, bzimage(|_| {}), packed(|_| {}), pvh(BASE + 8, |_| {})] {
+        let initrd = vec![7; 10_000];
+        let loaded = [true, false].map(|disk| {
+            let (ram, files) = (ram(), [&image, &initrd].map(|bytes| on_disk(bytes).1));
+            let [kernel, initrd]: [Source; 2] = if disk {
+                files.each_ref().map(Source::from)
+            } else {
+                [&image, &initrd].map(Source::from)
+            };
+            let boot = Boot { initrd: Some(initrd), unpack: true, ..Boot::new(&[0; 0], "a=b") };
+            let kernel = load(&ram, &Boot { image: kernel, ..boot }).unwrap();
+            let mut all = vec![0; 4 << 20];
+            ram.read(GuestAddress(0), &mut all).unwrap();
+            (kernel, all)
+        });
+        assert!(loaded[0] == loaded[1]);
+    }
+}
+
+#[test]
+fn a_file_that_shrinks_is_an_error() {
+    let image = elf(BASE, &[(BASE, BASE, &[0x90; 9000], 9000)]);
+    let (file, opened) = on_disk(&image);
+    load(&ram(), &Boot::new(&opened, "")).unwrap();
+    file.set_len(4096).unwrap();
+    for error in [
+        load(&ram(), &Boot::new(&opened, "")).unwrap_err(),
+        load(&ram(), &Boot { initrd: Some((&opened).into()), ..Boot::new(&image, "") })
+            .unwrap_err(),
+        opened.try_clone().unwrap_err(),
+    ] {
+        let source = std::error::Error::source(&error).map(ToString::to_string);
+        assert!(source.is_some_and(|source| source.contains("changed")), "{error}");
+    }
+}
+
+/// Every byte that is looked at or copied is looked at or copied once, whatever the headers say.
+#[test]
+fn headers_that_share_the_files_bytes_are_refused() {
+    let mut image = elf(BASE, &[(BASE, BASE, &[0x90; 64], 64)]);
+    let table = image.len() as u64;
+    let header = |kind: u32, gpa: u64, bytes: u64| {
+        let mut header = kind.to_le_bytes().to_vec();
+        header.extend(5u32.to_le_bytes());
+        for field in [0, gpa, gpa, bytes, bytes, 1] {
+            header.extend(field.to_le_bytes());
+        }
+        header
+    };
+    put64(32, table)(&mut image);
+    put(56, [64, 0])(&mut image);
+    let bytes = 1 << 16;
+    let with = |gpa: fn(u64) -> u64| {
+        let mut image = image.clone();
+        (0..64).for_each(|i| image.extend(header(1, gpa(i), bytes)));
+        image.resize(bytes as usize, 0);
+        image
+    };
+    let load = |image: &[u8]| load(&ram(), &Boot::new(image, ""));
+    assert!(matches!(load(&with(|_| BASE)), Err(LoadError::Overlap { .. })));
+    let more_than_memory = load(&with(|i| BASE + (i << 16)));
+    assert!(matches!(more_than_memory, Err(LoadError::MemoryTooSmall { .. })));
+}
+
+#[test]
+fn loading_ends_when_it_is_to() {
+    let image = elf(BASE, &[(BASE, BASE, &[0x90; 64], 64)]);
+    let stop = AtomicBool::new(true);
+    let stopped = Limit { stop: Some(&stop), deadline: None };
+    let late = Limit { stop: None, deadline: Some(Instant::now()) };
+    for image in [&image, &bzimage(|_| {})] {
+        let load = |limit| load(&ram(), &Boot { limit, ..Boot::new(image, "") });
+        assert!(matches!(load(stopped), Err(LoadError::Interrupted)));
+        assert!(matches!(load(late), Err(LoadError::TimeLimit)));
+    }
+    assert!(is_linux(&ram(), Source::from(&image), &stopped).is_err());
 }
 
 /// A bzImage of one setup sector and 64 paragraphs of code, for 2 MiB at 1 MiB, with its checksum.
@@ -160,7 +280,8 @@ fn bzimage(change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
 fn a_bzimage_is_loaded_as_it_asks() {
     let ram = ram();
     let image = bzimage(|_| {});
-    let kernel = load(&ram, &Boot { initrd: Some(b"initrd"), ..Boot::new(&image, "a=b") }).unwrap();
+    let kernel =
+        load(&ram, &Boot { initrd: Some((b"initrd").into()), ..Boot::new(&image, "a=b") }).unwrap();
     assert_eq!(kernel.entry, GuestAddress(BASE + 0x200));
     assert_eq!((kernel.start.0, kernel.end.0), (BASE, BASE + (2 << 20)));
     assert_eq!(kernel.state, StartState::Linux64);
@@ -175,7 +296,7 @@ fn a_bzimage_is_loaded_as_it_asks() {
     assert_eq!((at, bytes), ((4 << 20) - 4096, 6), "an initrd at the end of memory");
     ram.read(GuestAddress(at.into()), &mut text).unwrap();
     assert_eq!(&text, b"initr");
-    assert!(is_linux(&image));
+    assert!(is_linux(&ram, Source::from(&image), &Limit::default()).unwrap());
 }
 
 /// As that of memtest86+: boot loaders take such a file.
@@ -289,7 +410,7 @@ fn no_bytes_of_a_bzimage_make_it_panic() {
         for value in [0, 1, 0x7f, 0x80, 0xff] {
             let mut image = image.clone();
             image[at] = value;
-            let _ = bzimage::check(&ram, &image);
+            let _ = bzimage::check(&ram, Source::from(&image), &Limit::default());
         }
         let _ = load(&ram, &Boot::new(&image[..at], ""));
     }
@@ -320,7 +441,8 @@ fn pvh(entry: u64, change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
 #[test]
 fn a_pvh_note_is_taken_if_it_is_not_linux_or_if_told() {
     let (image, ram) = (pvh(BASE + 8, |_| {}), ram());
-    let kernel = load(&ram, &Boot { initrd: Some(b"x"), ..Boot::new(&image, "a=b") }).unwrap();
+    let kernel =
+        load(&ram, &Boot { initrd: Some((b"x").into()), ..Boot::new(&image, "a=b") }).unwrap();
     assert_eq!((kernel.entry.0, kernel.state), (BASE + 8, StartState::Pvh));
     let mut page = [0; 4096];
     ram.read(GuestAddress(layout::BOOT_PARAMS), &mut page).unwrap();
@@ -338,6 +460,7 @@ fn a_pvh_note_is_taken_if_it_is_not_linux_or_if_told() {
         let at = image.windows(64).position(|bytes| bytes == [0x90; 64]).unwrap_or(code);
         put(at + 20, b"Linux version 6")(image);
     });
+    let is_linux = |image| is_linux(&ram, Source::from(image), &Limit::default()).unwrap();
     assert!(is_linux(&linux) && !is_linux(&image));
     assert_eq!(load(&ram, &Boot::new(&linux, "")).unwrap().state, StartState::Linux64);
     let forced = load(&ram, &Boot { protocol: Protocol::Pvh, ..Boot::new(&linux, "") }).unwrap();
@@ -366,7 +489,7 @@ fn bad_pvh_notes() {
 fn initrds_lie_above_the_kernel_and_below_the_hole() {
     let image = elf(BASE, &[(BASE, BASE, b"code", 5000)]);
     let load = |ram: &Ram, initrd: &[u8]| {
-        load(ram, &Boot { initrd: Some(initrd), ..Boot::new(&image, "") })
+        load(ram, &Boot { initrd: Some(initrd.into()), ..Boot::new(&image, "") })
     };
     assert!(matches!(load(&ram(), b""), Err(LoadError::EmptyInitrd)));
     let free = (3 << 20) - 8192;

@@ -6,7 +6,8 @@
 
 use linux_loader::loader::bootparam::setup_header;
 
-use super::u32_at;
+use super::source::Source;
+use super::{LoadError, u32_at};
 
 /// Magic number of LZ4's legacy frames, which Linux uses (lz4, doc/lz4_Frame_format.md).
 const LZ4_LEGACY: u32 = 0x184c_2102;
@@ -16,18 +17,34 @@ const LZ4_BLOCK: usize = 8 << 20;
 /// scripts/Makefile.lib).
 const SIZE: usize = 4;
 
+/// Most bytes of a kernel that is unpacked here. A larger one is left to its own code. A
+/// distribution's kernel has less than a fifth of it.
+const UNPACKED_MAX: u32 = 512 << 20;
+
 /// The unpacked kernel of `image`, whose protected-mode code is at `code`; `None` if the format is
 /// not known here, or the data is wrong: then its own code may try.
-pub(super) fn kernel(image: &[u8], code: u64, header: &setup_header) -> Option<Vec<u8>> {
-    let start = usize::try_from(code).ok()?.checked_add(header.payload_offset as usize)?;
-    let payload = image.get(start..)?.get(..header.payload_length as usize)?;
-    let packed = payload.get(..payload.len().checked_sub(SIZE)?)?;
-    let size = u32_at(payload, packed.len());
-    // The size is that of guest memory at most.
-    if size > header.init_size || u32_at(packed, 0) != LZ4_LEGACY {
-        return None;
+///
+/// # Errors
+/// The file cannot be read.
+pub(super) fn kernel(
+    image: Source,
+    code: u64,
+    header: &setup_header,
+) -> Result<Option<Vec<u8>>, LoadError> {
+    let Some(start) = code.checked_add(header.payload_offset.into()) else { return Ok(None) };
+    let bytes = u64::from(header.payload_length);
+    let end = start.saturating_add(bytes);
+    if end > image.bytes() || bytes < (4 + SIZE) as u64 || bytes > UNPACKED_MAX.into() {
+        return Ok(None);
     }
-    lz4(packed.get(4..)?, size as usize)
+    let magic = u32_at(&image.part(start, 4)?, 0);
+    let size = u32_at(&image.part(end - SIZE as u64, SIZE as u64)?, 0);
+    // The size is that of guest memory at most.
+    if magic != LZ4_LEGACY || size > header.init_size.min(UNPACKED_MAX) {
+        return Ok(None);
+    }
+    let packed = image.part(start + 4, bytes - (4 + SIZE) as u64)?;
+    Ok(lz4(&packed, size as usize))
 }
 
 /// Unpacks blocks of LZ4, each with its packed size in front, to `size` bytes.

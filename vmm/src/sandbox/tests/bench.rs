@@ -221,6 +221,13 @@ impl Bench {
     }
 
     pub(super) fn exit(&mut self, exit: VmExit) -> Result<(), Outcome> {
+        self.with_context(|state, context| state.dispatch(exit, context))
+    }
+
+    pub(super) fn with_context<T>(
+        &mut self,
+        call: impl FnOnce(&mut Dispatcher, &mut ExitContext) -> T,
+    ) -> T {
         let mut context = ExitContext {
             id: CPU,
             cpu: &mut self.cpu,
@@ -228,7 +235,7 @@ impl Bench {
             memslots: &mut self.memslots,
             others: &mut self.others,
         };
-        self.state.dispatch(exit, &mut context)
+        call(&mut self.state, &mut context)
     }
 
     pub(super) fn hypercall(

@@ -25,6 +25,14 @@ fn reset_ports_end_the_run() {
     }
 }
 
+#[test]
+fn a_lowered_task_priority_goes_on_and_system_management_does_not() {
+    goes_on(Bench::ring().exit(VmExit::TaskPriority));
+    let outcome = ended(Bench::ring().exit(VmExit::SystemManagement));
+    assert_eq!((outcome.word(), outcome.status(false)), ("stuck", 3));
+    assert!(outcome.to_string().contains("system management mode"), "{outcome}");
+}
+
 /// Prints a line on the console. Returns what its last exit returns.
 fn prints(bench: &mut Bench, line: &str) -> Result<(), Outcome> {
     let byte = |byte: u8| VmExit::IoOut { port: COM1, data: Data::new(&[byte]) };

@@ -85,20 +85,35 @@ fn a_second_kernel_keeps_what_the_first_had_freed() {
     );
 }
 
-#[test]
-fn free_pages_in_many_pieces_take_many_looks() {
+/// A guest of which every second page is free: 2,048 runs.
+fn in_many_pieces() -> Bench {
     let mut bench = Bench::ring();
     bench
         .call(CallNumber::Hello, [abi::VERSION.into(), GuestFlags::FREE_PAGES_UNUSED.bits(), 0, 0]);
-    // Every second page of all memory: 2,048 runs.
     for page in (0..RAM >> 12).step_by(2) {
         bench.ram.write(GuestAddress(page << 12), &[7]).unwrap();
         goes_on(bench.write(bench.layout.page.gpa + page, &[FREE_PAGE]));
     }
+    bench
+}
+
+#[test]
+fn free_pages_in_many_pieces_take_many_looks() {
+    let mut bench = in_many_pieces();
     for looks in 1..=3 {
         bench.state.shadow.skip_reclaim_pause();
         goes_on(bench.read(bench.layout.page.gpa, 1).0);
         let looked = (looks * 1024).min(RAM >> 13);
         assert_eq!(bench.state.shadow.reclaimed_guest_bytes(), looked << 12);
     }
+}
+
+#[test]
+fn a_look_at_all_memory_is_bounded_too() {
+    let mut bench = in_many_pieces();
+    let rings = umbra_provenance::rings::Rings::default();
+    bench.with_context(|state, context| {
+        goes_on(state.shadow.reclaim_all_guest_pages(&rings, context));
+    });
+    assert_eq!(bench.state.shadow.reclaimed_guest_bytes(), 1024 << 12);
 }

@@ -34,19 +34,41 @@ const MXCSR_MASK_SHIFT: u32 = 7;
 /// Invalid operation, denormal, divide by zero: the CPU finds them before it computes.
 const MXCSR_EARLY: u32 = 0x7;
 
-/// Executes instructions here. Holds the host's code for them, which is made on demand.
+/// Executes instructions here. Holds the host's code for them.
 #[derive(Debug, Default)]
-pub(super) struct Native {
-    code: Option<Code>,
+pub(super) struct Native(Memory);
+
+/// Memory for the code.
+#[derive(Debug, Default)]
+enum Memory {
+    /// It has not been needed yet, and is made on demand.
+    #[default]
+    OnDemand,
+    /// There is memory for it.
+    Made(Code),
+    /// It must not be made.
+    Never,
 }
 
 impl Native {
+    /// Makes the memory for the code now.
+    pub(super) fn prepared() -> io::Result<Self> {
+        Code::new().map(|code| Self(Memory::Made(code)))
+    }
+
+    /// Has no code, and makes none.
+    pub(super) fn never() -> Self {
+        Self(Memory::Never)
+    }
+
     fn execute(&mut self, bytes: &[u8], frame: &mut Frame) -> io::Result<()> {
-        let code = match &mut self.code {
-            Some(code) => code,
-            none => none.insert(Code::new()?),
-        };
-        code.execute(bytes, frame)
+        if let Memory::OnDemand = self.0 {
+            *self = Self::prepared()?;
+        }
+        match &mut self.0 {
+            Memory::Made(code) => code.execute(bytes, frame),
+            Memory::OnDemand | Memory::Never => Err(io::ErrorKind::Unsupported.into()),
+        }
     }
 }
 

@@ -3,9 +3,11 @@
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid_count, _xgetbv};
 use std::collections::HashMap;
+use std::fs::File;
 use std::io;
 use std::mem::offset_of;
 use std::ops::Range;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::LazyLock;
 
 use iced_x86::Register;
@@ -227,11 +229,13 @@ impl Frame {
     }
 }
 
-/// Host code: instructions, each followed by a `ret`. Its memory is writable or executable, never
-/// both.
+/// Host code: instructions, each followed by a `ret`. Its memory is mapped twice, once to write and
+/// once to execute. Both are made at the start, so that a jail need allow no executable memory
+/// later; no mapping is writable and executable.
 #[derive(Debug)]
 pub(super) struct Code {
-    base: *mut u8,
+    write: *mut u8,
+    execute: *const u8,
     used: usize,
     known: HashMap<Vec<u8>, usize>,
 }
@@ -241,16 +245,22 @@ unsafe impl Send for Code {}
 
 impl Code {
     pub fn new() -> io::Result<Self> {
-        // SAFETY: a new mapping, of nobody else's memory.
-        let base = unsafe {
-            let (access, flags) =
-                (libc::PROT_READ | libc::PROT_EXEC, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-            libc::mmap(std::ptr::null_mut(), AREA, access, flags, -1, 0)
-        };
-        if base == libc::MAP_FAILED {
+        // SAFETY: a string that ends with a zero, and a flag.
+        let fd = unsafe { libc::memfd_create(c"umbra-code".as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        Ok(Self { base: base.cast(), used: 0, known: HashMap::new() })
+        // SAFETY: a new descriptor, which nobody else has. It is closed when the mappings are made.
+        let file = unsafe { File::from_raw_fd(fd) };
+        file.set_len(AREA as u64)?;
+        let write = map(&file, libc::PROT_READ | libc::PROT_WRITE)?;
+        match map(&file, libc::PROT_READ | libc::PROT_EXEC) {
+            Ok(execute) => Ok(Self { write, execute, used: 0, known: HashMap::new() }),
+            Err(error) => {
+                unmap(write);
+                Err(error)
+            }
+        }
     }
 
     /// Executes one instruction, which [`super::class`] accepted.
@@ -260,7 +270,7 @@ impl Code {
             None => self.add(instruction)?,
         };
         // SAFETY: `offset` is inside the mapping.
-        frame.entry = unsafe { self.base.add(offset) };
+        frame.entry = unsafe { self.execute.add(offset) };
         // SAFETY: at `entry` are an instruction that changes nothing but the registers in `frame`
         // and its memory operand, which is in `frame` as well, and raises no exception; and a
         // `ret`. The components are those that the CPU and the operating system have.
@@ -278,29 +288,39 @@ impl Code {
         }
         let mut code = [0xc3; MAX_CODE]; // ret
         code[..instruction.len()].copy_from_slice(instruction);
-        self.protect(libc::PROT_READ | libc::PROT_WRITE)?;
-        // SAFETY: inside the mapping, which is writable now.
-        unsafe { self.base.add(self.used).copy_from_nonoverlapping(code.as_ptr(), MAX_CODE) };
-        self.protect(libc::PROT_READ | libc::PROT_EXEC)?;
+        // SAFETY: inside the mapping. Nobody executes it while `self` is borrowed, and the jump to
+        // it makes this CPU see the new code, though at another address (Intel SDM volume 3,
+        // "Self-modifying code": after a serializing instruction).
+        unsafe {
+            self.write.add(self.used).copy_from_nonoverlapping(code.as_ptr(), MAX_CODE);
+            __cpuid_count(0, 0);
+        }
         let offset = self.used;
         self.used += MAX_CODE;
         self.known.insert(instruction.to_vec(), offset);
         Ok(offset)
     }
+}
 
-    fn protect(&self, access: i32) -> io::Result<()> {
-        // SAFETY: the mapping is ours, and nobody executes it while `self` is borrowed by `add`.
-        match unsafe { libc::mprotect(self.base.cast(), AREA, access) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
-    }
+/// Maps the whole area.
+fn map(file: &File, access: i32) -> io::Result<*mut u8> {
+    // SAFETY: a new mapping, of nobody else's memory.
+    let base = unsafe {
+        let fd = file.as_raw_fd();
+        libc::mmap(std::ptr::null_mut(), AREA, access, libc::MAP_SHARED, fd, 0)
+    };
+    if base == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(base.cast()) }
+}
+
+fn unmap(base: *mut u8) {
+    // SAFETY: the mapping is ours, and nothing points to it any more.
+    unsafe { libc::munmap(base.cast(), AREA) };
 }
 
 impl Drop for Code {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and nothing points to it any more.
-        unsafe { libc::munmap(self.base.cast(), AREA) };
+        unmap(self.write);
+        unmap(self.execute.cast_mut());
     }
 }
 
