@@ -170,8 +170,8 @@ fn set_up(
     Ok(Prepared { shared, vcpus, input, tail, has_irqchip, emulated })
 }
 
-/// What completes instructions. In a jail, executable memory is made now or never. Only where ring 0
-/// is emulated is there anything to execute in it.
+/// What completes instructions. In a jail, executable memory is made now or never. Only where ring
+/// 0 is emulated is there anything to execute in it.
 fn completer(config: &Config, emulated: impl Fn() -> bool) -> Result<Completer, RunError> {
     match config.jail {
         Some(_) => Completer::fixed(emulated()).map_err(RunError::Code),

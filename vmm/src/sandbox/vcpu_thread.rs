@@ -50,9 +50,9 @@ impl Drop for OutcomeSender {
     }
 }
 
-/// Starts a thread that runs `vcpu`, once the `gate` is open, until the run ends. If this vCPU ends it, the outcome goes to
-/// `sender`; each thread sends `None` as its last value. The channel holds two values for each
-/// vCPU.
+/// Starts a thread that runs `vcpu`, once the `gate` is open, until the run ends. If this vCPU ends
+/// it, the outcome goes to `sender`; each thread sends `None` as its last value. The channel holds
+/// two values for each vCPU.
 pub(super) fn spawn(
     mut vcpu: Vcpu,
     shared: Arc<Shared>,
