@@ -352,7 +352,6 @@ fn run(args: &Run, stop: &Arc<AtomicBool>) -> Result<u8> {
     let restore = terminal::Restore;
     let console = Console { output, input: terminal::input() };
     let places = Places {
-        sources_of: page.is_some().then_some(args.kernel.as_path()),
         write: [&page, &log].into_iter().flatten().filter_map(Target::folder).collect(),
         again: false,
     };
@@ -477,7 +476,6 @@ fn demo(args: &Demo, stop: &AtomicBool) -> Result<u8> {
     let places = Places {
         write: folders.chain(folder.as_ref().and_then(demo::Folder::folder)).collect(),
         again: true,
-        ..Places::default()
     };
     config.jail = confine::enter(args.guest.jail.into(), &config, &places)?;
     demo::run(&config, &chosen, demo::Outputs { shown, page, folder, roots }, stop)

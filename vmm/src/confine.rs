@@ -1,6 +1,6 @@
 //! Puts the program into its jail: what a command of the command line reads and writes.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -13,8 +13,6 @@ use crate::shadow::Layout;
 /// The files of a command, beside those that are open already.
 #[derive(Default)]
 pub(crate) struct Places<'a> {
-    /// The kernel's file, if the page about the run shows its sources.
-    pub(crate) sources_of: Option<&'a Path>,
     /// Folders in which reports are made.
     pub(crate) write: Vec<&'a Path>,
     /// Guests run one after the other.
@@ -29,10 +27,9 @@ pub(crate) fn enter(mode: Mode, config: &Config, places: &Places) -> Result<Opti
     if mode == Mode::Off {
         return Ok(None);
     }
-    let mut read: Vec<PathBuf> = config.modules.iter().cloned().collect();
-    read.extend(places.sources_of.map(source_folders).unwrap_or_default());
     let profile = Profile {
-        read,
+        // Files of modules and sources are read by a process of their own.
+        read: Vec::new(),
         write: places.write.iter().map(|folder| (*folder).to_owned()).collect(),
         memory: address_space(config),
         cpus: config.cpus,
@@ -43,15 +40,6 @@ pub(crate) fn enter(mode: Mode, config: &Config, places: &Places) -> Result<Opti
         log::warn!("the jail is weaker here: {}", jail.missing().join(", and "));
     }
     Ok(Some(Arc::new(jail)))
-}
-
-/// The folders with the sources that the page about a run may show: the current one, and that of
-/// the kernel. Not the root of all files, which would be no limit.
-fn source_folders(kernel: &Path) -> Vec<PathBuf> {
-    let kernel = kernel.canonicalize().ok();
-    let folder = kernel.as_deref().and_then(Path::parent).map(Path::to_owned);
-    let folders = std::env::current_dir().into_iter().chain(folder);
-    folders.filter(|folder| folder.parent().is_some()).collect()
 }
 
 /// Most bytes of address space for guest memory, both windows, and the history.

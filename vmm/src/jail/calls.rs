@@ -58,6 +58,15 @@ const READING: &[i64] = &[
     libc::SYS_readlinkat,
     libc::SYS_getcwd,
 ];
+/// Questions to the processes that read symbols and sources, whose sockets come from the process
+/// that started them.
+const WORKERS: &[i64] = &[
+    libc::SYS_sendto,
+    libc::SYS_recvfrom,
+    libc::SYS_sendmsg,
+    libc::SYS_recvmsg,
+    libc::SYS_setsockopt,
+];
 /// Putting a report that is complete in its place, and taking away one that is not.
 const REPORTS: &[i64] = &[
     libc::SYS_rename,
@@ -120,9 +129,13 @@ fn rules(kind: ThreadKind, again: bool) -> Result<Rules, BackendError> {
     let mut all = |calls: &[i64]| rules.extend(calls.iter().map(|call| (*call, Vec::new())));
     all(ALWAYS);
     match kind {
-        ThreadKind::Vcpu => all(READING),
+        ThreadKind::Vcpu => {
+            all(READING);
+            all(WORKERS);
+        }
         ThreadKind::Main => {
             all(READING);
+            all(WORKERS);
             all(REPORTS);
         }
         ThreadKind::Console => {}

@@ -2,17 +2,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt as _;
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use super::wire::{Left, WireError, receive, send};
-use super::{ARGUMENT, Message, Request, Response, Setup};
+use super::{Message, Request, Response, Setup, starter};
 
-/// This program, also where its file was replaced meanwhile.
-const SELF: &str = "/proc/self/exe";
 /// Seconds after which the process ends itself, beyond the time limit of a request.
 const MORE_SECONDS: u32 = 2;
 
@@ -66,29 +61,15 @@ impl Client {
     }
 }
 
-/// A worker. It is ended when this is dropped.
+/// A worker. It ends when this is dropped: at once if it waits, else when the time limit of its
+/// present answer is over.
 struct Process {
-    child: Child,
     socket: UnixStream,
 }
 
 impl Process {
     fn start(setup: &Setup, file: Option<&File>, left: Left) -> Result<Self, Failure> {
-        let (socket, theirs) = UnixStream::pair().map_err(Failure::Start)?;
-        let file = match file {
-            Some(file) => file.try_clone().map_err(Failure::Start)?.into(),
-            None => Stdio::null(),
-        };
-        let child = Command::new(SELF)
-            .arg(ARGUMENT)
-            .stdin(OwnedFd::from(theirs))
-            .stdout(file)
-            .stderr(Stdio::null())
-            // A Ctrl-C is for the run, which still has findings to tell then.
-            .process_group(0)
-            .spawn()
-            .map_err(Failure::Start)?;
-        let process = Self { child, socket };
+        let process = Self { socket: starter::worker(file, left)? };
         let setup = serde_json::to_vec(setup).map_err(|_| Failure::Died)?;
         send(&process.socket, &setup, left)?;
         Ok(process)
@@ -102,13 +83,5 @@ impl Process {
         send(&self.socket, &message, left)?;
         let response = receive(&self.socket, left)?;
         serde_json::from_slice(&response).map_err(|_| Failure::Died)
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }

@@ -1,6 +1,7 @@
 //! What the worker takes from itself before it reads anything.
 
 use std::io;
+use std::os::fd::AsRawFd;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -36,15 +37,27 @@ pub(super) fn confine() -> io::Result<()> {
 
 /// Closes what a parent may have left open. Those of Umbra itself are closed when it executes.
 fn close_descriptors() {
-    const FIRST: libc::c_uint = 3;
+    close_range(3, libc::c_uint::MAX);
+}
+
+/// Closes all descriptors but the standard streams and `kept`.
+pub(super) fn close_descriptors_but(kept: &impl AsRawFd) {
+    let kept = kept.as_raw_fd().cast_unsigned();
+    if kept > 3 {
+        close_range(3, kept - 1);
+    }
+    close_range(kept.max(2) + 1, libc::c_uint::MAX);
+}
+
+fn close_range(first: libc::c_uint, last: libc::c_uint) {
     // SAFETY: nothing of this process uses any of them: it has only begun.
-    let closed = unsafe { libc::syscall(libc::SYS_close_range, FIRST, libc::c_uint::MAX, 0) };
+    let closed = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
     if closed == 0 {
         return;
     }
     // Linux before 5.9.
-    let last = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20).min(1 << 20);
-    for descriptor in FIRST..u32::try_from(last).unwrap_or(FIRST) {
+    let most = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20).min(1 << 20);
+    for descriptor in first..=last.min(u32::try_from(most).unwrap_or(first)) {
         // SAFETY: as above.
         unsafe { libc::close(descriptor.cast_signed()) };
     }

@@ -12,6 +12,7 @@
 mod client;
 mod confine;
 mod serve;
+mod starter;
 mod wire;
 
 use std::path::PathBuf;
@@ -67,13 +68,13 @@ pub(crate) enum Response {
 /// To be called first in a program's `main`, before it opens files or starts threads.
 ///
 /// In the process that this program was executed as to read symbols, it does that, and does not
-/// return. Otherwise it notes that this program can be executed so, and returns at once: from then
-/// on, symbols and sources are read in such processes.
+/// return. Otherwise it forks a process that starts such ones, and returns at once: from then on,
+/// symbols and sources are read in them, if that process could be made.
 pub fn symbol_worker() {
     if std::env::args_os().nth(1).is_some_and(|argument| argument == ARGUMENT) {
         std::process::exit(serve::serve());
     }
-    OFFERED.store(true, SeqCst);
+    OFFERED.store(starter::fork().is_ok(), SeqCst);
 }
 
 /// Whether files can be parsed in a process of its own.

@@ -24,7 +24,7 @@ pub(super) enum WireError {
 pub(super) type Left<'a> = &'a dyn Fn() -> Option<Duration>;
 
 /// How long to wait at once; none for ever.
-fn slice(left: Left) -> Result<Option<Duration>, WireError> {
+pub(super) fn slice(left: Left) -> Result<Option<Duration>, WireError> {
     let left = left().ok_or(WireError::Late)?;
     Ok((left < Duration::MAX).then_some(left.min(SLICE)))
 }
