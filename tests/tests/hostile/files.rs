@@ -153,7 +153,9 @@ fn a_worker_that_hangs() {
         let timeout = if signal.is_some() { "--timeout 60s" } else { "--timeout 3s" };
         let mut started = umbra.args(timeout).start();
         started.wait_for("stderr", "BUG: KASAN");
-        for worker in children(started.pid()) {
+        let workers = children(started.pid());
+        assert_eq!(workers.len(), 1, "one reads the symbols");
+        for worker in workers {
             // SAFETY: a process that this test has started.
             unsafe { libc::kill(worker, libc::SIGSTOP) };
         }

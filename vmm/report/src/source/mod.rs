@@ -70,8 +70,10 @@ pub(crate) struct Sources<'a> {
     outside: bool,
     exhausted: bool,
     unsupported: bool,
-    /// Why no more files are read, if that is so.
+    /// Why a file could not be read.
     failed: Option<String>,
+    /// No more files are read.
+    over: bool,
 }
 
 /// Who reads the files.
@@ -99,6 +101,7 @@ impl<'a> Sources<'a> {
             exhausted: false,
             unsupported: false,
             failed: None,
+            over: false,
         }
     }
 
@@ -106,7 +109,7 @@ impl<'a> Sources<'a> {
     /// show as `file`; `None` if there are none to show.
     pub(crate) fn excerpt(&mut self, path: &str, file: Option<&str>, line: u32) -> Option<Excerpt> {
         // It is known already, or there is no use in asking.
-        if self.unsupported || self.failed.is_some() || self.roots.0.is_empty() {
+        if self.unsupported || self.over || self.roots.0.is_empty() {
             self.outside |= self.roots.0.is_empty();
             return None;
         }
@@ -135,15 +138,14 @@ impl<'a> Sources<'a> {
             Ok(Response::Source(shown)) => shown,
             Err(Failure::Start(error)) => {
                 let why = format!("the process that reads them cannot be started: {error}");
-                self.failed = Some(why);
+                (self.failed, self.over) = (Some(why), true);
                 Shown::Nothing
             }
             Ok(Response::Symbols(_)) | Err(Failure::Died | Failure::Late) => {
                 *failures += 1;
-                if *failures >= FAILURES_MAX {
-                    self.failed = Some("the process that reads them did not answer".to_owned());
-                }
-                Shown::Exhausted
+                self.over = *failures >= FAILURES_MAX;
+                self.failed = Some("the process that reads them did not answer".to_owned());
+                Shown::Nothing
             }
         }
     }
@@ -169,7 +171,8 @@ impl<'a> Sources<'a> {
         }
         if let Some(why) = &self.failed {
             remarks.push(format!("Some places are shown without their lines: {why}."));
-        } else if self.exhausted {
+        }
+        if self.exhausted {
             remarks.push(
                 "There were too many places in the source: some are shown without their lines."
                     .to_owned(),
