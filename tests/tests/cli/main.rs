@@ -387,7 +387,7 @@ fn findings_have_the_documented_fields() {
     has_exactly(&uaf["object"], "start:x size:n cache:s? cache_size:n offset:i");
     assert_eq!((&uaf["object"]["size"], &uaf["object"]["offset"]), (&10.into(), &8.into()));
     for event in ["allocated", "freed"] {
-        has_exactly(&uaf[event], "task:o frames:a");
+        has_exactly(&uaf[event], "task:o cpu:n micros:n frames:a");
         has_fields(&uaf[event]["frames"][0], "ip:x symbol:s offset:n");
     }
     assert!(run.findings[1]["variable"].is_object());

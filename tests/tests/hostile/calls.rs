@@ -237,6 +237,10 @@ fn garbage_in_the_ring() {
         record[11..16].fill(0);
         record[18..20].fill(0);
     }
+    for record in garbage.as_chunks_mut::<{ RECORD_BYTES as usize }>().0.iter_mut().step_by(51) {
+        record[0] = RecordKind::Cache.into();
+        record[1] %= 64;
+    }
     // Names are taken, and not counted.
     let named = |records: &[[u8; RECORD_BYTES as usize]]| {
         let named = |r: &&[u8; RECORD_BYTES as usize]| {

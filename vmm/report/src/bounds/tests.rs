@@ -44,7 +44,8 @@ fn stack(functions: usize, inlined: usize, bytes: usize) -> Vec<Frame> {
 fn worst(inlined: usize, bytes: usize) -> Finding {
     let text = || name(0, bytes).to_string();
     let task = Task { id: u32::MAX, name: text() };
-    let track = || Track { task: task.clone(), frames: stack(10, inlined, bytes) };
+    let frames = || stack(10, inlined, bytes);
+    let track = || Track { task: task.clone(), cpu: None, micros: None, frames: frames() };
     let variable = StackVariable { offset: 1, size: 1, name: text(), line: None };
     Finding {
         ip: 0x1000,

@@ -2,11 +2,11 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use super::starter::{Started, start_worker};
 use super::wire::{Left, WireError, receive, send};
-use super::{Message, Request, Response, Setup, starter};
+use super::{Message, Request, Response, Setup};
 
 /// Seconds after which the process ends itself, beyond the time limit of a request.
 const MORE_SECONDS: u32 = 2;
@@ -61,17 +61,14 @@ impl Client {
     }
 }
 
-/// A worker. It ends when this is dropped: at once if it waits, else when the time limit of its
-/// present answer is over.
-struct Process {
-    socket: UnixStream,
-}
+/// A worker. It is ended when this is dropped.
+struct Process(Started);
 
 impl Process {
     fn start(setup: &Setup, file: Option<&File>, left: Left) -> Result<Self, Failure> {
-        let process = Self { socket: starter::worker(file, left)? };
+        let process = Self(start_worker(file, left)?);
         let setup = serde_json::to_vec(setup).map_err(|_| Failure::Died)?;
-        send(&process.socket, &setup, left)?;
+        send(&process.0.socket, &setup, left)?;
         Ok(process)
     }
 
@@ -80,8 +77,8 @@ impl Process {
         let seconds = u32::try_from(seconds).unwrap_or(u32::MAX).saturating_add(MORE_SECONDS);
         let message = Message { seconds, request };
         let message = serde_json::to_vec(&message).map_err(|_| Failure::Died)?;
-        send(&self.socket, &message, left)?;
-        let response = receive(&self.socket, left)?;
+        send(&self.0.socket, &message, left)?;
+        let response = receive(&self.0.socket, left)?;
         serde_json::from_slice(&response).map_err(|_| Failure::Died)
     }
 }

@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -46,30 +46,60 @@ pub(super) fn fork() -> io::Result<()> {
     }
 }
 
-/// Asks it for a worker that gets `file`. Returns the socket to the worker.
+/// A request: what to do, and the process that it is about.
+type Message = [u8; 5];
+/// To start a worker: the reply is its number and its socket, or an error's number and no socket.
+const START: u8 = 0;
+/// The same, and it gets the file that comes with the request.
+const START_WITH_FILE: u8 = 1;
+/// To end a worker, without a reply.
+const END: u8 = 2;
+
+fn message(what: u8, pid: i32) -> Message {
+    let [a, b, c, d] = pid.to_le_bytes();
+    [what, a, b, c, d]
+}
+
+/// A worker that was started.
+pub(super) struct Started {
+    pub socket: UnixStream,
+    pid: i32,
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        let starter = STARTER.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(starter) = &*starter {
+            // Without the process that started it, it ends when its time is over.
+            let _ = starter.send_with_fds(&[&message(END, self.pid)[..]], &[]);
+        }
+    }
+}
+
+/// Asks for a worker that gets `file`.
 ///
 /// # Errors
 /// There is none in time. After that there will be none any more.
-pub(super) fn worker(file: Option<&File>, left: Left) -> Result<UnixStream, Failure> {
+pub(super) fn start_worker(file: Option<&File>, left: Left) -> Result<Started, Failure> {
     let mut starter = STARTER.lock().unwrap_or_else(PoisonError::into_inner);
     let gone = || Failure::Start(io::Error::other("the process that starts it is gone"));
     let socket = starter.take().ok_or_else(gone)?;
-    let request = [u8::from(file.is_some())];
-    match file {
-        Some(file) => socket.send_with_fd(&request[..], file.as_raw_fd()),
-        None => socket.send_with_fds(&[&request[..]], &[]),
-    }
-    .map_err(|_| gone())?;
+    let sent = match file {
+        Some(file) => socket.send_with_fd(&message(START_WITH_FILE, 0)[..], file.as_raw_fd()),
+        None => socket.send_with_fds(&[&message(START, 0)[..]], &[]),
+    };
+    sent.map_err(|_| gone())?;
     loop {
         socket.set_read_timeout(slice(left)?).map_err(Failure::Start)?;
-        let mut reply = [0; 4];
-        match socket.recv_with_fd(&mut reply) {
+        let mut number = [0; 4];
+        match socket.recv_with_fd(&mut number) {
             Ok((4, worker)) => {
                 *starter = Some(socket);
-                let error = || io::Error::from_raw_os_error(i32::from_le_bytes(reply));
-                return worker
-                    .map(|worker| UnixStream::from(OwnedFd::from(worker)))
-                    .ok_or_else(|| Failure::Start(error()));
+                let number = i32::from_le_bytes(number);
+                let socket = worker.map(|worker| UnixStream::from(OwnedFd::from(worker)));
+                return socket
+                    .map(|socket| Started { socket, pid: number })
+                    .ok_or_else(|| Failure::Start(io::Error::from_raw_os_error(number)));
             }
             Ok(_) => return Err(gone()),
             Err(error) if [libc::EAGAIN, libc::EINTR].contains(&error.errno()) => {}
@@ -78,22 +108,42 @@ pub(super) fn worker(file: Option<&File>, left: Left) -> Result<UnixStream, Fail
     }
 }
 
-/// Starts workers until nobody asks any more.
+/// Starts and ends workers until nobody asks any more, and ends the last ones then.
 fn serve(socket: &UnixStream) {
     leave_the_program(socket);
-    let mut request = [0];
-    while let Ok((1, file)) = socket.recv_with_fd(&mut request) {
+    let mut workers: Vec<Child> = Vec::new();
+    let mut request: Message = [0; 5];
+    while let Ok((5, file)) = socket.recv_with_fd(&mut request) {
+        // Those that have died.
+        workers.retain_mut(|worker| matches!(worker.try_wait(), Ok(None)));
+        let [what, pid @ ..] = request;
+        if what == END {
+            let pid = i32::from_le_bytes(pid).cast_unsigned();
+            workers.iter_mut().filter(|worker| worker.id() == pid).for_each(end);
+            continue;
+        }
         let sent = match start(file) {
-            Ok(worker) => socket.send_with_fd(&[0; 4][..], worker.as_raw_fd()),
+            Ok((theirs, worker)) => {
+                let pid = worker.id().to_le_bytes();
+                workers.push(worker);
+                socket.send_with_fd(&pid[..], theirs.as_raw_fd())
+            }
             Err(error) => {
                 let number = error.raw_os_error().unwrap_or(libc::EAGAIN).to_le_bytes();
                 socket.send_with_fds(&[&number[..]], &[])
             }
         };
         if sent.is_err() {
-            return;
+            break;
         }
     }
+    workers.iter_mut().for_each(end);
+}
+
+fn end(worker: &mut Child) {
+    // It may have ended by itself.
+    let _ = worker.kill();
+    let _ = worker.wait();
 }
 
 /// Takes nothing of the program along: a reader of its output shall not wait for this process, and
@@ -106,19 +156,17 @@ fn leave_the_program(socket: &UnixStream) {
         }
     }
     let _ = rustix::process::setpgid(None, None);
-    // SAFETY: no memory is passed. Workers that have ended leave nothing to wait for.
-    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
     super::confine::close_descriptors_but(socket);
 }
 
-fn start(file: Option<File>) -> io::Result<UnixStream> {
+fn start(file: Option<File>) -> io::Result<(UnixStream, Child)> {
     let (socket, theirs) = UnixStream::pair()?;
-    Command::new(SELF)
+    let child = Command::new(SELF)
         .arg(ARGUMENT)
         .stdin(OwnedFd::from(theirs))
         .stdout(file.map_or_else(Stdio::null, Stdio::from))
         .stderr(Stdio::null())
         .process_group(0)
         .spawn()?;
-    Ok(socket)
+    Ok((socket, child))
 }
