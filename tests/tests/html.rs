@@ -178,9 +178,9 @@ fn a_run_that_takes_too_long() -> Tested {
         "run",
         kernel.to_str().unwrap_or_default(),
         "--timeout",
-        "1ms",
+        "2s",
         "--cmdline",
-        "scenarios=huge_churn",
+        "scenarios=huge_churn churn=100000000",
     ];
     let output = umbra(&args, &folder.path().join("page.html"));
     check(output.status.code() == Some(4), || format!("{output:?}"))?;
