@@ -307,7 +307,7 @@ impl Record {
         Ok(Self { task: word(bytes, 4), body })
     }
 
-    /// The stamp of a record, of any kind; see the [module](self).
+    /// The stamp of a record, of any kind.
     pub fn stamp(bytes: &[u8; RECORD_BYTES as usize]) -> u64 {
         u64::from(word(bytes, 20)) | u64::from(word(bytes, 24)) << 32
     }

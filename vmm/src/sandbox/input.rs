@@ -59,8 +59,8 @@ impl Keys {
 /// The threads that [`spawn`] starts.
 pub(super) const THREADS: usize = 2;
 
-/// Starts the threads, which wait at the `gate`. The reading thread ends at the end of the input, or
-/// at the first key after the run.
+/// Starts the threads, which wait at the `gate`. The reading thread ends at the end of the input,
+/// or at the first key after the run.
 pub(super) fn spawn(
     mut input: Box<dyn Read + Send>,
     shared: Weak<Shared>,

@@ -309,8 +309,8 @@ impl Objects {
         }
     }
 
-    /// Puts a live object in the place of those that it overlaps. Its slot has `slot` bytes. Returns
-    /// false if there is no room for it.
+    /// Puts a live object in the place of those that it overlaps. Its slot has `slot` bytes.
+    /// Returns false if there is no room for it.
     fn put(&mut self, key: u64, slot: u64, mut record: Record) -> bool {
         let end = key + record.bytes();
         // By falling address.
@@ -550,8 +550,8 @@ impl Objects {
         })
     }
 
-    /// Makes room for an object at `key` that takes `bytes` bytes, at the cost of freed ones if need
-    /// be. Returns whether there is some.
+    /// Makes room for an object at `key` that takes `bytes` bytes, at the cost of freed ones if
+    /// need be. Returns whether there is some.
     fn make_room(&mut self, key: u64, bytes: u64) -> bool {
         for _ in 0..PAGES_FORGOTTEN {
             if self.table.fits(key, bytes, self.most) {

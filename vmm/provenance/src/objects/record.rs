@@ -87,7 +87,8 @@ impl Record {
 
     /// Takes note of an object that it takes the place of, which starts `distance` bytes from it.
     /// If that was freed, it is the previous one; else, at the same start, this one is what became
-    /// of it, and the previous one is the same. Returns the origins that nothing refers to any more.
+    /// of it, and the previous one is the same. Returns the origins that nothing refers to any
+    /// more.
     pub fn follows(&mut self, old: &Self, distance: i64) -> [Origin; 4] {
         let (dropped, taken) = (self.previous, old.previous);
         // An object that starts so far away was of another kind, and does not help.

@@ -146,8 +146,8 @@ impl Table {
         None
     }
 
-    /// Whether an object at `key` that takes `bytes` bytes fits if all may take `most` bytes of host
-    /// memory. An eighth is kept for what finds the objects.
+    /// Whether an object at `key` that takes `bytes` bytes fits if all may take `most` bytes of
+    /// host memory. An eighth is kept for what finds the objects.
     pub fn fits(&self, key: u64, bytes: u64, most: usize) -> bool {
         let Some(records) = self.records.growth() else { return false };
         if records > 0 && self.records.bytes() + records > most / 8 * 7 {

@@ -95,7 +95,8 @@ fn related_work_and_what_was_there_before_are_told() {
     let stack = " kmalloc+0x10/0x90\n    at kernel/src/slab.rs:50\n \
                  thread_main+0x44/0x60\n    at kernel/src/thread.rs:7\n\n";
     let expected = format!(
-        "Freed by task 12 on cpu 1 at 2.034567s:\n{stack}Last potentially related work creation:\n{stack}\
+        "Freed by task 12 on cpu 1 at 2.034567s:\n{stack}\
+         Last potentially related work creation:\n{stack}\
          Second to last potentially related work creation:\n{stack}\
          Before, the address belonged to an object of 64 bytes at 0000000000001000\n\
          Previously allocated by task 12:\n{stack}Previously freed by task 12:\n{stack}\
