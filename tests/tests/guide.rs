@@ -106,14 +106,20 @@ impl Workplace {
     }
 }
 
-/// Drops what differs between compilers: addresses, offsets and sizes of functions.
+/// Drops what differs between compilers and runs: addresses, offsets and sizes of functions, times.
 fn plain(line: &str) -> String {
+    let is_time = |word: &str| {
+        let digits = word.strip_suffix("s:").unwrap_or_default().split_once('.');
+        digits.is_some_and(|(seconds, micros)| {
+            micros.len() == 6 && (seconds.to_owned() + micros).bytes().all(|b| b.is_ascii_digit())
+        })
+    };
     let hex = |word: &str| word.len() >= 16 && word.bytes().all(|byte| byte.is_ascii_hexdigit());
     let words = line.split_inclusive([' ', '+', '/', '[', ',', ')']);
     words
         .map(|word| {
             let bare = word.trim_end_matches([' ', '+', '/', '[', ',', ')']);
-            if hex(bare) || bare.starts_with("0x") {
+            if hex(bare) || bare.starts_with("0x") || is_time(bare) {
                 word.replacen(bare, "#", 1)
             } else {
                 word.into()
