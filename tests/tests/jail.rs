@@ -320,6 +320,23 @@ fn a_flooded_console_fills_no_disk() {
     assert_eq!(run.stdout.len() as u64, LIMIT);
 }
 
+/// A guest of two CPUs has times where the host's counters are in step, which the jail does not let
+/// a run find out.
+fn the_jail_hides_no_times() {
+    let times = |jail: &str| {
+        let kernel = umbra::kernel::test_kernel().unwrap_or_default();
+        let run = Umbra::new(PROGRAM, "run")
+            .file(kernel)
+            .args("--cpus 2 --cmdline scenarios=kmalloc_uaf --jail")
+            .arg(jail)
+            .collect()
+            .run();
+        run.expect(1);
+        run.findings[0]["allocated"].get("micros").is_some()
+    };
+    assert_eq!(times("on"), times("off"));
+}
+
 fn main() -> ExitCode {
     if let Ok(name) = std::env::var(TRIAL) {
         return jailed(&name);
@@ -327,11 +344,12 @@ fn main() -> ExitCode {
     let mut suite = Suite::default();
     let (nothing, kvm) = (Need::There, Need::kvm());
     let test_kernel = Need::test_kernel();
-    let tests: [(&str, &Need, fn()); 7] = [
+    let tests: [(&str, &Need, fn()); 8] = [
         ("what_is_not_needed_is_given_up", &nothing, what_is_not_needed_is_given_up),
         ("other_system_calls_end_it", &nothing, other_system_calls_end_it_with_a_sentence),
         ("a_run_says_that_it_has_none", &kvm, a_run_says_that_it_has_none),
         ("every_output_works_inside", &test_kernel, every_output_works_inside),
+        ("the_jail_hides_no_times", &test_kernel, the_jail_hides_no_times),
         ("a_report_that_nobody_reads", &kvm, a_report_that_nobody_reads),
         ("an_old_host_is_named_or_refused", &kvm, an_old_host_is_named_or_refused),
         ("a_flooded_console_fills_no_disk", &kvm, a_flooded_console_fills_no_disk),

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::FromRawFd;
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 
 use thiserror::Error;
 use vm_memory::GuestAddress;
@@ -170,6 +171,14 @@ pub fn emulates_ring0(kvm: &Kvm) -> Result<bool, StatsError> {
 pub fn tsc_khz(kvm: &Kvm) -> Result<u32, StatsError> {
     let (_machine, vcpu) = raw_guest(kvm, &[])?;
     Ok(vcpu.tsc_khz()?)
+}
+
+/// Whether the time stamp counters of this host's CPUs are in step: its kernel checks them as long as
+/// it uses them itself. The first call looks; a jail may forbid that later.
+pub fn time_stamps_are_in_step() -> bool {
+    const CLOCK: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+    static ARE: OnceLock<bool> = OnceLock::new();
+    *ARE.get_or_init(|| std::fs::read(CLOCK).is_ok_and(|name| name.trim_ascii_end() == b"tsc"))
 }
 
 /// The host's own time stamp counter.

@@ -119,6 +119,7 @@ impl Jail {
     pub fn enter(profile: &Profile, required: bool) -> Result<Self, JailError> {
         // These cannot be opened later. Where they are missing, the run says so.
         let _ = crate::shadow::proc::files();
+        let _ = umbra_machine::stats::time_stamps_are_in_step();
         // The first call looks for the kernel's clock in this process, which takes other calls.
         let _ = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
         limits::no_new_privileges()?;

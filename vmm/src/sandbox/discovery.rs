@@ -1,6 +1,7 @@
 //! The CPUID leaves by which a guest finds Umbra.
 
 use umbra_machine::cpuid::CpuidLeaf;
+use umbra_machine::stats::time_stamps_are_in_step;
 use umbra_shadow::abi::{self, CPUID_FIRST, CPUID_STEP, Features, PORT, Redzone};
 
 use super::ShadowMode;
@@ -32,20 +33,17 @@ pub(super) struct Settings {
     pub stamps: Features,
 }
 
-/// What the stamps of records are in a guest of so many CPUs. Time stamp counters, if the host
-/// kernel has found its own to be in step, which it checks as long as it uses them itself. Where it
-/// emulates ring 0 there is no fence.
+/// What the stamps of records are in a guest of so many CPUs: time stamp counters, if the host's are
+/// in step. Where it emulates ring 0 there is no fence.
 pub(super) fn stamps(cpus: u8, emulated: bool) -> Features {
-    const CLOCK: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
     if cpus == 1 {
         return Features::STAMPS_TSC;
     }
-    let in_step = || std::fs::read(CLOCK).is_ok_and(|name| name.trim_ascii_end() == b"tsc");
-    if !emulated && in_step() {
-        Features::STAMPS_TSC | Features::STAMPS_FENCED
-    } else {
-        Features::default()
+    if !emulated && time_stamps_are_in_step() {
+        return Features::STAMPS_TSC | Features::STAMPS_FENCED;
     }
+    log::info!("the CPUs' time stamp counters are not used: findings tell no times");
+    Features::default()
 }
 
 /// The leaves, one block beyond KVM's own; see [`umbra_shadow::abi`].
