@@ -373,40 +373,28 @@ fn deep_nesting_does_not_overflow_the_stack() {
     assert_eq!(symbols.notes(), [note]);
 }
 
+/// A unit that has the only line table.
+const UNIT: &str = "
+    .long 24 + 4
+    .short 4
+    .long 0
+    .byte 8
+    .byte 4
+    .quad _start, end - _start
+    .long 0
+    ";
+
+/// A line table with one file; see there.
+fn line_table(file: &str, rows: &str) -> String {
+    include_str!("../../tests/dwarf/line_table.s").replace("FILE", file).replace("ROWS", rows)
+}
+
 #[test]
 fn shared_line_tables_do_not_take_unbounded_work() {
     // 3,000 units with one line table of 200,000 rows for other addresses.
-    let bytes = by_hand(
-        "
-        .rept 3000
-        .long 24 + 4
-        .short 4
-        .long 0
-        .byte 8
-        .byte 4
-        .quad _start, end - _start
-        .long 0
-        .endr
-        ",
-        "
-        .long 2f - 1f
-        1: .short 4
-        .long 4f - 3f
-        3: .byte 1, 1, 1, 0xfb, 14, 13
-        .byte 0, 1, 1, 1, 1, 0, 0, 0, 1, 0, 0, 1
-        .byte 0
-        .asciz \"a.c\"
-        .byte 0, 0, 0, 0
-        4:
-        .byte 0, 9, 2
-        .quad 0x1000
-        .rept 200000
-        .byte 0x20
-        .endr
-        .byte 0, 1, 1
-        2:
-        ",
-    );
+    let rows = ".byte 0, 9, 2; .quad 0x1000; .rept 200000; .byte 0x20; .endr";
+    let units = format!(".rept 3000\n{UNIT}\n.endr");
+    let bytes = by_hand(&units, &line_table(".asciz \"a.c\"", rows));
     let start = symbol_any(&bytes, "_start");
     let symbols = from_disk(bytes);
     let begun = Instant::now();
@@ -421,35 +409,10 @@ fn shared_line_tables_do_not_take_unbounded_work() {
 /// One path of a megabyte, which each frame would have.
 #[test]
 fn long_paths_are_not_kept() {
-    let lines = "
-        .long 2f - 1f
-        1: .short 4
-        .long 4f - 3f
-        3: .byte 1, 1, 1, 0xfb, 14, 13
-        .byte 0, 1, 1, 1, 1, 0, 0, 0, 1, 0, 0, 1
-        .byte 0
-        .fill LENGTH, 1, 0x61
-        .asciz \".c\"
-        .byte 0, 0, 0, 0
-        4:
-        .byte 0, 9, 2
-        .quad _start
-        .byte 1, 2
-        .uleb128 4096
-        .byte 0, 1, 1
-        2:
-        ";
-    let unit = "
-        .long 24 + 4
-        .short 4
-        .long 0
-        .byte 8
-        .byte 4
-        .quad _start, end - _start
-        .long 0
-        ";
+    let rows = ".byte 0, 9, 2; .quad _start; .byte 1, 2; .uleb128 4096";
     for (length, kept) in [("200", true), ("3000", true), ("1000000", false)] {
-        let bytes = by_hand(unit, &lines.replace("LENGTH", length));
+        let file = format!(".fill {length}, 1, 0x61; .asciz \".c\"");
+        let bytes = by_hand(UNIT, &line_table(&file, rows));
         let start = symbol_any(&bytes, "_start");
         let frames = from_disk(bytes).frames(start, Position::Instruction);
         let (path, file) = (&frames[0].path, frames[0].file.as_deref().expect("a file"));
