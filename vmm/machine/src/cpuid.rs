@@ -1,6 +1,7 @@
 //! The guest's CPUID table: KVM's supported leaves with some changed bits, and the caller's leaves.
 
 use std::arch::x86_64::__cpuid;
+use std::path::Path;
 
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
@@ -187,8 +188,15 @@ fn topology(function: u32, place: CpuTopology) -> impl Iterator<Item = kvm_cpuid
     })
 }
 
-/// Whether this CPU has VMX or SVM. If not, KVM can only emulate a guest's ring 0.
-pub fn has_virtualisation() -> bool {
+/// Whether KVM may emulate a guest's ring 0 here: the CPU has neither VMX nor SVM, or the kernel has
+/// the KVM that needs none (`kvm_pvm`). Unlike [`emulates_ring0`](super::stats::emulates_ring0), it
+/// takes no guest to find out.
+pub fn may_emulate_ring0() -> bool {
+    !has_virtualisation() || Path::new("/sys/module/kvm_pvm").exists()
+}
+
+/// Whether this CPU has VMX or SVM.
+fn has_virtualisation() -> bool {
     __cpuid(1).ecx & LEAF1_ECX_VMX != 0
         || __cpuid(0x8000_0000).eax > 0x8000_0000
             && __cpuid(0x8000_0001).ecx & EXTENDED_ECX_SVM != 0

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use umbra_machine::complete::Completer;
-use umbra_machine::cpuid::has_virtualisation;
+use umbra_machine::cpuid::may_emulate_ring0;
 use umbra_machine::devices::{COM1_IRQ, Devices};
 use umbra_machine::loader::{
     Boot, Emulated, Limit, LoadError, is_bzimage, is_linux, with_defaults,
@@ -172,9 +172,9 @@ fn set_up(
 
 /// What completes instructions. In a jail, executable memory is made now or never. Only where ring
 /// 0 is emulated is there anything to execute in it.
-fn completer(config: &Config, emulated: impl Fn() -> bool) -> Result<Completer, RunError> {
+fn completer(config: &Config) -> Result<Completer, RunError> {
     match config.jail {
-        Some(_) => Completer::fixed(emulated()).map_err(RunError::Code),
+        Some(_) => Completer::fixed(may_emulate_ring0()).map_err(RunError::Code),
         None => Ok(Completer::default()),
     }
 }
@@ -184,7 +184,7 @@ fn hardware(config: &Config, limit: &Limit) -> Result<Hardware, RunError> {
     let kvm = Kvm::open()?;
     // Check it before it is used.
     Ram::check(config.memory).map_err(MachineError::from)?;
-    let stamps = discovery::stamps(config.cpus, !has_virtualisation());
+    let stamps = discovery::stamps(config.cpus, may_emulate_ring0());
     let mut machine = Machine::new(
         &kvm,
         MachineConfig {
@@ -203,12 +203,7 @@ fn hardware(config: &Config, limit: &Limit) -> Result<Hardware, RunError> {
         return Err(RunError::LinuxWithoutIrqchip);
     }
     let bzimage = is_bzimage(kernel)?;
-    let emulated = (linux || config.count_instructions).then(|| is_emulated(&kvm));
-    // The probe takes longer than all else here. It is not needed where the CPU has nothing to run
-    // ring 0 with: there, ring 0 is emulated.
-    let needs_code = || emulated.unwrap_or_else(|| !has_virtualisation() || is_emulated(&kvm));
-    let completer = completer(config, needs_code)?;
-    let emulated = emulated.unwrap_or(false);
+    let emulated = (linux || config.count_instructions) && is_emulated(&kvm);
     let cmdline = if linux {
         let host = emulated.then(|| Emulated {
             // 0 where it is not known.
@@ -233,7 +228,7 @@ fn hardware(config: &Config, limit: &Limit) -> Result<Hardware, RunError> {
         Some(vcpu) => Clock::tsc(vcpu.tsc_khz().unwrap_or(0), time_stamp()),
         None => Clock::default(),
     };
-    Ok(Hardware { machine, vcpus, linux, emulated, clock, completer })
+    Ok(Hardware { machine, vcpus, linux, emulated, clock, completer: completer(config)? })
 }
 
 /// The CPUID leaves by which the guest finds Umbra.
