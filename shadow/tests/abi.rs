@@ -238,10 +238,7 @@ fn the_linux_patches_have_this_record() {
     let owner = Owner { allocator: 0x11, note: 0x22 };
     let packed = PackedRecord::quarantined(owner, 0x3344_5566);
     let actor = Actor { cpu: 0x7788, task: 0x99aa_bbcc };
-    let words = packed.words(7, actor.to_register(0), 0xddee_ff00_1122_3344, STAMP);
-    let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-    bytes.extend(((STAMP >> 32) as u32).to_le_bytes());
-    bytes.resize(RECORD_BYTES as usize, 0);
+    let bytes = packed.record(7, actor.to_register(0), 0xddee_ff00_1122_3344, STAMP).to_bytes();
     let at = |name: &str, bytes_of_field: usize| {
         let field = &bytes[fields[name]..][..bytes_of_field];
         field.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte))

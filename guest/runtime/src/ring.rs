@@ -127,9 +127,9 @@ impl Ring {
             }
             let to = header.add(1).cast::<RawRecord>().add(n as usize);
             let depth = stack::walk(fp, (&raw mut (*to).frames).cast());
-            let stamp = stamp::of(record.is_allocation());
-            (&raw mut (*to).words).write(record.words(depth, actor, address, stamp));
-            (&raw mut (*to).stamp_high).write((stamp >> 32) as u32);
+            (&raw mut (*to).words).write(record.words(depth, actor, address));
+            (&raw mut (*to).sizes).write(record.sizes());
+            (&raw mut (*to).stamp).write(stamp::of(record.is_allocation()));
             compiler_fence(Release);
             count.write_volatile(n + 1);
         }

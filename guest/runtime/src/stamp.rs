@@ -1,7 +1,6 @@
 //! Stamps of records: they put the events of any piece of memory in their true order.
 
 use core::arch::asm;
-use core::arch::x86_64::_rdtsc;
 use core::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
 
 use umbra_shadow::abi::Features;
@@ -27,9 +26,9 @@ pub fn set(features: Features) {
     SOURCE.store(source, Relaxed);
 }
 
-/// The stamp of an event that happens now.
+/// The stamp of an event that happens now, the low half first.
 #[inline(always)]
-pub fn of(allocation: bool) -> u64 {
+pub fn of(allocation: bool) -> [u32; 2] {
     let source = SOURCE.load(Relaxed);
     if source == COUNTER {
         return next();
@@ -38,12 +37,18 @@ pub fn of(allocation: bool) -> u64 {
         // SAFETY: changes nothing. The fence is no `_mm_lfence`, which needs SSE.
         unsafe { asm!("lfence", options(nostack, preserves_flags)) };
     }
-    // SAFETY: every x86-64 CPU has the counter, and ring 0 may read it.
-    unsafe { _rdtsc() }
+    let (low, high);
+    // SAFETY: every x86-64 CPU has the counter, and ring 0 may read it. The halves go into a record
+    // as they are, so they are not put together as `_rdtsc` does.
+    unsafe {
+        asm!("rdtsc", out("eax") low, out("edx") high, options(nomem, nostack, preserves_flags));
+    }
+    [low, high]
 }
 
 #[cold]
 #[inline(never)]
-fn next() -> u64 {
-    NEXT.fetch_add(1, Relaxed)
+fn next() -> [u32; 2] {
+    let next = NEXT.fetch_add(1, Relaxed);
+    [next as u32, (next >> 32) as u32]
 }

@@ -77,12 +77,33 @@ numbered! {
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C, align(64))]
 pub struct RawRecord {
-    /// Its first 24 bytes: [`PackedRecord::words`].
-    pub words: [u64; 3],
-    /// The high half of its stamp.
-    pub stamp_high: u32,
+    /// Its first 16 bytes: [`PackedRecord::words`].
+    pub words: [u64; 2],
+    /// [`PackedRecord::sizes`].
+    pub sizes: u32,
+    /// Its stamp, the low half first, as the CPU gives its time stamp counter.
+    pub stamp: [u32; 2],
     /// Its return addresses.
     pub frames: [u32; RECORD_FRAMES],
+}
+
+impl RawRecord {
+    /// Its bytes.
+    pub fn to_bytes(&self) -> [u8; RECORD_BYTES as usize] {
+        let mut bytes = [0; RECORD_BYTES as usize];
+        let (words, rest) = bytes.split_at_mut(16);
+        for (to, word) in words.chunks_exact_mut(8).zip(self.words) {
+            to.copy_from_slice(&word.to_le_bytes());
+        }
+        let [low, high] = self.stamp;
+        for (to, word) in rest.chunks_exact_mut(4).zip([self.sizes, low, high]) {
+            to.copy_from_slice(&word.to_le_bytes());
+        }
+        for (to, frame) in rest[12..].chunks_exact_mut(4).zip(self.frames) {
+            to.copy_from_slice(&frame.to_le_bytes());
+        }
+        bytes
+    }
 }
 
 /// The parts of a record that its kind decides, packed for the guest's hot path.
@@ -132,11 +153,27 @@ impl PackedRecord {
         Self::new(RecordKind::Related, 0, 0)
     }
 
-    /// The first 24 bytes of the record. `actor` is an [`Actor`](super::Actor) in a register.
+    /// The first 16 bytes of the record. `actor` is an [`Actor`](super::Actor) in a register.
     #[inline(always)]
-    pub const fn words(self, depth: u64, actor: u64, address: u64, stamp: u64) -> [u64; 3] {
+    pub const fn words(self, depth: u64, actor: u64, address: u64) -> [u64; 2] {
         let task = actor & !0xffff_ffff;
-        [self.head | depth << 8 | task, address, self.sizes as u64 | stamp << 32]
+        [self.head | depth << 8 | task, address]
+    }
+
+    /// Its sizes, by kind.
+    #[inline(always)]
+    pub const fn sizes(self) -> u32 {
+        self.sizes
+    }
+
+    /// The record, without frames.
+    pub const fn record(self, depth: u64, actor: u64, address: u64, stamp: u64) -> RawRecord {
+        RawRecord {
+            words: self.words(depth, actor, address),
+            sizes: self.sizes,
+            stamp: [stamp as u32, (stamp >> 32) as u32],
+            frames: [0; RECORD_FRAMES],
+        }
     }
 
     /// Whether it is of an allocation.
@@ -342,12 +379,7 @@ mod tests {
 
     /// A record as a guest writes it.
     fn written(packed: PackedRecord, depth: u64, address: u64) -> [u8; RECORD_BYTES as usize] {
-        let mut bytes = [0; RECORD_BYTES as usize];
-        let words = packed.words(depth, ACTOR.to_register(0xffff), address, STAMP);
-        for (to, word) in bytes.chunks_exact_mut(8).zip(words) {
-            to.copy_from_slice(&word.to_le_bytes());
-        }
-        bytes[24..28].copy_from_slice(&((STAMP >> 32) as u32).to_le_bytes());
+        let mut bytes = packed.record(depth, ACTOR.to_register(0xffff), address, STAMP).to_bytes();
         for i in 0..RECORD_FRAMES {
             bytes[28 + 4 * i..][..4].copy_from_slice(&(i as u32 * 16).to_le_bytes());
         }

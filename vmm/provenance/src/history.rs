@@ -273,9 +273,8 @@ mod tests {
         let ram = Ram::new();
         provenance.set_up_ring(0, RING, 64, 0).expect("a ring");
         for (i, record) in (0u32..).zip(records) {
-            for (word, value) in (0u64..).zip(record.words(0, 0, 0x1000, i.into())) {
-                assert!(ram.write(RING + 64 * u64::from(1 + i) + 8 * word, &value.to_le_bytes()));
-            }
+            let bytes = record.record(0, 0, 0x1000, i.into()).to_bytes();
+            assert!(ram.write(RING + 64 * u64::from(1 + i), &bytes));
         }
         assert!(ram.write(RING, &(records.len() as u64).to_le_bytes()));
         ram
