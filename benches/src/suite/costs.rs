@@ -149,7 +149,7 @@ fn provenance(meter: &Meter) -> Result<Vec<Figure>> {
         let live = bytes as f64 / live.max(1) as f64;
         let live =
             Figure::new(GROUP, format!("{with}, all of it for each live object"), live, "bytes");
-        all.push(live.limit(PROVENANCE));
+        all.push(live);
     }
     Ok(all)
 }

@@ -1,7 +1,6 @@
 //! How allocations and frees reach the VMM: as records in a ring (`ring` mode), or as a call each
 //! (`sync` mode).
 
-use core::ptr::null_mut;
 use core::sync::atomic::{
     AtomicPtr, AtomicU64, Ordering::Relaxed, Ordering::Release, compiler_fence,
 };
@@ -17,18 +16,26 @@ use crate::{host, settings, stack, stamp, state};
 
 /// A CPU's event ring.
 pub struct Ring {
+    /// [`NO_RING`] until it is set up.
     header: AtomicPtr<RingHeader>,
+    /// Records that fit; 0 until it is set up.
     records: AtomicU64,
+    /// Records up to which [`Ring::write`] needs to look at nothing else: none if stamps are
+    /// counted.
+    quick: AtomicU64,
     /// Bytes that went into the quarantine since the last drain.
     quarantined: AtomicU64,
     /// Where the VMM puts what leaves the quarantine: behind the records.
     pub released: ReleaseBuffer,
 }
 
+static NO_RING: RingHeader = RingHeader { count: 0, reserved: [0; 7] };
+
 static RINGS: [Ring; state::CPUS] = [const {
     Ring {
-        header: AtomicPtr::new(null_mut()),
+        header: AtomicPtr::new((&raw const NO_RING).cast_mut()),
         records: AtomicU64::new(0),
+        quick: AtomicU64::new(0),
         quarantined: AtomicU64::new(0),
         released: ReleaseBuffer::new(),
     }
@@ -50,6 +57,7 @@ pub fn set_up(cpu: u64, memory: *mut RingHeader, bytes: u64, text_start: u64) ->
             ring.released.place(entries, (kept * RECORD_BYTES / RELEASED_BYTES).min(RELEASED_MAX));
         }
         ring.header.store(memory, Release);
+        ring.quick.store(if stamp::are_counted() { 0 } else { all - kept }, Release);
     }
     result
 }
@@ -98,11 +106,40 @@ pub unsafe fn push_slowly(record: PackedRecord, address: u64, fp: u64) {
     unsafe { push(record, address, fp) }
 }
 
+/// Writes record `n` of a ring, and raises its count. The stamp is taken last.
+///
+/// # Safety
+/// As [`Ring::write`]; `header` is this CPU's ring, and it has room for record `n`: `set_up` got
+/// memory for all of them, and the VMM sets the count to 0 only in a drain that this CPU asks for.
+#[inline(always)]
+unsafe fn put(
+    header: *mut RingHeader,
+    n: u64,
+    record: PackedRecord,
+    actor: u64,
+    address: u64,
+    fp: u64,
+    stamp: impl FnOnce() -> [u32; 2],
+) {
+    // SAFETY: the caller's promises.
+    unsafe {
+        let to = header.add(1).cast::<RawRecord>().add(n as usize);
+        let depth = stack::walk(fp, (&raw mut (*to).frames).cast());
+        (&raw mut (*to).head).write(record.head(depth));
+        (&raw mut (*to).task).write((actor >> 32) as u32);
+        (&raw mut (*to).address).write(address);
+        (&raw mut (*to).sizes).write(record.sizes());
+        (&raw mut (*to).stamp).write(stamp());
+        compiler_fence(Release);
+        (&raw mut (*header).count).write_volatile(n + 1);
+    }
+}
+
 impl Ring {
     /// Whether it was set up. If not, nothing is recorded.
     #[inline(always)]
     pub fn exists(&self) -> bool {
-        !self.header.load(Relaxed).is_null()
+        self.records.load(Relaxed) != 0
     }
 
     /// [`push`], with interrupts off, for the ring of the CPU that runs.
@@ -112,26 +149,39 @@ impl Ring {
     #[inline(always)]
     pub unsafe fn write(&self, actor: u64, record: PackedRecord, address: u64, fp: u64) {
         let header = self.header.load(Relaxed);
-        if header.is_null() {
+        // SAFETY: without a ring it is a header of no records.
+        let n = unsafe { (&raw const (*header).count).read_volatile() };
+        // SAFETY: the caller's promises, and the record fits.
+        unsafe {
+            if n < self.quick.load(Relaxed) {
+                let stamp = || stamp::tsc(record.is_allocation());
+                put(header, n, record, actor, address, fp, stamp);
+            } else {
+                self.write_slowly(actor, record, address, fp);
+            }
+        }
+    }
+
+    /// [`Ring::write`] where there is no ring, or it is full, or stamps are counted.
+    ///
+    /// # Safety
+    /// As [`Ring::write`].
+    #[cold]
+    #[inline(never)]
+    unsafe fn write_slowly(&self, actor: u64, record: PackedRecord, address: u64, fp: u64) {
+        let records = self.records.load(Relaxed);
+        if records == 0 {
             return;
         }
-        // SAFETY: `set_up` got memory of `records` records behind the header for this CPU alone,
-        // and `count` is below `records`: it is raised by one below, and the VMM sets it to 0 only
-        // in a drain that this CPU asks for.
+        let header = self.header.load(Relaxed);
+        // SAFETY: the caller's promises. The drain empties the ring.
         unsafe {
-            let count = &raw mut (*header).count;
-            let mut n = count.read_volatile();
-            if n >= self.records.load(Relaxed) {
+            let mut n = (&raw const (*header).count).read_volatile();
+            if n >= records {
                 self.drain(actor);
                 n = 0;
             }
-            let to = header.add(1).cast::<RawRecord>().add(n as usize);
-            let depth = stack::walk(fp, (&raw mut (*to).frames).cast());
-            (&raw mut (*to).words).write(record.words(depth, actor, address));
-            (&raw mut (*to).sizes).write(record.sizes());
-            (&raw mut (*to).stamp).write(stamp::of(record.is_allocation()));
-            compiler_fence(Release);
-            count.write_volatile(n + 1);
+            put(header, n, record, actor, address, fp, || stamp::of(record.is_allocation()));
         }
     }
 

@@ -26,14 +26,25 @@ pub fn set(features: Features) {
     SOURCE.store(source, Relaxed);
 }
 
+/// Whether stamps come from a counter.
+pub fn are_counted() -> bool {
+    SOURCE.load(Relaxed) == COUNTER
+}
+
 /// The stamp of an event that happens now, the low half first.
 #[inline(always)]
 pub fn of(allocation: bool) -> [u32; 2] {
-    let source = SOURCE.load(Relaxed);
-    if source == COUNTER {
-        return next();
+    if are_counted() {
+        let next = NEXT.fetch_add(1, Relaxed);
+        return [next as u32, (next >> 32) as u32];
     }
-    if allocation && source == FENCED_TSC {
+    tsc(allocation)
+}
+
+/// [`of`], where stamps are time stamp counters.
+#[inline(always)]
+pub fn tsc(allocation: bool) -> [u32; 2] {
+    if allocation && SOURCE.load(Relaxed) == FENCED_TSC {
         // SAFETY: changes nothing. The fence is no `_mm_lfence`, which needs SSE.
         unsafe { asm!("lfence", options(nostack, preserves_flags)) };
     }
@@ -44,11 +55,4 @@ pub fn of(allocation: bool) -> [u32; 2] {
         asm!("rdtsc", out("eax") low, out("edx") high, options(nomem, nostack, preserves_flags));
     }
     [low, high]
-}
-
-#[cold]
-#[inline(never)]
-fn next() -> [u32; 2] {
-    let next = NEXT.fetch_add(1, Relaxed);
-    [next as u32, (next >> 32) as u32]
 }

@@ -77,8 +77,12 @@ numbered! {
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C, align(64))]
 pub struct RawRecord {
-    /// Its first 16 bytes: [`PackedRecord::words`].
-    pub words: [u64; 2],
+    /// [`PackedRecord::head`].
+    pub head: u32,
+    /// The task.
+    pub task: u32,
+    /// Virtual address of the memory.
+    pub address: u64,
     /// [`PackedRecord::sizes`].
     pub sizes: u32,
     /// Its stamp, the low half first, as the CPU gives its time stamp counter.
@@ -91,16 +95,11 @@ impl RawRecord {
     /// Its bytes.
     pub fn to_bytes(&self) -> [u8; RECORD_BYTES as usize] {
         let mut bytes = [0; RECORD_BYTES as usize];
-        let (words, rest) = bytes.split_at_mut(16);
-        for (to, word) in words.chunks_exact_mut(8).zip(self.words) {
+        let address = [self.address as u32, (self.address >> 32) as u32];
+        let parts: [&[u32]; 5] =
+            [&[self.head, self.task], &address, &[self.sizes], &self.stamp, &self.frames];
+        for (to, word) in bytes.chunks_exact_mut(4).zip(parts.into_iter().flatten()) {
             to.copy_from_slice(&word.to_le_bytes());
-        }
-        let [low, high] = self.stamp;
-        for (to, word) in rest.chunks_exact_mut(4).zip([self.sizes, low, high]) {
-            to.copy_from_slice(&word.to_le_bytes());
-        }
-        for (to, frame) in rest[12..].chunks_exact_mut(4).zip(self.frames) {
-            to.copy_from_slice(&frame.to_le_bytes());
         }
         bytes
     }
@@ -109,15 +108,15 @@ impl RawRecord {
 /// The parts of a record that its kind decides, packed for the guest's hot path.
 #[derive(Clone, Copy, Debug)]
 pub struct PackedRecord {
-    /// The first eight bytes, without depth and task.
-    head: u64,
+    /// The first four bytes, without depth.
+    head: u32,
     sizes: u32,
 }
 
 impl PackedRecord {
     #[inline(always)]
     const fn new(kind: RecordKind, low: u16, sizes: u32) -> Self {
-        Self { head: kind as u64 | (low as u64) << 16, sizes }
+        Self { head: kind as u32 | (low as u32) << 16, sizes }
     }
 
     /// An allocation of `bytes`; `cache` is 0 for none.
@@ -153,11 +152,10 @@ impl PackedRecord {
         Self::new(RecordKind::Related, 0, 0)
     }
 
-    /// The first 16 bytes of the record. `actor` is an [`Actor`](super::Actor) in a register.
+    /// The first four bytes of the record, with its number of frames.
     #[inline(always)]
-    pub const fn words(self, depth: u64, actor: u64, address: u64) -> [u64; 2] {
-        let task = actor & !0xffff_ffff;
-        [self.head | depth << 8 | task, address]
+    pub const fn head(self, depth: u64) -> u32 {
+        self.head | (depth as u32) << 8
     }
 
     /// Its sizes, by kind.
@@ -166,10 +164,12 @@ impl PackedRecord {
         self.sizes
     }
 
-    /// The record, without frames.
+    /// The record, without frames. `actor` is an [`Actor`](super::Actor) in a register.
     pub const fn record(self, depth: u64, actor: u64, address: u64, stamp: u64) -> RawRecord {
         RawRecord {
-            words: self.words(depth, actor, address),
+            head: self.head(depth),
+            task: (actor >> 32) as u32,
+            address,
             sizes: self.sizes,
             stamp: [stamp as u32, (stamp >> 32) as u32],
             frames: [0; RECORD_FRAMES],

@@ -37,10 +37,10 @@ pub fn growth_of_table<T>(table: &HashTable<T>) -> usize {
     if table.len() < table.capacity() { 0 } else { table.allocation_size() + FIRST }
 }
 
-/// How many values more a vector of `len` gets room for if `more` find none: an eighth of them at
+/// How many values more a vector of `len` gets room for if `more` find none: a sixteenth of them at
 /// least. Doubling would leave up to half unused.
 pub fn little(len: usize, more: usize) -> usize {
-    more.max(len / 8)
+    more.max(len / 16)
 }
 
 /// Reserves room for `more` values; see [`little`].

@@ -23,7 +23,7 @@
 //! # How it is found
 //!
 //! By page: a hash table leads from a page's number to its cells, a power of two of them, and a
-//! cell to the record of the object that starts in it, of 48 bytes (`objects/record.rs`). Cells are
+//! cell to the record of the object that starts in it, of 44 bytes (`objects/record.rs`). Cells are
 //! so small that no two objects share one; in a slab nearly all are in use. Objects that reach
 //! beyond the next page are in a tree as well, so that they explain addresses far from their start.
 //! The pages with freed objects are a list in the order of their last frees, whose oldest is

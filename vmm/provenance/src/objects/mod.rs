@@ -312,9 +312,11 @@ impl Objects {
     /// Puts a live object in the place of those that it overlaps. Its slot has `slot` bytes.
     /// Returns false if there is no room for it.
     fn put(&mut self, key: u64, slot: u64, mut record: Record) -> bool {
-        let end = key + record.bytes();
         // By falling address.
-        while let Some(old) = self.table.last_over(key, end) {
+        let mut end = key + record.bytes();
+        while end > key
+            && let Some(old) = self.table.last_over(key, end)
+        {
             if old.start == key && self.table.can_replace(old, slot) {
                 // The usual case: the same slot again. No two objects overlap, so what lies before
                 // it does not overlap this one either.
@@ -325,6 +327,8 @@ impl Objects {
             }
             let before = self.table.remove(old);
             self.succeed(&mut record, before, old.start, key);
+            // Nothing is left between it and the end.
+            end = old.start;
         }
         let fits = self.make_room(key, slot);
         if fits {

@@ -1,7 +1,9 @@
 //! Guest pages and what starts in each, by number.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::hash::BuildHasher;
+use std::ops::{Deref, DerefMut};
 
 use foldhash::fast::RandomState;
 use hashbrown::HashTable;
@@ -21,7 +23,7 @@ pub const NOTHING: u32 = NO_PLACE;
 #[derive(Debug)]
 pub struct Page {
     number: u64,
-    cells: Box<[u32]>,
+    cells: Cells,
     /// Its neighbours among the pages with freed objects, by their last free.
     older: u32,
     newer: u32,
@@ -29,14 +31,65 @@ pub struct Page {
     freed: u16,
 }
 
+/// What starts in each cell. Pages of large objects have few cells, which need no memory of their
+/// own.
+#[derive(Debug)]
+enum Cells {
+    Few([u32; FEW]),
+    Many(Box<[u32]>),
+}
+
+/// How many cells are few.
+const FEW: usize = 4;
+
+impl Cells {
+    /// So many cells or a few more, in which nothing starts.
+    fn new(count: usize) -> Self {
+        if count <= FEW {
+            Self::Few([NOTHING; FEW])
+        } else {
+            Self::Many(vec![NOTHING; count].into_boxed_slice())
+        }
+    }
+
+    /// Host memory of so many, beside the page's own.
+    fn bytes_of(count: usize) -> usize {
+        if count <= FEW { 0 } else { heap::taken(count * size_of::<u32>()) }
+    }
+
+    fn bytes(&self) -> usize {
+        Self::bytes_of(self.len())
+    }
+}
+
+impl Deref for Cells {
+    type Target = [u32];
+
+    fn deref(&self) -> &[u32] {
+        match self {
+            Self::Few(cells) => cells,
+            Self::Many(cells) => cells,
+        }
+    }
+}
+
+impl DerefMut for Cells {
+    fn deref_mut(&mut self) -> &mut [u32] {
+        match self {
+            Self::Few(cells) => cells,
+            Self::Many(cells) => cells,
+        }
+    }
+}
+
 impl Page {
     fn shift(&self) -> u32 {
         PAGE_SHIFT - self.cells.len().trailing_zeros()
     }
 
-    /// The address of its first byte.
-    pub fn start(&self) -> u64 {
-        self.number << PAGE_SHIFT
+    /// Its number.
+    pub fn number(&self) -> u64 {
+        self.number
     }
 
     /// What starts in the cell of this offset.
@@ -57,10 +110,12 @@ impl Page {
     }
 }
 
-/// Host memory of a tree's first node of page numbers, and of as many again for each page: a node
-/// holds 5 at least, and one in six nodes has pointers beside.
-const ORDER_NODE: usize = heap::taken(11 * size_of::<u64>() + 16);
-const ORDER_BYTES: usize = ORDER_NODE / 5 + 2 * ORDER_NODE / 30 + 1;
+/// Host memory of a tree's first node of regions, and of as many again for each region: a node holds
+/// 5 at least, and one in six nodes has pointers beside.
+const REGION_NODE: usize = heap::taken(11 * 2 * size_of::<u64>() + 16);
+const REGION_BYTES: usize = REGION_NODE / 5 + 2 * REGION_NODE / 30 + 1;
+/// Pages of a region.
+const REGION: u64 = u64::BITS as u64;
 /// Most cells of a page: one a byte.
 const MOST_CELLS: usize = PAGE_SIZE as usize;
 
@@ -71,8 +126,8 @@ pub struct Pages {
     /// By number. The hash has a random key, so that a guest cannot aim for equal ones.
     index: HashTable<u32>,
     hash: RandomState,
-    /// Their numbers.
-    order: BTreeSet<u64>,
+    /// Which pages of a region of 64 there are, a bit for each.
+    regions: BTreeMap<u64, u64>,
     /// The page whose last free is the oldest, and the newest.
     oldest: u32,
     newest: u32,
@@ -86,12 +141,17 @@ impl Default for Pages {
             pages: Pool::default(),
             index: HashTable::new(),
             hash: RandomState::default(),
-            order: BTreeSet::new(),
+            regions: BTreeMap::new(),
             oldest: NO_PLACE,
             newest: NO_PLACE,
             cells: 0,
         }
     }
+}
+
+/// A page's bit in its region.
+fn bit(number: u64) -> u64 {
+    1 << (number % REGION)
 }
 
 /// The cells of a page whose objects take `bytes` bytes or more.
@@ -104,16 +164,19 @@ impl Pages {
     pub fn bytes(&self) -> usize {
         self.pages.bytes()
             + heap::of_table(&self.index)
-            + usize::from(!self.order.is_empty()) * ORDER_NODE
-            + self.order.len() * ORDER_BYTES
+            + usize::from(!self.regions.is_empty()) * REGION_NODE
+            + self.regions.len() * REGION_BYTES
             + self.cells
     }
 
-    /// Bytes that [`Pages::add`] adds for a new page; none if there cannot be one more.
-    pub fn growth(&self, bytes: u64) -> Option<usize> {
-        let cells = heap::taken(cells_for(bytes) * size_of::<u32>());
-        let order = usize::from(self.order.is_empty()) * ORDER_NODE + ORDER_BYTES;
-        Some(self.pages.growth()? + heap::growth_of_table(&self.index) + order + cells)
+    /// Bytes that [`Pages::add`] adds for a page that is not there; none if there cannot be one more.
+    pub fn growth(&self, number: u64, bytes: u64) -> Option<usize> {
+        let cells = Cells::bytes_of(cells_for(bytes));
+        let region = match self.regions.contains_key(&(number / REGION)) {
+            true => 0,
+            false => usize::from(self.regions.is_empty()) * REGION_NODE + REGION_BYTES,
+        };
+        Some(self.pages.growth()? + heap::growth_of_table(&self.index) + region + cells)
     }
 
     /// A page by its place in the table.
@@ -134,20 +197,27 @@ impl Pages {
 
     /// The last page before `number` in which anything starts, but not before `first`.
     pub fn last_between(&self, first: u64, number: u64) -> Option<u64> {
-        self.order.range(first..number).next_back().copied()
+        let region = number / REGION;
+        let below =
+            self.regions.get(&region).map_or(0, |pages| pages & bit(number).wrapping_sub(1));
+        let (region, pages) = match below {
+            0 => self.regions.range(first / REGION..region).next_back().map(|(r, p)| (*r, *p))?,
+            pages => (region, pages),
+        };
+        Some(region * REGION + u64::from(pages.ilog2())).filter(|number| *number >= first)
     }
 
     /// Adds a page, which is not there, for an object of `bytes` bytes.
     pub fn add(&mut self, number: u64, bytes: u64) -> u32 {
-        let cells = vec![NOTHING; cells_for(bytes)].into_boxed_slice();
-        self.cells += heap::taken(size_of_val(&*cells));
+        let cells = Cells::new(cells_for(bytes));
+        self.cells += cells.bytes();
         let (older, newer) = (NO_PLACE, NO_PLACE);
         let page = Page { number, cells, older, newer, objects: 0, freed: 0 };
         let at = self.pages.insert(page);
         let (pages, state) = (&self.pages, &self.hash);
         let hash_of = |at: &u32| pages.get(*at).map_or(0, |page| state.hash_one(page.number));
         self.index.insert_unique(state.hash_one(number), at, hash_of);
-        self.order.insert(number);
+        *self.regions.entry(number / REGION).or_default() |= bit(number);
         at
     }
 
@@ -155,8 +225,7 @@ impl Pages {
     /// what starts at `other`, in the same cell.
     pub fn refined(&self, at: u32, offset: u16, other: u16) -> usize {
         let Some(page) = self.get(at) else { return 0 };
-        let finer = heap::taken(Self::finer(offset, other) * size_of::<u32>());
-        finer - heap::taken(size_of_val(&*page.cells)).min(finer)
+        Cells::bytes_of(Self::finer(offset, other)).saturating_sub(page.cells.bytes())
     }
 
     /// So many cells have these offsets in different ones.
@@ -168,10 +237,10 @@ impl Pages {
     /// Cuts a page into more cells; see [`Pages::refined`]. `offset_of` is where an object starts.
     pub fn refine(&mut self, at: u32, offset: u16, other: u16, offset_of: impl Fn(u32) -> u16) {
         let Some(page) = self.pages.get_mut(at) else { return };
-        let finer = vec![NOTHING; Self::finer(offset, other)].into_boxed_slice();
-        self.cells += heap::taken(size_of_val(&*finer));
+        let finer = Cells::new(Self::finer(offset, other));
+        self.cells += finer.bytes();
         let old = std::mem::replace(&mut page.cells, finer);
-        self.cells -= heap::taken(size_of_val(&*old));
+        self.cells -= old.bytes();
         let shift = page.shift();
         for id in old.iter().copied().filter(|id| *id != NOTHING) {
             if let Some(cell) = page.cells.get_mut(usize::from(offset_of(id) >> shift)) {
@@ -211,8 +280,13 @@ impl Pages {
 
     fn remove(&mut self, at: u32) {
         let Some(page) = self.pages.remove(at) else { return };
-        self.cells -= heap::taken(size_of_val(&*page.cells));
-        self.order.remove(&page.number);
+        self.cells -= page.cells.bytes();
+        if let Entry::Occupied(mut region) = self.regions.entry(page.number / REGION) {
+            *region.get_mut() &= !bit(page.number);
+            if *region.get() == 0 {
+                region.remove();
+            }
+        }
         if let Ok(entry) =
             self.index.find_entry(self.hash.hash_one(page.number), |other| *other == at)
         {
@@ -275,23 +349,35 @@ mod tests {
     use super::*;
 
     impl Pages {
-        /// All objects, by rising address.
-        pub fn ids(&self) -> impl Iterator<Item = u32> {
-            self.order.iter().filter_map(|number| self.page(*number)).flat_map(|page| page.from(0))
+        /// The numbers of all pages, rising.
+        fn numbers(&self) -> impl Iterator<Item = u64> {
+            let of = |(region, pages): (&u64, &u64)| {
+                let (first, pages) = (region * REGION, *pages);
+                (first..first + REGION).filter(move |number| pages & bit(*number) != 0)
+            };
+            self.regions.iter().flat_map(of)
+        }
+
+        /// All objects and their pages' numbers, by rising address.
+        pub fn ids(&self) -> impl Iterator<Item = (u32, u64)> {
+            self.numbers()
+                .filter_map(|number| self.page(number))
+                .flat_map(|page| page.from(0).map(|id| (id, page.number)))
         }
 
         /// Panics unless its parts agree.
         pub fn checked(&self, is_freed: impl Fn(u32) -> bool) {
-            assert_eq!(self.order.len(), self.pages.len());
+            assert_eq!(self.numbers().count(), self.pages.len());
+            assert!(self.regions.values().all(|pages| *pages != 0));
             assert_eq!(self.index.len(), self.pages.len());
             let (mut with_freed, mut cells) = (0, 0);
-            for number in &self.order {
-                let page = self.page(*number).expect("it is in the index");
+            for number in self.numbers() {
+                let page = self.page(number).expect("it is in the index");
                 assert_eq!(page.from(0).count(), usize::from(page.objects));
                 assert_eq!(page.from(0).filter(|id| is_freed(*id)).count(), page.freed.into());
                 assert!(page.objects > 0);
                 with_freed += usize::from(page.freed > 0);
-                cells += heap::taken(size_of_val(&*page.cells));
+                cells += page.cells.bytes();
             }
             assert_eq!(cells, self.cells);
             let (mut at, mut before) = (self.oldest, NO_PLACE);

@@ -7,8 +7,6 @@ use crate::pool::Pool;
 /// One object, live or freed.
 #[derive(Clone, Copy, Debug)]
 pub struct Record {
-    /// The page in which it starts, by its number in the table of pages.
-    pub page: u32,
     /// Requested bytes, saturated: 4 GiB stands for that and more.
     pub size: u32,
     /// [`Origin::NONE`] if only its free is known.
@@ -38,7 +36,7 @@ struct Parts {
 }
 
 /// Its share of a page, and of the stacks, come on top.
-const _: () = assert!(Pool::<Record>::PLACE == 48);
+const _: () = assert!(Pool::<Record>::PLACE == 44);
 
 /// What was freed before another object took its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +52,6 @@ impl Record {
     /// A live object, which is nowhere yet.
     pub fn live(size: u64, cache: u16, redzone: u8, allocated: Origin, at: Moment) -> Self {
         Self {
-            page: 0,
             size: u32::try_from(size).unwrap_or(u32::MAX),
             allocated,
             freed: Origin::NONE,

@@ -23,6 +23,12 @@ pub struct Found {
     pub start: u64,
 }
 
+impl Found {
+    fn page(self) -> u64 {
+        self.start >> PAGE_SHIFT
+    }
+}
+
 /// All objects that are remembered.
 #[derive(Debug, Default)]
 pub struct Table {
@@ -65,12 +71,10 @@ impl Table {
         self.records.get(found.id)
     }
 
-    fn start(&self, record: &Record) -> Option<u64> {
-        Some(self.pages.get(record.page)?.start() + u64::from(record.offset))
-    }
-
-    fn found(&self, id: u32) -> Option<Found> {
-        Some(Found { id, start: self.start(self.records.get(id)?)? })
+    /// An object of the page with this number.
+    fn found(&self, id: u32, number: u64) -> Option<Found> {
+        let start = (number << PAGE_SHIFT) + u64::from(self.records.get(id)?.offset);
+        Some(Found { id, start })
     }
 
     /// The first address behind an object.
@@ -115,11 +119,9 @@ impl Table {
         loop {
             let page = self.pages.page(number);
             for id in page.into_iter().flat_map(|page| page.up_to(offset)) {
-                let record = self.records.get(id)?;
                 // In the first cell looked at, it may start behind.
-                if record.offset <= offset {
-                    let start = (number << PAGE_SHIFT) + u64::from(record.offset);
-                    return Some(Found { id, start });
+                if self.records.get(id)?.offset <= offset {
+                    return self.found(id, number);
                 }
             }
             offset = (PAGE_SIZE - 1) as u16;
@@ -139,7 +141,7 @@ impl Table {
             let Some(page) = self.pages.page(number) else { continue };
             for id in page.from(offset) {
                 if self.records.get(id)?.offset >= offset {
-                    return self.found(id);
+                    return self.found(id, number);
                 }
             }
         }
@@ -161,7 +163,7 @@ impl Table {
     fn growth_beside(&self, key: u64, bytes: u64) -> Option<usize> {
         let (number, offset) = split(key);
         let page = match self.pages.find(number) {
-            None => self.pages.growth(bytes)?,
+            None => self.pages.growth(number, bytes)?,
             Some(at) => match self.pages.get(at).map(|page| page.at(offset)) {
                 Some(other) if other != NOTHING => {
                     self.pages.refined(at, offset, self.records.get(other)?.offset)
@@ -183,7 +185,7 @@ impl Table {
             let offset_of = |id| records.get(id).map_or(0, |record| record.offset);
             self.pages.refine(at, offset, there, offset_of);
         }
-        (record.page, record.offset, record.is_span) = (at, offset, is_span(key, bytes));
+        (record.offset, record.is_span) = (offset, is_span(key, bytes));
         self.freed += usize::from(record.is_freed());
         let id = self.records.insert(record);
         self.pages.put(at, offset, id, record.is_freed());
@@ -200,11 +202,12 @@ impl Table {
     /// Puts a live object in the place of one that starts there. It overlaps no other.
     pub fn replace(&mut self, old: Found, mut record: Record) {
         let Some(there) = self.records.get_mut(old.id) else { return };
-        (record.page, record.offset) = (there.page, there.offset);
-        record.is_span = there.is_span;
-        if std::mem::replace(there, record).is_freed() {
+        (record.offset, record.is_span) = (there.offset, there.is_span);
+        if std::mem::replace(there, record).is_freed()
+            && let Some(page) = self.pages.find(old.page())
+        {
             self.freed -= 1;
-            self.pages.live(record.page);
+            self.pages.live(page);
         }
     }
 
@@ -213,14 +216,18 @@ impl Table {
         let Some(record) = self.records.get_mut(found.id) else { return };
         (record.freed, record.freed_at, record.redzone) = (by, at, 0);
         self.freed += 1;
-        self.pages.freed(record.page);
+        if let Some(page) = self.pages.find(found.page()) {
+            self.pages.freed(page);
+        }
     }
 
     /// Takes an object out.
     pub fn remove(&mut self, found: Found) -> Option<Record> {
         let record = self.records.remove(found.id)?;
         self.freed -= usize::from(record.is_freed());
-        self.pages.take(record.page, record.offset, record.is_freed());
+        if let Some(page) = self.pages.find(found.page()) {
+            self.pages.take(page, record.offset, record.is_freed());
+        }
         if record.is_span {
             self.spans.remove(&found.start);
         }
@@ -231,7 +238,7 @@ impl Table {
     pub fn oldest(&self) -> Vec<Found> {
         let Some(page) = self.pages.oldest() else { return Vec::new() };
         let freed = |id: &u32| self.records.get(*id).is_some_and(Record::is_freed);
-        page.from(0).filter(freed).filter_map(|id| self.found(id)).collect()
+        page.from(0).filter(freed).filter_map(|id| self.found(id, page.number())).collect()
     }
 }
 
@@ -247,7 +254,8 @@ mod tests {
     impl Table {
         /// Panics unless its parts agree.
         pub fn checked(&self) {
-            let all: Vec<Found> = self.pages.ids().filter_map(|id| self.found(id)).collect();
+            let found = |(id, number)| self.found(id, number);
+            let all: Vec<Found> = self.pages.ids().filter_map(found).collect();
             assert_eq!(all.len(), self.len());
             let freed = |found: &&Found| self.get(**found).is_some_and(Record::is_freed);
             assert_eq!(all.iter().filter(freed).count(), self.freed());
