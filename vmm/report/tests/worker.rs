@@ -83,22 +83,28 @@ fn named(name: &str, line: u32) -> (Option<String>, Option<u32>) {
 /// The workers of this process. One that was started but does not run yet is none: to stop it would
 /// stop this process, too.
 fn workers() -> Vec<Pid> {
-    let own = getpid().as_raw_nonzero().to_string();
-    // State and parent, behind the name in parentheses.
-    let of = |pid: &str| {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        let mut rest = stat.rsplit(") ").next().unwrap_or_default().split(' ').map(str::to_owned);
-        Some((rest.next()?, rest.next()?))
+    let is_worker = |pid: &Pid| {
+        let command = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero()));
+        command.unwrap_or_default().ends_with(b"--umbra-symbol-worker\0")
     };
+    children(starter()).into_iter().filter(is_worker).collect()
+}
+
+/// The process that starts workers, which this one has forked.
+fn starter() -> Pid {
+    children(getpid()).into_iter().next().expect("it was forked")
+}
+
+/// The living children of a process.
+fn children(of: Pid) -> Vec<Pid> {
+    let of = of.as_raw_nonzero().to_string();
     let all = fs::read_dir("/proc").expect("a list of processes").flatten();
     let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
     let ours = pids.filter(|pid| {
-        let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        // Its parent is the process that starts workers, which this one has forked.
-        command.ends_with(b"--umbra-symbol-worker\0")
-            && of(&pid.to_string()).is_some_and(|(state, parent)| {
-                state != "Z" && of(&parent).is_some_and(|(_, parent)| parent == own)
-            })
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // State and parent, behind the name in parentheses.
+        let mut rest = stat.rsplit(") ").next().unwrap_or_default().split(' ');
+        rest.next().is_some_and(|state| state != "Z") && rest.next() == Some(&of)
     });
     ours.filter_map(Pid::from_raw).collect()
 }
@@ -234,6 +240,19 @@ fn a_deadline_that_comes_nearer_holds() {
         // Without it, it would be long.
         assert_eq!(kernel.at(kernel.other), (None, None));
     });
+}
+
+/// A start that comes too late for a finding is none for the next one.
+fn a_start_may_be_late() {
+    let kernel = kernel();
+    kill_process(starter(), Signal::STOP).expect("it is there");
+    kernel.deadline.set(Duration::from_millis(100));
+    assert_eq!(kernel.at(kernel.store), (None, None));
+    kill_process(starter(), Signal::CONT).expect("it is there");
+    kernel.deadline.set(Duration::from_secs(60));
+    assert_eq!(kernel.at(kernel.store), named("store", 3));
+    drop(kernel);
+    none_is_left();
 }
 
 fn it_is_started_a_few_times() {
@@ -396,7 +415,7 @@ fn a_page_does_not_wait_for_ever() {
 fn main() -> ExitCode {
     umbra_report::symbol_worker();
     type Test = (&'static str, fn());
-    let tests: [Test; 11] = [
+    let tests: [Test; 12] = [
         ("names_and_lines_come_from_another_process", names_and_lines_come_from_another_process),
         (
             "it_has_no_descriptors_and_little_of_everything",
@@ -407,6 +426,7 @@ fn main() -> ExitCode {
         ("a_finding_waits_for_lines_for_a_while", a_finding_waits_for_lines_for_a_while),
         ("a_page_does_not_wait_for_ever", a_page_does_not_wait_for_ever),
         ("a_deadline_that_comes_nearer_holds", a_deadline_that_comes_nearer_holds),
+        ("a_start_may_be_late", a_start_may_be_late),
         ("it_is_started_a_few_times", it_is_started_a_few_times),
         ("more_lines_than_memory", more_lines_than_memory),
         ("it_reads_nothing_but_its_socket", it_reads_nothing_but_its_socket),

@@ -48,8 +48,8 @@ const ALWAYS: &[i64] = &[
     libc::SYS_exit,
     libc::SYS_exit_group,
 ];
-/// Looking for and at files, which Landlock limits to those of the profile. `openat` is among them,
-/// for reading.
+/// Looking for and at files, which Landlock limits to those of the profile. So is `openat` for
+/// reading: libraries ask for files that they can do without.
 const READING: &[i64] = &[
     libc::SYS_statx,
     libc::SYS_newfstatat,

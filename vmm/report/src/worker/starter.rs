@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -21,8 +21,19 @@ use super::wire::{Left, slice};
 /// This program, also where its file was replaced meanwhile.
 const SELF: &str = "/proc/self/exe";
 
-/// The socket to that process, while it is good.
-static STARTER: Mutex<Option<UnixStream>> = Mutex::new(None);
+/// That process, as its program knows it.
+struct Starter {
+    socket: UnixStream,
+    /// Workers that were asked for and have not come yet.
+    awaited: u32,
+}
+
+/// None if there is no such process, or it is gone.
+static STARTER: Mutex<Option<Starter>> = Mutex::new(None);
+
+fn starter() -> MutexGuard<'static, Option<Starter>> {
+    STARTER.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Forks the process. Called by the only thread of the program.
 ///
@@ -40,7 +51,7 @@ pub(super) fn fork() -> io::Result<()> {
             unsafe { libc::_exit(0) }
         }
         _ => {
-            *STARTER.lock().unwrap_or_else(PoisonError::into_inner) = Some(socket);
+            *starter() = Some(Starter { socket, awaited: 0 });
             Ok(())
         }
     }
@@ -68,10 +79,9 @@ pub(super) struct Started {
 
 impl Drop for Started {
     fn drop(&mut self) {
-        let starter = STARTER.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(starter) = &*starter {
+        if let Some(starter) = &*starter() {
             // Without the process that started it, it ends when its time is over.
-            let _ = starter.send_with_fds(&[&message(END, self.pid)[..]], &[]);
+            let _ = starter.socket.send_with_fds(&[&message(END, self.pid)[..]], &[]);
         }
     }
 }
@@ -79,31 +89,66 @@ impl Drop for Started {
 /// Asks for a worker that gets `file`.
 ///
 /// # Errors
-/// There is none in time. After that there will be none any more.
+/// There is none in time, or none at all.
 pub(super) fn start_worker(file: Option<&File>, left: Left) -> Result<Started, Failure> {
-    let mut starter = STARTER.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut starter = starter();
     let gone = || Failure::Start(io::Error::other("the process that starts it is gone"));
-    let socket = starter.take().ok_or_else(gone)?;
-    let sent = match file {
-        Some(file) => socket.send_with_fd(&message(START_WITH_FILE, 0)[..], file.as_raw_fd()),
-        None => socket.send_with_fds(&[&message(START, 0)[..]], &[]),
-    };
-    sent.map_err(|_| gone())?;
-    loop {
-        socket.set_read_timeout(slice(left)?).map_err(Failure::Start)?;
-        let mut number = [0; 4];
-        match socket.recv_with_fd(&mut number) {
-            Ok((4, worker)) => {
-                *starter = Some(socket);
-                let number = i32::from_le_bytes(number);
-                let socket = worker.map(|worker| UnixStream::from(OwnedFd::from(worker)));
-                return socket
-                    .map(|socket| Started { socket, pid: number })
-                    .ok_or_else(|| Failure::Start(io::Error::from_raw_os_error(number)));
+    let there = starter.as_mut().ok_or_else(gone)?;
+    let started = there.ask(file).and_then(|()| there.wait(left));
+    // It is good as long as it answers, late or not.
+    if let Err(Broken::Gone) = started {
+        *starter = None;
+    }
+    started.map_err(|broken| match broken {
+        Broken::Gone => gone(),
+        Broken::Late => Failure::Late,
+        Broken::Refused(error) => Failure::Start(error),
+    })
+}
+
+/// Why there is no worker.
+enum Broken {
+    /// The process that starts it is gone.
+    Gone,
+    /// It does not come in time.
+    Late,
+    /// The host refuses.
+    Refused(io::Error),
+}
+
+impl Starter {
+    fn ask(&mut self, file: Option<&File>) -> Result<(), Broken> {
+        let sent = match file {
+            Some(file) => {
+                self.socket.send_with_fd(&message(START_WITH_FILE, 0)[..], file.as_raw_fd())
             }
-            Ok(_) => return Err(gone()),
-            Err(error) if [libc::EAGAIN, libc::EINTR].contains(&error.errno()) => {}
-            Err(_) => return Err(gone()),
+            None => self.socket.send_with_fds(&[&message(START, 0)[..]], &[]),
+        };
+        self.awaited += 1;
+        sent.map(drop).map_err(|_| Broken::Gone)
+    }
+
+    /// Waits for the last one that was asked for. Those before it came too late: without their
+    /// sockets they end.
+    fn wait(&mut self, left: Left) -> Result<Started, Broken> {
+        loop {
+            let time = slice(left).map_err(|_| Broken::Late)?;
+            self.socket.set_read_timeout(time).map_err(|_| Broken::Gone)?;
+            let mut number = [0; 4];
+            let worker = match self.socket.recv_with_fd(&mut number) {
+                Ok((4, worker)) => worker,
+                Err(error) if [libc::EAGAIN, libc::EINTR].contains(&error.errno()) => continue,
+                Ok(_) | Err(_) => return Err(Broken::Gone),
+            };
+            self.awaited -= 1;
+            if self.awaited > 0 {
+                continue;
+            }
+            let number = i32::from_le_bytes(number);
+            let socket = worker.map(|worker| UnixStream::from(OwnedFd::from(worker)));
+            return socket
+                .map(|socket| Started { socket, pid: number })
+                .ok_or_else(|| Broken::Refused(io::Error::from_raw_os_error(number)));
         }
     }
 }
