@@ -173,8 +173,8 @@ pub fn tsc_khz(kvm: &Kvm) -> Result<u32, StatsError> {
     Ok(vcpu.tsc_khz()?)
 }
 
-/// Whether the time stamp counters of this host's CPUs are in step: its kernel checks them as long as
-/// it uses them itself. The first call looks; a jail may forbid that later.
+/// Whether the time stamp counters of this host's CPUs are in step: its kernel checks them as long
+/// as it uses them itself. The first call looks; a jail may forbid that later.
 pub fn time_stamps_are_in_step() -> bool {
     const CLOCK: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
     static ARE: OnceLock<bool> = OnceLock::new();

@@ -33,8 +33,8 @@ pub(super) struct Settings {
     pub stamps: Features,
 }
 
-/// What the stamps of records are in a guest of so many CPUs: time stamp counters, if the host's are
-/// in step. Where it emulates ring 0 there is no fence.
+/// What the stamps of records are in a guest of so many CPUs: time stamp counters, if the host's
+/// are in step. Where it emulates ring 0 there is no fence.
 pub(super) fn stamps(cpus: u8, emulated: bool) -> Features {
     if cpus == 1 {
         return Features::STAMPS_TSC;

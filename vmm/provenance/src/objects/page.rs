@@ -110,8 +110,8 @@ impl Page {
     }
 }
 
-/// Host memory of a tree's first node of regions, and of as many again for each region: a node holds
-/// 5 at least, and one in six nodes has pointers beside.
+/// Host memory of a tree's first node of regions, and the most that a region adds: a node holds 5 at
+/// least, and one in six nodes has pointers beside.
 const REGION_NODE: usize = heap::taken(11 * 2 * size_of::<u64>() + 16);
 const REGION_BYTES: usize = REGION_NODE / 5 + 2 * REGION_NODE / 30 + 1;
 /// Pages of a region.
@@ -169,7 +169,7 @@ impl Pages {
             + self.cells
     }
 
-    /// Bytes that [`Pages::add`] adds for a page that is not there; none if there cannot be one more.
+    /// Bytes that [`Pages::add`] adds for a page that is not there; none if it cannot be added.
     pub fn growth(&self, number: u64, bytes: u64) -> Option<usize> {
         let cells = Cells::bytes_of(cells_for(bytes));
         let region = match self.regions.contains_key(&(number / REGION)) {
