@@ -189,8 +189,8 @@ fn topology(function: u32, place: CpuTopology) -> impl Iterator<Item = kvm_cpuid
 }
 
 /// Whether KVM may emulate a guest's ring 0 here: the CPU has neither VMX nor SVM, or the kernel
-/// has the KVM that needs none (`kvm_pvm`). Unlike [`emulates_ring0`](super::stats::emulates_ring0), it
-/// takes no guest to find out.
+/// has the KVM that needs none (`kvm_pvm`). It takes no guest to find out, as
+/// [`emulates_ring0`](super::stats::emulates_ring0) does.
 pub fn may_emulate_ring0() -> bool {
     !has_virtualisation() || Path::new("/sys/module/kvm_pvm").exists()
 }

@@ -110,8 +110,8 @@ impl Page {
     }
 }
 
-/// Host memory of a tree's first node of regions, and the most that a region adds: a node holds 5 at
-/// least, and one in six nodes has pointers beside.
+/// Host memory of a tree's first node of regions, and the most that a region adds: a node holds 5
+/// at least, and one in six nodes has pointers beside.
 const REGION_NODE: usize = heap::taken(11 * 2 * size_of::<u64>() + 16);
 const REGION_BYTES: usize = REGION_NODE / 5 + 2 * REGION_NODE / 30 + 1;
 /// Pages of a region.
