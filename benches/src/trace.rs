@@ -6,9 +6,11 @@
 //! address (u64), bytes asked for and bytes handed out (u32 each).
 
 use std::fs::File;
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, BufReader, Read};
 use std::path::{Path, PathBuf};
 
+use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
+use ruzstd::encoding::{CompressionLevel, compress_to_vec};
 use umbra_shadow::codes::PAGE_SIZE;
 
 /// The slice of a trace that is in the repository.
@@ -23,8 +25,6 @@ const MAX_CACHES: u32 = 1 << 8;
 const MAX_SITES: u32 = 1 << 16;
 /// The largest block of Linux's page allocator (`MAX_PAGE_ORDER`).
 const MAX_ORDER: u8 = 10;
-/// Compression level: a slice is written once.
-const LEVEL: i32 = 19;
 
 /// What is wrong with a trace.
 #[derive(Debug, thiserror::Error)]
@@ -137,7 +137,7 @@ impl Event {
     }
 }
 
-type Source = BufReader<zstd::Decoder<'static, BufReader<File>>>;
+type Source = BufReader<StreamingDecoder<BufReader<File>, FrameDecoder>>;
 
 /// A trace that is being read, event by event.
 pub struct Trace {
@@ -161,8 +161,9 @@ impl Trace {
         if file.metadata().map_err(cannot)?.is_dir() {
             return Err(foreign("it is a folder"));
         }
-        let mut source =
-            BufReader::with_capacity(1 << 20, zstd::Decoder::new(file).map_err(cannot)?);
+        const OTHER: &str = "it is not compressed by zstd, or empty";
+        let decoder = StreamingDecoder::new(BufReader::new(file)).map_err(|_| foreign(OTHER))?;
+        let mut source = BufReader::with_capacity(1 << 20, decoder);
         let mut header = Vec::new();
         let mut take = |len: usize, why| {
             let start = header.len();
@@ -170,7 +171,7 @@ impl Trace {
             source.read_exact(&mut header[start..]).map_err(|_| foreign(why))?;
             Ok(header[start..].to_vec())
         };
-        if take(MAGIC.len(), "it is not compressed by zstd, or empty")? != MAGIC {
+        if take(MAGIC.len(), "it is truncated")? != MAGIC {
             return Err(foreign("it does not begin with KMEMTRC1"));
         }
         const SHORT: &str = "it ends before its first event";
@@ -242,9 +243,8 @@ impl Trace {
             all.extend_from_slice(&event?);
         }
         let cannot = |error| TraceError::Open(to.to_owned(), error);
-        let mut file = zstd::Encoder::new(File::create(to).map_err(cannot)?, LEVEL)?;
-        file.write_all(&all)?;
-        file.finish()?;
+        let compressed = compress_to_vec(&*all, CompressionLevel::Fastest);
+        std::fs::write(to, compressed).map_err(cannot)?;
         Ok(events)
     }
 }
@@ -268,7 +268,7 @@ mod tests {
     /// A file with this content, compressed.
     fn file(content: &[u8]) -> tempfile::NamedTempFile {
         let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), zstd::encode_all(content, 1).unwrap()).unwrap();
+        std::fs::write(file.path(), compress_to_vec(content, CompressionLevel::Fastest)).unwrap();
         file
     }
 

@@ -1,10 +1,14 @@
 //! The figures that repeat exactly are not worse than those in `gate.json`.
+//!
+//! They are the same on each host, so they are compared on the quicker one.
+
+use std::process::ExitCode;
 
 use umbra_benches::gate::Gate;
 use umbra_benches::suite::exact::measure;
 use umbra_skip::{skip, skip_part};
+use umbra_tests::suite::{Need, Suite};
 
-#[test]
 fn exact_figures_have_not_got_worse() {
     let compared = Gate::read().unwrap().compare(&measure(|_| {}).unwrap());
     compared.better.iter().for_each(|said| println!("{said}"));
@@ -20,4 +24,14 @@ fn exact_figures_have_not_got_worse() {
     for (figures, why) in compared.skipped {
         skip_part!(figures, "{why}");
     }
+}
+
+fn main() -> ExitCode {
+    let mut suite = Suite::default();
+    suite.add(
+        "exact_figures_have_not_got_worse",
+        &Need::prefer_nested(),
+        exact_figures_have_not_got_worse,
+    );
+    suite.run()
 }

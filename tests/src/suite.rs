@@ -93,8 +93,7 @@ impl Need {
     /// The user's consent to a test that takes an hour where ring 0 is emulated; `wish` tells the
     /// user how.
     pub fn long_if_emulated(wish: &str) -> Self {
-        let wished = std::env::var_os("UMBRA_LONG_TESTS").is_some();
-        let missing = (!wished && ring0_is_emulated())
+        let missing = (!is_long_wished() && ring0_is_emulated())
             .then(|| format!("it takes long where ring 0 is emulated: {wish}"));
         Self::unless(missing)
     }
@@ -105,6 +104,11 @@ impl Need {
         let root = unsafe { libc::geteuid() } == 0;
         Self::unless((!root).then(|| "only root can do this".into()))
     }
+}
+
+/// Whether tests may take very long: `cargo xtask test --all`.
+pub fn is_long_wished() -> bool {
+    std::env::var_os("UMBRA_LONG_TESTS").is_some()
 }
 
 /// Whether a program is in the path.
