@@ -117,9 +117,12 @@ impl Dispatcher {
         if !self.provenance.rings().has(cpu) {
             return Err(CallError::Argument { what: "CPU", value: cpu.into() }.into());
         }
-        context.others.pause()?;
-        self.drain(DrainBy::Cpu(cpu), context.ram)?;
-        self.shadow.reclaim_byte_shadow()?;
+        let frees = self.drain(DrainBy::Cpu(cpu), context.ram);
+        if !frees.is_empty() {
+            context.others.pause()?;
+            self.report_frees(&frees)?;
+        }
+        self.shadow.reclaim_after_drain(context)?;
         match released.filter(|_| self.provenance.quarantine().needs_eviction()) {
             Some(to) => Ok(self.evict(to, false, context.ram)?),
             None => Ok(0),

@@ -10,7 +10,7 @@ use umbra_machine::devices::{DeviceEvent, Devices};
 use umbra_machine::memory::Ram;
 use umbra_machine::vcpu::VmExit;
 use umbra_provenance::rings::DrainBy;
-use umbra_provenance::{Provenance, RefusedRecords};
+use umbra_provenance::{InvalidFree, Provenance, RefusedRecords};
 use umbra_report::{Finding, Sample};
 use umbra_shadow::abi::PORT;
 use vm_memory::GuestAddress;
@@ -274,14 +274,14 @@ impl Dispatcher {
         self.session.add(finding, || devices.flush())
     }
 
-    /// Drains all rings. Every vCPU stands still.
+    /// Drains all rings for a finding or an end. Every vCPU stands still.
     pub(super) fn drain_all(&mut self, ram: &Ram) -> Result<(), Outcome> {
-        self.drain(DrainBy::Vmm, ram)
+        let frees = self.drain(DrainBy::Vmm, ram);
+        self.report_frees(&frees)
     }
 
-    /// Drains all rings; see [`Provenance::drain`]. A free that turns out to be wrong is a finding,
-    /// which may end the run.
-    pub(super) fn drain(&mut self, by: DrainBy, ram: &Ram) -> Result<(), Outcome> {
+    /// Drains all rings; see [`Provenance::drain`]. Returns the frees that turned out to be wrong.
+    pub(super) fn drain(&mut self, by: DrainBy, ram: &Ram) -> Vec<InvalidFree> {
         let regions = self.guest.regions();
         let drained = self.provenance.drain(by, &RingRam(ram), &|va, len| regions.key_of(va, len));
         let RefusedRecords { senseless, queue_full } = drained.refused;
@@ -291,7 +291,13 @@ impl Dispatcher {
         if queue_full > 0 {
             self.refuse(queue_full, &QUEUE_FULL);
         }
-        for free in &drained.invalid_frees {
+        drained.invalid_frees
+    }
+
+    /// Makes findings of wrong frees that a drain has shown, which may end the run. Every vCPU
+    /// stands still.
+    pub(super) fn report_frees(&mut self, frees: &[InvalidFree]) -> Result<(), Outcome> {
+        for free in frees {
             let finding = self.known().invalid_free(free, Some(FOUND_LATER));
             self.add_finding(finding)?;
         }

@@ -389,8 +389,7 @@ impl Running {
         let host = stats::HostStats {
             start_seconds: self.started.saturating_duration_since(self.begin).as_secs_f64(),
             seconds: self.started.elapsed().as_secs_f64(),
-            outside_seconds: shared.vcpus.outside().as_secs_f64(),
-            ..stats::HostStats::default()
+            ..stats::HostStats::of(&shared.vcpus)
         };
         let stats = stats::collect(
             config,

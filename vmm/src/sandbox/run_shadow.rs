@@ -16,12 +16,38 @@ use crate::shadow::{FaultOutcome, Mode, Model, Notify, ShadowError, Windows, rec
 pub(super) struct RunShadow {
     windows: Option<Windows>,
     guest_pages: GuestPageReclaim,
+    byte_pause: Pause,
+}
+
+/// Drains between two looks for byte shadow to reclaim: one, or twice as many as before if the last
+/// look found nothing.
+#[derive(Default)]
+struct Pause {
+    len: u32,
+    left: u32,
+}
+
+impl Pause {
+    /// The longest.
+    const MAX: u32 = 32;
+
+    /// Whether it is time for a look.
+    fn is_over(&mut self) -> bool {
+        self.left = self.left.saturating_sub(1);
+        self.left == 0
+    }
+
+    /// A look has found something, or nothing.
+    fn begin(&mut self, found: bool) {
+        self.len = if found { 1 } else { (2 * self.len).clamp(1, Self::MAX) };
+        self.left = self.len;
+    }
 }
 
 impl RunShadow {
     /// The shadow behind `windows`.
     pub(super) fn new(windows: Option<Windows>) -> Self {
-        Self { windows, guest_pages: GuestPageReclaim::default() }
+        Self { windows, guest_pages: GuestPageReclaim::default(), byte_pause: Pause::default() }
     }
 
     /// The windows.
@@ -75,12 +101,23 @@ impl RunShadow {
         self.guest_pages.allow(if has_pages { flags } else { GuestFlags::default() });
     }
 
-    /// Reclaims the host memory of byte shadow that no page uses. In `ring` mode every vCPU stands
-    /// still. In `sync` mode only the VMM changes shadow, so the others may run.
+    /// Reclaims the host memory of byte shadow that no page uses. In `sync` mode, where only the VMM
+    /// changes shadow: the vCPUs may run.
     pub(super) fn reclaim_byte_shadow(&mut self) -> Result<(), Outcome> {
         if let Some(windows) = &mut self.windows {
             reclaim_unused(windows)?;
         }
+        Ok(())
+    }
+
+    /// The same after a drain of rings, if it is time for that: the other vCPUs must stand still.
+    pub(super) fn reclaim_after_drain(&mut self, context: &mut ExitContext) -> Result<(), Outcome> {
+        let Some(windows) = self.windows.as_mut().filter(|_| self.byte_pause.is_over()) else {
+            return Ok(());
+        };
+        context.others.pause()?;
+        let bytes = reclaim_unused(windows)?;
+        self.byte_pause.begin(bytes > 0);
         Ok(())
     }
 

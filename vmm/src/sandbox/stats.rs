@@ -1,11 +1,15 @@
 //! The figures of a run: what `--stats` writes.
 
+use std::time::Duration;
+
+use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use umbra_machine::memory::Ram;
 use umbra_provenance::{ProvenanceFigures, QuarantineFigures};
 
 pub use super::counts::{EventStats, ExitStats};
 use super::dispatch::Dispatcher;
+use super::vcpus::Vcpus;
 use super::{Config, Mark, Outcome, ShadowMode};
 use crate::shadow::accounting::resident_bytes;
 use crate::shadow::{Notify, ProcessMemory};
@@ -108,6 +112,34 @@ pub struct HostStats {
     pub seconds: f64,
     /// Of that, time outside of the guest, summed over the vCPUs' threads.
     pub outside_seconds: f64,
+    /// Time of the host's CPUs that the vCPUs' threads used, the guest included.
+    pub vcpus_cpu_seconds: f64,
+    /// The same of the process's other threads, its start included.
+    pub others_cpu_seconds: f64,
+    /// How often all vCPUs were stopped for the VMM's work.
+    pub pauses: u64,
+    /// How long they stood still, in all.
+    pub paused_seconds: f64,
+    /// The longest pause.
+    pub longest_pause_seconds: f64,
+}
+
+impl HostStats {
+    /// What the vCPUs' threads, which have ended, have used and waited.
+    pub(super) fn of(vcpus: &Vcpus) -> Self {
+        let process = clock_gettime(ClockId::ProcessCPUTime);
+        let process = Duration::try_from(process).unwrap_or_default();
+        let pauses = vcpus.pauses();
+        Self {
+            outside_seconds: vcpus.outside().as_secs_f64(),
+            vcpus_cpu_seconds: vcpus.cpu_time().as_secs_f64(),
+            others_cpu_seconds: process.saturating_sub(vcpus.cpu_time()).as_secs_f64(),
+            pauses: pauses.count,
+            paused_seconds: pauses.all.as_secs_f64(),
+            longest_pause_seconds: pauses.longest.as_secs_f64(),
+            ..Self::default()
+        }
+    }
 }
 
 /// Collects all figures.

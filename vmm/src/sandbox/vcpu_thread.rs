@@ -6,6 +6,7 @@ use std::sync::mpsc::SyncSender;
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
+use rustix::time::{ClockId, clock_gettime};
 use umbra_machine::vcpu::{Vcpu, VmExit};
 
 use super::Outcome;
@@ -21,14 +22,15 @@ struct PauseGuard<'a> {
     vcpus: &'a Vcpus,
     me: usize,
     stop: &'a AtomicBool,
-    paused: bool,
+    /// Since when they stand still.
+    since: Option<Instant>,
 }
 
 impl OtherVcpus for PauseGuard<'_> {
     fn pause(&mut self) -> Result<(), Outcome> {
-        if !self.paused {
+        if self.since.is_none() {
+            self.since = Some(Instant::now());
             self.vcpus.pause(self.me, self.stop).map_err(|id| Outcome::Unstoppable { id })?;
-            self.paused = true;
         }
         Ok(())
     }
@@ -37,6 +39,9 @@ impl OtherVcpus for PauseGuard<'_> {
 impl Drop for PauseGuard<'_> {
     fn drop(&mut self) {
         self.vcpus.resume();
+        if let Some(since) = self.since {
+            self.vcpus.add_pause(since.elapsed());
+        }
     }
 }
 
@@ -67,6 +72,7 @@ pub(super) fn spawn(
         }
         drop(gate);
         run(&mut vcpu, &shared, &sender);
+        shared.vcpus.add_cpu_time(clock_gettime(ClockId::ThreadCPUTime));
         shared.vcpus.note_end(usize::from(vcpu.id()), EndState::of(&vcpu));
     })
 }
@@ -100,7 +106,7 @@ fn run(vcpu: &mut Vcpu, shared: &Shared, sender: &OutcomeSender) {
             Ok(exit) => {
                 let mut memslots = MachineMemslots(machine);
                 // Dropped before the lock.
-                let mut others = PauseGuard { vcpus, me: id, stop: &shared.stop, paused: false };
+                let mut others = PauseGuard { vcpus, me: id, stop: &shared.stop, since: None };
                 let mut context = ExitContext {
                     id: vcpu.id(),
                     cpu: vcpu,

@@ -1,6 +1,6 @@
 //! The vCPUs of a run, as other threads see them: how they are paused and ended.
 //!
-//! **Pausing.** Some work must not happen while the guest runs: draining rings, reclaiming memory.
+//! **Pausing.** Some work must not happen while the guest runs: reports, reclaiming memory.
 //! The vCPU that handles an exit does it, and holds the state's lock. It sets `hold`, kicks the
 //! vCPUs that are inside the guest, and waits for them ([`Vcpus::pause`]). Each vCPU marks
 //! itself as inside *before* it reads `hold`. So either it sees `hold` and stays out, or it is seen
@@ -12,6 +12,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use rustix::time::Timespec;
 use umbra_machine::kick::Kicker;
 use umbra_machine::vcpu::Vcpu;
 
@@ -45,8 +46,21 @@ pub(super) struct Vcpus {
     ends: Vec<Mutex<Option<EndState>>>,
     /// Nanoseconds that the threads spent outside of the guest.
     outside: AtomicU64,
+    /// Nanoseconds of the host's CPUs that the threads used which have ended.
+    cpu_time: AtomicU64,
+    /// Pauses. Changed under the state's lock.
+    pauses: Mutex<Pauses>,
     /// One of them has ended the run. Set and read under the state's lock.
     ended: AtomicBool,
+}
+
+/// The pauses of a run.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Pauses {
+    pub(super) count: u64,
+    /// All of them together.
+    pub(super) all: Duration,
+    pub(super) longest: Duration,
 }
 
 impl Vcpus {
@@ -59,6 +73,8 @@ impl Vcpus {
             halted: vcpus.iter().map(|_| Mutex::default()).collect(),
             ends: vcpus.iter().map(|_| Mutex::default()).collect(),
             outside: AtomicU64::new(0),
+            cpu_time: AtomicU64::new(0),
+            pauses: Mutex::default(),
             ended: AtomicBool::new(false),
         }
     }
@@ -109,6 +125,30 @@ impl Vcpus {
     /// Adds time that a thread spent outside of the guest.
     pub(super) fn add_outside(&self, time: Duration) {
         self.outside.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), SeqCst);
+    }
+
+    /// The CPU time of the threads that have ended.
+    pub(super) fn cpu_time(&self) -> Duration {
+        Duration::from_nanos(self.cpu_time.load(SeqCst))
+    }
+
+    /// A thread ends that used so much CPU time.
+    pub(super) fn add_cpu_time(&self, time: Timespec) {
+        let time = Duration::try_from(time).unwrap_or_default();
+        self.cpu_time.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), SeqCst);
+    }
+
+    /// The pauses so far.
+    pub(super) fn pauses(&self) -> Pauses {
+        *self.pauses.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A pause is over.
+    pub(super) fn add_pause(&self, time: Duration) {
+        let mut pauses = self.pauses.lock().unwrap_or_else(PoisonError::into_inner);
+        pauses.count += 1;
+        pauses.all += time;
+        pauses.longest = pauses.longest.max(time);
     }
 
     /// Whether a vCPU has ended the run. Called under the state's lock.

@@ -98,8 +98,8 @@ impl<'a> Builder<'a> {
     /// To find out whether an unknown version works, the patched kernels among `wanted` are built
     /// at once.
     pub fn new(context: &'a Context, wanted: &[Kernel]) -> Result<Self> {
-        remove_objects(context)?;
         let sources = Sources::new(context)?;
+        remove_objects(context)?;
         let known = sources.known()?;
         let choice = sources.choose(|version| {
             let verdict = sources.verdict(version)?;

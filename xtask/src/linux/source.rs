@@ -5,7 +5,7 @@
 //! `source-umbra` the same with the series.
 
 use std::cell::Cell;
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
@@ -31,10 +31,31 @@ pub struct Sources<'a> {
     pub series: Series,
     /// Whether apt's lists were renewed because a package was missing.
     renewed: Cell<bool>,
+    /// Another process would remove what this one builds.
+    _lock: File,
+}
+
+/// Waits until no other process works below `target/linux`.
+fn lock(context: &Context) -> Result<File> {
+    let folder = context.root.join("target/linux");
+    let file = folder.join("lock");
+    let open = || {
+        fs::create_dir_all(&folder)?;
+        File::create(&file)
+    };
+    let cannot = || format!("cannot lock {}", file.display());
+    let lock = open().with_context(cannot)?;
+    if let Err(error) = lock.try_lock() {
+        if matches!(error, TryLockError::WouldBlock) {
+            context.progress.step("waiting for another `cargo xtask` that works on Linux");
+        }
+        lock.lock().with_context(cannot)?;
+    }
+    Ok(lock)
 }
 
 impl<'a> Sources<'a> {
-    /// Installs the tools and reads the series.
+    /// Installs the tools and reads the series. Waits while another process builds Linux here.
     pub fn new(context: &'a Context) -> Result<Self> {
         if which("apt-cache").is_none() {
             bail!("there is no apt: {PACKAGE} is a package of Debian 12");
@@ -43,7 +64,8 @@ impl<'a> Sources<'a> {
         if !missing.is_empty() {
             bail!("install {0} (`apt-get install {0}`)", missing.join(" "));
         }
-        Ok(Self { context, series: Series::read(context)?, renewed: Cell::new(false) })
+        let series = Series::read(context)?;
+        Ok(Self { context, series, renewed: Cell::new(false), _lock: lock(context)? })
     }
 
     /// The versions that apt offers, the newest first.
