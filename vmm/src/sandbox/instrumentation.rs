@@ -276,6 +276,52 @@ mod tests {
         }
     }
 
+    /// Part of a file.
+    fn section(kind: u32, range: Range<u64>) -> Section {
+        Section { kind, flags: 2 | 4, address: 0, range, link: 1 }
+    }
+
+    #[test]
+    fn no_more_symbols_are_looked_at_than_a_limit() {
+        let names = b"\0umbra_activate\0";
+        let known = |symbols: u64| {
+            // The last symbol has the name.
+            let table = symbols * 24;
+            let mut file = vec![0; table as usize];
+            file[table as usize - 24] = 1;
+            file.extend(names);
+            let end = file.len() as u64;
+            let sections = [section(2, 0..table), section(3, table..end)];
+            targets(file.as_slice().into(), &sections, &Limit::default()).unwrap().unwrap().1
+        };
+        assert!(known(SYMBOLS_MAX));
+        assert!(!known(SYMBOLS_MAX + 1));
+    }
+
+    #[test]
+    fn too_many_names_sections_and_bytes_of_code_are_not_looked_at() {
+        let file = vec![0; STRINGS_MAX as usize + 1];
+        let (file, limit) = (file.as_slice(), Limit::default());
+        for (names, is_read) in [(STRINGS_MAX, true), (STRINGS_MAX + 1, false)] {
+            let sections = [section(2, 0..24), section(3, 0..names)];
+            assert_eq!(targets(file.into(), &sections, &limit).unwrap().is_some(), is_read);
+        }
+        for (code, is_read) in [(CODE_MAX, true), (CODE_MAX + 1, false)] {
+            // In all sections together.
+            let sections = [section(1, 0..16), section(1, 0..code - 16)];
+            let calls = calls(file.into(), &sections, &HashMap::new(), &limit).unwrap();
+            assert_eq!(calls.is_some(), is_read);
+        }
+        for (count, there) in [(SECTIONS_MAX, SECTIONS_MAX), (SECTIONS_MAX + 1, 0)] {
+            let mut elf = vec![0; 64 + 64 * count as usize];
+            elf[..6].copy_from_slice(b"\x7fELF\x02\x01");
+            elf[40] = 64;
+            elf[58] = 64;
+            elf[60..62].copy_from_slice(&(count as u16).to_le_bytes());
+            assert_eq!(sections(elf.as_slice().into()).unwrap().len() as u64, there);
+        }
+    }
+
     /// The test kernel, with other names of functions of the same length.
     fn renamed(names: &[(&[u8], &[u8])]) -> Option<Vec<u8>> {
         let mut kernel = crate::kernel::test_kernel()?.to_vec();

@@ -242,3 +242,29 @@ fn entry_in_notes(mut notes: &[u8]) -> Option<u64> {
         notes = body.get(padded.checked_add(bytes.checked_next_multiple_of(4)?)?..)?;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notes_are_looked_at_to_a_limit() {
+        let note = |kind: u32, name: &[u8], description: &[u8]| {
+            let numbers = [name.len() as u32, description.len() as u32, kind];
+            [&numbers.map(u32::to_le_bytes).concat(), name, description].concat()
+        };
+        let entry = note(NOTE_PHYS32_ENTRY, NOTE_OWNER, &0x10_0000u32.to_le_bytes());
+        // Before it, another note of so many bytes.
+        let entry_behind = |bytes: u64| {
+            let description = vec![0; bytes as usize - 16];
+            let notes = [note(1, b"abc\0", &description), entry.clone()].concat();
+            let mut header = vec![0; PHDR_BYTES];
+            header[..4].copy_from_slice(&SEGMENT_NOTE.to_le_bytes());
+            header[32..40].copy_from_slice(&(notes.len() as u64).to_le_bytes());
+            pvh_entry(notes.as_slice().into(), &header).unwrap()
+        };
+        let last = NOTES_MAX - entry.len() as u64;
+        assert_eq!(entry_behind(last), Some(0x10_0000));
+        assert_eq!(entry_behind(last + 4), None, "it ends beyond the limit");
+    }
+}

@@ -60,3 +60,40 @@ fn lz4(mut packed: &[u8], size: usize) -> Option<Vec<u8>> {
     }
     (done == size).then_some(unpacked)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A payload of so many whole blocks of zeros that claims to have `size` bytes unpacked.
+    fn payload(blocks: usize, size: u32) -> Vec<u8> {
+        let block = lz4_flex::block::compress(&vec![0; LZ4_BLOCK]);
+        let mut payload = LZ4_LEGACY.to_le_bytes().to_vec();
+        for _ in 0..blocks {
+            payload.extend((block.len() as u32).to_le_bytes());
+            payload.extend(&block);
+        }
+        payload.extend(size.to_le_bytes());
+        payload
+    }
+
+    /// Bytes of the unpacked kernel, if it is unpacked.
+    fn unpacked(payload: &[u8]) -> Option<usize> {
+        let header = setup_header {
+            payload_length: payload.len() as u32,
+            init_size: u32::MAX,
+            ..setup_header::default()
+        };
+        kernel(payload.into(), 0, &header).unwrap().map(|kernel| kernel.len())
+    }
+
+    #[test]
+    fn what_is_unpacked_is_bounded() {
+        let most = UNPACKED_MAX as usize;
+        assert_eq!(unpacked(&payload(most / LZ4_BLOCK, UNPACKED_MAX)), Some(most));
+        assert_eq!(unpacked(&payload(most / LZ4_BLOCK + 1, UNPACKED_MAX + 1)), None);
+        // A bomb: more than it says.
+        assert_eq!(unpacked(&payload(2, LZ4_BLOCK as u32)), None);
+        assert_eq!(unpacked(&payload(1, LZ4_BLOCK as u32 + 1)), None, "less");
+    }
+}
