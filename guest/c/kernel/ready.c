@@ -66,7 +66,7 @@ static void gate(unsigned vector, void (*entry)(void), uint64_t stack)
 	idt[vector][1] = at >> 32;
 }
 
-/* Loads a task state segment, whose first IST entry is the stack for double faults, and the table. */
+/* Loads the table, and a task state whose first IST entry is the stack for double faults. */
 static void idt_init(void)
 {
 	static uint32_t task_state[26];
