@@ -215,7 +215,7 @@ fn no_object() {
 /// first program, which the kernel does not survive.
 fn use_after_unload(left: &str) {
     let run = run(&format!("+umbra_shelf +umbra_stray:bug={left} -umbra_stray -umbra_shelf"), true);
-    run.expect(1);
+    run.expect(3);
     let finding = only(&run, "shelf_read");
     assert_eq!(finding["kind"], "vmalloc-out-of-bounds", "{finding:#}");
     is_at(&finding["frames"], "shelf_read", SHELF, "bad: shelf", true);
