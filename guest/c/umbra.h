@@ -385,8 +385,9 @@ void umbra_report(uint64_t address, uint64_t bytes, bool write, const struct umb
 /*
  * Ready entry points for interrupt gates of 64-bit kernel code, not to be called. The first handles
  * page faults as umbra_page_fault() does, and ends the guest at any other. The second, for a
- * double fault, needs a stack of its own (an IST entry); it reports the bad access that led to the
- * fault, if a check made it, and ends the guest.
+ * double fault, needs a stack of its own (an IST entry). It reports the bad access that led to the
+ * fault, if a check made it, or a stack that has grown into poisoned memory, such as a guard page
+ * with UMBRA_STACK_GUARD. Then it ends the guest.
  */
 void umbra_page_fault_entry(void);
 void umbra_double_fault_entry(void);

@@ -14,6 +14,7 @@
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -147,6 +148,23 @@ static void misbehave(const char *how)
 	put("/sys/kernel/debug/provoke-crash/DIRECT", how);
 }
 
+/* Loads a module of the initrd: `NAME`, or `NAME:PARAMETER,PARAMETER`. */
+static void load(const char *what)
+{
+	char file[64], parameters[128];
+	size_t name = strcspn(what, ":");
+
+	snprintf(file, sizeof(file), "/%.*s.ko", (int)name, what);
+	snprintf(parameters, sizeof(parameters), "%s", what[name] ? what + name + 1 : "");
+	for (char *at = parameters; *at; at++)
+		if (*at == ',')
+			*at = ' ';
+	int fd = open(file, O_RDONLY);
+	CHECK(fd >= 0);
+	CHECK(syscall(SYS_finit_module, fd, parameters, 0) == 0);
+	close(fd);
+}
+
 static void part(const char *what)
 {
 	if (strcmp(what, "files") == 0)
@@ -155,6 +173,10 @@ static void part(const char *what)
 		signals();
 	else if (strcmp(what, "processes") == 0)
 		processes();
+	else if (*what == '+')
+		load(what + 1);
+	else if (*what == '-')
+		CHECK(syscall(SYS_delete_module, what + 1, O_NONBLOCK) == 0);
 	else
 		misbehave(what);
 	printf("program: %s done\n", what);

@@ -2,14 +2,13 @@
 //! misbehave. They run where a guest's ring 3 reaches its ring 0, as on hardware.
 
 use std::fs;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use serde_json::Value;
-use umbra_tests::linux::{kernel, need, with_program};
+use umbra_tests::linux::{first_program, kernel, need, need_first_program, with_program};
 use umbra_tests::program::{Run, Umbra};
-use umbra_tests::suite::{Need, Suite};
+use umbra_tests::suite::Suite;
 
 /// The program `umbra`.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_umbra-under-test");
@@ -17,11 +16,6 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_umbra-under-test");
 const LIMIT: Duration = Duration::from_secs(600);
 /// The parts of the guests' first program (`programs/init.c`) that provoke no bug.
 const GOOD: &str = "files signals processes";
-
-/// The guests' first program, which `cargo xtask test` builds.
-fn first_program() -> PathBuf {
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/guest/programs/init"))
-}
 
 /// Boots a kernel whose first program runs these parts.
 fn run(file: &str, options: &str, what: &str) -> Run {
@@ -106,11 +100,7 @@ fn panics() {
 }
 
 fn main() -> ExitCode {
-    let program = first_program();
-    let missing = (!program.is_file()).then(|| {
-        format!("there is no {}: `cargo xtask test` builds it with gcc", program.display())
-    });
-    let programs = Need::programs().and(&Need::unless(missing));
+    let programs = need_first_program();
     let small = need("small/vmlinux").and(&programs);
     let umbra = need("umbra/vmlinux").and(&programs);
     let debian = need("debian/bzImage").and(&programs);

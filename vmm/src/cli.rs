@@ -448,8 +448,9 @@ fn summary(report: &RunReport) -> String {
 }
 
 fn demo(args: &Demo, stop: &AtomicBool) -> Result<u8> {
-    let kernel = crate::kernel::test_kernel()
-        .context("this umbra was built without the test kernel: `cargo xtask demo` builds both")?;
+    let kernel = crate::kernel::test_kernel().context(
+        "built without the test kernel: in a checkout of Umbra, `cargo xtask demo` builds both",
+    )?;
     let scenarios = crate::kernel::scenarios(kernel)?;
     if args.list {
         demo::list(&scenarios, &mut io::stdout().lock())?;

@@ -12,11 +12,6 @@ struct frame {
 	uint64_t vector, error, rip, cs, rflags, rsp, ss;
 };
 
-struct __attribute__((packed)) table_pointer {
-	uint16_t limit;
-	uint64_t base;
-};
-
 extern const char fault_stubs[], probe_access[], probe_done[];
 static uint64_t idt[VECTORS][2];
 

@@ -30,9 +30,18 @@ _Noreturn void reset(void);
 /* start.c */
 /* The end of memory, as an address of the direct map. */
 char *memory_end(void);
+/* Maps memory, in large pages where both addresses allow it. */
+void map(const struct umbra_mapping *mapping);
 
 /* fault.c */
+struct __attribute__((packed)) table_pointer {
+	uint16_t limit;
+	uint64_t base;
+};
 void fault_init(void);
+
+/* ready.c */
+void ready_run(const struct umbra_offer *offer, const char *name);
 
 /* boot.S: reads a byte at an address that may not be mapped. */
 uint8_t probe_read(uint64_t address);
@@ -64,6 +73,8 @@ struct scenario {
 	void (*body)(void);
 };
 uint64_t current_task(void);
+/* The words behind `option` in a command line; null if it is not there. */
+const char *option(const char *command_line, const char *name);
 void scenarios_run(const char *command_line);
 
 /*

@@ -30,17 +30,14 @@ static bool listed(const char *list, const char *name)
 	}
 }
 
-/* The list in the command line; null if there is none. */
-static const char *chosen(const char *command_line)
+const char *option(const char *command_line, const char *name)
 {
-	static const char option[] = "scenarios=";
-
 	while (*command_line) {
 		size_t n = 0;
 
-		while (option[n] && command_line[n] == option[n])
+		while (name[n] && command_line[n] == name[n])
 			n++;
-		if (!option[n])
+		if (!name[n])
 			return command_line + n;
 		while (*command_line && *command_line++ != ' ')
 			;
@@ -50,7 +47,7 @@ static const char *chosen(const char *command_line)
 
 void scenarios_run(const char *command_line)
 {
-	const char *list = chosen(command_line);
+	const char *list = option(command_line, "scenarios=");
 
 	for (const struct scenario *s = scenarios_start; s < scenarios_end; s++) {
 		size_t n = 0;

@@ -36,8 +36,7 @@ static uint64_t take(uint64_t bytes)
 	return at;
 }
 
-/* Maps with large pages where both addresses allow it. */
-static void map(const struct umbra_mapping *mapping)
+void map(const struct umbra_mapping *mapping)
 {
 	for (uint64_t done = 0; done < mapping->bytes;) {
 		uint64_t at = mapping->start + done, gpa = mapping->gpa + done;
@@ -120,6 +119,7 @@ static void start_checks(const struct umbra_offer *offer)
 _Noreturn void kernel_main(uint64_t boot_params)
 {
 	const char *command_line = boot_info((const uint8_t *)(DIRECT_MAP + boot_params));
+	const char *ready;
 	struct umbra_offer offer;
 
 	next = (uint64_t)image_end - IMAGE_MAP;
@@ -141,7 +141,11 @@ _Noreturn void kernel_main(uint64_t boot_params)
 	umbra_run_constructors(constructors_start, constructors_end);
 	alloc_init(next, end);
 	umbra_name_task(0, "kernel", 6);
-	scenarios_run(command_line);
+	ready = option(command_line, "ready=");
+	if (ready)
+		ready_run(&offer, ready);
+	else
+		scenarios_run(command_line);
 	if (on_umbra)
 		umbra_exit(0);
 	reset();

@@ -2,6 +2,7 @@
 //! C functions named `umbra_*`. Without Umbra underneath each returns at once.
 
 use core::ffi::c_void;
+use core::mem::MaybeUninit;
 
 use umbra_shadow::abi::{
     self, Access, CallNumber, ExitReason, Features, GuestFlags, MemoryUse, NameKind, Owner,
@@ -464,10 +465,18 @@ pub extern "C" fn umbra_report(address: u64, bytes: u64, write: bool, trap: &Tra
     if !state::mode().has(Features::SHADOW) {
         return;
     }
-    // As if the code at the fault had called the handler.
-    let frame = [trap.rbp, trap.rip];
-    checks::report_from(frame.as_ptr() as u64, address, bytes, access(write), trap.rip);
+    // The interrupted stack may be anywhere. The VMM follows a frame pointer to it that is marked
+    // with bit 0, as Linux marks one to saved registers (`struct pt_regs`).
+    let mut registers = [const { MaybeUninit::uninit() }; 20];
+    for (at, value) in [(4, trap.rbp), (16, trap.rip), (17, KERNEL_CODE), (19, trap.rsp)] {
+        registers[at].write(value);
+    }
+    let fp = registers.as_ptr() as u64 | 1;
+    checks::report_from(fp, address, bytes, access(write), trap.rip);
 }
+
+/// A selector of kernel code, for saved registers; which one does not matter.
+const KERNEL_CODE: u64 = 8;
 
 /// The kernel's page-fault handler calls this first. If the fault happened in a check's shadow
 /// lookup, the checked access is to an address without shadow. Then the access is reported, `trap`

@@ -5,12 +5,15 @@
 
 use core::arch::global_asm;
 
-use crate::api::{umbra_exit_fault, umbra_page_fault};
+use umbra_shadow::codes::PAGE_SIZE;
+use umbra_shadow::runtime::Trap;
+
+use crate::api::{umbra_exit_fault, umbra_is_poisoned, umbra_page_fault, umbra_report};
 
 // The CPU has aligned the stack to 16 bytes and pushed six words: error code, rip, cs, rflags, rsp,
 // ss. Nine registers and the five words of a `Trap` follow, so the calls find it aligned again.
 global_asm!(
-    ".macro umbra_fault_entry",
+    ".macro umbra_fault_entry handler",
     "push rax",
     "push rcx",
     "push rdx",
@@ -26,8 +29,9 @@ global_asm!(
     "push rsi",
     "push rdi",
     "mov rdi, rsp",
+    "mov rsi, cr2",
     "cld",
-    "call {page_fault}",
+    "call \\handler",
     ".endm",
     ".macro umbra_fault_exit vector",
     "mov edi, \\vector",
@@ -41,7 +45,7 @@ global_asm!(
     ".globl umbra_page_fault_entry",
     ".type umbra_page_fault_entry, @function",
     "umbra_page_fault_entry:",
-    "umbra_fault_entry",
+    "umbra_fault_entry {page_fault}",
     "test al, al",
     "jz 2f",
     // The check returns.
@@ -67,10 +71,28 @@ global_asm!(
     ".globl umbra_double_fault_entry",
     ".type umbra_double_fault_entry, @function",
     "umbra_double_fault_entry:",
-    "umbra_fault_entry",
+    "umbra_fault_entry {double_fault}",
     // A double fault has no way back, but a bad access that led to it is reported.
     "umbra_fault_exit 8",
     ".size umbra_double_fault_entry, . - umbra_double_fault_entry",
     page_fault = sym umbra_page_fault,
+    double_fault = sym double_fault,
     exit_fault = sym umbra_exit_fault,
 );
+
+/// Reports the bad access that led to a double fault: a check's, for an address without shadow, or
+/// the CPU's own, which could not push the frame of an exception, because the stack has grown into
+/// memory that is poisoned.
+///
+/// # Safety
+/// `trap` holds the registers at the fault. `address` is cr2.
+unsafe extern "C" fn double_fault(trap: &mut Trap, address: u64) {
+    // SAFETY: the caller's promise.
+    if unsafe { umbra_page_fault(trap) } {
+        return;
+    }
+    let below = trap.rsp.wrapping_sub(address);
+    if below <= PAGE_SIZE && umbra_is_poisoned(address) {
+        umbra_report(address, 8, true, trap);
+    }
+}

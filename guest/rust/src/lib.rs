@@ -265,9 +265,9 @@ pub fn page_fault_entry() -> u64 {
 }
 
 /// The address of a ready double-fault entry, for a gate with a stack of its own (an IST entry). It
-/// reports the bad access that led to the fault, if a check made it, and ends the guest
-/// ([`exit_fault`]). Without such an entry the guest triple-faults, and on AMD's CPUs nothing of
-/// what it was doing is left.
+/// reports the bad access that led to the fault, if a check made it, or a stack that has grown into
+/// poisoned memory, such as a guard page. Then it ends the guest ([`exit_fault`]). Without such an
+/// entry the guest triple-faults, and on AMD's CPUs nothing of what it was doing is left.
 pub fn double_fault_entry() -> u64 {
     ffi::umbra_double_fault_entry as *const () as u64
 }

@@ -14,6 +14,8 @@ use crate::hypercall::CallError;
 const ARRAYS: usize = 1 << 14;
 /// Most descriptions in all of them; each finding on a global may look at all.
 const DESCRIPTIONS: u64 = 1 << 17;
+/// Most bytes of a variable and its redzone.
+const WHOLE_MAX: u64 = 1 << 31;
 /// Most bytes of a name.
 const NAME_MAX: usize = 256;
 
@@ -29,8 +31,9 @@ impl Globals {
     /// # Errors
     /// There are too many arrays, or too many descriptions in all.
     pub fn add(&mut self, va: u64, count: u64) -> Result<(), CallError> {
-        // The same address again: a module was loaded in the place of another.
-        self.arrays.retain(|(known, _)| *known != va);
+        // The same place again: a module was loaded in the place of another.
+        let end = |va: u64, count: u64| va.saturating_add(count.saturating_mul(GLOBAL_BYTES));
+        self.arrays.retain(|&(old, many)| end(old, many) <= va || end(va, count) <= old);
         if self.arrays.len() >= ARRAYS {
             return Err(CallError::Limit { what: "arrays of globals", max: ARRAYS as u64 });
         }
@@ -50,12 +53,18 @@ impl Globals {
             let text = bytes.get(..len)?.split(|byte| *byte == 0).next()?;
             (!text.is_empty()).then(|| String::from_utf8_lossy(text).into_owned())
         };
+        // The newest first: where a module is gone, anything may be in the place of an older one.
         let all = self
             .arrays
             .iter()
+            .rev()
             .flat_map(|&(va, count)| (0..count).map(move |i| va + i * GLOBAL_BYTES));
         for at in all {
             let (Some(start), Some(whole)) = (word(at), word(at + 16)) else { continue };
+            let Some(size) = word(at + 8).filter(|size| *size <= whole) else { continue };
+            if whole > WHOLE_MAX {
+                continue;
+            }
             if address.checked_sub(start).is_some_and(|offset| offset < whole) {
                 let name = word(at + 24).and_then(text)?;
                 let module = word(at + 32).and_then(text);
@@ -65,14 +74,7 @@ impl Globals {
                 let file = place.and_then(word).and_then(text).map(Into::into);
                 let line = place.and_then(|place| word(place.checked_add(8)?));
                 let line = line.map(|line| line as u32).filter(|line| *line != 0 && file.is_some());
-                return Some(Variable {
-                    name: demangle(&name),
-                    start,
-                    size: word(at + 8)?,
-                    module,
-                    file,
-                    line,
-                });
+                return Some(Variable { name: demangle(&name), start, size, module, file, line });
             }
         }
         None

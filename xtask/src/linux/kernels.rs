@@ -24,6 +24,9 @@ const NEEDED: [(&str, &str); 7] = [
     ("/usr/include/libelf.h", "libelf-dev"),
 ];
 
+/// Sources of modules.
+const MODULES: &str = "guest/linux/modules";
+
 /// A kernel that is built.
 #[derive(Clone, Copy)]
 pub struct Kernel {
@@ -34,14 +37,16 @@ pub struct Kernel {
     config: &'static [&'static str],
     /// Whether guest/linux/patches are applied.
     patched: bool,
+    /// Whether the modules of guest/linux/modules are built for it, too.
+    modules: bool,
 }
 
 const fn unpatched(name: &'static str, config: &'static [&'static str]) -> Kernel {
-    Kernel { name, config, patched: false }
+    Kernel { name, config, patched: false, modules: false }
 }
 
 const fn patched(name: &'static str, config: &'static [&'static str]) -> Kernel {
-    Kernel { name, config, patched: true }
+    Kernel { name, config, patched: true, modules: false }
 }
 
 /// A small unpatched kernel.
@@ -53,7 +58,12 @@ pub const UMBRA: Kernel = patched("umbra", &["small", "kasan", "umbra", "replay"
 /// The same with shadow for virtual memory: only for its own test.
 pub const UMBRA_VMALLOC: Kernel =
     patched("umbra-vmalloc", &["small", "kasan", "umbra", "replay", "provoke", "vmalloc"]);
-/// The same with Linux's own KASAN, unpatched.
+/// The same with modules: only for their tests.
+pub const UMBRA_MODULES: Kernel = Kernel {
+    modules: true,
+    ..patched("umbra-modules", &["small", "kasan", "umbra", "vmalloc", "modules"])
+};
+/// The same as [`UMBRA`] with Linux's own KASAN, unpatched.
 pub const STOCK_KASAN: Kernel = unpatched("kasan", &["small", "kasan"]);
 /// The compared kernels: without KASAN, with Linux's own (outline, inline), with Umbra's. They are
 /// optimized as the kernels of distributions are.
@@ -169,7 +179,13 @@ fn ingredients(
     kernel: &Kernel,
 ) -> Result<String> {
     let patches = if kernel.patched { sources.series.text() } else { String::new() };
-    Ok(format!("{PACKAGE} {version}\n{patches}{}", kernel.fragment(context)?))
+    let mut text = format!("{PACKAGE} {version}\n{patches}{}", kernel.fragment(context)?);
+    if kernel.modules {
+        for (name, source) in module_sources(context)? {
+            text += &format!("{name}\n{source}");
+        }
+    }
+    Ok(text)
 }
 
 fn is_built(
@@ -207,9 +223,12 @@ fn build(context: &Context, sources: &Sources<'_>, version: &str, kernel: &Kerne
     configure(context, kernel, &build.join(".config"), &make)?;
     context.progress.step(&format!("building Linux {version}, {name}: a few minutes"));
     let jobs = std::thread::available_parallelism().map_or(1, usize::from);
-    make()
-        .args([format!("-j{jobs}").as_str(), "vmlinux", "bzImage"])
-        .run_or_fail(&context.progress)?;
+    let jobs = format!("-j{jobs}");
+    make().args([&jobs, "vmlinux", "bzImage"]).run_or_fail(&context.progress)?;
+    if kernel.modules {
+        make().args([&jobs, "modules"]).run_or_fail(&context.progress)?;
+        build_modules(context, &build.join("umbra-modules"), &folder, &make)?;
+    }
     for (from, to) in
         [("vmlinux", "vmlinux"), ("arch/x86/boot/bzImage", "bzImage"), (".config", "config")]
     {
@@ -217,6 +236,48 @@ fn build(context: &Context, sources: &Sources<'_>, version: &str, kernel: &Kerne
         fs::rename(&from, &to).with_context(|| format!("make left no {}", from.display()))?;
     }
     fs::write(stamp(&folder), wanted).with_context(|| format!("cannot write {}", folder.display()))
+}
+
+/// The files of guest/linux/modules by their names.
+fn module_sources(context: &Context) -> Result<Vec<(String, String)>> {
+    let folder = context.root.join(MODULES);
+    let read = || {
+        let mut files = Vec::new();
+        for entry in fs::read_dir(&folder)? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            files.push((name, fs::read_to_string(entry.path())?));
+        }
+        files.sort();
+        io::Result::Ok(files)
+    };
+    read().with_context(|| format!("cannot read {}", folder.display()))
+}
+
+/// Builds the modules, in a folder, for the kernel that was just built. Puts them beside it.
+fn build_modules(
+    context: &Context,
+    sources: &Path,
+    folder: &Path,
+    make: &impl Fn() -> Command,
+) -> Result<()> {
+    let files = module_sources(context)?;
+    let copy = || {
+        fs::create_dir_all(sources)?;
+        for (name, text) in &files {
+            fs::write(sources.join(name), text)?;
+        }
+        io::Result::Ok(())
+    };
+    copy().context("cannot copy the sources of modules")?;
+    make()
+        .args([format!("M={}", sources.display()).as_str(), "modules"])
+        .run_or_fail(&context.progress)?;
+    for file in ["umbra_stray.ko", "umbra_shelf.ko"] {
+        fs::rename(sources.join(file), folder.join(file))
+            .with_context(|| format!("make left no {file}"))?;
+    }
+    Ok(())
 }
 
 /// Adds a kernel's configuration to the one in a file. An option that Linux does not keep is an

@@ -20,12 +20,12 @@ use std::process::ExitCode;
 use anyhow::Result;
 
 use crate::context::Context;
-use kernels::{ACPI, Builder, COMPARED, Kernel, SMALL, UMBRA, UMBRA_VMALLOC};
+use kernels::{ACPI, Builder, COMPARED, Kernel, SMALL, UMBRA, UMBRA_MODULES, UMBRA_VMALLOC};
 
 /// The kernels that the tests boot, besides Debian's: each takes minutes to build.
 const TESTED: [Kernel; 2] = [SMALL, UMBRA];
 /// With those of `cargo xtask test --all`.
-const ALL: [Kernel; 4] = [SMALL, UMBRA, ACPI, UMBRA_VMALLOC];
+const ALL: [Kernel; 5] = [SMALL, UMBRA, ACPI, UMBRA_VMALLOC, UMBRA_MODULES];
 
 /// The result of a build.
 #[derive(Default)]

@@ -49,7 +49,10 @@ pub(super) fn write_boot_params(
     let mut params = boot_params { hdr: header, ..Default::default() };
     params.hdr.type_of_loader = 0xff; // "undefined"
     params.hdr.cmd_line_ptr = layout::CMDLINE as u32;
-    params.hdr.cmdline_size = cmdline.len() as u32;
+    // How much a kernel takes, which it says itself. Without that, what there is, as other VMMs do.
+    if params.hdr.cmdline_size == 0 {
+        params.hdr.cmdline_size = cmdline.len() as u32;
+    }
     if let Some(initrd) = initrd {
         // Below the hole, so 32 bits are enough.
         (params.hdr.ramdisk_image, params.hdr.ramdisk_size) =

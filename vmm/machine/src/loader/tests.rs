@@ -307,6 +307,21 @@ fn the_last_paragraph_of_a_bzimage_may_be_cut_off() {
     assert_eq!(kernel.entry, GuestAddress(BASE + 0x200));
 }
 
+/// memtest86+ looks for the end of its command line in so many bytes.
+#[test]
+fn a_bzimage_says_how_long_its_command_line_may_be() {
+    let ram = ram();
+    let told = |image: &[u8]| {
+        load(&ram, &Boot::new(image, "a=b")).unwrap();
+        let mut page = [0; 4096];
+        ram.read(GuestAddress(layout::BOOT_PARAMS), &mut page).unwrap();
+        u32_at(&page, 0x238)
+    };
+    assert_eq!(told(&bzimage(put(0x238, 255u32.to_le_bytes()))), 255);
+    assert_eq!(told(&bzimage(|_| {})), 3, "it does not say");
+    assert_eq!(told(&elf(BASE + 4, &[(BASE, BASE, &[0x90; 64], 128)])), 3, "an ELF file");
+}
+
 /// A bzImage with a kernel packed by LZ4: an ELF file of 64 bytes of code at 1 MiB.
 fn packed(change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     let elf = elf(BASE + 4, &[(BASE, BASE, &[0x90; 64], 128)]);

@@ -57,7 +57,7 @@ impl Dwarf {
     /// The reason why there are no lines, as a sentence.
     pub(super) fn open(limits: Arc<Limits>, file: &Blocks, elf: &Elf) -> Result<Self, String> {
         section(elf, file.len(), ".debug_info")?.ok_or(
-            "the kernel has no debug information (.debug_info): frames have no source lines",
+            "the kernel has no debug information (.debug_info): its frames have no source lines",
         )?;
         limits.start(TIME);
         let sections = gimli::Dwarf::load(|id| {

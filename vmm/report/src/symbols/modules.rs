@@ -27,7 +27,7 @@ pub struct ModuleSymbol {
 #[derive(Clone, Debug)]
 pub struct Module {
     name: Arc<str>,
-    /// Virtual starts and bytes of its memory.
+    /// Virtual starts and bytes of its memory, and of what it needs only at its start.
     parts: [(u64, u64); 2],
     /// By address.
     symbols: Vec<ModuleSymbol>,
@@ -68,11 +68,23 @@ impl Module {
         self.symbols.get(..end)?.iter().rev().take(64).find(|symbol| symbol.code == code)
     }
 
-    fn overlaps(&self, other: &Self) -> bool {
+    /// What is left of it when another module comes: none if that is where its own memory was. What
+    /// it needed only at its start was given back then, and may be there.
+    fn beside(mut self, other: &Self) -> Option<Self> {
         let overlap = |(a, m): (u64, u64), (b, n): (u64, u64)| {
             m > 0 && n > 0 && (a.wrapping_sub(b) < n || b.wrapping_sub(a) < m)
         };
-        self.parts.iter().any(|one| other.parts.iter().any(|two| overlap(*one, *two)))
+        let [own, start] = self.parts.map(|one| other.parts.iter().any(|two| overlap(one, *two)));
+        if own {
+            return None;
+        }
+        if start {
+            self.parts[1] = (0, 0);
+            let mut symbols = std::mem::take(&mut self.symbols);
+            symbols.retain(|symbol| self.contains(symbol.start));
+            self.symbols = symbols;
+        }
+        Some(self)
     }
 }
 
@@ -83,7 +95,8 @@ pub(super) struct Modules(VecDeque<Module>);
 impl Modules {
     /// Adds a module in the place of those that were in its memory.
     pub(super) fn add(&mut self, module: Module) {
-        self.0.retain(|old| !old.overlaps(&module));
+        let known = std::mem::take(&mut self.0);
+        self.0 = known.into_iter().filter_map(|old| old.beside(&module)).collect();
         if self.0.len() >= MODULES_MAX {
             self.0.pop_front();
         }
@@ -165,6 +178,17 @@ mod tests {
         modules.add(module("c", 0x10_0800));
         assert_eq!(found(&modules, 0x10_001f), None);
         assert_eq!(found(&modules, 0x10_0810), Some(("c".into(), "one".into(), 0x10_0810)));
+        // Another comes to where one had what it needed at its start.
+        let started = ModuleSymbol { name: "start".into(), start: 0x30_8000, size: 8, code: true };
+        let mut early = module("early", 0x30_0000);
+        early.parts[1].1 = 0x1000;
+        early.symbols.push(started);
+        modules.add(early);
+        assert_eq!(found(&modules, 0x30_8000), Some(("early".into(), "start".into(), 0x30_8000)));
+        modules.add(module("late", 0x30_8000));
+        assert_eq!(found(&modules, 0x30_0010), Some(("early".into(), "one".into(), 0x30_0010)));
+        assert_eq!(found(&modules, 0x30_8000), None);
+        assert_eq!(found(&modules, 0x30_8010), Some(("late".into(), "one".into(), 0x30_8010)));
         for i in 0..2 * MODULES_MAX as u64 {
             modules.add(module("many", 0x100_0000 + i * 0x1_0000));
         }
