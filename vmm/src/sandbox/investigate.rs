@@ -20,6 +20,9 @@ use crate::shadow::Model;
 
 /// Most bytes below an address to search for the start of its stack frame.
 const STACK_SEARCH: u64 = 64 << 10;
+/// Most bytes of an access to search for the first bad one. The work is that of an exit, and a guest
+/// may claim an access to all its memory.
+const ACCESS_SEARCH: u64 = 2 << 20;
 /// Most frames in a finding's stack.
 const FRAMES: usize = 32;
 
@@ -281,13 +284,18 @@ impl Investigation<'_, '_> {
 }
 
 /// What is wrong with an access to `size` bytes at `key`, whose region ends `left` bytes behind it.
-/// The memory behind it is another region, or none.
+/// The memory behind it is another region, or none. Poison is only looked for in the first
+/// [`ACCESS_SEARCH`] bytes.
 fn access_violation(model: &Model, key: u64, size: u64, left: u64) -> Option<Violation> {
-    // A negative size is wrong wherever it is.
-    if size <= left || size > i64::MAX as u64 {
+    let poisoned = |bytes: u64| model.check(key, bytes.min(ACCESS_SEARCH)).err();
+    // A negative size is wrong wherever it is, without a search.
+    if size > i64::MAX as u64 {
         return model.check(key, size).err();
+    }
+    if size <= left {
+        return poisoned(size);
     }
     let behind =
         Violation { address: key.saturating_add(left), code: UNKNOWN, cause: Cause::Outside };
-    model.check(key, left).err().or(Some(behind))
+    poisoned(left).or(Some(behind))
 }

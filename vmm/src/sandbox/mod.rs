@@ -38,7 +38,7 @@ mod globals;
 mod guest_info;
 mod guest_pages;
 pub mod input;
-mod instrumentation;
+pub mod instrumentation;
 mod investigate;
 mod known;
 mod location;
@@ -63,8 +63,8 @@ mod watch;
 pub use umbra_report::{Distinct, Picture, Sample};
 
 pub use builder::Sandbox;
-pub use context::{ExitContext, GuestCpu, OtherVcpus};
 pub use config::{Config, Console, DebugExit, Irqchip, ShadowMode};
+pub use context::{ExitContext, GuestCpu, OtherVcpus};
 pub use detached::Detached;
 pub use dispatch::Dispatcher;
 pub use file::GuestFile;
