@@ -13,13 +13,11 @@ use umbra::machine::memory::Ram;
 use vm_memory::GuestAddress;
 
 use crate::cpu::{Cpu, State};
-use crate::host_cpu::{self, CODE, DATA, HostCpu, STATUS_FLAGS};
+use crate::host_cpu::{self, CODE, DATA, DATA_BYTES, HostCpu, STATUS_FLAGS};
 use crate::request;
 
 /// Guest memory.
 const RAM: u64 = 4 << 20;
-/// Bytes of [`DATA`].
-const DATA_BYTES: usize = (DATA.end - DATA.start) as usize;
 
 /// An instruction, and the state before it.
 #[derive(Debug, Arbitrary)]
@@ -230,8 +228,14 @@ impl Case {
     }
 
     fn memory(&self) -> Vec<u8> {
-        let mut values = self.values();
-        (0..DATA_BYTES / 8).flat_map(|_| values().rotate_left(7).to_le_bytes()).collect()
+        let (mut values, mut memory) = (self.values(), vec![0; DATA_BYTES]);
+        // The rest is the same again.
+        let (first, rest) = memory.split_at_mut(512);
+        for place in first.chunks_exact_mut(8) {
+            place.copy_from_slice(&values().rotate_left(7).to_le_bytes());
+        }
+        rest.chunks_exact_mut(512).for_each(|part| part.copy_from_slice(first));
+        memory
     }
 }
 

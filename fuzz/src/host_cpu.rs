@@ -15,7 +15,9 @@ use umbra::machine::vcpu::XsaveArea;
 /// Where the instruction is.
 pub const CODE: u64 = 0x10_0000;
 /// The memory that it may use.
-pub const DATA: Range<u64> = 0x20_0000..0x20_4000;
+pub const DATA: Range<u64> = 0x20_0000..0x20_2000;
+/// Bytes of [`DATA`].
+pub const DATA_BYTES: usize = (DATA.end - DATA.start) as usize;
 /// x87, SSE, AVX and AVX-512.
 const COMPONENTS: u64 = 0xe7;
 /// CF, PF, AF, ZF, SF and OF.
@@ -113,7 +115,7 @@ impl HostCpu {
             flags: flags & STATUS_FLAGS | 2,
             components: self.components,
         });
-        assert!(code.len() < 64 && memory.len() as u64 == DATA.end - DATA.start);
+        assert!(code.len() < 64 && memory.len() == DATA_BYTES);
         let at = std::ptr::with_exposed_provenance_mut::<u8>(DATA.start as usize);
         let code_at = std::ptr::with_exposed_provenance_mut::<u8>(CODE as usize);
         // SAFETY: both are mappings of this module's own, which nothing has a reference to. What
@@ -133,7 +135,7 @@ impl HostCpu {
     /// the header, which may say of a component that it is as at reset, or not.
     pub fn normal(&self, area: &XsaveArea) -> Box<XsaveArea> {
         // SAFETY: no instruction but a return.
-        let after = unsafe { self.execute(&[], [0; 15], 0, area, &mut vec![0; 0x4000]) };
+        let after = unsafe { self.execute(&[], [0; 15], 0, area, &mut [0; DATA_BYTES]) };
         let mut area = after.area;
         area.0[416..576].fill(0);
         area

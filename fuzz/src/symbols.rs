@@ -158,14 +158,15 @@ pub fn ask(symbols: &Symbols, addresses: &[u64], image: Range<u64>) {
 
 /// Whether a finding is of a size and of characters that can be shown.
 pub fn check(finding: &Finding) {
-    /// Most bytes of a finding as text or JSON.
-    const MAX: usize = 1 << 20;
+    /// Most bytes of a finding as text, and as JSON (docs/security.md).
+    const TEXT_MAX: usize = 64 << 10;
+    const JSON_MAX: usize = 512 << 10;
     let text = text::to_string(finding, text::TextStyle::default());
-    assert!(text.len() <= MAX, "a finding of {} bytes", text.len());
+    assert!(text.len() <= TEXT_MAX, "a finding of {} bytes", text.len());
     let bad = text.chars().find(|c| c.is_control() && *c != '\n' && *c != '\t');
     assert!(bad.is_none(), "a finding with {bad:?}: {text}");
     let mut line = Vec::new();
     json::write(&mut line, finding).expect("it is written to memory");
-    assert!(line.len() <= MAX, "a finding of {} bytes", line.len());
+    assert!(line.len() <= JSON_MAX, "a finding of {} bytes", line.len());
     assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1, "one line of JSON");
 }
