@@ -14,7 +14,7 @@ use vm_memory::GuestAddress;
 
 use crate::cpu::{Cpu, State};
 use crate::host_cpu::{self, CODE, DATA, DATA_BYTES, HostCpu, STATUS_FLAGS};
-use crate::request;
+use crate::{request, show};
 
 /// Guest memory.
 const RAM: u64 = 4 << 20;
@@ -129,6 +129,7 @@ pub fn is_compared() -> bool {
 /// Completes the instruction that the bytes describe.
 pub fn run(data: &[u8]) {
     let Ok(case) = Case::arbitrary_take_rest(Unstructured::new(data)) else { return };
+    show(&case);
     MACHINE.with_borrow_mut(|machine| complete(&case, machine.get_or_insert_with(Machine::new)));
 }
 

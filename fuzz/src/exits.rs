@@ -6,6 +6,7 @@ use umbra_shadow::abi::PORT;
 use vm_memory::GuestAddress;
 
 use crate::guest::{Bytes, Number, Step, World};
+use crate::show;
 
 /// Most exits of one guest.
 const EXITS: usize = 200;
@@ -103,6 +104,7 @@ pub fn run(data: &[u8]) {
             break;
         }
         let Ok(exit) = Exit::arbitrary(&mut u) else { break };
+        show(&exit);
         if !one(&mut world, exit) {
             break;
         }

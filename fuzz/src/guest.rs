@@ -14,8 +14,8 @@ use vm_memory::GuestAddress;
 
 use crate::cpu::{Cpu, State};
 use crate::memslots::Windows;
-use crate::request;
 use crate::symbols::check;
+use crate::{request, show};
 
 /// Guest memory.
 pub const RAM: u64 = 4 << 20;
@@ -203,6 +203,7 @@ impl World {
             linux: setup.linux,
             stop_at: (setup.stop_at > 200).then_some(1),
         };
+        show(&settings);
         let layout = Layout::new(RAM).expect("a size that is allowed");
         let (mut memslots, found) = (Windows::new(layout), Found::default());
         let dispatcher = Dispatcher::detached(&settings, &mut memslots, Box::new(found.clone()));

@@ -4,6 +4,7 @@
 use arbitrary::{Arbitrary as _, Unstructured};
 
 use crate::guest::{Step, World};
+use crate::show;
 
 /// Most steps of one guest.
 const STEPS: usize = 200;
@@ -17,6 +18,7 @@ pub fn run(data: &[u8]) {
             break;
         }
         let Ok(step) = Step::arbitrary(&mut u) else { break };
+        show(&step);
         if !world.step(&step) {
             break;
         }

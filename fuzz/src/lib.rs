@@ -16,6 +16,7 @@ pub mod loader;
 mod memslots;
 pub mod symbols;
 
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 #[cfg(feature = "libfuzzer")]
@@ -42,6 +43,14 @@ static MEASURED: AtomicBool = AtomicBool::new(false);
 /// The most CPU time of one request, in nanoseconds.
 static SLOWEST: AtomicU64 = AtomicU64::new(0);
 
+/// Prints what the bytes of an input mean, if the environment has `UMBRA_FUZZ_SHOW`.
+pub(crate) fn show(part: &dyn std::fmt::Debug) {
+    static SHOWN: LazyLock<bool> = LazyLock::new(|| std::env::var_os("UMBRA_FUZZ_SHOW").is_some());
+    if *SHOWN {
+        eprintln!("{part:x?}");
+    }
+}
+
 /// Carries out a request, and counts it.
 pub(crate) fn request<T>(work: impl FnOnce() -> T) -> T {
     REQUESTS.fetch_add(1, Relaxed);
@@ -50,7 +59,9 @@ pub(crate) fn request<T>(work: impl FnOnce() -> T) -> T {
     }
     let begin = cpu_time();
     let result = work();
-    SLOWEST.fetch_max(cpu_time().saturating_sub(begin), Relaxed);
+    let time = cpu_time().saturating_sub(begin);
+    SLOWEST.fetch_max(time, Relaxed);
+    show(&format_args!("{time} ns"));
     result
 }
 

@@ -16,7 +16,7 @@ use umbra::machine::memory::Ram;
 use umbra::sandbox::instrumentation::warnings;
 use umbra_testkit::elf::{ElfBuilder, Segment};
 
-use crate::request;
+use crate::{request, show};
 
 /// Guest memory.
 const RAM: u64 = 4 << 20;
@@ -120,6 +120,7 @@ pub fn run(data: &[u8]) {
         return;
     }
     let Ok(parts) = Parts::arbitrary_take_rest(Unstructured::new(data)) else { return };
+    show(&parts);
     let mut file = match &parts.kind {
         Kind::Elf { entry, kind, segments, note } => {
             elf(entry.value(), *kind, segments, note.as_ref())

@@ -11,7 +11,7 @@ use umbra::report::symbols::{Module, ModuleSymbol, Position, Symbols};
 use umbra::report::{AccessKind, Distinct, Finding, Findings, Frame, Variable, json, text};
 use umbra_testkit::elf::ElfBuilder;
 
-use crate::request;
+use crate::{request, show};
 
 /// Where modules are in a guest.
 const MODULE: u64 = 0xffff_ffff_c000_0000;
@@ -91,6 +91,7 @@ fn parts(data: &[u8]) -> (Vec<u8>, Vec<u64>) {
     let Ok(parts) = Parts::arbitrary_take_rest(Unstructured::new(data)) else {
         return Default::default();
     };
+    show(&parts);
     let mut elf = ElfBuilder::new(KERNEL).segment(KERNEL, vec![parts.code; 256]);
     for (name, start, size) in parts.functions {
         // Names that are mangled in one way or another.

@@ -44,7 +44,8 @@ pub struct Arguments {
     targets: Vec<String>,
     #[command(flatten)]
     effort: Effort,
-    /// Run these files once each, without fuzzing: the inputs of an earlier crash
+    /// Run these files once each, without fuzzing, and print what they mean: the inputs of an
+    /// earlier crash
     #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["time", "runs"])]
     input: Vec<PathBuf>,
 }
@@ -58,7 +59,8 @@ pub fn main(context: &Context, arguments: &Arguments) -> Result<ExitCode> {
         check_name(context, target)?;
         let program = build(context)?.join(target);
         context.progress.finish();
-        return context.program(&program).args(&arguments.input).replace();
+        let mut program = context.program(&program);
+        return program.args(&arguments.input).env("UMBRA_FUZZ_SHOW", "1").replace();
     }
     let mut checks = Summary::default();
     run(context, &arguments.targets, arguments.effort, &mut checks)?;
