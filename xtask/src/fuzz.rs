@@ -31,10 +31,10 @@ const MEMORY: u32 = 2048;
 pub struct Effort {
     /// Time for each target, in seconds, or such as 90s, 10m or 2h
     #[arg(long, value_parser = time, default_value = "60s")]
-    time: Duration,
+    pub time: Duration,
     /// Most inputs of each target; 0 for no limit but the time
     #[arg(long, default_value_t = 0)]
-    runs: u64,
+    pub runs: u64,
 }
 
 /// Arguments of `cargo xtask fuzz`.

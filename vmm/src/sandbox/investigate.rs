@@ -20,8 +20,8 @@ use crate::shadow::Model;
 
 /// Most bytes below an address to search for the start of its stack frame.
 const STACK_SEARCH: u64 = 64 << 10;
-/// Most bytes of an access to search for the first bad one. The work is that of an exit, and a guest
-/// may claim an access to all its memory.
+/// Most bytes of an access to search for the first bad one. The work is that of an exit, and a
+/// guest may claim an access to all its memory.
 const ACCESS_SEARCH: u64 = 2 << 20;
 /// Most frames in a finding's stack.
 const FRAMES: usize = 32;
