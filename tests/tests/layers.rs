@@ -21,13 +21,14 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("umbra-testkit", &[]),
     ("umbra-tests", &["umbra", "umbra-shadow", "umbra-skip", "umbra-testkit"]),
     ("umbra-benches", &["umbra", "umbra-shadow", "umbra-skip", "umbra-tests"]),
+    ("umbra-fuzz", &["umbra", "umbra-shadow", "umbra-testkit"]),
     ("xtask", &["umbra-skip", "umbra-testkit"]),
 ];
 
 /// Libraries of others that only some crates may use.
 const OUTSIDE: &[(&str, &[&str])] = &[
     ("kvm-ioctls", &["umbra-machine"]),
-    ("kvm-bindings", &["umbra-machine"]),
+    ("kvm-bindings", &["umbra-fuzz", "umbra-machine"]),
     ("clap", &["umbra", "umbra-benches", "xtask"]),
 ];
 

@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 const COLUMNS: usize = 100;
 
 /// Generated files, data, and patches of others' sources.
-const EXEMPT: [&str; 8] = [
+const EXEMPT: [&str; 9] = [
     "Cargo.lock",
     "BENCHMARKS.md",
     "benches/results/",
+    "fuzz/seeds/",
     "guest/linux/patches/",
     "proptest-regressions/",
     ".json",

@@ -6,6 +6,7 @@ mod bench;
 mod c_kernel;
 mod context;
 mod demo;
+mod fuzz;
 mod guest;
 mod hosts;
 mod linux;
@@ -77,6 +78,13 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
         arguments: Vec<String>,
     },
+    /// Fuzz what a hostile guest or file can reach
+    ///
+    /// Builds the fuzzers in `fuzz/` with overflow checks and debug assertions, and runs them one
+    /// after the other. They begin with the seeds in fuzz/seeds and with what earlier runs left in
+    /// target/fuzz/TARGET/corpus. An input that fails is kept in target/fuzz/TARGET/found; the exit
+    /// status is 1 then.
+    Fuzz(fuzz::Arguments),
     /// Run every scenario of the test kernels and write the findings to docs/scenarios.md
     ///
     /// `cargo xtask test` fails if the file differs from the findings.
@@ -139,6 +147,7 @@ fn main() -> ExitCode {
                 }
                 Task::Nested(arguments) => nested::run(&context, &arguments),
                 Task::Bench { arguments } => bench::run(&context, &arguments),
+                Task::Fuzz(arguments) => fuzz::main(&context, &arguments),
                 Task::Scenarios => tests::write_tables(&context),
                 Task::Picture => picture::run(&context),
                 Task::Linux { task: None } => linux::run(&context),

@@ -44,7 +44,7 @@ type Targets = (HashMap<u64, Target>, bool);
 ///
 /// # Errors
 /// The file cannot be read, or the time is over.
-pub(super) fn warnings(kernel: Source, limit: &Limit) -> Result<Vec<&'static str>, LoadError> {
+pub fn warnings(kernel: Source, limit: &Limit) -> Result<Vec<&'static str>, LoadError> {
     let sections = sections(kernel)?;
     let Some((targets, true)) = targets(kernel, &sections, limit)? else { return Ok(Vec::new()) };
     let Some(calls) = calls(kernel, &sections, &targets, limit)? else { return Ok(Vec::new()) };

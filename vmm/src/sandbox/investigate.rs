@@ -20,6 +20,9 @@ use crate::shadow::Model;
 
 /// Most bytes below an address to search for the start of its stack frame.
 const STACK_SEARCH: u64 = 64 << 10;
+/// Most bytes of an access to search for the first bad one. The work is that of an exit, and a
+/// guest may claim an access to all its memory.
+const ACCESS_SEARCH: u64 = 2 << 20;
 /// Most frames in a finding's stack.
 const FRAMES: usize = 32;
 
@@ -163,26 +166,35 @@ impl Investigation<'_, '_> {
     /// The global variable of a bad address. The compiler's description knows its size without the
     /// redzone; the symbol table does not.
     fn variable(&self, va: u64) -> Option<Variable> {
+        let described = self.described(&[va]).map(|(_, variable)| variable);
         let symbols = self.known.guest.symbols();
-        let described = self.known.guest.globals().find(va, &self.space, self.context.ram);
         let mut variable = described.or_else(|| symbols.lookup_data(va))?;
         symbols.declare(&mut variable);
         Some(variable)
     }
 
+    /// The variable that the compiler describes for one of these addresses, and that address.
+    fn described(&self, addresses: &[u64]) -> Option<(u64, Variable)> {
+        self.known.guest.globals().find(addresses, &self.space, self.context.ram)
+    }
+
     /// As [`Investigation::variable`], also by the other addresses of the same memory.
     fn variable_of(&self, bad: &BadAddress) -> Option<Variable> {
-        let mut aliases = self.known.guest.regions().aliases(bad.key?);
-        aliases.find_map(|va| {
-            let variable = self.variable(va)?;
-            // One that only lies before it explains nothing.
-            let offset = va.checked_sub(variable.start)?;
-            if offset >= variable.size {
-                return None;
-            }
-            let start = variable.start.wrapping_add(bad.va.wrapping_sub(va));
-            Some(Variable { start, ..variable })
-        })
+        let aliases: Vec<_> = self.known.guest.regions().aliases(bad.key?).collect();
+        let symbols = self.known.guest.symbols();
+        // One that only lies before it explains nothing.
+        let holds = |(va, variable): &(u64, Variable)| {
+            va.checked_sub(variable.start).is_some_and(|offset| offset < variable.size)
+        };
+        let described = self.described(&aliases).filter(holds);
+        let named = || {
+            let mut all = aliases.iter().filter_map(|va| Some((*va, symbols.lookup_data(*va)?)));
+            all.find(holds)
+        };
+        let (va, mut variable) = described.or_else(named)?;
+        symbols.declare(&mut variable);
+        let start = variable.start.wrapping_add(bad.va.wrapping_sub(va));
+        Some(Variable { start, ..variable })
     }
 
     /// The frame that a bad address on a stack lies in. Its start is that of the nearest left
@@ -281,13 +293,18 @@ impl Investigation<'_, '_> {
 }
 
 /// What is wrong with an access to `size` bytes at `key`, whose region ends `left` bytes behind it.
-/// The memory behind it is another region, or none.
+/// The memory behind it is another region, or none. Poison is only looked for in the first
+/// [`ACCESS_SEARCH`] bytes.
 fn access_violation(model: &Model, key: u64, size: u64, left: u64) -> Option<Violation> {
-    // A negative size is wrong wherever it is.
-    if size <= left || size > i64::MAX as u64 {
+    let poisoned = |bytes: u64| model.check(key, bytes.min(ACCESS_SEARCH)).err();
+    // A negative size is wrong wherever it is, without a search.
+    if size > i64::MAX as u64 {
         return model.check(key, size).err();
+    }
+    if size <= left {
+        return poisoned(size);
     }
     let behind =
         Violation { address: key.saturating_add(left), code: UNKNOWN, cause: Cause::Outside };
-    model.check(key, left).err().or(Some(behind))
+    poisoned(left).or(Some(behind))
 }

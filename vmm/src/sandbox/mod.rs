@@ -9,6 +9,7 @@
 //! | `vcpu_thread.rs`, `vcpus.rs` | the thread of a vCPU; how vCPUs are paused and ended |
 //! | `discovery.rs` | the CPUID leaves by which a guest finds Umbra |
 //! | `dispatch.rs` | handles an exit, of which it sees `context.rs`; `calls.rs` a hypercall |
+//! | `detached.rs` | the same without a machine: a caller makes the exits |
 //! | `investigate.rs` | makes a finding of a bad access; `known.rs` the parts that need no vCPU |
 //! | `location.rs` | names a place in the code |
 //! | `run_shadow.rs`, `guest_pages.rs` | the shadow of a run; reclaim of dead guest pages |
@@ -27,6 +28,7 @@ mod config;
 mod console;
 mod context;
 mod counts;
+mod detached;
 mod discovery;
 mod dispatch;
 mod end_state;
@@ -36,7 +38,7 @@ mod globals;
 mod guest_info;
 mod guest_pages;
 pub mod input;
-mod instrumentation;
+pub mod instrumentation;
 mod investigate;
 mod known;
 mod location;
@@ -62,6 +64,9 @@ pub use umbra_report::{Distinct, Picture, Sample};
 
 pub use builder::Sandbox;
 pub use config::{Config, Console, DebugExit, Irqchip, ShadowMode};
+pub use context::{ExitContext, GuestCpu, OtherVcpus};
+pub use detached::Detached;
+pub use dispatch::Dispatcher;
 pub use file::GuestFile;
 pub use marks::Mark;
 pub use observer::Observer;

@@ -6,6 +6,7 @@
 
 use std::collections::HashSet;
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -69,6 +70,14 @@ impl Access {
             began: Instant::now(),
             deadline: Deadline::default(),
         }
+    }
+
+    /// Access to a file that the process at the other end of `socket` reads.
+    pub(super) fn connected(socket: UnixStream) -> Self {
+        let mut access = Self::new(Box::new(|| Err(io::ErrorKind::NotFound.into())));
+        let nothing = Contents::Memory(Arc::default());
+        access.state = State::Worker(Box::new(Client::connected(socket)), nothing);
+        access
     }
 
     /// Looks for the files of modules in this folder.

@@ -24,6 +24,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::ops::Range;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -93,8 +94,19 @@ impl Symbols {
     /// The symbols of an ELF file that `load` opens or reads at the first lookup. If it fails,
     /// there are no symbols and a note says why.
     pub fn lazy<C: Into<Contents>>(load: impl FnOnce() -> io::Result<C> + Send + 'static) -> Self {
+        Self::with_access(Access::new(Box::new(move || load().map(Into::into))))
+    }
+
+    /// The symbols of a file that another process reads. It answers at the other end of `socket` as
+    /// a [`symbol_worker`](crate::symbol_worker) does, and is not trusted either. If it does not
+    /// answer, the symbols are lost: no other process is started.
+    pub fn answered_over(socket: UnixStream) -> Self {
+        Self::with_access(Access::connected(socket))
+    }
+
+    fn with_access(access: Access) -> Self {
         Self {
-            access: RefCell::new(Access::new(Box::new(move || load().map(Into::into)))),
+            access: RefCell::new(access),
             modules: RefCell::default(),
             cached: RefCell::default(),
             cached_frames: Cell::default(),

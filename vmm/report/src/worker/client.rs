@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use super::starter::{Started, start_worker};
@@ -43,6 +44,12 @@ impl Client {
     /// A client of processes that work on this. None is started yet.
     pub(crate) fn new(setup: Setup, file: Option<File>) -> Self {
         Self { setup, file, process: None }
+    }
+
+    /// A client of a process that is there already, and gets no setup.
+    pub(crate) fn connected(socket: UnixStream) -> Self {
+        let process = Some(Process(Started::connected(socket)));
+        Self { setup: Setup::default(), file: None, process }
     }
 
     /// Asks, and waits for the answer while there is time left.

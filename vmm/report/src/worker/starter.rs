@@ -74,14 +74,23 @@ fn message(what: u8, pid: i32) -> Message {
 /// A worker that was started.
 pub(super) struct Started {
     pub socket: UnixStream,
-    pid: i32,
+    /// None if the program's own starter did not start it.
+    pid: Option<i32>,
+}
+
+impl Started {
+    /// One that others started, and that they end.
+    pub(super) fn connected(socket: UnixStream) -> Self {
+        Self { socket, pid: None }
+    }
 }
 
 impl Drop for Started {
     fn drop(&mut self) {
+        let Some(pid) = self.pid else { return };
         if let Some(starter) = &*starter() {
             // Without the process that started it, it ends when its time is over.
-            let _ = starter.socket.send_with_fds(&[&message(END, self.pid)[..]], &[]);
+            let _ = starter.socket.send_with_fds(&[&message(END, pid)[..]], &[]);
         }
     }
 }
@@ -147,7 +156,7 @@ impl Starter {
             let number = i32::from_le_bytes(number);
             let socket = worker.map(|worker| UnixStream::from(OwnedFd::from(worker)));
             return socket
-                .map(|socket| Started { socket, pid: number })
+                .map(|socket| Started { socket, pid: Some(number) })
                 .ok_or_else(|| Broken::Refused(io::Error::from_raw_os_error(number)));
         }
     }

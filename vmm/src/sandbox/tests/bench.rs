@@ -4,27 +4,19 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 use std::sync::{Arc, Mutex};
 
 use umbra_machine::complete::Cpu;
-use umbra_machine::devices::Devices;
 use umbra_machine::memory::Ram;
 use umbra_machine::vcpu::{Data, VcpuError, VmExit, XsaveArea};
-use umbra_provenance::{Objects, Provenance, Quarantine};
-use umbra_report::symbols::Symbols;
-use umbra_report::{Distinct, Finding};
+use umbra_provenance::objects::DEFAULT_BUDGET;
+use umbra_report::Finding;
 use umbra_shadow::abi::{CallNumber, PORT};
 use vm_memory::GuestAddress;
 
 use super::{CPU, RAM};
-use crate::sandbox::console::ConsoleWatch;
 use crate::sandbox::context::{ExitContext, GuestCpu, OtherVcpus};
 use crate::sandbox::counts::{EventStats, ExitStats};
 use crate::sandbox::dispatch::Dispatcher;
-use crate::sandbox::guest_info::GuestInfo;
-use crate::sandbox::marks::Marks;
-use crate::sandbox::run_shadow::RunShadow;
-use crate::sandbox::session::Session;
-use crate::sandbox::watch::Watch;
-use crate::sandbox::{Observer, Outcome};
-use crate::shadow::{Layout, MemslotError, Memslots, Mode, Notify, Windows, WindowsConfig};
+use crate::sandbox::{Detached, Observer, Outcome};
+use crate::shadow::{Layout, MemslotError, Memslots, Mode, Notify};
 
 /// Registers, and what was done to them.
 #[derive(Default)]
@@ -162,11 +154,11 @@ impl Bench {
         limit: Option<u64>,
         stop_at: Option<usize>,
     ) -> Self {
-        Self::make(mode, notify, limit, stop_at, Quarantine::new(0, 1), false)
+        Self::make(mode, notify, limit, stop_at, 0, false)
     }
 
-    /// A bench with a quarantine, whose guest may be Linux.
-    pub(super) fn with(mode: Mode, notify: Notify, quarantine: Quarantine, linux: bool) -> Self {
+    /// A bench with a quarantine of so many bytes, whose guest may be Linux.
+    pub(super) fn with(mode: Mode, notify: Notify, quarantine: u64, linux: bool) -> Self {
         Self::make(Some(mode), notify, None, None, quarantine, linux)
     }
 
@@ -175,29 +167,29 @@ impl Bench {
         notify: Notify,
         limit: Option<u64>,
         stop_at: Option<usize>,
-        quarantine: Quarantine,
+        quarantine: u64,
         linux: bool,
     ) -> Self {
-        let mut memslots = FakeMemslots::default();
-        let config =
-            |mode| WindowsConfig { ram: std::iter::once(0..RAM).collect(), mode, notify, limit };
-        let windows = mode.map(|mode| Windows::new(&config(mode), &mut memslots).unwrap());
-        let heard = Heard::default();
-        let state = Dispatcher::new(
-            Devices::new(Box::new(std::io::sink()), None),
-            RunShadow::new(windows),
-            Provenance::new(Objects::default(), quarantine),
-            GuestInfo::new(Symbols::lazy(|| Ok(Vec::new()))),
-            Session::new(Box::new(heard.clone()), Distinct::default(), stop_at),
-            Watch::new(ConsoleWatch::new(linux), Marks::default(), None),
-        );
+        let (mut memslots, heard) = (FakeMemslots::default(), Heard::default());
+        let settings = Detached {
+            memory: RAM,
+            mode,
+            notify,
+            shadow_limit: limit,
+            provenance: DEFAULT_BUDGET,
+            quarantine,
+            cpus: 1,
+            linux,
+            stop_at,
+        };
+        let state = Dispatcher::detached(&settings, &mut memslots, Box::new(heard.clone()));
         let mut cpu = FakeCpu::default();
         (cpu.regs.rip, cpu.regs.rsp) = (0x10_0000, 0x20_0000);
         // 64-bit code without paging, which does not exist, but keeps this short.
         (cpu.sregs.efer, cpu.sregs.cs.l) = (1 << 10, 1);
         let layout = Layout::new(RAM).unwrap();
         Self {
-            state,
+            state: state.unwrap(),
             cpu,
             ram: Ram::new(RAM).unwrap(),
             memslots,

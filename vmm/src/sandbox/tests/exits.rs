@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use umbra_machine::devices::COM1;
 use umbra_machine::vcpu::{Data, VmExit};
-use umbra_provenance::Quarantine;
 use umbra_shadow::abi::{self, CallNumber};
 
 use super::bench::*;
@@ -44,8 +43,7 @@ fn prints(bench: &mut Bench, line: &str) -> Result<(), Outcome> {
 
 #[test]
 fn a_linux_console_tells_how_the_run_ends() {
-    let linux =
-        || Bench::with(Mode::PerPage, Notify::Ring, Quarantine::new(0, 1), true).with_region();
+    let linux = || Bench::with(Mode::PerPage, Notify::Ring, 0, true).with_region();
     assert_eq!(ended(prints(&mut linux(), "[    1.0] reboot: Power down\r")).word(), "power-off");
     assert_eq!(ended(prints(&mut linux(), "reboot: System halted")).status(false), 0);
     goes_on(prints(&mut linux(), "reboot: Restarting system"));

@@ -44,6 +44,20 @@ fn the_run_ends_after_enough_different_findings() {
 }
 
 #[test]
+fn a_bad_byte_is_searched_in_a_bounded_part_of_an_access() {
+    let mut bench = Bench::sync();
+    let far = 4 << 20;
+    for (at, size, expected) in
+        [(far - 64, 128, far), (far - (1 << 20), 2 << 20, far), (0x1000, 8 << 20, 0x1000)]
+    {
+        assert_eq!(bench.call(CallNumber::Poison, [far, 8, 0xfc, 0]), 0);
+        assert_eq!(bench.call(CallNumber::Report, [at, size, 0, at]), 0);
+        let heard = bench.heard.0.lock().unwrap();
+        assert_eq!(heard.last().map(|finding| finding.shadow.first_bad), Some(expected));
+    }
+}
+
+#[test]
 fn rings_are_drained_before_a_report() {
     let mut bench = Bench::ring();
     assert_eq!(bench.call(CallNumber::RingSetup, [0x8000, 64 * 5, 0, 0]), 0);

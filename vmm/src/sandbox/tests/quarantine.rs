@@ -1,6 +1,5 @@
 //! Freed memory that waits, and the calls that fetch it.
 
-use umbra_provenance::Quarantine;
 use umbra_shadow::abi::{self, CallNumber, Owner, Slot};
 use umbra_shadow::codes::SLAB_FREE;
 use vm_memory::GuestAddress;
@@ -11,7 +10,7 @@ use crate::shadow::{Mode, Notify};
 
 #[test]
 fn what_waits_is_fetched_when_it_is_due() {
-    let quarantine = Quarantine::new(64 << 10, 1);
+    let quarantine = 64 << 10;
     let mut bench = Bench::with(Mode::PerPage, Notify::Sync, quarantine, false).with_region();
     let owner = Owner { allocator: 1, note: 9 };
     let wait = u64::from(owner.to_bits());
