@@ -241,8 +241,8 @@ impl<'a> Reader<'a> {
         (Record::stamp(bytes), bytes[0] != RecordKind::Freed.into())
     }
 
-    /// Whether the next record is taken in a drain up to a stamp. A ring that is emptied is taken as
-    /// a whole.
+    /// Whether the next record is taken in a drain up to a stamp. A ring that is emptied is taken
+    /// as a whole.
     fn is_up_to(&self, latest: u64) -> bool {
         self.emptied || Record::stamp(self.bytes()) <= latest
     }

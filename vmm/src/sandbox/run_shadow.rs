@@ -101,8 +101,8 @@ impl RunShadow {
         self.guest_pages.allow(if has_pages { flags } else { GuestFlags::default() });
     }
 
-    /// Reclaims the host memory of byte shadow that no page uses. In `sync` mode, where only the VMM
-    /// changes shadow: the vCPUs may run.
+    /// Reclaims the host memory of byte shadow that no page uses. In `sync` mode, where only the
+    /// VMM changes shadow: the vCPUs may run.
     pub(super) fn reclaim_byte_shadow(&mut self) -> Result<(), Outcome> {
         if let Some(windows) = &mut self.windows {
             reclaim_unused(windows)?;
