@@ -37,6 +37,11 @@ pub struct Effort {
     pub runs: u64,
 }
 
+impl Effort {
+    /// The default.
+    pub const MINUTE: Self = Self { time: Duration::from_secs(60), runs: 0 };
+}
+
 /// Arguments of `cargo xtask fuzz`.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {

@@ -58,7 +58,7 @@ enum Task {
         /// Only the tests whose names contain this, without the other checks. Only in the nested
         /// host if it begins with `svm::`
         name: Option<String>,
-        /// Also run tests that take very long, and all tests on both hosts
+        /// Also run tests that take very long, all tests on both hosts, and fuzz for some minutes
         #[arg(long)]
         all: bool,
     },

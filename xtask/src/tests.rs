@@ -8,6 +8,7 @@ use crate::context::Context;
 use crate::hosts::{self, Count, Selection};
 use crate::process::Command;
 use crate::summary::Summary;
+use crate::fuzz::{self, Effort};
 use crate::{c_kernel, guest, linux, programs, setup};
 
 /// Runs the tests, and the other checks unless only some tests are selected. Prints the counts of
@@ -72,6 +73,9 @@ fn run_all(context: &Context, selection: &Selection, checks: &mut Summary) -> Re
         doc.args(["doc", "--workspace", "--no-deps", "--release"])
             .env("RUSTDOCFLAGS", "-Dwarnings");
         check(context, checks, &mut doc)?;
+    }
+    if selection.all && selection.name.is_none() {
+        fuzz::run(context, &[], Effort::MINUTE, checks)?;
     }
     setup::browser(context)?;
     let qemu = [("qemu-system-x86_64", "qemu-system-x86")];
