@@ -5,10 +5,10 @@ use std::process::ExitCode;
 use anyhow::Result;
 
 use crate::context::Context;
+use crate::fuzz::{self, Effort};
 use crate::hosts::{self, Count, Selection};
 use crate::process::Command;
 use crate::summary::Summary;
-use crate::fuzz::{self, Effort};
 use crate::{c_kernel, guest, linux, programs, setup};
 
 /// Runs the tests, and the other checks unless only some tests are selected. Prints the counts of
