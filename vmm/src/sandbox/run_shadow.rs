@@ -16,38 +16,38 @@ use crate::shadow::{FaultOutcome, Mode, Model, Notify, ShadowError, Windows, rec
 pub(super) struct RunShadow {
     windows: Option<Windows>,
     guest_pages: GuestPageReclaim,
-    byte_pause: Pause,
+    byte_looks: Backoff,
 }
 
 /// Drains between two looks for byte shadow to reclaim: one, or twice as many as before if the last
 /// look found nothing.
 #[derive(Default)]
-struct Pause {
-    len: u32,
+struct Backoff {
+    drains: u32,
     left: u32,
 }
 
-impl Pause {
-    /// The longest.
+impl Backoff {
+    /// The most.
     const MAX: u32 = 32;
 
     /// Whether it is time for a look.
-    fn is_over(&mut self) -> bool {
+    fn is_due(&mut self) -> bool {
         self.left = self.left.saturating_sub(1);
         self.left == 0
     }
 
     /// A look has found something, or nothing.
-    fn begin(&mut self, found: bool) {
-        self.len = if found { 1 } else { (2 * self.len).clamp(1, Self::MAX) };
-        self.left = self.len;
+    fn looked(&mut self, found: bool) {
+        self.drains = if found { 1 } else { (2 * self.drains).clamp(1, Self::MAX) };
+        self.left = self.drains;
     }
 }
 
 impl RunShadow {
     /// The shadow behind `windows`.
     pub(super) fn new(windows: Option<Windows>) -> Self {
-        Self { windows, guest_pages: GuestPageReclaim::default(), byte_pause: Pause::default() }
+        Self { windows, guest_pages: GuestPageReclaim::default(), byte_looks: Backoff::default() }
     }
 
     /// The windows.
@@ -112,12 +112,12 @@ impl RunShadow {
 
     /// The same after a drain of rings, if it is time for that: the other vCPUs must stand still.
     pub(super) fn reclaim_after_drain(&mut self, context: &mut ExitContext) -> Result<(), Outcome> {
-        let Some(windows) = self.windows.as_mut().filter(|_| self.byte_pause.is_over()) else {
+        let Some(windows) = self.windows.as_mut().filter(|_| self.byte_looks.is_due()) else {
             return Ok(());
         };
         context.others.pause()?;
         let bytes = reclaim_unused(windows)?;
-        self.byte_pause.begin(bytes > 0);
+        self.byte_looks.looked(bytes > 0);
         Ok(())
     }
 
