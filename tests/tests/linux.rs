@@ -183,7 +183,7 @@ fn bzimage_128m_unpacks_itself() {
 fn a_guest_that_never_ends_meets_the_time_limit() {
     let umbra = Umbra::new(PROGRAM, "run").arg(kernel("small/vmlinux"));
     let run = umbra
-        .args("--shadow off --memory 64M --timeout 15s --initrd")
+        .args("--shadow off --memory 64M --timeout 10s --initrd")
         .file(&initrd(&SPIN))
         .collect()
         .run();
