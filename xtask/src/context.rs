@@ -25,6 +25,15 @@ impl Context {
         Ok(Self { root, cargo, progress: Progress::new(verbose) })
     }
 
+    /// The same, for what is done at the same time.
+    pub fn beside(&self) -> Self {
+        Self {
+            root: self.root.clone(),
+            cargo: self.cargo.clone(),
+            progress: self.progress.beside(),
+        }
+    }
+
     /// A command for another program, in the workspace's folder.
     pub fn program(&self, path: &Path) -> Command {
         Command::new(path, &self.root)
