@@ -1,12 +1,13 @@
 //! A guest that does not exist: its memory, its CPU, and the steps that it takes.
 
 use std::fmt::Write as _;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use arbitrary::{Arbitrary, Result, Unstructured};
 use umbra::machine::memory::Ram;
 use umbra::machine::vcpu::{Data, VmExit};
 use umbra::report::Finding;
+use umbra::report::symbols::Symbols;
 use umbra::sandbox::{Detached, Dispatcher, ExitContext, Observer, OtherVcpus, Outcome};
 use umbra::shadow::{CHUNK_BYTES, Layout, Mode, Notify};
 use umbra_shadow::abi::{CallNumber, PORT, RECORD_BYTES};
@@ -17,10 +18,23 @@ use crate::memslots::Windows;
 use crate::symbols::check;
 use crate::{request, show};
 
-/// Guest memory.
-pub const RAM: u64 = 4 << 20;
+/// Bytes of guest memory: 4 MiB, or the MiB that `UMBRA_FUZZ_MIB` says.
+static RAM: LazyLock<u64> = LazyLock::new(|| {
+    let wished = std::env::var("UMBRA_FUZZ_MIB").ok().and_then(|mib| mib.parse::<u64>().ok());
+    wished.unwrap_or(4).clamp(4, 1 << 16) << 20
+});
 /// The start of a region that is all of RAM.
 const DIRECT_MAP: u64 = 0xffff_8000_0000_0000;
+/// Code of the guest's file.
+const TEXT: u64 = 0x10_0000;
+/// That file, if it has one: as compilers made it, or a hostile one.
+const FILES: [&[u8]; 5] = [
+    include_bytes!("../seeds/symbols/dwarf5.elf"),
+    include_bytes!("../seeds/symbols/dwarf4.elf"),
+    include_bytes!("../seeds/symbols/compressed.elf"),
+    include_bytes!("../seeds/symbols/overlapping.elf"),
+    include_bytes!("../seeds/symbols/bomb.elf"),
+];
 /// Virtual memory of the guest.
 const VMALLOC: u64 = 0xffff_c900_0000_0000;
 /// Where rings are, one after the other, as physical addresses.
@@ -50,10 +64,11 @@ impl Number {
         match self {
             Self::Any(value) => value,
             Self::Small(value) => value.into(),
+            Self::Edge(0xf0.., more) => TEXT.wrapping_add_signed(more.into()),
             Self::Edge(which, more) => {
                 let edges = [
                     0,
-                    RAM,
+                    *RAM,
                     layout.page.gpa,
                     layout.page.end(),
                     layout.byte.gpa,
@@ -63,7 +78,7 @@ impl Number {
                     1 << 47,
                     1 << 63,
                     DIRECT_MAP,
-                    DIRECT_MAP + RAM,
+                    DIRECT_MAP + *RAM,
                     VMALLOC,
                     u64::MAX,
                     RINGS,
@@ -71,8 +86,8 @@ impl Number {
                 ];
                 edges[usize::from(which) % edges.len()].wrapping_add_signed(more.into())
             }
-            Self::Ram(at) => u64::from(at) % (RAM + 64),
-            Self::Direct(at) => DIRECT_MAP + u64::from(at) % (RAM + 64),
+            Self::Ram(at) => u64::from(at) % (*RAM + 64),
+            Self::Direct(at) => DIRECT_MAP + u64::from(at) % (*RAM + 64),
             Self::Virtual(at) => VMALLOC + u64::from(at),
             Self::Shadow(at) => {
                 // Mostly of RAM and the first virtual memory.
@@ -138,6 +153,7 @@ pub enum Step {
 struct Setup {
     mode: u8,
     sync: bool,
+    /// Which limit of shadow, and which file with symbols.
     limit: u8,
     quarantine: bool,
     linux: bool,
@@ -193,7 +209,7 @@ impl World {
         };
         let limit = [None, None, Some(0), Some(2 * CHUNK_BYTES)][usize::from(setup.limit) % 4];
         let settings = Detached {
-            memory: RAM,
+            memory: *RAM,
             mode,
             notify: if setup.sync { Notify::Sync } else { Notify::Ring },
             shadow_limit: limit.filter(|_| mode == Some(Mode::PerPage)),
@@ -204,13 +220,16 @@ impl World {
             stop_at: (setup.stop_at > 200).then_some(1),
         };
         show(&settings);
-        let layout = Layout::new(RAM).expect("a size that is allowed");
+        let layout = Layout::new(*RAM).expect("a size that is allowed");
         let (mut memslots, found) = (Windows::new(layout), Found::default());
-        let dispatcher = Dispatcher::detached(&settings, &mut memslots, Box::new(found.clone()));
+        let file = FILES.get(usize::from(setup.limit / 4 % 16)).copied().unwrap_or_default();
+        let symbols = Symbols::from_elf(file.to_vec());
+        let observer = Box::new(found.clone());
+        let dispatcher = Dispatcher::detached(&settings, symbols, &mut memslots, observer);
         let mut world = Self {
             dispatcher: dispatcher.expect("there is host memory for its shadow"),
             cpu: Cpu::default(),
-            ram: Ram::new(RAM).expect("there is host memory"),
+            ram: Ram::new(*RAM).expect("there is host memory"),
             memslots,
             layout,
             found,
@@ -222,7 +241,7 @@ impl World {
         };
         if setup.regions {
             for start in [0, DIRECT_MAP] {
-                let _ = world.call(CallNumber::RegionAdd as u32, [start, RAM, 0, 0]);
+                let _ = world.call(CallNumber::RegionAdd as u32, [start, *RAM, 0, 0]);
             }
         }
         Ok(world)

@@ -65,6 +65,11 @@ pub(crate) fn request<T>(work: impl FnOnce() -> T) -> T {
     result
 }
 
+/// Requests of all inputs so far.
+pub fn requests() -> u64 {
+    REQUESTS.load(Relaxed)
+}
+
 /// The CPU time of the most expensive request while a target takes an input, in nanoseconds.
 pub fn slowest(target: fn(&[u8]), data: &[u8]) -> u64 {
     MEASURED.store(true, Relaxed);

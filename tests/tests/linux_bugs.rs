@@ -67,7 +67,8 @@ fn track_goes_through(finding: &Value, track: &str, function: &str) -> bool {
 fn bugs_have_the_right_verdicts() {
     let run = run(
         KERNEL,
-        "destroyed_cache,freed_member,freed_pages,init_data,other_owner,pending_work",
+        "destroyed_cache,freed_member,freed_pages,init_data,other_owner,pending_work,ended_task,\
+         used_stacks",
         "",
     );
     run.expect(1);
@@ -95,9 +96,18 @@ fn bugs_have_the_right_verdicts() {
     assert_eq!(other["allocated"]["task"]["name"], "umbra_owner", "{other:#}");
     assert_eq!(other["task"]["name"], "other_owner", "{other:#}");
 
+    let task = one(&run, "ended_task", "slab-use-after-free");
+    assert_eq!(task["object"]["cache"], "task_struct", "{task:#}");
+    assert!(track_goes_through(task, "allocated", "copy_process"), "{task:#}");
+    assert!(track_goes_through(task, "freed", "rcu_core"), "{task:#}");
+
     // Many accesses of timer and workqueue code are one bug.
     let pending = one(&run, "pending_work", "slab-use-after-free");
     assert!(track_goes_through(pending, "freed", "pending_work"), "{pending:#}");
+
+    // Stacks that are used again are no bug, and nothing else is found.
+    of(&run, "used_stacks");
+    assert_eq!(run.findings.len(), 7, "{:#?}", run.findings);
 }
 
 fn a_fault_of_the_kernel_is_an_outcome() {

@@ -505,7 +505,6 @@ fn restore_terminal_at_signals() {
 pub fn main() -> ExitCode {
     crate::symbol_worker();
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
-        .format_timestamp(None)
         .format_target(false)
         .init();
     // clap itself exits with 2 on a bad command line and 0 for help.

@@ -21,4 +21,13 @@ mod watchdog;
 pub use umbra_machine as machine;
 pub use umbra_provenance as provenance;
 pub use umbra_report as report;
-pub use umbra_report::symbol_worker;
+
+/// To be called first in a program's `main`, before it opens files or starts threads.
+///
+/// In the process that this program was executed as to read symbols, it does that, confined
+/// ([`jail::leave_only_reading`]), and does not return. Otherwise it forks a process that starts
+/// such ones, and returns at once: from then on, symbols and sources are read in them, if that
+/// process could be made.
+pub fn symbol_worker() {
+    report::symbol_worker(jail::leave_only_reading);
+}

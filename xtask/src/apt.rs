@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -171,21 +172,25 @@ fn last_line(output: &str) -> &str {
 pub struct Apt {
     /// Set for a user who is not root.
     sudo: Option<PathBuf>,
+    /// apt-get fails where another one runs. One thread at a time has the right.
+    _alone: MutexGuard<'static, ()>,
 }
 
 impl Apt {
-    /// If this user has it. Asks for no password.
+    /// If this user has it; waits while another thread makes use of it. Asks for no password.
     pub fn find(context: &Context) -> Option<Self> {
+        static ALONE: Mutex<()> = Mutex::new(());
         which("apt-get")?;
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: geteuid has no preconditions.
         if unsafe { libc::geteuid() } == 0 {
-            return Some(Self { sudo: None });
+            return Some(Self { sudo: None, _alone: alone });
         }
         let sudo = which("sudo")?;
         // `-n`: there may be nobody to ask for a password.
         let may =
             Command::new(&sudo, &context.root).args(["-n", "true"]).stream(|_| {}).ok()?.success;
-        may.then_some(Self { sudo: Some(sudo) })
+        may.then_some(Self { sudo: Some(sudo), _alone: alone })
     }
 
     /// A command that may change the system.

@@ -46,7 +46,7 @@ pub struct Count {
 }
 
 /// A test program that cargo built.
-pub struct Binary {
+struct Binary {
     name: String,
     package: PathBuf,
     executable: PathBuf,
@@ -54,11 +54,11 @@ pub struct Binary {
     is_libtest: bool,
 }
 
-/// Runs the tests, which are built, on both hosts. Of a name that begins with the nested host's
-/// prefix, only there.
-pub fn run(context: &Context, selection: &Selection, binaries: &[Binary]) -> Result<Vec<Count>> {
+/// Runs the tests on both hosts. Of a name that begins with the nested host's prefix, only there.
+pub fn run(context: &Context, selection: &Selection) -> Result<Vec<Count>> {
     let named = selection.name.as_deref();
     let only_nested = named.and_then(|name| name.strip_prefix(PREFIX));
+    let binaries = build(context)?;
     let has_kvm = match demo::kvm_problem() {
         None => true,
         Some(problem) => {
@@ -77,7 +77,7 @@ pub fn run(context: &Context, selection: &Selection, binaries: &[Binary]) -> Res
     Ok(std::thread::scope(|scope| {
         let nested = host.ok().map(|host| {
             let role = if has_kvm { Role::Nested } else { Role::NestedAlone };
-            let script = script(binaries, filter, role, selection.all);
+            let script = script(&binaries, filter, role, selection.all);
             scope.spawn(move || in_nested_host(context, &host, script))
         });
         let with_nested = nested.is_some();
@@ -103,7 +103,7 @@ pub fn run(context: &Context, selection: &Selection, binaries: &[Binary]) -> Res
 }
 
 /// Builds all tests and returns their programs.
-pub fn build(context: &Context) -> Result<Vec<Binary>> {
+fn build(context: &Context) -> Result<Vec<Binary>> {
     context.progress.step("building the tests");
     let mut command = context.cargo();
     command.args(["test", "--workspace", "--release", "--no-run"]);

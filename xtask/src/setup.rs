@@ -79,6 +79,7 @@ fn compiler(context: &Context) -> Result<()> {
     context.progress.step("updating the list of packages");
     // An old list may be good enough.
     apt.command("apt-get", &context.root).args(["update", "-qq"]).run(&context.progress)?;
+    drop(apt);
     for (compiler, sources) in PACKAGES {
         let policy = Command::new("apt-cache", &context.root)
             .args(["policy", compiler, sources])

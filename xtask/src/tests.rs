@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::context::Context;
 use crate::fuzz::{self, Effort};
-use crate::hosts::{self, Binary, Count, Selection};
+use crate::hosts::{self, Count, Selection};
 use crate::process::Command;
 use crate::summary::Summary;
 use crate::{c_kernel, guest, linux, programs, setup};
@@ -60,38 +60,7 @@ pub fn write_tables(context: &Context) -> Result<ExitCode> {
 }
 
 fn run_all(context: &Context, selection: &Selection, checks: &mut Summary) -> Result<Vec<Count>> {
-    guest::build(context)?;
-    c_kernel::build(context)?;
-    programs::build(context)?;
-    let tests = std::thread::scope(|scope| {
-        // Linux and the tests take minutes each, and both wait for a single processor at times.
-        let linux = scope.spawn(|| {
-            let beside = context.beside();
-            let made = linux::build(&beside, selection.all);
-            beside.progress.finish();
-            made
-        });
-        let tests = check_and_build(context, selection, checks);
-        context.progress.step("waiting for the kernels");
-        let made = linux.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        checks.notices = made.notices;
-        tests
-    })?;
-    if selection.all && selection.name.is_none() {
-        fuzz::run(context, &[], Effort::MINUTE, checks)?;
-    }
-    setup::browser(context)?;
-    let qemu = [("qemu-system-x86_64", "qemu-system-x86")];
-    setup::packages(context, &qemu, "it is the nested host, and boots kernels without Umbra")?;
-    hosts::run(context, selection, &tests)
-}
-
-/// All checks but the tests, unless only some tests are selected. Then builds the tests.
-fn check_and_build(
-    context: &Context,
-    selection: &Selection,
-    checks: &mut Summary,
-) -> Result<Vec<Binary>> {
+    checks.notices = build_guests(context, selection.all)?;
     if selection.name.is_none() {
         format(context, checks)?;
         lints(context, checks)?;
@@ -102,7 +71,32 @@ fn check_and_build(
             .env("RUSTDOCFLAGS", "-Dwarnings");
         check(context, checks, &mut doc)?;
     }
-    hosts::build(context)
+    if selection.all && selection.name.is_none() {
+        fuzz::run(context, &[], Effort::MINUTE, checks)?;
+    }
+    setup::browser(context)?;
+    let qemu = [("qemu-system-x86_64", "qemu-system-x86")];
+    setup::packages(context, &qemu, "it is the nested host, and boots kernels without Umbra")?;
+    hosts::run(context, selection)
+}
+
+/// Builds the guests of the tests. Returns notices about Linux.
+fn build_guests(context: &Context, all: bool) -> Result<Vec<String>> {
+    std::thread::scope(|scope| {
+        // Our own use a single processor most of the time. So does Linux at first, while its
+        // sources are fetched and unpacked.
+        let ours = scope.spawn(|| {
+            let beside = context.beside();
+            let built = guest::build(&beside)
+                .and_then(|()| c_kernel::build(&beside))
+                .and_then(|_| programs::build(&beside));
+            beside.progress.finish();
+            built
+        });
+        let notices = linux::build(context, all).notices;
+        ours.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        Ok(notices)
+    })
 }
 
 fn format(context: &Context, summary: &mut Summary) -> Result<()> {

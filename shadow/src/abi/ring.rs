@@ -245,6 +245,7 @@ pub enum RecordBody {
 
 impl RecordBody {
     /// The stack of an event; a name has none.
+    #[inline]
     pub fn stack(&self) -> Option<&RecordStack> {
         match self {
             Self::Allocated { stack, .. }
@@ -264,10 +265,20 @@ pub struct RecordStack {
 }
 
 impl RecordStack {
-    /// The return addresses, for a ring with this text base; 0 where the address is not known.
-    pub fn addresses(&self, text_base: u64) -> impl Iterator<Item = u64> {
-        let frames = self.frames.into_iter().take(self.depth.into());
-        frames.map(move |frame| if frame == 0 { 0 } else { text_base.wrapping_add(frame.into()) })
+    /// How many return addresses there are.
+    pub fn depth(&self) -> usize {
+        self.depth.into()
+    }
+
+    /// The return addresses, for a ring with this text base, and zeros behind them; 0, too, where
+    /// an address is not known.
+    #[inline]
+    pub fn addresses(&self, text_base: u64) -> [u64; RECORD_FRAMES] {
+        let mut addresses = [0; RECORD_FRAMES];
+        for (to, frame) in addresses.iter_mut().zip(self.frames).take(self.depth.into()) {
+            *to = if frame == 0 { 0 } else { text_base.wrapping_add(frame.into()) };
+        }
+        addresses
     }
 }
 
@@ -310,6 +321,7 @@ impl Record {
     ///
     /// # Errors
     /// The record makes no sense.
+    #[inline]
     pub fn decode(bytes: &[u8; RECORD_BYTES as usize]) -> Result<Self, BadRecord> {
         let kind = RecordKind::try_from(bytes[0]).map_err(BadRecord::Kind)?;
         let (count, low) = (bytes[1], u16::from_le_bytes([bytes[2], bytes[3]]));
@@ -345,6 +357,7 @@ impl Record {
     }
 
     /// The stamp of a record, of any kind.
+    #[inline]
     pub fn stamp(bytes: &[u8; RECORD_BYTES as usize]) -> u64 {
         u64::from(word(bytes, 20)) | u64::from(word(bytes, 24)) << 32
     }
@@ -399,12 +412,13 @@ mod tests {
             RecordBody::Cache { .. } | RecordBody::Task { .. } => panic!("not what was written"),
         };
         assert_eq!(address, 0xffff_8000_0012_3450);
-        let expected = (0..depth.min(RECORD_FRAMES as u64)).map(|i| match i {
-            0 => 0,
+        let expected = core::array::from_fn(|i| match i as u64 {
+            i if i == 0 || i >= depth => 0,
             i => 0xffff_ffff_8000_0000 + 16 * i,
         });
         let stack = record.body.stack().expect("an event");
-        assert!(stack.addresses(0xffff_ffff_8000_0000).eq(expected));
+        assert_eq!(stack.depth() as u64, depth.min(RECORD_FRAMES as u64));
+        assert_eq!(stack.addresses(0xffff_ffff_8000_0000), expected);
         record.body
     }
 

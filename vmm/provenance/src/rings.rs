@@ -129,13 +129,10 @@ pub struct RingRecord {
 impl RingRecord {
     fn new(bytes: &RawBytes, ring: &Ring, cpu: u16, clock: &Clock) -> Self {
         let record = Record::decode(bytes);
-        let (mut frames, mut depth) = ([0; RECORD_FRAMES], 0);
-        if let Some(stack) = record.as_ref().ok().and_then(|record| record.body.stack()) {
-            for (to, address) in frames.iter_mut().zip(stack.addresses(ring.text_base)) {
-                *to = address;
-                depth += 1;
-            }
-        }
+        let stack = record.as_ref().ok().and_then(|record| record.body.stack());
+        let (frames, depth) = stack.map_or(([0; RECORD_FRAMES], 0), |stack| {
+            (stack.addresses(ring.text_base), stack.depth())
+        });
         let at = Moment { cpu, micros: clock.micros(Record::stamp(bytes)) };
         Self { at, record, frames, depth }
     }

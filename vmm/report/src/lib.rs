@@ -40,4 +40,4 @@ pub use identity::{FUNCTIONS, Fingerprint, Identity};
 pub use printable::{printable, printable_keeping};
 pub use run::{PageCounts, PageMap, Picture, RunSummary, Sample, ShadowSummary};
 pub use source::{ROOTS_MAX, SourceRoots};
-pub use worker::symbol_worker;
+pub use worker::{Confine, symbol_worker};

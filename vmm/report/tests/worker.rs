@@ -183,6 +183,29 @@ fn it_has_no_descriptors_and_little_of_everything() {
     assert_ne!(Ok(group), getpgid(None), "Ctrl-C is not for it");
 }
 
+/// A process whose time is over ends, and the next question starts another. That time is minutes;
+/// for this test it is made shorter from outside.
+fn one_whose_time_is_over_is_followed_by_another() {
+    let kernel = kernel();
+    assert_eq!(kernel.at(kernel.store), named("store", 3));
+    let first = worker();
+    let second = libc::rlimit { rlim_cur: 1, rlim_max: 1 };
+    let pid = first.as_raw_nonzero().get();
+    // SAFETY: reads a structure, and writes none.
+    let set = unsafe { libc::prlimit(pid, libc::RLIMIT_CPU, &second, std::ptr::null_mut()) };
+    assert_eq!(set, 0);
+    // The one or the other question is not answered.
+    let mut address = kernel.store;
+    while workers().contains(&first) {
+        address += 1;
+        kernel.at(address);
+    }
+    let notes = kernel.symbols.notes();
+    assert!(notes[0].contains("the process that reads the kernel's file died"), "{notes:?}");
+    assert_eq!(kernel.at(kernel.other), named("other", 4), "another one was started");
+    assert_ne!(worker(), first);
+}
+
 fn its_death_costs_lines_at_most() {
     let kernel = kernel();
     assert_eq!(kernel.at(kernel.store), named("store", 3));
@@ -413,13 +436,18 @@ fn a_page_does_not_wait_for_ever() {
 }
 
 fn main() -> ExitCode {
-    umbra_report::symbol_worker();
+    // What a host may take from it is tried with the program `umbra`.
+    umbra_report::symbol_worker(|_| ());
     type Test = (&'static str, fn());
-    let tests: [Test; 12] = [
+    let tests: [Test; 13] = [
         ("names_and_lines_come_from_another_process", names_and_lines_come_from_another_process),
         (
             "it_has_no_descriptors_and_little_of_everything",
             it_has_no_descriptors_and_little_of_everything,
+        ),
+        (
+            "one_whose_time_is_over_is_followed_by_another",
+            one_whose_time_is_over_is_followed_by_another,
         ),
         ("its_death_costs_lines_at_most", its_death_costs_lines_at_most),
         ("one_that_does_not_answer_is_ended_in_time", one_that_does_not_answer_is_ended_in_time),

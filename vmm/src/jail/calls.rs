@@ -69,6 +69,15 @@ const WORKERS: &[i64] = &[
     // A kernel that is in memory gets a file.
     libc::SYS_memfd_create,
 ];
+/// What the process that reads symbols and sources does besides: it answers on its socket, within a
+/// time, and opens files below a folder only.
+const READER: &[i64] = &[
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    libc::SYS_setsockopt,
+    libc::SYS_alarm,
+    libc::SYS_openat2,
+];
 /// Putting a report that is complete in its place, and taking away one that is not.
 const REPORTS: &[i64] = &[
     libc::SYS_rename,
@@ -116,20 +125,54 @@ pub(super) fn host_has_seccomp() -> bool {
 /// The filter of a kind of thread. With `again`, that of the main thread has the calls that set up
 /// a further guest.
 pub(super) fn program(kind: ThreadKind, again: bool) -> Result<BpfProgram, JailError> {
-    let fail = |error: BackendError| JailError::Host {
+    compile(rules(kind, again && kind == ThreadKind::Main))
+}
+
+/// The filter of the process that reads symbols and sources.
+pub(super) fn reader() -> Result<BpfProgram, JailError> {
+    let rules = || {
+        let mut rules = common()?;
+        rules.extend([READING, READER].concat().into_iter().map(|call| (call, Vec::new())));
+        rules.insert(libc::SYS_openat, read_only()?);
+        rules.insert(libc::SYS_mmap, no_code()?);
+        Ok(rules)
+    };
+    compile(rules())
+}
+
+fn compile(rules: Result<Rules, BackendError>) -> Result<BpfProgram, JailError> {
+    let filter = |rules| {
+        SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, TargetArch::x86_64)
+    };
+    rules.and_then(filter).and_then(BpfProgram::try_from).map_err(|error| JailError::Host {
         what: "make a filter of system calls",
         source: io::Error::other(error),
-    };
-    let rules = rules(kind, again && kind == ThreadKind::Main).map_err(fail)?;
-    SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, TargetArch::x86_64)
-        .and_then(BpfProgram::try_from)
-        .map_err(fail)
+    })
+}
+
+/// What every thread may do.
+fn common() -> Result<Rules, BackendError> {
+    let mut rules: Rules = ALWAYS.iter().map(|call| (*call, Vec::new())).collect();
+    rules.insert(libc::SYS_mprotect, no_code()?);
+    let own = u64::from(std::process::id());
+    rules.insert(libc::SYS_tgkill, vec![one(0, Op::Eq, own)?]);
+    rules.insert(libc::SYS_fcntl, any(1, FCNTL.map(|flag| flag as u64))?);
+    Ok(rules)
+}
+
+/// No code is made any more.
+fn no_code() -> Result<Vec<SeccompRule>, BackendError> {
+    Ok(vec![masked(2, libc::PROT_EXEC as u64, 0)?])
+}
+
+/// Files are opened for reading.
+fn read_only() -> Result<Vec<SeccompRule>, BackendError> {
+    Ok(vec![masked(2, WRITES as u64, libc::O_RDONLY as u64)?])
 }
 
 fn rules(kind: ThreadKind, again: bool) -> Result<Rules, BackendError> {
-    let mut rules = Rules::new();
+    let mut rules = common()?;
     let mut all = |calls: &[i64]| rules.extend(calls.iter().map(|call| (*call, Vec::new())));
-    all(ALWAYS);
     match kind {
         ThreadKind::Vcpu => {
             all(READING);
@@ -145,17 +188,11 @@ fn rules(kind: ThreadKind, again: bool) -> Result<Rules, BackendError> {
     if again {
         all(AGAIN);
     } else if kind != ThreadKind::Console {
-        rules.insert(libc::SYS_openat, vec![masked(2, WRITES as u64, libc::O_RDONLY as u64)?]);
+        rules.insert(libc::SYS_openat, read_only()?);
     }
-    // No code is made any more.
-    let no_code = || masked(2, libc::PROT_EXEC as u64, 0).map(|rule| vec![rule]);
     if !again {
         rules.insert(libc::SYS_mmap, no_code()?);
     }
-    rules.insert(libc::SYS_mprotect, no_code()?);
-    let own = u64::from(std::process::id());
-    rules.insert(libc::SYS_tgkill, vec![one(0, Op::Eq, own)?]);
-    rules.insert(libc::SYS_fcntl, any(1, FCNTL.map(|flag| flag as u64))?);
     rules.insert(libc::SYS_ioctl, ioctl_rules(kind, again)?);
     Ok(rules)
 }

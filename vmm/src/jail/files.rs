@@ -7,16 +7,18 @@ use landlock::{
     RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
 };
 
-use super::{JailError, Profile};
+use super::JailError;
 
 /// The newest rights that are asked for. An older kernel gives those that it knows.
 const RIGHTS: ABI = ABI::V6;
-/// KVM's device. The machine opens it inside of the jail.
-const KVM: &str = "/dev/kvm";
 
-/// Restricts this thread, and those that it starts, to the files of `profile`. Returns what the
-/// host lacks.
-pub(super) fn restrict(profile: &Profile) -> Result<Option<String>, JailError> {
+/// Restricts this thread, and those that it starts, to files below `read`, files to be made below
+/// `write`, and those of `devices` that are there. Returns what the host lacks.
+pub(super) fn restrict<'a>(
+    read: impl IntoIterator<Item = &'a Path>,
+    write: impl IntoIterator<Item = &'a Path>,
+    devices: impl IntoIterator<Item = &'a Path>,
+) -> Result<Option<String>, JailError> {
     let host = |error: RulesetError| JailError::Host {
         what: "make a Landlock domain",
         source: std::io::Error::other(error),
@@ -29,15 +31,15 @@ pub(super) fn restrict(profile: &Profile) -> Result<Option<String>, JailError> {
         .and_then(|rules| rules.scope(Scope::from_all(RIGHTS)))
         .and_then(Ruleset::create)
         .map_err(host)?;
-    for path in &profile.read {
+    for path in read {
         domain = allow(domain, path, reading)?;
     }
-    for path in &profile.write {
+    for path in write {
         domain = allow(domain, path, folder)?;
     }
-    if Path::new(KVM).exists() {
-        let device = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
-        domain = allow(domain, Path::new(KVM), device)?;
+    let device = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
+    for path in devices.into_iter().filter(|path| path.exists()) {
+        domain = allow(domain, path, device)?;
     }
     let status = domain.restrict_self().map_err(host)?;
     Ok(match (status.ruleset, status.landlock) {

@@ -18,6 +18,9 @@
 //! | `trap.rs` | reports a call that was stopped |
 //! | `limits.rs` | privileges and resource limits |
 //!
+//! The process that reads symbols and sources runs no guest. It has a jail of its own,
+//! [`leave_only_reading`].
+//!
 //! A library does not put its program into a jail unless it is asked:
 //! [`Config::jail`](crate::sandbox::Config::jail).
 
@@ -27,11 +30,14 @@ mod limits;
 mod trap;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use seccompiler::BpfProgram;
 use thiserror::Error;
+
+/// KVM's device. The machine opens it inside of the jail.
+const KVM: &str = "/dev/kvm";
 
 /// Whether there is a jail.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -102,6 +108,22 @@ impl ThreadKind {
     }
 }
 
+/// Leaves the calling process nothing but to read in `folders` and what is open already, and to
+/// answer on a socket: it is to parse files that nobody trusts. A system call that this does not
+/// take ends it by `SIGSYS`, without a word. To be called by the only thread of the process.
+///
+/// What the host lacks stays open, as in a jail that is not required: [`Jail::enter`] says so.
+pub fn leave_only_reading(folders: &[&Path]) {
+    let _ = limits::no_new_privileges();
+    let _ = limits::drop_capabilities();
+    let _ = files::restrict(folders.iter().copied().filter(|folder| folder.is_dir()), [], []);
+    if calls::host_has_seccomp()
+        && let Ok(program) = calls::reader()
+    {
+        let _ = seccompiler::apply_filter(&program);
+    }
+}
+
 /// A jail that this process is in. Its threads [close](Jail::close) it one by one.
 #[derive(Debug)]
 pub struct Jail {
@@ -127,7 +149,9 @@ impl Jail {
         files::check_writable(&profile.write)?;
         limits::set(profile)?;
         let mut missing = Vec::new();
-        missing.extend(files::restrict(profile)?);
+        let [read, write] =
+            [&profile.read, &profile.write].map(|all| all.iter().map(PathBuf::as_path));
+        missing.extend(files::restrict(read, write, [Path::new(KVM)])?);
         trap::install().map_err(|source| JailError::Host { what: "catch SIGSYS", source })?;
         let compile = |kind| calls::program(kind, profile.again).map(Arc::new);
         let [vcpu, main, console] = ThreadKind::ALL.map(compile);

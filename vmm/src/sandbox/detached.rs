@@ -43,12 +43,14 @@ pub struct Detached {
 }
 
 impl Dispatcher {
-    /// The state of a run that begins, without a machine. What the guest prints is lost.
+    /// The state of a run that begins, without a machine, of a guest with these symbols. What the
+    /// guest prints is lost.
     ///
     /// # Errors
     /// There is no shadow for so much memory, or no host memory for it.
     pub fn detached(
         settings: &Detached,
+        symbols: Symbols,
         memslots: &mut dyn Memslots,
         observer: Box<dyn Observer>,
     ) -> Result<Self, ShadowError> {
@@ -64,7 +66,7 @@ impl Dispatcher {
             Devices::new(Box::new(std::io::sink()), None),
             RunShadow::new(windows.transpose()?),
             Provenance::new(objects, Quarantine::new(settings.quarantine, settings.cpus)),
-            GuestInfo::new(Symbols::lazy(|| Ok(Vec::new()))),
+            GuestInfo::new(symbols),
             Session::new(observer, Distinct::default(), settings.stop_at),
             Watch::new(ConsoleWatch::new(settings.linux), Marks::default(), None),
         ))

@@ -312,18 +312,21 @@ impl Objects {
     /// Puts a live object in the place of those that it overlaps. Its slot has `slot` bytes.
     /// Returns false if there is no room for it.
     fn put(&mut self, key: u64, slot: u64, mut record: Record) -> bool {
+        // The usual case: a slot again, for no more bytes than before.
+        if let Some(old) = self.table.at(key)
+            && self.table.end(old) >= key + record.bytes()
+            && self.table.can_replace(old, slot)
+        {
+            return self.replace(old, record);
+        }
         // By falling address.
         let mut end = key + record.bytes();
         while end > key
             && let Some(old) = self.table.last_over(key, end)
         {
             if old.start == key && self.table.can_replace(old, slot) {
-                // The usual case: the same slot again. No two objects overlap, so what lies before
-                // it does not overlap this one either.
-                let before = self.table.get(old).copied();
-                self.succeed(&mut record, before, old.start, key);
-                self.table.replace(old, record);
-                return true;
+                // No two objects overlap, so what lies before it does not overlap this one either.
+                return self.replace(old, record);
             }
             let before = self.table.remove(old);
             self.succeed(&mut record, before, old.start, key);
@@ -338,6 +341,14 @@ impl Objects {
             self.origins.release(previous.freed);
         }
         fits
+    }
+
+    /// Puts a live object in the place of one that starts there. It overlaps no other.
+    fn replace(&mut self, old: Found, mut record: Record) -> bool {
+        let before = self.table.get(old).copied();
+        self.succeed(&mut record, before, old.start, old.start);
+        self.table.replace(old, record);
+        true
     }
 
     /// `record`, at `key`, comes in the place of `old`, which started at `start`.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::hash::BuildHasher;
 use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use foldhash::fast::RandomState;
 use hashbrown::HashTable;
@@ -126,6 +127,8 @@ pub struct Pages {
     /// By number. The hash has a random key, so that a guest cannot aim for equal ones.
     index: HashTable<u32>,
     hash: RandomState,
+    /// The place of the page that was found last: an event asks for it again.
+    last: AtomicU32,
     /// Which pages of a region of 64 there are, a bit for each.
     regions: BTreeMap<u64, u64>,
     /// The page whose last free is the oldest, and the newest.
@@ -141,6 +144,7 @@ impl Default for Pages {
             pages: Pool::default(),
             index: HashTable::new(),
             hash: RandomState::default(),
+            last: AtomicU32::new(NO_PLACE),
             regions: BTreeMap::new(),
             oldest: NO_PLACE,
             newest: NO_PLACE,
@@ -187,7 +191,13 @@ impl Pages {
     /// The place of a page, by its number, if anything starts in it.
     pub fn find(&self, number: u64) -> Option<u32> {
         let is_it = |at: &u32| self.pages.get(*at).is_some_and(|page| page.number == number);
-        self.index.find(self.hash.hash_one(number), is_it).copied()
+        let last = self.last.load(Relaxed);
+        if is_it(&last) {
+            return Some(last);
+        }
+        let at = *self.index.find(self.hash.hash_one(number), is_it)?;
+        self.last.store(at, Relaxed);
+        Some(at)
     }
 
     /// The page with this number, if anything starts in it.

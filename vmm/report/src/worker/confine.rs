@@ -25,7 +25,7 @@ const LIMITS: [(Resource, u64); 5] = [
 ///
 /// # Errors
 /// A limit cannot be set.
-pub(super) fn confine() -> io::Result<()> {
+pub(super) fn limit_resources() -> io::Result<()> {
     close_descriptors();
     for (resource, wanted) in LIMITS {
         // A limit that is lower already stays.

@@ -2,8 +2,9 @@
 //! files that it names.
 //!
 //! Whatever such a file does to its parser happens there: the process has none of the virtual
-//! machine's descriptors, little memory and time ([`confine`]), and whoever waits for it ends it
-//! after a while ([`Client`]). Its death costs names and lines, and no findings.
+//! machine's descriptors, little memory and time ([`confine`]), and no rights but to read
+//! ([`Confine`]). Whoever waits for it ends it after a while ([`Client`]). Its death costs names
+//! and lines, and no findings.
 //!
 //! It is the same program, executed again with an argument of its own. A program offers that by
 //! calling [`symbol_worker`] first in its `main`. In one that does not, parsing happens in the
@@ -15,7 +16,7 @@ mod serve;
 mod starter;
 mod wire;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 
@@ -65,14 +66,18 @@ pub(crate) enum Response {
     Source(Shown),
 }
 
+/// Takes rights from the process that reads symbols and sources, before it reads anything. It still
+/// has to read in these folders, what is open, and its socket.
+pub type Confine = fn(folders: &[&Path]);
+
 /// To be called first in a program's `main`, before it opens files or starts threads.
 ///
 /// In the process that this program was executed as to read symbols, it does that, and does not
 /// return. Otherwise it forks a process that starts such ones, and returns at once: from then on,
 /// symbols and sources are read in them, if that process could be made.
-pub fn symbol_worker() {
+pub fn symbol_worker(confine: Confine) {
     if std::env::args_os().nth(1).is_some_and(|argument| argument == ARGUMENT) {
-        std::process::exit(serve::serve());
+        std::process::exit(serve::serve(confine));
     }
     OFFERED.store(starter::fork().is_ok(), SeqCst);
 }

@@ -4,11 +4,12 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::time::{Duration, UNIX_EPOCH};
 
-use super::confine::confine;
+use super::confine::limit_resources;
 use super::wire::{Left, receive, send};
-use super::{Message, Request, Response, Setup};
+use super::{Confine, Message, Request, Response, Setup};
 use crate::source::SourceFiles;
 use crate::symbols::Contents;
 use crate::symbols::answers::Answers;
@@ -17,8 +18,8 @@ use crate::symbols::answers::Answers;
 const FOREVER: Left = &|| Some(Duration::MAX);
 
 /// Serves the socket that is standard input. Returns the exit status of the process.
-pub(super) fn serve() -> i32 {
-    if confine().is_err() {
+pub(super) fn serve(confine: Confine) -> i32 {
+    if limit_resources().is_err() {
         return 1;
     }
     let Ok(socket) = io::stdin().as_fd().try_clone_to_owned() else { return 1 };
@@ -27,6 +28,8 @@ pub(super) fn serve() -> i32 {
     let Some(setup) = setup.and_then(|setup| serde_json::from_slice(&setup).ok()) else {
         return 1;
     };
+    let Setup { modules, roots, .. } = &setup;
+    confine(&modules.iter().chain(roots).map(PathBuf::as_path).collect::<Vec<_>>());
     let mut worker = Worker { setup, answers: None, sources: None };
     while let Ok(message) = receive(&socket, FOREVER) {
         let Ok(Message { seconds, request }) = serde_json::from_slice(&message) else { return 1 };

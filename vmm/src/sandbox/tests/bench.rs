@@ -8,6 +8,7 @@ use umbra_machine::memory::Ram;
 use umbra_machine::vcpu::{Data, VcpuError, VmExit, XsaveArea};
 use umbra_provenance::objects::DEFAULT_BUDGET;
 use umbra_report::Finding;
+use umbra_report::symbols::Symbols;
 use umbra_shadow::abi::{CallNumber, PORT};
 use vm_memory::GuestAddress;
 
@@ -182,7 +183,9 @@ impl Bench {
             linux,
             stop_at,
         };
-        let state = Dispatcher::detached(&settings, &mut memslots, Box::new(heard.clone()));
+        let symbols = Symbols::from_elf(Vec::new());
+        let observer = Box::new(heard.clone());
+        let state = Dispatcher::detached(&settings, symbols, &mut memslots, observer);
         let mut cpu = FakeCpu::default();
         (cpu.regs.rip, cpu.regs.rsp) = (0x10_0000, 0x20_0000);
         // 64-bit code without paging, which does not exist, but keeps this short.
