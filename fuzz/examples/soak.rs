@@ -4,7 +4,9 @@
 //! `cargo run --profile fuzz --package umbra-fuzz --example soak TARGET REQUESTS [SEED]` makes each
 //! input of pieces of the target's seeds and of random bytes, until there were so many requests.
 //! Before a panic it prints the number of the input: with `1 NUMBER` as the last arguments it is
-//! made again.
+//! made again. With `--slowest` as the first argument it says, too, what the most expensive request
+//! cost, and of which input it was; in the nested host with `--icount` a nanosecond is an
+//! instruction.
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -12,7 +14,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use umbra_fuzz::{TARGETS, requests};
+use umbra_fuzz::{TARGETS, requests, slowest};
 
 /// Bytes of an input.
 const BYTES: usize = 128 << 10;
@@ -20,9 +22,11 @@ const BYTES: usize = 128 << 10;
 const PROGRESS: Duration = Duration::from_secs(30);
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    let measures = arguments.first().is_some_and(|first| first == "--slowest");
+    arguments.drain(..usize::from(measures));
     let Some((name, wanted, first)) = parsed(&arguments) else {
-        eprintln!("usage: soak TARGET REQUESTS [SEED]");
+        eprintln!("usage: soak [--slowest] TARGET REQUESTS [SEED]");
         return ExitCode::from(2);
     };
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds").join(name);
@@ -32,13 +36,22 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     };
     let (begin, mut said) = (Instant::now(), Instant::now());
-    let mut number = first;
+    let (mut number, mut most) = (first, (0, first));
     while requests() < wanted {
         let input = input(&seeds, number);
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| target(&input))) {
+        let run = || {
+            if measures {
+                slowest(target, &input)
+            } else {
+                target(&input);
+                0
+            }
+        };
+        let cost = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
             eprintln!("panicked: soak {name} 1 {number}");
-            resume_unwind(panic);
-        }
+            resume_unwind(panic)
+        });
+        most = most.max((cost, number));
         number += 1;
         if said.elapsed() > PROGRESS {
             said = Instant::now();
@@ -47,6 +60,9 @@ fn main() -> ExitCode {
     }
     let inputs = number - first;
     println!("{name}: {} requests of {inputs} inputs, 0 panics", requests());
+    if measures {
+        println!("the most expensive request: {} ns, of input {}", most.0, most.1);
+    }
     ExitCode::SUCCESS
 }
 
