@@ -259,6 +259,33 @@ fn ticks_through_the_io_apic() {
     }
 }
 
+/// The local APIC takes interrupts from the start, as firmware leaves it: a kernel calibrates by
+/// ticks through the I/O APIC before it sets up the local one.
+fn ticks_before_the_local_apic_is_set_up() {
+    let code = with_handler!(
+        "mov al, 0xff",
+        "out 0x21, al",
+        "out 0xa1, al",
+        "mov ebx, 0xfec00000",
+        "mov dword ptr [rbx], 0x14",
+        "mov dword ptr [rbx + 0x10], 0x30",
+        "mov al, 0x34",
+        "out 0x43, al",
+        "mov al, 0x9c", // 100 Hz
+        "out 0x40, al",
+        "mov al, 0x2e",
+        "out 0x40, al",
+        "2: sti",
+        "hlt",
+        "cli",
+        "cmp qword ptr [0x300000], 5",
+        "jb 2b",
+        "mov al, 0x10",
+        "out 0xf4, al",
+    );
+    succeeds(code, 0);
+}
+
 /// 500 ticks in a second, while interrupts are off for 200 ms. In the 50 ms after that come those
 /// of this time, and not those that are late.
 fn late_ticks_are_dropped() {
@@ -521,12 +548,13 @@ fn several_cpus_need_interrupt_controllers() {
 fn main() -> ExitCode {
     let mut suite = Suite::default();
     let kvm = Need::kvm();
-    let tests: [(&str, fn()); 16] = [
+    let tests: [(&str, fn()); 17] = [
         ("channel_2_of_the_timer", channel_2),
         ("channel_0_of_the_timer", channel_0),
         ("deadlines_of_the_time_stamp_counter", deadline),
         ("ticks_through_the_pic", ticks_through_the_pic),
         ("ticks_through_the_io_apic", ticks_through_the_io_apic),
+        ("ticks_before_the_local_apic_is_set_up", ticks_before_the_local_apic_is_set_up),
         ("late_ticks_are_dropped", late_ticks_are_dropped),
         (
             "ticks_do_not_wake_a_cpu_with_interrupts_off",

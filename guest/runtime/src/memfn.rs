@@ -3,7 +3,7 @@
 //! `cargo xtask guest` renames the `umbra_checked_*` symbols to their C names after it has made the
 //! runtime's own unchecked ones local, so the runtime never checks itself.
 
-use core::arch::{asm, global_asm};
+use core::arch::asm;
 use core::ffi::c_void;
 
 use umbra_shadow::abi::Access::{Read, Write};
@@ -170,6 +170,12 @@ pub unsafe extern "C" fn umbra_checked_bcmp(a: *const u8, b: *const u8, n: usize
 #[inline(never)]
 pub unsafe extern "C" fn umbra_checked_strlen(text: *const u8) -> usize {
     let ip = caller!();
+    // SAFETY: the caller's promise.
+    unsafe { length(text, ip) }
+}
+
+#[inline]
+unsafe fn length(text: *const u8, ip: u64) -> usize {
     let mut len = 0;
     // SAFETY: the caller's promise: there is a zero.
     while unsafe { text.add(len).read_volatile() } != 0 {
@@ -216,17 +222,43 @@ pub unsafe extern "C" fn __asan_memset(to: *mut u8, value: i32, n: usize) -> *mu
     unsafe { set(to, value, n, ip) }
 }
 
-// The names that the linker gives to calls when it is told to `--wrap` a function. Rust kernels use
-// them for the functions that no compiler option covers: otherwise they would get those of
-// `compiler_builtins`, which is linked first.
-global_asm!(
-    ".globl __wrap_memcmp",
-    "__wrap_memcmp: jmp {memcmp}",
-    ".globl __wrap_bcmp",
-    "__wrap_bcmp: jmp {bcmp}",
-    ".globl __wrap_strlen",
-    "__wrap_strlen: jmp {strlen}",
-    memcmp = sym umbra_checked_memcmp,
-    bcmp = sym umbra_checked_bcmp,
-    strlen = sym umbra_checked_strlen,
-);
+/// `memcmp`, by the name that the linker gives to calls when it is told to `--wrap` the function.
+/// Rust kernels use this for the functions that no compiler option covers: otherwise they would get
+/// those of `compiler_builtins`, which is linked first.
+///
+/// It must not jump to [`umbra_checked_memcmp`]: that gets the wrapped name, and lld wraps calls
+/// from the function's own object file, too.
+///
+/// # Safety
+/// As C's.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub unsafe extern "C" fn __wrap_memcmp(a: *const u8, b: *const u8, n: usize) -> i32 {
+    let ip = caller!();
+    // SAFETY: the caller's promise.
+    unsafe { compare(a, b, n, ip) }
+}
+
+/// `bcmp`; see [`__wrap_memcmp`].
+///
+/// # Safety
+/// As `memcmp`'s.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub unsafe extern "C" fn __wrap_bcmp(a: *const u8, b: *const u8, n: usize) -> i32 {
+    let ip = caller!();
+    // SAFETY: the caller's promise.
+    unsafe { compare(a, b, n, ip) }
+}
+
+/// `strlen`; see [`__wrap_memcmp`].
+///
+/// # Safety
+/// As C's.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub unsafe extern "C" fn __wrap_strlen(text: *const u8) -> usize {
+    let ip = caller!();
+    // SAFETY: the caller's promise.
+    unsafe { length(text, ip) }
+}

@@ -280,6 +280,9 @@ impl Machine {
                 StartState::Linux64 => vcpu.set_boot_state(kernel.entry)?,
                 StartState::Pvh => vcpu.set_pvh_state(kernel.entry)?,
             }
+            if self.config.irqchip {
+                vcpu.enable_local_apic()?;
+            }
         }
         Ok(vcpu)
     }

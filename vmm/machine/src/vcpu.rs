@@ -1,5 +1,6 @@
 //! A virtual CPU: runs the guest until an exit, and gives access to its registers.
 
+mod apic;
 mod extended;
 mod halt;
 

@@ -27,6 +27,7 @@ extern "C" fn kernel_main() -> ! {
     let squares: Vec<u32> = (1..=10).map(|n| n * n).collect();
     println!("the squares up to 10 add up to {}", sum(&squares));
     println!("and a copy of them to {}", copied(&squares).iter().sum::<u32>());
+    println!("which is the same: {}", same(&squares, &squares.clone()));
     println!("the first one was {}", first(squares));
     free_inside(vec![0; 64]);
     boot::reset()
@@ -48,6 +49,17 @@ fn sum(numbers: &[u32]) -> u32 {
 fn copied(numbers: &[u32]) -> Vec<u32> {
     // SAFETY: not given.
     unsafe { core::slice::from_raw_parts(numbers.as_ptr(), numbers.len() + 1) }.to_vec()
+}
+
+/// Compares all numbers, and one more: a bug.
+#[inline(never)]
+fn same(numbers: &[u32], others: &[u32]) -> bool {
+    let len = numbers.len() + 1;
+    // SAFETY: not given.
+    unsafe {
+        core::slice::from_raw_parts(numbers.as_ptr(), len)
+            == core::slice::from_raw_parts(others.as_ptr(), len)
+    }
 }
 
 /// Reads the first number after all are freed, and others have the memory: a bug.
