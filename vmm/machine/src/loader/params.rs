@@ -49,9 +49,10 @@ pub(super) fn write_boot_params(
     let mut params = boot_params { hdr: header, ..Default::default() };
     params.hdr.type_of_loader = 0xff; // "undefined"
     params.hdr.cmd_line_ptr = layout::CMDLINE as u32;
-    // How much a kernel takes, which it says itself. Without that, what there is, as other VMMs do.
+    // How much a kernel takes, which it says itself. Without that, what there is with its NUL, as
+    // other VMMs do: OSTD looks for the NUL in so many bytes.
     if params.hdr.cmdline_size == 0 {
-        params.hdr.cmdline_size = cmdline.len() as u32;
+        params.hdr.cmdline_size = cmdline.len() as u32 + 1;
     }
     if let Some(initrd) = initrd {
         // Below the hole, so 32 bits are enough.
