@@ -280,11 +280,24 @@ impl Machine {
                 StartState::Linux64 => vcpu.set_boot_state(kernel.entry)?,
                 StartState::Pvh => vcpu.set_pvh_state(kernel.entry)?,
             }
-            if self.config.irqchip {
-                vcpu.enable_local_apic()?;
-            }
         }
         Ok(vcpu)
+    }
+
+    /// Creates all vCPUs, in the order of their numbers, as firmware leaves them: the local APIC of
+    /// the first one is enabled.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn create_vcpus(&self) -> Result<Vec<Vcpu>, MachineError> {
+        let ids = 0..self.config.cpus;
+        let mut vcpus = ids.map(|id| self.create_vcpu(id)).collect::<Result<Vec<_>, _>>()?;
+        // Only now: KVM finds a new vCPU by its APIC id after the next change of any APIC's state,
+        // and a guest whose APIC is on already may start the others without one.
+        if let (true, Some(first)) = (self.config.irqchip, vcpus.first_mut()) {
+            first.enable_local_apic()?;
+        }
+        Ok(vcpus)
     }
 
     /// Maps host memory into the guest as a memslot. A guest write to a `readonly` one is a

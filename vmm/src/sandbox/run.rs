@@ -222,8 +222,7 @@ fn hardware(config: &Config, limit: &Limit) -> Result<Hardware, RunError> {
         unpack: emulated,
         limit: *limit,
     })?;
-    let vcpus =
-        (0..config.cpus).map(|id| machine.create_vcpu(id)).collect::<Result<Vec<_>, _>>()?;
+    let vcpus = machine.create_vcpus()?;
     let clock = match vcpus.first().filter(|_| stamps.has(Features::STAMPS_TSC)) {
         Some(vcpu) => Clock::tsc(vcpu.tsc_khz().unwrap_or(0), time_stamp()),
         None => Clock::default(),
