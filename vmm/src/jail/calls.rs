@@ -133,7 +133,8 @@ pub(super) fn reader() -> Result<BpfProgram, JailError> {
     let rules = || {
         let mut rules = common()?;
         rules.extend([READING, READER].concat().into_iter().map(|call| (call, Vec::new())));
-        rules.insert(libc::SYS_openat, read_only()?);
+        rules.insert(libc::SYS_open, read_only(1)?);
+        rules.insert(libc::SYS_openat, read_only(2)?);
         rules.insert(libc::SYS_mmap, no_code()?);
         Ok(rules)
     };
@@ -165,9 +166,9 @@ fn no_code() -> Result<Vec<SeccompRule>, BackendError> {
     Ok(vec![masked(2, libc::PROT_EXEC as u64, 0)?])
 }
 
-/// Files are opened for reading.
-fn read_only() -> Result<Vec<SeccompRule>, BackendError> {
-    Ok(vec![masked(2, WRITES as u64, libc::O_RDONLY as u64)?])
+/// Files are opened for reading: argument `at` has the flags.
+fn read_only(at: u8) -> Result<Vec<SeccompRule>, BackendError> {
+    Ok(vec![masked(at, WRITES as u64, libc::O_RDONLY as u64)?])
 }
 
 fn rules(kind: ThreadKind, again: bool) -> Result<Rules, BackendError> {
@@ -188,7 +189,7 @@ fn rules(kind: ThreadKind, again: bool) -> Result<Rules, BackendError> {
     if again {
         all(AGAIN);
     } else if kind != ThreadKind::Console {
-        rules.insert(libc::SYS_openat, read_only()?);
+        rules.insert(libc::SYS_openat, read_only(2)?);
     }
     if !again {
         rules.insert(libc::SYS_mmap, no_code()?);
