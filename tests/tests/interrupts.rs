@@ -227,33 +227,39 @@ fn ticks_through_the_pic() {
     succeeds(code, 0);
 }
 
-/// Twenty ticks through pin 2 of the I/O APIC, 100 in a second, then 500.
+/// Code that waits for twenty ticks through pin 2 of the I/O APIC, after some more code.
+macro_rules! io_apic_ticks {
+    ($($first:literal,)*) => {
+        with_handler!(
+            "mov al, 0xff",
+            "out 0x21, al",
+            "out 0xa1, al",
+            $($first,)*
+            "mov ebx, 0xfec00000",
+            "mov dword ptr [rbx], 0x15",
+            "mov dword ptr [rbx + 0x10], 0",
+            "mov dword ptr [rbx], 0x14",
+            "mov dword ptr [rbx + 0x10], 0x30",
+            "mov al, 0x34",
+            "out 0x43, al",
+            "mov eax, [0x200000]",
+            "out 0x40, al",
+            "mov al, ah",
+            "out 0x40, al",
+            "2: sti",
+            "hlt",
+            "cli",
+            "cmp qword ptr [0x300000], 20",
+            "jb 2b",
+            "mov al, 0x10",
+            "out 0xf4, al",
+        )
+    };
+}
+
+/// Twenty ticks, 100 in a second, then 500.
 fn ticks_through_the_io_apic() {
-    let code = with_handler!(
-        "mov al, 0xff",
-        "out 0x21, al",
-        "out 0xa1, al",
-        "mov ebx, 0xfee00000",
-        "mov dword ptr [rbx + 0xf0], 0x1ff",
-        "mov ebx, 0xfec00000",
-        "mov dword ptr [rbx], 0x15",
-        "mov dword ptr [rbx + 0x10], 0",
-        "mov dword ptr [rbx], 0x14",
-        "mov dword ptr [rbx + 0x10], 0x30",
-        "mov al, 0x34",
-        "out 0x43, al",
-        "mov eax, [0x200000]",
-        "out 0x40, al",
-        "mov al, ah",
-        "out 0x40, al",
-        "2: sti",
-        "hlt",
-        "cli",
-        "cmp qword ptr [0x300000], 20",
-        "jb 2b",
-        "mov al, 0x10",
-        "out 0xf4, al",
-    );
+    let code = io_apic_ticks!("mov ebx, 0xfee00000", "mov dword ptr [rbx + 0xf0], 0x1ff",);
     for divisor in [11932, 2386] {
         succeeds(code, divisor);
     }
@@ -262,28 +268,7 @@ fn ticks_through_the_io_apic() {
 /// The local APIC takes interrupts from the start, as firmware leaves it: a kernel calibrates by
 /// ticks through the I/O APIC before it sets up the local one.
 fn ticks_before_the_local_apic_is_set_up() {
-    let code = with_handler!(
-        "mov al, 0xff",
-        "out 0x21, al",
-        "out 0xa1, al",
-        "mov ebx, 0xfec00000",
-        "mov dword ptr [rbx], 0x14",
-        "mov dword ptr [rbx + 0x10], 0x30",
-        "mov al, 0x34",
-        "out 0x43, al",
-        "mov al, 0x9c", // 100 Hz
-        "out 0x40, al",
-        "mov al, 0x2e",
-        "out 0x40, al",
-        "2: sti",
-        "hlt",
-        "cli",
-        "cmp qword ptr [0x300000], 5",
-        "jb 2b",
-        "mov al, 0x10",
-        "out 0xf4, al",
-    );
-    succeeds(code, 0);
+    succeeds(io_apic_ticks!(), 11932);
 }
 
 /// 500 ticks in a second, while interrupts are off for 200 ms. In the 50 ms after that come those

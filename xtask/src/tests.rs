@@ -91,6 +91,10 @@ fn build_guests(context: &Context, all: bool) -> Result<Vec<String>> {
                 .and_then(|()| c_kernel::build(&beside))
                 .and_then(|_| programs::build(&beside));
             beside.progress.finish();
+            if let Err(error) = &built {
+                // Linux takes minutes more.
+                beside.progress.say(&format!("failed: {error:#}"));
+            }
             built
         });
         let notices = linux::build(context, all).notices;

@@ -436,7 +436,7 @@ fn a_page_does_not_wait_for_ever() {
 }
 
 fn main() -> ExitCode {
-    // What a host may take from it is tried with the program `umbra`.
+    // The jail is `umbra`'s, and has tests there.
     umbra_report::symbol_worker(|_| ());
     type Test = (&'static str, fn());
     let tests: [Test; 13] = [
