@@ -94,7 +94,10 @@ impl<'a> Sources<'a> {
     pub fn choose(&self, mut try_out: impl FnMut(&str) -> Result<Verdict>) -> Result<Choice> {
         let (offered, known) = (self.offered()?, self.known()?);
         let choice = versions::choose(&offered, &known, &mut try_out)?;
-        // If a version is gone, the list was old.
+        // Apt's lists may be months old, and name neither the newest version nor one that works.
+        if !choice.passed_over.is_empty() {
+            self.renew()?;
+        }
         let offered_now = if self.renewed.get() { self.offered()? } else { offered.clone() };
         if offered_now == offered {
             return Ok(choice);
