@@ -31,8 +31,7 @@ How to read it:
 - On a host whose KVM emulates ring 0 (PVM), an instruction of the guest costs about 0.2 µs, and an
   exit as much as 50 of them. On hardware, an instruction costs about 0.3 ns, and an exit as much as
   thousands.
-- Resident memory is what the kernel reports (`/proc/self/smaps`, `/proc/self/pagemap`). Figures
-  that are only counted say so.
+- Resident memory is what the kernel reports. Figures that are only counted say so.
 - A limit is what the project promises. A figure over its limit is marked.
 ";
 

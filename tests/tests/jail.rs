@@ -349,7 +349,7 @@ fn an_old_host_is_named_or_refused() {
 }
 
 /// The limit of a file's size holds for the console, too: what is more is lost, and the run goes
-/// on.
+/// on. Shadow is a file in memory.
 fn a_flooded_console_fills_no_disk() {
     const LIMIT: u64 = 64 << 10;
     // mov ecx, 200000; mov edx, 0x3f8; mov al, 'x'; 1: out dx, al; dec ecx; jnz 1b; hlt
@@ -357,7 +357,6 @@ fn a_flooded_console_fills_no_disk() {
     code.extend(200_000u32.to_le_bytes());
     code.extend([0xba, 0xf8, 3, 0, 0, 0xb0, b'x', 0xee, 0xff, 0xc9, 0x75, 0xfb, 0xf4]);
     let kernel = ElfBuilder::new(BASE).segment(BASE, code).build();
-    let mut umbra = Umbra::new(PROGRAM, "run").file(&kernel);
     let limit = || {
         let limit = libc::rlimit { rlim_cur: LIMIT, rlim_max: LIMIT };
         // SAFETY: reads a structure.
@@ -366,11 +365,16 @@ fn a_flooded_console_fills_no_disk() {
             _ => Err(io::Error::last_os_error()),
         }
     };
-    // SAFETY: only makes a system call.
-    unsafe { umbra.command().pre_exec(limit) };
-    let run = umbra.run();
-    run.expect(0);
-    assert_eq!(run.stdout.len() as u64, LIMIT);
+    let run = |shadow| {
+        let mut umbra = Umbra::new(PROGRAM, "run").file(&kernel).args("--shadow").arg(shadow);
+        // SAFETY: only makes a system call.
+        unsafe { umbra.command().pre_exec(limit) };
+        umbra.run()
+    };
+    let flooded = run("off");
+    flooded.expect(0);
+    assert_eq!(flooded.stdout.len() as u64, LIMIT);
+    run("per-page").expect_refusal(&["shadow memory", "ulimit -f"]);
 }
 
 /// A guest of two CPUs has times where the host's counters are in step, which the jail does not let

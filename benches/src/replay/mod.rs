@@ -14,7 +14,6 @@ use anyhow::{Context as _, Result, ensure};
 use serde::Serialize;
 use umbra::shadow::{
     Figures, MemslotError, Memslots, Mode, Notify, ShadowError, Windows, WindowsConfig, page_map,
-    reclaim_unused,
 };
 use umbra_shadow::codes::PAGE_SIZE;
 
@@ -137,7 +136,8 @@ pub fn replay(
             .map_err(Problem::from)?;
         done += 1;
         if done % RING_RECORDS == 0 && mode == Mode::PerPage {
-            reclaim_unused(&mut windows)?;
+            let unused = windows.find_unused()?;
+            windows.reclaim(unused)?;
         }
         if done % TICK == 0 {
             tick(done, events);

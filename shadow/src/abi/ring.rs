@@ -186,16 +186,16 @@ impl PackedRecord {
 
 /// A record, decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Record {
+pub struct Record<'a> {
     /// The task that did it.
     pub task: u32,
     /// What happened.
-    pub body: RecordBody,
+    pub body: RecordBody<'a>,
 }
 
 /// What a record says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RecordBody {
+pub enum RecordBody<'a> {
     /// An allocation.
     Allocated {
         /// Virtual address.
@@ -206,8 +206,6 @@ pub enum RecordBody {
         slot: u32,
         /// The cache, 0 for none.
         cache: u16,
-        /// The stack of the allocation.
-        stack: RecordStack,
     },
     /// A free.
     Freed {
@@ -217,15 +215,11 @@ pub enum RecordBody {
         slot: u32,
         /// The allocator that gets the memory from the quarantine; none if it does not go there.
         owner: Option<Owner>,
-        /// The stack of the free.
-        stack: RecordStack,
     },
     /// Work on an object was queued.
     Related {
         /// A virtual address in the object.
         address: u64,
-        /// The stack of the caller that queued it.
-        stack: RecordStack,
     },
     /// The name of a cache.
     Cache {
@@ -234,40 +228,30 @@ pub enum RecordBody {
         /// Bytes of one object.
         object: u32,
         /// Its name.
-        name: RecordName,
+        name: &'a [u8],
     },
     /// The name of the record's task.
     Task {
         /// The name.
-        name: RecordName,
+        name: &'a [u8],
     },
 }
 
-impl RecordBody {
-    /// The stack of an event; a name has none.
-    #[inline]
-    pub fn stack(&self) -> Option<&RecordStack> {
-        match self {
-            Self::Allocated { stack, .. }
-            | Self::Freed { stack, .. }
-            | Self::Related { stack, .. } => Some(stack),
-            Self::Cache { .. } | Self::Task { .. } => None,
-        }
+/// The return addresses in a record of an event, innermost first. They are distances from the
+/// ring's text base; 0 is an address more than 4 GiB from it.
+#[derive(Clone, Copy, Debug)]
+pub struct RecordStack<'a>(&'a [u8; RECORD_BYTES as usize]);
+
+impl<'a> RecordStack<'a> {
+    /// Those of a record. More frames than fit count as all that fit.
+    pub fn of(record: &'a [u8; RECORD_BYTES as usize]) -> Self {
+        Self(record)
     }
-}
 
-/// Return addresses, innermost first, as distances from the ring's text base. 0 is an address more
-/// than 4 GiB from it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RecordStack {
-    frames: [u32; RECORD_FRAMES],
-    depth: u8,
-}
-
-impl RecordStack {
     /// How many return addresses there are.
+    #[inline]
     pub fn depth(&self) -> usize {
-        self.depth.into()
+        usize::from(self.0[1]).min(RECORD_FRAMES)
     }
 
     /// The return addresses, for a ring with this text base, and zeros behind them; 0, too, where
@@ -275,24 +259,13 @@ impl RecordStack {
     #[inline]
     pub fn addresses(&self, text_base: u64) -> [u64; RECORD_FRAMES] {
         let mut addresses = [0; RECORD_FRAMES];
-        for (to, frame) in addresses.iter_mut().zip(self.frames).take(self.depth.into()) {
-            *to = if frame == 0 { 0 } else { text_base.wrapping_add(frame.into()) };
+        for (i, to) in addresses.iter_mut().enumerate().take(self.depth()) {
+            *to = match word(self.0, FRAMES_AT + 4 * i) {
+                0 => 0,
+                frame => text_base.wrapping_add(frame.into()),
+            };
         }
         addresses
-    }
-}
-
-/// A name in a record.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RecordName {
-    bytes: [u8; RECORD_NAME_MAX],
-    len: u8,
-}
-
-impl RecordName {
-    /// Its bytes.
-    pub fn as_bytes(&self) -> &[u8] {
-        self.bytes.get(..self.len.into()).unwrap_or_default()
     }
 }
 
@@ -316,40 +289,30 @@ impl fmt::Display for BadRecord {
 
 impl core::error::Error for BadRecord {}
 
-impl Record {
-    /// Decodes a record. More frames than fit count as all that fit.
+impl<'a> Record<'a> {
+    /// Decodes a record; its stack is a [`RecordStack`].
     ///
     /// # Errors
     /// The record makes no sense.
     #[inline]
-    pub fn decode(bytes: &[u8; RECORD_BYTES as usize]) -> Result<Self, BadRecord> {
+    pub fn decode(bytes: &'a [u8; RECORD_BYTES as usize]) -> Result<Self, BadRecord> {
         let kind = RecordKind::try_from(bytes[0]).map_err(BadRecord::Kind)?;
-        let (count, low) = (bytes[1], u16::from_le_bytes([bytes[2], bytes[3]]));
+        let low = u16::from_le_bytes([bytes[2], bytes[3]]);
         let address = u64::from(word(bytes, 8)) | u64::from(word(bytes, 12)) << 32;
         let sizes = word(bytes, 16);
-        let stack = || {
-            let mut frames = [0; RECORD_FRAMES];
-            for (i, frame) in frames.iter_mut().enumerate() {
-                *frame = word(bytes, FRAMES_AT + 4 * i);
-            }
-            RecordStack { frames, depth: count.min(RECORD_FRAMES as u8) }
-        };
         let body = match kind {
             RecordKind::Allocated => {
-                RecordBody::Allocated { address, bytes: sizes, slot: 0, cache: low, stack: stack() }
+                RecordBody::Allocated { address, bytes: sizes, slot: 0, cache: low }
             }
             RecordKind::AllocatedInSlot => {
                 let object = sizes & 0xffff;
                 let slot = object + (sizes >> 16);
-                RecordBody::Allocated { address, bytes: object, slot, cache: low, stack: stack() }
+                RecordBody::Allocated { address, bytes: object, slot, cache: low }
             }
-            RecordKind::Freed => RecordBody::Freed {
-                address,
-                slot: sizes,
-                owner: Owner::from_bits(low),
-                stack: stack(),
-            },
-            RecordKind::Related => RecordBody::Related { address, stack: stack() },
+            RecordKind::Freed => {
+                RecordBody::Freed { address, slot: sizes, owner: Owner::from_bits(low) }
+            }
+            RecordKind::Related => RecordBody::Related { address },
             RecordKind::Cache => RecordBody::Cache { id: low, object: sizes, name: name(bytes)? },
             RecordKind::Task => RecordBody::Task { name: name(bytes)? },
         };
@@ -364,14 +327,9 @@ impl Record {
 }
 
 /// The name in a record.
-fn name(bytes: &[u8; RECORD_BYTES as usize]) -> Result<RecordName, BadRecord> {
+fn name(bytes: &[u8; RECORD_BYTES as usize]) -> Result<&[u8], BadRecord> {
     let len = bytes[1];
-    if usize::from(len) > RECORD_NAME_MAX {
-        return Err(BadRecord::NameLength(len));
-    }
-    let mut name = [0; RECORD_NAME_MAX];
-    name.copy_from_slice(&bytes[FRAMES_AT..]);
-    Ok(RecordName { bytes: name, len })
+    bytes[FRAMES_AT..].get(..len.into()).ok_or(BadRecord::NameLength(len))
 }
 
 fn word(bytes: &[u8; RECORD_BYTES as usize], at: usize) -> u32 {
@@ -389,10 +347,12 @@ mod tests {
 
     const ACTOR: Actor = Actor { cpu: 3, task: 0x1234_5678 };
     const STAMP: u64 = 0x0123_4567_89ab_cdef;
+    const ADDRESS: u64 = 0xffff_8000_0012_3450;
 
     /// A record as a guest writes it.
-    fn written(packed: PackedRecord, depth: u64, address: u64) -> [u8; RECORD_BYTES as usize] {
-        let mut bytes = packed.record(depth, ACTOR.to_register(0xffff), address, STAMP).to_bytes();
+    fn written(packed: PackedRecord, depth: u64) -> [u8; RECORD_BYTES as usize] {
+        let record = packed.record(depth, ACTOR.to_register(0xffff), ADDRESS, STAMP);
+        let mut bytes = record.to_bytes();
         for i in 0..RECORD_FRAMES {
             bytes[28 + 4 * i..][..4].copy_from_slice(&(i as u32 * 16).to_le_bytes());
         }
@@ -400,10 +360,9 @@ mod tests {
     }
 
     /// The body of such a record. Checks its frames and task.
-    fn read(packed: PackedRecord, depth: u64) -> RecordBody {
-        let bytes = written(packed, depth, 0xffff_8000_0012_3450);
-        assert_eq!(Record::stamp(&bytes), STAMP);
-        let record = Record::decode(&bytes).expect("a good record");
+    fn read(bytes: &[u8; RECORD_BYTES as usize], depth: u64) -> RecordBody<'_> {
+        assert_eq!(Record::stamp(bytes), STAMP);
+        let record = Record::decode(bytes).expect("a good record");
         assert_eq!(record.task, ACTOR.task);
         let address = match record.body {
             RecordBody::Allocated { address, .. }
@@ -411,12 +370,12 @@ mod tests {
             | RecordBody::Related { address, .. } => address,
             RecordBody::Cache { .. } | RecordBody::Task { .. } => panic!("not what was written"),
         };
-        assert_eq!(address, 0xffff_8000_0012_3450);
+        assert_eq!(address, ADDRESS);
         let expected = core::array::from_fn(|i| match i as u64 {
             i if i == 0 || i >= depth => 0,
             i => 0xffff_ffff_8000_0000 + 16 * i,
         });
-        let stack = record.body.stack().expect("an event");
+        let stack = RecordStack::of(bytes);
         assert_eq!(stack.depth() as u64, depth.min(RECORD_FRAMES as u64));
         assert_eq!(stack.addresses(0xffff_ffff_8000_0000), expected);
         record.body
@@ -426,29 +385,34 @@ mod tests {
     fn the_vmm_reads_what_the_guest_writes() {
         for depth in [0, 1, 9, 255] {
             let RecordBody::Allocated { bytes, slot, cache, .. } =
-                read(PackedRecord::allocated_in_slot(7, 50, 0xffff), depth)
+                read(&written(PackedRecord::allocated_in_slot(7, 50, 0xffff), depth), depth)
             else {
                 panic!("not an allocation")
             };
             assert_eq!((bytes, slot, cache), (50, 0xffff, 7));
             let RecordBody::Allocated { bytes, slot, cache, .. } =
-                read(PackedRecord::allocated(0xffff, 1 << 32), depth)
+                read(&written(PackedRecord::allocated(0xffff, 1 << 32), depth), depth)
             else {
                 panic!("not an allocation")
             };
             assert_eq!((bytes, slot, cache), (u32::MAX, 0, 0xffff));
-            let RecordBody::Freed { slot, owner, .. } = read(PackedRecord::freed(), depth) else {
+            let RecordBody::Freed { slot, owner, .. } =
+                read(&written(PackedRecord::freed(), depth), depth)
+            else {
                 panic!("not a free")
             };
             assert_eq!((slot, owner), (0, None));
             let to = Owner { allocator: 63, note: 0xfe };
             let RecordBody::Freed { slot, owner, .. } =
-                read(PackedRecord::quarantined(to, 0x8000_0001), depth)
+                read(&written(PackedRecord::quarantined(to, 0x8000_0001), depth), depth)
             else {
                 panic!("not a free")
             };
             assert_eq!((slot, owner), (0x8000_0001, Some(to)));
-            assert!(matches!(read(PackedRecord::related(), depth), RecordBody::Related { .. }));
+            assert!(matches!(
+                read(&written(PackedRecord::related(), depth), depth),
+                RecordBody::Related { .. }
+            ));
         }
     }
 
@@ -465,7 +429,7 @@ mod tests {
             else {
                 panic!("not a name")
             };
-            assert_eq!((id, object, name.as_bytes().len()), (9, 192, usize::from(len)));
+            assert_eq!((id, object, name.len()), (9, 192, usize::from(len)));
         }
         bytes[1] = 37;
         assert_eq!(Record::decode(&bytes), Err(BadRecord::NameLength(37)));
@@ -475,7 +439,7 @@ mod tests {
         bytes[1] = 3;
         let record = Record::decode(&bytes).expect("a name");
         let RecordBody::Task { name } = record.body else { panic!("not a task's name") };
-        assert_eq!((record.task, name.as_bytes()), (0x7878_7878, &b"xxx"[..]));
+        assert_eq!((record.task, name), (0x7878_7878, &b"xxx"[..]));
     }
 
     #[test]

@@ -173,7 +173,33 @@ impl Ram {
     /// # Errors
     /// The host refuses.
     pub fn discard(&self, pages: &Range<u64>) -> io::Result<u64> {
-        let mut went = 0;
+        let resident = self.resident(pages)?;
+        let (Some(first), Some(last)) = (resident.first(), resident.last()) else { return Ok(0) };
+        for (gpa, host, len) in self.regions() {
+            let start = first.start.max(gpa.0);
+            let bytes = last.end.min(gpa.0 + len).saturating_sub(start) as usize;
+            if bytes == 0 {
+                continue;
+            }
+            // SAFETY: `start` is at most `bytes` before the end of the region, whose mapping lives
+            // as long as `self`.
+            let at = unsafe { host.add((start - gpa.0) as usize) };
+            // All in one call, since pages that are not resident cost nothing.
+            // SAFETY: a part of the region. No references into guest memory exist, and KVM keeps
+            // vCPUs coherent.
+            if unsafe { libc::madvise(at.cast(), bytes, libc::MADV_DONTNEED) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(resident.iter().map(|run| run.end - run.start).sum())
+    }
+
+    /// The runs of resident pages between two guest-physical addresses, multiples of 4096.
+    ///
+    /// # Errors
+    /// The host refuses.
+    pub fn resident(&self, pages: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        let mut runs: Vec<Range<u64>> = Vec::new();
         for (gpa, host, len) in self.regions() {
             let start = pages.start.max(gpa.0);
             let bytes = pages.end.min(gpa.0 + len).saturating_sub(start) as usize;
@@ -188,26 +214,18 @@ impl Ram {
             if unsafe { libc::mincore(at.cast(), bytes, resident.as_mut_ptr()) } != 0 {
                 return Err(io::Error::last_os_error());
             }
-            let held = |page: &u8| page & 1 != 0;
-            let (Some(first), Some(last)) =
-                (resident.iter().position(held), resident.iter().rposition(held))
-            else {
-                continue;
-            };
-            // All in one call, since pages that are not resident cost nothing.
-            let page = layout::PAGE as usize;
-            // SAFETY: both pages lie in the range above.
-            let from = unsafe { at.add(first * page) };
-            // SAFETY: a part of the range above. No references into guest memory exist, and KVM
-            // keeps vCPUs coherent.
-            if unsafe { libc::madvise(from.cast(), (last + 1 - first) * page, libc::MADV_DONTNEED) }
-                != 0
+            for (at, _) in (start..)
+                .step_by(layout::PAGE as usize)
+                .zip(resident)
+                .filter(|(_, page)| page & 1 != 0)
             {
-                return Err(io::Error::last_os_error());
+                match runs.last_mut() {
+                    Some(last) if last.end == at => last.end += layout::PAGE,
+                    _ => runs.push(at..at + layout::PAGE),
+                }
             }
-            went += (resident.iter().filter(|page| held(page)).count() * page) as u64;
         }
-        Ok(went)
+        Ok(runs)
     }
 
     /// The host mappings behind RAM: guest-physical start, host address, bytes.

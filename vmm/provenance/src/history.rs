@@ -222,9 +222,11 @@ impl Provenance {
         key_of: KeyOf<'_>,
     ) -> Result<Option<InvalidFree>, RecordError> {
         let key_of = |address, bytes| key_of(address, bytes).ok_or(RecordError::Senseless);
-        let frames = record.frames.get(..record.depth).unwrap_or_default();
+        let stack = record.stack();
+        let frames = stack.addresses(record.text_base);
+        let frames = frames.get(..stack.depth()).unwrap_or_default();
         let (mut waits, mut invalid) = (None, None);
-        let Record { task, body } = record.record.map_err(|_| RecordError::Senseless)?;
+        let Record { task, body } = record.decode().map_err(|_| RecordError::Senseless)?;
         let by = Event { task, at: record.at, frames };
         match body {
             RecordBody::Allocated { address, bytes, slot, cache, .. } => {
@@ -246,9 +248,9 @@ impl Provenance {
                 self.related(key_of(address, 1)?, &by);
             }
             RecordBody::Cache { id, object, name } => {
-                self.name_cache(id, name.as_bytes(), object.into());
+                self.name_cache(id, name, object.into());
             }
-            RecordBody::Task { name } => self.name_task(task, name.as_bytes()),
+            RecordBody::Task { name } => self.name_task(task, name),
         }
         if self.quarantine.push_or_defer(record.at.cpu, waits, in_flight) {
             Ok(invalid)

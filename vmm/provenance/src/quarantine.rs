@@ -150,7 +150,9 @@ impl Quarantine {
     pub fn complete_in_flight(&mut self, cpu: u16) {
         let memory = self.in_flight.get_mut(usize::from(cpu)).and_then(Option::take);
         // It was counted when it came in.
-        self.queue.extend(memory);
+        if let Some(memory) = memory {
+            self.queue.push_back(memory);
+        }
     }
 
     /// Whether the guest has to fetch evicted memory: a batch more waits than an eviction keeps.

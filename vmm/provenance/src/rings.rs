@@ -24,7 +24,7 @@ use std::sync::atomic::{Ordering::Acquire, fence};
 
 use thiserror::Error;
 use umbra_shadow::abi::{
-    BadRecord, RECORD_BYTES, RECORD_FRAMES, RING_MAX_RECORDS, Record, RecordKind,
+    BadRecord, RECORD_BYTES, RING_MAX_RECORDS, Record, RecordKind, RecordStack,
 };
 use umbra_shadow::codes::PAGE_SIZE;
 
@@ -113,28 +113,30 @@ impl Ring {
     }
 }
 
-/// A record of a ring, with its return addresses.
+/// A record of a ring.
 #[derive(Clone, Copy, Debug)]
-pub struct RingRecord {
+pub struct RingRecord<'a> {
     /// The CPU that wrote it, and when.
     pub at: Moment,
-    /// What the guest wrote. The addresses in it have not been checked.
-    pub record: Result<Record, BadRecord>,
-    /// Return addresses, innermost first.
-    pub frames: [u64; RECORD_FRAMES],
-    /// How many of `frames` are set.
-    pub depth: usize,
+    /// The base of its return addresses.
+    pub text_base: u64,
+    bytes: &'a RawBytes,
 }
 
-impl RingRecord {
-    fn new(bytes: &RawBytes, ring: &Ring, cpu: u16, clock: &Clock) -> Self {
-        let record = Record::decode(bytes);
-        let stack = record.as_ref().ok().and_then(|record| record.body.stack());
-        let (frames, depth) = stack.map_or(([0; RECORD_FRAMES], 0), |stack| {
-            (stack.addresses(ring.text_base), stack.depth())
-        });
-        let at = Moment { cpu, micros: clock.micros(Record::stamp(bytes)) };
-        Self { at, record, frames, depth }
+impl<'a> RingRecord<'a> {
+    /// What the guest wrote. The addresses in it have not been checked.
+    ///
+    /// # Errors
+    /// It makes no sense.
+    #[inline]
+    pub fn decode(&self) -> Result<Record<'a>, BadRecord> {
+        Record::decode(self.bytes)
+    }
+
+    /// Its return addresses, if it is one of an event.
+    #[inline]
+    pub fn stack(&self) -> RecordStack<'a> {
+        RecordStack::of(self.bytes)
     }
 }
 
@@ -222,13 +224,17 @@ impl<'a> Reader<'a> {
         some > 0 && ram.read(at, &mut self.block)
     }
 
+    #[inline]
     fn bytes(&self) -> &RawBytes {
         const NONE: &RawBytes = &[0; RECORD_BYTES as usize];
         self.block.as_chunks().0.get(self.next).unwrap_or(NONE)
     }
 
-    fn record(&self) -> RingRecord {
-        RingRecord::new(self.bytes(), self.ring, self.cpu, self.clock)
+    #[inline]
+    fn record(&self) -> RingRecord<'_> {
+        let bytes = self.bytes();
+        let at = Moment { cpu: self.cpu, micros: self.clock.micros(Record::stamp(bytes)) };
+        RingRecord { at, text_base: self.ring.text_base, bytes }
     }
 
     /// The next record's place among those of all CPUs. A free comes before other records with its

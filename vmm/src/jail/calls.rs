@@ -99,6 +99,8 @@ const AGAIN: &[i64] = &[
     libc::SYS_memfd_create,
     libc::SYS_ftruncate,
 ];
+/// A `fallocate` that gives memory of the shadow back.
+const HOLE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 /// The terminal's settings and size.
 const TERMINAL: [u64; 6] =
     [libc::TCGETS, libc::TCSETS, libc::TCGETS2, libc::TCSETS2, libc::TIOCGPGRP, libc::TIOCGWINSZ];
@@ -188,8 +190,14 @@ fn rules(kind: ThreadKind, again: bool) -> Result<Rules, BackendError> {
     }
     if again {
         all(AGAIN);
+        // Limits are read: what would be the new one is no address.
+        let none = SeccompCondition::new(2, Len::Qword, Op::Eq, 0)?;
+        rules.insert(libc::SYS_prlimit64, vec![SeccompRule::new(vec![none])?]);
     } else if kind != ThreadKind::Console {
         rules.insert(libc::SYS_openat, read_only(2)?);
+    }
+    if kind == ThreadKind::Vcpu {
+        rules.insert(libc::SYS_fallocate, any(1, [HOLE as u64])?);
     }
     if !again {
         rules.insert(libc::SYS_mmap, no_code()?);

@@ -1,6 +1,5 @@
 //! The shadow of a run, if it has one, and the host memory that is reclaimed with its help.
 
-use umbra_machine::memory::Ram;
 use umbra_provenance::rings::Rings;
 use umbra_shadow::Shadow as _;
 use umbra_shadow::abi::{Features, GuestFlags};
@@ -8,9 +7,9 @@ use umbra_shadow::codes::{GRANULE, PAGE_SIZE, VMALLOC_INVALID};
 
 use super::context::ExitContext;
 use super::discovery::features;
-use super::guest_pages::GuestPageReclaim;
+use super::guest_pages::{AT_EXIT, GuestPageReclaim};
 use super::{Outcome, ShadowMode};
-use crate::shadow::{FaultOutcome, Mode, Model, Notify, ShadowError, Windows, reclaim_unused};
+use crate::shadow::{FaultOutcome, Mode, Model, Notify, ShadowError, Windows};
 
 /// The shadow of a run. With `ShadowMode::Off` there are no windows, and nothing to reclaim.
 pub(super) struct RunShadow {
@@ -19,8 +18,8 @@ pub(super) struct RunShadow {
     byte_looks: Backoff,
 }
 
-/// Drains between two looks for byte shadow to reclaim: one, or twice as many as before if the last
-/// look found nothing.
+/// Drains between two steps of the search for byte shadow to reclaim: one, or before a new pass over
+/// all of it twice as many as before if the last pass found nothing.
 #[derive(Default)]
 struct Backoff {
     drains: u32,
@@ -31,16 +30,21 @@ impl Backoff {
     /// The most.
     const MAX: u32 = 32;
 
-    /// Whether it is time for a look.
+    /// Whether it is time for a step.
     fn is_due(&mut self) -> bool {
         self.left = self.left.saturating_sub(1);
         self.left == 0
     }
 
-    /// A look has found something, or nothing.
-    fn looked(&mut self, found: bool) {
-        self.drains = if found { 1 } else { (2 * self.drains).clamp(1, Self::MAX) };
-        self.left = self.drains;
+    /// A step has been made. If it was the last one of a pass, that has found something or nothing.
+    fn stepped(&mut self, end_of_pass: Option<bool>) {
+        match end_of_pass {
+            None => self.left = 1,
+            Some(found) => {
+                self.drains = if found { 1 } else { (2 * self.drains).clamp(1, Self::MAX) };
+                self.left = self.drains;
+            }
+        }
     }
 }
 
@@ -101,36 +105,47 @@ impl RunShadow {
         self.guest_pages.allow(if has_pages { flags } else { GuestFlags::default() });
     }
 
-    /// Reclaims the host memory of byte shadow that no page uses. In `sync` mode, where only the
-    /// VMM changes shadow: the vCPUs may run.
+    /// Reclaims the host memory of some byte shadow that no page uses. In `sync` mode, where only
+    /// the VMM changes shadow: the vCPUs may run.
     pub(super) fn reclaim_byte_shadow(&mut self) -> Result<(), Outcome> {
         if let Some(windows) = &mut self.windows {
-            reclaim_unused(windows)?;
+            let unused = windows.find_unused()?;
+            windows.reclaim(unused)?;
         }
         Ok(())
     }
 
-    /// The same after a drain of rings, if it is time for that: the other vCPUs must stand still.
+    /// The same after a drain of rings, if it is time for that. If there is any, the other vCPUs
+    /// are paused.
     pub(super) fn reclaim_after_drain(&mut self, context: &mut ExitContext) -> Result<(), Outcome> {
         let Some(windows) = self.windows.as_mut().filter(|_| self.byte_looks.is_due()) else {
             return Ok(());
         };
-        context.others.pause()?;
-        let bytes = reclaim_unused(windows)?;
-        self.byte_looks.looked(bytes > 0);
+        let unused = windows.find_unused()?;
+        self.byte_looks.stepped(unused.end_of_pass);
+        if !unused.is_empty() {
+            context.others.pause()?;
+            windows.reclaim(unused)?;
+        }
         Ok(())
     }
 
-    /// Reclaims dead guest pages in a part of guest memory, if it is time for that.
+    /// Reclaims dead guest pages in a part of guest memory, if it is time for that. If there are
+    /// any, the other vCPUs are paused.
     pub(super) fn reclaim_guest_pages(
         &mut self,
         rings: &Rings,
         context: &mut ExitContext,
     ) -> Result<(), Outcome> {
-        if !self.guest_pages.wants_scan() {
+        let Some(windows) = self.windows.as_ref().filter(|_| self.guest_pages.is_due()) else {
             return Ok(());
+        };
+        let found = self.guest_pages.find(AT_EXIT, windows, rings, context.ram);
+        if !found.is_empty() {
+            context.others.pause()?;
+            self.guest_pages.discard(&found, windows, rings, context.ram);
         }
-        self.scan(GuestPageReclaim::scan, rings, context)
+        Ok(())
     }
 
     /// Reclaims all dead guest pages, where the guest allows it.
@@ -139,21 +154,9 @@ impl RunShadow {
         rings: &Rings,
         context: &mut ExitContext,
     ) -> Result<(), Outcome> {
-        if !self.guest_pages.is_allowed() {
-            return Ok(());
-        }
-        self.scan(GuestPageReclaim::scan_all, rings, context)
-    }
-
-    fn scan(
-        &mut self,
-        how: fn(&mut GuestPageReclaim, &Windows, &Rings, &Ram),
-        rings: &Rings,
-        context: &mut ExitContext,
-    ) -> Result<(), Outcome> {
-        if let Some(windows) = &self.windows {
+        if let Some(windows) = self.windows.as_ref().filter(|_| self.guest_pages.is_allowed()) {
             context.others.pause()?;
-            how(&mut self.guest_pages, windows, rings, context.ram);
+            self.guest_pages.discard_all(windows, rings, context.ram);
         }
         Ok(())
     }

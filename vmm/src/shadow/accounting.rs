@@ -1,23 +1,18 @@
 //! The cost of shadow memory, by the kernel's figures.
 //!
 //! Resident memory only grows until some is reclaimed. So a sample right before each reclaim and
-//! one at the end give the exact peak.
-//!
-//! The kernel reports it in two places. `/proc/self/smaps` has a line for the whole byte shadow,
-//! which anybody can check, but reading it walks over all memory of this process, the guest's
-//! included. The final figures come from there. `/proc/self/pagemap` reports single pages of mapped
-//! chunks. It is used for samples, and to decide what to reclaim.
+//! one at the end give the exact peak. Byte shadow is a file in memory, and a sample is one question
+//! to the kernel, whatever its size. `/proc/self/smaps` tells the same of the mapping
+//! `memfd:umbra-shadow`, for anybody who wants to check.
 
 use std::{
-    fs::File,
     io::{self, BufRead, BufReader, Read},
     ops::Range,
-    os::unix::fs::FileExt,
 };
 
+use umbra_shadow::codes::SHADOW_PER_PAGE;
+
 use super::{
-    layout::CHUNK_BYTES,
-    mapping::HOST_PAGE,
     memory::ShadowBacking,
     proc::{FromStart, files},
 };
@@ -35,39 +30,6 @@ const SMAPS_BLOCK: usize = 64 << 10;
 /// The file in `/proc` cannot be read.
 pub fn resident_bytes(range: &Range<u64>) -> io::Result<u64> {
     parse_smaps(BufReader::with_capacity(SMAPS_BLOCK, FromStart::new(&files()?.smaps)), range)
-}
-
-/// `/proc/self/pagemap`: which pages of this process are in memory.
-#[derive(Debug)]
-pub(super) struct ResidentPages(&'static File);
-
-impl ResidentPages {
-    /// Bytes of an entry.
-    const ENTRY: u64 = 8;
-    /// The page is in memory.
-    const PRESENT: u64 = 1 << 63;
-    /// The page is swapped out.
-    const SWAPPED: u64 = 1 << 62;
-    /// Nobody else has it; the shared page of zeroes is never marked so.
-    const EXCLUSIVE: u64 = 1 << 56;
-
-    pub(super) fn open() -> io::Result<Self> {
-        files().map(|files| Self(&files.pagemap))
-    }
-
-    /// Whether the kernel holds private memory for each page of `range`, whose ends are multiples
-    /// of 4096.
-    pub(super) fn held(&self, range: Range<u64>) -> io::Result<Vec<bool>> {
-        let pages = (range.end.saturating_sub(range.start) / HOST_PAGE) as usize;
-        let mut entries = vec![0; pages * Self::ENTRY as usize];
-        self.0.read_exact_at(&mut entries, range.start / HOST_PAGE * Self::ENTRY)?;
-        let held = |entry: u64| {
-            entry & Self::SWAPPED != 0
-                || entry & (Self::PRESENT | Self::EXCLUSIVE) == Self::PRESENT | Self::EXCLUSIVE
-        };
-        let (entries, _) = entries.as_chunks();
-        Ok(entries.iter().map(|entry| held(u64::from_ne_bytes(*entry))).collect())
-    }
 }
 
 fn parse_smaps(mut smaps: impl BufRead, range: &Range<u64>) -> io::Result<u64> {
@@ -139,20 +101,16 @@ impl ProcessMemory {
     }
 }
 
-/// The bytes of those pages that are held.
-pub(super) fn count(held: &[bool]) -> u64 {
-    held.iter().filter(|held| **held).count() as u64 * HOST_PAGE
-}
-
 /// Counts what the kernel does not keep.
 #[derive(Debug)]
 pub(super) struct Accounting {
-    range: Range<u64>,
-    pages: ResidentPages,
     page_bytes: u64,
     faults: u64,
     released_bytes: u64,
     peak_resident: u64,
+    /// Byte-checked pages of each chunk when it was last looked at, and all of them together.
+    used: Vec<u16>,
+    used_pages: u64,
     peak_used: u64,
 }
 
@@ -173,7 +131,8 @@ pub struct Figures {
     pub byte_peak_resident_bytes: u64,
     /// Byte shadow of byte-checked pages now.
     pub byte_used_bytes: u64,
-    /// The most that byte-checked pages used. Exact in `sync` mode, else the largest sample.
+    /// The most that byte-checked pages used. Exact in `sync` mode. Else the largest sum of what
+    /// each chunk used when it was last looked at.
     pub byte_used_peak_bytes: u64,
     /// Byte shadow that is resident now and that no byte-checked page uses: one shadow page serves
     /// eight pages.
@@ -195,19 +154,17 @@ impl Figures {
 }
 
 impl Accounting {
-    /// Accounts for the byte shadow at the addresses `range` of this process, beside `page_bytes`
-    /// of page shadow.
-    pub(super) fn new(range: Range<u64>, page_bytes: u64) -> io::Result<Self> {
-        let pages = ResidentPages::open()?;
-        Ok(Self {
-            range,
-            pages,
+    /// Accounts for the byte shadow of so many chunks, beside `page_bytes` of page shadow.
+    pub(super) fn new(chunks: usize, page_bytes: u64) -> Self {
+        Self {
             page_bytes,
             faults: 0,
             released_bytes: 0,
             peak_resident: 0,
+            used: vec![0; chunks],
+            used_pages: 0,
             peak_used: 0,
-        })
+        }
     }
 
     /// Bytes of page shadow.
@@ -224,34 +181,25 @@ impl Accounting {
         self.faults = self.faults.saturating_add(1);
     }
 
-    /// Whether the kernel holds memory for each of the pages of `chunk`.
-    pub(super) fn held(&self, chunk: usize) -> io::Result<Vec<bool>> {
-        let start = self.range.start + chunk as u64 * CHUNK_BYTES;
-        self.pages.held(start..start + CHUNK_BYTES)
-    }
-
-    /// Takes a sample of all mapped chunks; to be called before any host memory is reclaimed.
-    /// Returns the resident bytes.
+    /// Asks the kernel for the resident bytes; to be called before any host memory is reclaimed.
     pub(super) fn sample(&mut self, shadow: &ShadowBacking) -> io::Result<u64> {
-        let mut resident = 0;
-        for chunk in shadow.mapped_chunks() {
-            resident += count(&self.held(chunk)?);
-        }
-        self.note_resident(resident);
-        self.sample_used(shadow);
+        let resident = shadow.byte.resident_bytes()?;
+        self.peak_resident = self.peak_resident.max(resident);
         Ok(resident)
     }
 
-    /// Keeps the peak of resident bytes.
-    pub(super) fn note_resident(&mut self, resident: u64) {
-        self.peak_resident = self.peak_resident.max(resident);
+    /// Looks how many pages of `chunk` are byte-checked now.
+    pub(super) fn sample_used(&mut self, shadow: &ShadowBacking, chunk: usize) {
+        let pages = shadow.used_pages(chunk) as u16;
+        if let Some(used) = self.used.get_mut(chunk) {
+            self.used_pages = self.used_pages + u64::from(pages) - u64::from(*used);
+            *used = pages;
+        }
+        self.note_used(shadow, self.used_pages * SHADOW_PER_PAGE);
     }
 
-    /// Notes how much byte-checked pages use now; far cheaper than [`Self::sample`].
-    pub(super) fn sample_used(&mut self, shadow: &ShadowBacking) -> u64 {
-        let used = shadow.used_bytes();
+    fn note_used(&mut self, shadow: &ShadowBacking, used: u64) {
         self.peak_used = self.peak_used.max(used).max(shadow.tracked_peak_bytes());
-        used
     }
 
     /// Counts resident bytes that were reclaimed.
@@ -261,9 +209,9 @@ impl Accounting {
 
     /// All figures, as of now.
     pub(super) fn figures(&mut self, shadow: &ShadowBacking) -> io::Result<Figures> {
-        let resident = resident_bytes(&self.range)?;
-        self.note_resident(resident);
-        let used = self.sample_used(shadow);
+        let resident = self.sample(shadow)?;
+        let used = shadow.used_bytes();
+        self.note_used(shadow, used);
         Ok(Figures {
             page_bytes: self.page_bytes,
             byte_mapped_bytes: shadow.mapped_bytes(),
@@ -282,7 +230,6 @@ impl Accounting {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::shadow::mapping::Mapping;
 
     #[test]
     fn smaps_counts_only_private_memory_of_the_range() {
@@ -298,40 +245,6 @@ mod tests {
         assert_eq!(count(0x1000..0x1001), 0);
         assert_eq!(count(0x6000..0x8fff), 0, "only a part of the mapping is asked for");
         assert_eq!(count(0..u64::MAX), 64 << 10);
-    }
-
-    #[test]
-    fn resident_is_what_was_written() {
-        // Neighbours in the address space must not be counted with it.
-        let mut mappings: Vec<_> = (0..3).map(|_| Mapping::new(64 * HOST_PAGE).unwrap()).collect();
-        let pages = ResidentPages::open().unwrap();
-        let resident = |mapping: &Mapping| {
-            let held = count(&pages.held(mapping.range()).unwrap());
-            assert_eq!(
-                held,
-                resident_bytes(&mapping.range()).unwrap(),
-                "the kernel contradicts itself"
-            );
-            held
-        };
-        assert_eq!(resident(&mappings[1]), 0);
-        for page in [0, 5, 63] {
-            mappings[1].fill(page * HOST_PAGE, 1, 1).unwrap();
-        }
-        for page in 0..64 {
-            mappings[0].load(page * HOST_PAGE);
-        }
-        assert_eq!(mappings.iter().map(resident).collect::<Vec<_>>(), [0, 3 * HOST_PAGE, 0]);
-        let held = pages.held(mappings[1].range()).unwrap();
-        assert_eq!(
-            held.iter()
-                .enumerate()
-                .filter_map(|(page, held)| held.then_some(page))
-                .collect::<Vec<_>>(),
-            [0, 5, 63]
-        );
-        mappings[1].discard(0, 64 * HOST_PAGE).unwrap();
-        assert_eq!(resident(&mappings[1]), 0);
     }
 
     #[test]

@@ -7,17 +7,24 @@
 use std::{
     io,
     ops::Range,
+    os::fd::{AsRawFd, OwnedFd},
     ptr::{self, NonNull},
 };
+
+use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom};
+use rustix::process::{Resource, getrlimit};
 
 /// Size of a host page. Umbra runs on x86_64 only.
 pub const HOST_PAGE: u64 = 4096;
 
+/// Why there is no file for it.
+const FILE_LIMIT: &str = "the limit on the size of files (`ulimit -f`) is lower, and is one on \
+                          files in memory, too";
+
 /// Address space of this process, with an inaccessible page before and behind the part that is
 /// used.
 ///
-/// The guard pages keep the kernel from merging the part with a neighbour, so that it has lines of
-/// its own in `/proc/self/smaps`; and they turn a stray access into a fault.
+/// The guard pages turn a stray access into a fault.
 #[derive(Debug)]
 struct Reservation {
     start: NonNull<u8>,
@@ -37,11 +44,15 @@ impl Drop for Reservation {
     }
 }
 
-/// Zeroed anonymous memory that is resident only where it was written.
+/// Zeroed memory that is resident only where it was accessed.
+///
+/// Behind it is a file in memory, since the kernel knows at any time how much of a file is
+/// resident. Of anonymous memory it has to be asked page by page.
 #[derive(Debug)]
 pub struct Mapping {
     /// Unmaps it all when it is dropped.
     _reservation: Reservation,
+    file: OwnedFd,
     start: NonNull<u8>,
     bytes: u64,
 }
@@ -79,28 +90,48 @@ impl Mapping {
         let reservation = Reservation { start: base, bytes: total };
         // SAFETY: one page into a mapping of at least two pages.
         let start = unsafe { base.add(HOST_PAGE as usize) };
+        // A file that is too large would end the process with a signal.
+        if getrlimit(Resource::Fsize).current.is_some_and(|limit| limit < bytes) {
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, FILE_LIMIT));
+        }
+        let file = rustix::fs::memfd_create(c"umbra-shadow", MemfdFlags::CLOEXEC)?;
+        rustix::fs::ftruncate(&file, bytes)?;
         // SAFETY: start and length lie inside the mapping made above, which nobody else uses yet.
-        if unsafe {
-            libc::mprotect(
+        let mapped = unsafe {
+            libc::mmap(
                 start.as_ptr().cast(),
                 bytes as usize,
                 libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED,
+                file.as_raw_fd(),
+                0,
             )
-        } != 0
-        {
+        };
+        if mapped == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
         // Where huge pages are always on, one written byte would cost 2 MiB. A kernel built without
         // them refuses the advice, and then there is nothing to refuse. SAFETY: as above; the
         // advice changes no contents.
         unsafe { libc::madvise(start.as_ptr().cast(), bytes as usize, libc::MADV_NOHUGEPAGE) };
-        Ok(Self { _reservation: reservation, start, bytes })
+        Ok(Self { _reservation: reservation, file, start, bytes })
     }
 
-    /// Addresses of this process.
-    pub fn range(&self) -> Range<u64> {
-        let start = self.start.as_ptr() as u64;
-        start..start + self.bytes
+    /// Bytes that the kernel holds for it, swapped-out pages included.
+    pub fn resident_bytes(&self) -> io::Result<u64> {
+        /// Bytes of a block in a file's status, whatever its file system.
+        const BLOCK: u64 = 512;
+        Ok(u64::try_from(rustix::fs::fstat(&self.file)?.st_blocks).unwrap_or(0) * BLOCK)
+    }
+
+    /// Whether any page of `range` is resident.
+    pub fn is_resident(&self, range: &Range<u64>) -> io::Result<bool> {
+        match rustix::fs::seek(&self.file, SeekFrom::Data(range.start)) {
+            Ok(data) => Ok(data < range.end),
+            // Nothing from there on.
+            Err(rustix::io::Errno::NXIO) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// The host address of `[at, at + len)`, if it lies inside.
@@ -197,13 +228,10 @@ impl Mapping {
         if !at.is_multiple_of(HOST_PAGE) || !len.is_multiple_of(HOST_PAGE) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let pointer = self.pointer(at, len).ok_or(io::ErrorKind::InvalidInput)?;
-        // SAFETY: the range is page-aligned and inside the mapping; no references into it exist. A
-        // guest that has it in a memslot is kept coherent by KVM.
-        if unsafe { libc::madvise(pointer.cast(), len as usize, libc::MADV_DONTNEED) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(())
+        self.pointer(at, len).ok_or(io::ErrorKind::InvalidInput)?;
+        // A guest that has it in a memslot is kept coherent by KVM.
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(rustix::fs::fallocate(&self.file, hole, at, len)?)
     }
 }
 
@@ -229,7 +257,7 @@ mod tests {
     #[test]
     fn nothing_reaches_outside() {
         let mut mapping = Mapping::new(1).unwrap();
-        assert_eq!(mapping.range().end - mapping.range().start, HOST_PAGE);
+        assert!(mapping.pointer(0, HOST_PAGE).is_some() && mapping.pointer(1, HOST_PAGE).is_none());
         mapping.fill(HOST_PAGE - 8, 8, 0xfe).unwrap();
         assert_eq!(mapping.load(HOST_PAGE), None);
         assert_eq!(mapping.load_u64(HOST_PAGE - 8), Some(u64::from_ne_bytes([0xfe; 8])));
@@ -255,5 +283,23 @@ mod tests {
             [0, 1, 2].map(|page| mapping.load(page * HOST_PAGE)),
             [Some(7), Some(0), Some(7)]
         );
+    }
+
+    #[test]
+    fn resident_is_what_was_written() {
+        let mut mapping = Mapping::new(64 * HOST_PAGE).unwrap();
+        assert_eq!(mapping.resident_bytes().unwrap(), 0);
+        assert!(!mapping.is_resident(&(0..64 * HOST_PAGE)).unwrap());
+        for page in [0, 5, 63] {
+            mapping.fill(page * HOST_PAGE, 1, 1).unwrap();
+        }
+        assert_eq!(mapping.resident_bytes().unwrap(), 3 * HOST_PAGE);
+        let resident = |range: Range<u64>| {
+            mapping.is_resident(&(range.start * HOST_PAGE..range.end * HOST_PAGE)).unwrap()
+        };
+        let ranges = [0..1, 1..5, 1..6, 6..63, 6..64, 63..64];
+        assert_eq!(ranges.map(resident), [true, false, true, false, true, true]);
+        mapping.discard(0, 64 * HOST_PAGE).unwrap();
+        assert_eq!(mapping.resident_bytes().unwrap(), 0);
     }
 }

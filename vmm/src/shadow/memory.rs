@@ -102,6 +102,12 @@ impl ShadowBacking {
         self.mapped_peak_chunks * CHUNK_BYTES
     }
 
+    /// The first chunk from `from` on for which [`Self::is_mapped`] holds.
+    pub(super) fn next_mapped(&self, from: usize) -> Option<usize> {
+        let at = self.mapped.get(from..)?.iter().position(|mapped| *mapped)?;
+        Some(from + at)
+    }
+
     /// The chunks for which [`Self::is_mapped`] holds, in order.
     pub(super) fn mapped_chunks(&self) -> impl Iterator<Item = usize> + '_ {
         self.mapped.iter().enumerate().filter(|(_, mapped)| **mapped).map(|(chunk, _)| chunk)
@@ -126,25 +132,22 @@ impl ShadowBacking {
 
     /// Bytes of byte shadow that byte-checked pages in mapped chunks use now.
     pub fn used_bytes(&self) -> u64 {
-        let Some(mapping) = &self.page else {
+        if self.page.is_none() {
             let more =
                 self.mapped_bytes().saturating_sub(self.layout.ram_chunks() as u64 * CHUNK_BYTES);
             return (self.layout.ram_end >> GRANULE_SHIFT) + more;
-        };
-        let pages: u64 = self
-            .mapped_chunks()
-            .map(|chunk| {
-                let first = chunk as u64 * CHUNK_PAGES;
-                (first..first + CHUNK_PAGES)
-                    .step_by(8)
-                    .filter_map(|at| mapping.load_u64(at))
-                    .map(|word| {
-                        word.to_ne_bytes().iter().filter(|byte| **byte == PAGE_BYTES).count() as u64
-                    })
-                    .sum::<u64>()
-            })
-            .sum();
-        pages * SHADOW_PER_PAGE
+        }
+        let pages = self.mapped_chunks().map(|chunk| self.used_pages(chunk));
+        pages.sum::<u64>() * SHADOW_PER_PAGE
+    }
+
+    /// Byte-checked pages of `chunk` now; 0 in a full shadow, where they do not change.
+    pub(super) fn used_pages(&self, chunk: usize) -> u64 {
+        let Some(mapping) = &self.page else { return 0 };
+        let first = chunk as u64 * CHUNK_PAGES;
+        let words = (first..first + CHUNK_PAGES).step_by(8).filter_map(|at| mapping.load_u64(at));
+        let checked = |word: u64| word.to_ne_bytes().iter().filter(|b| **b == PAGE_BYTES).count();
+        words.map(|word| checked(word) as u64).sum()
     }
 
     /// The free pages between two guest-physical addresses, multiples of 4096, by rising address;
@@ -240,7 +243,7 @@ impl ShadowMemory for ShadowBacking {
     }
 
     fn byte(&self, addr: u64) -> u8 {
-        // A read would make no host memory resident, but a page table for the shared zero page.
+        // A read would make host memory resident.
         let chunk = (addr / CHUNK_COVERS) as usize;
         if !self.is_mapped(chunk) {
             let full = self.page.is_none() && chunk >= self.layout.first_virtual_chunk();

@@ -11,7 +11,6 @@ use std::sync::OnceLock;
 pub(crate) struct ProcFiles {
     pub(crate) smaps: File,
     pub(crate) status: File,
-    pub(crate) pagemap: File,
 }
 
 static FILES: OnceLock<ProcFiles> = OnceLock::new();
@@ -27,7 +26,6 @@ pub(crate) fn files() -> io::Result<&'static ProcFiles> {
     let files = ProcFiles {
         smaps: File::open("/proc/self/smaps")?,
         status: File::open("/proc/self/status")?,
-        pagemap: File::open("/proc/self/pagemap")?,
     };
     Ok(FILES.get_or_init(|| files))
 }

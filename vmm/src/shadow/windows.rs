@@ -8,13 +8,14 @@ use umbra_shadow::{
 };
 
 use super::{
-    accounting::{Accounting, Figures, count},
+    accounting::{Accounting, Figures},
     error::ShadowError,
     layout::{CHUNK_BYTES, CHUNK_COVERS, Layout, Window},
     mapping::Mapping,
     memory::ShadowBacking,
     memslots::Memslots,
     model::Model,
+    reclaim::ByteReclaim,
     stack_pages::StackPages,
 };
 
@@ -67,6 +68,13 @@ pub(super) enum WindowOffset {
     Byte(u64),
 }
 
+/// Chunks that are looked at for what they use, when another one is mapped.
+const SAMPLED: u32 = 16;
+/// Most chunks that are unmapped at once to make room: each takes the host a while.
+const UNMAPPED: usize = 16;
+/// What fails if the kernel does not tell how much of a file is resident.
+const RESIDENT: &str = "ask how much shadow is resident";
+
 /// All shadow memory of a guest.
 ///
 /// One thread at a time changes it; the guest's vCPUs access the memory behind it meanwhile.
@@ -74,6 +82,7 @@ pub(super) enum WindowOffset {
 pub struct Windows {
     pub(super) model: Model,
     pub(super) accounting: Accounting,
+    pub(super) reclaim: ByteReclaim,
     pub(super) stack_pages: StackPages,
     pub(super) notify: Notify,
     /// The next key for virtual memory.
@@ -81,6 +90,8 @@ pub struct Windows {
     limit: u64,
     /// The memslot of each chunk that the guest can see.
     memslots: Vec<Option<u32>>,
+    /// The chunk at which the next sample of what is used begins.
+    next_sample: usize,
 }
 
 impl Windows {
@@ -104,13 +115,14 @@ impl Windows {
         let readonly = config.notify == Notify::Sync;
         let mut byte = reserve(layout.byte.bytes)?;
         let memslot_error = |gpa| move |source| ShadowError::Memslot { gpa, source };
+        let outside = |gpa, len| move || ShadowError::OutsideWindow { gpa, len };
 
         let page = match config.mode {
             Mode::PerPage => {
                 let mut page = reserve(layout.page.bytes)?;
                 let bytes = layout.ram_page_bytes();
                 page.touch(0, bytes);
-                let host = page.range().start as *mut u8;
+                let host = page.pointer(0, bytes).ok_or_else(outside(layout.page.gpa, bytes))?;
                 memslots
                     .map(layout.page.gpa, host, bytes, readonly)
                     .map_err(memslot_error(layout.page.gpa))?;
@@ -124,7 +136,7 @@ impl Windows {
                 for Range { start, end } in &config.ram {
                     byte.touch(start / 8, (end - start) / 8);
                 }
-                let host = byte.range().start as *mut u8;
+                let host = byte.pointer(0, bytes).ok_or_else(outside(layout.byte.gpa, bytes))?;
                 memslots
                     .map(layout.byte.gpa, host, bytes, readonly)
                     .map_err(memslot_error(layout.byte.gpa))?;
@@ -133,8 +145,7 @@ impl Windows {
         };
 
         let page_bytes = if page.is_some() { layout.ram_page_bytes() } else { 0 };
-        let accounting = Accounting::new(byte.range(), page_bytes)
-            .map_err(ShadowError::host("open /proc/self/pagemap"))?;
+        let accounting = Accounting::new(layout.chunks(), page_bytes);
         let mut shadow = ShadowBacking::new(layout, page, byte);
         if config.mode == Mode::Full {
             for chunk in 0..layout.ram_chunks() {
@@ -145,10 +156,12 @@ impl Windows {
             next_key: layout.virtual_start,
             model: Model::new(shadow),
             accounting,
+            reclaim: ByteReclaim::default(),
             stack_pages: StackPages::default(),
             notify: config.notify,
             limit,
             memslots: vec![None; layout.chunks()],
+            next_sample: 0,
         })
     }
 
@@ -258,11 +271,9 @@ impl Windows {
                 self.make_room(chunk, &chunks, memslots)?;
                 self.map_chunk(chunk, memslots)?;
                 self.accounting.count_fault();
+                self.sample_some_used();
                 outcome = FaultOutcome::Mapped;
             }
-        }
-        if outcome == FaultOutcome::Mapped {
-            self.accounting.sample_used(self.model.memory());
         }
         Ok(outcome)
     }
@@ -306,15 +317,25 @@ impl Windows {
     /// Asks the kernel how much byte shadow is resident, in bytes, and keeps the peak.
     ///
     /// # Errors
-    /// The file in `/proc` cannot be read.
+    /// It does not answer.
     pub fn sample(&mut self) -> Result<u64, ShadowError> {
-        self.accounting
-            .sample(self.model.memory())
-            .map_err(ShadowError::host("read /proc/self/pagemap"))
+        self.accounting.sample(self.model.memory()).map_err(ShadowError::host(RESIDENT))
+    }
+
+    /// Looks what the next few chunks use. In `ring` mode the VMM does not see changes.
+    fn sample_some_used(&mut self) {
+        for _ in 0..SAMPLED {
+            let Some(chunk) = self.model.memory().next_mapped(self.next_sample) else {
+                self.next_sample = 0;
+                return;
+            };
+            self.next_sample = chunk + 1;
+            self.accounting.sample_used(self.model.memory(), chunk);
+        }
     }
 
     /// Host memory of the shadow at this moment: page shadow, byte shadow that is mapped, resident,
-    /// and used by byte-checked pages, in bytes. As quick as [`Self::sample`].
+    /// and used by byte-checked pages, in bytes.
     ///
     /// # Errors
     /// As for [`Self::sample`].
@@ -324,20 +345,12 @@ impl Windows {
         Ok([self.accounting.page_bytes(), shadow.mapped_bytes(), resident, shadow.used_bytes()])
     }
 
-    /// Notes how much byte shadow is used now, for the peak. In `ring` mode the VMM does not see
-    /// changes: call it at ring drains. Returns the bytes.
-    pub fn sample_used(&mut self) -> u64 {
-        self.accounting.sample_used(self.model.memory())
-    }
-
     /// The costs of the shadow now.
     ///
     /// # Errors
     /// As for [`Self::sample`].
     pub fn figures(&mut self) -> Result<Figures, ShadowError> {
-        self.accounting
-            .figures(self.model.memory())
-            .map_err(ShadowError::host("read /proc/self/smaps"))
+        self.accounting.figures(self.model.memory()).map_err(ShadowError::host(RESIDENT))
     }
 
     /// The place of `len` bytes at `gpa`, if all of it is shadow of RAM, or of virtual memory that
@@ -440,7 +453,7 @@ impl Windows {
         Ok(())
     }
 
-    /// Makes room for `chunk` within the limit. If needed, unmaps unused chunks other than `keep`.
+    /// Makes room for `chunk` within the limit. If needed, unmaps some unused ones other than `keep`.
     pub(super) fn make_room(
         &mut self,
         chunk: usize,
@@ -460,7 +473,7 @@ impl Windows {
         Ok(())
     }
 
-    /// Unmaps all chunks other than `keep` without byte-checked pages, and reclaims their host
+    /// Unmaps some chunks other than `keep` without byte-checked pages, and reclaims their host
     /// memory.
     ///
     /// Other vCPUs may run meanwhile. One of them may start a promotion after the first check of a
@@ -477,11 +490,8 @@ impl Windows {
             .memory()
             .mapped_chunks()
             .filter(|chunk| !keep.contains(chunk) && !self.model.memory().chunk_in_use(*chunk))
+            .take(UNMAPPED)
             .collect();
-        if unused.is_empty() {
-            return Ok(());
-        }
-        self.sample()?;
         for chunk in unused {
             let at = chunk as u64 * CHUNK_BYTES;
             if let Some(memslot) = self.memslots.get_mut(chunk).and_then(Option::take) {
@@ -492,16 +502,8 @@ impl Windows {
                     continue;
                 }
             }
-            let held = self
-                .accounting
-                .held(chunk)
-                .map_err(ShadowError::host("read /proc/self/pagemap"))?;
-            self.accounting.count_reclaimed(count(&held));
-            self.model
-                .memory_mut()
-                .byte
-                .discard(at, CHUNK_BYTES)
-                .map_err(ShadowError::host("give back shadow"))?;
+            self.discard(std::slice::from_ref(&(at..at + CHUNK_BYTES)))?;
+            self.accounting.sample_used(self.model.memory(), chunk);
             self.model.memory_mut().set_mapped(chunk, false);
         }
         Ok(())

@@ -195,7 +195,8 @@ pub struct Objects {
     /// Of few objects: who made work that has to do with them, the last one first.
     related: HashMap<u64, [Origin; 2], RandomState>,
     most_related: usize,
-    caches: HashMap<u16, (String, u64), RandomState>,
+    /// Names of caches, and bytes of their object slots, by id.
+    caches: Vec<Option<(String, u64)>>,
     tasks: TaskNames,
     /// Bytes for the table of objects.
     most: usize,
@@ -219,7 +220,7 @@ impl Objects {
             origins: Origins::new(limits.stacks),
             related: HashMap::default(),
             most_related: most_related(limits.related),
-            caches: HashMap::default(),
+            caches: Vec::new(),
             tasks: TaskNames::new(limits.tasks),
             most: limits.objects,
             counts: ObjectCounts::default(),
@@ -230,7 +231,17 @@ impl Objects {
 
     /// Names a cache and says how many bytes one of its object slots has.
     pub fn name_cache(&mut self, id: u16, name: &[u8], object_size: u64) {
-        self.caches.insert(id, (sanitize(name), object_size));
+        let id = usize::from(id);
+        if self.caches.len() <= id {
+            self.caches.resize(id + 1, None);
+        }
+        self.caches[id] = Some((sanitize(name), object_size));
+    }
+
+    /// The name of a cache, and the bytes of its object slots.
+    #[inline]
+    fn cache(&self, id: u16) -> Option<&(String, u64)> {
+        self.caches.get(usize::from(id))?.as_ref()
     }
 
     /// Names a task.
@@ -289,7 +300,7 @@ impl Objects {
         self.counts.allocations = self.counts.allocations.saturating_add(1);
         // What the cache would hand out anyway is no redzone, nor the rest of the last page of an
         // object that has pages of its own.
-        let of_cache = self.caches.get(&cache).map_or(0, |(_, object_size)| *object_size);
+        let of_cache = self.cache(cache).map_or(0, |(_, object_size)| *object_size);
         let redzone = match slot.is_multiple_of(PAGE_SIZE) {
             true => 0,
             false => slot.saturating_sub(of_cache.max(size)) / GRANULE,
@@ -519,7 +530,7 @@ impl Objects {
     /// Bytes of an object's slot, as far as they are known.
     fn slot(&self, found: Found) -> u64 {
         let Some(record) = self.table.get(found) else { return 0 };
-        match self.caches.get(&record.cache) {
+        match self.cache(record.cache) {
             Some((_, object_size)) => *object_size,
             // Without a cache, an object that starts a page has pages of its own.
             None if found.start.is_multiple_of(PAGE_SIZE) => {
@@ -548,7 +559,7 @@ impl Objects {
             start: found.start,
             size: size.into(),
             live: !record.is_freed(),
-            cache: self.caches.get(&cache).map(|(name, object_size)| Cache {
+            cache: self.cache(cache).map(|(name, object_size)| Cache {
                 id: cache,
                 name,
                 object_size: *object_size,

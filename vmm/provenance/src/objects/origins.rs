@@ -8,7 +8,7 @@ use foldhash::fast::RandomState;
 use hashbrown::HashTable;
 
 use crate::heap;
-use crate::pool::Pool;
+use crate::pool::{NO_PLACE, Pool};
 use crate::stacks::{MAX_FRAMES, StackId, Stacks};
 
 /// A task and a stack in [`Origins`].
@@ -29,22 +29,50 @@ struct Pair {
     uses: u32,
 }
 
+/// Pairs that were found last, by a hash.
+const RECENT: usize = 256;
+
 /// A bounded table of them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Origins {
     stacks: Stacks,
     pairs: Pool<Pair>,
     index: HashTable<u32>,
     hash: RandomState,
+    /// Places of pairs that may be what is looked for: most events share a few of them.
+    recent: [u32; RECENT],
     /// The most bytes.
     most: usize,
     lost: u64,
 }
 
+/// Where a pair is among the recent ones.
+#[inline]
+fn recent_place(task: u32, frames: &[u64]) -> usize {
+    // An odd number without structure: 2^64 divided by the golden ratio.
+    const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
+    let mix = |hash: u64, frame: &u64| (hash.rotate_left(5) ^ frame).wrapping_mul(MIX);
+    frames.iter().fold(task.into(), mix) as usize >> 56
+}
+
+/// Whether two stacks are equal. They are short: calling `memcmp` would take longer.
+#[inline]
+fn is_same(one: &[u64], other: &[u64]) -> bool {
+    one.len() == other.len() && one.iter().zip(other).all(|(one, other)| one == other)
+}
+
 impl Origins {
     /// A table of at most so many bytes.
     pub fn new(most: usize) -> Self {
-        Self { most, ..Self::default() }
+        Self {
+            stacks: Stacks::default(),
+            pairs: Pool::default(),
+            index: HashTable::new(),
+            hash: RandomState::default(),
+            recent: [NO_PLACE; RECENT],
+            most,
+            lost: 0,
+        }
     }
 
     /// How many stacks found no room.
@@ -63,15 +91,22 @@ impl Origins {
     }
 
     /// The task that did something, and its stack, for one more use, if they are known.
+    #[inline]
     pub fn find(&mut self, task: u32, frames: &[u64]) -> Option<Origin> {
         let frames = &frames[..frames.len().min(MAX_FRAMES)];
-        let hash = self.hash.hash_one((task, frames));
+        let recent = recent_place(task, frames);
         let (pairs, stacks) = (&mut self.pairs, &self.stacks);
         let is_it = |at: &u32| {
             let pair = pairs.get(*at).filter(|pair| pair.task == task);
-            pair.is_some_and(|pair| stacks.get(pair.stack) == frames)
+            pair.is_some_and(|pair| is_same(stacks.get(pair.stack), frames))
         };
-        let at = *self.index.find(hash, is_it)?;
+        let at = match self.recent.get(recent) {
+            Some(at) if is_it(at) => *at,
+            _ => *self.index.find(self.hash.hash_one((task, frames)), is_it)?,
+        };
+        if let Some(recent) = self.recent.get_mut(recent) {
+            *recent = at;
+        }
         let pair = pairs.get_mut(at)?;
         pair.uses = pair.uses.saturating_add(1);
         Some(Origin(at + 1))
@@ -107,14 +142,20 @@ impl Origins {
     }
 
     /// Ends a use.
+    #[inline]
     pub fn release(&mut self, origin: Origin) {
         let Some(at) = origin.0.checked_sub(1) else { return };
         let Some(pair) = self.pairs.get_mut(at) else { return };
         pair.uses -= 1;
-        if pair.uses > 0 {
-            return;
+        if pair.uses == 0 {
+            self.remove(at);
         }
-        let (task, stack) = (pair.task, pair.stack);
+    }
+
+    /// Takes a pair out that nothing refers to any more.
+    fn remove(&mut self, at: u32) {
+        let Some(Pair { task, stack, .. }) = self.pairs.get(at) else { return };
+        let (task, stack) = (*task, *stack);
         let hash = self.hash.hash_one((task, self.stacks.get(stack)));
         if let Ok(entry) = self.index.find_entry(hash, |other| *other == at) {
             entry.remove();

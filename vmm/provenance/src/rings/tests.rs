@@ -9,7 +9,7 @@ use umbra_shadow::abi::RecordBody;
 
 /// Address and cache of an allocation.
 fn allocation(record: &RingRecord) -> (u64, u16) {
-    match record.record.map(|record| record.body) {
+    match record.decode().map(|record| record.body) {
         Ok(RecordBody::Allocated { address, cache, .. }) => (address, cache),
         other => panic!("no allocation: {other:?}"),
     }
@@ -64,10 +64,9 @@ fn a_drain_takes_what_the_count_says_once() {
         }
         let mut addresses = Vec::new();
         rings.drain(by, &ram, |event, _| {
-            assert_eq!(
-                (event.depth, event.frames[0], event.frames[1]),
-                (RECORD_FRAMES, 0xffff_ffff_8010_0000, 0)
-            );
+            let frames = event.stack().addresses(event.text_base);
+            assert_eq!(event.stack().depth(), frames.len());
+            assert_eq!(frames[..2], [0xffff_ffff_8010_0000, 0]);
             addresses.push(allocation(event).0);
         });
         (addresses, ram.read_u64(header).expect("inside RAM"))
@@ -287,7 +286,7 @@ impl Running {
         let mut drained = self.drained.lock().unwrap();
         let (rings, objects) = &mut *drained;
         rings.drain(by, &self.ram, |event, _| {
-            let (kind, object) = match event.record.map(|record| record.body) {
+            let (kind, object) = match event.decode().map(|record| record.body) {
                 Ok(RecordBody::Allocated { address, .. }) => (RecordKind::Allocated, address),
                 Ok(RecordBody::Freed { address, .. }) => (RecordKind::Freed, address),
                 other => panic!("no event of an allocator: {other:?}"),
