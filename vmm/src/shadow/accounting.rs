@@ -1,9 +1,9 @@
 //! The cost of shadow memory, by the kernel's figures.
 //!
 //! Resident memory only grows until some is reclaimed. So a sample right before each reclaim and
-//! one at the end give the exact peak. Byte shadow is a file in memory, and a sample is one question
-//! to the kernel, whatever its size. `/proc/self/smaps` tells the same of the mapping
-//! `memfd:umbra-shadow`, for anybody who wants to check.
+//! one at the end give the exact peak. Byte shadow of which anything may be reclaimed is a file in
+//! memory: a sample is one question to the kernel, whatever its size, and `/proc/self/smaps` tells
+//! the same of the mapping `memfd:umbra-shadow`, for anybody who wants to check.
 
 use std::{
     io::{self, BufRead, BufReader, Read},

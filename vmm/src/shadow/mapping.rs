@@ -14,6 +14,8 @@ use std::{
 use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom};
 use rustix::process::{Resource, getrlimit};
 
+use super::accounting::resident_bytes;
+
 /// Size of a host page. Umbra runs on x86_64 only.
 pub const HOST_PAGE: u64 = 4096;
 
@@ -24,7 +26,8 @@ const FILE_LIMIT: &str = "the limit on the size of files (`ulimit -f`) is lower,
 /// Address space of this process, with an inaccessible page before and behind the part that is
 /// used.
 ///
-/// The guard pages turn a stray access into a fault.
+/// The guard pages keep the kernel from merging the part with a neighbour, so that it has lines of
+/// its own in `/proc/self/smaps`; and they turn a stray access into a fault.
 #[derive(Debug)]
 struct Reservation {
     start: NonNull<u8>,
@@ -44,15 +47,14 @@ impl Drop for Reservation {
     }
 }
 
-/// Zeroed memory that is resident only where it was accessed.
-///
-/// Behind it is a file in memory, since the kernel knows at any time how much of a file is
-/// resident. Of anonymous memory it has to be asked page by page.
+/// Zeroed memory that is resident only where it was written.
 #[derive(Debug)]
 pub struct Mapping {
     /// Unmaps it all when it is dropped.
     _reservation: Reservation,
-    file: OwnedFd,
+    /// A file in memory behind it. The kernel knows at any time how much of a file is resident; of
+    /// anonymous memory, which is cheaper, it has to be asked page by page.
+    file: Option<OwnedFd>,
     start: NonNull<u8>,
     bytes: u64,
 }
@@ -64,8 +66,18 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `bytes` bytes, rounded up to whole pages.
+    /// Maps `bytes` bytes of anonymous memory, rounded up to whole pages.
     pub fn new(bytes: u64) -> io::Result<Self> {
+        Self::map(bytes, false)
+    }
+
+    /// Maps `bytes` bytes, rounded up to whole pages, of a new file in memory: parts of it can be
+    /// given back. A page that is only read is resident, too.
+    pub fn of_file(bytes: u64) -> io::Result<Self> {
+        Self::map(bytes, true)
+    }
+
+    fn map(bytes: u64, of_file: bool) -> io::Result<Self> {
         let bytes = bytes.checked_next_multiple_of(HOST_PAGE).ok_or(io::ErrorKind::InvalidInput)?;
         let total = bytes
             .checked_add(2 * HOST_PAGE)
@@ -90,20 +102,19 @@ impl Mapping {
         let reservation = Reservation { start: base, bytes: total };
         // SAFETY: one page into a mapping of at least two pages.
         let start = unsafe { base.add(HOST_PAGE as usize) };
-        // A file that is too large would end the process with a signal.
-        if getrlimit(Resource::Fsize).current.is_some_and(|limit| limit < bytes) {
-            return Err(io::Error::new(io::ErrorKind::FileTooLarge, FILE_LIMIT));
-        }
-        let file = rustix::fs::memfd_create(c"umbra-shadow", MemfdFlags::CLOEXEC)?;
-        rustix::fs::ftruncate(&file, bytes)?;
+        let file = if of_file { Some(memory_file(bytes)?) } else { None };
+        let (kind, fd) = match &file {
+            Some(file) => (libc::MAP_SHARED, file.as_raw_fd()),
+            None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
+        };
         // SAFETY: start and length lie inside the mapping made above, which nobody else uses yet.
         let mapped = unsafe {
             libc::mmap(
                 start.as_ptr().cast(),
                 bytes as usize,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED,
-                file.as_raw_fd(),
+                kind | libc::MAP_NORESERVE | libc::MAP_FIXED,
+                fd,
                 0,
             )
         };
@@ -121,12 +132,20 @@ impl Mapping {
     pub fn resident_bytes(&self) -> io::Result<u64> {
         /// Bytes of a block in a file's status, whatever its file system.
         const BLOCK: u64 = 512;
-        Ok(u64::try_from(rustix::fs::fstat(&self.file)?.st_blocks).unwrap_or(0) * BLOCK)
+        let Some(file) = &self.file else {
+            let start = self.start.as_ptr() as u64;
+            return resident_bytes(&(start..start + self.bytes));
+        };
+        Ok(u64::try_from(rustix::fs::fstat(file)?.st_blocks).unwrap_or(0) * BLOCK)
     }
 
-    /// Whether any page of `range` is resident.
+    fn file(&self) -> io::Result<&OwnedFd> {
+        self.file.as_ref().ok_or(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Whether any page of `range` is resident. It has a file.
     pub fn is_resident(&self, range: &Range<u64>) -> io::Result<bool> {
-        match rustix::fs::seek(&self.file, SeekFrom::Data(range.start)) {
+        match rustix::fs::seek(self.file()?, SeekFrom::Data(range.start)) {
             Ok(data) => Ok(data < range.end),
             // Nothing from there on.
             Err(rustix::io::Errno::NXIO) => Ok(false),
@@ -223,7 +242,7 @@ impl Mapping {
     }
 
     /// Gives the host memory of `[at, at + len)` back; it reads as zero from then on. Both are
-    /// multiples of 4096.
+    /// multiples of 4096. It has a file.
     pub fn discard(&mut self, at: u64, len: u64) -> io::Result<()> {
         if !at.is_multiple_of(HOST_PAGE) || !len.is_multiple_of(HOST_PAGE) {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -231,8 +250,19 @@ impl Mapping {
         self.pointer(at, len).ok_or(io::ErrorKind::InvalidInput)?;
         // A guest that has it in a memslot is kept coherent by KVM.
         let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        Ok(rustix::fs::fallocate(&self.file, hole, at, len)?)
+        Ok(rustix::fs::fallocate(self.file()?, hole, at, len)?)
     }
+}
+
+/// A new file in memory, of so many bytes.
+fn memory_file(bytes: u64) -> io::Result<OwnedFd> {
+    // A file that is too large would end the process with a signal.
+    if getrlimit(Resource::Fsize).current.is_some_and(|limit| limit < bytes) {
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, FILE_LIMIT));
+    }
+    let file = rustix::fs::memfd_create(c"umbra-shadow", MemfdFlags::CLOEXEC)?;
+    rustix::fs::ftruncate(&file, bytes)?;
+    Ok(file)
 }
 
 #[cfg(test)]
@@ -256,7 +286,7 @@ mod tests {
 
     #[test]
     fn nothing_reaches_outside() {
-        let mut mapping = Mapping::new(1).unwrap();
+        let mut mapping = Mapping::of_file(1).unwrap();
         assert!(mapping.pointer(0, HOST_PAGE).is_some() && mapping.pointer(1, HOST_PAGE).is_none());
         mapping.fill(HOST_PAGE - 8, 8, 0xfe).unwrap();
         assert_eq!(mapping.load(HOST_PAGE), None);
@@ -276,7 +306,8 @@ mod tests {
 
     #[test]
     fn discard_gives_back_only_its_pages() {
-        let mut mapping = Mapping::new(4 * HOST_PAGE).unwrap();
+        assert!(Mapping::new(HOST_PAGE).unwrap().discard(0, HOST_PAGE).is_err());
+        let mut mapping = Mapping::of_file(4 * HOST_PAGE).unwrap();
         mapping.fill(0, 3 * HOST_PAGE, 7).unwrap();
         mapping.discard(HOST_PAGE, HOST_PAGE).unwrap();
         assert_eq!(
@@ -287,7 +318,18 @@ mod tests {
 
     #[test]
     fn resident_is_what_was_written() {
-        let mut mapping = Mapping::new(64 * HOST_PAGE).unwrap();
+        // Neighbours in the address space must not be counted with it.
+        let mut anonymous: Vec<_> = (0..3).map(|_| Mapping::new(64 * HOST_PAGE).unwrap()).collect();
+        for page in [0, 5, 63] {
+            anonymous[1].fill(page * HOST_PAGE, 1, 1).unwrap();
+        }
+        for page in 0..64 {
+            anonymous[0].load(page * HOST_PAGE);
+        }
+        let resident: Vec<_> = anonymous.iter().map(|m| m.resident_bytes().unwrap()).collect();
+        assert_eq!(resident, [0, 3 * HOST_PAGE, 0]);
+
+        let mut mapping = Mapping::of_file(64 * HOST_PAGE).unwrap();
         assert_eq!(mapping.resident_bytes().unwrap(), 0);
         assert!(!mapping.is_resident(&(0..64 * HOST_PAGE)).unwrap());
         for page in [0, 5, 63] {

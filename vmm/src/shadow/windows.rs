@@ -1,5 +1,6 @@
 //! The windows through which a guest sees its shadow, and the policy of what backs them.
 
+use std::io;
 use std::ops::Range;
 
 use umbra_shadow::{
@@ -109,17 +110,22 @@ impl Windows {
             ram_end = *end;
         }
         let layout = Layout::new(ram_end)?;
-        let reserve =
-            |bytes| Mapping::new(bytes).map_err(|source| ShadowError::Reserve { bytes, source });
+        let reserve = |bytes, map: fn(u64) -> io::Result<Mapping>| {
+            map(bytes).map_err(|source| ShadowError::Reserve { bytes, source })
+        };
         let limit = config.limit.unwrap_or(layout.default_limit());
         let readonly = config.notify == Notify::Sync;
-        let mut byte = reserve(layout.byte.bytes)?;
+        // Nothing of a full shadow is ever given back.
+        let mut byte = match config.mode {
+            Mode::PerPage => reserve(layout.byte.bytes, Mapping::of_file)?,
+            Mode::Full => reserve(layout.byte.bytes, Mapping::new)?,
+        };
         let memslot_error = |gpa| move |source| ShadowError::Memslot { gpa, source };
         let outside = |gpa, len| move || ShadowError::OutsideWindow { gpa, len };
 
         let page = match config.mode {
             Mode::PerPage => {
-                let mut page = reserve(layout.page.bytes)?;
+                let mut page = reserve(layout.page.bytes, Mapping::new)?;
                 let bytes = layout.ram_page_bytes();
                 page.touch(0, bytes);
                 let host = page.pointer(0, bytes).ok_or_else(outside(layout.page.gpa, bytes))?;
