@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use serde_json::Value;
-use umbra_tests::linux::{kernel, need};
+use umbra_tests::linux::{initrd, kernel, need};
 use umbra_tests::program::{Run, Umbra};
 use umbra_tests::suite::{Need, Suite};
 
@@ -15,16 +15,19 @@ const KERNEL: &str = "umbra/vmlinux";
 /// The same with `CONFIG_KASAN_VMALLOC`.
 const VMALLOC: &str = "umbra-vmalloc/vmlinux";
 const LIMIT: Duration = Duration::from_secs(600);
+/// A first program. The kernel does not come to run it: it waits until all bugs have run.
+const PROGRAM_CODE: [u8; 2] = [0xeb, 0xfe];
 
-/// Runs these bugs, and then the kernel switches itself off. It waits that long before it would
-/// mount a root, and starts no program: on a host that emulates ring 0 there are none.
+/// Runs these bugs, and then the kernel switches itself off.
 fn run(file: &str, bugs: &str, options: &str) -> Run {
     Umbra::new(PROGRAM, "run")
         .patience(LIMIT)
         .arg(kernel(file))
         .args("--memory 128M --keep-going --timeout 500s")
         .args(options)
-        .arg(format!("--cmdline=kunit.enable=0 rootdelay=1000 umbra_bugs={bugs}"))
+        .arg(format!("--cmdline=kunit.enable=0 umbra_bugs={bugs}"))
+        .arg("--initrd")
+        .file(&initrd(&PROGRAM_CODE))
         .collect()
         .run()
 }

@@ -183,6 +183,17 @@ impl Mapping {
         Some(unsafe { pointer.read_volatile() })
     }
 
+    /// How many of `len` bytes are `value`. `None` if they do not all lie inside.
+    pub fn count(&self, at: u64, len: u64, value: u8) -> Option<u64> {
+        self.pointer(at, len)?;
+        let words = at.next_multiple_of(8).min(at + len)..(at + len) & !7;
+        let ends = (at..words.start).chain(words.end.max(words.start)..at + len);
+        let single = ends.filter(|at| self.load(*at) == Some(value)).count() as u64;
+        let equal = |word: u64| word.to_ne_bytes().iter().filter(|byte| **byte == value).count();
+        let words = words.step_by(8).filter_map(|at| self.load_u64(at));
+        Some(single + words.map(|word| equal(word) as u64).sum::<u64>())
+    }
+
     /// Reads `to.len()` bytes. `None` if they do not all lie inside; `to` is unchanged then.
     pub fn read(&self, at: u64, to: &mut [u8]) -> Option<()> {
         let pointer = self.pointer(at, to.len() as u64)?;
@@ -280,6 +291,11 @@ mod tests {
                     let expected = if (at..at + len).contains(&i) { 0xfc } else { 0 };
                     assert_eq!(mapping.load(i), Some(expected), "{at}+{len}: {i}");
                 }
+                for start in 0..24 {
+                    let inside = (start..start + 33).filter(|i| (at..at + len).contains(i));
+                    let count = inside.count() as u64;
+                    assert_eq!(mapping.count(start, 33, 0xfc), Some(count), "{at}+{len}: {start}");
+                }
             }
         }
     }
@@ -294,6 +310,12 @@ mod tests {
         assert_eq!(mapping.load_u64(HOST_PAGE - 7), None);
         assert_eq!(mapping.load_u64(u64::MAX - 7), None);
         assert_eq!(mapping.fill(HOST_PAGE - 1, 2, 0), None);
+        assert_eq!(mapping.count(HOST_PAGE - 1, 2, 0), None);
+        assert_eq!(mapping.count(1, u64::MAX, 0), None);
+        assert_eq!(
+            [0, 1, 5].map(|len| mapping.count(HOST_PAGE - 5, len, 0xfe)),
+            [0, 1, 5].map(Some)
+        );
         assert_eq!(mapping.fill(1, u64::MAX, 0), None);
         assert_eq!(mapping.write(HOST_PAGE - 1, &[0; 2]), None);
         assert_eq!(mapping.read(HOST_PAGE - 1, &mut [0; 2]), None);

@@ -145,9 +145,7 @@ impl ShadowBacking {
     pub(super) fn used_pages(&self, chunk: usize) -> u64 {
         let Some(mapping) = &self.page else { return 0 };
         let first = chunk as u64 * CHUNK_PAGES;
-        let words = (first..first + CHUNK_PAGES).step_by(8).filter_map(|at| mapping.load_u64(at));
-        let checked = |word: u64| word.to_ne_bytes().iter().filter(|b| **b == PAGE_BYTES).count();
-        words.map(|word| checked(word) as u64).sum()
+        mapping.count(first, CHUNK_PAGES, PAGE_BYTES).unwrap_or(0)
     }
 
     /// The free pages between two guest-physical addresses, multiples of 4096, by rising address;
@@ -231,11 +229,7 @@ impl ShadowMemory for ShadowBacking {
     fn set_pages(&mut self, addr: u64, pages: u64, value: u8) {
         let Some(mapping) = &mut self.page else { return };
         let first = addr >> PAGE_SHIFT;
-        if mapping.pointer(first, pages).is_none() {
-            return;
-        }
-        let before =
-            (first..first + pages).filter(|at| mapping.load(*at) == Some(PAGE_BYTES)).count();
+        let Some(before) = mapping.count(first, pages, PAGE_BYTES) else { return };
         mapping.fill(first, pages, value);
         let after = if value == PAGE_BYTES { pages } else { 0 };
         self.tracked_pages += after as i64 - before as i64;
