@@ -57,7 +57,12 @@ impl Globals {
     ) -> Option<(u64, Variable)> {
         let mut sorted = addresses.to_vec();
         sorted.sort_unstable();
+        let (first, last) = (*sorted.first()?, *sorted.last()?);
         let holds = |start: u64, whole: u64| {
+            // Nearly all of them lie elsewhere.
+            if start > last || start.saturating_add(whole) <= first {
+                return None;
+            }
             let address = *sorted.get(sorted.partition_point(|address| *address < start))?;
             (address - start < whole).then_some(address)
         };
