@@ -12,6 +12,7 @@ pub mod exits;
 mod guest;
 mod host_cpu;
 pub mod hypercalls;
+pub mod inputs;
 pub mod loader;
 mod memslots;
 pub mod symbols;

@@ -1,30 +1,33 @@
 //! The seeds, and inputs that once failed, through the functions that the fuzzers call.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use umbra_fuzz::TARGETS;
+use umbra_fuzz::inputs::{input, seeds};
 use umbra_skip::skip_part;
 
-/// The files of a target's seeds, by name.
-fn seeds(target: &str) -> Vec<PathBuf> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds").join(target);
-    let entries = fs::read_dir(&folder).unwrap_or_else(|error| panic!("{folder:?}: {error}"));
-    let mut paths: Vec<_> = entries.map(|entry| entry.expect("an entry").path()).collect();
-    paths.sort();
-    paths
-}
+/// Inputs of each target that are made of its seeds.
+const INPUTS: u64 = 10_000;
 
-/// Runs all seeds of a target. The last line before a panic names the seed.
+/// Runs all seeds of a target, and inputs that are made of them. The last line before a panic names
+/// the input.
 fn run(name: &str) {
     let (_, target) = TARGETS.into_iter().find(|(other, _)| *other == name).expect("a target");
-    let seeds = seeds(name);
-    assert!(!seeds.is_empty(), "{name} has no seeds");
-    for path in seeds {
+    let paths = seeds(name).expect("seeds");
+    assert!(!paths.is_empty(), "{name} has no seeds");
+    let mut all = Vec::new();
+    for path in paths {
         println!("{}", path.display());
-        target(&fs::read(&path).expect("a seed"));
+        let seed = fs::read(&path).expect("a seed");
+        target(&seed);
+        all.push(seed);
     }
     target(&[]);
+    for number in 0..INPUTS {
+        println!("soak {name} 1 {number}");
+        target(&input(&all, number));
+    }
 }
 
 #[test]
