@@ -1,5 +1,5 @@
-//! Inputs without coverage: pieces of a target's seeds, and random bytes. They are hundreds of times
-//! as long as libFuzzer's, so that a guest lives long, and many things have happened before.
+//! Inputs without coverage: pieces of a target's seeds, and random bytes. They are hundreds of
+//! times as long as libFuzzer's, so that a guest lives long, and many things have happened before.
 
 use std::fs;
 use std::io;
@@ -35,8 +35,8 @@ impl Random {
     }
 }
 
-/// Input `number`: it begins as one of the seeds does, and goes on with pieces of all and with random
-/// bytes.
+/// Input `number`: it begins as one of the seeds does, and goes on with pieces of all and with
+/// random bytes.
 pub fn input(seeds: &[Vec<u8>], number: u64) -> Vec<u8> {
     let mut random = Random(number.wrapping_mul(0xd134_2543_de82_ef95));
     let mut input = Vec::with_capacity(BYTES + 4096);

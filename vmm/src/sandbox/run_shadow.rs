@@ -18,8 +18,8 @@ pub(super) struct RunShadow {
     byte_looks: Backoff,
 }
 
-/// Drains between two steps of the search for byte shadow to reclaim: one, or before a new pass over
-/// all of it twice as many as before if the last pass found nothing.
+/// Drains between two steps of the search for byte shadow to reclaim: one, or before a new pass
+/// over all of it twice as many as before if the last pass found nothing.
 #[derive(Default)]
 struct Backoff {
     drains: u32,

@@ -459,7 +459,7 @@ impl Windows {
         Ok(())
     }
 
-    /// Makes room for `chunk` within the limit. If needed, unmaps some unused ones other than `keep`.
+    /// Makes room for `chunk` within the limit. If needed, unmaps some unused ones but `keep`.
     pub(super) fn make_room(
         &mut self,
         chunk: usize,
