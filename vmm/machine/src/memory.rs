@@ -173,25 +173,36 @@ impl Ram {
     /// # Errors
     /// The host refuses.
     pub fn discard(&self, pages: &Range<u64>) -> io::Result<u64> {
-        let resident = self.resident(pages)?;
-        let (Some(first), Some(last)) = (resident.first(), resident.last()) else { return Ok(0) };
+        let mut went = 0;
         for (gpa, host, len) in self.regions() {
-            let start = first.start.max(gpa.0);
-            let bytes = last.end.min(gpa.0 + len).saturating_sub(start) as usize;
+            let start = pages.start.max(gpa.0);
+            let bytes = pages.end.min(gpa.0 + len).saturating_sub(start) as usize;
             if bytes == 0 {
                 continue;
             }
             // SAFETY: `start` is at most `bytes` before the end of the region, whose mapping lives
             // as long as `self`.
             let at = unsafe { host.add((start - gpa.0) as usize) };
+            let resident = resident(at, bytes)?;
+            let (Some(first), Some(last)) =
+                (resident.iter().position(held), resident.iter().rposition(held))
+            else {
+                continue;
+            };
             // All in one call, since pages that are not resident cost nothing.
-            // SAFETY: a part of the region. No references into guest memory exist, and KVM keeps
-            // vCPUs coherent.
-            if unsafe { libc::madvise(at.cast(), bytes, libc::MADV_DONTNEED) } != 0 {
+            let page = layout::PAGE as usize;
+            // SAFETY: both pages lie in the range above.
+            let from = unsafe { at.add(first * page) };
+            // SAFETY: a part of the range above. No references into guest memory exist, and KVM
+            // keeps vCPUs coherent.
+            if unsafe { libc::madvise(from.cast(), (last + 1 - first) * page, libc::MADV_DONTNEED) }
+                != 0
+            {
                 return Err(io::Error::last_os_error());
             }
+            went += (resident.iter().filter(|page| held(page)).count() * page) as u64;
         }
-        Ok(resident.iter().map(|run| run.end - run.start).sum())
+        Ok(went)
     }
 
     /// The runs of resident pages between two guest-physical addresses, multiples of 4096.
@@ -206,14 +217,10 @@ impl Ram {
             if bytes == 0 {
                 continue;
             }
-            let mut resident = vec![0u8; bytes.div_ceil(layout::PAGE as usize)];
             // SAFETY: `start` is at most `bytes` before the end of the region, whose mapping lives
             // as long as `self`.
             let at = unsafe { host.add((start - gpa.0) as usize) };
-            // SAFETY: it writes a byte for each page of the range, and there is room for so many.
-            if unsafe { libc::mincore(at.cast(), bytes, resident.as_mut_ptr()) } != 0 {
-                return Err(io::Error::last_os_error());
-            }
+            let resident = resident(at, bytes)?;
             for (at, _) in (start..)
                 .step_by(layout::PAGE as usize)
                 .zip(resident)
@@ -232,6 +239,21 @@ impl Ram {
     pub fn regions(&self) -> impl Iterator<Item = (GuestAddress, *mut u8, u64)> {
         self.mem.iter().map(|r| (r.start_addr(), r.as_ptr(), r.len()))
     }
+}
+
+/// For each page of `bytes` bytes at `at`, a mapping of guest memory, whether it is resident.
+fn resident(at: *mut u8, bytes: usize) -> io::Result<Vec<u8>> {
+    let mut resident = vec![0u8; bytes.div_ceil(layout::PAGE as usize)];
+    // SAFETY: it writes a byte for each page of the range, and there is room for so many.
+    match unsafe { libc::mincore(at.cast(), bytes, resident.as_mut_ptr()) } {
+        0 => Ok(resident),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Whether a byte of `mincore` says that a page is resident.
+fn held(page: &u8) -> bool {
+    page & 1 != 0
 }
 
 #[cfg(test)]

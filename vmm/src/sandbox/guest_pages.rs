@@ -34,7 +34,7 @@ const PART: u64 = 32 << 20;
 
 /// What a step finds at most, whatever the guest has written to its page shadow.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Most {
+struct Most {
     /// Runs of dead pages.
     runs: usize,
     /// Pages in them.
@@ -42,11 +42,9 @@ pub(super) struct Most {
 }
 
 /// A step at an exit: it may stop the vCPUs.
-pub(super) const AT_EXIT: Most = Most { runs: 32, pages: 256 };
-/// A step at a mark, where all dead pages are to be discarded.
-const AT_MARK: Most = Most { runs: 1024, pages: u64::MAX };
-/// Most steps at a mark that are not the last one in their part of memory.
-const MORE_STEPS: u64 = if cfg!(test) { 0 } else { 64 };
+const AT_EXIT: Most = Most { runs: 32, pages: 256 };
+/// Most runs that are discarded at a mark.
+const RUNS_AT_MARK: usize = if cfg!(test) { 1 << 10 } else { 1 << 16 };
 
 /// Decides when to look for dead pages and where, and discards them.
 #[derive(Debug)]
@@ -96,32 +94,27 @@ impl GuestPageReclaim {
     /// Discards all dead pages, unless the guest has cut its memory into too many runs. Every vCPU
     /// stands still.
     pub(super) fn discard_all(&mut self, windows: &Windows, rings: &Rings, ram: &Ram) {
-        self.next = None;
-        for _ in 0..1 + MORE_STEPS + ram.end().div_ceil(PART) {
-            let found = self.find(AT_MARK, windows, rings, ram);
-            self.discard(&found, windows, rings, ram);
-            if self.next.is_none() {
-                break;
+        let objects = self.allows(GuestFlags::QUARANTINE_UNUSED);
+        let runs = windows.model().memory().unused_pages(0..ram.end(), objects);
+        for run in rings.unused_pages(&RingRam(ram)).chain(runs.take(RUNS_AT_MARK)) {
+            match ram.discard(&run) {
+                Ok(bytes) => self.reclaimed_bytes += bytes,
+                Err(error) => return self.give_up(&error),
             }
         }
+        (self.next, self.last_pass) = (None, Instant::now());
     }
 
     /// Looks for dead pages that are resident, in the next part of guest memory. The vCPUs may run.
     /// If the host refuses, there are no more steps.
-    pub(super) fn find(
-        &mut self,
-        most: Most,
-        windows: &Windows,
-        rings: &Rings,
-        ram: &Ram,
-    ) -> Vec<Range<u64>> {
+    pub(super) fn find(&mut self, windows: &Windows, rings: &Rings, ram: &Ram) -> Vec<Range<u64>> {
         let (end, found) = match self.next {
-            None => (0, resident(rings.unused_pages(&RingRam(ram)), most, ram)),
+            None => (0, resident(rings.unused_pages(&RingRam(ram)), AT_EXIT, ram)),
             Some(start) => {
                 let end = ram.end().min(start.saturating_add(PART));
                 let objects = self.allows(GuestFlags::QUARANTINE_UNUSED);
                 let runs = windows.model().memory().unused_pages(start..end, objects);
-                (end, resident(runs, most, ram))
+                (end, resident(runs, AT_EXIT, ram))
             }
         };
         let (runs, cut_off) = found.unwrap_or_else(|error| {

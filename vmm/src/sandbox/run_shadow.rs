@@ -7,7 +7,7 @@ use umbra_shadow::codes::{GRANULE, PAGE_SIZE, VMALLOC_INVALID};
 
 use super::context::ExitContext;
 use super::discovery::features;
-use super::guest_pages::{AT_EXIT, GuestPageReclaim};
+use super::guest_pages::GuestPageReclaim;
 use super::{Outcome, ShadowMode};
 use crate::shadow::{FaultOutcome, Mode, Model, Notify, ShadowError, Windows};
 
@@ -140,7 +140,7 @@ impl RunShadow {
         let Some(windows) = self.windows.as_ref().filter(|_| self.guest_pages.is_due()) else {
             return Ok(());
         };
-        let found = self.guest_pages.find(AT_EXIT, windows, rings, context.ram);
+        let found = self.guest_pages.find(windows, rings, context.ram);
         if !found.is_empty() {
             context.others.pause()?;
             self.guest_pages.discard(&found, windows, rings, context.ram);
