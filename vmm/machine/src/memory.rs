@@ -174,15 +174,7 @@ impl Ram {
     /// The host refuses.
     pub fn discard(&self, pages: &Range<u64>) -> io::Result<u64> {
         let mut went = 0;
-        for (gpa, host, len) in self.regions() {
-            let start = pages.start.max(gpa.0);
-            let bytes = pages.end.min(gpa.0 + len).saturating_sub(start) as usize;
-            if bytes == 0 {
-                continue;
-            }
-            // SAFETY: `start` is at most `bytes` before the end of the region, whose mapping lives
-            // as long as `self`.
-            let at = unsafe { host.add((start - gpa.0) as usize) };
+        for (_, at, bytes) in self.parts(pages) {
             let resident = resident(at, bytes)?;
             let (Some(first), Some(last)) =
                 (resident.iter().position(held), resident.iter().rposition(held))
@@ -211,21 +203,10 @@ impl Ram {
     /// The host refuses.
     pub fn resident(&self, pages: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
         let mut runs: Vec<Range<u64>> = Vec::new();
-        for (gpa, host, len) in self.regions() {
-            let start = pages.start.max(gpa.0);
-            let bytes = pages.end.min(gpa.0 + len).saturating_sub(start) as usize;
-            if bytes == 0 {
-                continue;
-            }
-            // SAFETY: `start` is at most `bytes` before the end of the region, whose mapping lives
-            // as long as `self`.
-            let at = unsafe { host.add((start - gpa.0) as usize) };
+        for (start, at, bytes) in self.parts(pages) {
             let resident = resident(at, bytes)?;
-            for (at, _) in (start..)
-                .step_by(layout::PAGE as usize)
-                .zip(resident)
-                .filter(|(_, page)| page & 1 != 0)
-            {
+            let addresses = (start..).step_by(layout::PAGE as usize);
+            for (at, _) in addresses.zip(resident).filter(|(_, page)| held(page)) {
                 match runs.last_mut() {
                     Some(last) if last.end == at => last.end += layout::PAGE,
                     _ => runs.push(at..at + layout::PAGE),
@@ -233,6 +214,18 @@ impl Ram {
             }
         }
         Ok(runs)
+    }
+
+    /// The parts of RAM between two guest-physical addresses: guest-physical start, host address,
+    /// bytes.
+    fn parts(&self, range: &Range<u64>) -> impl Iterator<Item = (u64, *mut u8, usize)> {
+        self.regions().filter_map(|(gpa, host, len)| {
+            let start = range.start.max(gpa.0);
+            let bytes = range.end.min(gpa.0 + len).saturating_sub(start) as usize;
+            // SAFETY: if there are any, `start` is `bytes` or more before the end of the region,
+            // whose mapping lives as long as `self`.
+            (bytes > 0).then(|| (start, unsafe { host.add((start - gpa.0) as usize) }, bytes))
+        })
     }
 
     /// The host mappings behind RAM: guest-physical start, host address, bytes.

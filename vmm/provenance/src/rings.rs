@@ -322,8 +322,8 @@ impl Rings {
         matches!(self.rings.get(usize::from(cpu)), Some(Some(_)))
     }
 
-    /// The pages of rings in which there are no records, by guest-physical address. Every CPU
-    /// stands still, perhaps in the middle of its next record.
+    /// The pages of rings in which there are no records, by guest-physical address. While every CPU
+    /// stands still, perhaps in the middle of its next record, they stay so.
     pub fn unused_pages(&self, ram: &dyn RingMemory) -> impl Iterator<Item = Range<u64>> {
         self.rings.iter().flatten().filter_map(|ring| {
             let count = ring.count(ram)?;

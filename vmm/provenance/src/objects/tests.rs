@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::Moment;
 
 fn limits(objects: usize) -> ObjectLimits {
     ObjectLimits { objects, related: 1 << 10, stacks: 1 << 16, tasks: 8 }
