@@ -13,7 +13,7 @@ pub struct Cache<'a> {
     pub object_size: u64,
 }
 
-/// What the shadow says about an address that [`Objects::nearest`](super::Objects::nearest) is to explain.
+/// What the shadow says about an address that [`nearest`](super::Objects::nearest) is to explain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ShadowHint {
     /// Nothing that would help.
