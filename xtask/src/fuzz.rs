@@ -4,8 +4,12 @@
 //! to the code, for which a stable compiler has flags, too.
 
 use std::fs;
+use std::num::NonZero;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
@@ -74,8 +78,9 @@ pub fn main(context: &Context, arguments: &Arguments) -> Result<ExitCode> {
     Ok(if checks.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Fuzzes `targets`, or all if there are none, one after the other, each as long as `effort` says.
-/// Counts each as a check. All are skipped on a machine without a C++ compiler.
+/// Fuzzes `targets`, or all if there are none, as many at a time as there are processors, each as
+/// long as `effort` says. Counts each as a check. All are skipped on a machine without a C++
+/// compiler.
 ///
 /// # Errors
 /// A target does not exist, or the fuzzers cannot be built.
@@ -96,14 +101,28 @@ pub fn run(
         return Ok(());
     }
     let programs = build(context)?;
-    for target in &targets {
-        if one(context, &programs, target, effort)? {
-            checks.passed += 1;
-        } else {
-            checks.failed += 1;
+    let workers = thread::available_parallelism().map_or(1, NonZero::get).min(targets.len());
+    let left = Mutex::new(targets.iter());
+    let next = || left.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let work = || -> Result<Summary> {
+        let mut checks = Summary::default();
+        let context = context.beside();
+        while let Some(target) = next() {
+            let passes = one(&context, &programs, target, effort)?;
+            checks.passed += usize::from(passes);
+            checks.failed += usize::from(!passes);
         }
-    }
-    Ok(())
+        context.progress.finish();
+        Ok(checks)
+    };
+    context.progress.finish();
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+        for worker in workers {
+            checks.add(&worker.join().unwrap_or_else(|panic| resume_unwind(panic))?);
+        }
+        Ok(())
+    })
 }
 
 /// The names of all targets.

@@ -48,7 +48,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
         arguments: Vec<String>,
     },
-    /// Run everything that is checked before a change lands: format, lints, documentation, tests
+    /// Run everything that is checked before a change lands: format, lints, documentation, tests,
+    /// a minute of each fuzzer
     ///
     /// Installs what is missing first. Tests run on this machine and, side by side with it, in the
     /// nested host (see `cargo xtask nested`), where their names begin with `svm::`. Without KVM
@@ -58,7 +59,7 @@ enum Task {
         /// Only the tests whose names contain this, without the other checks. Only in the nested
         /// host if it begins with `svm::`
         name: Option<String>,
-        /// Also run tests that take very long, all tests on both hosts, and fuzz for some minutes
+        /// Also run tests that take very long, and all tests on both hosts
         #[arg(long)]
         all: bool,
     },
@@ -80,8 +81,8 @@ enum Task {
     },
     /// Fuzz what a hostile guest or file can reach
     ///
-    /// Builds the fuzzers in `fuzz/` with overflow checks and debug assertions, and runs them one
-    /// after the other. They begin with the seeds in fuzz/seeds and with what earlier runs left in
+    /// Builds the fuzzers in `fuzz/` with overflow checks and debug assertions, and runs one on each
+    /// processor. They begin with the seeds in fuzz/seeds and with what earlier runs left in
     /// target/fuzz/TARGET/corpus. An input that fails is kept in target/fuzz/TARGET/found; the exit
     /// status is 1 then.
     Fuzz(fuzz::Arguments),

@@ -70,8 +70,6 @@ fn run_all(context: &Context, selection: &Selection, checks: &mut Summary) -> Re
         doc.args(["doc", "--workspace", "--no-deps", "--release"])
             .env("RUSTDOCFLAGS", "-Dwarnings");
         check(context, checks, &mut doc)?;
-    }
-    if selection.all && selection.name.is_none() {
         fuzz::run(context, &[], Effort::MINUTE, checks)?;
     }
     setup::browser(context)?;
