@@ -10,7 +10,7 @@ use umbra::report::Finding;
 use umbra::report::symbols::Symbols;
 use umbra::sandbox::{Detached, Dispatcher, ExitContext, Observer, OtherVcpus, Outcome};
 use umbra::shadow::{CHUNK_BYTES, Layout, Mode, Notify};
-use umbra_shadow::abi::{CallNumber, PORT, RECORD_BYTES};
+use umbra_shadow::abi::{CallNumber, DOORBELL_PORT, PORT, RECORD_BYTES};
 use vm_memory::GuestAddress;
 
 use crate::cpu::{Cpu, State};
@@ -284,6 +284,9 @@ impl World {
             Step::Count { cpu, count } => {
                 self.write(ring(*cpu), &count.value(self).to_le_bytes());
                 true
+            }
+            Step::Drain { cpu: 192.., .. } => {
+                self.exit(VmExit::IoOut { port: DOORBELL_PORT, data: Data::new(&[0]) })
             }
             Step::Drain { cpu, to, entries } => {
                 let (cpu, to) = (u64::from(cpu % 4), to.value(self));

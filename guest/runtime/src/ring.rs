@@ -7,7 +7,7 @@ use core::sync::atomic::{
 
 use umbra_shadow::abi::{
     CallNumber, ERR_ARGUMENT, PackedRecord, RECORD_BYTES, RELEASED_BYTES, RELEASED_MAX, RawRecord,
-    RingHeader,
+    RingHeader, doorbell_interval,
 };
 
 use crate::cpu::without_interrupts;
@@ -20,8 +20,8 @@ pub struct Ring {
     header: AtomicPtr<RingHeader>,
     /// Records that fit; 0 until it is set up.
     records: AtomicU64,
-    /// Records up to which [`Ring::write`] needs to look at nothing else: none if stamps are
-    /// counted.
+    /// Records up to which [`Ring::write`] needs to look at nothing else: until the ring is full or
+    /// the doorbell is due, or none if stamps are counted.
     quick: AtomicU64,
     /// Bytes that went into the quarantine since the last drain.
     quarantined: AtomicU64,
@@ -57,7 +57,7 @@ pub fn set_up(cpu: u64, memory: *mut RingHeader, bytes: u64, text_start: u64) ->
             ring.released.place(entries, (kept * RECORD_BYTES / RELEASED_BYTES).min(RELEASED_MAX));
         }
         ring.header.store(memory, Release);
-        ring.quick.store(if stamp::are_counted() { 0 } else { all - kept }, Release);
+        ring.set_quick(0);
     }
     result
 }
@@ -162,7 +162,17 @@ impl Ring {
         }
     }
 
-    /// [`Ring::write`] where there is no ring, or it is full, or stamps are counted.
+    /// Sets up to which record [`Ring::write`] needs to look at nothing else from record `n` on.
+    #[cold]
+    fn set_quick(&self, n: u64) {
+        let records = self.records.load(Relaxed);
+        let interval = doorbell_interval(records).max(1);
+        let quick = if stamp::are_counted() { 0 } else { (n / interval + 1) * interval };
+        self.quick.store(quick.min(records), Release);
+    }
+
+    /// [`Ring::write`] where there is no ring, or it is full, or the doorbell is due, or stamps are
+    /// counted.
     ///
     /// # Safety
     /// As [`Ring::write`].
@@ -180,6 +190,12 @@ impl Ring {
             if n >= records {
                 self.drain(actor);
                 n = 0;
+            } else if n != 0 && n.is_multiple_of(doorbell_interval(records)) {
+                // This CPU goes on, and waits the less when its ring is full.
+                if settings::has_doorbell() {
+                    host::ring_doorbell();
+                }
+                self.set_quick(n);
             }
             put(header, n, record, actor, address, fp, || stamp::of(record.is_allocation()));
         }
@@ -192,6 +208,7 @@ impl Ring {
     pub fn drain(&self, actor: u64) {
         let cpu = state::cpu_of(actor);
         self.quarantined.store(0, Relaxed);
+        self.set_quick(0);
         // The buffer must be empty, or the drain would overwrite what is in it.
         let claimed = settings::batch() != 0 && self.released.claim();
         let (entries, len) = self.released.entries(cpu);

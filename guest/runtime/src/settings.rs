@@ -1,6 +1,6 @@
 //! This run's settings: quarantine and redzones.
 
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use umbra_shadow::abi::{Features, Redzone};
 
@@ -8,6 +8,7 @@ use crate::host::{self, Host};
 use crate::stamp;
 
 static BATCH: AtomicU64 = AtomicU64::new(0);
+static DOORBELL: AtomicBool = AtomicBool::new(false);
 static REDZONE: AtomicU32 = AtomicU32::new(UNKNOWN);
 /// The VMM's setting was not read yet.
 const UNKNOWN: u32 = u32::MAX;
@@ -16,6 +17,7 @@ const UNKNOWN: u32 = u32::MAX;
 pub fn set(host: Option<&Host>) {
     let host = host.filter(|host| host.features.has(Features::SHADOW));
     stamp::set(host.map_or(Features::default(), |host| host.features));
+    DOORBELL.store(host.is_some_and(|host| host.features.has(Features::DOORBELL)), Relaxed);
     BATCH.store(host.map_or(0, |host| host.quarantine_batch), Relaxed);
     REDZONE.store(host.map_or(Redzone::Off, |host| host.redzone).to_register(), Relaxed);
 }
@@ -24,6 +26,11 @@ pub fn set(host: Option<&Host>) {
 #[inline(always)]
 pub fn batch() -> u64 {
     BATCH.load(Relaxed)
+}
+
+/// Whether the VMM reads rings while their CPUs run on.
+pub fn has_doorbell() -> bool {
+    DOORBELL.load(Relaxed)
 }
 
 /// Bytes of redzone behind an object. By default KASAN's (`optimal_redzone`, `mm/kasan/common.c`):

@@ -52,6 +52,10 @@ bit_set! {
         /// allocation (`lfence`): else the counter may be older than the memory's last free on
         /// another CPU.
         STAMPS_FENCED = 1 << 5,
+        /// The VMM reads rings while their CPUs run on, when a CPU writes anything to
+        /// [`DOORBELL_PORT`](super::DOORBELL_PORT). A CPU does so when there are some hundred more
+        /// records in its ring ([`doorbell_interval`](super::doorbell_interval)), or not at all.
+        DOORBELL = 1 << 6,
         /// Either kind of shadow.
         SHADOW = 1 << 0 | 1 << 1,
     }

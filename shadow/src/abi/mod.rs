@@ -126,3 +126,15 @@ pub const VERSION: u32 = 2;
 
 /// The I/O port of the hypercall.
 pub const PORT: u16 = 0x0b5e;
+
+/// The I/O port by which a CPU asks to have the rings read while it runs on
+/// ([`Features::DOORBELL`]). It is no hypercall: no register changes, and nothing has happened yet
+/// when the write ends.
+pub const DOORBELL_PORT: u16 = 0x0b62;
+
+/// After how many records a CPU writes to [`DOORBELL_PORT`], each time, if its ring holds so many.
+/// So no more than these wait to be read when the ring is full.
+pub const fn doorbell_interval(records: u64) -> u64 {
+    const MOST: u64 = 512;
+    if records / 2 > MOST { MOST } else { records / 2 }
+}

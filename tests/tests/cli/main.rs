@@ -338,12 +338,12 @@ fn stats_have_the_documented_fields() {
     );
     has_exactly(&s["guest"], "memory_bytes:n cpus:n instructions:n? released_bytes:n");
     has_exactly(&s["exits"], "total:n hypercall:n shadow_fault:n io:n mmio:n completed:o");
-    has_exactly(&s["events"], "allocations:n frees:n ring_drains:n refused:n");
+    has_exactly(&s["events"], "allocations:n frees:n ring_drains:n collected:n refused:n");
     has_exactly(
         &s["host"],
         "rss_peak_bytes:n vmm_overhead_bytes:n start_seconds:f seconds:f outside_seconds:f \
-         vcpus_cpu_seconds:f others_cpu_seconds:f pauses:n paused_seconds:f \
-         longest_pause_seconds:f",
+         vcpus_cpu_seconds:f collector_cpu_seconds:f others_cpu_seconds:f pauses:n \
+         paused_seconds:f longest_pause_seconds:f",
     );
     assert_eq!(
         (run.outcome(), run.figure("/findings"), run.figure("/findings_total")),

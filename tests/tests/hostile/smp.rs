@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use iced_x86::code_asm::*;
-use umbra_shadow::abi::{self, Access, CallNumber, ExitReason, PORT};
+use umbra_shadow::abi::{self, Access, CallNumber, DOORBELL_PORT, ExitReason, PORT, RecordKind};
 use umbra_shadow::codes::{PAGE_BUSY, PAGE_BYTES, SLAB_FREE};
 use umbra_tests::program::Umbra;
 
@@ -15,6 +15,7 @@ pub const ALL: &[(&str, fn())] = &[
     ("all_cpus_hammer_calls_sync", || all_cpus_hammer_calls("--notify sync")),
     ("all_cpus_hammer_calls_full", || all_cpus_hammer_calls("--shadow full")),
     ("wild_rings_of_running_cpus", wild_rings_of_running_cpus),
+    ("a_doorbell_that_never_stops", a_doorbell_that_never_stops),
     ("one_cpu_triple_faults", one_cpu_triple_faults),
     ("one_cpu_exits", one_cpu_exits),
     ("one_cpu_resets", one_cpu_resets),
@@ -101,7 +102,8 @@ fn all_cpus_hammer_calls(mode: &str) {
     assert!(run.figure("/events/refused") > 4 * 16);
 }
 
-/// All CPUs write to all rings, also to the headers, and drain them at the same time.
+/// All CPUs write to all rings, also to the headers, and drain them at the same time; the collector
+/// reads them meanwhile.
 fn wild_rings_of_running_cpus() {
     let guest = Guest::new(|g| {
         g.region()?;
@@ -123,6 +125,13 @@ fn wild_rings_of_running_cpus() {
         a.and(rcx, 0x7ff)?;
         a.mov(rax, FREE)?;
         a.mov(qword_ptr(rax + rcx * 8), rbx)?;
+        // And a count, up to twice as many records as there are, to the CPU's own header.
+        a.mov(rcx, r15)?;
+        a.shl(rcx, 12)?;
+        a.and(ebx, 0x7f)?;
+        a.mov(qword_ptr(rax + rcx), rbx)?;
+        a.mov(edx, u32::from(DOORBELL_PORT))?;
+        a.out(dx, al)?;
         a.mov(rdi, r15)?;
         a.mov(edx, u32::from(PORT))?;
         a.mov(eax, u32::from(CallNumber::RingDrain))?;
@@ -134,6 +143,39 @@ fn wild_rings_of_running_cpus() {
     let run = quiet(guest, "--cpus 4 --keep-going");
     run.expect(0);
     assert_eq!((run.outcome(), run.figure("/events/ring_drains")), ("done", 4 * 300 + 1));
+    assert!(run.figure("/events/collected") > 0);
+}
+
+/// All CPUs ring the doorbell as often as they can, for a ring in which there is one record.
+fn a_doorbell_that_never_stops() {
+    const RINGS: u64 = 25_000;
+    let guest = Guest::new(|g| {
+        g.region()?;
+        g.call(CallNumber::RingSetup, [FREE, 0x1000, 0, 0])?;
+        g.asm.mov(rax, FREE)?;
+        g.asm.mov(byte_ptr(rax + 64), u32::from(u8::from(RecordKind::Freed)))?;
+        g.asm.mov(qword_ptr(rax), 1)?;
+        g.start_others()?;
+        barrier(g, 4)?;
+        let a = &mut g.asm;
+        let mut again = a.create_label();
+        a.mov(r12, RINGS)?;
+        a.mov(edx, u32::from(DOORBELL_PORT))?;
+        a.set_label(&mut again)?;
+        a.out(dx, al)?;
+        a.dec(r12)?;
+        a.jnz(again)?;
+        all_done(g, 4)
+    });
+    let run = run(guest, "--cpus 4");
+    run.expect(0);
+    let figure = |name| run.figure(name);
+    assert_eq!(
+        (run.outcome(), figure("/events/collected"), figure("/events/frees")),
+        ("done", 1, 1)
+    );
+    // They are no exits to Umbra.
+    assert!(figure("/exits/total") < RINGS);
 }
 
 /// All CPUs but the second make calls for ever; the second does `what`.

@@ -32,9 +32,10 @@ use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MAX_CPUID_ENTRIES,
     KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, kvm_enable_cap,
 };
-use kvm_ioctls::Cap;
+use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch};
 use thiserror::Error;
 use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::EventFd;
 
 use cpuid::{CpuidError, CpuidLeaf};
 use loader::{Boot, LoadError, LoadedKernel, StartState};
@@ -319,6 +320,16 @@ impl Machine {
     ) -> Result<MemslotId, MapError> {
         // SAFETY: the same promise.
         unsafe { self.vm.map(gpa, host, len, readonly) }
+    }
+
+    /// Makes the guest's writes to a port signal `event` instead of being exits.
+    ///
+    /// # Errors
+    /// KVM refuses; then they are exits.
+    pub fn signal_on_write(&self, port: u16, event: &EventFd) -> Result<(), MachineError> {
+        let port = IoEventAddress::Pio(port.into());
+        let registered = self.vm.fd().register_ioevent(event, &port, NoDatamatch);
+        registered.map_err(refused("signal an event"))
     }
 
     /// Removes a memslot. Its number is used again.

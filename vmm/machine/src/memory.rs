@@ -156,6 +156,16 @@ impl Ram {
         Ok(u64::from_le_bytes(bytes))
     }
 
+    /// Loads the little-endian number at `gpa`, a multiple of 8, as one: what a vCPU wrote before it
+    /// stored the number, later reads see (acquire).
+    ///
+    /// # Errors
+    /// Not all of it is RAM.
+    pub fn load(&self, gpa: GuestAddress) -> Result<u64, NotRam> {
+        let number = self.mem.load(gpa, Ordering::Acquire);
+        number.map(u64::from_le).map_err(|_| NotRam { gpa, len: 8 })
+    }
+
     /// Sets bits of the little-endian number at `gpa`, a multiple of 8, atomically for vCPUs. Does
     /// nothing outside of RAM.
     pub fn set_bits(&self, gpa: GuestAddress, bits: u64) {

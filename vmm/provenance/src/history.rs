@@ -74,6 +74,8 @@ pub struct Drained {
     pub refused: RefusedRecords,
     /// Frees that were certainly wrong, at most [`INVALID_FREES`].
     pub invalid_frees: Vec<InvalidFree>,
+    /// The collector has taken all that it may in one drain.
+    pub more: bool,
 }
 
 /// Most invalid frees that one drain reports. More are only counted, as unknown frees.
@@ -92,8 +94,10 @@ pub struct EventCounts {
     pub allocations: u64,
     /// Frees.
     pub frees: u64,
-    /// Drains, of all rings at once.
+    /// Drains, of all rings at once, but for the collector's.
     pub ring_drains: u64,
+    /// Records that the collector took.
+    pub collected: u64,
 }
 
 /// Who allocated and freed what.
@@ -197,8 +201,10 @@ impl Provenance {
         // The records change all other fields.
         let mut rings = std::mem::take(&mut self.rings);
         let mut drained = Drained::default();
-        self.counts.ring_drains += u64::from(!rings.is_empty());
-        rings.drain(by, memory, |record, last| {
+        let collects = by == DrainBy::Collector;
+        self.counts.ring_drains += u64::from(!rings.is_empty() && !collects);
+        drained.more = rings.drain(by, memory, |record, last| {
+            self.counts.collected += u64::from(collects);
             let in_flight = last && by != DrainBy::Cpu(record.at.cpu);
             match self.take_in(record, in_flight, key_of) {
                 Ok(None) => {}

@@ -10,7 +10,8 @@
 //! **Other CPUs run meanwhile.** A drain that a CPU asks for looks at all rings twice. The first
 //! time it finds the latest stamp; the second time it takes what is there up to that stamp. What
 //! led to such a record was complete before the record got its stamp, so before the first look, and
-//! the second one sees it. What was complete when the CPU asked is taken, too.
+//! the second one sees it. What was complete when the CPU asked is taken, too. The collector, which
+//! drains while all CPUs run, does the same.
 //!
 //! A CPU may be anywhere, also between reading its ring's count and storing the incremented one. So
 //! only the CPU itself changes that count, and the drain that it asks for. Other drains remember
@@ -20,7 +21,6 @@
 use std::cell::Cell;
 use std::num::NonZeroU32;
 use std::ops::Range;
-use std::sync::atomic::{Ordering::Acquire, fence};
 
 use thiserror::Error;
 use umbra_shadow::abi::{
@@ -34,6 +34,8 @@ use crate::Moment;
 const CPUS: usize = 64;
 /// Most records in all rings: all of them may be drained at one exit.
 const RECORDS: u64 = 4 * RING_MAX_RECORDS;
+/// Most records of a drain by the collector: a CPU that makes an exit meanwhile waits for it.
+pub const COLLECTED: u64 = 512;
 
 /// Guest memory, as far as rings need it.
 pub trait RingMemory {
@@ -43,11 +45,9 @@ pub trait RingMemory {
     /// Copies into guest memory. False, and nothing is written, if not all of it is RAM.
     fn write(&self, gpa: u64, from: &[u8]) -> bool;
 
-    /// Reads a number.
-    fn read_u64(&self, gpa: u64) -> Option<u64> {
-        let mut bytes = [0; 8];
-        self.read(gpa, &mut bytes).then(|| u64::from_le_bytes(bytes))
-    }
+    /// Loads the number at `gpa`, a multiple of 8. What its writer wrote before it, later reads see
+    /// (acquire). None if it is not RAM.
+    fn load(&self, gpa: u64) -> Option<u64>;
 }
 
 /// Why there is no ring in a place.
@@ -75,6 +75,8 @@ pub enum DrainBy {
     /// A CPU asked for the drain. It is in no record of its own, so its ring is emptied. The others
     /// may run.
     Cpu(u16),
+    /// The VMM's collector, while all CPUs may run. It takes at most [`COLLECTED`] records.
+    Collector,
     /// The VMM itself, for a finding or at the end of a run. Every CPU stands still, perhaps inside
     /// a record.
     Vmm,
@@ -94,10 +96,8 @@ impl Ring {
     /// How many records there are, at most as many as there is room for: the guest may have written
     /// anything. They are complete.
     fn count(&self, ram: &dyn RingMemory) -> Option<u64> {
-        let count = ram.read_u64(self.gpa)?.min(self.records);
         // Its CPU wrote them before the count.
-        fence(Acquire);
-        Some(count)
+        Some(ram.load(self.gpa)?.min(self.records))
     }
 
     /// Where a record is, counted from the first.
@@ -337,18 +337,22 @@ impl Rings {
     /// Drains all rings: passes their new records to `take` in the order of their stamps, each with
     /// whether it is the last of its CPU. If a CPU asked for the drain, its ring is empty
     /// afterwards; later records of the others wait for the next drain. Wild stamps only change the
-    /// order of the guest's own events.
+    /// order of the guest's own events. Returns whether the drain ended because it had taken all
+    /// that it may.
     pub fn drain(
         &mut self,
         by: DrainBy,
         ram: &dyn RingMemory,
         mut take: impl FnMut(&RingRecord, bool),
-    ) {
+    ) -> bool {
         let rings = self.rings.iter().flatten();
         let latest = match by {
-            DrainBy::Cpu(_) => rings.filter_map(|ring| ring.latest_stamp(ram)).max().unwrap_or(0),
+            DrainBy::Cpu(_) | DrainBy::Collector => {
+                rings.filter_map(|ring| ring.latest_stamp(ram)).max().unwrap_or(0)
+            }
             DrainBy::Vmm => u64::MAX,
         };
+        let mut left = if by == DrainBy::Collector { COLLECTED } else { u64::MAX };
         let clock = &self.clock;
         let rings =
             (0..).zip(&mut self.rings).filter_map(|(cpu, ring)| Some((cpu, ring.as_mut()?)));
@@ -362,6 +366,11 @@ impl Rings {
             let until = others.map(|(_, reader)| reader.order()).min();
             let reader = &mut readers[first];
             let more = loop {
+                // All up to here came in their order, so this is as good an end as any.
+                if left == 0 {
+                    return true;
+                }
+                left -= 1;
                 take(&reader.record(), reader.is_last());
                 if !reader.advance(ram) || !reader.is_up_to(latest) {
                     break false;
@@ -374,6 +383,7 @@ impl Rings {
                 readers.remove(first);
             }
         }
+        false
     }
 }
 

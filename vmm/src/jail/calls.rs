@@ -86,7 +86,8 @@ const REPORTS: &[i64] = &[
     libc::SYS_unlink,
     libc::SYS_unlinkat,
 ];
-/// A further guest: KVM's device, memory, also for code, threads, and the progress that is shown.
+/// A further guest: KVM's device, memory, also for code, threads, the doorbell, and the progress
+/// that is shown.
 const AGAIN: &[i64] = &[
     libc::SYS_openat,
     libc::SYS_mmap,
@@ -98,6 +99,7 @@ const AGAIN: &[i64] = &[
     libc::SYS_seccomp,
     libc::SYS_memfd_create,
     libc::SYS_ftruncate,
+    libc::SYS_eventfd2,
 ];
 /// A `fallocate` that gives memory of the shadow back.
 const HOLE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
@@ -177,7 +179,8 @@ fn rules(kind: ThreadKind, again: bool) -> Result<Rules, BackendError> {
     let mut rules = common()?;
     let mut all = |calls: &[i64]| rules.extend(calls.iter().map(|call| (*call, Vec::new())));
     match kind {
-        ThreadKind::Vcpu => {
+        // What they find they report at once.
+        ThreadKind::Vcpu | ThreadKind::Collector => {
             all(READING);
             all(WORKERS);
         }

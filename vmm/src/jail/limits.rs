@@ -18,7 +18,7 @@ const OTHER_MEMORY: u64 = 4 << 30;
 /// Address space for a thread: its stack, and glibc's arena of memory for it.
 const THREAD_MEMORY: u64 = 136 << 20;
 /// Threads beside those of vCPUs.
-const OTHER_THREADS: u64 = 6;
+const OTHER_THREADS: u64 = 7;
 
 pub(super) fn no_new_privileges() -> Result<(), JailError> {
     rustix::thread::set_no_new_privs(true)

@@ -88,6 +88,8 @@ pub struct Profile {
 pub enum ThreadKind {
     /// Runs a vCPU, and handles its exits.
     Vcpu,
+    /// Reads rings while the guest runs.
+    Collector,
     /// Waits for the others, and writes the reports when the run has ended.
     Main,
     /// Reads the console's input, or writes its output.
@@ -96,12 +98,13 @@ pub enum ThreadKind {
 
 impl ThreadKind {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Vcpu, Self::Main, Self::Console];
+    pub const ALL: [Self; 4] = [Self::Vcpu, Self::Collector, Self::Main, Self::Console];
 
     /// Its name in messages.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Vcpu => "a vCPU",
+            Self::Collector => "the collector",
             Self::Main => "the main thread",
             Self::Console => "the console",
         }
@@ -154,8 +157,8 @@ impl Jail {
         missing.extend(files::restrict(read, write, [Path::new(KVM)])?);
         trap::install().map_err(|source| JailError::Host { what: "catch SIGSYS", source })?;
         let compile = |kind| calls::program(kind, profile.again).map(Arc::new);
-        let [vcpu, main, console] = ThreadKind::ALL.map(compile);
-        let programs = [vcpu?, main?, console?];
+        let [vcpu, collector, main, console] = ThreadKind::ALL.map(compile);
+        let programs = [vcpu?, collector?, main?, console?];
         if !calls::host_has_seccomp() {
             missing.push("this kernel has no seccomp filters".into());
         }

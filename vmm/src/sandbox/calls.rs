@@ -117,7 +117,7 @@ impl Dispatcher {
         if !self.provenance.rings().has(cpu) {
             return Err(CallError::Argument { what: "CPU", value: cpu.into() }.into());
         }
-        let frees = self.drain(DrainBy::Cpu(cpu), context.ram);
+        let frees = self.drain(DrainBy::Cpu(cpu), context.ram).invalid_frees;
         if !frees.is_empty() {
             context.others.pause()?;
             self.report_frees(&frees)?;

@@ -28,8 +28,10 @@ pub struct EventStats {
     pub allocations: u64,
     /// Frees.
     pub frees: u64,
-    /// Drains, of all rings at once.
+    /// Drains, of all rings at once, for a CPU that waited or with all CPUs stopped.
     pub ring_drains: u64,
+    /// Records that were read while their CPUs ran on.
+    pub collected: u64,
     /// Refused events and calls: their values make no sense, or a table is full.
     pub refused: u64,
 }

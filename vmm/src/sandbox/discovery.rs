@@ -10,7 +10,7 @@ use crate::shadow::{Layout, Notify};
 /// The features of a run.
 pub(super) fn features(mode: ShadowMode, notify: Notify) -> Features {
     let notify = match notify {
-        Notify::Ring => Features::RING,
+        Notify::Ring => Features::RING | Features::DOORBELL,
         Notify::Sync => Features::SYNC,
     };
     match mode {

@@ -10,20 +10,20 @@ use umbra_machine::devices::{DeviceEvent, Devices};
 use umbra_machine::memory::Ram;
 use umbra_machine::vcpu::VmExit;
 use umbra_provenance::rings::DrainBy;
-use umbra_provenance::{InvalidFree, Provenance, RefusedRecords};
+use umbra_provenance::{Drained, InvalidFree, Provenance, RefusedRecords};
 use umbra_report::{Finding, Sample};
-use umbra_shadow::abi::PORT;
+use umbra_shadow::abi::{DOORBELL_PORT, PORT};
 use vm_memory::GuestAddress;
 
 use super::Outcome;
-use super::context::ExitContext;
+use super::context::{ExitContext, OtherVcpus};
 use super::counts::{EventStats, ExitStats};
 use super::guest_info::GuestInfo;
 use super::ring_memory::RingRam;
 use super::run_shadow::{RunShadow, fault};
 use super::session::Session;
 use super::watch::{Sign, Watch};
-use crate::shadow::{FaultOutcome, ShadowError};
+use crate::shadow::{FaultOutcome, Notify, ShadowError};
 
 /// The state of a run, which changes with each exit.
 pub struct Dispatcher {
@@ -98,6 +98,13 @@ impl Dispatcher {
             VmExit::IoOut { port: PORT, data } if data.as_slice().len() == 4 => {
                 self.exits.hypercall += 1;
                 self.hypercall(data.value() as u32, context)
+            }
+            // Where KVM does not signal the doorbell itself.
+            VmExit::IoOut { port: DOORBELL_PORT, .. }
+                if self.shadow.notify() == Some(Notify::Ring) =>
+            {
+                self.exits.hypercall += 1;
+                self.collect(context.ram, context.others).map(drop)
             }
             VmExit::IoOut { port, data } => self.io_out(port, data.as_slice(), context),
             VmExit::IoIn { port, len } => {
@@ -276,12 +283,26 @@ impl Dispatcher {
 
     /// Drains all rings for a finding or an end. Every vCPU stands still.
     pub(super) fn drain_all(&mut self, ram: &Ram) -> Result<(), Outcome> {
-        let frees = self.drain(DrainBy::Vmm, ram);
+        let frees = self.drain(DrainBy::Vmm, ram).invalid_frees;
         self.report_frees(&frees)
     }
 
-    /// Drains all rings; see [`Provenance::drain`]. Returns the frees that turned out to be wrong.
-    pub(super) fn drain(&mut self, by: DrainBy, ram: &Ram) -> Vec<InvalidFree> {
+    /// Takes some records out of the rings while CPUs run. Returns whether there may be more.
+    pub(super) fn collect(
+        &mut self,
+        ram: &Ram,
+        others: &mut dyn OtherVcpus,
+    ) -> Result<bool, Outcome> {
+        let Drained { invalid_frees, more, .. } = self.drain(DrainBy::Collector, ram);
+        if !invalid_frees.is_empty() {
+            others.pause()?;
+            self.report_frees(&invalid_frees)?;
+        }
+        Ok(more)
+    }
+
+    /// Drains all rings; see [`Provenance::drain`].
+    pub(super) fn drain(&mut self, by: DrainBy, ram: &Ram) -> Drained {
         let regions = self.guest.regions();
         let drained = self.provenance.drain(by, &RingRam(ram), &|va, len| regions.key_of(va, len));
         let RefusedRecords { senseless, queue_full } = drained.refused;
@@ -291,7 +312,7 @@ impl Dispatcher {
         if queue_full > 0 {
             self.refuse(queue_full, &QUEUE_FULL);
         }
-        drained.invalid_frees
+        drained
     }
 
     /// Makes findings of wrong frees that a drain has shown, which may end the run. Every vCPU
@@ -348,6 +369,7 @@ impl Dispatcher {
             allocations: counts.allocations,
             frees: counts.frees,
             ring_drains: counts.ring_drains,
+            collected: counts.collected,
             refused: self.refused,
         }
     }

@@ -7,6 +7,7 @@
 //! | `run.rs`, `shared.rs` | sets a run up, watches it, tears it down; what its threads share |
 //! | `gate.rs` | closes the jail before guest code runs |
 //! | `vcpu_thread.rs`, `vcpus.rs` | the thread of a vCPU; how vCPUs are paused and ended |
+//! | `collector.rs` | a thread that reads rings while the guest runs |
 //! | `discovery.rs` | the CPUID leaves by which a guest finds Umbra |
 //! | `dispatch.rs` | handles an exit, of which it sees `context.rs`; `calls.rs` a hypercall |
 //! | `detached.rs` | the same without a machine: a caller makes the exits |
@@ -24,6 +25,7 @@
 
 mod builder;
 mod calls;
+mod collector;
 mod config;
 mod console;
 mod context;

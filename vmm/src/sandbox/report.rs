@@ -26,6 +26,8 @@ pub enum RunError {
     NotBegun(Outcome),
     #[error("cannot start a thread for a vCPU, or close the jail for it: {0}")]
     Thread(std::io::Error),
+    #[error("cannot make an event by which a guest has its rings read: {0}")]
+    Doorbell(std::io::Error),
     #[error("cannot make memory to execute instructions in: {0}; --jail off makes it on demand")]
     Code(std::io::Error),
     #[error("a vCPU's thread panicked: this is a bug in Umbra")]

@@ -15,4 +15,8 @@ impl RingMemory for RingRam<'_> {
     fn write(&self, gpa: u64, from: &[u8]) -> bool {
         self.0.write(GuestAddress(gpa), from).is_ok()
     }
+
+    fn load(&self, gpa: u64) -> Option<u64> {
+        self.0.load(GuestAddress(gpa)).ok()
+    }
 }

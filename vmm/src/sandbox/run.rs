@@ -29,6 +29,7 @@ use umbra_report::Picture;
 use umbra_report::symbols::{Deadline, Symbols};
 use umbra_shadow::abi::Features;
 
+use super::collector::{self, Doorbell};
 use super::console::ConsoleWatch;
 use super::discovery::{self, Settings};
 use super::dispatch::Dispatcher;
@@ -47,7 +48,7 @@ use super::{
     instrumentation, stats,
 };
 use crate::jail::Jail;
-use crate::shadow::{Layout, ShadowError, Windows, WindowsConfig, page_map};
+use crate::shadow::{Layout, Notify, ShadowError, Windows, WindowsConfig, page_map};
 
 /// Poll interval for the stop flag.
 const TICK: Duration = Duration::from_millis(20);
@@ -110,6 +111,8 @@ struct Hardware {
 struct Prepared {
     shared: Arc<Shared>,
     vcpus: Vec<Vcpu>,
+    /// Rings are read while the guest runs.
+    collects: bool,
     input: Option<Box<dyn Read + Send>>,
     /// The end of the console, if a picture was requested.
     tail: Tail,
@@ -157,8 +160,10 @@ fn set_up(
         ),
     )
     .with_completer(completer);
+    let doorbell = Doorbell::new(&machine).map_err(RunError::Doorbell)?;
     let shared = Arc::new(Shared {
         machine,
+        doorbell,
         vcpus: Vcpus::new(&vcpus),
         counters,
         stop: AtomicBool::new(false),
@@ -167,7 +172,8 @@ fn set_up(
         dispatcher: Mutex::new(dispatcher),
     });
     let input = console.input.filter(|_| linux);
-    Ok(Prepared { shared, vcpus, input, tail, has_irqchip, emulated })
+    let collects = config.shadow != ShadowMode::Off && config.notify == Notify::Ring;
+    Ok(Prepared { shared, vcpus, collects, input, tail, has_irqchip, emulated })
 }
 
 /// What completes instructions. In a jail, executable memory is made now or never. Only where ring
@@ -281,6 +287,7 @@ fn windows(config: &Config, machine: &Machine) -> Result<Option<Windows>, Shadow
 /// A run whose vCPUs run.
 struct Running {
     shared: Arc<Shared>,
+    /// Those of the vCPUs, then that of the collector.
     threads: Vec<JoinHandle<()>>,
     /// How the run ended, from the thread that ended it; then `None` from each thread.
     outcomes: Receiver<Option<Outcome>>,
@@ -296,8 +303,9 @@ struct Running {
 impl Prepared {
     /// Starts the vCPUs, once all threads have closed the jail.
     fn start(self, begin: Instant, jail: Option<Arc<Jail>>) -> Result<Running, RunError> {
-        let Self { shared, vcpus, input, tail, has_irqchip, emulated } = self;
-        let (sender, outcomes) = mpsc::sync_channel(2 * vcpus.len());
+        let Self { shared, vcpus, collects, input, tail, has_irqchip, emulated } = self;
+        // The vCPUs and the collector.
+        let (sender, outcomes) = mpsc::sync_channel(2 * (vcpus.len() + 1));
         let started = Instant::now();
         let gate = Arc::new(Gate::new(jail));
         let mut threads = Vec::with_capacity(vcpus.len());
@@ -306,6 +314,9 @@ impl Prepared {
                 let (shared, sender) = (shared.clone(), sender.clone());
                 threads.push(vcpu_thread::spawn(vcpu, shared, sender, gate.clone())?);
             }
+            if collects {
+                threads.push(collector::spawn(shared.clone(), sender, gate.clone())?);
+            }
             let others = if input.is_some() { input::THREADS } else { 0 };
             input.map_or(Ok(()), |input| input::spawn(input, Arc::downgrade(&shared), &gate))?;
             gate.open(threads.len() + others)
@@ -313,6 +324,7 @@ impl Prepared {
         if let Err(error) = start() {
             gate.decide(false);
             shared.stop.store(true, SeqCst);
+            shared.doorbell.ring();
             shared.vcpus.end(&threads);
             return Err(RunError::Thread(error));
         }
@@ -413,6 +425,7 @@ impl Running {
     fn end_threads(&mut self, outcome: Option<Outcome>) -> Result<(Outcome, bool), RunError> {
         self.shared.lookups.set(LOOKUP_END);
         self.shared.stop.store(true, SeqCst);
+        self.shared.doorbell.ring();
         let left_behind = !self.shared.vcpus.end(&self.threads);
         // The guest may just have ended the run itself.
         let itself = self.outcomes.try_iter().find(Option::is_some).flatten();

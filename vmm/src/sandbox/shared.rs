@@ -10,6 +10,7 @@ use umbra_machine::{Machine, MemslotId};
 use umbra_report::symbols::Deadline;
 use vm_memory::GuestAddress;
 
+use super::collector::Doorbell;
 use super::dispatch::Dispatcher;
 use super::vcpus::Vcpus;
 use crate::shadow::{MemslotError, Memslots};
@@ -47,6 +48,7 @@ impl Memslots for MachineMemslots<'_> {
 pub(super) struct Shared {
     pub(super) machine: Machine,
     pub(super) vcpus: Vcpus,
+    pub(super) doorbell: Doorbell,
     pub(super) counters: Option<Arc<Counters>>,
     /// All threads are to end.
     pub(super) stop: AtomicBool,

@@ -114,6 +114,8 @@ pub struct HostStats {
     pub outside_seconds: f64,
     /// Time of the host's CPUs that the vCPUs' threads used, the guest included.
     pub vcpus_cpu_seconds: f64,
+    /// The same of the thread that reads rings while the guest runs.
+    pub collector_cpu_seconds: f64,
     /// The same of the process's other threads, its start included.
     pub others_cpu_seconds: f64,
     /// How often all vCPUs were stopped for the VMM's work.
@@ -125,15 +127,16 @@ pub struct HostStats {
 }
 
 impl HostStats {
-    /// What the vCPUs' threads, which have ended, have used and waited.
+    /// What the threads of the vCPUs and the collector, which have ended, have used and waited.
     pub(super) fn of(vcpus: &Vcpus) -> Self {
         let process = clock_gettime(ClockId::ProcessCPUTime);
         let process = Duration::try_from(process).unwrap_or_default();
-        let pauses = vcpus.pauses();
+        let (pauses, collector) = (vcpus.pauses(), vcpus.collector_cpu_time());
         Self {
             outside_seconds: vcpus.outside().as_secs_f64(),
             vcpus_cpu_seconds: vcpus.cpu_time().as_secs_f64(),
-            others_cpu_seconds: process.saturating_sub(vcpus.cpu_time()).as_secs_f64(),
+            collector_cpu_seconds: collector.as_secs_f64(),
+            others_cpu_seconds: process.saturating_sub(vcpus.cpu_time() + collector).as_secs_f64(),
             pauses: pauses.count,
             paused_seconds: pauses.all.as_secs_f64(),
             longest_pause_seconds: pauses.longest.as_secs_f64(),

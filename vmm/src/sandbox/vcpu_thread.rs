@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::SyncSender;
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 use umbra_machine::vcpu::{Vcpu, VmExit};
@@ -17,13 +17,26 @@ use super::shared::{MachineMemslots, Shared};
 use super::vcpus::Vcpus;
 use crate::jail::ThreadKind;
 
-/// Pauses the other vCPUs for one that handles an exit; they continue when it is dropped.
-struct PauseGuard<'a> {
+/// Pauses the other vCPUs for a thread that holds the state's lock; they continue when it is
+/// dropped.
+pub(super) struct PauseGuard<'a> {
     vcpus: &'a Vcpus,
-    me: usize,
+    /// The vCPU that handles an exit; none for the collector.
+    me: Option<usize>,
     stop: &'a AtomicBool,
     /// Since when they stand still.
     since: Option<Instant>,
+}
+
+impl<'a> PauseGuard<'a> {
+    fn of_vcpu(vcpus: &'a Vcpus, me: usize, stop: &'a AtomicBool) -> Self {
+        Self { vcpus, me: Some(me), stop, since: None }
+    }
+
+    /// That of the collector, to which all vCPUs are others.
+    pub(super) fn of_collector(vcpus: &'a Vcpus, stop: &'a AtomicBool) -> Self {
+        Self { vcpus, me: None, stop, since: None }
+    }
 }
 
 impl OtherVcpus for PauseGuard<'_> {
@@ -46,7 +59,14 @@ impl Drop for PauseGuard<'_> {
 }
 
 /// Sends how the run ended. Sends `None` when its thread ends, also by a panic.
-struct OutcomeSender(SyncSender<Option<Outcome>>);
+pub(super) struct OutcomeSender(pub(super) SyncSender<Option<Outcome>>);
+
+impl OutcomeSender {
+    /// Sends that the thread has ended the run.
+    pub(super) fn send(&self, outcome: Outcome) {
+        let _ = self.0.send(Some(outcome));
+    }
+}
 
 impl Drop for OutcomeSender {
     fn drop(&mut self) {
@@ -72,9 +92,14 @@ pub(super) fn spawn(
         }
         drop(gate);
         run(&mut vcpu, &shared, &sender);
-        shared.vcpus.add_cpu_time(clock_gettime(ClockId::ThreadCPUTime));
+        shared.vcpus.add_cpu_time(thread_cpu_time());
         shared.vcpus.note_end(usize::from(vcpu.id()), EndState::of(&vcpu));
     })
+}
+
+/// The time of the host's CPUs that this thread has used.
+pub(super) fn thread_cpu_time() -> Duration {
+    Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default()
 }
 
 fn run(vcpu: &mut Vcpu, shared: &Shared, sender: &OutcomeSender) {
@@ -106,7 +131,7 @@ fn run(vcpu: &mut Vcpu, shared: &Shared, sender: &OutcomeSender) {
             Ok(exit) => {
                 let mut memslots = MachineMemslots(machine);
                 // Dropped before the lock.
-                let mut others = PauseGuard { vcpus, me: id, stop: &shared.stop, since: None };
+                let mut others = PauseGuard::of_vcpu(vcpus, id, &shared.stop);
                 let mut context = ExitContext {
                     id: vcpu.id(),
                     cpu: vcpu,
@@ -120,7 +145,7 @@ fn run(vcpu: &mut Vcpu, shared: &Shared, sender: &OutcomeSender) {
         };
         if let Err(outcome) = handled {
             vcpus.set_ended();
-            let _ = sender.0.send(Some(outcome));
+            sender.send(outcome);
             return;
         }
     }

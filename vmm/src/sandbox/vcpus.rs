@@ -12,7 +12,6 @@ use std::sync::{Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use rustix::time::Timespec;
 use umbra_machine::kick::Kicker;
 use umbra_machine::vcpu::Vcpu;
 
@@ -48,6 +47,8 @@ pub(super) struct Vcpus {
     outside: AtomicU64,
     /// Nanoseconds of the host's CPUs that the threads used which have ended.
     cpu_time: AtomicU64,
+    /// The same of the collector.
+    collector_cpu_time: AtomicU64,
     /// Pauses. Changed under the state's lock.
     pauses: Mutex<Pauses>,
     /// One of them has ended the run. Set and read under the state's lock.
@@ -74,6 +75,7 @@ impl Vcpus {
             ends: vcpus.iter().map(|_| Mutex::default()).collect(),
             outside: AtomicU64::new(0),
             cpu_time: AtomicU64::new(0),
+            collector_cpu_time: AtomicU64::new(0),
             pauses: Mutex::default(),
             ended: AtomicBool::new(false),
         }
@@ -124,7 +126,7 @@ impl Vcpus {
 
     /// Adds time that a thread spent outside of the guest.
     pub(super) fn add_outside(&self, time: Duration) {
-        self.outside.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), SeqCst);
+        self.outside.fetch_add(nanoseconds(time), SeqCst);
     }
 
     /// The CPU time of the threads that have ended.
@@ -133,9 +135,18 @@ impl Vcpus {
     }
 
     /// A thread ends that used so much CPU time.
-    pub(super) fn add_cpu_time(&self, time: Timespec) {
-        let time = Duration::try_from(time).unwrap_or_default();
-        self.cpu_time.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), SeqCst);
+    pub(super) fn add_cpu_time(&self, time: Duration) {
+        self.cpu_time.fetch_add(nanoseconds(time), SeqCst);
+    }
+
+    /// The CPU time of the collector's thread, once that has ended.
+    pub(super) fn collector_cpu_time(&self) -> Duration {
+        Duration::from_nanos(self.collector_cpu_time.load(SeqCst))
+    }
+
+    /// The collector's thread ends, which used so much CPU time.
+    pub(super) fn set_collector_cpu_time(&self, time: Duration) {
+        self.collector_cpu_time.store(nanoseconds(time), SeqCst);
     }
 
     /// The pauses so far.
@@ -175,12 +186,12 @@ impl Vcpus {
         self.inside[id].store(false, SeqCst);
     }
 
-    /// Gets all vCPUs but `me` out of the guest and keeps them out until [`Self::resume`]. The
-    /// error is the number of one that does not come out. If the run is to `stop`, fewer kicks are
-    /// sent.
-    pub(super) fn pause(&self, me: usize, stop: &AtomicBool) -> Result<(), usize> {
+    /// Gets all vCPUs, but `me` if that is one, out of the guest and keeps them out until
+    /// [`Self::resume`]. The error is the number of one that does not come out. If the run is to
+    /// `stop`, fewer kicks are sent.
+    pub(super) fn pause(&self, me: Option<usize>, stop: &AtomicBool) -> Result<(), usize> {
         self.hold.store(true, SeqCst);
-        let others = || self.inside.iter().enumerate().filter(|(id, _)| *id != me);
+        let others = || self.inside.iter().enumerate().filter(|(id, _)| Some(*id) != me);
         let inside = || others().filter(|(_, inside)| inside.load(SeqCst)).map(|(id, _)| id);
         // All at once, since each may have to wait for a CPU of the host.
         for kick in 0..PAUSE_KICKS {
@@ -200,8 +211,8 @@ impl Vcpus {
         self.hold.store(false, SeqCst);
     }
 
-    /// Gets all vCPUs out of the guest and waits until their threads have ended. Returns false if
-    /// some have not.
+    /// Gets all vCPUs out of the guest and waits until `threads` have ended, of which theirs are
+    /// the first. Returns false if some have not.
     pub(super) fn end(&self, threads: &[JoinHandle<()>]) -> bool {
         let done = || threads.iter().all(JoinHandle::is_finished);
         for _ in 0..KICKS {
@@ -215,6 +226,10 @@ impl Vcpus {
         }
         done()
     }
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Waits until `done`, at most for the time between two kicks.

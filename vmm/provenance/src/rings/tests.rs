@@ -1,6 +1,6 @@
 use std::cell::RefCell;
 use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::{Relaxed, Release, SeqCst};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::{Mutex, mpsc};
 use std::thread;
 
@@ -36,6 +36,11 @@ impl RingMemory for Ram {
         let to = ram.get_mut(gpa as usize..gpa as usize + from.len());
         to.map(|to| to.copy_from_slice(from)).is_some()
     }
+
+    fn load(&self, gpa: u64) -> Option<u64> {
+        let mut bytes = [0; 8];
+        self.read(gpa, &mut bytes).then(|| u64::from_le_bytes(bytes))
+    }
 }
 
 fn ram_with_ring(count: u64) -> (Ram, Rings) {
@@ -69,12 +74,12 @@ fn a_drain_takes_what_the_count_says_once() {
             assert_eq!(frames[..2], [0xffff_ffff_8010_0000, 0]);
             addresses.push(allocation(event).0);
         });
-        (addresses, ram.read_u64(header).expect("inside RAM"))
+        (addresses, ram.load(header).expect("inside RAM"))
     };
     // Its CPU may be about to write the third record: the count stays as it is.
     assert_eq!(addresses(DrainBy::Vmm, None), (vec![1, 2], 2));
     assert_eq!(addresses(DrainBy::Cpu(0), None), (vec![], 2), "another CPU asks");
-    assert_eq!(addresses(DrainBy::Vmm, Some(3)), (vec![3], 3));
+    assert_eq!(addresses(DrainBy::Collector, Some(3)), (vec![3], 3));
     // Its own CPU starts anew.
     assert_eq!(addresses(DrainBy::Cpu(1), Some(4)), (vec![4], 0));
     assert_eq!(addresses(DrainBy::Vmm, Some(1)), (vec![1], 1));
@@ -111,7 +116,9 @@ fn a_wild_count_is_bounded_by_the_ring() {
     for count in [5, u64::MAX / 64, u64::MAX] {
         let (ram, mut rings) = ram_with_ring(count);
         let mut taken = 0;
-        rings.drain(DrainBy::Vmm, &ram, |_, _| taken += 1);
+        for _ in 0..2 {
+            assert!(!rings.drain(DrainBy::Collector, &ram, |_, _| taken += 1));
+        }
         assert_eq!(taken, 4, "count {count:#x}");
     }
     assert!(Rings::default().set_up(64, 0, 1, 0).is_err());
@@ -214,6 +221,31 @@ fn rings_do_not_overlap_and_hold_so_much_in_all() {
     assert!(rings.has(5) && !rings.has(6));
 }
 
+#[test]
+fn the_collector_takes_so_many_at_a_time() {
+    const EACH: u64 = COLLECTED + 88;
+    let ram = Ram::new();
+    let mut rings = Rings::new(Clock::tsc(1000, u64::MAX));
+    for cpu in 0..2u16 {
+        let gpa = 0x10_0000 + 0x2_0000 * u64::from(cpu);
+        rings.set_up(cpu, gpa, 2 * COLLECTED, 0).expect("a ring");
+        let stamps: Vec<u64> = (0..EACH).map(|i| 2 * i + u64::from(cpu)).collect();
+        fill(&ram, cpu, gpa, &stamps);
+    }
+    let mut taken = Vec::new();
+    let mut steps = vec![0];
+    let mut step = |by| {
+        let more = rings.drain(by, &ram, |event, _| taken.push(event.at.micros.unwrap()));
+        steps.push(taken.len() as u64);
+        more
+    };
+    assert!(step(DrainBy::Collector) && step(DrainBy::Collector));
+    // A CPU takes what is left, whoever else has taken some.
+    assert!(!step(DrainBy::Cpu(1)) && !step(DrainBy::Collector));
+    assert_eq!(steps, [0, COLLECTED, 2 * COLLECTED, 2 * EACH, 2 * EACH]);
+    assert_eq!(taken, (0..2 * EACH).collect::<Vec<_>>());
+}
+
 /// Guest memory that several CPUs write while it is read.
 struct SharedRam(Vec<AtomicU64>);
 
@@ -232,6 +264,10 @@ impl RingMemory for SharedRam {
         let (from, _) = from.as_chunks();
         words.zip(from).for_each(|(word, from)| word.store(u64::from_le_bytes(*from), Relaxed));
         true
+    }
+
+    fn load(&self, gpa: u64) -> Option<u64> {
+        self.0.get(gpa as usize / 8).map(|word| word.load(Acquire))
     }
 }
 
@@ -324,10 +360,12 @@ fn events_keep_their_order_while_cpus_run() {
             });
         }
         drop(senders);
-        // One that only asks.
+        // One that only asks, and the collector.
         while left.load(SeqCst) > 0 {
-            running.drain(DrainBy::Cpu(CPUS));
-            thread::yield_now();
+            for by in [DrainBy::Cpu(CPUS), DrainBy::Collector] {
+                running.drain(by);
+                thread::yield_now();
+            }
         }
     });
     running.drain(DrainBy::Vmm);
@@ -342,11 +380,15 @@ fn a_drain_for_one_cpu_leaves_later_records_of_others() {
 
     impl RingMemory for Late {
         fn read(&self, gpa: u64, to: &mut [u8]) -> bool {
-            let read = self.0.read(gpa, to);
-            if gpa == 0x10_1000 && to[0] == 1 {
+            self.0.read(gpa, to)
+        }
+
+        fn load(&self, gpa: u64) -> Option<u64> {
+            let count = self.0.load(gpa);
+            if gpa == 0x10_1000 && count == Some(1) {
                 fill(&self.0, 1, gpa, &[10, 12]);
             }
-            read
+            count
         }
 
         fn write(&self, gpa: u64, from: &[u8]) -> bool {
@@ -370,5 +412,5 @@ fn a_drain_for_one_cpu_leaves_later_records_of_others() {
     assert_eq!(drain(DrainBy::Cpu(0)), [(9, false), (10, false), (11, true)]);
     assert_eq!(drain(DrainBy::Cpu(0)), [(12, true)]);
     assert_eq!(drain(DrainBy::Cpu(1)), []);
-    assert_eq!(ram.read_u64(0x10_1000), Some(0));
+    assert_eq!(ram.load(0x10_1000), Some(0));
 }

@@ -3,8 +3,9 @@
 use kvm_bindings::kvm_regs;
 use umbra_machine::vcpu::{Data, VmExit};
 use umbra_shadow::Shadow as _;
-use umbra_shadow::abi::{self, CallNumber, ExitReason, Features, PORT, Slot};
+use umbra_shadow::abi::{self, CallNumber, DOORBELL_PORT, ExitReason, Features, PORT, Slot};
 use umbra_shadow::codes::SLAB_FREE;
+use vm_memory::GuestAddress;
 
 use super::RAM;
 use super::bench::*;
@@ -20,7 +21,8 @@ fn hello_tells_the_features_that_cpuid_tells() {
         (None, ShadowMode::Off, Features::default()),
     ];
     for (mode, shadow, bit) in modes {
-        for (notify, how) in [(Notify::Ring, Features::RING), (Notify::Sync, Features::SYNC)] {
+        let ring = Features::RING | Features::DOORBELL;
+        for (notify, how) in [(Notify::Ring, ring), (Notify::Sync, Features::SYNC)] {
             let mut bench = Bench::new(mode, notify, None, None);
             let off = bit == Features::default();
             let expected = if off { 0 } else { (bit | how).bits() };
@@ -73,6 +75,22 @@ fn only_32_bits_to_the_port_are_a_call() {
     }
     goes_on(bench.exit(VmExit::IoOut { port: PORT + 1, data: Data::new(&[11, 0, 0, 0]) }));
     assert_eq!((bench.exits().hypercall, bench.exits().io), (1, 4));
+}
+
+#[test]
+fn a_doorbell_that_is_an_exit_reads_the_rings() {
+    let ring = VmExit::IoOut { port: DOORBELL_PORT, data: Data::new(&[0]) };
+    let mut bench = Bench::ring();
+    assert_eq!(bench.call(CallNumber::RingSetup, [0x8000, 64 * 5, 0, 0]), 0);
+    bench.ram.write(GuestAddress(0x8000), &3u64.to_le_bytes()).unwrap();
+    goes_on(bench.exit(ring));
+    let events = bench.events();
+    assert_eq!((events.collected, events.refused, events.ring_drains), (3, 3, 0));
+    assert_eq!(bench.ram.read_u64(GuestAddress(0x8000)).unwrap(), 3, "its CPU may count on");
+    // Where there are no rings it is a port like any other.
+    let mut bench = Bench::sync();
+    goes_on(bench.exit(ring));
+    assert_eq!((bench.exits().hypercall, bench.exits().io), (1, 1));
 }
 
 #[test]

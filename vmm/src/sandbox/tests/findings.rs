@@ -176,6 +176,17 @@ fn a_free_inside_a_live_object_is_found_and_changes_nothing() {
 
 #[test]
 fn a_record_of_a_wrong_free_may_end_the_run() {
+    wrong_free_in_a_ring(|bench| bench.hypercall(CallNumber::RingDrain, [0, 0, 0, 0]));
+    // The collector finds it, too.
+    wrong_free_in_a_ring(|bench| {
+        let mut others = FakeOthers::default();
+        let collected = bench.state.collect(&bench.ram, &mut others).map(drop);
+        assert_eq!((others.stops, bench.events().collected), (1, 2));
+        collected
+    });
+}
+
+fn wrong_free_in_a_ring(drain: impl FnOnce(&mut Bench) -> Result<(), Outcome>) {
     let mut bench = Bench::new(Some(Mode::PerPage), Notify::Ring, None, Some(1)).with_region();
     assert_eq!(bench.call(CallNumber::RingSetup, [0x8000, 64 * 5, 0, 0]), 0);
     let records = [(RecordKind::Allocated, 0x6000u32, 40u32), (RecordKind::Freed, 0x6010, 0)];
@@ -188,7 +199,7 @@ fn a_record_of_a_wrong_free_may_end_the_run() {
         bench.ram.write(GuestAddress(0x8000 + 64 * i), &bytes).unwrap();
     }
     bench.ram.write(GuestAddress(0x8000), &2u64.to_le_bytes()).unwrap();
-    let outcome = ended(bench.hypercall(CallNumber::RingDrain, [0, 0, 0, 0]));
+    let outcome = ended(drain(&mut bench));
     assert!(matches!(outcome, Outcome::FindingLimit(1)), "{outcome:?}");
     let heard = bench.heard.0.lock().unwrap();
     assert_eq!((heard[0].kind, heard[0].address), ("invalid-free", 0x6010));

@@ -1,0 +1,193 @@
+//! The protocol of rings and doorbell, in every order of its steps and of its memory accesses that
+//! C11 allows (`loom`). The reading side is the VMM's own code. The writing side is as
+//! `guest/runtime/src/ring.rs`, whose volatile accesses are to real guest memory.
+
+use loom::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use loom::sync::atomic::{AtomicBool, AtomicU64};
+use loom::sync::{Arc, Condvar, Mutex};
+use loom::thread;
+use umbra_provenance::rings::{Clock, DrainBy, RingMemory, Rings};
+use umbra_shadow::abi::{RECORD_BYTES, RecordKind};
+
+/// Room in a ring.
+const RECORDS: u64 = 2;
+/// A CPU rings the doorbell when there are so many records.
+const BELL: u64 = 1;
+
+/// A ring in guest memory. Of a record it has the stamp, 0 before it is written.
+struct Ring {
+    count: AtomicU64,
+    stamps: [AtomicU64; RECORDS as usize],
+}
+
+struct Memory(Vec<Ring>);
+
+/// Where the ring of a CPU begins.
+fn ring(cpu: usize) -> u64 {
+    0x1000 * cpu as u64
+}
+
+impl Memory {
+    fn ring(&self, gpa: u64) -> (&Ring, u64) {
+        (&self.0[(gpa / 0x1000) as usize], gpa % 0x1000)
+    }
+}
+
+impl RingMemory for Memory {
+    fn read(&self, gpa: u64, to: &mut [u8]) -> bool {
+        let (ring, offset) = self.ring(gpa);
+        let first = (offset / RECORD_BYTES - 1) as usize;
+        let records = to.chunks_mut(RECORD_BYTES as usize);
+        for (stamp, to) in ring.stamps.iter().skip(first).zip(records) {
+            to[0] = RecordKind::Freed.into();
+            to[20..28].copy_from_slice(&stamp.load(Relaxed).to_le_bytes());
+        }
+        true
+    }
+
+    fn write(&self, gpa: u64, from: &[u8]) -> bool {
+        let count = u64::from_le_bytes(from.try_into().expect("a count"));
+        self.ring(gpa).0.count.store(count, Release);
+        true
+    }
+
+    fn load(&self, gpa: u64) -> Option<u64> {
+        Some(self.ring(gpa).0.count.load(Acquire))
+    }
+}
+
+/// The doorbell, as an eventfd: how many records it told of, and whether the run ends.
+#[derive(Default)]
+struct Doorbell {
+    told: Mutex<(Option<usize>, bool)>,
+    changed: Condvar,
+}
+
+impl Doorbell {
+    fn ring(&self, records: usize) {
+        self.told.lock().unwrap().0 = Some(records);
+        self.changed.notify_one();
+    }
+
+    fn end(&self) {
+        self.told.lock().unwrap().1 = true;
+        self.changed.notify_one();
+    }
+
+    /// Waits for a ring, and returns what it told of, or for the end.
+    fn wait(&self) -> Option<usize> {
+        let mut told = self.told.lock().unwrap();
+        loop {
+            match (told.0.take(), told.1) {
+                (Some(records), _) => return Some(records),
+                (None, true) => return None,
+                (None, false) => told = self.changed.wait(told).unwrap(),
+            }
+        }
+    }
+}
+
+/// What all threads share.
+struct Run {
+    memory: Memory,
+    /// The rings, and the stamps that were taken.
+    state: Mutex<(Rings, Vec<u64>)>,
+    doorbell: Doorbell,
+    stamps: AtomicU64,
+}
+
+impl Run {
+    fn new(cpus: usize) -> Arc<Self> {
+        // A time is a stamp.
+        let mut rings = Rings::new(Clock::tsc(1000, u64::MAX));
+        for cpu in 0..cpus {
+            rings.set_up(cpu as u16, ring(cpu), RECORDS, 0).expect("a ring for each");
+        }
+        let zero = || AtomicU64::new(0);
+        let memory = (0..cpus).map(|_| Ring { count: zero(), stamps: [zero(), zero()] });
+        Arc::new(Self {
+            memory: Memory(memory.collect()),
+            state: Mutex::new((rings, Vec::new())),
+            doorbell: Doorbell::default(),
+            stamps: AtomicU64::new(1),
+        })
+    }
+
+    /// A CPU's next record.
+    fn push(&self, cpu: usize) {
+        let Ring { count, stamps } = &self.memory.0[cpu];
+        let mut n = count.load(Relaxed);
+        if n == RECORDS {
+            self.drain(DrainBy::Cpu(cpu as u16));
+            n = 0;
+        } else if n == BELL {
+            self.doorbell.ring(n as usize);
+        }
+        stamps[n as usize].store(self.stamps.fetch_add(1, SeqCst), Relaxed);
+        count.store(n + 1, Release);
+    }
+
+    /// Returns how many records have been taken.
+    fn drain(&self, by: DrainBy) -> usize {
+        let mut state = self.state.lock().unwrap();
+        let (rings, taken) = &mut *state;
+        rings.drain(by, &self.memory, |record, _| {
+            taken.push(record.at.micros.expect("a stamp"));
+        });
+        taken.len()
+    }
+
+    /// The collector's thread.
+    fn collect(&self) {
+        while let Some(told) = self.doorbell.wait() {
+            assert!(self.drain(DrainBy::Collector) >= told, "the doorbell told of {told} records");
+        }
+    }
+}
+
+/// One CPU writes more records than its ring holds. Each is taken once, whole, and in its order,
+/// and no later than the collector was told of it.
+#[test]
+fn a_ring_is_read_while_it_is_written() {
+    loom::model(|| {
+        let run = Run::new(1);
+        let collector = {
+            let run = run.clone();
+            thread::spawn(move || run.collect())
+        };
+        (0..=RECORDS).for_each(|_| run.push(0));
+        run.doorbell.end();
+        collector.join().unwrap();
+        run.drain(DrainBy::Vmm);
+        assert_eq!(run.state.lock().unwrap().1, (1..=RECORDS + 1).collect::<Vec<_>>());
+    });
+}
+
+/// What one CPU frees another allocates. Their records come in that order, whenever the collector
+/// looks.
+#[test]
+fn events_of_two_cpus_keep_their_order() {
+    loom::model(|| {
+        let run = Run::new(2);
+        let freed = Arc::new(AtomicBool::new(false));
+        let other = {
+            let (run, freed) = (run.clone(), freed.clone());
+            thread::spawn(move || {
+                if freed.load(Acquire) {
+                    run.push(1);
+                }
+            })
+        };
+        let collector = {
+            let run = run.clone();
+            thread::spawn(move || run.drain(DrainBy::Collector))
+        };
+        run.push(0);
+        freed.store(true, Release);
+        other.join().unwrap();
+        collector.join().unwrap();
+        run.drain(DrainBy::Vmm);
+        let taken = &run.state.lock().unwrap().1;
+        assert!(taken.is_sorted() && taken.first() == Some(&1), "{taken:?}");
+    });
+}
