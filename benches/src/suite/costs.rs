@@ -1,7 +1,7 @@
 //! The cost of allocations, events and calls, in guest instructions and exits, or in time.
 
 use anyhow::{Context as _, Result};
-use umbra::provenance::QuarantineSize;
+use umbra::provenance::{Objects, QuarantineSize};
 
 use crate::figure::Figure;
 use crate::heap;
@@ -123,7 +123,9 @@ fn instructions(meter: &Meter) -> Result<Vec<Figure>> {
 fn provenance(meter: &Meter) -> Result<Vec<Figure>> {
     const GROUP: &str =
         "provenance: memory of the VMM in a churn of 4,000 operations, stacks included";
-    let mut all = Vec::new();
+    // However many there will be.
+    let fixed = heap::bytes_of(Objects::default());
+    let mut all = vec![Figure::new(GROUP, "before the first object", fixed as f64, "bytes")];
     for (quarantine, with) in [
         (QuarantineSize::Auto, "with a quarantine"),
         (QuarantineSize::Bytes(0), "without a quarantine"),
@@ -132,7 +134,7 @@ fn provenance(meter: &Meter) -> Result<Vec<Figure>> {
             meter.run(Mode { quarantine, ..Mode::RING }, "scenarios=huge_churn churn=4000 keep")?;
         let stats = &run.stats.provenance;
         let (live, freed, waiting) = (stats.live, stats.freed, run.stats.quarantine.objects);
-        let bytes = heap::bytes_of(run.objects);
+        let bytes = heap::bytes_of(run.objects) - fixed;
         // A freed object is remembered until its memory is handed out again, with or without a
         // quarantine.
         let each = Figure::new(

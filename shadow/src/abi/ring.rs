@@ -237,36 +237,13 @@ pub enum RecordBody<'a> {
     },
 }
 
-/// The return addresses in a record of an event, innermost first. They are distances from the
-/// ring's text base; 0 is an address more than 4 GiB from it.
-#[derive(Clone, Copy, Debug)]
-pub struct RecordStack<'a>(&'a [u8; RECORD_BYTES as usize]);
-
-impl<'a> RecordStack<'a> {
-    /// Those of a record. More frames than fit count as all that fit.
-    pub fn of(record: &'a [u8; RECORD_BYTES as usize]) -> Self {
-        Self(record)
-    }
-
-    /// How many return addresses there are.
-    #[inline]
-    pub fn depth(&self) -> usize {
-        usize::from(self.0[1]).min(RECORD_FRAMES)
-    }
-
-    /// The return addresses, for a ring with this text base, and zeros behind them; 0, too, where
-    /// an address is not known.
-    #[inline]
-    pub fn addresses(&self, text_base: u64) -> [u64; RECORD_FRAMES] {
-        let mut addresses = [0; RECORD_FRAMES];
-        for (i, to) in addresses.iter_mut().enumerate().take(self.depth()) {
-            *to = match word(self.0, FRAMES_AT + 4 * i) {
-                0 => 0,
-                frame => text_base.wrapping_add(frame.into()),
-            };
-        }
-        addresses
-    }
+/// The return addresses in a record of an event, innermost first: little-endian distances from the
+/// ring's text base, as many as there are. 0 is an address more than 4 GiB from it. More than fit
+/// count as all that fit.
+#[inline]
+pub fn record_frames(record: &[u8; RECORD_BYTES as usize]) -> &[[u8; 4]] {
+    let frames = record[FRAMES_AT..].as_chunks().0;
+    frames.get(..usize::from(record[1])).unwrap_or(frames)
 }
 
 /// Why a record makes no sense.
@@ -290,7 +267,7 @@ impl fmt::Display for BadRecord {
 impl core::error::Error for BadRecord {}
 
 impl<'a> Record<'a> {
-    /// Decodes a record; its stack is a [`RecordStack`].
+    /// Decodes a record, but for its stack ([`record_frames`]).
     ///
     /// # Errors
     /// The record makes no sense.
@@ -298,7 +275,7 @@ impl<'a> Record<'a> {
     pub fn decode(bytes: &'a [u8; RECORD_BYTES as usize]) -> Result<Self, BadRecord> {
         let kind = RecordKind::try_from(bytes[0]).map_err(BadRecord::Kind)?;
         let low = u16::from_le_bytes([bytes[2], bytes[3]]);
-        let address = u64::from(word(bytes, 8)) | u64::from(word(bytes, 12)) << 32;
+        let address = bytes[8..].first_chunk().map_or(0, |address| u64::from_le_bytes(*address));
         let sizes = word(bytes, 16);
         let body = match kind {
             RecordKind::Allocated => {
@@ -322,7 +299,7 @@ impl<'a> Record<'a> {
     /// The stamp of a record, of any kind.
     #[inline]
     pub fn stamp(bytes: &[u8; RECORD_BYTES as usize]) -> u64 {
-        u64::from(word(bytes, 20)) | u64::from(word(bytes, 24)) << 32
+        bytes[20..].first_chunk().map_or(0, |stamp| u64::from_le_bytes(*stamp))
     }
 }
 
@@ -371,13 +348,9 @@ mod tests {
             RecordBody::Cache { .. } | RecordBody::Task { .. } => panic!("not what was written"),
         };
         assert_eq!(address, ADDRESS);
-        let expected = core::array::from_fn(|i| match i as u64 {
-            i if i == 0 || i >= depth => 0,
-            i => 0xffff_ffff_8000_0000 + 16 * i,
-        });
-        let stack = RecordStack::of(bytes);
-        assert_eq!(stack.depth() as u64, depth.min(RECORD_FRAMES as u64));
-        assert_eq!(stack.addresses(0xffff_ffff_8000_0000), expected);
+        let frames = record_frames(bytes);
+        assert_eq!(frames.len() as u64, depth.min(RECORD_FRAMES as u64));
+        assert!((0..).zip(frames).all(|(i, frame)| u32::from_le_bytes(*frame) == i * 16));
         record.body
     }
 

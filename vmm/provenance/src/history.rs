@@ -3,6 +3,7 @@
 use umbra_shadow::abi::{Record, RecordBody, Released};
 
 use crate::rings::{Clock, DrainBy, RingError, RingMemory, RingRecord, Rings};
+use crate::stacks::Frames;
 use crate::{Objects, Quarantine};
 
 /// Finds the key of a range: guest-virtual address and bytes. None if the guest cannot have objects
@@ -39,7 +40,7 @@ pub struct Event<'a> {
     /// CPU and time.
     pub at: Moment,
     /// Return addresses, innermost first.
-    pub frames: &'a [u64],
+    pub frames: Frames<'a>,
 }
 
 /// How many records of a drain were refused, by reason.
@@ -203,8 +204,7 @@ impl Provenance {
         let mut drained = Drained::default();
         let collects = by == DrainBy::Collector;
         self.counts.ring_drains += u64::from(!rings.is_empty() && !collects);
-        drained.more = rings.drain(by, memory, |record, last| {
-            self.counts.collected += u64::from(collects);
+        let taken = rings.drain(by, memory, |record, last| {
             let in_flight = last && by != DrainBy::Cpu(record.at.cpu);
             match self.take_in(record, in_flight, key_of) {
                 Ok(None) => {}
@@ -217,6 +217,10 @@ impl Provenance {
             }
         });
         self.rings = rings;
+        if collects {
+            self.counts.collected += taken.records;
+        }
+        drained.more = taken.more;
         drained
     }
 
@@ -228,9 +232,7 @@ impl Provenance {
         key_of: KeyOf<'_>,
     ) -> Result<Option<InvalidFree>, RecordError> {
         let key_of = |address, bytes| key_of(address, bytes).ok_or(RecordError::Senseless);
-        let stack = record.stack();
-        let frames = stack.addresses(record.text_base);
-        let frames = frames.get(..stack.depth()).unwrap_or_default();
+        let frames = Frames::Distances { base: record.text_base, words: record.frames() };
         let (mut waits, mut invalid) = (None, None);
         let Record { task, body } = record.decode().map_err(|_| RecordError::Senseless)?;
         let by = Event { task, at: record.at, frames };

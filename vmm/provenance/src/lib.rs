@@ -51,3 +51,4 @@ pub use objects::{
     ProvenanceFigures, ShadowHint,
 };
 pub use quarantine::{Quarantine, QuarantineFigures, QuarantineSize};
+pub use stacks::Frames;

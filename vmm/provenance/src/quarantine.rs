@@ -120,6 +120,7 @@ impl Quarantine {
     }
 
     /// Counts memory that waits. False if there is no room for it in the queue.
+    #[inline]
     fn count(&mut self, memory: Released) -> bool {
         if self.figures.objects >= (MAX_OBJECTS + MAX_PENDING) as u64 {
             return false;
@@ -135,6 +136,7 @@ impl Quarantine {
     /// Handles a CPU's next event: a free of `memory`, or anything else. The CPU's previous event
     /// is complete now. If this one is `in_flight` (the CPU's last event), the CPU may not have
     /// poisoned its memory yet. False if the queue is full: the guest has fetched nothing.
+    #[inline]
     pub fn push_or_defer(&mut self, cpu: u16, memory: Option<Released>, in_flight: bool) -> bool {
         self.complete_in_flight(cpu);
         let Some(memory) = memory else { return true };
@@ -147,10 +149,13 @@ impl Quarantine {
     }
 
     /// All events of a CPU are complete: it has poisoned what it freed.
+    #[inline]
     pub fn complete_in_flight(&mut self, cpu: u16) {
-        let memory = self.in_flight.get_mut(usize::from(cpu)).and_then(Option::take);
-        // It was counted when it came in.
-        if let Some(memory) = memory {
+        if let Some(place) = self.in_flight.get_mut(usize::from(cpu))
+            && let Some(memory) = *place
+        {
+            *place = None;
+            // It was counted when it came in.
             self.queue.push_back(memory);
         }
     }
@@ -162,7 +167,7 @@ impl Quarantine {
 
     /// Evicts the oldest objects, at most `max`: those over the limit, or `all`.
     pub fn evict(&mut self, max: usize, all: bool) -> Vec<Released> {
-        let mut evicted = Vec::new();
+        let mut evicted = Vec::with_capacity(max.min(self.queue.len()));
         while evicted.len() < max
             && (all || self.figures.bytes > self.keep || self.queue.len() > MAX_OBJECTS)
             && let Some(memory) = self.queue.pop_front()

@@ -23,9 +23,7 @@ use std::num::NonZeroU32;
 use std::ops::Range;
 
 use thiserror::Error;
-use umbra_shadow::abi::{
-    BadRecord, RECORD_BYTES, RING_MAX_RECORDS, Record, RecordKind, RecordStack,
-};
+use umbra_shadow::abi::{self, BadRecord, RECORD_BYTES, RING_MAX_RECORDS, Record, RecordKind};
 use umbra_shadow::codes::PAGE_SIZE;
 
 use crate::Moment;
@@ -133,10 +131,11 @@ impl<'a> RingRecord<'a> {
         Record::decode(self.bytes)
     }
 
-    /// Its return addresses, if it is one of an event.
+    /// Its return addresses, innermost first, as distances from the text base, if it is one of an
+    /// event; 0 is one that is not known.
     #[inline]
-    pub fn stack(&self) -> RecordStack<'a> {
-        RecordStack::of(self.bytes)
+    pub fn frames(&self) -> &'a [[u8; 4]] {
+        abi::record_frames(self.bytes)
     }
 }
 
@@ -159,11 +158,15 @@ impl Clock {
     }
 
     /// Microseconds since the run began.
+    #[inline]
     fn micros(&self, stamp: u64) -> Option<u64> {
         let khz = u64::from(self.khz?.get());
-        // A guest's counter begins with 0, but a host that emulates ring 0 shows it its own.
-        let begin = self.begin.get().unwrap_or(if stamp < self.host { 0 } else { self.host });
-        self.begin.set(Some(begin));
+        let begin = self.begin.get().unwrap_or_else(|| {
+            // A guest's counter begins with 0, but a host that emulates ring 0 shows it its own.
+            let begin = if stamp < self.host { 0 } else { self.host };
+            self.begin.set(Some(begin));
+            begin
+        });
         let ticks = stamp.saturating_sub(begin);
         Some((ticks / khz).saturating_mul(1000).saturating_add(ticks % khz * 1000 / khz))
     }
@@ -224,43 +227,88 @@ impl<'a> Reader<'a> {
         some > 0 && ram.read(at, &mut self.block)
     }
 
+    /// The next record's place among those of all CPUs.
+    fn order(&self) -> Order {
+        self.block.as_chunks().0.get(self.next).map_or(LAST, order)
+    }
+
+    /// Passes records to `take`, each with whether it is the last of its CPU, until one is not
+    /// before `until`, or later than `latest`, or `left` were taken. A ring that is emptied is
+    /// taken as a whole.
     #[inline]
-    fn bytes(&self) -> &RawBytes {
-        const NONE: &RawBytes = &[0; RECORD_BYTES as usize];
-        self.block.as_chunks().0.get(self.next).unwrap_or(NONE)
+    fn take_until(
+        &mut self,
+        until: Order,
+        latest: u64,
+        left: &mut u64,
+        ram: &dyn RingMemory,
+        take: &mut impl FnMut(&RingRecord, bool),
+    ) -> Stopped {
+        let latest = if self.emptied { u64::MAX } else { latest };
+        let text_base = self.ring.text_base;
+        loop {
+            let block = self.block.as_chunks().0;
+            let is_last_block = self.read == self.count;
+            let first = self.next;
+            let mut stopped = None;
+            for bytes in block.get(first..).unwrap_or_default() {
+                let stamp = Record::stamp(bytes);
+                stopped = match () {
+                    () if stamp > latest => Some(Stopped::AtEnd),
+                    () if order(bytes) > until => Some(Stopped::AtOther),
+                    () if *left == 0 => Some(Stopped::Full),
+                    () => None,
+                };
+                if stopped.is_some() {
+                    break;
+                }
+                *left -= 1;
+                self.next += 1;
+                let at = Moment { cpu: self.cpu, micros: self.clock.micros(stamp) };
+                let is_last = is_last_block && self.next == block.len();
+                take(&RingRecord { at, text_base, bytes }, is_last);
+            }
+            if !self.emptied {
+                self.ring.drained += (self.next - first) as u64;
+            }
+            match stopped {
+                Some(stopped) => return stopped,
+                None if !self.refill(ram) => return Stopped::AtEnd,
+                None => {}
+            }
+        }
     }
+}
 
-    #[inline]
-    fn record(&self) -> RingRecord<'_> {
-        let bytes = self.bytes();
-        let at = Moment { cpu: self.cpu, micros: self.clock.micros(Record::stamp(bytes)) };
-        RingRecord { at, text_base: self.ring.text_base, bytes }
-    }
+/// A record's place among those of all CPUs: its stamp, and a free comes before other records with
+/// that stamp.
+type Order = (u64, bool);
 
-    /// The next record's place among those of all CPUs. A free comes before other records with its
-    /// stamp.
-    fn order(&self) -> (u64, bool) {
-        let bytes = self.bytes();
-        (Record::stamp(bytes), bytes[0] != RecordKind::Freed.into())
-    }
+/// Behind all others.
+const LAST: Order = (u64::MAX, true);
 
-    /// Whether the next record is taken in a drain up to a stamp. A ring that is emptied is taken
-    /// as a whole.
-    fn is_up_to(&self, latest: u64) -> bool {
-        self.emptied || Record::stamp(self.bytes()) <= latest
-    }
+#[inline]
+fn order(bytes: &RawBytes) -> Order {
+    (Record::stamp(bytes), bytes[0] != RecordKind::Freed.into())
+}
 
-    /// Whether there is none behind [`Self::record`].
-    fn is_last(&self) -> bool {
-        (self.next + 1) * RECORD_BYTES as usize == self.block.len() && self.read == self.count
-    }
+/// What a drain has taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Taken {
+    /// How many records.
+    pub records: u64,
+    /// These were all that the collector may take in one drain.
+    pub more: bool,
+}
 
-    /// Counts the record as drained and goes to the next; false if this was the last.
-    fn advance(&mut self, ram: &dyn RingMemory) -> bool {
-        self.ring.drained += u64::from(!self.emptied);
-        self.next += 1;
-        self.next * (RECORD_BYTES as usize) < self.block.len() || self.refill(ram)
-    }
+/// Why [`Reader::take_until`] stopped.
+enum Stopped {
+    /// The next record is one of another CPU.
+    AtOther,
+    /// There is no more in this drain.
+    AtEnd,
+    /// As many were taken as may be.
+    Full,
 }
 
 /// All rings of a guest.
@@ -337,14 +385,13 @@ impl Rings {
     /// Drains all rings: passes their new records to `take` in the order of their stamps, each with
     /// whether it is the last of its CPU. If a CPU asked for the drain, its ring is empty
     /// afterwards; later records of the others wait for the next drain. Wild stamps only change the
-    /// order of the guest's own events. Returns whether the drain ended because it had taken all
-    /// that it may.
+    /// order of the guest's own events.
     pub fn drain(
         &mut self,
         by: DrainBy,
         ram: &dyn RingMemory,
         mut take: impl FnMut(&RingRecord, bool),
-    ) -> bool {
+    ) -> Taken {
         let rings = self.rings.iter().flatten();
         let latest = match by {
             DrainBy::Cpu(_) | DrainBy::Collector => {
@@ -352,38 +399,28 @@ impl Rings {
             }
             DrainBy::Vmm => u64::MAX,
         };
-        let mut left = if by == DrainBy::Collector { COLLECTED } else { u64::MAX };
+        let most = if by == DrainBy::Collector { COLLECTED } else { u64::MAX };
+        let (mut left, mut more) = (most, false);
         let clock = &self.clock;
         let rings =
             (0..).zip(&mut self.rings).filter_map(|(cpu, ring)| Some((cpu, ring.as_mut()?)));
-        let mut readers: Vec<_> = rings
-            .filter_map(|(cpu, ring)| Reader::new(cpu, ring, clock, by, ram))
-            .filter(|reader| reader.is_up_to(latest))
-            .collect();
+        let mut readers: Vec<_> =
+            rings.filter_map(|(cpu, ring)| Reader::new(cpu, ring, clock, by, ram)).collect();
         while let Some(first) = (0..readers.len()).min_by_key(|at| readers[*at].order()) {
             // All of one CPU up to the next record of another.
             let others = readers.iter().enumerate().filter(|(at, _)| *at != first);
-            let until = others.map(|(_, reader)| reader.order()).min();
-            let reader = &mut readers[first];
-            let more = loop {
+            let until = others.map(|(_, reader)| reader.order()).min().unwrap_or(LAST);
+            match readers[first].take_until(until, latest, &mut left, ram, &mut take) {
+                Stopped::AtOther => {}
+                Stopped::AtEnd => drop(readers.remove(first)),
                 // All up to here came in their order, so this is as good an end as any.
-                if left == 0 {
-                    return true;
+                Stopped::Full => {
+                    more = true;
+                    break;
                 }
-                left -= 1;
-                take(&reader.record(), reader.is_last());
-                if !reader.advance(ram) || !reader.is_up_to(latest) {
-                    break false;
-                }
-                if until.is_some_and(|until| reader.order() > until) {
-                    break true;
-                }
-            };
-            if !more {
-                readers.remove(first);
             }
         }
-        false
+        Taken { records: most - left, more }
     }
 }
 

@@ -171,7 +171,8 @@ impl Dispatcher {
         }
         let new = Allocation { key, size, slot: bytes, cache };
         let (at, frames) = (self.now(context), caller(context));
-        self.provenance.allocated(new, &Event { task: actor.task, at, frames: &frames });
+        self.provenance
+            .allocated(new, &Event { task: actor.task, at, frames: frames.as_slice().into() });
         self.reclaim_now_and_then()?;
         Ok(0)
     }
@@ -200,7 +201,8 @@ impl Dispatcher {
             })?;
         }
         let (at, frames) = (self.now(context), caller(context));
-        self.provenance.freed(key, &Event { task: actor.task, at, frames: &frames });
+        self.provenance
+            .freed(key, &Event { task: actor.task, at, frames: frames.as_slice().into() });
         self.reclaim_now_and_then()?;
         let Some(memory) = waits else { return Ok(0) };
         let quarantine = self.provenance.quarantine_mut();
@@ -219,7 +221,7 @@ impl Dispatcher {
         context: &ExitContext,
     ) -> Handled {
         let (task, at, frames) = (actor.task, self.now(context), caller(context));
-        self.provenance.freed(key, &Event { task, at, frames: &frames });
+        self.provenance.freed(key, &Event { task, at, frames: frames.as_slice().into() });
         let free = InvalidFree { address, key, at, task, frames };
         let finding = self.known().invalid_free(&free, None);
         self.add_finding(finding)?;
@@ -235,7 +237,8 @@ impl Dispatcher {
     fn related(&mut self, va: u64, actor: Actor, context: &ExitContext) -> Handled {
         let key = self.guest.key(va, 1)?;
         let (at, frames) = (self.now(context), caller(context));
-        self.provenance.related(key, &Event { task: actor.task, at, frames: &frames });
+        self.provenance
+            .related(key, &Event { task: actor.task, at, frames: frames.as_slice().into() });
         Ok(0)
     }
 
@@ -294,7 +297,8 @@ impl Dispatcher {
         let room = to.count.max(1) * RELEASED_BYTES;
         let gpa = self.guest.in_ram(ram, to.va, room, what)?;
         let evicted = self.provenance.quarantine_mut().evict(to.count as usize, all);
-        let bytes: Vec<u8> = evicted.iter().flat_map(|memory| memory.encode()).collect();
+        let mut bytes = Vec::with_capacity(evicted.len() * RELEASED_BYTES as usize);
+        evicted.iter().for_each(|memory| bytes.extend_from_slice(&memory.encode()));
         ram.write(GuestAddress(gpa), &bytes)
             .map_err(|_| CallError::Argument { what, value: to.va })?;
         Ok(evicted.len() as u64)

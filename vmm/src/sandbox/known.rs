@@ -78,7 +78,7 @@ impl Known<'_> {
             if event.lost {
                 notes.push("a stack is missing: too many different ones were recorded".into());
             }
-            let frames = self.guest.symbols().stack(event.frames);
+            let frames = self.guest.symbols().stack(&event.frames);
             Track {
                 task: task(event.task, event.name),
                 cpu: event.at.map(|at| at.cpu.into()),

@@ -28,7 +28,7 @@ pub enum ShadowHint {
 }
 
 /// An allocation or a free.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ObjectEvent<'a> {
     /// The guest's task id.
     pub task: u32,
@@ -37,7 +37,7 @@ pub struct ObjectEvent<'a> {
     /// On which CPU, and when; not kept of all events.
     pub at: Option<Moment>,
     /// Return addresses, innermost first.
-    pub frames: &'a [u64],
+    pub frames: Vec<u64>,
     /// There was a call stack, but no room for it.
     pub lost: bool,
 }
@@ -64,7 +64,7 @@ pub struct FoundObject<'a> {
 }
 
 /// An object that was freed before another one took its place.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Previous<'a> {
     /// The key of its start.
     pub start: u64,

@@ -250,14 +250,17 @@ impl Objects {
 
     /// Puts a live object in the place of those that it overlaps. Its slot has `slot` bytes.
     /// Returns false if there is no room for it.
-    fn put(&mut self, key: u64, slot: u64, mut record: Record) -> bool {
-        // The usual case: a slot again, for no more bytes than before.
-        if let Some(old) = self.table.at(key)
-            && self.table.end(old) >= key + record.bytes()
-            && self.table.can_replace(old, slot)
-        {
-            return self.replace(old, record);
+    #[inline(always)]
+    fn put(&mut self, key: u64, slot: u64, record: Record) -> bool {
+        // The usual case: a slot again.
+        match self.table.replaceable(key, record.bytes(), slot) {
+            Some(old) => self.replace(old, record),
+            None => self.put_over(key, slot, record),
         }
+    }
+
+    /// [`Objects::put`] where it may overlap any others.
+    fn put_over(&mut self, key: u64, slot: u64, mut record: Record) -> bool {
         // By falling address.
         let mut end = key + record.bytes();
         while end > key
@@ -283,10 +286,13 @@ impl Objects {
     }
 
     /// Puts a live object in the place of one that starts there. It overlaps no other.
-    fn replace(&mut self, old: Found, mut record: Record) -> bool {
-        let before = self.table.get(old).copied();
-        self.succeed(&mut record, before, old.start, old.start);
-        self.table.replace(old, record);
+    #[inline(always)]
+    fn replace(&mut self, old: Found, record: Record) -> bool {
+        self.forget_related(old.start);
+        if let Some((redzone, dropped)) = self.table.replace(old, record) {
+            self.redzones -= u64::from(redzone);
+            dropped.into_iter().for_each(|origin| self.origins.release(origin));
+        }
         true
     }
 
@@ -393,7 +399,13 @@ impl Objects {
 
     /// A task and a stack, as objects keep them. If there is no room for new ones, freed objects
     /// go, the oldest first, and their stacks with them.
+    #[inline(always)]
     fn origin(&mut self, by: &Event) -> Origin {
+        self.origins.recent(by.task, by.frames).unwrap_or_else(|| self.other_origin(by))
+    }
+
+    /// One that was not found lately.
+    fn other_origin(&mut self, by: &Event) -> Origin {
         for _ in 0..PAGES_FORGOTTEN {
             if let Some(origin) = self.origins.intern(by.task, by.frames) {
                 return origin;

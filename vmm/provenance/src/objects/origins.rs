@@ -6,10 +6,11 @@ use std::hash::BuildHasher;
 
 use foldhash::fast::RandomState;
 use hashbrown::HashTable;
+use umbra_shadow::abi::RECORD_FRAMES;
 
 use crate::heap;
 use crate::pool::{NO_PLACE, Pool};
-use crate::stacks::{MAX_FRAMES, StackId, Stacks};
+use crate::stacks::{Frames, Key, StackId, Stacks};
 
 /// A task and a stack in [`Origins`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -32,6 +33,43 @@ struct Pair {
 /// Pairs that were found last, by a hash.
 const RECENT: usize = 256;
 
+/// A pair that was found last: most events share a few of them.
+#[derive(Clone, Copy, Debug)]
+struct Recent {
+    /// Its place, or none.
+    at: u32,
+    task: u32,
+    base: u64,
+    /// As many frames as there are, then zeros.
+    count: u8,
+    frames: [[u8; 4]; RECORD_FRAMES],
+}
+
+impl Recent {
+    const NONE: Self =
+        Self { at: NO_PLACE, task: 0, base: 0, count: 0, frames: [[0; 4]; RECORD_FRAMES] };
+
+    /// Whether it is this pair.
+    #[inline]
+    fn is(&self, task: u32, base: u64, words: &[[u8; 4]]) -> bool {
+        if (self.task, self.base, usize::from(self.count)) != (task, base, words.len()) {
+            return false;
+        }
+        let (pairs, rest) = pairs_of(words);
+        let (others, _) = pairs_of(&self.frames);
+        let last = self.frames.get(words.len().wrapping_sub(1));
+        pairs.iter().zip(others).all(|(one, other)| one == other)
+            && (rest.is_empty() || rest.first() == last)
+    }
+}
+
+/// Frames by two, and the last one of an odd number.
+#[inline]
+fn pairs_of(words: &[[u8; 4]]) -> (&[[u8; 8]], &[[u8; 4]]) {
+    let (pairs, rest) = words.as_flattened().as_chunks();
+    (pairs, rest.as_chunks().0)
+}
+
 /// A bounded table of them.
 #[derive(Debug)]
 pub struct Origins {
@@ -39,8 +77,7 @@ pub struct Origins {
     pairs: Pool<Pair>,
     index: HashTable<u32>,
     hash: RandomState,
-    /// Places of pairs that may be what is looked for: most events share a few of them.
-    recent: [u32; RECENT],
+    recent: Box<[Recent; RECENT]>,
     /// The most bytes.
     most: usize,
     lost: u64,
@@ -48,17 +85,14 @@ pub struct Origins {
 
 /// Where a pair is among the recent ones.
 #[inline]
-fn recent_place(task: u32, frames: &[u64]) -> usize {
+fn recent_place(task: u32, words: &[[u8; 4]]) -> usize {
     // An odd number without structure: 2^64 divided by the golden ratio.
     const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
-    let mix = |hash: u64, frame: &u64| (hash.rotate_left(5) ^ frame).wrapping_mul(MIX);
-    frames.iter().fold(task.into(), mix) as usize >> 56
-}
-
-/// Whether two stacks are equal. They are short: calling `memcmp` would take longer.
-#[inline]
-fn is_same(one: &[u64], other: &[u64]) -> bool {
-    one.len() == other.len() && one.iter().zip(other).all(|(one, other)| one == other)
+    let mix = |hash: u64, pair: u64| (hash ^ pair).wrapping_mul(MIX).rotate_left(32);
+    let (pairs, rest) = pairs_of(words);
+    let hash = pairs.iter().map(|pair| u64::from_le_bytes(*pair)).fold(task.into(), mix);
+    let last = rest.first().map_or(0, |word| u32::from_le_bytes(*word));
+    mix(hash, last.into()) as usize % RECENT
 }
 
 impl Origins {
@@ -69,7 +103,7 @@ impl Origins {
             pairs: Pool::default(),
             index: HashTable::new(),
             hash: RandomState::default(),
-            recent: [NO_PLACE; RECENT],
+            recent: Box::new([Recent::NONE; RECENT]),
             most,
             lost: 0,
         }
@@ -90,41 +124,57 @@ impl Origins {
         self.stacks.bytes() + self.pairs.bytes() + heap::of_table(&self.index)
     }
 
-    /// The task that did something, and its stack, for one more use, if they are known.
-    #[inline]
-    pub fn find(&mut self, task: u32, frames: &[u64]) -> Option<Origin> {
-        let frames = &frames[..frames.len().min(MAX_FRAMES)];
-        let recent = recent_place(task, frames);
-        let (pairs, stacks) = (&mut self.pairs, &self.stacks);
-        let is_it = |at: &u32| {
-            let pair = pairs.get(*at).filter(|pair| pair.task == task);
-            pair.is_some_and(|pair| is_same(stacks.get(pair.stack), frames))
-        };
-        let at = match self.recent.get(recent) {
-            Some(at) if is_it(at) => *at,
-            _ => *self.index.find(self.hash.hash_one((task, frames)), is_it)?,
-        };
-        if let Some(recent) = self.recent.get_mut(recent) {
-            *recent = at;
+    /// The task that did something, and its stack, for one more use, if they were found lately.
+    #[inline(always)]
+    pub fn recent(&mut self, task: u32, frames: Frames<'_>) -> Option<Origin> {
+        let Frames::Distances { base, words } = frames else { return None };
+        let recent = self.recent.get(recent_place(task, words))?;
+        if !recent.is(task, base, words) {
+            return None;
         }
-        let pair = pairs.get_mut(at)?;
+        let at = recent.at;
+        let pair = self.pairs.get_mut(at)?;
         pair.uses = pair.uses.saturating_add(1);
         Some(Origin(at + 1))
     }
 
     /// The task that did something, and its stack, for one more use. None if there is no room.
-    pub fn intern(&mut self, task: u32, frames: &[u64]) -> Option<Origin> {
-        if let Some(known) = self.find(task, frames) {
-            return Some(known);
+    pub fn intern(&mut self, task: u32, frames: Frames<'_>) -> Option<Origin> {
+        let origin =
+            frames.with_key(|stack| self.find(task, stack).or_else(|| self.insert(task, stack)))?;
+        if let Frames::Distances { base, words } = frames
+            && words.len() <= RECORD_FRAMES
+            && let Some(recent) = self.recent.get_mut(recent_place(task, words))
+        {
+            *recent = Recent { at: origin.0 - 1, task, base, ..Recent::NONE };
+            recent.count = words.len() as u8;
+            recent.frames.iter_mut().zip(words).for_each(|(to, word)| *to = *word);
         }
-        let frames = &frames[..frames.len().min(MAX_FRAMES)];
+        Some(origin)
+    }
+
+    /// A pair that is known.
+    fn find(&mut self, task: u32, stack: Key<'_>) -> Option<Origin> {
+        let (pairs, stacks) = (&mut self.pairs, &self.stacks);
+        let is_it = |at: &u32| {
+            let pair = pairs.get(*at).filter(|pair| pair.task == task);
+            pair.is_some_and(|pair| stacks.get(pair.stack) == stack)
+        };
+        let at = *self.index.find(self.hash.hash_one((task, stack)), is_it)?;
+        let pair = pairs.get_mut(at)?;
+        pair.uses = pair.uses.saturating_add(1);
+        Some(Origin(at + 1))
+    }
+
+    /// A pair that is new.
+    fn insert(&mut self, task: u32, key: Key<'_>) -> Option<Origin> {
         let growth = self.pairs.growth()? + heap::growth_of_table(&self.index);
         let room = self.most.checked_sub(self.bytes() + growth)?;
-        let stack = self.stacks.intern(frames, room);
+        let stack = self.stacks.intern(key, room);
         if stack == StackId::LOST {
             return None;
         }
-        let hash = self.hash.hash_one((task, frames));
+        let hash = self.hash.hash_one((task, key));
         let at = self.pairs.insert(Pair { task, stack, uses: 1 });
         let (pairs, stacks, state) = (&self.pairs, &self.stacks, &self.hash);
         let hash_of = |at: &u32| {
@@ -153,9 +203,16 @@ impl Origins {
     }
 
     /// Takes a pair out that nothing refers to any more.
+    #[cold]
     fn remove(&mut self, at: u32) {
         let Some(Pair { task, stack, .. }) = self.pairs.get(at) else { return };
         let (task, stack) = (*task, *stack);
+        if let (words, []) = self.stacks.get(stack).bytes.as_chunks()
+            && let Some(recent) = self.recent.get_mut(recent_place(task, words))
+            && recent.at == at
+        {
+            *recent = Recent::NONE;
+        }
         let hash = self.hash.hash_one((task, self.stacks.get(stack)));
         if let Ok(entry) = self.index.find_entry(hash, |other| *other == at) {
             entry.remove();
@@ -173,9 +230,9 @@ impl Origins {
         }
     }
 
-    /// The frames of a stack; none if it was lost.
-    pub fn frames(&self, stack: StackId) -> &[u64] {
-        self.stacks.get(stack)
+    /// The addresses of a stack's frames; none if it was lost.
+    pub fn frames(&self, stack: StackId) -> Vec<u64> {
+        self.stacks.get(stack).addresses()
     }
 }
 
@@ -187,10 +244,13 @@ mod tests {
     fn what_is_used_keeps_its_meaning() {
         let mut origins = Origins::new(1 << 20);
         let all: Vec<_> = (0..100u32)
-            .map(|i| origins.intern(i % 10, &[u64::from(i / 10), 7]).expect("room"))
+            .map(|i| origins.intern(i % 10, (&[u64::from(i / 10), 7][..]).into()).expect("room"))
             .collect();
         assert_eq!((origins.pairs.len(), origins.stacks()), (100, 10));
-        assert_eq!(origins.intern(3, &[4, 7]), Some(all[43]));
+        let known = |origins: &mut Origins, task, frames: &[u64]| {
+            Frames::from(frames).with_key(|key| origins.find(task, key))
+        };
+        assert_eq!(known(&mut origins, 3, &[4, 7]), Some(all[43]));
         origins.release(all[43]);
         for origin in &all[..95] {
             origins.release(*origin);
@@ -198,8 +258,8 @@ mod tests {
         assert_eq!((origins.pairs.len(), origins.stacks()), (5, 1));
         for (i, origin) in (95..100u32).zip(&all[95..]) {
             let (task, stack) = origins.get(*origin);
-            assert_eq!((task, origins.frames(stack)), (i % 10, &[9u64, 7] as &[u64]));
-            assert_eq!(origins.find(task, &[9, 7]), Some(*origin));
+            assert_eq!((task, origins.frames(stack)), (i % 10, vec![9u64, 7]));
+            assert_eq!(known(&mut origins, task, &[9, 7]), Some(*origin));
         }
         for origin in [Origin::NONE, Origin::LOST] {
             origins.release(origin);
@@ -215,7 +275,7 @@ mod tests {
             let mut kept = Vec::new();
             for i in 0..2000u32 {
                 let frames: Vec<u64> = (0..u64::from(i % 17)).map(|n| n + u64::from(i)).collect();
-                kept.extend(origins.intern(i % 50, &frames));
+                kept.extend(origins.intern(i % 50, frames.as_slice().into()));
                 assert!(origins.bytes() <= most, "{i} {most}: {}", origins.bytes());
                 if i % 3 == 0 && !kept.is_empty() {
                     origins.release(kept.swap_remove((i as usize * 7) % kept.len()));

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::hash::BuildHasher;
-use std::ops::{Deref, DerefMut};
+use std::iter;
+use std::ops::{Deref, DerefMut, Range};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use foldhash::fast::RandomState;
@@ -25,6 +26,8 @@ pub const NOTHING: u32 = NO_PLACE;
 pub struct Page {
     number: u64,
     cells: Cells,
+    /// In which blocks something starts: a bit for each.
+    used: u32,
     /// Its neighbours among the pages with freed objects, by their last free.
     older: u32,
     newer: u32,
@@ -51,6 +54,12 @@ impl Cells {
         } else {
             Self::Many(vec![NOTHING; count].into_boxed_slice())
         }
+    }
+
+    /// A cell is so many bytes, as a power of two.
+    #[inline]
+    fn shift(&self) -> u32 {
+        PAGE_SHIFT - self.len().trailing_zeros()
     }
 
     /// Host memory of so many, beside the page's own.
@@ -84,8 +93,9 @@ impl DerefMut for Cells {
 }
 
 impl Page {
+    #[inline]
     fn shift(&self) -> u32 {
-        PAGE_SHIFT - self.cells.len().trailing_zeros()
+        self.cells.shift()
     }
 
     /// Its number.
@@ -94,14 +104,42 @@ impl Page {
     }
 
     /// What starts in the cell of this offset.
+    #[inline]
     pub fn at(&self, offset: u16) -> u32 {
         self.cells.get(usize::from(offset >> self.shift())).copied().unwrap_or(NOTHING)
     }
 
+    /// Whether certainly nothing starts behind the cell of this offset and before `end`, both in
+    /// bytes from the start of the page.
+    #[inline]
+    pub fn is_empty_behind(&self, offset: u16, end: u64) -> bool {
+        let shift = self.shift();
+        let cells = usize::from(offset >> shift) + 1..=(end.saturating_sub(1) >> shift) as usize;
+        end <= PAGE_SIZE
+            && self.cells[..].get(cells).is_some_and(|all| all.iter().all(|id| *id == NOTHING))
+    }
+
     /// What starts in the cell of this offset, and in those before it, the last first.
     pub fn up_to(&self, offset: u16) -> impl Iterator<Item = u32> {
-        let cells = self.cells.get(..=usize::from(offset >> self.shift())).unwrap_or(&self.cells);
-        cells.iter().rev().copied().filter(|id| *id != NOTHING)
+        let last = usize::from(offset >> self.shift());
+        let mut blocks = self.used & (u32::MAX >> (BLOCKS - 1 - block(offset)));
+        let blocks = iter::from_fn(move || {
+            let block = blocks.checked_ilog2()?;
+            blocks ^= 1 << block;
+            Some(block)
+        });
+        let cells = blocks.flat_map(move |block| {
+            let Range { start, end } = self.cells_of(block);
+            self.cells.get(start..end.min(last + 1)).unwrap_or_default().iter().rev()
+        });
+        cells.copied().filter(|id| *id != NOTHING)
+    }
+
+    /// The cells that begin in a block, or the one that it lies in.
+    fn cells_of(&self, block: u32) -> Range<usize> {
+        let first = block << BLOCK_SHIFT;
+        let last = first + (1 << BLOCK_SHIFT) - 1;
+        (first >> self.shift()) as usize..(last >> self.shift()) as usize + 1
     }
 
     /// What starts in the cell of this offset, and in those behind it, the first first.
@@ -117,6 +155,11 @@ const REGION_NODE: usize = heap::taken(11 * 2 * size_of::<u64>() + 16);
 const REGION_BYTES: usize = REGION_NODE / 5 + 2 * REGION_NODE / 30 + 1;
 /// Pages of a region.
 const REGION: u64 = u64::BITS as u64;
+/// Bytes of a block of a page, as a power of two, and blocks of a page.
+const BLOCK_SHIFT: u32 = PAGE_SHIFT - BLOCKS.ilog2();
+const BLOCKS: u32 = u32::BITS;
+/// Pages that were found last.
+const RECENT: usize = 1024;
 /// Most cells of a page: one a byte.
 const MOST_CELLS: usize = PAGE_SIZE as usize;
 
@@ -127,8 +170,8 @@ pub struct Pages {
     /// By number. The hash has a random key, so that a guest cannot aim for equal ones.
     index: HashTable<u32>,
     hash: RandomState,
-    /// The place of the page that was found last: an event asks for it again.
-    last: AtomicU32,
+    /// Places of pages that were found last, by the low bits of their numbers.
+    recent: Box<[AtomicU32; RECENT]>,
     /// Which pages of a region of 64 there are, a bit for each.
     regions: BTreeMap<u64, u64>,
     /// The page whose last free is the oldest, and the newest.
@@ -144,7 +187,7 @@ impl Default for Pages {
             pages: Pool::default(),
             index: HashTable::new(),
             hash: RandomState::default(),
-            last: AtomicU32::new(NO_PLACE),
+            recent: Box::new([const { AtomicU32::new(NO_PLACE) }; RECENT]),
             regions: BTreeMap::new(),
             oldest: NO_PLACE,
             newest: NO_PLACE,
@@ -156,6 +199,11 @@ impl Default for Pages {
 /// A page's bit in its region.
 fn bit(number: u64) -> u64 {
     1 << (number % REGION)
+}
+
+/// The block of an offset.
+fn block(offset: u16) -> u32 {
+    u32::from(offset) >> BLOCK_SHIFT
 }
 
 /// The cells of a page whose objects take `bytes` bytes or more.
@@ -189,18 +237,25 @@ impl Pages {
     }
 
     /// The place of a page, by its number, if anything starts in it.
+    #[inline]
     pub fn find(&self, number: u64) -> Option<u32> {
-        let is_it = |at: &u32| self.pages.get(*at).is_some_and(|page| page.number == number);
-        let last = self.last.load(Relaxed);
-        if is_it(&last) {
-            return Some(last);
+        let recent = self.recent.get(number as usize % RECENT)?.load(Relaxed);
+        match self.pages.get(recent) {
+            Some(page) if page.number == number => Some(recent),
+            _ => self.find_in_index(number),
         }
+    }
+
+    /// The place of a page that was not found lately.
+    fn find_in_index(&self, number: u64) -> Option<u32> {
+        let is_it = |at: &u32| self.pages.get(*at).is_some_and(|page| page.number == number);
         let at = *self.index.find(self.hash.hash_one(number), is_it)?;
-        self.last.store(at, Relaxed);
+        self.recent.get(number as usize % RECENT)?.store(at, Relaxed);
         Some(at)
     }
 
     /// The page with this number, if anything starts in it.
+    #[inline]
     pub fn page(&self, number: u64) -> Option<&Page> {
         self.get(self.find(number)?)
     }
@@ -222,7 +277,7 @@ impl Pages {
         let cells = Cells::new(cells_for(bytes));
         self.cells += cells.bytes();
         let (older, newer) = (NO_PLACE, NO_PLACE);
-        let page = Page { number, cells, older, newer, objects: 0, freed: 0 };
+        let page = Page { number, cells, used: 0, older, newer, objects: 0, freed: 0 };
         let at = self.pages.insert(page);
         let (pages, state) = (&self.pages, &self.hash);
         let hash_of = |at: &u32| pages.get(*at).map_or(0, |page| state.hash_one(page.number));
@@ -266,6 +321,7 @@ impl Pages {
         if let Some(cell) = page.cells.get_mut(usize::from(offset >> shift)) {
             *cell = object;
             page.objects += 1;
+            page.used |= 1 << block(offset);
         }
         if is_freed {
             self.freed(at);
@@ -282,6 +338,10 @@ impl Pages {
         if let Some(cell) = page.cells.get_mut(usize::from(offset >> shift)) {
             *cell = NOTHING;
             page.objects -= 1;
+            let cells = page.cells.get(page.cells_of(block(offset))).unwrap_or_default();
+            if cells.iter().all(|id| *id == NOTHING) {
+                page.used &= !(1 << block(offset));
+            }
         }
         if page.objects == 0 {
             self.remove(at);
@@ -356,6 +416,8 @@ impl Pages {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     impl Pages {
@@ -386,6 +448,10 @@ mod tests {
                 assert_eq!(page.from(0).count(), usize::from(page.objects));
                 assert_eq!(page.from(0).filter(|id| is_freed(*id)).count(), page.freed.into());
                 assert!(page.objects > 0);
+                let blocks = (0..BLOCKS).filter(|block| page.used & 1 << block != 0);
+                let in_blocks = blocks.flat_map(|block| &page.cells[page.cells_of(block)]);
+                let starting: BTreeSet<_> = in_blocks.filter(|id| **id != NOTHING).collect();
+                assert_eq!(starting.len(), usize::from(page.objects), "blocks are marked");
                 with_freed += usize::from(page.freed > 0);
                 cells += page.cells.bytes();
             }

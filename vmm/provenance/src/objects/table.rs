@@ -83,6 +83,7 @@ impl Table {
     }
 
     /// The object that starts at `key`.
+    #[inline(always)]
     pub fn at(&self, key: u64) -> Option<Found> {
         let (number, offset) = split(key);
         let id = self.pages.page(number)?.at(offset);
@@ -105,13 +106,11 @@ impl Table {
     /// The last object that starts at `key` or before, if it starts in the page `first` or behind,
     /// or is a span.
     fn last_from(&self, first: u64, key: u64) -> Option<Found> {
-        let near = self.last_of_pages(first, key);
-        let far = self.spans.range(..=key).next_back().map(|(start, id)| (*start, *id));
-        match (near, far) {
-            (Some(near), Some((start, id))) if start > near.start => Some(Found { id, start }),
-            (None, Some((start, id))) => Some(Found { id, start }),
-            (near, _) => near,
-        }
+        // A span is in its page, too: one behind what is found there would have been found.
+        self.last_of_pages(first, key).or_else(|| {
+            let (start, id) = self.spans.range(..=key).next_back()?;
+            Some(Found { id: *id, start: *start })
+        })
     }
 
     fn last_of_pages(&self, first: u64, key: u64) -> Option<Found> {
@@ -194,21 +193,41 @@ impl Table {
         }
     }
 
-    /// Whether an object of so many bytes may come in the place of another by [`Table::replace`].
-    pub fn can_replace(&self, old: Found, bytes: u64) -> bool {
-        self.get(old).is_some_and(|record| record.is_span == is_span(old.start, bytes))
+    /// The object that starts at `key`, if one of `bytes` bytes that takes `slot` bytes may come in
+    /// its place by [`Table::replace`], and it is certain that it would overlap no other.
+    #[inline(always)]
+    pub fn replaceable(&self, key: u64, bytes: u64, slot: u64) -> Option<Found> {
+        let (number, offset) = split(key);
+        let page = self.pages.page(number)?;
+        let id = page.at(offset);
+        let there = self.records.get(id)?;
+        let is_there = there.offset == offset && there.is_span == is_span(key, slot);
+        let fits =
+            bytes <= there.bytes() || page.is_empty_behind(offset, u64::from(offset) + bytes);
+        (is_there && fits).then_some(Found { id, start: key })
     }
 
-    /// Puts a live object in the place of one that starts there. It overlaps no other.
-    pub fn replace(&mut self, old: Found, mut record: Record) {
-        let Some(there) = self.records.get_mut(old.id) else { return };
+    /// Whether an object that takes `slot` bytes may come in the place of another by
+    /// [`Table::replace`].
+    pub fn can_replace(&self, old: Found, slot: u64) -> bool {
+        self.get(old).is_some_and(|record| record.is_span == is_span(old.start, slot))
+    }
+
+    /// Puts a live object in the place of one that starts there. It overlaps no other. Returns the
+    /// redzone of the old one, and the origins that nothing refers to any more.
+    #[inline(always)]
+    pub fn replace(&mut self, old: Found, mut record: Record) -> Option<(u8, [Origin; 4])> {
+        let there = self.records.get_mut(old.id)?;
+        let dropped = record.follows(there, 0);
         (record.offset, record.is_span) = (there.offset, there.is_span);
-        if std::mem::replace(there, record).is_freed()
+        let before = std::mem::replace(there, record);
+        if before.is_freed()
             && let Some(page) = self.pages.find(old.page())
         {
             self.freed -= 1;
             self.pages.live(page);
         }
+        Some((before.redzone, dropped))
     }
 
     /// A live object was freed.

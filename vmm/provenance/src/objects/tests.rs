@@ -14,7 +14,11 @@ fn of(key: u64, size: u64, slot: u64, cache: u16) -> Allocation {
 
 /// Who did it: a task on the CPU with its number, as many microseconds after the start.
 fn by(task: u32, frames: &[u64]) -> Event<'_> {
-    Event { task, at: Moment { cpu: task as u16, micros: Some(task.into()) }, frames }
+    Event {
+        task,
+        at: Moment { cpu: task as u16, micros: Some(task.into()) },
+        frames: frames.into(),
+    }
 }
 
 /// Start of the object that explains `key`.
@@ -33,14 +37,14 @@ fn an_object_tells_its_history() {
     assert_eq!(live.cache, Some(Cache { id: 3, name: "kmalloc-64", object_size: 64 }));
     let at = |task| Some(by(task, &[]).at);
     let (name, frames) = (Some("slab_oob"), &[0xau64, 0xb] as &[u64]);
-    let event = ObjectEvent { task: 7, name, at: at(7), frames, lost: false };
-    assert_eq!(live.allocated, Some(event));
+    let event = ObjectEvent { task: 7, name, at: at(7), frames: frames.to_vec(), lost: false };
+    assert_eq!(live.allocated, Some(event.clone()));
 
     objects.freed(0x1000, &by(8, &[0xc]));
     objects.freed(0x1000, &by(9, &[0xd]));
     let freed = objects.nearest(0x1000, ShadowHint::Anywhere).unwrap();
     assert_eq!((freed.live, freed.allocated), (false, Some(event)));
-    let free = ObjectEvent { task: 8, name: None, at: at(8), frames: &[0xc], lost: false };
+    let free = ObjectEvent { task: 8, name: None, at: at(8), frames: vec![0xc], lost: false };
     assert_eq!(freed.freed, Some(free));
     assert_eq!(objects.counts().repeated_frees, 1);
 
@@ -50,7 +54,7 @@ fn an_object_tells_its_history() {
     assert_eq!((again.size, again.live, again.cache, again.freed), (20, true, None, None));
     assert_eq!(
         again.allocated,
-        Some(ObjectEvent { task: 1, name: None, at: at(1), frames: &[], lost: false })
+        Some(ObjectEvent { task: 1, name: None, at: at(1), frames: vec![], lost: false })
     );
     assert_eq!(objects.len(), 1);
 }
@@ -208,7 +212,7 @@ fn lost_stacks_say_so() {
     let (kept, lost) = (objects.stacks(), objects.counts().lost_stacks);
     assert!(kept > 35 && kept as u64 + lost == 200, "{kept} {lost}");
     let event = |key| objects.nearest(key, ShadowHint::Anywhere).unwrap().allocated.unwrap();
-    assert_eq!((event(0x700).frames, event(0x700).lost), (&[8u64] as &[u64], false));
+    assert_eq!((event(0x700).frames, event(0x700).lost), (vec![8], false));
     assert!(event(199 * 0x100).frames.is_empty() && event(199 * 0x100).lost);
     assert!(objects.origins.bytes() <= 4096);
 }
@@ -225,7 +229,7 @@ fn stacks_that_nothing_needs_make_room() {
     let found = objects.nearest(0x1000, ShadowHint::Anywhere).unwrap();
     assert!(!found.live && found.previous.is_some());
     let kept = objects.nearest(0x100_0000, ShadowHint::Anywhere).unwrap().allocated.unwrap();
-    assert_eq!((kept.task, kept.frames), (3, &[1u64, 2, 3] as &[u64]));
+    assert_eq!((kept.task, kept.frames), (3, vec![1, 2, 3]));
     assert!(
         objects.counts().lost_stacks == 0 && objects.stacks() < 100,
         "{:?}",
@@ -260,11 +264,11 @@ fn what_was_there_before_is_told() {
     assert_eq!(objects.nearest(0x1000, ShadowHint::Anywhere).unwrap().previous, None);
     objects.freed(0x1000, &by(2, &[0xb]));
     objects.allocated(of(0x1000, 40, 64, 0), &by(3, &[0xc]));
-    let event = |task, frames: &'static [u64]| ObjectEvent {
+    let event = |task, frames: &[u64]| ObjectEvent {
         task,
         name: None,
         at: None,
-        frames,
+        frames: frames.to_vec(),
         lost: false,
     };
     let first = Previous {
@@ -274,7 +278,7 @@ fn what_was_there_before_is_told() {
         freed: event(2, &[0xb]),
     };
     let found = objects.nearest(0x1000, ShadowHint::Anywhere).unwrap();
-    assert_eq!((found.size, found.freed, &found.previous), (40, None, &Some(first)));
+    assert_eq!((found.size, found.freed, &found.previous), (40, None, &Some(first.clone())));
     // Freed as well, it still tells.
     objects.freed(0x1000, &by(4, &[0xd]));
     assert_eq!(objects.nearest(0x1000, ShadowHint::Anywhere).unwrap().previous, Some(first));

@@ -5,7 +5,7 @@ use std::sync::{Mutex, mpsc};
 use std::thread;
 
 use super::*;
-use umbra_shadow::abi::RecordBody;
+use umbra_shadow::abi::{RECORD_FRAMES, RecordBody};
 
 /// Address and cache of an allocation.
 fn allocation(record: &RingRecord) -> (u64, u16) {
@@ -69,9 +69,8 @@ fn a_drain_takes_what_the_count_says_once() {
         }
         let mut addresses = Vec::new();
         rings.drain(by, &ram, |event, _| {
-            let frames = event.stack().addresses(event.text_base);
-            assert_eq!(event.stack().depth(), frames.len());
-            assert_eq!(frames[..2], [0xffff_ffff_8010_0000, 0]);
+            assert_eq!(event.frames().len(), RECORD_FRAMES);
+            assert_eq!(event.frames()[..2], [[0, 0, 0x10, 0x80], [0; 4]]);
             addresses.push(allocation(event).0);
         });
         (addresses, ram.load(header).expect("inside RAM"))
@@ -117,7 +116,7 @@ fn a_wild_count_is_bounded_by_the_ring() {
         let (ram, mut rings) = ram_with_ring(count);
         let mut taken = 0;
         for _ in 0..2 {
-            assert!(!rings.drain(DrainBy::Collector, &ram, |_, _| taken += 1));
+            assert!(!rings.drain(DrainBy::Collector, &ram, |_, _| taken += 1).more);
         }
         assert_eq!(taken, 4, "count {count:#x}");
     }
@@ -235,9 +234,10 @@ fn the_collector_takes_so_many_at_a_time() {
     let mut taken = Vec::new();
     let mut steps = vec![0];
     let mut step = |by| {
-        let more = rings.drain(by, &ram, |event, _| taken.push(event.at.micros.unwrap()));
+        let part = rings.drain(by, &ram, |event, _| taken.push(event.at.micros.unwrap()));
         steps.push(taken.len() as u64);
-        more
+        assert_eq!(part.records, steps[steps.len() - 1] - steps[steps.len() - 2]);
+        part.more
     };
     assert!(step(DrainBy::Collector) && step(DrainBy::Collector));
     // A CPU takes what is left, whoever else has taken some.
