@@ -81,8 +81,8 @@ enum Task {
     },
     /// Fuzz what a hostile guest or file can reach
     ///
-    /// Builds the fuzzers in `fuzz/` with overflow checks and debug assertions, and runs one on each
-    /// processor. They begin with the seeds in fuzz/seeds and with what earlier runs left in
+    /// Builds the fuzzers in `fuzz/` with overflow checks and debug assertions, and runs one on
+    /// each processor. They begin with the seeds in fuzz/seeds and with what earlier runs left in
     /// target/fuzz/TARGET/corpus. An input that fails is kept in target/fuzz/TARGET/found; the exit
     /// status is 1 then.
     Fuzz(fuzz::Arguments),

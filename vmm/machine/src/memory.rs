@@ -156,8 +156,8 @@ impl Ram {
         Ok(u64::from_le_bytes(bytes))
     }
 
-    /// Loads the little-endian number at `gpa`, a multiple of 8, as one: what a vCPU wrote before it
-    /// stored the number, later reads see (acquire).
+    /// Loads the little-endian number at `gpa`, a multiple of 8, as one: what a vCPU wrote before
+    /// it stored the number, later reads see (acquire).
     ///
     /// # Errors
     /// Not all of it is RAM.
