@@ -8,7 +8,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use umbra_tests::linux::kernel;
 
-use super::cost::{Cost, run};
+use super::cost::{Cost, of_host, run};
 use crate::figure::Measured;
 use crate::linux_kasan::{POINTS, REPLAY, TRACE, record};
 use crate::trace::Trace;
@@ -24,7 +24,15 @@ pub(super) const KERNELS: [(&str, &str, &str); 4] = [
 pub(super) const BOOT: &str = "Linux: boot to the workload";
 pub(super) const REPLAYED: &str = "Linux: the workload";
 pub(super) const MEMORY: &str = "Linux: memory of the process, peak, KiB";
-pub(super) const WHOLE: &str = "Linux: Umbra's whole run";
+pub(super) const WHOLE: &str = "Linux: Umbra's whole run, who pays";
+/// Who pays for a run.
+pub(super) const PARTS: [&str; 5] = [
+    "the guest, and KVM inside of KVM_RUN",
+    "the vCPU's thread, while the guest stands still",
+    "the collector, while the guest runs",
+    "start, end and all other threads",
+    "whole host",
+];
 
 /// Measures them.
 pub(super) fn figures(program: &Path, tick: impl Fn(&str)) -> Result<Vec<Measured>> {
@@ -55,8 +63,17 @@ pub(super) fn figures(program: &Path, tick: impl Fn(&str)) -> Result<Vec<Measure
         let peak = end["rss_peak_bytes"].as_f64().context("a mark has no rss_peak_bytes")?;
         all.push(Measured::new(MEMORY, name.into(), peak / 1024.0));
         if shadow != "off" {
-            all.push(Measured::new(WHOLE, "whole host".into(), cost.whole));
-            all.push(Measured::new(WHOLE, "outside the guest".into(), cost.outside));
+            let vcpu = of_host(&cost.stats, "vcpus_cpu_seconds")?;
+            let rest = cost.whole - vcpu - cost.collector;
+            for (part, cost) in PARTS.iter().zip([
+                vcpu - cost.outside,
+                cost.outside,
+                cost.collector,
+                rest,
+                cost.whole,
+            ]) {
+                all.push(Measured::new(WHOLE, (*part).into(), cost));
+            }
         }
     }
     Ok(all)

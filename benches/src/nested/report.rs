@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::linux::{BOOT, KERNELS, MEMORY, REPLAYED, WHOLE};
+use super::linux::{BOOT, KERNELS, MEMORY, PARTS, REPLAYED, WHOLE};
 use crate::figure::{Measured, number};
 use crate::results::Section;
 
@@ -23,7 +23,8 @@ pub(super) fn body(measured: &[Measured]) -> String {
         "Instructions of the whole nested host: the guest's, Umbra's, and the host kernel's on \
          their behalf. They are what hardware has to execute; what it pays for an exit or a cache \
          miss is not in them. *Outside the guest* is what the vCPU's thread spends while the guest \
-         stands still.\n",
+         stands still; *in the collector* is what is done while it runs. With one CPU they add up; \
+         with several the collector has another.\n",
     );
     let mut group = "";
     for figure in measured.iter().filter(|figure| !figure.group.starts_with("Linux: ")) {
@@ -78,15 +79,9 @@ fn linux(text: &mut String, measured: &[Measured]) {
             );
         }
     }
-    if let (Some(whole), Some(outside)) =
-        (value(WHOLE, "whole host"), value(WHOLE, "outside the guest"))
-    {
-        let _ = writeln!(
-            text,
-            "\nOf the {:.1} million instructions of Umbra's whole run, {:.1} million are outside \
-             the guest.",
-            whole / 1e6,
-            outside / 1e6
-        );
+    let _ = write!(text, "\n| {WHOLE} | million instructions |\n| --- | ---: |\n");
+    for part in PARTS {
+        let Some(cost) = value(WHOLE, part) else { continue };
+        let _ = writeln!(text, "| {part} | {:.1} |", cost / 1e6);
     }
 }

@@ -54,6 +54,10 @@ pub(super) fn figures(program: &Path, tick: impl Fn(&str)) -> Result<Vec<Measure
             format!("{name}: outside the guest"),
             of(|cost| cost.outside),
         ));
+        if name.ends_with("ring") {
+            let collector = of(|cost| cost.collector);
+            all.push(Measured::new(CHURN, format!("{name}: in the collector"), collector));
+        }
     }
     let at_once = file("exits-at-once", &exits_at_once())?;
     for (name, options) in CONFIGURATIONS.iter().filter(|(name, _)| !name.ends_with("sync")) {
