@@ -269,6 +269,34 @@ mod tests {
     }
 
     #[test]
+    fn what_is_gone_is_not_recent() {
+        let mut origins = Origins::new(1 << 20);
+        let words = |i: u32| [i, 7, 8].map(u32::to_le_bytes);
+        let (one, other) = (words(1), words(2));
+        let frames = |base, words| Frames::Distances { base, words };
+        assert_eq!(origins.recent(5, frames(0, &one)), None);
+        let first = origins.intern(5, frames(0, &one)).expect("room");
+        assert_eq!(origins.recent(5, frames(0, &one)), Some(first));
+        for (task, base, words) in [(6, 0, &one), (5, 1, &one), (5, 0, &other)] {
+            assert_eq!(origins.recent(task, frames(base, words)), None);
+        }
+        assert_eq!(origins.recent(5, frames(0, &one[..2])), None, "it is shorter");
+        origins.release(first);
+        assert_eq!(origins.recent(5, frames(0, &one)), Some(first));
+        origins.release(first);
+        origins.release(first);
+        // Its place serves another one.
+        assert_eq!(origins.intern(5, frames(0, &other)), Some(first));
+        assert_eq!(origins.recent(5, frames(0, &one)), None);
+        assert_eq!(origins.recent(5, frames(0, &other)), Some(first));
+        // Longer than any record's.
+        let long = [[1; 4]; RECORD_FRAMES + 1];
+        let longest = origins.intern(5, frames(0, &long)).expect("room");
+        assert_eq!(origins.recent(5, frames(0, &long)), None);
+        assert_eq!(origins.intern(5, frames(0, &long)), Some(longest));
+    }
+
+    #[test]
     fn its_bytes_are_bounded() {
         for most in [0, 40, 100, 1000, 1001, 5000, 65536] {
             let mut origins = Origins::new(most);
