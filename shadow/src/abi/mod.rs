@@ -133,7 +133,7 @@ pub const PORT: u16 = 0x0b5e;
 pub const DOORBELL_PORT: u16 = 0x0b62;
 
 /// After how many records a CPU writes to [`DOORBELL_PORT`], each time, if its ring holds so many.
-/// So no more than these wait to be read when the ring is full.
+/// A VMM that keeps up has no more than these left to read when the ring is full.
 pub const fn doorbell_interval(records: u64) -> u64 {
     const MOST: u64 = 512;
     if records / 2 > MOST { MOST } else { records / 2 }

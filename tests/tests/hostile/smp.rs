@@ -170,10 +170,8 @@ fn a_doorbell_that_never_stops() {
     let run = run(guest, "--cpus 4");
     run.expect(0);
     let figure = |name| run.figure(name);
-    assert_eq!(
-        (run.outcome(), figure("/events/collected"), figure("/events/frees")),
-        ("done", 1, 1)
-    );
+    assert_eq!((run.outcome(), figure("/events/frees")), ("done", 1));
+    assert!(figure("/events/collected") <= 1);
     // They are no exits to Umbra.
     assert!(figure("/exits/total") < RINGS);
 }

@@ -52,6 +52,8 @@ impl<'a> Frames<'a> {
     #[inline]
     pub(crate) fn with_key<T>(self, f: impl FnOnce(Key<'_>) -> T) -> T {
         match self {
+            // No stack is the same one, whatever the base.
+            Self::Distances { words: [], .. } => f(Key::NONE),
             Self::Distances { base, words } => {
                 let words = words.get(..MAX_FRAMES).unwrap_or(words);
                 f(Key { base: Some(base), bytes: words.as_flattened() })
@@ -175,8 +177,9 @@ impl Stacks {
             return;
         }
         let hash = self.hash.hash_one(stack.key());
-        if let Ok(entry) = self.index.find_entry(hash, |other| *other == at) {
-            entry.remove();
+        match self.index.find_entry(hash, |other| *other == at) {
+            Ok(entry) => drop(entry.remove()),
+            Err(_) => debug_assert!(false, "stack {at} is not in the index"),
         }
         if let Some(stack) = self.stacks.remove(at) {
             self.frames -= heap::taken(stack.bytes.len());

@@ -28,8 +28,8 @@ use crate::jail::ThreadKind;
 pub(super) struct Doorbell(EventFd);
 
 impl Doorbell {
-    /// The doorbell of a machine. If the host does not signal it, each of the guest's rings is an
-    /// exit.
+    /// The doorbell of a machine whose rings are collected. If the host does not signal it, each of
+    /// the guest's rings is an exit.
     ///
     /// # Errors
     /// The host has no more file descriptors.
@@ -43,7 +43,7 @@ impl Doorbell {
 
     /// Wakes the collector, as the guest does.
     pub(super) fn ring(&self) {
-        // It fails only at 2^64 - 1 rings that nobody heard.
+        // It would wait only at 2^64 - 1 rings that nobody heard.
         let _ = self.0.write(1);
     }
 
@@ -66,34 +66,35 @@ pub(super) fn spawn(
             return;
         }
         drop(gate);
-        if let Err(outcome) = run(&shared) {
-            sender.send(outcome);
+        if let Some(doorbell) = &shared.doorbell {
+            run(&shared, doorbell, &sender);
         }
         shared.vcpus.set_collector_cpu_time(thread_cpu_time());
     })
 }
 
-fn run(shared: &Shared) -> Result<(), Outcome> {
+fn run(shared: &Shared, doorbell: &Doorbell, sender: &OutcomeSender) {
     while !shared.stop.load(SeqCst) {
-        shared.doorbell.wait();
-        while collect(shared)? {}
+        doorbell.wait();
+        while collect(shared, sender) {}
     }
-    Ok(())
 }
 
 /// A step. Returns whether there is more to do at once.
-fn collect(shared: &Shared) -> Result<bool, Outcome> {
+fn collect(shared: &Shared, sender: &OutcomeSender) -> bool {
     let mut dispatcher = shared.dispatcher();
     if shared.stop.load(SeqCst) || shared.vcpus.has_ended() {
-        return Ok(false);
+        return false;
     }
     // Dropped before the lock.
     let mut others = PauseGuard::of_collector(&shared.vcpus, &shared.stop);
-    let more = dispatcher.collect(shared.machine.ram(), &mut others);
-    if more.is_err() {
-        shared.vcpus.set_ended();
-    }
+    let collected = dispatcher.collect(shared.machine.ram(), &mut others);
     drop(others);
+    let more = collected.unwrap_or_else(|outcome| {
+        shared.vcpus.set_ended();
+        sender.send(outcome);
+        false
+    });
     // A vCPU that waits for the lock goes first.
     MutexGuard::unlock_fair(dispatcher);
     more

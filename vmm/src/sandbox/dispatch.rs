@@ -293,6 +293,7 @@ impl Dispatcher {
         ram: &Ram,
         others: &mut dyn OtherVcpus,
     ) -> Result<bool, Outcome> {
+        self.sample();
         let Drained { invalid_frees, more, .. } = self.drain(DrainBy::Collector, ram);
         if !invalid_frees.is_empty() {
             others.pause()?;

@@ -103,7 +103,7 @@ pub(super) fn spawn(
 /// output may block.
 fn keep_flushing(shared: &Weak<Shared>) {
     while let Some(shared) = shared.upgrade().filter(|shared| !shared.stop.load(SeqCst)) {
-        if let Some(mut dispatcher) = shared.try_dispatcher() {
+        if let Some(mut dispatcher) = shared.dispatcher_within(FULL) {
             dispatcher.flush();
         }
         drop(shared);

@@ -24,16 +24,16 @@ pub enum RunError {
     LinuxWithoutIrqchip,
     #[error("{0}: the guest had not begun")]
     NotBegun(Outcome),
-    #[error("cannot start a thread for a vCPU, or close the jail for it: {0}")]
+    #[error("cannot start a thread of the run, or close the jail for it: {0}")]
     Thread(std::io::Error),
     #[error("cannot make an event by which a guest has its rings read: {0}")]
     Doorbell(std::io::Error),
     #[error("cannot make memory to execute instructions in: {0}; --jail off makes it on demand")]
     Code(std::io::Error),
-    #[error("a vCPU's thread panicked: this is a bug in Umbra")]
+    #[error("a thread of the run panicked: this is a bug in Umbra")]
     Panicked,
     #[error(
-        "{0}, but the run cannot be ended in good order: a vCPU's thread is still busy. Is its \
+        "{0}, but the run cannot be ended in good order: one of its threads is still busy. Is its \
          output being read?"
     )]
     Abandoned(Outcome),

@@ -111,8 +111,6 @@ struct Hardware {
 struct Prepared {
     shared: Arc<Shared>,
     vcpus: Vec<Vcpu>,
-    /// Rings are read while the guest runs.
-    collects: bool,
     input: Option<Box<dyn Read + Send>>,
     /// The end of the console, if a picture was requested.
     tail: Tail,
@@ -160,10 +158,11 @@ fn set_up(
         ),
     )
     .with_completer(completer);
-    let doorbell = Doorbell::new(&machine).map_err(RunError::Doorbell)?;
+    let collects = config.shadow != ShadowMode::Off && config.notify == Notify::Ring;
+    let doorbell = collects.then(|| Doorbell::new(&machine).map_err(RunError::Doorbell));
     let shared = Arc::new(Shared {
         machine,
-        doorbell,
+        doorbell: doorbell.transpose()?,
         vcpus: Vcpus::new(&vcpus),
         counters,
         stop: AtomicBool::new(false),
@@ -172,8 +171,7 @@ fn set_up(
         dispatcher: Mutex::new(dispatcher),
     });
     let input = console.input.filter(|_| linux);
-    let collects = config.shadow != ShadowMode::Off && config.notify == Notify::Ring;
-    Ok(Prepared { shared, vcpus, collects, input, tail, has_irqchip, emulated })
+    Ok(Prepared { shared, vcpus, input, tail, has_irqchip, emulated })
 }
 
 /// What completes instructions. In a jail, executable memory is made now or never. Only where ring
@@ -303,7 +301,7 @@ struct Running {
 impl Prepared {
     /// Starts the vCPUs, once all threads have closed the jail.
     fn start(self, begin: Instant, jail: Option<Arc<Jail>>) -> Result<Running, RunError> {
-        let Self { shared, vcpus, collects, input, tail, has_irqchip, emulated } = self;
+        let Self { shared, vcpus, input, tail, has_irqchip, emulated } = self;
         // The vCPUs and the collector.
         let (sender, outcomes) = mpsc::sync_channel(2 * (vcpus.len() + 1));
         let started = Instant::now();
@@ -314,7 +312,7 @@ impl Prepared {
                 let (shared, sender) = (shared.clone(), sender.clone());
                 threads.push(vcpu_thread::spawn(vcpu, shared, sender, gate.clone())?);
             }
-            if collects {
+            if shared.doorbell.is_some() {
                 threads.push(collector::spawn(shared.clone(), sender, gate.clone())?);
             }
             let others = if input.is_some() { input::THREADS } else { 0 };
@@ -323,8 +321,7 @@ impl Prepared {
         };
         if let Err(error) = start() {
             gate.decide(false);
-            shared.stop.store(true, SeqCst);
-            shared.doorbell.ring();
+            shared.stop();
             shared.vcpus.end(&threads);
             return Err(RunError::Thread(error));
         }
@@ -333,7 +330,7 @@ impl Prepared {
 }
 
 impl Running {
-    /// Waits until the run is to end: by a vCPU, the time limit, the user, or an idle machine. None
+    /// Waits until the run is to end: by a vCPU or the collector, the time limit, the user, or an idle machine. None
     /// if a thread panicked.
     fn watch(
         &self,
@@ -389,7 +386,7 @@ impl Running {
         };
         shared.lookups.set(LAST_LOOKUPS);
         if left_behind {
-            log::warn!("the host does not let go of a vCPU; its thread is left behind");
+            log::warn!("the host does not let go of a thread of the run; it is left behind");
         }
         // The run ends as it did, whatever is found only now.
         let _ = dispatcher.drain_all(shared.machine.ram());
@@ -424,8 +421,7 @@ impl Running {
     /// whether a thread had to be left behind.
     fn end_threads(&mut self, outcome: Option<Outcome>) -> Result<(Outcome, bool), RunError> {
         self.shared.lookups.set(LOOKUP_END);
-        self.shared.stop.store(true, SeqCst);
-        self.shared.doorbell.ring();
+        self.shared.stop();
         let left_behind = !self.shared.vcpus.end(&self.threads);
         // The guest may just have ended the run itself.
         let itself = self.outcomes.try_iter().find(Option::is_some).flatten();

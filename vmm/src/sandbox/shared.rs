@@ -1,7 +1,7 @@
 //! What all threads of a run share.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
@@ -48,7 +48,8 @@ impl Memslots for MachineMemslots<'_> {
 pub(super) struct Shared {
     pub(super) machine: Machine,
     pub(super) vcpus: Vcpus,
-    pub(super) doorbell: Doorbell,
+    /// Wakes the collector, if there are rings.
+    pub(super) doorbell: Option<Doorbell>,
     pub(super) counters: Option<Arc<Counters>>,
     /// All threads are to end.
     pub(super) stop: AtomicBool,
@@ -63,6 +64,14 @@ pub(super) struct Shared {
 }
 
 impl Shared {
+    /// All threads are to end.
+    pub(super) fn stop(&self) {
+        self.stop.store(true, SeqCst);
+        if let Some(doorbell) = &self.doorbell {
+            doorbell.ring();
+        }
+    }
+
     /// The state.
     pub(super) fn dispatcher(&self) -> MutexGuard<'_, Dispatcher> {
         self.dispatcher.lock()
@@ -73,8 +82,13 @@ impl Shared {
         self.dispatcher.try_lock()
     }
 
-    /// The state, unless a vCPU's thread keeps it: it may be writing to a pipe that nobody reads.
+    /// The state, unless another thread keeps it for so long.
+    pub(super) fn dispatcher_within(&self, limit: Duration) -> Option<MutexGuard<'_, Dispatcher>> {
+        self.dispatcher.try_lock_for(limit)
+    }
+
+    /// The state, unless another thread keeps it: it may be writing to a pipe that nobody reads.
     pub(super) fn dispatcher_in_time(&self) -> Option<MutexGuard<'_, Dispatcher>> {
-        self.dispatcher.try_lock_for(LOCK_LIMIT)
+        self.dispatcher_within(LOCK_LIMIT)
     }
 }

@@ -76,8 +76,8 @@ impl Drop for OutcomeSender {
 }
 
 /// Starts a thread that runs `vcpu`, once the `gate` is open, until the run ends. If this vCPU ends
-/// it, the outcome goes to `sender`; each thread sends `None` as its last value. The channel holds
-/// two values for each vCPU.
+/// it, the outcome goes to `sender`; each thread, that of the collector too, sends `None` as its
+/// last value. The channel holds two values for each.
 pub(super) fn spawn(
     mut vcpu: Vcpu,
     shared: Arc<Shared>,
@@ -109,7 +109,7 @@ fn run(vcpu: &mut Vcpu, shared: &Shared, sender: &OutcomeSender) {
     let mut out: Option<Instant> = None;
     while !shared.stop.load(SeqCst) {
         if !vcpus.enter(id) {
-            // Waits until the vCPU that paused this one has handled its exit.
+            // Waits until the thread that paused this vCPU has done its work.
             drop(shared.dispatcher());
             continue;
         }

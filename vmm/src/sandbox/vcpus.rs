@@ -1,11 +1,11 @@
 //! The vCPUs of a run, as other threads see them: how they are paused and ended.
 //!
-//! **Pausing.** Some work must not happen while the guest runs: reports, reclaiming memory.
-//! The vCPU that handles an exit does it, and holds the state's lock. It sets `hold`, kicks the
-//! vCPUs that are inside the guest, and waits for them ([`Vcpus::pause`]). Each vCPU marks
-//! itself as inside *before* it reads `hold`. So either it sees `hold` and stays out, or it is seen
-//! inside and kicked. Those that are out wait for the lock, which is free once that exit has been
-//! handled.
+//! **Pausing.** Some work must not happen while the guest runs: reports, reclaiming memory. The
+//! vCPU that handles an exit does it, or the collector, and holds the state's lock. It sets `hold`,
+//! kicks the vCPUs that are inside the guest, and waits for them ([`Vcpus::pause`]). Each vCPU
+//! marks itself as inside *before* it reads `hold`. So either it sees `hold` and stays out, or it
+//! is seen inside and kicked. Those that are out wait for the lock, which is free once the work is
+//! done.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Mutex, PoisonError};
@@ -51,7 +51,7 @@ pub(super) struct Vcpus {
     collector_cpu_time: AtomicU64,
     /// Pauses. Changed under the state's lock.
     pauses: Mutex<Pauses>,
-    /// One of them has ended the run. Set and read under the state's lock.
+    /// One of them, or the collector, has ended the run. Set and read under the state's lock.
     ended: AtomicBool,
 }
 
@@ -162,12 +162,12 @@ impl Vcpus {
         pauses.longest = pauses.longest.max(time);
     }
 
-    /// Whether a vCPU has ended the run. Called under the state's lock.
+    /// Whether a thread has ended the run. Called under the state's lock.
     pub(super) fn has_ended(&self) -> bool {
         self.ended.load(SeqCst)
     }
 
-    /// A vCPU has ended the run. Called under the state's lock.
+    /// A thread has ended the run. Called under the state's lock.
     pub(super) fn set_ended(&self) {
         self.ended.store(true, SeqCst);
     }

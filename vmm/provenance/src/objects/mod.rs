@@ -91,7 +91,8 @@ pub struct ObjectCounts {
 pub struct ProvenanceFigures {
     /// The most host memory that it may take, in bytes.
     pub budget_bytes: u64,
-    /// What it takes, names aside, in bytes, with what the allocator adds.
+    /// What it takes, in bytes, with what the allocator adds; but for names, and 18 KiB of caches
+    /// that there always are.
     pub bytes: u64,
     /// Objects that are allocated.
     pub live: u64,

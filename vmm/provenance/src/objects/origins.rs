@@ -214,8 +214,9 @@ impl Origins {
             *recent = Recent::NONE;
         }
         let hash = self.hash.hash_one((task, self.stacks.get(stack)));
-        if let Ok(entry) = self.index.find_entry(hash, |other| *other == at) {
-            entry.remove();
+        match self.index.find_entry(hash, |other| *other == at) {
+            Ok(entry) => drop(entry.remove()),
+            Err(_) => debug_assert!(false, "pair {at} is not in the index"),
         }
         self.pairs.remove(at);
         self.stacks.release(stack);
@@ -303,7 +304,12 @@ mod tests {
             let mut kept = Vec::new();
             for i in 0..2000u32 {
                 let frames: Vec<u64> = (0..u64::from(i % 17)).map(|n| n + u64::from(i)).collect();
-                kept.extend(origins.intern(i % 50, frames.as_slice().into()));
+                let words: Vec<_> = frames.iter().map(|n| (*n as u32).to_le_bytes()).collect();
+                let frames = match i % 2 {
+                    0 => Frames::from(frames.as_slice()),
+                    _ => Frames::Distances { base: u64::from(i % 3), words: &words },
+                };
+                kept.extend(origins.intern(i % 50, frames));
                 assert!(origins.bytes() <= most, "{i} {most}: {}", origins.bytes());
                 if i % 3 == 0 && !kept.is_empty() {
                     origins.release(kept.swap_remove((i as usize * 7) % kept.len()));
@@ -312,6 +318,24 @@ mod tests {
             assert!(most < 1000 || kept.len() > most / 400, "{most}: {}", kept.len());
             kept.into_iter().for_each(|origin| origins.release(origin));
             assert_eq!((origins.pairs.len(), origins.stacks()), (0, 0));
+            assert!(origins.index.is_empty());
         }
+    }
+
+    #[test]
+    fn a_task_without_a_stack_is_one_pair() {
+        let mut origins = Origins::new(1 << 20);
+        let none = |base| Frames::Distances { base, words: &[] };
+        for task in 0..1000 {
+            let origin = origins.intern(task, none(5)).expect("room");
+            origins.recent.fill(Recent::NONE);
+            assert_eq!(origins.intern(task, none(6)), Some(origin));
+            assert_eq!(origins.intern(task, Frames::default()), Some(origin));
+            assert_eq!(origins.get(origin), (task, StackId::NONE));
+            for _ in 0..3 {
+                origins.release(origin);
+            }
+        }
+        assert_eq!((origins.pairs.len(), origins.index.len()), (0, 0));
     }
 }
