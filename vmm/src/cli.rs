@@ -500,10 +500,22 @@ fn restore_terminal_at_signals() {
     }
 }
 
+/// Has all threads take memory from one arena of glibc's. By default each thread has its own, which
+/// grows by a system call for a page or two; and what one thread takes, another gives back here:
+/// they share one state and its lock.
+fn use_one_arena() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: sets a parameter of the allocator, before there is a second thread.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
 /// Parses the command line and executes it. To be called first in a program's `main`, since it
 /// calls [`symbol_worker`](crate::symbol_worker).
 pub fn main() -> ExitCode {
     crate::symbol_worker();
+    use_one_arena();
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
         .format_target(false)
         .init();
