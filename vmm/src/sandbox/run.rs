@@ -330,8 +330,8 @@ impl Prepared {
 }
 
 impl Running {
-    /// Waits until the run is to end: by a vCPU or the collector, the time limit, the user, or an idle machine. None
-    /// if a thread panicked.
+    /// Waits until the run is to end: by a vCPU or the collector, the time limit, the user, or an
+    /// idle machine. None if a thread panicked.
     fn watch(
         &self,
         config: &Config,
