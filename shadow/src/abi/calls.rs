@@ -18,7 +18,7 @@ numbered! {
         RegionAdd = 2,
         /// Hands over a ring. `rdi`: virtual address of a [`RingHeader`](super::RingHeader) (in an
         /// added region, 64-byte aligned), `rsi`: bytes of header and records, `rcx`: CPU, `r8`:
-        /// text base (see [`RecordStack`](super::RecordStack)).
+        /// text base (see [`record_frames`](super::record_frames)).
         RingSetup = 3,
         /// Drains all rings. `rdi`: the calling CPU, whose ring is emptied; an error if it has
         /// none. `rsi`, `rcx`: an array as in [`Quarantine`](Self::Quarantine), for the memory that
