@@ -343,7 +343,8 @@ fn stats_have_the_documented_fields() {
         &s["host"],
         "rss_peak_bytes:n vmm_overhead_bytes:n start_seconds:f seconds:f outside_seconds:f \
          vcpus_cpu_seconds:f collector_cpu_seconds:f others_cpu_seconds:f pauses:n \
-         paused_seconds:f longest_pause_seconds:f",
+         paused_seconds:f longest_pause_seconds:f waits:n waited_seconds:f \
+         longest_wait_seconds:f",
     );
     assert_eq!(
         (run.outcome(), run.figure("/findings"), run.figure("/findings_total")),
@@ -490,7 +491,7 @@ fn main() -> ExitCode {
     let namespaces = kvm.and(&Need::root()).and(&namespaces());
     let nobody = kvm.and(&Need::root()).and(&kvm_is_guarded());
     let jq = test_kernel.and(&reports::jq());
-    let tests: [(&str, &Need, fn()); 44] = [
+    let tests: [(&str, &Need, fn()); 45] = [
         ("status_0_is_clean", &test_kernel, status_0_is_clean),
         ("status_1_is_findings", &test_kernel, status_1_is_findings),
         ("status_2_is_a_host_or_usage_problem", &nothing, status_2_is_a_host_or_usage_problem),
@@ -532,6 +533,7 @@ fn main() -> ExitCode {
         ("one_file_for_two_outputs", &nothing, reports::one_file_for_two_outputs),
         ("the_script_finds_new_bugs", &jq, reports::the_script_finds_new_bugs),
         ("ctrl_c_ends_it_in_order", &kvm, streams::ctrl_c_ends_it_in_order),
+        ("a_signal_may_come_at_any_time", &test_kernel, streams::a_signal_may_come_at_any_time),
         ("a_kill_leaves_nothing_behind", &kvm, streams::a_kill_leaves_nothing_behind),
         ("closed_pipes", &outputs, streams::closed_pipes),
         ("a_full_pipe", &outputs, streams::a_full_pipe),

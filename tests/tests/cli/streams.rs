@@ -39,6 +39,20 @@ pub fn ctrl_c_ends_it_in_order() {
     }
 }
 
+/// SIGTERM ends a run in order whenever it comes: while it is set up, and while rings are read.
+pub fn a_signal_may_come_at_any_time() {
+    for delay in (0..32).map(|turn| Duration::from_millis(turn * turn / 2)) {
+        let started = scenarios("huge_churn churn=100000000").start();
+        std::thread::sleep(delay);
+        started.signal(libc::SIGTERM);
+        let run = started.wait();
+        run.assert_no_panic();
+        // In its first moments the program has no handler yet.
+        assert!(matches!(run.code(), Some(130) | None), "{delay:?}: {}", run.stderr);
+        assert!(run.time < Duration::from_secs(30), "{delay:?}: {:?}", run.time);
+    }
+}
+
 /// After `kill -9` nothing is left: no process of its group, no child of this process, and not the
 /// one that reads symbols, which sees that nobody is there to ask any more.
 pub fn a_kill_leaves_nothing_behind() {

@@ -143,7 +143,6 @@ fn wild_rings_of_running_cpus() {
     let run = quiet(guest, "--cpus 4 --keep-going");
     run.expect(0);
     assert_eq!((run.outcome(), run.figure("/events/ring_drains")), ("done", 4 * 300 + 1));
-    assert!(run.figure("/events/collected") > 0);
 }
 
 /// All CPUs ring the doorbell as often as they can, for a ring in which there is one record.

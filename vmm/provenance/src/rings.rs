@@ -253,12 +253,13 @@ impl<'a> Reader<'a> {
             let mut stopped = None;
             for bytes in block.get(first..).unwrap_or_default() {
                 let stamp = Record::stamp(bytes);
-                stopped = match () {
-                    () if stamp > latest => Some(Stopped::AtEnd),
-                    () if order(bytes) > until => Some(Stopped::AtOther),
-                    () if *left == 0 => Some(Stopped::Full),
-                    () => None,
-                };
+                if stamp > latest {
+                    stopped = Some(Stopped::AtEnd);
+                } else if order(bytes) > until {
+                    stopped = Some(Stopped::AtOther);
+                } else if *left == 0 {
+                    stopped = Some(Stopped::Full);
+                }
                 if stopped.is_some() {
                     break;
                 }

@@ -413,8 +413,21 @@ impl Running {
         };
         let findings = dispatcher.session.take_findings();
         let objects = dispatcher.provenance.take_objects();
+        drop(dispatcher);
+        if !left_behind {
+            self.outlive_the_console();
+        }
         let require_checks = config.require_checks;
         Ok(RunReport { outcome, findings, stats, picture, cpus, objects, require_checks })
+    }
+
+    /// Waits until the console's threads let go of what they share with the run: its end takes
+    /// system calls that they may not make.
+    fn outlive_the_console(&self) {
+        let begin = Instant::now();
+        while Arc::strong_count(&self.shared) > 1 && begin.elapsed() < LOOKUP_END {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Gets all vCPUs out of the guest and joins their threads. Returns how the run ended, and

@@ -124,6 +124,12 @@ pub struct HostStats {
     pub paused_seconds: f64,
     /// The longest pause.
     pub longest_pause_seconds: f64,
+    /// How often a vCPU with an exit waited for another thread's work.
+    pub waits: u64,
+    /// How long they waited, in all.
+    pub waited_seconds: f64,
+    /// The longest wait.
+    pub longest_wait_seconds: f64,
 }
 
 impl HostStats {
@@ -131,7 +137,8 @@ impl HostStats {
     pub(super) fn of(vcpus: &Vcpus) -> Self {
         let process = clock_gettime(ClockId::ProcessCPUTime);
         let process = Duration::try_from(process).unwrap_or_default();
-        let (pauses, collector) = (vcpus.pauses(), vcpus.collector_cpu_time());
+        let (pauses, waits) = (vcpus.pauses(), vcpus.waits());
+        let collector = vcpus.collector_cpu_time();
         Self {
             outside_seconds: vcpus.outside().as_secs_f64(),
             vcpus_cpu_seconds: vcpus.cpu_time().as_secs_f64(),
@@ -140,6 +147,9 @@ impl HostStats {
             pauses: pauses.count,
             paused_seconds: pauses.all.as_secs_f64(),
             longest_pause_seconds: pauses.longest.as_secs_f64(),
+            waits: waits.count,
+            waited_seconds: waits.all.as_secs_f64(),
+            longest_wait_seconds: waits.longest.as_secs_f64(),
             ..Self::default()
         }
     }

@@ -123,7 +123,12 @@ fn run(vcpu: &mut Vcpu, shared: &Shared, sender: &OutcomeSender) {
             vcpus.note_halted(vcpu);
             continue;
         }
-        let mut dispatcher = shared.dispatcher();
+        let mut dispatcher = shared.try_dispatcher().unwrap_or_else(|| {
+            let begin = Instant::now();
+            let dispatcher = shared.dispatcher();
+            vcpus.add_wait(begin.elapsed());
+            dispatcher
+        });
         if vcpus.has_ended() {
             return;
         }

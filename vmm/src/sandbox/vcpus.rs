@@ -51,17 +51,27 @@ pub(super) struct Vcpus {
     collector_cpu_time: AtomicU64,
     /// Pauses. Changed under the state's lock.
     pauses: Mutex<Pauses>,
+    /// Times that a thread with an exit waited for the state. Changed under its lock.
+    waits: Mutex<Pauses>,
     /// One of them, or the collector, has ended the run. Set and read under the state's lock.
     ended: AtomicBool,
 }
 
-/// The pauses of a run.
+/// The pauses of a run, or its waits.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Pauses {
     pub(super) count: u64,
     /// All of them together.
     pub(super) all: Duration,
     pub(super) longest: Duration,
+}
+
+impl Pauses {
+    fn add(&mut self, time: Duration) {
+        self.count += 1;
+        self.all += time;
+        self.longest = self.longest.max(time);
+    }
 }
 
 impl Vcpus {
@@ -77,6 +87,7 @@ impl Vcpus {
             cpu_time: AtomicU64::new(0),
             collector_cpu_time: AtomicU64::new(0),
             pauses: Mutex::default(),
+            waits: Mutex::default(),
             ended: AtomicBool::new(false),
         }
     }
@@ -156,10 +167,17 @@ impl Vcpus {
 
     /// A pause is over.
     pub(super) fn add_pause(&self, time: Duration) {
-        let mut pauses = self.pauses.lock().unwrap_or_else(PoisonError::into_inner);
-        pauses.count += 1;
-        pauses.all += time;
-        pauses.longest = pauses.longest.max(time);
+        self.pauses.lock().unwrap_or_else(PoisonError::into_inner).add(time);
+    }
+
+    /// The waits for the state so far.
+    pub(super) fn waits(&self) -> Pauses {
+        *self.waits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A thread with an exit has waited for the state.
+    pub(super) fn add_wait(&self, time: Duration) {
+        self.waits.lock().unwrap_or_else(PoisonError::into_inner).add(time);
     }
 
     /// Whether a thread has ended the run. Called under the state's lock.
