@@ -308,20 +308,30 @@ fn every_output_works_inside() {
     assert_eq!(names, 5, "no temporary file is left");
 }
 
-/// A report whose reader does not read: the program ends all the same, a minute after the limit.
+/// A report whose reader does not read: the program ends all the same, a minute after the limit or
+/// after a signal.
 fn a_report_that_nobody_reads() {
     let folder = tempfile::tempdir().expect("a folder");
-    let path = folder.path().join("page");
-    let name = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).expect("no zero");
-    // SAFETY: a string that ends with a zero.
-    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
-    let both = || File::options().read(true).write(true).open(&path).expect("a pipe");
-    let reader = both();
-    // SAFETY: a descriptor of this test's own, and a plain number.
-    assert!(unsafe { libc::fcntl(reader.as_raw_fd(), libc::F_SETPIPE_SZ, 4096) } > 0);
-    let run = umbra().args("--timeout 1s --html").arg(&path).run();
-    run.expect(4);
-    assert!(run.stderr.contains("it is ended now"), "{}", run.stderr);
+    let start = |name: &str, timeout: &str| {
+        let path = folder.path().join(name);
+        let name = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).expect("no zero");
+        // SAFETY: a string that ends with a zero.
+        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+        let both = || File::options().read(true).write(true).open(&path).expect("a pipe");
+        let reader = both();
+        // SAFETY: a descriptor of this test's own, and a plain number.
+        assert!(unsafe { libc::fcntl(reader.as_raw_fd(), libc::F_SETPIPE_SZ, 4096) } > 0);
+        (umbra().args(timeout).arg("--html").arg(&path).start(), reader)
+    };
+    let late = start("late", "--timeout 1s");
+    let mut stopped = start("stopped", "");
+    stopped.0.wait_for("stderr", "umbra: ");
+    stopped.0.signal(libc::SIGTERM);
+    for ((run, _reader), status) in [(late, 4), (stopped, 130)] {
+        let run = run.wait();
+        run.expect(status);
+        assert!(run.stderr.contains("it is ended now"), "{}", run.stderr);
+    }
 }
 
 /// Makes the program of a run fail to use a system call from the start on, as on a kernel that does

@@ -418,6 +418,24 @@ fn a_page_does_not_wait_for_ever() {
     let paths: Vec<_> = (0..200).map(|i| folder.path().join(format!("{i}.c"))).collect();
     let paths: Vec<_> = paths.iter().map(PathBuf::as_path).collect();
     let roots = SourceRoots::new(&[folder.path().to_owned()]).expect("a folder");
+    let text = while_none_answers(|| page(&roots, &paths));
+    assert!(text.trim_end().ends_with("</html>"));
+    none_is_left();
+}
+
+/// Nor does a finding, even if each process that is asked for its names hangs.
+fn a_finding_does_not_wait_for_ever() {
+    let kernel = kernel();
+    let at = while_none_answers(|| kernel.at(kernel.store));
+    assert_eq!(at, (None, None));
+    let notes = kernel.symbols.notes();
+    assert!(notes[0].contains("takes too long to read"), "{notes:?}");
+    // The next one has time of its own.
+    assert_eq!(kernel.at(kernel.other), named("other", 4));
+}
+
+/// Does something while all workers, those that are started meanwhile too, are stopped.
+fn while_none_answers<T>(what: impl FnOnce() -> T) -> T {
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -428,18 +446,17 @@ fn a_page_does_not_wait_for_ever() {
                 }
             }
         });
-        let text = page(&roots, &paths);
+        let result = what();
         done.store(true, SeqCst);
-        assert!(text.trim_end().ends_with("</html>"));
-    });
-    none_is_left();
+        result
+    })
 }
 
 fn main() -> ExitCode {
     // The jail is `umbra`'s, and has tests there.
     umbra_report::symbol_worker(|_| ());
     type Test = (&'static str, fn());
-    let tests: [Test; 13] = [
+    let tests: [Test; 14] = [
         ("names_and_lines_come_from_another_process", names_and_lines_come_from_another_process),
         (
             "it_has_no_descriptors_and_little_of_everything",
@@ -453,6 +470,7 @@ fn main() -> ExitCode {
         ("one_that_does_not_answer_is_ended_in_time", one_that_does_not_answer_is_ended_in_time),
         ("a_finding_waits_for_lines_for_a_while", a_finding_waits_for_lines_for_a_while),
         ("a_page_does_not_wait_for_ever", a_page_does_not_wait_for_ever),
+        ("a_finding_does_not_wait_for_ever", a_finding_does_not_wait_for_ever),
         ("a_deadline_that_comes_nearer_holds", a_deadline_that_comes_nearer_holds),
         ("a_start_may_be_late", a_start_may_be_late),
         ("it_is_started_a_few_times", it_is_started_a_few_times),

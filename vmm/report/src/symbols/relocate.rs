@@ -12,7 +12,7 @@ use object::{
 };
 
 /// Most entries of folders that are looked at, and how deep folders are searched.
-const ENTRIES_MAX: usize = 1 << 17;
+const ENTRIES_MAX: usize = if cfg!(test) { 1 << 10 } else { 1 << 17 };
 const DEPTH_MAX: usize = 16;
 /// Largest module, in bytes.
 const FILE_MAX: u64 = 256 << 20;
@@ -133,6 +133,30 @@ mod tests {
         assert_eq!(files.get("my_driver"), Some(&deep.join("my-driver.ko")));
         for other in ["my_drive", "other", "../my_driver", "", "kernel/drivers/my-driver"] {
             assert_eq!(files.get(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn what_is_searched_and_read_is_bounded() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let level = |depth: usize| folder.path().join("d/".repeat(depth));
+        fs::create_dir_all(level(DEPTH_MAX + 1)).expect("folders");
+        fs::write(level(DEPTH_MAX).join("deep.ko"), b"x").expect("a file");
+        fs::write(level(DEPTH_MAX + 1).join("deeper.ko"), b"x").expect("a file");
+        let files = index(folder.path());
+        assert!(files.contains_key("deep") && !files.contains_key("deeper"), "{files:?}");
+
+        let many = tempfile::tempdir().expect("a folder");
+        for i in 0..2 * ENTRIES_MAX {
+            fs::write(many.path().join(format!("{i}.ko")), b"").expect("a file");
+        }
+        assert_eq!(index(many.path()).len(), ENTRIES_MAX);
+
+        let file = many.path().join("large.ko");
+        let sparse = File::create(&file).expect("a file");
+        for (bytes, is_read) in [(FILE_MAX, true), (FILE_MAX + 1, false)] {
+            sparse.set_len(bytes).expect("a sparse file");
+            assert_eq!(read(&file).is_some(), is_read);
         }
     }
 
