@@ -10,7 +10,7 @@ use umbra_tests::linux::kernel;
 
 use super::cost::{Cost, of_host, run};
 use crate::figure::Measured;
-use crate::linux_kasan::{POINTS, REPLAY, TRACE, record};
+use crate::linux_kasan::{POINTS, REPLAY, record};
 use crate::trace::Trace;
 
 /// The kernels, their files, and what they get as `--shadow`.
@@ -34,12 +34,18 @@ pub(super) const PARTS: [&str; 5] = [
     "whole host",
 ];
 
-/// Measures them.
-pub(super) fn figures(program: &Path, tick: impl Fn(&str)) -> Result<Vec<Measured>> {
+/// Measures them with the first `events` events of a trace.
+pub(super) fn figures(
+    program: &Path,
+    trace: &Path,
+    events: usize,
+    tick: impl Fn(&str),
+) -> Result<Vec<Measured>> {
     let folder = TempDir::new().context("no temporary folder")?;
     let initrd = folder.path().join("recording");
-    let recording = record(Trace::open(Path::new(TRACE))?)?;
+    let recording = record(Trace::open(trace)?.take(events))?;
     fs::write(&initrd, &recording.bytes).context("cannot write the recording")?;
+    tick(&format!("{} allocations", recording.allocations));
     let mut all = Vec::new();
     for (name, file, shadow) in KERNELS {
         tick(&format!("Linux, {name}"));

@@ -21,6 +21,7 @@ use clap::Parser;
 
 use crate::figure::{Figure, Measured};
 use crate::gate::Gate;
+use crate::linux_kasan::TRACE;
 
 /// What `cargo xtask bench nested` starts, once in the nested host and once on the machine.
 #[derive(Parser)]
@@ -32,6 +33,13 @@ struct Arguments {
     /// Hold what was measured in benches/gate.json from now on
     #[arg(long)]
     update: bool,
+    /// Have Linux replay this trace (.kmt.zst) instead of the repository's slice of one, and only
+    /// print what it comes to
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["update", "parts"])]
+    trace: Option<PathBuf>,
+    /// How many events of --trace
+    #[arg(long, value_name = "NUMBER", default_value_t = 120_000, requires = "trace")]
+    events: usize,
     /// Measure, with this `umbra`
     #[arg(long, hide = true, value_name = "PROGRAM")]
     measure: Option<PathBuf>,
@@ -87,14 +95,19 @@ pub fn main() -> ExitCode {
 
 /// In the nested host.
 fn measure(arguments: &Arguments, program: &Path) -> Result<()> {
+    let tick = |what: &str| println!("measuring {what}");
+    if let Some(trace) = &arguments.trace {
+        let figures = linux::figures(program, trace, arguments.events, tick)?;
+        println!("{}", report::body(&figures));
+        return Ok(());
+    }
     for part in Part::ALL {
         if !arguments.parts.is_empty() && !arguments.parts.contains(&part) {
             continue;
         }
-        let tick = |what: &str| println!("measuring {what}");
         let figures = match part {
             Part::Small => small::figures(program, tick)?,
-            Part::Linux => linux::figures(program, tick)?,
+            Part::Linux => linux::figures(program, Path::new(TRACE), usize::MAX, tick)?,
         };
         let file = part.file(&arguments.folder);
         std::fs::write(&file, serde_json::to_string_pretty(&figures)? + "\n")
@@ -105,6 +118,9 @@ fn measure(arguments: &Arguments, program: &Path) -> Result<()> {
 
 /// On the machine.
 fn report(arguments: &Arguments) -> Result<ExitCode> {
+    if arguments.trace.is_some() {
+        return Ok(ExitCode::SUCCESS);
+    }
     let mut measured = Vec::new();
     for part in Part::ALL {
         let file = part.file(&arguments.folder);
