@@ -106,7 +106,7 @@ impl Dispatcher {
                 self.exits.hypercall += 1;
                 self.collect(context.ram, context.others).map(drop)
             }
-            VmExit::IoOut { port, data } => self.io_out(port, data.as_slice(), context),
+            VmExit::IoOut { port, data } => self.io_out(port, data.as_slice()),
             VmExit::IoIn { port, len } => {
                 self.io_in(port, usize::from(len).min(8), context);
                 Ok(())
@@ -135,11 +135,11 @@ impl Dispatcher {
         }
     }
 
-    fn io_out(&mut self, port: u16, data: &[u8], context: &mut ExitContext) -> Result<(), Outcome> {
+    fn io_out(&mut self, port: u16, data: &[u8]) -> Result<(), Outcome> {
         self.exits.io += 1;
         let event = self.devices.io_out(port, data);
         let sign = match self.devices.take_line() {
-            Some(line) => self.console_line(&line, context)?,
+            Some(line) => self.console_line(&line),
             None => Sign::None,
         };
         match (event, sign) {
@@ -154,14 +154,12 @@ impl Dispatcher {
     }
 
     /// The guest has ended a line on its console.
-    fn console_line(&mut self, line: &[u8], context: &mut ExitContext) -> Result<Sign, Outcome> {
+    fn console_line(&mut self, line: &[u8]) -> Sign {
         if self.watch.is_mark(line) {
-            // Memory at a mark is up to date then.
-            self.shadow.reclaim_all_guest_pages(self.provenance.rings(), context)?;
             let events = self.events();
             self.watch.mark(line, &self.exits, &events, self.shadow.windows_mut());
         }
-        Ok(self.watch.console_line(line))
+        self.watch.console_line(line)
     }
 
     fn io_in(&mut self, port: u16, len: usize, context: &mut ExitContext) {

@@ -43,8 +43,6 @@ struct Most {
 
 /// A step at an exit: it may stop the vCPUs.
 const AT_EXIT: Most = Most { runs: 32, pages: 256 };
-/// Most runs that are discarded at a mark.
-const RUNS_AT_MARK: usize = if cfg!(test) { 1 << 10 } else { 1 << 16 };
 
 /// Decides when to look for dead pages and where, and discards them.
 #[derive(Debug)]
@@ -72,7 +70,7 @@ impl GuestPageReclaim {
     }
 
     /// Whether free pages may be discarded.
-    pub(super) fn is_allowed(&self) -> bool {
+    fn is_allowed(&self) -> bool {
         self.allows(GuestFlags::FREE_PAGES_UNUSED)
     }
 
@@ -89,20 +87,6 @@ impl GuestPageReclaim {
     #[cfg(test)]
     pub(super) fn skip_pause(&mut self) {
         self.last_pass -= PAUSE;
-    }
-
-    /// Discards all dead pages, unless the guest has cut its memory into too many runs. Every vCPU
-    /// stands still.
-    pub(super) fn discard_all(&mut self, windows: &Windows, rings: &Rings, ram: &Ram) {
-        let objects = self.allows(GuestFlags::QUARANTINE_UNUSED);
-        let runs = windows.model().memory().unused_pages(0..ram.end(), objects);
-        for run in rings.unused_pages(&RingRam(ram)).chain(runs.take(RUNS_AT_MARK)) {
-            match ram.discard(&run) {
-                Ok(bytes) => self.reclaimed_bytes += bytes,
-                Err(error) => return self.give_up(&error),
-            }
-        }
-        (self.next, self.last_pass) = (None, Instant::now());
     }
 
     /// Looks for dead pages that are resident, in the next part of guest memory. The vCPUs may run.

@@ -148,19 +148,6 @@ impl RunShadow {
         Ok(())
     }
 
-    /// Reclaims all dead guest pages, where the guest allows it.
-    pub(super) fn reclaim_all_guest_pages(
-        &mut self,
-        rings: &Rings,
-        context: &mut ExitContext,
-    ) -> Result<(), Outcome> {
-        if let Some(windows) = self.windows.as_ref().filter(|_| self.guest_pages.is_allowed()) {
-            context.others.pause()?;
-            self.guest_pages.discard_all(windows, rings, context.ram);
-        }
-        Ok(())
-    }
-
     /// Bytes of guest pages that were reclaimed.
     pub(super) fn reclaimed_guest_bytes(&self) -> u64 {
         self.guest_pages.reclaimed_bytes()

@@ -120,13 +120,3 @@ fn free_pages_in_many_pieces_take_many_steps() {
     }
     assert_eq!(bench.others.stops, stops);
 }
-
-#[test]
-fn a_look_at_all_memory_is_bounded_too() {
-    let mut bench = in_many_pieces();
-    let rings = umbra_provenance::rings::Rings::default();
-    bench.with_context(|state, context| {
-        goes_on(state.shadow.reclaim_all_guest_pages(&rings, context));
-    });
-    assert_eq!(bench.state.shadow.reclaimed_guest_bytes(), 1024 << 12);
-}
