@@ -52,7 +52,7 @@ pub fn run(context: &Context, arguments: &[String]) -> Result<ExitCode> {
 fn whole_host(context: &Context, arguments: &[String]) -> Result<ExitCode> {
     let umbra = programs::umbra(context)?;
     let named = |part| arguments.iter().any(|argument| argument == part);
-    if named("linux") || !named("small") {
+    if named("linux") || named("programs") || !named("small") {
         linux::build_compared(context)?;
     }
     context.progress.step("building the benchmarks");

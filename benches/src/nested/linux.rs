@@ -3,8 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context as _, Result};
-use serde_json::Value;
+use anyhow::{Context as _, Result, bail};
 use tempfile::TempDir;
 use umbra_tests::linux::kernel;
 
@@ -58,15 +57,12 @@ pub(super) fn figures(
         arguments.push(format!("--initrd={}", initrd.display()));
         let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
         let cost = run(program, &kernel(file), &arguments)?;
-        let [boot, end] = [mark(&cost, POINTS[0])?, mark(&cost, POINTS[1])?];
-        let seconds = |mark: &Value, what: &str| {
-            let value = mark[what].as_f64();
-            value.map(|seconds| seconds * 1e9).with_context(|| format!("a mark has no {what}"))
-        };
-        let (boot_cpu, end_cpu) = (seconds(boot, "cpu_seconds")?, seconds(end, "cpu_seconds")?);
+        let [boot, end] = POINTS[..2] else { bail!("a run has other parts") };
+        let boot_cpu = at_mark(&cost, boot, "cpu_seconds")? * 1e9;
+        let end_cpu = at_mark(&cost, end, "cpu_seconds")? * 1e9;
         all.push(Measured::new(BOOT, name.into(), boot_cpu));
         all.push(Measured::new(REPLAYED, name.into(), end_cpu - boot_cpu));
-        let peak = end["rss_peak_bytes"].as_f64().context("a mark has no rss_peak_bytes")?;
+        let peak = at_mark(&cost, end, "rss_peak_bytes")?;
         all.push(Measured::new(MEMORY, name.into(), peak / 1024.0));
         if shadow != "off" {
             let vcpu = of_host(&cost.stats, "vcpus_cpu_seconds")?;
@@ -85,10 +81,11 @@ pub(super) fn figures(
     Ok(all)
 }
 
-/// A mark of a run's.
-fn mark<'a>(cost: &'a Cost, text: &str) -> Result<&'a Value> {
+/// A figure of one of a run's marks.
+pub(super) fn at_mark(cost: &Cost, text: &str, what: &str) -> Result<f64> {
     let marks = cost.stats["marks"].as_array();
     let mut marks = marks.into_iter().flatten();
     let found = marks.find(|mark| mark["text"].as_str() == Some(text));
-    found.with_context(|| format!("the console never said \"{text}\""))
+    let mark = found.with_context(|| format!("the console never said \"{text}\""))?;
+    mark[what].as_f64().with_context(|| format!("a mark has no {what}"))
 }

@@ -10,6 +10,7 @@
 
 mod cost;
 mod linux;
+mod programs;
 mod report;
 mod small;
 
@@ -27,7 +28,7 @@ use crate::linux_kasan::TRACE;
 #[derive(Parser)]
 #[command(name = "cargo xtask bench nested --")]
 struct Arguments {
-    /// Only these parts (small, linux). What the others came to the last time stays
+    /// Only these parts (small, linux, programs). What the others came to the last time stays
     #[arg(value_enum)]
     parts: Vec<Part>,
     /// Hold what was measured in benches/gate.json from now on
@@ -61,16 +62,19 @@ enum Part {
     Small,
     /// Linux without KASAN, with its own, and with Umbra's
     Linux,
+    /// Programs on these kernels: compilations, checksums of files
+    Programs,
 }
 
 impl Part {
-    const ALL: [Self; 2] = [Self::Small, Self::Linux];
+    const ALL: [Self; 3] = [Self::Small, Self::Linux, Self::Programs];
 
     /// The file that keeps its figures.
     fn file(self, folder: &Path) -> PathBuf {
         folder.join(match self {
             Self::Small => "nested-small.json",
             Self::Linux => "nested-linux.json",
+            Self::Programs => "nested-programs.json",
         })
     }
 }
@@ -108,6 +112,7 @@ fn measure(arguments: &Arguments, program: &Path) -> Result<()> {
         let figures = match part {
             Part::Small => small::figures(program, tick)?,
             Part::Linux => linux::figures(program, Path::new(TRACE), usize::MAX, tick)?,
+            Part::Programs => programs::figures(program, tick)?,
         };
         let file = part.file(&arguments.folder);
         std::fs::write(&file, serde_json::to_string_pretty(&figures)? + "\n")
