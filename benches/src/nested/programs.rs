@@ -49,7 +49,7 @@ pub(super) fn figures(program: &Path, tick: impl Fn(&str)) -> Result<Vec<Measure
         tick(&format!("programs on Linux, {name}"));
         let shadow = format!("--shadow={shadow}");
         let marks = POINTS.map(|point| format!("--mark={point}"));
-        let mut arguments = vec!["--memory=1G", &shadow, &initrd, "--cmdline=quiet"];
+        let mut arguments = vec!["--memory=1G", &shadow, &initrd, "--cmdline=quiet kunit.enable=0"];
         arguments.extend(marks.iter().map(String::as_str));
         let cost = run(program, &kernel(file), &arguments)?;
         let [begin, end] = POINTS.map(|point| at_mark(&cost, point, "cpu_seconds"));
