@@ -21,12 +21,17 @@ const CONFIGURATIONS: [(&str, &[&str]); 4] = [
 const OPERATIONS: [u64; 2] = [20_000, 60_000];
 /// The same where each is an exit or two.
 const OPERATIONS_SYNC: [u64; 2] = [2_000, 12_000];
+/// Rounds of `kmalloc` and `kfree` of the two runs: the first fill the quarantine, which has room
+/// for 10,922 objects of 64 bytes in slots of 96.
+const ROUNDS: [u64; 2] = [12_000, 52_000];
+const QUARANTINE: &str = "--quarantine=1M";
 /// Exits of the two runs.
 const EXITS: [u64; 2] = [100, 10_100];
 /// First touches of byte shadow of the two runs; there are 64 at most.
 const FAULTS: [u64; 2] = [4, 60];
 
 const CHURN: &str = "churn of the test kernel, an operation";
+const KMALLOC: &str = "kmalloc(64) and kfree, with a full quarantine";
 const ONCE: &str = "a run, an exit, a shadow fault";
 
 /// Measures them.
@@ -58,6 +63,16 @@ pub(super) fn figures(program: &Path, tick: impl Fn(&str)) -> Result<Vec<Measure
             let collector = of(|cost| cost.collector);
             all.push(Measured::new(CHURN, format!("{name}: in the collector"), collector));
         }
+    }
+    for (name, options) in &CONFIGURATIONS[..2] {
+        tick(&format!("kmalloc and kfree, {name}"));
+        let run = |rounds| {
+            let words = format!("--cmdline=scenarios=- bench=kmalloc:{rounds}:64");
+            without_interrupts(program, &kernel, &[*options, &[QUARANTINE, &words]].concat())
+        };
+        let [few, many] = [run(ROUNDS[0])?, run(ROUNDS[1])?];
+        let each = slope(few.running, many.running, ROUNDS);
+        all.push(Measured::new(KMALLOC, format!("{name}: whole host"), each));
     }
     let at_once = file("exits-at-once", &exits_at_once())?;
     for (name, options) in CONFIGURATIONS.iter().filter(|(name, _)| !name.ends_with("sync")) {
