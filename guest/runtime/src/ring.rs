@@ -14,7 +14,9 @@ use crate::cpu::without_interrupts;
 use crate::released::ReleaseBuffer;
 use crate::{host, settings, stack, stamp, state};
 
-/// A CPU's event ring.
+/// A CPU's event ring, in a cache line of its own: its CPU writes to it at events, for which no
+/// other CPU's event shall wait.
+#[repr(align(64))]
 pub struct Ring {
     /// [`NO_RING`] until it is set up.
     header: AtomicPtr<RingHeader>,
@@ -28,6 +30,8 @@ pub struct Ring {
     /// Where the VMM puts what leaves the quarantine: behind the records.
     pub released: ReleaseBuffer,
 }
+
+const _: () = assert!(size_of::<Ring>() == 64);
 
 static NO_RING: RingHeader = RingHeader { count: 0, reserved: [0; 7] };
 
