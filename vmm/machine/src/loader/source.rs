@@ -18,7 +18,7 @@ use super::{LoadError, MAX_IMAGE};
 use crate::memory::Ram;
 
 /// Bytes that are read at once, between two looks at the [`Limit`].
-const BLOCK: u64 = 1 << 20;
+const BLOCK: u64 = 128 << 10;
 
 /// When the loader is to give up.
 #[derive(Clone, Copy, Debug, Default)]
@@ -210,19 +210,19 @@ impl Source<'_> {
         limit: &Limit,
         mut block: impl FnMut(&[u8]) -> bool,
     ) -> Result<(), LoadError> {
-        let mut buffer = Vec::new();
-        let mut at = range.start;
+        let mut buffer = vec![0; overlap + BLOCK as usize];
+        let (mut at, mut kept) = (range.start, 0);
         while at < range.end {
             limit.check()?;
-            let kept = buffer.len().min(overlap);
-            buffer.drain(..buffer.len() - kept);
             let more = (range.end - at).min(BLOCK);
-            buffer.resize(kept + more as usize, 0);
-            self.read(at, &mut buffer[kept..])?;
-            if !block(&buffer) {
+            let end = kept + more as usize;
+            self.read(at, &mut buffer[kept..end])?;
+            if !block(&buffer[..end]) {
                 break;
             }
             at += more;
+            kept = end.min(overlap);
+            buffer.copy_within(end - kept..end, 0);
         }
         Ok(())
     }
