@@ -3,7 +3,7 @@
 //! Such a kernel runs, and its bugs are missed in silence: all of them if no file was compiled with
 //! the sanitizer, and those of copies if the code calls a `memcpy` of its own.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
 use umbra_machine::loader::{Limit, LoadError, Source};
@@ -48,14 +48,13 @@ pub fn warnings(kernel: Source, limit: &Limit) -> Result<Vec<&'static str>, Load
     let sections = sections(kernel)?;
     let Some((targets, true)) = targets(kernel, &sections, limit)? else { return Ok(Vec::new()) };
     let Some(calls) = calls(kernel, &sections, &targets, limit)? else { return Ok(Vec::new()) };
-    let count = |target| calls.get(&target).copied().unwrap_or_default();
     let mut warnings = Vec::new();
-    if count(Target::Check) == 0 {
+    if !calls.contains(&Target::Check) {
         warnings.push(
             "no code of this kernel is checked, though Umbra's runtime is linked: compile it with \
              the flags of umbra.mk or umbra.toml, after `make clean` or `cargo clean`",
         );
-    } else if count(Target::CheckedCopy) == 0 && count(Target::PlainCopy) > 0 {
+    } else if !is_complete(&calls) && calls.contains(&Target::PlainCopy) {
         warnings.push(
             "this kernel's copies are not checked: its code calls a memcpy or memset that is not \
              the runtime's (docs/your-kernel.md)",
@@ -186,19 +185,20 @@ fn target(name: &[u8]) -> Option<Target> {
     }
 }
 
-/// How often code calls or jumps to the targets. None if there is too much code to look at.
+/// Which targets code calls or jumps to, until nothing can be missing any more. None if there is too
+/// much code to look at.
 fn calls(
     kernel: Source,
     sections: &[Section],
     targets: &HashMap<u64, Target>,
     limit: &Limit,
-) -> Result<Option<HashMap<Target, u64>>, LoadError> {
+) -> Result<Option<HashSet<Target>>, LoadError> {
     const PROGBITS: u32 = 1;
     /// Memory of the program, and instructions in it.
     const CODE: u64 = 2 | 4;
     /// Bytes of a call or jump.
     const BYTES: usize = 5;
-    let mut counts = HashMap::new();
+    let mut found = HashSet::new();
     let mut left = CODE_MAX;
     for section in sections {
         if section.kind != PROGBITS || section.flags & CODE != CODE {
@@ -208,6 +208,9 @@ fn calls(
             return Ok(None);
         };
         left = less;
+        if is_complete(&found) {
+            continue;
+        }
         let mut address = section.address;
         kernel.blocks(section.range.clone(), BYTES - 1, limit, |block| {
             for (at, bytes) in (0u64..).zip(block.windows(BYTES)) {
@@ -215,17 +218,20 @@ fn calls(
                 let Ok(distance) = distance.try_into().map(i32::from_le_bytes) else { continue };
                 let next = address.wrapping_add(at + BYTES as u64);
                 let to = next.wrapping_add_signed(distance.into());
-                if let Some(target) = targets.get(&to) {
-                    *counts.entry(*target).or_default() += 1;
-                }
+                found.extend(targets.get(&to).copied());
             }
             // The next block repeats the end of this one.
             let repeated = block.len().min(BYTES - 1);
             address = address.wrapping_add((block.len() - repeated) as u64);
-            true
+            !is_complete(&found)
         })?;
     }
-    Ok(Some(counts))
+    Ok(Some(found))
+}
+
+/// Whether a kernel that has these calls gets no warning.
+fn is_complete(found: &HashSet<Target>) -> bool {
+    found.contains(&Target::Check) && found.contains(&Target::CheckedCopy)
 }
 
 #[cfg(test)]
