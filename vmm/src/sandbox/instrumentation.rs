@@ -185,8 +185,8 @@ fn target(name: &[u8]) -> Option<Target> {
     }
 }
 
-/// Which targets code calls or jumps to, until nothing can be missing any more. None if there is too
-/// much code to look at.
+/// Which targets code calls or jumps to, until nothing can be missing any more. None if there is
+/// too much code to look at.
 fn calls(
     kernel: Source,
     sections: &[Section],

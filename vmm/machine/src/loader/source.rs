@@ -210,7 +210,8 @@ impl Source<'_> {
         limit: &Limit,
         mut block: impl FnMut(&[u8]) -> bool,
     ) -> Result<(), LoadError> {
-        let mut buffer = vec![0; overlap + BLOCK as usize];
+        let most = range.end.saturating_sub(range.start).min(BLOCK);
+        let mut buffer = vec![0; overlap + most as usize];
         let (mut at, mut kept) = (range.start, 0);
         while at < range.end {
             limit.check()?;
