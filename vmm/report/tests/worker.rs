@@ -452,9 +452,17 @@ fn while_none_answers<T>(what: impl FnOnce() -> T) -> T {
     })
 }
 
+/// In each worker, once its resources are limited. If it gets too many, it dies, and no test here
+/// gets an answer.
+fn descriptors_run_out() {
+    let open = std::iter::repeat_with(|| fs::File::open("/dev/null")).take(1000);
+    let open: Vec<_> = open.map_while(Result::ok).collect();
+    assert!((1..64).contains(&open.len()), "{} more than it had", open.len());
+}
+
 fn main() -> ExitCode {
     // The jail is `umbra`'s, and has tests there.
-    umbra_report::symbol_worker(|_| ());
+    umbra_report::symbol_worker(|_| descriptors_run_out());
     type Test = (&'static str, fn());
     let tests: [Test; 14] = [
         ("names_and_lines_come_from_another_process", names_and_lines_come_from_another_process),
