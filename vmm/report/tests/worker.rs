@@ -278,6 +278,19 @@ fn a_start_may_be_late() {
     none_is_left();
 }
 
+/// Names are all that a finding cannot do without, and it waits no longer for them either.
+fn a_finding_does_not_wait_for_ever() {
+    let kernel = kernel();
+    kill_process(starter(), Signal::STOP).expect("it is there");
+    assert_eq!(kernel.at(kernel.store), (None, None));
+    kill_process(starter(), Signal::CONT).expect("it is there");
+    let notes = kernel.symbols.notes();
+    assert!(notes[0].contains("takes too long to read"), "{notes:?}");
+    assert_eq!(kernel.at(kernel.other), named("other", 4));
+    drop(kernel);
+    none_is_left();
+}
+
 fn it_is_started_a_few_times() {
     let kernel = kernel();
     let mut started = 0;
@@ -418,24 +431,6 @@ fn a_page_does_not_wait_for_ever() {
     let paths: Vec<_> = (0..200).map(|i| folder.path().join(format!("{i}.c"))).collect();
     let paths: Vec<_> = paths.iter().map(PathBuf::as_path).collect();
     let roots = SourceRoots::new(&[folder.path().to_owned()]).expect("a folder");
-    let text = while_none_answers(|| page(&roots, &paths));
-    assert!(text.trim_end().ends_with("</html>"));
-    none_is_left();
-}
-
-/// Nor does a finding, even if each process that is asked for its names hangs.
-fn a_finding_does_not_wait_for_ever() {
-    let kernel = kernel();
-    let at = while_none_answers(|| kernel.at(kernel.store));
-    assert_eq!(at, (None, None));
-    let notes = kernel.symbols.notes();
-    assert!(notes[0].contains("takes too long to read"), "{notes:?}");
-    // The next one has time of its own.
-    assert_eq!(kernel.at(kernel.other), named("other", 4));
-}
-
-/// Does something while all workers, those that are started meanwhile too, are stopped.
-fn while_none_answers<T>(what: impl FnOnce() -> T) -> T {
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -446,10 +441,11 @@ fn while_none_answers<T>(what: impl FnOnce() -> T) -> T {
                 }
             }
         });
-        let result = what();
+        let text = page(&roots, &paths);
         done.store(true, SeqCst);
-        result
-    })
+        assert!(text.trim_end().ends_with("</html>"));
+    });
+    none_is_left();
 }
 
 /// In each worker, once its resources are limited. If it gets too many, it dies, and no test here
