@@ -103,7 +103,7 @@ pub(super) fn figures(all: &All, allocations: u64) -> Vec<Figure> {
         add(name("instructions to the end of the boot"), boot, "of unchecked", Some(5.0));
         let rss = |name| at(name).map(|mark| mark.rss_bytes);
         let held = ratio(rss("umbra"), rss("none"));
-        add(name("memory of the process after the workload"), held, "of unchecked", None);
+        add(name("memory of the process after the workload"), held, "of unchecked", Some(1.1));
         let exits =
             run("umbra").and_then(workload).map(|mark| mark.hypercalls + mark.shadow_faults);
         let exits = ratio(exits, Some(allocations)).map(|each| each * 1000.0);

@@ -126,10 +126,10 @@ fn provenance(meter: &Meter) -> Result<Vec<Figure>> {
     let mut all = Vec::new();
     // However many objects there are.
     let fixed = heap::bytes_of(Objects::default());
-    for (quarantine, with, limit) in [
-        (QuarantineSize::Auto, "with a quarantine", Some(PROVENANCE)),
+    for (quarantine, with) in [
+        (QuarantineSize::Auto, "with a quarantine"),
         // Of so few objects that the fixed part is much of it.
-        (QuarantineSize::Bytes(0), "without a quarantine", None),
+        (QuarantineSize::Bytes(0), "without a quarantine"),
     ] {
         let run = meter
             .run(Mode { quarantine, ..Mode::RING }, "scenarios=huge_churn churn=20000 keep")?;
@@ -144,15 +144,11 @@ fn provenance(meter: &Meter) -> Result<Vec<Figure>> {
             bytes as f64 / (live + freed).max(1) as f64,
             "bytes",
         );
-        let each = each.note(format!(
+        all.push(each.limit(PROVENANCE).note(format!(
             "{bytes} bytes, {fixed} of them fixed: {live} live, {freed} freed, of which {waiting} \
              are in the quarantine, {} stacks",
             stats.stacks
-        ));
-        all.push(match limit {
-            Some(limit) => each.limit(limit),
-            None => each,
-        });
+        )));
         let live = bytes as f64 / live.max(1) as f64;
         let live =
             Figure::new(GROUP, format!("{with}, all of it for each live object"), live, "bytes");

@@ -14,8 +14,8 @@ use crate::cpu::without_interrupts;
 use crate::released::ReleaseBuffer;
 use crate::{host, settings, stack, stamp, state};
 
-/// A CPU's event ring, in a cache line of its own: its CPU writes to it at events, for which no
-/// other CPU's event shall wait.
+/// A CPU's event ring. It has a cache line of its own, since its CPU writes to it at events: in one
+/// that is shared, they would slow down another CPU's.
 #[repr(align(64))]
 pub struct Ring {
     /// [`NO_RING`] until it is set up.

@@ -278,7 +278,7 @@ fn a_start_may_be_late() {
     none_is_left();
 }
 
-/// Names are all that a finding cannot do without, and it waits no longer for them either.
+/// No process that reads names can be started: a finding goes without them after some seconds.
 fn a_finding_does_not_wait_for_ever() {
     let kernel = kernel();
     kill_process(starter(), Signal::STOP).expect("it is there");

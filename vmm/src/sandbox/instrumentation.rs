@@ -54,7 +54,7 @@ pub fn warnings(kernel: Source, limit: &Limit) -> Result<Vec<&'static str>, Load
             "no code of this kernel is checked, though Umbra's runtime is linked: compile it with \
              the flags of umbra.mk or umbra.toml, after `make clean` or `cargo clean`",
         );
-    } else if !is_complete(&calls) && calls.contains(&Target::PlainCopy) {
+    } else if !calls.contains(&Target::CheckedCopy) && calls.contains(&Target::PlainCopy) {
         warnings.push(
             "this kernel's copies are not checked: its code calls a memcpy or memset that is not \
              the runtime's (docs/your-kernel.md)",
