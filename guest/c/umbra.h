@@ -99,7 +99,8 @@ struct umbra_mapping {
  */
 struct umbra_ring_header {
 	uint64_t count;
-	uint64_t reserved[7];
+	uint64_t claimed; /* the runtime's own */
+	uint64_t reserved[6];
 };
 
 /* The registers that umbra_page_fault() reads and changes. */

@@ -20,11 +20,17 @@ const OPERATIONS: u32 = 300;
 /// `guest/kernel/src/stress.rs`.
 const PLANTED: u64 = 4;
 
-/// The run's report and the kernel's output.
-fn run(cpus: u8, shadow: ShadowMode, notify: Notify, operations: u32) -> (RunReport, String) {
+/// The report and the kernel's output of a run that does `work` so often.
+fn run(
+    cpus: u8,
+    shadow: ShadowMode,
+    notify: Notify,
+    work: &str,
+    operations: u32,
+) -> (RunReport, String) {
     let config = Config {
         kernel: test_kernel().expect("checked before").into(),
-        cmdline: format!("scenarios=- smp={operations}"),
+        cmdline: format!("scenarios=- {work}={operations}"),
         cpus,
         irqchip: irqchip(cpus),
         shadow,
@@ -96,7 +102,7 @@ fn told(finding: &Finding) -> Bug {
 }
 
 fn stress(cpus: u8, shadow: ShadowMode, notify: Notify) {
-    let (report, said) = run(cpus, shadow, notify, OPERATIONS);
+    let (report, said) = run(cpus, shadow, notify, "smp", OPERATIONS);
     let mut found: Vec<_> = report.findings.iter().map(|(finding, _)| told(finding)).collect();
     let mut expected = planted(cpus.into());
     found.sort();
@@ -105,7 +111,7 @@ fn stress(cpus: u8, shadow: ShadowMode, notify: Notify) {
     let events = &report.stats.events;
     assert_eq!(report.stats.guest.cpus, cpus);
     // No notification was lost or came twice.
-    let (other, nothing) = run(cpus, shadow, notify, 0);
+    let (other, nothing) = run(cpus, shadow, notify, "smp", 0);
     let other = &other.stats.events;
     assert_eq!(counted(&nothing), (0, 0));
     assert_eq!(
@@ -119,6 +125,23 @@ fn stress(cpus: u8, shadow: ShadowMode, notify: Notify) {
         assert!(events.ring_drains > reports + 1, "{events:?}");
         assert!(events.collected > 0, "{events:?}");
     }
+}
+
+/// NMIs come at any point of a record or a drain, and write records of their own. None is lost.
+fn nmis() {
+    const NMIS: u32 = 1000;
+    let run = |nmis| {
+        let (report, said) = run(2, ShadowMode::PerPage, Notify::Ring, "nmi", nmis);
+        assert_eq!(report.stats.findings_total, 0, "{said}");
+        let words = said.lines().filter_map(|line| line.strip_prefix("nmi: ")?.split(' ').nth(2));
+        let counted: Vec<u64> = words.filter_map(|word| word.parse().ok()).collect();
+        let events = report.stats.events;
+        ([events.allocations, events.frees], counted[0])
+    };
+    let ((with, counted), (without, none)) = (run(NMIS), run(0));
+    assert_eq!(none, 0);
+    assert!(counted > u64::from(NMIS) + 100, "{counted}");
+    assert_eq!([with[0] - without[0], with[1] - without[1]], [counted; 2]);
 }
 
 fn main() -> ExitCode {
@@ -135,5 +158,6 @@ fn main() -> ExitCode {
                 .add(format!("{cpus} CPUs, {name}"), &kernel, move || stress(cpus, shadow, notify));
         }
     }
+    suite.add("NMIs", &kernel, nmis);
     suite.run()
 }

@@ -16,6 +16,8 @@ const COMMAND_HIGH: u64 = 0x310;
 
 /// An interrupt; its vector is added (Intel SDM volume 3, section 11.6.1).
 pub const FIXED: u32 = 0x4000;
+/// A non-maskable interrupt.
+pub const NMI: u32 = 0x4400;
 /// Resets a CPU, which waits for [`STARTUP`].
 pub const INIT: u32 = 0x4500;
 /// Starts a CPU in real mode; the number of the page to start at is added.

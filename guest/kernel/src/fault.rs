@@ -6,8 +6,9 @@ use umbra_guest::Trap;
 
 use crate::cpu::VECTORS;
 use crate::platform::{on_umbra, reset};
-use crate::{apic, println, thread};
+use crate::{apic, nmi, println, thread};
 
+const NMI: u64 = 2;
 const PAGE_FAULT: u64 = 14;
 /// The vectors that push an error code: 8, 10 to 14, 17 and 21 (Intel SDM volume 3, table 6-1).
 const WITH_ERROR_CODE: u32 = 1 << 8 | 0x1f << 10 | 1 << 17 | 1 << 21;
@@ -105,6 +106,9 @@ struct Frame {
 }
 
 extern "C" fn fault(frame: &mut Frame) {
+    if frame.vector == NMI {
+        return nmi::handle();
+    }
     let address: u64;
     // SAFETY: reads cr2.
     unsafe { asm!("mov {}, cr2", out(reg) address, options(nomem, nostack)) };

@@ -3,8 +3,8 @@
 //!
 //! Command line: `scenarios=a,b` (default: all; `-`: none), `without=a,b` (all others), `churn=N`
 //! (operations of the churn scenarios), `keep` (a churn does not free its live objects),
-//! `bench=...` (see [`bench`]), `smp=N` (see [`stress`]), `random=...` (see [`random`]), `slots`
-//! (prints the slot size of each cache).
+//! `bench=...` (see [`bench`]), `smp=N` (see [`stress`]), `nmi=N` (see [`nmi`]), `random=...` (see
+//! [`random`]), `slots` (prints the slot size of each cache).
 #![no_std]
 #![no_main]
 #![allow(
@@ -23,6 +23,7 @@ mod fault;
 mod heap;
 mod layout;
 mod memory;
+mod nmi;
 mod platform;
 mod random;
 mod replay;
@@ -73,6 +74,7 @@ extern "C" fn kernel_main(boot_params: u64) -> ! {
         slab::slots().for_each(|bytes| println!("slot of {bytes} bytes"));
     }
     stress::run(info.command_line);
+    nmi::run(info.command_line);
     bench::run(&info);
     random::run(info.command_line);
     scenarios::run(info.command_line);

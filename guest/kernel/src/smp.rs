@@ -268,10 +268,15 @@ static mut WORK: fn(usize) = |_| {};
 static ROUND: AtomicUsize = AtomicUsize::new(0);
 static LEFT: AtomicUsize = AtomicUsize::new(0);
 
-fn wake(number: usize) {
+/// Sends an interrupt to a CPU.
+pub fn send(number: usize, command: u32) {
     // SAFETY: set before any other CPU was started.
     let id = unsafe { (*addr_of_mut!(IDS))[number] };
-    apic::send(id, apic::FIXED | u32::from(cpu::WAKE));
+    apic::send(id, command);
+}
+
+fn wake(number: usize) {
+    send(number, apic::FIXED | u32::from(cpu::WAKE));
 }
 
 /// Runs `work` on all CPUs, with the CPU's number. Returns when all are done.

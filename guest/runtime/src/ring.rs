@@ -1,16 +1,18 @@
 //! How allocations and frees reach the VMM: as records in a ring (`ring` mode), or as a call each
 //! (`sync` mode).
 
+use core::arch::asm;
+use core::mem::offset_of;
 use core::sync::atomic::{
     AtomicPtr, AtomicU64, Ordering::Relaxed, Ordering::Release, compiler_fence,
 };
 
 use umbra_shadow::abi::{
-    CallNumber, ERR_ARGUMENT, PackedRecord, RECORD_BYTES, RELEASED_BYTES, RELEASED_MAX, RawRecord,
-    RingHeader, doorbell_interval,
+    CallNumber, ERR_ARGUMENT, PackedRecord, RECORD_BYTES, RELEASED_BYTES, RELEASED_MAX, RING_SPARE,
+    RawRecord, RingHeader, doorbell_interval,
 };
 
-use crate::cpu::without_interrupts;
+use crate::cpu::{interrupts_off, restore_interrupts};
 use crate::released::ReleaseBuffer;
 use crate::{host, settings, stack, stamp, state};
 
@@ -33,7 +35,7 @@ pub struct Ring {
 
 const _: () = assert!(size_of::<Ring>() == 64);
 
-static NO_RING: RingHeader = RingHeader { count: 0, reserved: [0; 7] };
+static NO_RING: RingHeader = RingHeader { count: 0, claimed: 0, reserved: [0; 6] };
 
 static RINGS: [Ring; state::CPUS] = [const {
     Ring {
@@ -55,6 +57,8 @@ pub fn set_up(cpu: u64, memory: *mut RingHeader, bytes: u64, text_start: u64) ->
     let result = host::hypercall(CallNumber::RingSetup, memory as u64, ring_bytes, cpu, text_start);
     if !host::is_error(result) {
         stack::set_text_start(text_start);
+        // SAFETY: the caller's memory for a ring.
+        unsafe { (&raw mut (*memory).claimed).write_volatile(0) };
         ring.records.store(all - kept, Relaxed);
         if kept != 0 {
             let entries = memory.wrapping_add((1 + all - kept) as usize).cast();
@@ -91,13 +95,14 @@ pub fn call(number: CallNumber, address: u64, size: u64, low: u16, slot: u64) ->
 /// As [`stack::return_address`].
 #[inline(always)]
 pub unsafe fn push(record: PackedRecord, address: u64, fp: u64) {
-    // Nothing else may write to this CPU's ring meanwhile, and this code must not move to another
-    // CPU.
-    without_interrupts(|| {
-        let actor = state::current();
-        // SAFETY: the caller's promise; interrupts are off, and it is this CPU's ring.
-        unsafe { of(actor).write(actor, record, address, fp) }
-    });
+    // This code must not move to another CPU. What interrupts it nevertheless, such as an NMI, may
+    // write records of its own.
+    // No closure: it would be too large to be inlined.
+    let flags = interrupts_off();
+    let actor = state::current();
+    // SAFETY: the caller's promise; interrupts are off, and it is this CPU's ring.
+    unsafe { of(actor).write(actor, record, address, fp) };
+    restore_interrupts(flags);
 }
 
 /// [`push`] out of line, for where speed does not matter.
@@ -110,32 +115,72 @@ pub unsafe fn push_slowly(record: PackedRecord, address: u64, fp: u64) {
     unsafe { push(record, address, fp) }
 }
 
-/// Writes record `n` of a ring, and raises its count. The stamp is taken last.
+/// Writes a record to a ring, and raises its count. The stamp is taken last.
 ///
 /// # Safety
-/// As [`Ring::write`]; `header` is this CPU's ring, and it has room for record `n`: `set_up` got
+/// As [`Ring::write`]; `header` is this CPU's ring, and it has room for a record: `set_up` got
 /// memory for all of them, and the VMM sets the count to 0 only in a drain that this CPU asks for.
 #[inline(always)]
 unsafe fn put(
     header: *mut RingHeader,
-    n: u64,
     record: PackedRecord,
     actor: u64,
     address: u64,
     fp: u64,
-    stamp: impl FnOnce() -> [u32; 2],
+    stamp: impl FnOnce(*mut [u32; 2]),
 ) {
     // SAFETY: the caller's promises.
     unsafe {
+        let n = claim(header);
         let to = header.add(1).cast::<RawRecord>().add(n as usize);
         let depth = stack::walk(fp, (&raw mut (*to).frames).cast());
         (&raw mut (*to).head).write(record.head(depth));
         (&raw mut (*to).task).write((actor >> 32) as u32);
         (&raw mut (*to).address).write(address);
         (&raw mut (*to).sizes).write(record.sizes());
-        (&raw mut (*to).stamp).write(stamp());
+        stamp(&raw mut (*to).stamp);
         compiler_fence(Release);
-        (&raw mut (*header).count).write_volatile(n + 1);
+        let count = &raw mut (*header).count;
+        if count.read_volatile() == n {
+            count.write_volatile(n + 1);
+            if (&raw const (*header).claimed).read_volatile() != n + 1 {
+                publish(header);
+            }
+        }
+    }
+}
+
+/// Claims the next record of a ring. It is one instruction: an NMI comes before or after it.
+///
+/// # Safety
+/// `header` is this CPU's ring.
+#[inline(always)]
+unsafe fn claim(header: *mut RingHeader) -> u64 {
+    let mut n = 1u64;
+    // SAFETY: adds to a number that only this CPU uses.
+    unsafe {
+        asm!("xadd [{header} + {claimed}], {n}", header = in(reg) header, n = inout(reg) n,
+             claimed = const offset_of!(RingHeader, claimed), options(nostack));
+    }
+    n
+}
+
+/// Raises a ring's count for the records of an NMI that came in the middle of another record, which
+/// is complete now.
+///
+/// # Safety
+/// `header` is this CPU's ring, and this is in the middle of no record.
+#[cold]
+#[inline(never)]
+unsafe fn publish(header: *mut RingHeader) {
+    // SAFETY: the caller's promises.
+    unsafe {
+        let (count, claimed) = (&raw mut (*header).count, &raw const (*header).claimed);
+        let mut all = claimed.read_volatile();
+        while count.read_volatile() != all {
+            count.write_volatile(all);
+            all = claimed.read_volatile();
+        }
     }
 }
 
@@ -154,12 +199,12 @@ impl Ring {
     pub unsafe fn write(&self, actor: u64, record: PackedRecord, address: u64, fp: u64) {
         let header = self.header.load(Relaxed);
         // SAFETY: without a ring it is a header of no records.
-        let n = unsafe { (&raw const (*header).count).read_volatile() };
-        // SAFETY: the caller's promises, and the record fits.
+        let claimed = unsafe { (&raw const (*header).claimed).read_volatile() };
+        // SAFETY: the caller's promises, and the record fits, also after those of an NMI.
         unsafe {
-            if n < self.quick.load(Relaxed) {
-                let stamp = || stamp::tsc(record.is_allocation());
-                put(header, n, record, actor, address, fp, stamp);
+            if claimed < self.quick.load(Relaxed) {
+                let stamp = |to| stamp::tsc(record.is_allocation(), to);
+                put(header, record, actor, address, fp, stamp);
             } else {
                 self.write_slowly(actor, record, address, fp);
             }
@@ -172,11 +217,11 @@ impl Ring {
         let records = self.records.load(Relaxed);
         let interval = doorbell_interval(records).max(1);
         let quick = if stamp::are_counted() { 0 } else { (n / interval + 1) * interval };
-        self.quick.store(quick.min(records), Release);
+        self.quick.store(quick.min(records.saturating_sub(RING_SPARE)), Release);
     }
 
     /// [`Ring::write`] where there is no ring, or it is full, or the doorbell is due, or stamps are
-    /// counted.
+    /// counted. A record for which there is no room in the middle of another one is lost.
     ///
     /// # Safety
     /// As [`Ring::write`].
@@ -190,10 +235,13 @@ impl Ring {
         let header = self.header.load(Relaxed);
         // SAFETY: the caller's promises. The drain empties the ring.
         unsafe {
-            let mut n = (&raw const (*header).count).read_volatile();
-            if n >= records {
+            let n = (&raw const (*header).claimed).read_volatile();
+            if self.is_in_record() {
+                if n >= records {
+                    return;
+                }
+            } else if n != 0 && n + RING_SPARE >= records {
                 self.drain(actor);
-                n = 0;
             } else if n != 0 && n.is_multiple_of(doorbell_interval(records)) {
                 // This CPU goes on, and waits the less when its ring is full.
                 if settings::has_doorbell() {
@@ -201,23 +249,39 @@ impl Ring {
                 }
                 self.set_quick(n);
             }
-            put(header, n, record, actor, address, fp, || stamp::of(record.is_allocation()));
+            let stamp = |to| stamp::of(record.is_allocation(), to);
+            put(header, record, actor, address, fp, stamp);
         }
     }
 
+    /// Whether this has interrupted its CPU in the middle of a record.
+    fn is_in_record(&self) -> bool {
+        let header = self.header.load(Relaxed);
+        // SAFETY: the header of this CPU's ring, or of no records.
+        let [count, claimed] = unsafe {
+            [&raw const (*header).count, &raw const (*header).claimed].map(|at| at.read_volatile())
+        };
+        count != claimed
+    }
+
     /// Empties the ring of the CPU that runs, with interrupts off, and fetches what is due to leave
-    /// the quarantine.
+    /// the quarantine. Does nothing in the middle of a record.
     #[cold]
     #[inline(never)]
     pub fn drain(&self, actor: u64) {
+        if self.is_in_record() {
+            return;
+        }
         let cpu = state::cpu_of(actor);
         self.quarantined.store(0, Relaxed);
-        self.set_quick(0);
+        // What interrupts this looks at everything.
+        self.quick.store(0, Relaxed);
         // The buffer must be empty, or the drain would overwrite what is in it.
         let claimed = settings::batch() != 0 && self.released.claim();
         let (entries, len) = self.released.entries(cpu);
         let len = if claimed && self.released.pending() == 0 { len } else { 0 };
         let due = host::hypercall(CallNumber::RingDrain, cpu as u64, entries as u64, len, 0);
+        self.set_quick(0);
         if len != 0 && !host::is_error(due) {
             self.released.set_pending(due);
         }

@@ -89,8 +89,8 @@ macro_rules! frame {
             ", [",
             $fp,
             "]\n",
-            "sub {address}, {base}\n",
-            "cmp {address}, {text}\n",
+            "sub {address}, [rip + {base}]\n",
+            "cmp {address}, [rip + {text}]\n",
             "jae 2",
             $depth,
             "f\n",
@@ -146,8 +146,7 @@ pub unsafe fn walk(fp: u64, frames: *mut u32) -> u64 {
             ends_with!(4), ends_with!(5), ends_with!(6), ends_with!(7), ends_with!(8),
             "30:",
             a = inout(reg) fp => _, b = out(reg) _, address = out(reg) _, depth = out(reg) depth,
-            base = in(reg) TEXT_BASE.load(Relaxed), text = in(reg) TEXT_BYTES.load(Relaxed),
-            to = in(reg) frames, farthest = const MAX_FRAME, options(nostack),
+            base = sym TEXT_BASE, text = sym TEXT_BYTES, to = in(reg) frames, farthest = const MAX_FRAME, options(nostack),
         );
     }
     depth

@@ -31,28 +31,37 @@ pub fn are_counted() -> bool {
     SOURCE.load(Relaxed) == COUNTER
 }
 
-/// The stamp of an event that happens now, the low half first.
+/// Stores the stamp of an event that happens now, the low half first.
+///
+/// # Safety
+/// `to` may be written.
 #[inline(always)]
-pub fn of(allocation: bool) -> [u32; 2] {
-    if are_counted() {
-        let next = NEXT.fetch_add(1, Relaxed);
-        return [next as u32, (next >> 32) as u32];
+pub unsafe fn of(allocation: bool, to: *mut [u32; 2]) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if are_counted() {
+            let next = NEXT.fetch_add(1, Relaxed);
+            to.write([next as u32, (next >> 32) as u32]);
+        } else {
+            tsc(allocation, to);
+        }
     }
-    tsc(allocation)
 }
 
 /// [`of`], where stamps are time stamp counters.
+///
+/// # Safety
+/// `to` may be written.
 #[inline(always)]
-pub fn tsc(allocation: bool) -> [u32; 2] {
+pub unsafe fn tsc(allocation: bool, to: *mut [u32; 2]) {
     if allocation && SOURCE.load(Relaxed) == FENCED_TSC {
         // SAFETY: changes nothing. The fence is no `_mm_lfence`, which needs SSE.
         unsafe { asm!("lfence", options(nostack, preserves_flags)) };
     }
-    let (low, high);
-    // SAFETY: every x86-64 CPU has the counter, and ring 0 may read it. The halves go into a record
-    // as they are, so they are not put together as `_rdtsc` does.
+    // SAFETY: every x86-64 CPU has the counter, and ring 0 may read it. The halves go to `to` as
+    // they are: the compiler would put them together first.
     unsafe {
-        asm!("rdtsc", out("eax") low, out("edx") high, options(nomem, nostack, preserves_flags));
+        asm!("rdtsc", "mov [{to}], eax", "mov [{to} + 4], edx", to = in(reg) to,
+             out("eax") _, out("edx") _, options(nostack, preserves_flags));
     }
-    [low, high]
 }

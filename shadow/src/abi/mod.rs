@@ -118,7 +118,7 @@ pub use discovery::{
 };
 pub use ring::{
     BadRecord, PackedRecord, RECORD_BYTES, RECORD_FRAMES, RECORD_NAME_MAX, RING_MAX_RECORDS,
-    RawRecord, Record, RecordBody, RecordKind, RingHeader, record_frames,
+    RING_SPARE, RawRecord, Record, RecordBody, RecordKind, RingHeader, record_frames,
 };
 
 /// Version of the interface.

@@ -49,9 +49,17 @@ pub const RECORD_NAME_MAX: usize = 4 * RECORD_FRAMES;
 pub struct RingHeader {
     /// Records written since this CPU's last [`RingDrain`](super::CallNumber::RingDrain).
     pub count: u64,
+    /// Records begun since then, for the guest's own use; such a drain sets it to 0, too. What
+    /// interrupts a CPU in the middle of a record takes the next one, and the outermost raises
+    /// `count` for all.
+    pub claimed: u64,
     /// Not used; zero.
-    pub reserved: [u64; 7],
+    pub reserved: [u64; 6],
 }
+
+/// Records at the end of a ring for what interrupts a CPU in the middle of another record, when it
+/// cannot ask for a drain: non-maskable interrupts and machine checks.
+pub const RING_SPARE: u64 = 4;
 
 numbered! {
     /// The kind of a record, its first byte.

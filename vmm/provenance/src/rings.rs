@@ -23,7 +23,9 @@ use std::num::NonZeroU32;
 use std::ops::Range;
 
 use thiserror::Error;
-use umbra_shadow::abi::{self, BadRecord, RECORD_BYTES, RING_MAX_RECORDS, Record, RecordKind};
+use umbra_shadow::abi::{
+    self, BadRecord, RECORD_BYTES, RING_MAX_RECORDS, RING_SPARE, Record, RecordKind,
+};
 use umbra_shadow::codes::PAGE_SIZE;
 
 use crate::Moment;
@@ -175,6 +177,9 @@ impl Clock {
 /// A record in guest memory.
 type RawBytes = [u8; RECORD_BYTES as usize];
 
+/// Bytes of a ring's header that a drain by its CPU sets to 0: `count` and `claimed`.
+const EMPTIED: usize = 16;
+
 /// Records that are read at a time: a page of them.
 const BLOCK: usize = 64;
 
@@ -211,7 +216,7 @@ impl<'a> Reader<'a> {
         if emptied {
             ring.drained = 0;
             // It was readable, so it is RAM, and the write succeeds.
-            let _ = ram.write(ring.gpa, &0u64.to_le_bytes());
+            let _ = ram.write(ring.gpa, &[0; EMPTIED]);
         }
         let mut reader = Self { ring, cpu, clock, emptied, read, count, block: vec![], next: 0 };
         reader.refill(ram).then_some(reader)
@@ -372,12 +377,13 @@ impl Rings {
     }
 
     /// The pages of rings in which there are no records, by guest-physical address. While every CPU
-    /// stands still, perhaps in the middle of its next record, they stay so.
+    /// stands still, perhaps in the middle of its next records, they stay so.
     pub fn unused_pages(&self, ram: &dyn RingMemory) -> impl Iterator<Item = Range<u64>> {
         self.rings.iter().flatten().filter_map(|ring| {
             let count = ring.count(ram)?;
             let end = ring.at(ring.records);
-            let start = (ring.gpa + (2 + count) * RECORD_BYTES).next_multiple_of(PAGE_SIZE);
+            // Behind the records that it may be in the middle of.
+            let start = ring.at(count + 1 + RING_SPARE).next_multiple_of(PAGE_SIZE);
             let end = end / PAGE_SIZE * PAGE_SIZE;
             (start < end).then_some(start..end)
         })

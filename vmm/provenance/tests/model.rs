@@ -9,14 +9,19 @@ use loom::thread;
 use umbra_provenance::rings::{Clock, DrainBy, RingMemory, Rings};
 use umbra_shadow::abi::{RECORD_BYTES, RecordKind};
 
-/// Room in a ring.
-const RECORDS: u64 = 2;
+/// Room in a ring, and what of it is for an NMI in the middle of a record.
+const RECORDS: u64 = 3;
+const SPARE: u64 = 1;
 /// A CPU rings the doorbell when there are so many records.
 const BELL: u64 = 1;
+
+/// Where an NMI may come while a CPU writes a record.
+const STEPS: usize = 8;
 
 /// A ring in guest memory. Of a record it has the stamp, 0 before it is written.
 struct Ring {
     count: AtomicU64,
+    claimed: AtomicU64,
     stamps: [AtomicU64; RECORDS as usize],
 }
 
@@ -46,8 +51,10 @@ impl RingMemory for Memory {
     }
 
     fn write(&self, gpa: u64, from: &[u8]) -> bool {
-        let count = u64::from_le_bytes(from.try_into().expect("a count"));
-        self.ring(gpa).0.count.store(count, Release);
+        assert_eq!(from, [0; 16], "a ring is emptied");
+        let ring = self.ring(gpa).0;
+        ring.claimed.store(0, Release);
+        ring.count.store(0, Release);
         true
     }
 
@@ -104,7 +111,11 @@ impl Run {
             rings.set_up(cpu as u16, ring(cpu), RECORDS, 0).expect("a ring for each");
         }
         let zero = || AtomicU64::new(0);
-        let memory = (0..cpus).map(|_| Ring { count: zero(), stamps: [zero(), zero()] });
+        let memory = (0..cpus).map(|_| Ring {
+            count: zero(),
+            claimed: zero(),
+            stamps: [zero(), zero(), zero()],
+        });
         Arc::new(Self {
             memory: Memory(memory.collect()),
             state: Mutex::new((rings, Vec::new())),
@@ -115,16 +126,47 @@ impl Run {
 
     /// A CPU's next record.
     fn push(&self, cpu: usize) {
-        let Ring { count, stamps } = &self.memory.0[cpu];
-        let mut n = count.load(Relaxed);
-        if n == RECORDS {
+        self.push_with_nmi(cpu, None);
+    }
+
+    /// The same, with an NMI at one of its [`STEPS`] that writes a record, too.
+    fn push_with_nmi(&self, cpu: usize, nmi: Option<usize>) {
+        let Ring { count, claimed, stamps } = &self.memory.0[cpu];
+        let mut nmi = nmi;
+        let mut step = |step| {
+            if nmi.take_if(|at| *at == step).is_some() {
+                self.push(cpu);
+            }
+        };
+        let n = claimed.load(Relaxed);
+        step(0);
+        if count.load(Relaxed) != claimed.load(Relaxed) {
+            assert!(n < RECORDS, "one fits");
+        } else if n + SPARE >= RECORDS {
+            step(1);
             self.drain(DrainBy::Cpu(cpu as u16));
-            n = 0;
+            step(2);
         } else if n == BELL {
             self.doorbell.ring(n as usize);
         }
+        step(3);
+        let n = claimed.fetch_add(1, Relaxed);
+        step(4);
         stamps[n as usize].store(self.stamps.fetch_add(1, SeqCst), Relaxed);
-        count.store(n + 1, Release);
+        step(5);
+        if count.load(Relaxed) != n {
+            return;
+        }
+        let mut all = claimed.load(Relaxed);
+        step(6);
+        loop {
+            count.store(all, Release);
+            step(7);
+            match claimed.load(Relaxed) {
+                now if now == all => break,
+                now => all = now,
+            }
+        }
     }
 
     /// Returns how many records have been taken.
@@ -161,6 +203,29 @@ fn a_ring_is_read_while_it_is_written() {
         run.drain(DrainBy::Vmm);
         assert_eq!(run.state.lock().unwrap().1, (1..=RECORDS + 1).collect::<Vec<_>>());
     });
+}
+
+/// An NMI at any step of a record, before and after a drain. Each record is taken once, and whole.
+#[test]
+fn an_nmi_may_write_a_record() {
+    for (before, at) in (0..RECORDS).flat_map(|before| (0..STEPS).map(move |at| (before, at))) {
+        loom::model(move || {
+            let run = Run::new(1);
+            let collector = {
+                let run = run.clone();
+                thread::spawn(move || run.drain(DrainBy::Collector))
+            };
+            (0..before).for_each(|_| run.push(0));
+            run.push_with_nmi(0, Some(at));
+            run.push(0);
+            collector.join().unwrap();
+            run.drain(DrainBy::Vmm);
+            let taken = &mut run.state.lock().unwrap().1;
+            taken.sort_unstable();
+            let all: Vec<_> = (1..run.stamps.load(SeqCst)).collect();
+            assert_eq!(*taken, all, "{before} {at}");
+        });
+    }
 }
 
 /// What one CPU frees another allocates. Their records come in that order, whenever the collector
