@@ -188,6 +188,7 @@ fn the_linux_patches_have_these_constants() {
         ("UMBRA_RECORD_CACHE", u8::from(RecordKind::Cache).into()),
         ("UMBRA_RECORD_TASK", u8::from(RecordKind::Task).into()),
         ("UMBRA_RECORD_FRAMES", RECORD_FRAMES as u64),
+        ("UMBRA_RING_SPARE", abi::RING_SPARE),
         ("UMBRA_REDZONE_ADAPTIVE", Redzone::Adaptive.to_register().into()),
     ];
     // Constants of its tables, its quarantine, and its part of the virtual range.

@@ -57,15 +57,11 @@ pub fn set_up(cpu: u64, memory: *mut RingHeader, bytes: u64, text_start: u64) ->
     let result = host::hypercall(CallNumber::RingSetup, memory as u64, ring_bytes, cpu, text_start);
     if !host::is_error(result) {
         stack::set_text_start(text_start);
-        // SAFETY: the caller's memory for a ring.
-        unsafe { (&raw mut (*memory).claimed).write_volatile(0) };
-        ring.records.store(all - kept, Relaxed);
         if kept != 0 {
             let entries = memory.wrapping_add((1 + all - kept) as usize).cast();
             ring.released.place(entries, (kept * RECORD_BYTES / RELEASED_BYTES).min(RELEASED_MAX));
         }
-        ring.header.store(memory, Release);
-        ring.set_quick(0);
+        ring.place(memory, all - kept);
     }
     result
 }
@@ -185,6 +181,13 @@ unsafe fn publish(header: *mut RingHeader) {
 }
 
 impl Ring {
+    /// Records go to zeroed `memory` from now on: a header, and so many records.
+    pub fn place(&self, memory: *mut RingHeader, records: u64) {
+        self.records.store(records, Relaxed);
+        self.header.store(memory, Release);
+        self.set_quick(0);
+    }
+
     /// Whether it was set up. If not, nothing is recorded.
     #[inline(always)]
     pub fn exists(&self) -> bool {

@@ -146,7 +146,8 @@ pub unsafe fn walk(fp: u64, frames: *mut u32) -> u64 {
             ends_with!(4), ends_with!(5), ends_with!(6), ends_with!(7), ends_with!(8),
             "30:",
             a = inout(reg) fp => _, b = out(reg) _, address = out(reg) _, depth = out(reg) depth,
-            base = sym TEXT_BASE, text = sym TEXT_BYTES, to = in(reg) frames, farthest = const MAX_FRAME, options(nostack),
+            to = in(reg) frames, base = sym TEXT_BASE, text = sym TEXT_BYTES,
+            farthest = const MAX_FRAME, options(nostack),
         );
     }
     depth
