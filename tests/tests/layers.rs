@@ -20,7 +20,10 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("umbra-skip", &[]),
     ("umbra-testkit", &[]),
     ("umbra-tests", &["umbra", "umbra-shadow", "umbra-skip", "umbra-testkit"]),
-    ("umbra-benches", &["umbra", "umbra-shadow", "umbra-skip", "umbra-testkit", "umbra-tests"]),
+    (
+        "umbra-benches",
+        &["umbra", "umbra-runtime", "umbra-shadow", "umbra-skip", "umbra-testkit", "umbra-tests"],
+    ),
     ("umbra-fuzz", &["umbra", "umbra-shadow", "umbra-testkit"]),
     ("xtask", &["umbra-skip", "umbra-testkit"]),
 ];

@@ -9,6 +9,7 @@
 pub mod kasan;
 pub mod memory;
 mod report;
+pub mod rings;
 
 use std::fs;
 use std::hint::black_box;

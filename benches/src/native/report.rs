@@ -2,10 +2,11 @@
 
 use std::fmt::Write as _;
 use std::path::Path;
+use std::thread;
 
 use anyhow::Result;
 
-use super::{Check, LARGE, Pattern, SETS, Time, needed, ratio, times};
+use super::{Check, LARGE, Pattern, SETS, Time, needed, ratio, rings, times};
 use crate::figure::Figure;
 use crate::plot::{self, Axis, Line};
 use crate::results;
@@ -51,7 +52,17 @@ pub fn measure(available: u64, folder: &Path, write: bool) -> Result<(Vec<Figure
             text.push_str(&plot(&times, pattern)?);
         }
     }
-    Ok((figures(available)?, text))
+    let mut figures = figures(available)?;
+    if thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1) {
+        figures.extend(rings::measure());
+    } else {
+        let skip = umbra_skip::line(
+            format_args!("records of two CPUs at once"),
+            format_args!("there is one CPU."),
+        );
+        let _ = writeln!(text, "\n{skip}");
+    }
+    Ok((figures, text))
 }
 
 fn find(times: &[Time], key: (Check, Pattern, u64, bool)) -> Option<f64> {

@@ -68,7 +68,8 @@ bit_set! {
         /// The contents of free pages are dead: the host may discard pages whose page shadow is
         /// [`FREE_PAGE`](crate::codes::FREE_PAGE), and they read as zero from then on. A page
         /// allocator may set this if it keeps its lists elsewhere, as Linux's does. The host may
-        /// also discard the rest of a ring, behind the records of its count and the next one.
+        /// also discard the rest of a ring, behind the records of its count, the next one, and
+        /// [`RING_SPARE`](super::RING_SPARE) more.
         FREE_PAGES_UNUSED = 1 << 0,
         /// The host may also discard pages that hold nothing but
         /// [`SLAB_FREE_TRACK`](crate::codes::SLAB_FREE_TRACK) and, beside it,
