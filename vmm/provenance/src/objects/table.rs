@@ -154,8 +154,9 @@ impl Table {
         if records > 0 && self.records.bytes() + records > most / 8 * 7 {
             return false;
         }
-        let rest = self.growth_beside(key, bytes);
-        rest.is_some_and(|rest| self.bytes() + records + rest <= most)
+        let Some(rest) = self.growth_beside(key, bytes) else { return false };
+        // The usual case is a page that is known, and a place that was used before.
+        records + rest == 0 || self.bytes() + records + rest <= most
     }
 
     /// Bytes that such an object adds beside its record; none if there are no more pages.
