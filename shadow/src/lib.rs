@@ -13,6 +13,7 @@ mod byte;
 pub mod classify;
 pub mod codes;
 pub mod full;
+pub mod group;
 pub mod memory;
 pub mod model;
 pub mod runtime;

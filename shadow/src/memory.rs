@@ -53,6 +53,17 @@ pub trait ShadowMemory {
         unchanged
     }
 
+    /// The page of `addr` was claimed. Its byte shadow is used from now on. Memory with a check
+    /// shadow makes its group real here ([`group::open`](crate::group::open)).
+    #[inline]
+    fn open_group(&mut self, _addr: u64) {}
+
+    /// The page shadow of `pages` pages, from the one that holds `addr` on, has become `value`, and
+    /// none of them is byte-checked. Memory with a check shadow follows here
+    /// ([`group::settle_pages`](crate::group::settle_pages)).
+    #[inline]
+    fn settle_groups(&mut self, _addr: u64, _pages: u64, _value: u8) {}
+
     /// Waits for the end of a promotion. Returns the page shadow of the page that holds `addr`,
     /// which was [`PAGE_BUSY`] a moment ago. If it still is, the models read the byte shadow.
     ///

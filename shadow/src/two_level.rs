@@ -7,7 +7,8 @@
 //! **The order of stores in a promotion matters**, because other CPUs check accesses to the page
 //! meanwhile, and the VMM may look for host memory to reclaim:
 //!
-//! 1. page shadow to [`PAGE_BUSY`]: the byte shadow is in use, but must not be read yet;
+//! 1. page shadow to [`PAGE_BUSY`]: the byte shadow is in use, but must not be read yet. If inline
+//!    checks read it, its group is opened (`group.rs`);
 //! 2. byte shadow of the whole page, from its old page shadow;
 //! 3. page shadow to [`PAGE_BYTES`];
 //! 4. the part.
@@ -107,6 +108,7 @@ impl<M: ShadowMemory> TwoLevel<M> {
         let (addr, pages) = parts.whole;
         if pages != 0 {
             self.memory.set_pages(addr, pages, value);
+            self.memory.settle_groups(addr, pages, value);
         }
         if let Some(tail) = parts.tail {
             self.set_part(tail, value);
@@ -133,6 +135,7 @@ impl<M: ShadowMemory> TwoLevel<M> {
                 Class::Whole(value) => {
                     // If another CPU has changed the page since, its class is read again.
                     if self.memory.claim_page(start, page) {
+                        self.memory.open_group(start);
                         self.memory.set_bytes(start, SHADOW_PER_PAGE, value);
                         self.memory.set_pages(start, 1, PAGE_BYTES);
                         return true;
