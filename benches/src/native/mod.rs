@@ -6,6 +6,7 @@
 //! of a large set comes from the cache that holds it. Times are CPU time, which is also right on a
 //! host with other work.
 
+pub mod instrumented;
 pub mod kasan;
 pub mod memory;
 mod report;

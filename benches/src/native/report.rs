@@ -6,7 +6,7 @@ use std::thread;
 
 use anyhow::Result;
 
-use super::{Check, LARGE, Pattern, SETS, Time, needed, ratio, rings, times};
+use super::{Check, LARGE, Pattern, SETS, Time, instrumented, needed, ratio, rings, times};
 use crate::figure::Figure;
 use crate::plot::{self, Axis, Line};
 use crate::results;
@@ -61,6 +61,20 @@ pub fn measure(available: u64, folder: &Path, write: bool) -> Result<(Vec<Figure
             format_args!("there is one CPU."),
         );
         let _ = writeln!(text, "\n{skip}");
+    }
+    match umbra::kernel::test_kernel() {
+        Some(kernel) => {
+            let (more, about) = instrumented::measure(kernel)?;
+            figures.extend(more);
+            text.push_str(&about);
+        }
+        None => {
+            let skip = umbra_skip::line(
+                format_args!("instrumented programs"),
+                format_args!("the test kernel, which has Umbra's checks, is not built in."),
+            );
+            let _ = writeln!(text, "\n{skip}");
+        }
     }
     Ok((figures, text))
 }

@@ -9,8 +9,7 @@
 
 use std::fmt::Write as _;
 
-use anyhow::{Context as _, Result, bail, ensure};
-use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
+use anyhow::{Context as _, Result, bail};
 use umbra::machine::loader::Boot;
 use umbra::machine::vcpu::{Vcpu, VmExit};
 use umbra::machine::{Kvm, Machine, MachineConfig, layout};
@@ -23,6 +22,7 @@ use crate::host::{SPARE, available_memory};
 use crate::native::memory::Map;
 use crate::native::{IN_ORDER, SCATTER, size};
 use crate::program::one_segment;
+use crate::runtime::Checks;
 
 /// Working sets, in bytes of checked memory.
 const SETS: [u64; 6] = [SMALL, 2 << 20, 16 << 20, 128 << 20, 1 << 30, LARGE];
@@ -96,61 +96,6 @@ fn code() -> &'static [u8] {
 
 /// Offset of the loop in it.
 const LOOP: u64 = 64;
-
-/// The runtime's checks for one kind of shadow.
-struct Checks {
-    code: Vec<u8>,
-    /// Bytes of each.
-    each: usize,
-}
-
-impl Checks {
-    /// The names, in order.
-    const NAMES: [&str; 6] = ["load1", "load2", "load4", "load8", "load16", "loadN"];
-
-    /// The checks of a kernel, patched with the fast paths at the symbol `templates`.
-    fn new(kernel: &[u8], templates: &str) -> Result<Self> {
-        let file = object::File::parse(kernel).context("the test kernel is not an ELF file")?;
-        let symbol = |name: &str| {
-            let found = file.symbols().find(|symbol| symbol.name() == Ok(name));
-            found.map(|symbol| (symbol.address(), symbol.size())).with_context(|| {
-                format!(
-                    "the test kernel has no symbol {name}: it was stripped, or has another runtime"
-                )
-            })
-        };
-        let bytes = |at: u64, len: usize| {
-            file.sections()
-                .find_map(|section| section.data_range(at, len as u64).ok().flatten())
-                .with_context(|| format!("the test kernel's file has nothing at {at:#x}"))
-        };
-        let (first, each) = symbol("__asan_load1_noabort")?;
-        let each = usize::try_from(each)?;
-        let (from, two, full) = (
-            symbol(templates)?.0,
-            symbol("umbra_templates_two_level")?.0,
-            symbol("umbra_templates_full")?.0,
-        );
-        let patch = usize::try_from(full.abs_diff(two))? / Self::NAMES.len();
-        ensure!(
-            (1..each).contains(&patch) && each <= 4096,
-            "the test kernel's checks are not as expected"
-        );
-        let mut code = bytes(first, each * Self::NAMES.len())?.to_vec();
-        let templates = bytes(from, patch * Self::NAMES.len())?;
-        for (slot, template) in code.chunks_exact_mut(each).zip(templates.chunks_exact(patch)) {
-            slot[..patch].copy_from_slice(template);
-        }
-        for (i, name) in Self::NAMES.iter().enumerate() {
-            let (at, _) = symbol(&format!("__asan_{name}_noabort"))?;
-            ensure!(
-                at == first + (i * each) as u64,
-                "the test kernel's checks are in another order"
-            );
-        }
-        Ok(Self { code, each })
-    }
-}
 
 /// A guest in ring 3, with the shadow of a working set.
 struct Guest {
@@ -276,7 +221,7 @@ impl Guest {
 
     /// The check of a name: for two-level shadow, or for a full one.
     fn check(&self, name: &str, full: bool) -> Result<u64> {
-        let at = Checks::NAMES.iter().position(|known| *known == name).context("no such check")?;
+        let at = Checks::LOADS.iter().position(|known| *known == name).context("no such check")?;
         Ok(self.checks[usize::from(full)] + at as u64 * self.each)
     }
 }
@@ -390,7 +335,7 @@ fn sizes(guest: &mut Guest) -> Result<String> {
     // Writing to a string does not fail.
     let _ = writeln!(text, "| a bare `ret` | {empty:.2} | | | | | |");
     let partial = BYTES + SMALL - GRANULE;
-    for (name, size) in Checks::NAMES.iter().zip([1, 2, 4, 8, 16, u64::from(VALID)]) {
+    for (name, size) in Checks::LOADS.iter().zip([1, 2, 4, 8, 16, u64::from(VALID)]) {
         let (two_level, full) = (guest.check(name, false)?, guest.check(name, true)?);
         let any = *name == "loadN";
         // Only accesses that the fast paths pass: there is no model here.
@@ -437,12 +382,5 @@ mod tests {
             assert!(run(VALID, 0, full).is_ok() && run(0, 4, full).is_ok());
             assert!(run(VALID, 4, full).is_err() && run(0xfc, 0, full).is_err());
         }
-    }
-
-    #[test]
-    fn another_kernel_is_refused() {
-        assert!(Checks::new(b"not a kernel", "umbra_templates_full").is_err());
-        let error = Checks::new(&one_segment(&[0x90]), "umbra_templates_full").err().unwrap();
-        assert!(error.to_string().contains("no symbol"), "{error}");
     }
 }
