@@ -6,9 +6,9 @@
 //! process costs. [`suite`] holds the figures of the core, [`linux`] those of booting Linux,
 //! [`linux_kasan`] those of Linux with different checks, [`nested`] those of a whole host. [`gate`]
 //! compares the figures that repeat exactly with those of before. [`heap`] measures memory.
-//! [`native`] times checks and instrumented programs without a guest, [`replay`] replays a recorded [`trace`]. [`pvh`] makes
-//! kernels that QEMU can also start. [`results`] keeps the results in the repository, with
-//! [`plot`]s.
+//! [`native`] times checks and instrumented programs without a guest, [`replay`] replays a recorded
+//! [`trace`]. [`pvh`] makes kernels that QEMU can also start. [`results`] keeps the results in the
+//! repository, with [`plot`]s.
 
 pub mod clock;
 pub mod figure;

@@ -150,7 +150,7 @@ uint64_t sort(uint8_t *set, size_t bytes, uint32_t seed)
 	return sum;
 }
 
-/* Compresses text by references to what came before, of 4 bytes or more. */
+/* Compresses text by references to what came before, of 3 bytes or more. */
 uint64_t lz(uint8_t *set, size_t bytes, uint32_t seed)
 {
 	size_t in_bytes = bytes / 2, out = 0;
@@ -159,13 +159,15 @@ uint64_t lz(uint8_t *set, size_t bytes, uint32_t seed)
 	uint32_t state = seed | 1;
 	uint64_t sum = 0;
 
-	if (in[0] == 0)
-		for (size_t i = 0; i < in_bytes; i++)
-			in[i] = i > 64 && next(&state) % 8 ? in[i - 7 - state % 31] : 'a' + state % 26;
+	for (size_t i = 0; i < in_bytes && in[i] == 0; i++) {
+		int again = i > 64 && next(&state) % 8;
+
+		in[i] = again ? in[i - 7 - state % 31] : 'a' + state % 26;
+	}
 	for (size_t done = 0, at = 0; done < WORK; done++, at++) {
 		if (at + 64 >= in_bytes)
 			at = 0;
-		uint32_t word = in[at] | in[at + 1] << 8 | in[at + 2] << 16 | (uint32_t)in[at + 3] << 24;
+		uint32_t word = in[at] | in[at + 1] << 8 | in[at + 2] << 16;
 		uint16_t *slot = &seen[word * 2654435761u >> 20];
 		size_t distance = (uint16_t)(at - *slot), length = 0;
 
@@ -175,7 +177,7 @@ uint64_t lz(uint8_t *set, size_t bytes, uint32_t seed)
 				length++;
 		if (out + 4 > bytes / 2 - 8192)
 			out = 0;
-		if (length >= 4) {
+		if (length >= 3) {
 			to[out++] = 0x80 | length;
 			to[out++] = distance;
 			to[out++] = distance >> 8;
@@ -191,7 +193,8 @@ uint64_t lz(uint8_t *set, size_t bytes, uint32_t seed)
 /* Reads text of names, numbers and strings. */
 uint64_t parse(uint8_t *set, size_t bytes, uint32_t seed)
 {
-	static const char record[] = "{\"name\": \"object\", \"size\": 4096, \"tags\": [1, 22, 333]},\n";
+	static const char record[] =
+		"{\"name\": \"object\", \"size\": 4096, \"tags\": [1, 22, 333]},\n";
 	uint64_t sum = seed;
 
 	if (set[0] == 0)
