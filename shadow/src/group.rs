@@ -178,7 +178,7 @@ pub trait GroupTable {
 #[inline]
 const fn highest_bits(bytes: u64) -> u8 {
     // Bit 8 i + 7 goes to bit 56 + i.
-    ((bytes & (HIGHEST)).wrapping_mul(0x0002_0408_1020_4081) >> 56) as u8
+    ((bytes & HIGHEST).wrapping_mul(0x0002_0408_1020_4081) >> 56) as u8
 }
 
 /// The highest bit of each byte.
@@ -202,14 +202,10 @@ const fn in_bytes(classes: u64) -> u8 {
 /// interrupted is under way.
 #[inline]
 pub fn settle<T: GroupTable>(table: &T, group: u64, pages: u8, value: u8) {
-    let mut patience = T::PATIENCE;
     loop {
         let from = table.entry(group);
         if from.is_busy() {
-            if patience > 0 {
-                patience -= 1;
-                table.pause();
-            } else if table.exchange(group, from, from.again()) {
+            if leaves_it(table, group) {
                 break;
             }
             continue;
@@ -224,6 +220,21 @@ pub fn settle<T: GroupTable>(table: &T, group: u64, pages: u8, value: u8) {
     }
 }
 
+/// Waits while a CPU opens the group. If that takes long, leaves what has changed to it, and
+/// returns true.
+#[cold]
+#[inline(never)]
+fn leaves_it<T: GroupTable>(table: &T, group: u64) -> bool {
+    for _ in 0..T::PATIENCE {
+        if !table.entry(group).is_busy() {
+            return false;
+        }
+        table.pause();
+    }
+    let entry = table.entry(group);
+    entry.is_busy() && table.exchange(group, entry, entry.again())
+}
+
 /// The entry that a group has to get, whose entry is `from`.
 #[inline]
 fn settled<T: GroupTable>(table: &T, group: u64, from: Entry, pages: u8, value: u8) -> Entry {
@@ -233,13 +244,19 @@ fn settled<T: GroupTable>(table: &T, group: u64, from: Entry, pages: u8, value: 
         return Entry::pattern(table.patterns(), poisoned(classes));
     }
     if from.is_real() {
-        (0..PAGES)
-            .filter(|page| pages >> page & 1 != 0)
-            .for_each(|page| table.fill(group, page, value));
+        fill_pages(table, group, pages, value);
         return from;
     }
     // A promotion will open the group. Until then its page is what it was.
     Entry::pattern(table.patterns(), poisoned(classes) | from.poisoned() & keep)
+}
+
+/// Out of line, since most groups are patterns.
+#[inline(never)]
+fn fill_pages<T: GroupTable>(table: &T, group: u64, pages: u8, value: u8) {
+    for page in (0..PAGES).filter(|page| pages >> page & 1 != 0) {
+        table.fill(group, page, value);
+    }
 }
 
 /// Makes a group real, for a page of it that is [`PAGE_BUSY`]. Afterwards it stays so as long as

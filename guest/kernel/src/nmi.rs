@@ -24,7 +24,10 @@ static OBJECT: AtomicU64 = AtomicU64::new(0);
 pub fn run(command_line: &str) {
     let words = command_line.split_ascii_whitespace();
     for nmis in words.filter_map(|word| word.strip_prefix("nmi=")?.parse().ok()) {
-        let Some(page) = page::alloc(0) else { return };
+        let Some(page) = page::alloc(0).filter(|_| smp::running() > 1) else {
+            println!("nmi: needs memory and two CPUs");
+            return;
+        };
         OBJECT.store(page, Relaxed);
         // The first time the page's shadow is promoted, for which nothing may wait.
         use_object();
