@@ -25,17 +25,18 @@
 //!    pages' own parts are filled before.
 //! 2. [`open`], in a promotion, makes the group real. It marks the entry busy, fills the parts of
 //!    the other pages, and exchanges it for the real one. The page is [`PAGE_BUSY`] meanwhile, so
-//!    that no other CPU takes the group for one without byte-checked pages. Its own part is filled
-//!    afterwards, when nobody fills parts of others any more.
-//! 3. A change of whole pages that leaves no byte-checked one makes the group a pattern again, and
-//!    the host memory of its real page can go.
+//!    that no other CPU takes the group for one without byte-checked pages. Its own part is as
+//!    accessible as in the pattern, and gets its code afterwards, when nobody fills parts of others
+//!    any more.
+//! 3. A change of whole pages that leaves no byte-checked one makes the group a pattern again. The
+//!    host memory of its real page can go when no CPU has a translation to it any more.
 //!
 //! A CPU that meets a busy entry waits, since an opening takes some hundred instructions. An NMI
 //! that has interrupted the opening must not: a change that has waited for long enough leaves the
 //! mark that the opener has to fill [again](Entry::is_again), and goes on. Until then the entry is
 //! the old one: a busy group is as accessible as it was.
 
-use crate::codes::{PAGE_BUSY, PAGE_BYTES, PAGE_SHIFT, PAGE_SIZE, PAGE_VALID};
+use crate::codes::{PAGE_BUSY, PAGE_BYTES, PAGE_SHIFT, PAGE_SIZE, PAGE_VALID, UNKNOWN};
 
 /// Pages of a group.
 pub const PAGES: u32 = 8;
@@ -63,8 +64,9 @@ impl Entry {
     const BUSY: u64 = 1 << 9;
     const AGAIN: u64 = 1 << 10;
     const REAL: u64 = 1 << 11;
-    /// The version: seven more.
-    const VERSION: u64 = 0x7f << Self::VERSION_SHIFT;
+    /// The version: eleven more, if there are no protection keys for supervisor pages. A CPU would
+    /// have to stand still between its two looks for that many changes of a group, less one.
+    const VERSION: u64 = 0x7ff << Self::VERSION_SHIFT;
     const VERSION_SHIFT: u32 = 52;
 
     /// The entry of a group without byte-checked pages: bit i of `poisoned` is set if page i is.
@@ -198,24 +200,27 @@ const fn in_bytes(classes: u64) -> u8 {
 }
 
 /// Brings a group into line after the page shadow of `pages` (bit i is page i) has become `value`.
-/// A poisoned page is found by this CPU's checks afterwards, unless an opening that this has
-/// interrupted is under way.
+/// A poisoned page is found by this CPU's checks afterwards; if this did not wait for an opening
+/// that is under way, when that has ended.
 #[inline]
 pub fn settle<T: GroupTable>(table: &T, group: u64, pages: u8, value: u8) {
+    let was_real;
     loop {
         let from = table.entry(group);
         if from.is_busy() {
             if leaves_it(table, group) {
+                was_real = false;
                 break;
             }
             continue;
         }
         let to = settled(table, group, from, pages, value);
         if table.exchange(group, from, to.after(from)) {
+            was_real = from.is_real() && !to.is_real();
             break;
         }
     }
-    if value != PAGE_VALID {
+    if value != PAGE_VALID || was_real {
         table.forget(group);
     }
 }
@@ -276,7 +281,7 @@ pub fn open<T: GroupTable>(table: &T, group: u64) {
         } else if table.exchange(group, from, from.busy()) {
             let mut busy = from.busy();
             loop {
-                fill_whole_pages(table, group);
+                fill_all_pages(table, group, from.poisoned());
                 if table.exchange(group, busy, real.after(from)) {
                     return table.forget(group);
                 }
@@ -290,14 +295,16 @@ pub fn open<T: GroupTable>(table: &T, group: u64) {
     }
 }
 
-/// Fills the parts of pages that are not byte-checked.
-fn fill_whole_pages<T: GroupTable>(table: &T, group: u64) {
+/// Fills the parts of all pages. Those that are being promoted, which are not known any more, are
+/// as in the pattern: poisoned or not.
+fn fill_all_pages<T: GroupTable>(table: &T, group: u64, pattern: u8) {
     let classes = table.classes(group).to_le_bytes();
     for (page, class) in (0..PAGES).zip(classes) {
-        // Whoever promotes a page fills it when the group is real.
-        if class != PAGE_BUSY && class != PAGE_BYTES {
-            table.fill(group, page, class);
-        }
+        let value = match class {
+            PAGE_BUSY | PAGE_BYTES => (pattern >> page & 1) * UNKNOWN,
+            class => class,
+        };
+        table.fill(group, page, value);
     }
 }
 

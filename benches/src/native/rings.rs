@@ -1,7 +1,8 @@
 //! What a record costs a CPU while another CPU writes records to a ring of its own, by the code
 //! that guests run. Nothing that both write may be in one cache line.
 //!
-//! Rings are emptied as the VMM does it, by their producers; the collector has no part in this.
+//! Producers empty their rings themselves before these are full, so that neither a drain nor the
+//! collector has a part in this. Both CPUs may be of one core, which then shows.
 
 use std::hint::black_box;
 use std::sync::Barrier;

@@ -491,7 +491,8 @@ fn main() -> ExitCode {
     let namespaces = kvm.and(&Need::root()).and(&namespaces());
     let nobody = kvm.and(&Need::root()).and(&kvm_is_guarded());
     let jq = test_kernel.and(&reports::jq());
-    let tests: [(&str, &Need, fn()); 45] = [
+    let traced = test_kernel.and(&Need::root());
+    let tests: [(&str, &Need, fn()); 46] = [
         ("status_0_is_clean", &test_kernel, status_0_is_clean),
         ("status_1_is_findings", &test_kernel, status_1_is_findings),
         ("status_2_is_a_host_or_usage_problem", &nothing, status_2_is_a_host_or_usage_problem),
@@ -534,6 +535,7 @@ fn main() -> ExitCode {
         ("the_script_finds_new_bugs", &jq, reports::the_script_finds_new_bugs),
         ("ctrl_c_ends_it_in_order", &kvm, streams::ctrl_c_ends_it_in_order),
         ("a_signal_may_come_at_any_time", &test_kernel, streams::a_signal_may_come_at_any_time),
+        ("a_collector_that_does_not_run", &traced, streams::a_collector_that_does_not_run),
         ("a_kill_leaves_nothing_behind", &kvm, streams::a_kill_leaves_nothing_behind),
         ("closed_pipes", &outputs, streams::closed_pipes),
         ("a_full_pipe", &outputs, streams::a_full_pipe),

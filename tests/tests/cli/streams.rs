@@ -53,6 +53,50 @@ pub fn a_signal_may_come_at_any_time() {
     }
 }
 
+/// The thread of a process that has this name, once there is one.
+fn thread_of(pid: i32, name: &str) -> i32 {
+    let tasks = || fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let is_it = |task: &Path| {
+        fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.trim_end() == name)
+    };
+    for _ in 0..1000 {
+        if let Some(task) = tasks().find(|task| is_it(&task.path())) {
+            return task.file_name().to_string_lossy().parse().expect("a number");
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    panic!("no thread {name}");
+}
+
+/// Stops one thread for so long, as a host without a processor for it does.
+fn hold(thread: i32, time: Duration) {
+    // SAFETY: the thread is one of our child's, for which this thread is the tracer now; the calls
+    // get and give no memory.
+    unsafe {
+        assert_eq!(libc::ptrace(libc::PTRACE_SEIZE, thread, 0, 0), 0);
+        assert_eq!(libc::ptrace(libc::PTRACE_INTERRUPT, thread, 0, 0), 0);
+        assert_eq!(libc::waitpid(thread, std::ptr::null_mut(), libc::__WALL), thread);
+        std::thread::sleep(time);
+        assert_eq!(libc::ptrace(libc::PTRACE_DETACH, thread, 0, 0), 0);
+    }
+}
+
+/// CPUs whose rings are full have them drained themselves. Nothing is lost.
+pub fn a_collector_that_does_not_run() {
+    let churn = || scenarios("huge_churn churn=15000").collect();
+    let undisturbed = churn().run();
+    let started = churn().start();
+    hold(thread_of(started.pid(), "collector"), Duration::from_millis(1200));
+    let disturbed = started.wait();
+    for run in [&undisturbed, &disturbed] {
+        run.expect(0);
+        assert_eq!(run.figure("/events/refused"), 0);
+    }
+    for figure in ["/events/allocations", "/events/frees"] {
+        assert_eq!(disturbed.figure(figure), undisturbed.figure(figure), "{figure}");
+    }
+}
+
 /// After `kill -9` nothing is left: no process of its group, no child of this process, and not the
 /// one that reads symbols, which sees that nobody is there to ask any more.
 pub fn a_kill_leaves_nothing_behind() {

@@ -13,6 +13,9 @@
 //! the second one sees it. What was complete when the CPU asked is taken, too. The collector, which
 //! drains while all CPUs run, does the same.
 //!
+//! An NMI in the middle of a record is the exception: its own records become visible with the one
+//! that it interrupted, whose stamp is later.
+//!
 //! A CPU may be anywhere, also between reading its ring's count and storing the incremented one. So
 //! only the CPU itself changes that count, and the drain that it asks for. Other drains remember
 //! here how far they have read. A CPU whose ring is full waits in its own request, so no record is
@@ -179,6 +182,9 @@ type RawBytes = [u8; RECORD_BYTES as usize];
 
 /// Bytes of a ring's header that a drain by its CPU sets to 0: `count` and `claimed`.
 const EMPTIED: usize = 16;
+
+/// Where `claimed` is in the header.
+const CLAIMED: u64 = 8;
 
 /// Records that are read at a time: a page of them.
 const BLOCK: usize = 64;
@@ -382,8 +388,10 @@ impl Rings {
         self.rings.iter().flatten().filter_map(|ring| {
             let count = ring.count(ram)?;
             let end = ring.at(ring.records);
-            // Behind the records that it may be in the middle of.
-            let start = ring.at(count + 1 + RING_SPARE).next_multiple_of(PAGE_SIZE);
+            // Behind the records that it may be in the middle of: those of NMIs may be many.
+            let claimed = ram.load(ring.gpa + CLAIMED)?.min(ring.records);
+            let begun = claimed.max(count + 1) + RING_SPARE;
+            let start = ring.at(begun).next_multiple_of(PAGE_SIZE);
             let end = end / PAGE_SIZE * PAGE_SIZE;
             (start < end).then_some(start..end)
         })

@@ -123,7 +123,7 @@ static void sift(uint32_t *heap, size_t at, size_t end)
 	}
 }
 
-/* Sorts numbers in pieces that fill the set one after the other. */
+/* Sorts numbers in pieces, which lie anywhere in the set. */
 uint64_t sort(uint8_t *set, size_t bytes, uint32_t seed)
 {
 	const size_t piece = 1024;
