@@ -1,6 +1,6 @@
-//! Orders in which CPUs, and an NMI on one of them, can take their steps in changes of the same group
-//! of pages (loom): all with up to three preemptions. Whatever the order, the group's entry fits its
-//! pages in the end.
+//! Orders in which CPUs, and an NMI on one of them, can take their steps in changes of the same
+//! group of pages (loom): all with up to three preemptions. Whatever the order, the group's entry
+//! fits its pages in the end.
 
 use std::cell::Cell;
 

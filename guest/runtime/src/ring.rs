@@ -161,9 +161,9 @@ unsafe fn claim(header: *mut RingHeader) -> u64 {
 }
 
 /// Raises a ring's count to the records that were begun: this is in the middle of none, so all are
-/// complete, those of NMIs that came meanwhile, too. It is one instruction, which copies from memory
-/// to memory: an NMI comes before it, and its record is among them, or behind it, and raises or
-/// resets the count itself.
+/// complete, those of NMIs that came meanwhile, too. It is one instruction, which copies from
+/// memory to memory: an NMI comes before it, and its record is among them, or behind it, and raises
+/// or resets the count itself.
 ///
 /// # Safety
 /// `header` is this CPU's ring.

@@ -185,8 +185,8 @@ impl Run {
     }
 }
 
-/// One CPU writes more records than its ring holds before it is drained. Each is taken once, whole, and in its order,
-/// and no later than the collector was told of it.
+/// One CPU writes more records than its ring holds before it is drained. Each is taken once, whole,
+/// and in its order, and no later than the collector was told of it.
 #[test]
 fn a_ring_is_read_while_it_is_written() {
     const PUSHED: u64 = RECORDS - SPARE + 2;
