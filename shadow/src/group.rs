@@ -204,22 +204,19 @@ const fn in_bytes(classes: u64) -> u8 {
 /// that is under way, when that has ended.
 #[inline]
 pub fn settle<T: GroupTable>(table: &T, group: u64, pages: u8, value: u8) {
-    let was_real;
-    loop {
+    let was_real = loop {
         let from = table.entry(group);
         if from.is_busy() {
             if leaves_it(table, group) {
-                was_real = false;
-                break;
+                break false;
             }
             continue;
         }
         let to = settled(table, group, from, pages, value);
         if table.exchange(group, from, to.after(from)) {
-            was_real = from.is_real() && !to.is_real();
-            break;
+            break from.is_real() && !to.is_real();
         }
-    }
+    };
     if value != PAGE_VALID || was_real {
         table.forget(group);
     }
