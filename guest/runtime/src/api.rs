@@ -187,12 +187,12 @@ fn free_now(mode: Features, address: u64, start: u64, slot: u64, code: u8, fp: u
         && address == start
         && !stack::is_near(fp, start)
         && let Some(memory) = object::slot(mode, start, slot, code)
+        && memory.is_accessible()
     {
         // SAFETY: the frame is the caller's.
-        let record = || unsafe { ring::push(PackedRecord::freed(), start, fp) };
-        if memory.freed(code, record) {
-            return true;
-        }
+        unsafe { ring::push(PackedRecord::freed(), start, fp) }
+        memory.poison(code);
+        return true;
     }
     freed_slowly(mode, address, start, slot, code, 0, fp)
 }
@@ -241,16 +241,16 @@ pub extern "C" fn umbra_free_later(
     {
         let record = PackedRecord::quarantined(owner, slot as u32);
         let fp = frame_pointer();
-        // Record and poison without an interrupt between them: the VMM may release the memory as
-        // soon as this CPU records another event.
         let due = without_interrupts(|| {
             let actor = state::current();
             let ring = ring::of(actor);
+            if !ring.exists() || !memory.is_accessible() {
+                return None;
+            }
             // SAFETY: the frame is this function's own; interrupts are off, and it is this CPU's
             // ring.
-            let record = || unsafe { ring.write(actor, record, start, fp) };
-            (ring.exists() && memory.freed(code, record))
-                .then(|| ring.count_quarantined(actor, slot))
+            unsafe { ring.write_after(|| memory.poison(code), actor, record, start, fp) }
+            Some(ring.count_quarantined(actor, slot))
         });
         if let Some(due) = due {
             if due {
@@ -312,14 +312,15 @@ fn quarantined_slowly(start: u64, slot: u64, code: u8, owner: Owner, fp: u64) ->
     let due = without_interrupts(|| {
         let actor = state::current();
         let ring = ring::of(actor);
-        let exists = ring.exists();
-        if exists {
-            let record = PackedRecord::quarantined(owner, slot as u32);
-            // SAFETY: the frame is that of a caller; interrupts are off, and it is this CPU's ring.
-            unsafe { ring.write(actor, record, start, fp) }
+        let poison = || shadow::poison(start, slot, code);
+        if !ring.exists() {
+            poison();
+            return None;
         }
-        shadow::poison(start, slot, code);
-        exists.then(|| ring.count_quarantined(actor, slot))
+        let record = PackedRecord::quarantined(owner, slot as u32);
+        // SAFETY: the frame is that of a caller; interrupts are off, and it is this CPU's ring.
+        unsafe { ring.write_after(poison, actor, record, start, fp) }
+        Some(ring.count_quarantined(actor, slot))
     });
     if due == Some(true) {
         quarantine::drain(false);

@@ -72,18 +72,17 @@ pub fn slot(mode: Features, start: u64, slot: u64, code: u8) -> Option<Slot> {
 }
 
 impl Slot {
-    /// Poisons the slot, after `record` has recorded the free. False if the object is not
-    /// accessible; then nothing was done.
+    /// Whether the object is accessible, as far as its first granule tells.
     #[inline(always)]
-    pub fn freed(self, code: u8, record: impl FnOnce()) -> bool {
+    pub fn is_accessible(self) -> bool {
         // SAFETY: the shadow of the slot is mapped.
-        unsafe {
-            if self.shadow.read_volatile() >= POISON_MIN {
-                return false;
-            }
-            record();
-            fill(self.shadow, self.granules, code);
-        }
-        true
+        unsafe { self.shadow.read_volatile() < POISON_MIN }
+    }
+
+    /// Poisons the slot.
+    #[inline(always)]
+    pub fn poison(self, code: u8) {
+        // SAFETY: the shadow of the slot is mapped.
+        unsafe { fill(self.shadow, self.granules, code) }
     }
 }

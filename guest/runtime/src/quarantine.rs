@@ -6,9 +6,9 @@
 //! allocator. At drains of the ring the VMM evicts some of the memory; the guest then fetches a
 //! list of it, and calls the allocators' release functions.
 //!
-//! Memory must not leave before its free has poisoned it. So a CPU records a free and poisons the
-//! memory with interrupts off, and the VMM keeps the last free of every CPU except the one that
-//! asks for a drain.
+//! Memory must not leave before its free has poisoned it. So the record of such a free becomes
+//! visible after that. Until then, for some instructions, a report of another CPU on that memory
+//! does not know who freed it.
 
 use core::ffi::c_void;
 use core::ptr::null_mut;

@@ -88,7 +88,8 @@ pub fn call(number: CallNumber, address: u64, size: u64, low: u16, slot: u64) ->
 ///
 /// Once the record is in the ring, other CPUs may rely on it. So an allocation is pushed before its
 /// address is handed out, and a free before the memory is poisoned: whoever finds the memory
-/// poisoned can find out who freed it.
+/// poisoned can find out who freed it. Only where memory goes into the quarantine is it the other
+/// way round ([`Ring::write_after`]).
 ///
 /// # Safety
 /// As [`stack::return_address`].
@@ -114,7 +115,7 @@ pub unsafe fn push_slowly(record: PackedRecord, address: u64, fp: u64) {
     unsafe { push(record, address, fp) }
 }
 
-/// Writes a record to a ring, and raises its count. The stamp is taken last.
+/// Writes a record to a ring, does `then`, and raises the count. The stamp is taken last.
 ///
 /// # Safety
 /// As [`Ring::write`]; `header` is this CPU's ring, and it has room for a record: `set_up` got
@@ -127,6 +128,7 @@ unsafe fn put(
     address: u64,
     fp: u64,
     stamp: impl FnOnce(*mut [u32; 2]),
+    then: impl FnOnce(),
 ) {
     // SAFETY: the caller's promises.
     unsafe {
@@ -138,6 +140,7 @@ unsafe fn put(
         (&raw mut (*to).address).write(address);
         (&raw mut (*to).sizes).write(record.sizes());
         stamp(&raw mut (*to).stamp);
+        then();
         compiler_fence(Release);
         if (&raw const (*header).count).read_volatile() == n {
             publish(header);
@@ -197,6 +200,25 @@ impl Ring {
     /// As [`stack::return_address`]; interrupts are off, and this is the ring of the CPU that runs.
     #[inline(always)]
     pub unsafe fn write(&self, actor: u64, record: PackedRecord, address: u64, fp: u64) {
+        // SAFETY: the caller's promises.
+        unsafe { self.write_after(|| (), actor, record, address, fp) }
+    }
+
+    /// [`Ring::write`], whose record becomes visible after `poison` was called. For memory that
+    /// goes into the quarantine: what the VMM sees it may release, also when an NMI has recorded
+    /// something else in the middle of this.
+    ///
+    /// # Safety
+    /// As [`Ring::write`].
+    #[inline(always)]
+    pub unsafe fn write_after(
+        &self,
+        poison: impl FnOnce(),
+        actor: u64,
+        record: PackedRecord,
+        address: u64,
+        fp: u64,
+    ) {
         let header = self.header.load(Relaxed);
         // SAFETY: without a ring it is a header of no records.
         let claimed = unsafe { (&raw const (*header).claimed).read_volatile() };
@@ -204,9 +226,9 @@ impl Ring {
         unsafe {
             if claimed < self.quick.load(Relaxed) {
                 let stamp = |to| stamp::tsc(record.is_allocation(), to);
-                put(header, record, actor, address, fp, stamp);
+                put(header, record, actor, address, fp, stamp, poison);
             } else {
-                self.write_slowly(actor, record, address, fp);
+                self.write_slowly(poison, actor, record, address, fp);
             }
         }
     }
@@ -220,17 +242,24 @@ impl Ring {
         self.quick.store(quick.min(records.saturating_sub(RING_SPARE)), Release);
     }
 
-    /// [`Ring::write`] where there is no ring, or it is full, or the doorbell is due, or stamps are
+    /// [`Ring::write_after`] where there is no ring, or it is full, or the doorbell is due, or stamps are
     /// counted. A record for which there is no room in the middle of another one is lost.
     ///
     /// # Safety
     /// As [`Ring::write`].
     #[cold]
     #[inline(never)]
-    unsafe fn write_slowly(&self, actor: u64, record: PackedRecord, address: u64, fp: u64) {
+    unsafe fn write_slowly(
+        &self,
+        poison: impl FnOnce(),
+        actor: u64,
+        record: PackedRecord,
+        address: u64,
+        fp: u64,
+    ) {
         let records = self.records.load(Relaxed);
         if records == 0 {
-            return;
+            return poison();
         }
         let header = self.header.load(Relaxed);
         // SAFETY: the caller's promises. The drain empties the ring.
@@ -239,7 +268,7 @@ impl Ring {
             if self.is_in_record() {
                 // Two that this has interrupted may be about to claim theirs.
                 if n + 2 >= records {
-                    return;
+                    return poison();
                 }
             } else if n != 0 && n + RING_SPARE >= records {
                 self.drain(actor);
@@ -251,7 +280,7 @@ impl Ring {
                 self.set_quick(n);
             }
             let stamp = |to| stamp::of(record.is_allocation(), to);
-            put(header, record, actor, address, fp, stamp);
+            put(header, record, actor, address, fp, stamp, poison);
         }
     }
 

@@ -193,28 +193,21 @@ impl Provenance {
         self.objects.related(key, by);
     }
 
-    /// Drains all rings; see [`Rings::drain`]. If a CPU asked for it, all its events are complete,
-    /// since a CPU records and poisons with interrupts off.
+    /// Drains all rings; see [`Rings::drain`].
     pub fn drain(&mut self, by: DrainBy, memory: &dyn RingMemory, key_of: KeyOf<'_>) -> Drained {
-        if let DrainBy::Cpu(cpu) = by {
-            self.quarantine.complete_in_flight(cpu);
-        }
         // The records change all other fields.
         let mut rings = std::mem::take(&mut self.rings);
         let mut drained = Drained::default();
         let collects = by == DrainBy::Collector;
         self.counts.ring_drains += u64::from(!rings.is_empty() && !collects);
-        let taken = rings.drain(by, memory, |record, last| {
-            let in_flight = last && by != DrainBy::Cpu(record.at.cpu);
-            match self.take_in(record, in_flight, key_of) {
-                Ok(None) => {}
-                Ok(Some(free)) if drained.invalid_frees.len() < INVALID_FREES => {
-                    drained.invalid_frees.push(free);
-                }
-                Ok(Some(_)) => {}
-                Err(RecordError::Senseless) => drained.refused.senseless += 1,
-                Err(RecordError::QueueFull) => drained.refused.queue_full += 1,
+        let taken = rings.drain(by, memory, |record| match self.take_in(record, key_of) {
+            Ok(None) => {}
+            Ok(Some(free)) if drained.invalid_frees.len() < INVALID_FREES => {
+                drained.invalid_frees.push(free);
             }
+            Ok(Some(_)) => {}
+            Err(RecordError::Senseless) => drained.refused.senseless += 1,
+            Err(RecordError::QueueFull) => drained.refused.queue_full += 1,
         });
         self.rings = rings;
         if collects {
@@ -228,7 +221,6 @@ impl Provenance {
     fn take_in(
         &mut self,
         record: &RingRecord,
-        in_flight: bool,
         key_of: KeyOf<'_>,
     ) -> Result<Option<InvalidFree>, RecordError> {
         let key_of = |address, bytes| key_of(address, bytes).ok_or(RecordError::Senseless);
@@ -260,10 +252,9 @@ impl Provenance {
             }
             RecordBody::Task { name } => self.name_task(task, name),
         }
-        if self.quarantine.push_or_defer(record.at.cpu, waits, in_flight) {
-            Ok(invalid)
-        } else {
-            Err(RecordError::QueueFull)
+        match waits {
+            Some(memory) if !self.quarantine.push(memory) => Err(RecordError::QueueFull),
+            _ => Ok(invalid),
         }
     }
 }

@@ -25,8 +25,6 @@ const BATCHES_FREE: u64 = 5;
 pub const MAX_OBJECTS: usize = 1 << 20;
 /// Most additional objects until the guest fetches evicted ones: all records of all rings, twice.
 const MAX_PENDING: usize = 8 * RING_MAX_RECORDS as usize;
-/// Most CPUs that have rings.
-const CPUS: usize = 64;
 
 /// Size of the quarantine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -77,8 +75,6 @@ pub struct QuarantineFigures {
 #[derive(Debug)]
 pub struct Quarantine {
     queue: VecDeque<Released>,
-    /// The last free of each CPU, if it may not have poisoned the memory yet.
-    in_flight: [Option<Released>; CPUS],
     /// Bytes that an eviction keeps.
     keep: u64,
     batch: u64,
@@ -92,7 +88,6 @@ impl Quarantine {
         let free = batch.saturating_mul(BATCHES_FREE).saturating_mul(cpus.into());
         Self {
             queue: VecDeque::new(),
-            in_flight: [None; CPUS],
             keep: limit.saturating_sub(free),
             batch,
             figures: QuarantineFigures { limit_bytes: limit, ..QuarantineFigures::default() },
@@ -111,18 +106,9 @@ impl Quarantine {
 
     /// Pushes freed memory, which is already poisoned. False if the queue is full: the guest has
     /// fetched nothing.
-    pub fn push(&mut self, memory: Released) -> bool {
-        let good = self.count(memory);
-        if good {
-            self.queue.push_back(memory);
-        }
-        good
-    }
-
-    /// Counts memory that waits. False if there is no room for it in the queue.
     #[inline]
-    fn count(&mut self, memory: Released) -> bool {
-        if self.figures.objects >= (MAX_OBJECTS + MAX_PENDING) as u64 {
+    pub fn push(&mut self, memory: Released) -> bool {
+        if self.queue.len() >= MAX_OBJECTS + MAX_PENDING {
             return false;
         }
         let f = &mut self.figures;
@@ -130,34 +116,8 @@ impl Quarantine {
         f.held += 1;
         f.bytes += u64::from(memory.slot);
         f.peak_bytes = f.peak_bytes.max(f.bytes);
+        self.queue.push_back(memory);
         true
-    }
-
-    /// Handles a CPU's next event: a free of `memory`, or anything else. The CPU's previous event
-    /// is complete now. If this one is `in_flight` (the CPU's last event), the CPU may not have
-    /// poisoned its memory yet. False if the queue is full: the guest has fetched nothing.
-    #[inline]
-    pub fn push_or_defer(&mut self, cpu: u16, memory: Option<Released>, in_flight: bool) -> bool {
-        self.complete_in_flight(cpu);
-        let Some(memory) = memory else { return true };
-        if !in_flight || usize::from(cpu) >= CPUS {
-            return self.push(memory);
-        }
-        let good = self.count(memory);
-        self.in_flight[usize::from(cpu)] = Some(memory).filter(|_| good);
-        good
-    }
-
-    /// All events of a CPU are complete: it has poisoned what it freed.
-    #[inline]
-    pub fn complete_in_flight(&mut self, cpu: u16) {
-        if let Some(place) = self.in_flight.get_mut(usize::from(cpu))
-            && let Some(memory) = *place
-        {
-            *place = None;
-            // It was counted when it came in.
-            self.queue.push_back(memory);
-        }
     }
 
     /// Whether the guest has to fetch evicted memory: a batch more waits than an eviction keeps.
@@ -216,29 +176,6 @@ mod tests {
         assert_eq!((figures.objects, figures.held, figures.released), (110, 121, 11));
         assert_eq!(quarantine.evict(1000, true).len(), 110);
         assert_eq!((quarantine.figures().bytes, quarantine.host_bytes()), (0, 0));
-    }
-
-    #[test]
-    fn a_free_that_may_be_under_way_is_kept_back() {
-        let mut quarantine = Quarantine::new(1 << 20, 2);
-        let out = |quarantine: &mut Quarantine| {
-            quarantine.evict(10, true).iter().map(|memory| memory.address).collect::<Vec<_>>()
-        };
-        assert!(quarantine.push_or_defer(1, Some(memory(1, 8)), true));
-        // It waits, but does not come out.
-        assert!(out(&mut quarantine).is_empty());
-        assert_eq!((quarantine.figures().objects, quarantine.figures().bytes), (1, 8));
-        // The next event of the same CPU completes it; an event of another CPU does not.
-        assert!(quarantine.push_or_defer(0, None, true));
-        assert!(out(&mut quarantine).is_empty());
-        assert!(quarantine.push_or_defer(1, Some(memory(2, 8)), true));
-        assert_eq!(out(&mut quarantine), [1]);
-        quarantine.complete_in_flight(1);
-        assert_eq!(out(&mut quarantine), [2]);
-        quarantine.complete_in_flight(1);
-        assert!(quarantine.push_or_defer(99, Some(memory(3, 8)), true));
-        assert_eq!(out(&mut quarantine), [3]);
-        assert_eq!((quarantine.figures().held, quarantine.figures().released), (3, 3));
     }
 
     #[test]

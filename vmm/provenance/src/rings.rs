@@ -243,9 +243,8 @@ impl<'a> Reader<'a> {
         self.block.as_chunks().0.get(self.next).map_or(LAST, order)
     }
 
-    /// Passes records to `take`, each with whether it is the last of its CPU, until one is not
-    /// before `until`, or later than `latest`, or `left` were taken. A ring that is emptied is
-    /// taken as a whole.
+    /// Passes records to `take` until one is not before `until`, or later than `latest`, or `left`
+    /// were taken. A ring that is emptied is taken as a whole.
     #[inline]
     fn take_until(
         &mut self,
@@ -253,13 +252,12 @@ impl<'a> Reader<'a> {
         latest: u64,
         left: &mut u64,
         ram: &dyn RingMemory,
-        take: &mut impl FnMut(&RingRecord, bool),
+        take: &mut impl FnMut(&RingRecord),
     ) -> Stopped {
         let latest = if self.emptied { u64::MAX } else { latest };
         let text_base = self.ring.text_base;
         loop {
             let block = self.block.as_chunks().0;
-            let is_last_block = self.read == self.count;
             let first = self.next;
             let mut stopped = None;
             for bytes in block.get(first..).unwrap_or_default() {
@@ -277,8 +275,7 @@ impl<'a> Reader<'a> {
                 *left -= 1;
                 self.next += 1;
                 let at = Moment { cpu: self.cpu, micros: self.clock.micros(stamp) };
-                let is_last = is_last_block && self.next == block.len();
-                take(&RingRecord { at, text_base, bytes }, is_last);
+                take(&RingRecord { at, text_base, bytes });
             }
             if !self.emptied {
                 self.ring.drained += (self.next - first) as u64;
@@ -397,15 +394,14 @@ impl Rings {
         })
     }
 
-    /// Drains all rings: passes their new records to `take` in the order of their stamps, each with
-    /// whether it is the last of its CPU. If a CPU asked for the drain, its ring is empty
-    /// afterwards; later records of the others wait for the next drain. Wild stamps only change the
-    /// order of the guest's own events.
+    /// Drains all rings: passes their new records to `take` in the order of their stamps. If a
+    /// CPU asked for the drain, its ring is empty afterwards; later records of the others wait for
+    /// the next drain. Wild stamps only change the order of the guest's own events.
     pub fn drain(
         &mut self,
         by: DrainBy,
         ram: &dyn RingMemory,
-        mut take: impl FnMut(&RingRecord, bool),
+        mut take: impl FnMut(&RingRecord),
     ) -> Taken {
         let rings = self.rings.iter().flatten();
         let latest = match by {

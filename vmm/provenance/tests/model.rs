@@ -2,6 +2,7 @@
 //! C11 allows (`loom`). The reading side is the VMM's own code. The writing side is as
 //! `guest/runtime/src/ring.rs`, whose volatile accesses are to real guest memory.
 
+use loom::cell::UnsafeCell;
 use loom::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use loom::sync::atomic::{AtomicBool, AtomicU64};
 use loom::sync::{Arc, Condvar, Mutex};
@@ -16,7 +17,10 @@ const SPARE: u64 = 3;
 const BELL: u64 = 1;
 
 /// Where an NMI may come while a CPU writes a record: before so many steps.
-const STEPS: usize = 8;
+const STEPS: usize = 9;
+
+/// More than all stamps of a run.
+const STAMPS: usize = 16;
 
 /// A ring in guest memory. Of a record it has the stamp, 0 before it is written.
 struct Ring {
@@ -101,6 +105,8 @@ struct Run {
     state: Mutex<(Rings, Vec<u64>)>,
     doorbell: Doorbell,
     stamps: AtomicU64,
+    /// Whether the memory is poisoned whose free has this stamp.
+    poisoned: [UnsafeCell<bool>; STAMPS],
 }
 
 impl Run {
@@ -121,6 +127,7 @@ impl Run {
             state: Mutex::new((rings, Vec::new())),
             doorbell: Doorbell::default(),
             stamps: AtomicU64::new(1),
+            poisoned: [(); STAMPS].map(|()| UnsafeCell::new(false)),
         })
     }
 
@@ -156,7 +163,11 @@ impl Run {
         step();
         let n = claimed.fetch_add(1, Relaxed);
         step();
-        stamps[n as usize].store(self.stamps.fetch_add(1, SeqCst), Relaxed);
+        let stamp = self.stamps.fetch_add(1, SeqCst);
+        stamps[n as usize].store(stamp, Relaxed);
+        step();
+        // SAFETY: whoever reads this has read the record.
+        self.poisoned[stamp as usize].with_mut(|poisoned| unsafe { *poisoned = true });
         step();
         if count.load(Relaxed) != n {
             return;
@@ -171,8 +182,12 @@ impl Run {
     fn drain(&self, by: DrainBy) -> usize {
         let mut state = self.state.lock().unwrap();
         let (rings, taken) = &mut *state;
-        rings.drain(by, &self.memory, |record, _| {
-            taken.push(record.at.micros.expect("a stamp"));
+        rings.drain(by, &self.memory, |record| {
+            let stamp = record.at.micros.expect("a stamp");
+            // SAFETY: it was written before the record was visible.
+            let poisoned = self.poisoned[stamp as usize].with(|poisoned| unsafe { *poisoned });
+            assert!(poisoned, "the memory may leave the quarantine");
+            taken.push(stamp);
         });
         taken.len()
     }

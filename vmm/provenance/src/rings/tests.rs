@@ -68,7 +68,7 @@ fn a_drain_takes_what_the_count_says_once() {
             assert!(ram.write(header, &count.to_le_bytes()));
         }
         let mut addresses = Vec::new();
-        rings.drain(by, &ram, |event, _| {
+        rings.drain(by, &ram, |event| {
             assert_eq!(event.frames().len(), RECORD_FRAMES);
             assert_eq!(event.frames()[..2], [[0, 0, 0x10, 0x80], [0; 4]]);
             addresses.push(allocation(event).0);
@@ -116,7 +116,7 @@ fn a_wild_count_is_bounded_by_the_ring() {
         let (ram, mut rings) = ram_with_ring(count);
         let mut taken = 0;
         for _ in 0..2 {
-            assert!(!rings.drain(DrainBy::Collector, &ram, |_, _| taken += 1).more);
+            assert!(!rings.drain(DrainBy::Collector, &ram, |_| taken += 1).more);
         }
         assert_eq!(taken, 4, "count {count:#x}");
     }
@@ -150,10 +150,7 @@ fn events_of_all_cpus_come_in_the_order_of_their_stamps() {
         }
         let mut taken = Vec::new();
         for by in [DrainBy::Vmm, DrainBy::Cpu(0), DrainBy::Cpu(1), DrainBy::Cpu(2)] {
-            let mut last = [false; 3];
-            rings.drain(by, &ram, |event, is_last| {
-                let last = &mut last[usize::from(event.at.cpu)];
-                assert!(!std::mem::replace(last, is_last), "once, at the end");
+            rings.drain(by, &ram, |event| {
                 taken.push((allocation(event).1, event.at.micros.unwrap_or_default()));
             });
         }
@@ -180,7 +177,7 @@ fn a_free_comes_before_an_allocation_with_its_stamp() {
         assert!(ram.write(gpa + 64, &[kind.into()]));
     }
     let mut taken = Vec::new();
-    rings.drain(DrainBy::Vmm, &ram, |event, _| taken.push(event.at));
+    rings.drain(DrainBy::Vmm, &ram, |event| taken.push(event.at));
     assert_eq!(taken, [1, 0].map(|cpu| Moment { cpu, micros: Some(1_500_000) }));
 }
 
@@ -234,7 +231,7 @@ fn the_collector_takes_so_many_at_a_time() {
     let mut taken = Vec::new();
     let mut steps = vec![0];
     let mut step = |by| {
-        let part = rings.drain(by, &ram, |event, _| taken.push(event.at.micros.unwrap()));
+        let part = rings.drain(by, &ram, |event| taken.push(event.at.micros.unwrap()));
         steps.push(taken.len() as u64);
         assert_eq!(part.records, steps[steps.len() - 1] - steps[steps.len() - 2]);
         part.more
@@ -321,7 +318,7 @@ impl Running {
     fn drain(&self, by: DrainBy) {
         let mut drained = self.drained.lock().unwrap();
         let (rings, objects) = &mut *drained;
-        rings.drain(by, &self.ram, |event, _| {
+        rings.drain(by, &self.ram, |event| {
             let (kind, object) = match event.decode().map(|record| record.body) {
                 Ok(RecordBody::Allocated { address, .. }) => (RecordKind::Allocated, address),
                 Ok(RecordBody::Freed { address, .. }) => (RecordKind::Freed, address),
@@ -405,12 +402,12 @@ fn a_drain_for_one_cpu_leaves_later_records_of_others() {
     fill(&ram.0, 1, 0x10_1000, &[10]);
     let mut drain = |by| {
         let mut taken = Vec::new();
-        rings.drain(by, &ram, |event, last| taken.push((event.at.micros.unwrap(), last)));
+        rings.drain(by, &ram, |event| taken.push(event.at.micros.unwrap()));
         taken
     };
     // The second record of CPU 1 is later than all that were there.
-    assert_eq!(drain(DrainBy::Cpu(0)), [(9, false), (10, false), (11, true)]);
-    assert_eq!(drain(DrainBy::Cpu(0)), [(12, true)]);
+    assert_eq!(drain(DrainBy::Cpu(0)), [9, 10, 11]);
+    assert_eq!(drain(DrainBy::Cpu(0)), [12]);
     assert_eq!(drain(DrainBy::Cpu(1)), []);
     assert_eq!(ram.load(0x10_1000), Some(0));
 }
