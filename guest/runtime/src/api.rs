@@ -249,7 +249,7 @@ pub extern "C" fn umbra_free_later(
             }
             // SAFETY: the frame is this function's own; interrupts are off, and it is this CPU's
             // ring.
-            unsafe { ring.write_after(|| memory.poison(code), actor, record, start, fp) }
+            unsafe { ring.write_after(move || memory.poison(code), actor, record, start, fp) }
             Some(ring.count_quarantined(actor, slot))
         });
         if let Some(due) = due {

@@ -115,7 +115,7 @@ pub unsafe fn push_slowly(record: PackedRecord, address: u64, fp: u64) {
     unsafe { push(record, address, fp) }
 }
 
-/// Writes a record to a ring, does `then`, and raises the count. The stamp is taken last.
+/// Calls `first`, writes a record to a ring, and raises its count. The stamp is taken last.
 ///
 /// # Safety
 /// As [`Ring::write`]; `header` is this CPU's ring, and it has room for a record: `set_up` got
@@ -128,8 +128,9 @@ unsafe fn put(
     address: u64,
     fp: u64,
     stamp: impl FnOnce(*mut [u32; 2]),
-    then: impl FnOnce(),
+    first: impl FnOnce(),
 ) {
+    first();
     // SAFETY: the caller's promises.
     unsafe {
         let n = claim(header);
@@ -140,7 +141,6 @@ unsafe fn put(
         (&raw mut (*to).address).write(address);
         (&raw mut (*to).sizes).write(record.sizes());
         stamp(&raw mut (*to).stamp);
-        then();
         compiler_fence(Release);
         if (&raw const (*header).count).read_volatile() == n {
             publish(header);

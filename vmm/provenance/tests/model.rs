@@ -17,7 +17,7 @@ const SPARE: u64 = 3;
 const BELL: u64 = 1;
 
 /// Where an NMI may come while a CPU writes a record: before so many steps.
-const STEPS: usize = 9;
+const STEPS: usize = 8;
 
 /// More than all stamps of a run.
 const STAMPS: usize = 16;
@@ -164,10 +164,9 @@ impl Run {
         let n = claimed.fetch_add(1, Relaxed);
         step();
         let stamp = self.stamps.fetch_add(1, SeqCst);
-        stamps[n as usize].store(stamp, Relaxed);
-        step();
         // SAFETY: whoever reads this has read the record.
         self.poisoned[stamp as usize].with_mut(|poisoned| unsafe { *poisoned = true });
+        stamps[n as usize].store(stamp, Relaxed);
         step();
         if count.load(Relaxed) != n {
             return;
