@@ -83,6 +83,16 @@ impl Entry {
         Self(Self::ALL | Self::WRITE | Self::REAL | gpa)
     }
 
+    /// The entry that fits a group's page shadow (byte i is page i's), while no CPU changes it.
+    /// `real` is the guest-physical address of the group's own shadow.
+    pub const fn of(classes: u64, patterns: u64, real: u64) -> Self {
+        if in_bytes(classes) == 0 {
+            Self::pattern(patterns, poisoned(classes))
+        } else {
+            Self::real(real)
+        }
+    }
+
     /// The entry with these bits.
     pub const fn from_bits(bits: u64) -> Self {
         Self(bits)

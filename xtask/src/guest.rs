@@ -21,6 +21,8 @@ struct Plain {
     /// Its folder below `target/guest`.
     part: &'static str,
     package: &'static str,
+    /// Its features that are on.
+    features: &'static [&'static str],
     object: &'static str,
     /// Symbols that stay global. All others become local, its `core` included.
     kept: &'static [&'static str],
@@ -31,6 +33,7 @@ struct Plain {
 const RUNTIME: Plain = Plain {
     part: "runtime",
     package: "umbra-runtime",
+    features: &[],
     object: "libumbra_rt.o",
     kept: &["umbra_*", "__asan_*", "__wrap_*"],
     // The runtime's checked memory functions get the C names, after its own unchecked ones were
@@ -45,10 +48,19 @@ const RUNTIME: Plain = Plain {
     ],
 };
 
+/// The runtime of kernels whose compiler checks inline.
+const RUNTIME_INLINE: Plain = Plain {
+    part: "runtime-inline",
+    features: &["inline"],
+    object: "libumbra_rt_inline.o",
+    ..RUNTIME
+};
+
 /// The test kernel's allocators.
 const MEMORY: Plain = Plain {
     part: "memory",
     package: "umbra-kernel-memory",
+    features: &[],
     object: "kernel-memory.o",
     kept: &["kernel_*", "kmalloc", "kfree", "kfree_sensitive", "krealloc", "ksize", "kmem_cache_*"],
     renamed: &[],
@@ -63,23 +75,56 @@ const COMMON: [&str; 5] = [
     "-Cpanic=abort",
 ];
 
-/// Flags for instrumented code: every check is a call, stack and globals have redzones. The mapping
-/// offset makes the compiler's own stores to a stack's shadow agree with the runtime's look-ups
-/// (address >>s 3, nothing added).
+/// Flags for instrumented code: stack and globals have redzones.
 ///
 /// A release build of rustc drops the names of variables by default; findings on a stack print
 /// them.
-const SANITIZER: [&str; 9] = [
+const SANITIZER: [&str; 6] = [
     "-Zfewer-names=no",
     "-Zsanitizer=kernel-address",
     "-Zsanitizer-recover=kernel-address",
     "-Zexternal-clangrt",
-    "-Cllvm-args=-asan-instrumentation-with-call-threshold=0",
     "-Cllvm-args=-asan-stack=1",
     "-Cllvm-args=-asan-globals=1",
-    "-Cllvm-args=-asan-mapping-offset=0xe000000000000000",
-    "-Cllvm-args=-asan-max-inline-poisoning-size=0",
 ];
+
+/// How the compiler checks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Checks {
+    /// Each check is a call.
+    Outline,
+    /// Checks read the check shadow.
+    Inline,
+}
+
+impl Checks {
+    /// Flags for instrumented code, beside [`SANITIZER`].
+    fn flags(self) -> [&'static str; 3] {
+        match self {
+            // The mapping offset makes the compiler's own stores to a stack's shadow agree with
+            // the runtime's look-ups (address >>s 3, nothing added).
+            Self::Outline => [
+                "-Cllvm-args=-asan-instrumentation-with-call-threshold=0",
+                "-Cllvm-args=-asan-mapping-offset=0xe000000000000000",
+                "-Cllvm-args=-asan-max-inline-poisoning-size=0",
+            ],
+            // The offset is `umbra_shadow::abi::check_shadow::CHECK_OFFSET`.
+            Self::Inline => [
+                "-Cllvm-args=-asan-instrumentation-with-call-threshold=7000",
+                "-Cllvm-args=-asan-mapping-offset=0xdffffc0000000000",
+                "-Cllvm-args=-asan-max-inline-poisoning-size=64",
+            ],
+        }
+    }
+
+    /// The folder for the test kernel below `target/guest`, and the kernel's name there.
+    fn kernel(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Outline => ("kernel", "umbra-kernel"),
+            Self::Inline => ("kernel-inline", "umbra-kernel-inline"),
+        }
+    }
+}
 
 /// Flags for other people's kernels in Rust. Their copies, fills and comparisons would be those of
 /// `compiler_builtins`, which is linked before the runtime and checks nothing: the compiler calls
@@ -193,19 +238,21 @@ impl<'a> Guest<'a> {
     /// Builds the test kernel and its parts.
     fn all(&self) -> Result<PathBuf> {
         self.context.progress.step("building the guest runtime");
-        let runtime = self.plain(&RUNTIME)?;
+        let [outline, inline] = [&RUNTIME, &RUNTIME_INLINE].map(|runtime| self.plain(runtime));
         self.context.progress.step("building the test kernel's allocators");
         let memory = self.plain(&MEMORY)?;
-        self.kernel(&[&runtime, &memory])
+        self.kernel(Checks::Inline, &[&inline?, &memory])?;
+        self.kernel(Checks::Outline, &[&outline?, &memory])
     }
 
     /// A library as one relocatable object.
     fn plain(&self, library: &Plain) -> Result<PathBuf> {
         let progress = &self.context.progress;
-        let Plain { part, package, kept, renamed, .. } = library;
+        let Plain { part, package, features, kept, renamed, .. } = library;
         self.cargo(part, &[])
             .env("CARGO_PROFILE_RELEASE_LTO", "fat")
             .args(["--package", package, "--crate-type", "staticlib"])
+            .args(["--features", &features.join(",")])
             .args([
                 "-Zbuild-std=core,compiler_builtins",
                 "-Zbuild-std-features=compiler-builtins-mem",
@@ -261,7 +308,8 @@ impl<'a> Guest<'a> {
     fn configuration(&self) -> String {
         let rustc = format!("{:?}", self.tools.compiler.rustc.display().to_string());
         let linked = |what: &str, path: &Path| format!("{:?}", format!("{what}{}", path.display()));
-        let flags = COMMON.iter().chain(&SANITIZER).chain(&CHECKED_MEMORY);
+        let checks = Checks::Outline.flags();
+        let flags = COMMON.iter().chain(&SANITIZER).chain(&checks).chain(&CHECKED_MEMORY);
         let mut flags: Vec<String> = flags.map(|flag| format!("{flag:?}")).collect();
         flags.push(linked("-Clinker=", &self.tools.linker));
         flags.push(linked("-Clink-arg=", &self.folder.join("libumbra_rt.a")));
@@ -305,15 +353,17 @@ impl<'a> Guest<'a> {
     }
 
     /// Links the test kernel with these objects.
-    fn kernel(&self, objects: &[&Path]) -> Result<PathBuf> {
+    fn kernel(&self, checks: Checks, objects: &[&Path]) -> Result<PathBuf> {
         let progress = &self.context.progress;
+        let (part, name) = checks.kernel();
+        let flags: Vec<&str> = SANITIZER.into_iter().chain(checks.flags()).collect();
         progress.step("building the test kernel");
         let script = self.context.root.join("guest/kernel/link.ld");
         // Cargo does not track files that only the linker reads. A fingerprint of them in the
         // arguments makes it link again when they change, and compile only the kernel's own crate.
         let files: Vec<&Path> = objects.iter().copied().chain([script.as_path()]).collect();
         let linked_with = fingerprint(&files, &[])?;
-        self.cargo("kernel", &SANITIZER)
+        self.cargo(part, &flags)
             .args(["--package", "umbra-kernel", "--bin", "umbra-kernel", "--features", "guest"])
             .args(["-Zbuild-std=core,alloc,compiler_builtins", "--"])
             .args(["--cfg".to_owned(), format!("umbra_linked_with=\"{linked_with}\"")])
@@ -327,8 +377,8 @@ impl<'a> Guest<'a> {
                     .map(|argument| format!("-Clink-arg={argument}")),
             )
             .run_or_fail(progress)?;
-        let kernel = self.folder.join("umbra-kernel");
-        install(&self.built("kernel", "umbra-kernel"), &kernel)?;
+        let kernel = self.folder.join(name);
+        install(&self.built(part, "umbra-kernel"), &kernel)?;
         Ok(kernel)
     }
 

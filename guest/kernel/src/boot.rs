@@ -27,7 +27,21 @@ global_asm!(
     "boot_high:",
     "movabs rsp, offset boot_stack + {stack}",
     "xor ebp, ebp",
-    "mov rdi, rsi",
+    // Global pages, and the no-execute bit.
+    "mov rax, cr4",
+    "or rax, 0x80",
+    "mov cr4, rax",
+    "mov ecx, 0xc0000080",
+    "rdmsr",
+    "or eax, 0x800",
+    "wrmsr",
+    "push rsi",
+    "push rsi",
+    "movabs rdi, offset boot_pml4",
+    "movabs rsi, {image}",
+    "call umbra_early",
+    "pop rdi",
+    "pop rsi",
     "call kernel_main",
     "ud2",
     ".section .data.boot, \"aw\"",
@@ -82,6 +96,11 @@ pub fn text() -> core::ops::Range<u64> {
 /// The first stack.
 pub fn stack() -> u64 {
     (&raw const boot_stack) as u64
+}
+
+/// The top-level page table.
+pub fn top_level() -> *mut u64 {
+    (&raw mut boot_pml4).cast()
 }
 
 /// The guest-physical address behind the image.

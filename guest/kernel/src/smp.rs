@@ -38,11 +38,13 @@ global_asm!(
     // paging.
     "mov eax, dword ptr ds:[192]",
     "mov cr3, eax",
-    "mov eax, 0x20",
+    // PAE, and global pages.
+    "mov eax, 0xa0",
     "mov cr4, eax",
     "mov ecx, 0xc0000080",
     "xor edx, edx",
-    "mov eax, 0x100",
+    // Long mode, and the no-execute bit.
+    "mov eax, 0x900",
     "wrmsr",
     "lgdtd ds:[208]",
     "mov eax, 0x80000011",

@@ -14,7 +14,7 @@ use umbra_shadow::runtime::{CurrentFn, Offer, ReleaseFn, Trap};
 use crate::cpu::without_interrupts;
 use crate::ring;
 use crate::stack::{self, frame_pointer, return_address};
-use crate::{checks, host, object, quarantine, settings, shadow, state};
+use crate::{INLINE, checks, groups, host, object, quarantine, settings, shadow, state};
 
 /// Looks for Umbra and makes the first call. Returns the features, also stored in `offer`. 0
 /// without Umbra, or if the ABI versions differ; `offer.version` then has the VMM's.
@@ -23,14 +23,19 @@ pub extern "C" fn umbra_discover(offer: &mut Offer) -> u32 {
     *offer = Offer::default();
     let Some(host) = host::discover() else { return 0 };
     offer.version = host.version;
-    let flags = GuestFlags::REPORTS_ACTIVATION.bits();
+    let inline = if INLINE { GuestFlags::INLINE } else { GuestFlags::default() };
+    let flags = (GuestFlags::REPORTS_ACTIVATION | inline).bits();
+    groups::set_host(&host);
     if host::is_error(host::hypercall(CallNumber::Hello, abi::VERSION.into(), flags, 0, 0)) {
         return 0;
     }
     offer.features = host.features.bits();
     settings::set(Some(&host));
-    (offer.page_window, offer.page_window_bytes) = host.page_window;
-    (offer.byte_window, offer.byte_window_bytes) = host.byte_window;
+    // Where the compiler checks inline, the kernel maps nothing: `umbra_map` does.
+    if !INLINE {
+        (offer.page_window, offer.page_window_bytes) = host.page_window;
+        (offer.byte_window, offer.byte_window_bytes) = host.byte_window;
+    }
     offer.virtual_bytes = host.virtual_bytes;
     offer.features
 }
@@ -41,7 +46,7 @@ pub extern "C" fn umbra_discover(offer: &mut Offer) -> u32 {
 pub extern "C" fn umbra_region_add(start: u64, bytes: u64, gpa: u64) -> bool {
     bytes != 0
         && !host::is_error(host::hypercall(CallNumber::RegionAdd, start, bytes, gpa, 0))
-        && state::add_region(start, bytes)
+        && state::add_region(start, bytes, gpa)
 }
 
 /// Asks for shadow for virtual memory that maps single pages, which come and go: `bytes` from
@@ -55,7 +60,7 @@ pub extern "C" fn umbra_virtual_add(start: u64, bytes: u64) -> u64 {
         return 0;
     }
     let key = host::hypercall(CallNumber::VirtualAdd, start, bytes, 0, 0);
-    if host::is_error(key) || !state::add_region(start, bytes) {
+    if host::is_error(key) || !state::add_region(start, bytes, key) {
         return 0;
     }
     key

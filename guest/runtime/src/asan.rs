@@ -4,12 +4,13 @@
 //! (`llvm/lib/Transforms/Instrumentation/AddressSanitizer.cpp`); the redzones of `alloca` are those
 //! of `mm/kasan/generic.c`.
 
+use umbra_shadow::abi::check_shadow::CHECK_OFFSET;
 use umbra_shadow::abi::{CallNumber, Features, Global};
 use umbra_shadow::codes;
 use umbra_shadow::memory::ShadowMemory;
 
 use crate::stack::frame_pointer;
-use crate::{host, shadow, state};
+use crate::{INLINE, host, shadow, state};
 
 /// Poisons the redzones behind globals.
 ///
@@ -65,7 +66,7 @@ pub extern "C" fn __asan_handle_no_return() {
         // mapped; any value will do.
         let next = unsafe { (top as *const u64).read_volatile() };
         let rises = next > top && next - start < LEFT_BYTES && next.is_multiple_of(8);
-        if !rises || !state::in_region(next, next.wrapping_add(15)) {
+        if !rises || state::place(next, next.wrapping_add(15)).is_none() {
             break;
         }
         top = next;
@@ -131,11 +132,12 @@ fn set_shadow(at: u64, n: u64, value: u8) {
     if n == 0 || state::mode() == Features::default() {
         return;
     }
-    let address = at << codes::GRANULE_SHIFT;
+    let offset = if INLINE { CHECK_OFFSET } else { 0 };
+    let address = at.wrapping_sub(offset) << codes::GRANULE_SHIFT;
     if state::mode().has(Features::RING) {
         // Stacks are byte-checked from their creation, so this is real shadow.
-        if state::in_region(address, address + n * codes::GRANULE - 1) {
-            shadow::Windows.set_bytes(address, n, value);
+        if let Some(place) = state::place(address, address + n * codes::GRANULE - 1) {
+            shadow::Windows.set_bytes(place, n, value);
         }
     } else {
         shadow::set_on_stack(address, n, value);

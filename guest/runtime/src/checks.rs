@@ -31,7 +31,7 @@ use umbra_shadow::abi::Access::{self, Read, Write};
 use umbra_shadow::abi::Features;
 
 use crate::stack::frame_pointer;
-use crate::{host, shadow, state};
+use crate::{INLINE, groups, host, shadow, state};
 
 /// Bytes of one check's stub.
 pub const STUB: usize = 384;
@@ -311,11 +311,16 @@ global_asm!(
     ".endif",
     ".balign 64, 0xcc",
     ".endm",
+    ".macro umbra_model",
+    ".byte 0xe9",
+    ".long UMBRA_SLOW - 5",
+    ".balign 64, 0xcc",
+    ".endm",
     ".section .text.umbra_checks, \"ax\", @progbits",
     ".balign 64, 0xcc",
     // Global, since the code that uses them may land in another object of the archive.
-    ".globl umbra_stubs, umbra_templates_two_level, umbra_templates_full",
-    ".hidden umbra_stubs, umbra_templates_two_level, umbra_templates_full",
+    ".globl umbra_stubs, umbra_templates_two_level, umbra_templates_full, umbra_templates_model",
+    ".hidden umbra_stubs, umbra_templates_two_level, umbra_templates_full, umbra_templates_model",
     "umbra_stubs:",
     "umbra_stub __asan_load1_noabort, 1, 0",
     "umbra_stub __asan_load2_noabort, 2, 0",
@@ -329,6 +334,20 @@ global_asm!(
     "umbra_stub __asan_store8_noabort, 8, 1",
     "umbra_stub __asan_store16_noabort, 16, 1",
     "umbra_stub_any __asan_storeN_noabort, 1",
+    // What code that checks inline calls when its check fails.
+    ".macro umbra_report_entry name, size, access",
+    ".globl \\name",
+    ".type \\name, @function",
+    "\\name:",
+    "umbra_slow \\size, \\access",
+    ".size \\name, . - \\name",
+    ".endm",
+    ".irp bytes, 1, 2, 4, 8, 16",
+    "umbra_report_entry __asan_report_load\\bytes\\()_noabort, \\bytes, 0",
+    "umbra_report_entry __asan_report_store\\bytes\\()_noabort, \\bytes, 1",
+    ".endr",
+    "umbra_report_entry __asan_report_load_n_noabort, 0, 0",
+    "umbra_report_entry __asan_report_store_n_noabort, 0, 1",
     // With `-fno-sanitize-recover` compilers leave the suffix off. Here the VMM decides whether to
     // stop.
     ".macro umbra_abort_name name",
@@ -367,9 +386,12 @@ global_asm!(
     "umbra_full 8",
     "umbra_full 16",
     // Any size: straight to the model.
-    ".byte 0xe9",
-    ".long UMBRA_SLOW - 5",
-    ".balign 64, 0xcc",
+    "umbra_model",
+    // Where the compiler checks inline, few calls are left.
+    "umbra_templates_model:",
+    ".rept 6",
+    "umbra_model",
+    ".endr",
     ".text",
 );
 
@@ -377,6 +399,7 @@ unsafe extern "C" {
     static umbra_stubs: [[u8; STUB]; STUBS.len()];
     static umbra_templates_two_level: [[u8; PATCH]; STUBS.len() / 2];
     static umbra_templates_full: [[u8; PATCH]; STUBS.len() / 2];
+    static umbra_templates_model: [[u8; PATCH]; STUBS.len() / 2];
 }
 
 /// Puts the fast paths for `features` into the stubs.
@@ -392,7 +415,9 @@ pub unsafe fn activate(features: Features) {
         let (flags, cr0): (u64, u64);
         asm!("pushfq", "pop {}", "cli", "mov {}, cr0", out(reg) flags, out(reg) cr0);
         asm!("mov cr0, {}", in(reg) cr0 & !write_protect, options(nostack));
-        let templates = if features.has(Features::FULL) {
+        let templates = if INLINE {
+            &raw const umbra_templates_model
+        } else if features.has(Features::FULL) {
             &raw const umbra_templates_full
         } else {
             &raw const umbra_templates_two_level
@@ -422,7 +447,12 @@ pub fn running(rip: u64, second_argument: u64) -> Option<(u64, Access)> {
 /// The whole check, for accesses that the fast path did not pass.
 #[unsafe(no_mangle)]
 extern "C" fn umbra_slow_check(address: u64, size: u64, write: bool, ip: u64) {
-    check_range(address, size, if write { Write } else { Read }, ip);
+    let good = check_range(address, size, if write { Write } else { Read }, ip);
+    if INLINE && good {
+        // An inline check has found the memory poisoned in a translation that is out of date.
+        groups::forget(address);
+        groups::forget(address.wrapping_add(size.wrapping_sub(1)));
+    }
 }
 
 /// Checks any range. Returns false when it reported a violation.

@@ -22,6 +22,8 @@ pub struct Host {
     pub quarantine_batch: u64,
     /// Redzones behind objects.
     pub redzone: Redzone,
+    /// Guest-physical address of the pattern pages; 0 if the VMM makes no check shadow.
+    pub patterns: u64,
 }
 
 fn pair(leaf: CpuidResult) -> (u64, u64) {
@@ -47,6 +49,8 @@ pub fn discover() -> Option<Host> {
     } else {
         (0, Redzone::Adaptive)
     };
+    let has_patterns = __cpuid(base).eax >= base + abi::CPUID_LEAF_PATTERNS;
+    let patterns = if has_patterns { pair(__cpuid(base + abi::CPUID_LEAF_PATTERNS)).0 } else { 0 };
     Some(Host {
         version: about.eax,
         features: Features::from_bits(about.ecx),
@@ -55,6 +59,7 @@ pub fn discover() -> Option<Host> {
         virtual_bytes: pair(__cpuid(base + abi::CPUID_LEAF_VIRTUAL)).0,
         quarantine_batch,
         redzone,
+        patterns,
     })
 }
 

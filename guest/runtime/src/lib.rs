@@ -17,6 +17,7 @@ pub mod asan;
 pub mod checks;
 pub mod cpu;
 pub mod entries;
+mod groups;
 pub mod host;
 pub mod memfn;
 pub mod object;
@@ -28,6 +29,10 @@ pub mod shadow;
 pub mod stack;
 mod stamp;
 pub mod state;
+pub mod tables;
+
+/// Whether this is the runtime of kernels whose compiler checks inline.
+pub const INLINE: bool = cfg!(feature = "inline");
 
 #[cfg(target_os = "none")]
 #[panic_handler]

@@ -17,21 +17,22 @@ fn slot_shadow(mode: Features, address: u64, slot: u64) -> Option<*mut u8> {
     let last = address.wrapping_add(slot.wrapping_sub(1));
     if (address | slot) & (GRANULE - 1) != 0
         || slot.wrapping_sub(1) >= PAGE_SIZE
-        || !state::in_first(address, last)
     {
         return None;
     }
+    let place = state::place_in_first(address, last)?;
+    let last = place + (slot - 1);
     if mode.has(Features::PER_PAGE) {
         // SAFETY: both addresses are in a region, so their shadow is mapped.
         let pages =
-            unsafe { (page_shadow(address).read_volatile(), page_shadow(last).read_volatile()) };
+            unsafe { (page_shadow(place).read_volatile(), page_shadow(last).read_volatile()) };
         if pages != (PAGE_BYTES, PAGE_BYTES) {
             return None;
         }
     } else if !mode.has(Features::FULL) {
         return None;
     }
-    Some(byte_shadow(address))
+    Some(byte_shadow(place))
 }
 
 /// Makes `bytes` at the start of a slot of at most a page accessible, and poisons the rest of it.

@@ -1,11 +1,14 @@
-//! The guest's view of the shadow: windows at fixed virtual offsets. The guest changes them
+//! The guest's view of the shadow: windows at fixed virtual addresses. The guest changes them
 //! directly or by hypercall.
+//!
+//! Shadow is looked up by its *place* ([`state::place`]): the address itself, or where the compiler
+//! checks inline its key.
 
 use core::arch::asm;
 use core::hint::spin_loop;
 use core::sync::atomic::{AtomicU8, Ordering, compiler_fence};
 
-use umbra_shadow::abi::{CallNumber, Features, MemoryUse};
+use umbra_shadow::abi::{CallNumber, Features, MemoryUse, check_shadow};
 use umbra_shadow::codes;
 use umbra_shadow::full::Full;
 use umbra_shadow::memory::ShadowMemory;
@@ -13,19 +16,28 @@ use umbra_shadow::model::Shadow;
 use umbra_shadow::two_level::TwoLevel;
 
 use crate::cpu::without_interrupts;
-use crate::{host, state};
+use crate::{INLINE, groups, host, state};
 
-/// The windows, at offset 0 from the arithmetically shifted address (see `ARCHITECTURE.md`).
+/// The windows: at offset 0 from the arithmetically shifted address (see `ARCHITECTURE.md`), or
+/// where [`check_shadow`] says.
 pub struct Windows;
 
 #[inline]
-pub(crate) fn page_shadow(address: u64) -> *mut u8 {
-    (address.cast_signed() >> codes::PAGE_SHIFT) as *mut u8
+pub(crate) fn page_shadow(place: u64) -> *mut u8 {
+    if INLINE {
+        check_shadow::PAGE_WINDOW.wrapping_add(place >> codes::PAGE_SHIFT) as *mut u8
+    } else {
+        (place.cast_signed() >> codes::PAGE_SHIFT) as *mut u8
+    }
 }
 
 #[inline]
-pub(crate) fn byte_shadow(address: u64) -> *mut u8 {
-    (address.cast_signed() >> codes::GRANULE_SHIFT) as *mut u8
+pub(crate) fn byte_shadow(place: u64) -> *mut u8 {
+    if INLINE {
+        check_shadow::BYTE_WINDOW.wrapping_add(place >> codes::GRANULE_SHIFT) as *mut u8
+    } else {
+        (place.cast_signed() >> codes::GRANULE_SHIFT) as *mut u8
+    }
 }
 
 /// Fills shadow, by words where possible: on hosts that emulate ring 0 each instruction counts.
@@ -73,7 +85,7 @@ pub(crate) unsafe fn fill(mut at: *mut u8, mut n: u64, value: u8) {
 
 impl ShadowMemory for Windows {
     fn base(&self) -> u64 {
-        0xffff_8000_0000_0000
+        if INLINE { 0 } else { 0xffff_8000_0000_0000 }
     }
 
     fn limit(&self) -> u64 {
@@ -110,6 +122,20 @@ impl ShadowMemory for Windows {
         page.compare_exchange(from, codes::PAGE_BUSY, Ordering::SeqCst, Ordering::Relaxed).is_ok()
     }
 
+    #[inline]
+    fn open_group(&mut self, place: u64) {
+        if INLINE {
+            groups::open(place);
+        }
+    }
+
+    #[inline]
+    fn settle_groups(&mut self, place: u64, pages: u64, value: u8) {
+        if INLINE {
+            groups::settle(place, pages, value);
+        }
+    }
+
     #[cold]
     fn wait_page(&self, address: u64) -> u8 {
         // Another CPU, or in `sync` mode the VMM, fills it: some 70 instructions.
@@ -127,26 +153,25 @@ fn full() -> bool {
     state::mode().has(Features::FULL)
 }
 
-/// Whether shadow exists and covers all of `address..address + len`.
-fn covered(address: u64, len: u64) -> bool {
-    len != 0
-        && state::mode().has(Features::SHADOW)
-        && address.checked_add(len - 1).is_some_and(|last| state::in_region(address, last))
+/// The place of `address..address + len`, if shadow exists and covers all of it.
+fn covered(address: u64, len: u64) -> Option<u64> {
+    if len == 0 || !state::mode().has(Features::SHADOW) {
+        return None;
+    }
+    state::place(address, address.checked_add(len - 1)?)
 }
 
 /// Poisons memory, as this run's mode requires. Memory outside all regions has no shadow and does
 /// not change.
 pub fn poison(address: u64, len: u64, code: u8) {
-    if !covered(address, len) {
-        return;
-    }
+    let Some(place) = covered(address, len) else { return };
     if state::mode().has(Features::SYNC) {
         host::hypercall(CallNumber::Poison, address, len, u64::from(code), 0);
     } else if full() {
-        let _ = Full::new(Windows).poison(address, len, code);
+        let _ = Full::new(Windows).poison(place, len, code);
     } else {
         // An interrupt handler must not wait for a promotion that it interrupted.
-        let _ = without_interrupts(|| TwoLevel::new(Windows).poison(address, len, code));
+        let _ = without_interrupts(|| TwoLevel::new(Windows).poison(place, len, code));
     }
 }
 
@@ -157,23 +182,24 @@ pub fn unpoison(address: u64, len: u64) {
 
 /// [`unpoison`], which also passes the use of the memory to the VMM in `sync` mode.
 pub fn unpoison_for(address: u64, len: u64, memory_use: MemoryUse) {
-    if !covered(address, len) {
-        return;
-    }
+    let Some(place) = covered(address, len) else { return };
     if state::mode().has(Features::SYNC) {
         host::hypercall(CallNumber::Unpoison, address, len, memory_use.into(), 0);
     } else if full() {
-        let _ = Full::new(Windows).unpoison(address, len);
+        let _ = Full::new(Windows).unpoison(place, len);
     } else {
-        let _ = without_interrupts(|| TwoLevel::new(Windows).unpoison(address, len));
+        let _ = without_interrupts(|| TwoLevel::new(Windows).unpoison(place, len));
     }
 }
 
 /// Makes pages byte-checked. For stacks, whose shadow compiled code stores directly.
 pub fn promote(address: u64, len: u64) {
     // In `sync` mode the VMM promotes at the first poisoning. `full` has nothing to promote.
-    if covered(address, len) && state::mode().has(Features::RING) && !full() {
-        let _ = without_interrupts(|| TwoLevel::new(Windows).promote(address, len));
+    if let Some(place) = covered(address, len)
+        && state::mode().has(Features::RING)
+        && !full()
+    {
+        let _ = without_interrupts(|| TwoLevel::new(Windows).promote(place, len));
     }
 }
 
@@ -181,12 +207,10 @@ pub fn promote(address: u64, len: u64) {
 /// demotes a page: the compiler's next store to the stack's shadow needs a byte-checked page.
 pub fn set_on_stack(address: u64, granules: u64, value: u8) {
     let len = granules << codes::GRANULE_SHIFT;
-    if !covered(address, len) {
-        return;
-    }
+    let Some(place) = covered(address, len) else { return };
     if !state::mode().has(Features::SYNC) {
         promote(address, len);
-        Windows.set_bytes(address, granules, value);
+        Windows.set_bytes(place, granules, value);
     } else if value == 0 {
         unpoison(address, len);
     } else if value >= codes::POISON_MIN {
@@ -205,23 +229,19 @@ pub fn check(address: u64, len: u64) -> bool {
     if len == 0 || !state::mode().has(Features::SHADOW) {
         return true;
     }
-    if !covered(address, len) {
-        return false;
-    }
+    let Some(place) = covered(address, len) else { return false };
     if full() {
-        Full::new(Windows).check(address, len).is_ok()
+        Full::new(Windows).check(place, len).is_ok()
     } else {
-        TwoLevel::new(Windows).check(address, len).is_ok()
+        TwoLevel::new(Windows).check(place, len).is_ok()
     }
 }
 
 /// The byte-shadow value in force at `address`; 0 where there is no shadow.
 pub fn value(address: u64) -> u8 {
-    if !covered(address, 1) {
-        0
-    } else if full() {
-        Full::new(Windows).state(address)
-    } else {
-        TwoLevel::new(Windows).state(address)
+    match covered(address, 1) {
+        None => 0,
+        Some(place) if full() => Full::new(Windows).state(place),
+        Some(place) => TwoLevel::new(Windows).state(place),
     }
 }

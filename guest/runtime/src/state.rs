@@ -7,6 +7,8 @@ use core::sync::atomic::{
 use umbra_shadow::abi::Features;
 use umbra_shadow::runtime::CurrentFn;
 
+use crate::INLINE;
+
 /// Most regions a kernel may have.
 pub const REGIONS: usize = 16;
 /// Most CPUs whose rings and suppression counts are kept.
@@ -15,12 +17,38 @@ pub const CPUS: usize = 64;
 static MODE: AtomicU32 = AtomicU32::new(0);
 static CURRENT: AtomicPtr<()> = AtomicPtr::new(core::ptr::null_mut());
 static REGION_COUNT: AtomicUsize = AtomicUsize::new(0);
-static REGION: [(AtomicU64, AtomicU64); REGIONS] =
-    [const { (AtomicU64::new(0), AtomicU64::new(0)) }; REGIONS];
+static REGION: [RegionState; REGIONS] = [const {
+    RegionState {
+        first: AtomicU64::new(0),
+        last: AtomicU64::new(0),
+        to_place: AtomicU64::new(0),
+    }
+}; REGIONS];
 static SUPPRESSED: [AtomicU32; CPUS] = [const { AtomicU32::new(0) }; CPUS];
 static REPORTING: [AtomicBool; CPUS] = [const { AtomicBool::new(false) }; CPUS];
 
 static VIOLATIONS: AtomicU64 = AtomicU64::new(0);
+
+/// A region, as its users need it.
+struct RegionState {
+    first: AtomicU64,
+    /// A region may end at the top of memory, so its last byte is kept, not its end.
+    last: AtomicU64,
+    /// What is added to an address to get its place.
+    to_place: AtomicU64,
+}
+
+impl RegionState {
+    /// The place of `first..=last`, if this region has all of it. Without a region both limits are
+    /// 0, and nothing is in it.
+    #[inline(always)]
+    fn place(&self, first: u64, last: u64) -> Option<u64> {
+        let holds = self.first.load(Relaxed) <= first
+            && last <= self.last.load(Relaxed)
+            && first <= last;
+        holds.then(|| if INLINE { first.wrapping_add(self.to_place.load(Relaxed)) } else { first })
+    }
+}
 
 /// The features in force; none as long as checks are off.
 #[inline]
@@ -61,34 +89,41 @@ pub fn has_room() -> bool {
     REGION_COUNT.load(Relaxed) < REGIONS
 }
 
-/// Adds a region of memory that is mapped one to one, or of virtual memory. False when the table is
-/// full.
-pub fn add_region(start: u64, bytes: u64) -> bool {
+/// Adds a region of memory that is mapped one to one, or of virtual memory, whose start has this
+/// key. False when the table is full.
+pub fn add_region(start: u64, bytes: u64, key: u64) -> bool {
     let n = REGION_COUNT.load(Relaxed);
-    let Some((s, e)) = REGION.get(n) else { return false };
-    s.store(start, Relaxed);
-    // A region may end at the top of memory, so its last byte is kept, not its end.
-    e.store(start.wrapping_add(bytes - 1), Relaxed);
+    let Some(region) = REGION.get(n) else { return false };
+    region.to_place.store(key.wrapping_sub(start), Relaxed);
+    region.first.store(start, Relaxed);
+    region.last.store(start.wrapping_add(bytes - 1), Relaxed);
     REGION_COUNT.store(n + 1, Relaxed);
     true
 }
 
-/// Whether all of `first..=last` is in one region, so that its shadow is mapped.
+/// Where the shadow of `first..=last` is looked up, if all of it is in one region: by its address,
+/// or in a kernel that is checked inline by its key.
 #[inline]
-pub fn in_region(first: u64, last: u64) -> bool {
+pub fn place(first: u64, last: u64) -> Option<u64> {
     let n = REGION_COUNT.load(Relaxed);
-    REGION
-        .iter()
-        .take(n)
-        .any(|(s, e)| s.load(Relaxed) <= first && last <= e.load(Relaxed) && first <= last)
+    REGION.iter().take(n).find_map(|region| region.place(first, last))
 }
 
-/// [`in_region`] for the first region only, where most objects are.
+/// [`place`] for the first region only, where most objects are.
 #[inline(always)]
-pub fn in_first(first: u64, last: u64) -> bool {
-    let (s, e) = &REGION[0];
-    // Without any region both are 0, and the range is not in it.
-    s.load(Relaxed) <= first && last <= e.load(Relaxed) && first <= last
+pub fn place_in_first(first: u64, last: u64) -> Option<u64> {
+    REGION[0].place(first, last)
+}
+
+/// The addresses of all regions that have this place.
+#[inline]
+pub fn addresses(place: u64) -> impl Iterator<Item = u64> {
+    let n = REGION_COUNT.load(Relaxed);
+    REGION.iter().take(n).filter_map(move |region| {
+        let address = place.wrapping_sub(region.to_place.load(Relaxed));
+        let first = region.first.load(Relaxed);
+        (first <= address && address <= region.last.load(Relaxed)).then_some(address)
+    })
 }
 
 /// Turns reports on this CPU off, or on again. Calls nest.

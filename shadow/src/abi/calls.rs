@@ -77,6 +77,12 @@ numbered! {
         /// a [`ModuleInfo`]. The VMM reads it and the symbols during the call. What it knows of a
         /// module stays after the module is gone, until another one takes its place.
         Module = 17,
+        /// Asks for the page tables of the check shadow and of the windows
+        /// ([`check_shadow`](super::check_shadow)). `rdi`: a slot of the top-level table. Result:
+        /// the slot's entry, which the guest puts there; 0 if the slot is not needed. The regions
+        /// so far are in the tables, and later ones get there when they are added. `ring` mode
+        /// only.
+        TopLevel = 18,
     }
 }
 

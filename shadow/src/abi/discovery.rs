@@ -11,6 +11,7 @@
 //! | base + 3 | byte window, gpa low | gpa high | bytes, low | bytes, high |
 //! | base + 4 | bytes of keys for virtual memory, low | high | 0 | 0 |
 //! | base + 5 | quarantine batch in bytes | [`Redzone`] | quarantine in bytes, low | high |
+//! | base + 6 | pattern pages, gpa low | gpa high | bytes, low | bytes, high |
 
 /// The first leaf that a hypervisor block may start at.
 pub const CPUID_FIRST: u32 = 0x4000_0000;
@@ -32,6 +33,9 @@ pub const CPUID_LEAF_VIRTUAL: u32 = 4;
 /// Offset of the leaf with the settings that the guest follows. A VMM whose block ends before it
 /// has no quarantine, and its redzones are [`Redzone::Adaptive`].
 pub const CPUID_LEAF_SETTINGS: u32 = 5;
+/// Offset of the leaf with the address of the pattern pages ([`group`](crate::group)). A VMM whose
+/// block ends before it makes no check shadow.
+pub const CPUID_LEAF_PATTERNS: u32 = 6;
 
 bit_set! {
     /// The host's offer in this run.
@@ -81,6 +85,9 @@ bit_set! {
         /// The guest makes the call [`Activate`](super::CallNumber::Activate) when its checks are
         /// on. Without this flag they are believed to be on once there is a region.
         REPORTS_ACTIVATION = 1 << 2,
+        /// The kernel's compiler checks inline: the guest asks for the tables of the check shadow
+        /// ([`TopLevel`](super::CallNumber::TopLevel)).
+        INLINE = 1 << 3,
     }
 }
 

@@ -102,6 +102,7 @@ macro_rules! bit_set {
 }
 
 mod calls;
+pub mod check_shadow;
 mod discovery;
 mod ring;
 
@@ -113,7 +114,7 @@ pub use calls::{
 };
 pub use discovery::{
     CPUID_BLOCKS, CPUID_FIRST, CPUID_LEAF_BYTE_WINDOW, CPUID_LEAF_FEATURES, CPUID_LEAF_PAGE_WINDOW,
-    CPUID_LEAF_SETTINGS, CPUID_LEAF_VIRTUAL, CPUID_SIGNATURE, CPUID_STEP, Features, GuestFlags,
+    CPUID_LEAF_PATTERNS, CPUID_LEAF_SETTINGS, CPUID_LEAF_VIRTUAL, CPUID_SIGNATURE, CPUID_STEP, Features, GuestFlags,
     Redzone,
 };
 pub use ring::{

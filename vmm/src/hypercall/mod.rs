@@ -10,6 +10,8 @@ mod tests;
 use umbra_shadow::abi::{self, CallNumber, ExitReason, GuestFlags, MemoryUse, NameKind, Owner};
 use umbra_shadow::codes::POISON_MIN;
 
+use crate::shadow::TableError;
+
 pub use self::regions::{Region, Regions};
 pub use umbra_shadow::abi::{Access, Actor, Slot};
 
@@ -116,6 +118,11 @@ pub enum Call {
         to: EvictionBuffer,
         /// Evict everything, not only what is over the limit.
         all: bool,
+    },
+    /// Give the entry of the guest's top-level page table for a slot.
+    TopLevel {
+        /// The slot.
+        slot: u16,
     },
     /// Work was queued that has to do with the object at an address.
     Related {
@@ -287,6 +294,9 @@ pub enum CallError {
     /// The call does not belong to the mode of the run.
     #[error("call {0} does not belong to the mode of this run")]
     Mode(u32),
+    /// A region does not fit into the page tables of the check shadow.
+    #[error("no check shadow: {0}")]
+    Tables(TableError),
     /// A table is full.
     #[error("more than {max} {what}")]
     Limit {
@@ -302,7 +312,7 @@ impl CallError {
     pub fn result(&self) -> u64 {
         match self {
             Self::Unknown(_) => abi::ERR_CALL,
-            Self::Argument { .. } => abi::ERR_ARGUMENT,
+            Self::Argument { .. } | Self::Tables(_) => abi::ERR_ARGUMENT,
             Self::Version(_) => abi::ERR_VERSION,
             Self::Mode(_) => abi::ERR_MODE,
             Self::Limit { .. } => abi::ERR_LIMIT,
@@ -406,6 +416,10 @@ impl Call {
                 Self::Quarantine { to: EvictionBuffer::new(rsi, rcx)?, all: rdi != 0 }
             }
             CallNumber::Activate => Self::Activate,
+            CallNumber::TopLevel => {
+                let slot = u16::try_from(rdi).ok().filter(|slot| *slot < 512);
+                Self::TopLevel { slot: slot.ok_or(wrong("top-level slot", rdi))? }
+            }
             CallNumber::Related => Self::Related { va: rdi, actor: Actor::from_register(rcx) },
         })
     }

@@ -29,6 +29,11 @@ impl Region {
         Ok(Self { va, len, key: gpa })
     }
 
+    /// Virtual memory that has keys of its own.
+    pub(crate) fn virtual_memory(va: u64, len: u64, key: u64) -> Self {
+        Self { va, len, key }
+    }
+
     /// Virtual start.
     pub fn va(&self) -> u64 {
         self.va
@@ -89,7 +94,7 @@ impl Regions {
         len: u64,
         key: impl FnOnce() -> Result<u64, CallError>,
     ) -> Result<u64, CallError> {
-        let mut region = Region { va, len, key: 0 };
+        let mut region = Region::virtual_memory(va, len, 0);
         self.check(&region)?;
         region.key = key()?;
         self.regions.push(region);

@@ -15,7 +15,7 @@ use super::{Outcome, investigate, modules};
 use crate::hypercall::{
     Actor, BadAccess, Call, CallError, EvictionBuffer, Exit, Named, Region, RingPlace, Slot,
 };
-use crate::shadow::{Notify, ShadowError, Windows};
+use crate::shadow::{CheckedRegion, Notify, ShadowError, Windows};
 
 /// In `sync` mode, the number of events between two scans for byte shadow to reclaim.
 const SYNC_RECLAIM: u64 = 4096;
@@ -52,7 +52,9 @@ impl Dispatcher {
     fn fits_mode(&self, call: &Call, number: u32) -> Result<(), CallError> {
         let notify = self.shadow.notify();
         let fits = match call {
-            Call::RingSetup { .. } | Call::RingDrain { .. } => notify == Some(Notify::Ring),
+            Call::RingSetup { .. } | Call::RingDrain { .. } | Call::TopLevel { .. } => {
+                notify == Some(Notify::Ring)
+            }
             Call::Poison { .. }
             | Call::Unpoison { .. }
             | Call::Allocated { .. }
@@ -71,6 +73,7 @@ impl Dispatcher {
             Call::Hello { flags } => Ok(self.hello(flags)),
             Call::RegionAdd(region) => self.region_add(region, context),
             Call::Activate => Ok(self.guest.activate()),
+            Call::TopLevel { slot } => self.top_level(slot, context),
             Call::Module { va } => self.module(va, context),
             Call::RingSetup(ring) => self.ring_setup(&ring, context),
             Call::RingDrain { cpu, released } => self.ring_drain(cpu, released, context),
@@ -98,7 +101,27 @@ impl Dispatcher {
 
     fn region_add(&mut self, region: Region, context: &ExitContext) -> Handled {
         self.guest.add_region(region, context.ram.end())?;
+        self.add_checked(&region)?;
         Ok(0)
+    }
+
+    /// The tables of the check shadow.
+    fn top_level(&mut self, slot: u16, context: &mut ExitContext) -> Handled {
+        let regions = self.guest.regions().iter().map(checked);
+        let Some(windows) = self.shadow.windows_mut() else { return Ok(0) };
+        match windows.top_level(slot, regions, context.memslots) {
+            Err(ShadowError::Tables(error)) => Err(CallError::Tables(error).into()),
+            other => Ok(other.map_err(Outcome::from)?),
+        }
+    }
+
+    /// Adds a new region to the tables of the check shadow, if there are any.
+    fn add_checked(&mut self, region: &Region) -> Result<(), CallFailure> {
+        let Some(windows) = self.shadow.windows_mut() else { return Ok(()) };
+        match windows.add_checked(checked(region)) {
+            Err(ShadowError::Tables(error)) => Err(CallError::Tables(error).into()),
+            other => Ok(other.map_err(Outcome::from)?),
+        }
     }
 
     fn ring_setup(&mut self, ring: &RingPlace, context: &ExitContext) -> Handled {
@@ -259,6 +282,7 @@ impl Dispatcher {
         };
         let key = self.guest.add_virtual(va, len, || windows.next_key(va, len).ok_or(none))?;
         windows.add_virtual(key, len, context.memslots).map_err(Outcome::from)?;
+        self.add_checked(&Region::virtual_memory(va, len, key))?;
         Ok(key)
     }
 
@@ -372,6 +396,11 @@ impl From<Outcome> for CallFailure {
 /// The guest only frees, and never fetches what is to be evicted.
 const QUARANTINE_FULL: CallError =
     CallError::Limit { what: "objects in the quarantine", max: quarantine::MAX_OBJECTS as u64 };
+
+/// A region, for the tables of the check shadow.
+fn checked(region: &Region) -> CheckedRegion {
+    CheckedRegion { va: region.va(), bytes: region.bytes(), key: region.key() }
+}
 
 /// The return addresses of the code that made a call, innermost first.
 fn caller(context: &ExitContext) -> Vec<u64> {

@@ -80,13 +80,18 @@ pub(super) fn leaves(
             (settings.quarantine >> 32) as u32,
         ],
     };
+    let patterns = match (mode, notify) {
+        (ShadowMode::Off, _) | (_, Notify::Sync) => [0; 4],
+        _ => window(layout.patterns.gpa, layout.patterns.bytes),
+    };
     let [s0, s1, s2] = abi::CPUID_SIGNATURE;
     vec![
-        leaf(base, [base + abi::CPUID_LEAF_SETTINGS, s0, s1, s2]),
+        leaf(base, [base + abi::CPUID_LEAF_PATTERNS, s0, s1, s2]),
         leaf(base + abi::CPUID_LEAF_FEATURES, [abi::VERSION, u32::from(PORT), offered.bits(), 0]),
         leaf(base + abi::CPUID_LEAF_PAGE_WINDOW, page),
         leaf(base + abi::CPUID_LEAF_BYTE_WINDOW, byte),
         leaf(base + abi::CPUID_LEAF_VIRTUAL, [keys as u32, (keys >> 32) as u32, 0, 0]),
         leaf(base + abi::CPUID_LEAF_SETTINGS, settings),
+        leaf(base + abi::CPUID_LEAF_PATTERNS, patterns),
     ]
 }

@@ -105,6 +105,7 @@ impl ProcessMemory {
 #[derive(Debug)]
 pub(super) struct Accounting {
     page_bytes: u64,
+    check_bytes: u64,
     faults: u64,
     released_bytes: u64,
     peak_resident: u64,
@@ -120,6 +121,8 @@ pub struct Figures {
     /// Page shadow, in whole pages: that of RAM, resident from the start, and that of virtual
     /// memory, resident since the guest got its key.
     pub page_bytes: u64,
+    /// Pattern pages and page tables of the check shadow; 0 if the kernel does not check inline.
+    pub check_bytes: u64,
     /// Byte shadow mapped now, whole chunks: what could become resident without a further exit.
     pub byte_mapped_bytes: u64,
     /// The most that was mapped.
@@ -158,6 +161,7 @@ impl Accounting {
     pub(super) fn new(chunks: usize, page_bytes: u64) -> Self {
         Self {
             page_bytes,
+            check_bytes: 0,
             faults: 0,
             released_bytes: 0,
             peak_resident: 0,
@@ -175,6 +179,11 @@ impl Accounting {
     /// Counts page shadow that is resident from now on.
     pub(super) fn count_page_bytes(&mut self, bytes: u64) {
         self.page_bytes = self.page_bytes.saturating_add(bytes);
+    }
+
+    /// Counts the pattern pages and page tables of a check shadow, which are resident from now on.
+    pub(super) fn set_check_bytes(&mut self, bytes: u64) {
+        self.check_bytes = bytes;
     }
 
     pub(super) fn count_fault(&mut self) {
@@ -214,6 +223,7 @@ impl Accounting {
         self.note_used(shadow, used);
         Ok(Figures {
             page_bytes: self.page_bytes,
+            check_bytes: self.check_bytes,
             byte_mapped_bytes: shadow.mapped_bytes(),
             byte_mapped_peak_bytes: shadow.mapped_peak_bytes(),
             byte_resident_bytes: resident,

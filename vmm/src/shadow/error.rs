@@ -4,6 +4,7 @@ use std::io;
 
 use umbra_shadow::RangeError;
 
+use super::check_tables::TableError;
 use super::layout::LayoutError;
 use super::memslots::MemslotError;
 
@@ -70,6 +71,9 @@ pub enum ShadowError {
         #[source]
         source: MemslotError,
     },
+    /// A region cannot be in the tables of the check shadow.
+    #[error(transparent)]
+    Tables(#[from] TableError),
     /// The kernel refused something else.
     #[error("cannot {what}")]
     Host {

@@ -1,9 +1,11 @@
-//! The place of the shadow windows in guest-physical memory: above RAM, the page window first. And
-//! the range of the keys (`keys.rs`): those of RAM, then those of virtual memory.
+//! The place of the shadow windows in guest-physical memory: above RAM, the page window first, and
+//! last what a check shadow needs (`check_tables.rs`). And the range of the keys (`keys.rs`): those
+//! of RAM, then those of virtual memory.
 
 use umbra_shadow::{
     abi::VIRTUAL_UNIT,
     codes::{GRANULE_SHIFT, PAGE_SHIFT, PAGE_SIZE},
+    group::{GROUP_SHIFT, PATTERN_BYTES},
 };
 
 /// Bytes of byte shadow that are mapped at once: 64 shadow pages, for 2 MiB of guest memory. One
@@ -14,6 +16,10 @@ pub const CHUNK_COVERS: u64 = CHUNK_BYTES << GRANULE_SHIFT;
 
 /// Both windows start at multiples of this, so that a guest can map them with its largest pages.
 const WINDOW_ALIGN: u64 = 1 << 30;
+/// Bytes of a guest's large page.
+pub const LARGE_PAGE: u64 = 2 << 20;
+/// Tables of a check shadow, beside those that memory needs by its size: for 64 regions.
+const TABLES: u64 = 256;
 /// No window below this address, where devices and the interrupt controllers are.
 const LOWEST_WINDOW: u64 = 4 << 30;
 /// The end of the largest accepted guest memory. It keeps tables small for any command line.
@@ -69,6 +75,13 @@ pub struct Layout {
     pub page: Window,
     /// One byte for each 8 bytes, at index `key >> 3`. Whole chunks.
     pub byte: Window,
+    /// The pattern pages of a check shadow.
+    pub patterns: Window,
+    /// The page tables of a check shadow, but for those of the last level.
+    pub tables: Window,
+    /// The page tables of the last level: one entry of 8 bytes for each group, at index
+    /// `key >> 15`. The window begins and ends at multiples of [`LARGE_PAGE`].
+    pub entries: Window,
 }
 
 impl Layout {
@@ -90,7 +103,17 @@ impl Layout {
             gpa: page.end().next_multiple_of(WINDOW_ALIGN),
             bytes: keys_end >> GRANULE_SHIFT,
         };
-        Ok(Self { ram_end, virtual_start, keys_end, page, byte })
+        let after = byte.end().next_multiple_of(WINDOW_ALIGN);
+        let patterns = Window { gpa: after, bytes: PATTERN_BYTES };
+        // Those of the byte window have large pages: one table a GiB. Those of regions have less
+        // than one a GiB of memory.
+        let tables = TABLES + 2 * byte.bytes.div_ceil(1 << 30) + (keys_end >> 30);
+        let tables = Window { gpa: patterns.end(), bytes: tables * PAGE_SIZE };
+        let entries = Window {
+            gpa: tables.end().next_multiple_of(LARGE_PAGE),
+            bytes: (keys_end >> GROUP_SHIFT << 3).next_multiple_of(LARGE_PAGE),
+        };
+        Ok(Self { ram_end, virtual_start, keys_end, page, byte, patterns, tables, entries })
     }
 
     /// Bytes of keys for virtual memory.
@@ -122,7 +145,7 @@ impl Layout {
 
     /// The end of all windows. The guest's physical addresses must reach it.
     pub fn end(&self) -> u64 {
-        self.byte.end()
+        self.entries.end()
     }
 
     /// Chunks of the byte window.
@@ -166,6 +189,7 @@ mod tests {
             assert!(layout.keys_end.is_multiple_of(VIRTUAL_UNIT));
             assert_eq!(layout.page.bytes, layout.keys_end / 4096);
             assert_eq!(layout.byte.bytes, layout.keys_end / 8);
+            assert!(layout.entries.bytes >= layout.keys_end / 4096);
             // The page shadow of every chunk, the last one included, lies in the page window.
             assert!(layout.chunks() as u64 * (CHUNK_COVERS >> PAGE_SHIFT) <= layout.page.bytes);
         }
@@ -177,7 +201,10 @@ mod tests {
                 virtual_start: 256 << 20,
                 keys_end: (256 << 20) + (4 << 30),
                 page: Window { gpa: 4 << 30, bytes: (64 << 10) + (1 << 20) },
-                byte: Window { gpa: 5 << 30, bytes: (32 << 20) + (512 << 20) }
+                byte: Window { gpa: 5 << 30, bytes: (32 << 20) + (512 << 20) },
+                patterns: Window { gpa: 6 << 30, bytes: 1 << 20 },
+                tables: Window { gpa: (6 << 30) + (1 << 20), bytes: 262 << 12 },
+                entries: Window { gpa: (6 << 30) + (4 << 20), bytes: 2 << 20 },
             }
         );
         assert_eq!(layout.default_limit(), 64 << 20);

@@ -4,6 +4,7 @@
 //! its own for virtual memory.
 
 pub mod accounting;
+mod check_tables;
 mod error;
 mod keys;
 pub mod layout;
@@ -21,6 +22,7 @@ pub mod windows;
 #[cfg(test)]
 mod tests;
 
+pub use check_tables::{CheckedRegion, TableError};
 pub use accounting::{Figures, ProcessMemory};
 pub use error::ShadowError;
 pub use layout::{CHUNK_BYTES, Layout, LayoutError, Window};

@@ -6,10 +6,12 @@ use std::ops::Range;
 use umbra_shadow::{
     Shadow, ShadowMemory,
     codes::{self, GRANULE_SHIFT, PAGE_SHIFT, PAGE_SIZE, PAGE_VALID, POISON_MIN},
+    group::Entry,
 };
 
 use super::{
     accounting::{Accounting, Figures},
+    check_tables::{CheckTables, CheckedRegion},
     error::ShadowError,
     layout::{CHUNK_BYTES, CHUNK_COVERS, Layout, Window},
     mapping::Mapping,
@@ -85,6 +87,8 @@ pub struct Windows {
     pub(super) accounting: Accounting,
     pub(super) reclaim: ByteReclaim,
     pub(super) stack_pages: StackPages,
+    /// Those of a check shadow, once the guest has asked for them.
+    check: Option<CheckTables>,
     pub(super) notify: Notify,
     /// The next key for virtual memory.
     pub(super) next_key: u64,
@@ -164,6 +168,7 @@ impl Windows {
             accounting,
             reclaim: ByteReclaim::default(),
             stack_pages: StackPages::default(),
+            check: None,
             notify: config.notify,
             limit,
             memslots: vec![None; layout.chunks()],
@@ -318,6 +323,47 @@ impl Windows {
             WindowOffset::Byte(at) => self.model.memory().byte.read(at, data),
         }
         .ok_or(outside)
+    }
+
+    /// The guest's entry for a slot of its top-level table, or 0 if the check shadow does not need
+    /// that slot. The first time this makes the check shadow's tables, with `regions` in them.
+    ///
+    /// # Errors
+    /// A region does not fit, or the host refuses memory or a memslot.
+    pub fn top_level(
+        &mut self,
+        slot: u16,
+        regions: impl Iterator<Item = CheckedRegion>,
+        memslots: &mut dyn Memslots,
+    ) -> Result<u64, ShadowError> {
+        if self.check.is_none() {
+            let has_page = self.page_window().is_some();
+            self.check = Some(CheckTables::new(self.layout(), has_page, memslots)?);
+            for region in regions {
+                self.add_checked(region)?;
+            }
+        }
+        Ok(self.check.as_ref().map_or(0, |tables| tables.top_level(slot)))
+    }
+
+    /// Adds a region to the check shadow's tables, if there are any.
+    ///
+    /// # Errors
+    /// It does not fit.
+    pub fn add_checked(&mut self, region: CheckedRegion) -> Result<(), ShadowError> {
+        let Some(tables) = &mut self.check else { return Ok(()) };
+        let shadow = self.model.memory();
+        let (patterns, byte) = (tables.patterns(), shadow.layout().byte.gpa);
+        let entry_of = |group: u64| {
+            let real = byte + group * PAGE_SIZE;
+            match &shadow.page {
+                Some(page) => Entry::of(page.load_u64(group * 8).unwrap_or(0), patterns, real),
+                None => Entry::real(real),
+            }
+        };
+        let added = tables.add(region, entry_of);
+        self.accounting.set_check_bytes(tables.resident_bytes());
+        Ok(added?)
     }
 
     /// Asks the kernel how much byte shadow is resident, in bytes, and keeps the peak.
