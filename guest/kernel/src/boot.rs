@@ -27,7 +27,10 @@ global_asm!(
     "boot_high:",
     "movabs rsp, offset boot_stack + {stack}",
     "xor ebp, ebp",
-    // Global pages, and the no-execute bit.
+    // Write protection, global pages, and the no-execute bit.
+    "mov rax, cr0",
+    "or rax, 0x10000",
+    "mov cr0, rax",
     "mov rax, cr4",
     "or rax, 0x80",
     "mov cr4, rax",

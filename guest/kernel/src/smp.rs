@@ -47,7 +47,7 @@ global_asm!(
     "mov eax, 0x900",
     "wrmsr",
     "lgdtd ds:[208]",
-    "mov eax, 0x80000011",
+    "mov eax, 0x80010011",
     "mov cr0, eax",
     // A far jump with a 32-bit offset.
     ".byte 0x66, 0xea",

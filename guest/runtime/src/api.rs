@@ -14,7 +14,7 @@ use umbra_shadow::runtime::{CurrentFn, Offer, ReleaseFn, Trap};
 use crate::cpu::without_interrupts;
 use crate::ring;
 use crate::stack::{self, frame_pointer, return_address};
-use crate::{INLINE, checks, groups, host, object, quarantine, settings, shadow, state};
+use crate::{INLINE, checks, groups, host, object, quarantine, settings, shadow, state, tables};
 
 /// Looks for Umbra and makes the first call. Returns the features, also stored in `offer`. 0
 /// without Umbra, or if the ABI versions differ; `offer.version` then has the VMM's.
@@ -60,7 +60,10 @@ pub extern "C" fn umbra_virtual_add(start: u64, bytes: u64) -> u64 {
         return 0;
     }
     let key = host::hypercall(CallNumber::VirtualAdd, start, bytes, 0, 0);
-    if host::is_error(key) || !state::add_region(start, bytes, key) {
+    if host::is_error(key)
+        || !state::add_region(start, bytes, key)
+        || !tables::add_region(start, bytes)
+    {
         return 0;
     }
     key
@@ -493,6 +496,9 @@ const KERNEL_CODE: u64 = 8;
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub unsafe extern "C" fn umbra_page_fault(trap: &mut Trap) -> bool {
+    if INLINE && groups::is_stale_store() {
+        return true;
+    }
     let Some((size, access)) = checks::running(trap.rip, trap.rsi) else { return false };
     // SAFETY: the fast paths push nothing, so the return address is on top of the stack; the slow
     // paths do not fault, since they look at regions first.

@@ -5,8 +5,9 @@ use core::arch::asm;
 use core::hint::spin_loop;
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 
-use umbra_shadow::abi::check_shadow::{ENTRY_WINDOW, check_address};
-use umbra_shadow::codes::{PAGE_SHIFT, SHADOW_PER_PAGE};
+use umbra_shadow::abi::Features;
+use umbra_shadow::abi::check_shadow::{CHECK_OFFSET, ENTRY_WINDOW, check_address};
+use umbra_shadow::codes::{GRANULE_SHIFT, PAGE_SHIFT, SHADOW_PER_PAGE};
 use umbra_shadow::group::{self, Entry, GROUP_SHIFT, GroupTable, PAGES};
 
 use crate::host::Host;
@@ -41,6 +42,25 @@ pub fn forget(address: u64) {
     unsafe {
         asm!("invlpg [{}]", in(reg) check_address(address), options(nostack, preserves_flags));
     }
+}
+
+/// Whether the page fault that this CPU handles was a store to the check shadow of a group that is
+/// real by now: the compiler's, to the shadow of its stack, by a translation that is out of date.
+/// This CPU forgets that, and the store can be repeated.
+pub fn is_stale_store() -> bool {
+    let at: u64;
+    // SAFETY: reads a register.
+    unsafe { asm!("mov {}, cr2", out(reg) at, options(nomem, nostack, preserves_flags)) };
+    let address = at.wrapping_sub(CHECK_OFFSET) << GRANULE_SHIFT;
+    if check_address(address) != at || state::mode() == Features::default() {
+        return false;
+    }
+    let is_real = state::place(address, address)
+        .is_some_and(|place| Entries.entry(place >> GROUP_SHIFT).is_real());
+    if is_real {
+        forget(address);
+    }
+    is_real
 }
 
 struct Entries;

@@ -15,9 +15,7 @@ use crate::state;
 #[inline(always)]
 fn slot_shadow(mode: Features, address: u64, slot: u64) -> Option<*mut u8> {
     let last = address.wrapping_add(slot.wrapping_sub(1));
-    if (address | slot) & (GRANULE - 1) != 0
-        || slot.wrapping_sub(1) >= PAGE_SIZE
-    {
+    if (address | slot) & (GRANULE - 1) != 0 || slot.wrapping_sub(1) >= PAGE_SIZE {
         return None;
     }
     let place = state::place_in_first(address, last)?;

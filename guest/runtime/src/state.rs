@@ -18,11 +18,7 @@ static MODE: AtomicU32 = AtomicU32::new(0);
 static CURRENT: AtomicPtr<()> = AtomicPtr::new(core::ptr::null_mut());
 static REGION_COUNT: AtomicUsize = AtomicUsize::new(0);
 static REGION: [RegionState; REGIONS] = [const {
-    RegionState {
-        first: AtomicU64::new(0),
-        last: AtomicU64::new(0),
-        to_place: AtomicU64::new(0),
-    }
+    RegionState { first: AtomicU64::new(0), last: AtomicU64::new(0), to_place: AtomicU64::new(0) }
 }; REGIONS];
 static SUPPRESSED: [AtomicU32; CPUS] = [const { AtomicU32::new(0) }; CPUS];
 static REPORTING: [AtomicBool; CPUS] = [const { AtomicBool::new(false) }; CPUS];
@@ -43,9 +39,8 @@ impl RegionState {
     /// 0, and nothing is in it.
     #[inline(always)]
     fn place(&self, first: u64, last: u64) -> Option<u64> {
-        let holds = self.first.load(Relaxed) <= first
-            && last <= self.last.load(Relaxed)
-            && first <= last;
+        let holds =
+            self.first.load(Relaxed) <= first && last <= self.last.load(Relaxed) && first <= last;
         holds.then(|| if INLINE { first.wrapping_add(self.to_place.load(Relaxed)) } else { first })
     }
 }

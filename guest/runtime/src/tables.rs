@@ -2,9 +2,11 @@
 //! before them a scratch page.
 
 use core::arch::asm;
-use core::ptr::addr_of_mut;
+use core::ops::RangeInclusive;
+use core::ptr::{addr_of_mut, null_mut};
+use core::sync::atomic::{AtomicPtr, Ordering::Relaxed};
 
-use umbra_shadow::abi::check_shadow::{CHECK_SLOT, CHECK_SLOTS};
+use umbra_shadow::abi::check_shadow::{CHECK_SLOT, CHECK_SLOTS, check_address, slot_of};
 use umbra_shadow::abi::{CallNumber, Features};
 use umbra_shadow::model::Shadow;
 use umbra_shadow::two_level::TwoLevel;
@@ -22,6 +24,9 @@ struct Table(#[allow(dead_code, reason = "only its address is used")] [u64; ENTR
 
 /// Three levels of tables, all of whose entries lead to the scratch page behind them.
 static mut SCRATCH: [Table; 4] = [const { Table([0; ENTRIES]) }; 4];
+
+/// The top-level table, once the VMM's tables are there.
+static TOP_LEVEL: AtomicPtr<u64> = AtomicPtr::new(null_mut());
 
 /// Whether this runtime is for kernels whose compiler checks inline.
 #[unsafe(no_mangle)]
@@ -82,20 +87,40 @@ pub unsafe extern "C" fn umbra_map(
     if !can_use_tables() {
         return false;
     }
-    for slot in CHECK_SLOT..CHECK_SLOT + CHECK_SLOTS {
-        let entry = host::hypercall(CallNumber::TopLevel, slot.into(), 0, 0, 0);
-        if host::is_error(entry) {
-            return false;
-        }
-        // SAFETY: the caller's promise.
-        unsafe { table.add(slot.into()).write_volatile(entry) };
+    TOP_LEVEL.store(table, Relaxed);
+    if !install(CHECK_SLOT..=CHECK_SLOT + CHECK_SLOTS - 1) {
+        return false;
     }
-    flush();
     if Features::from_bits(offered).has(Features::PER_PAGE)
         && let Some(place) = state::place(stack, stack.wrapping_add(stack_bytes.wrapping_sub(1)))
     {
         let _ = TwoLevel::new(Windows).promote(place, stack_bytes);
     }
+    true
+}
+
+/// Installs the tables again that have the check shadow of `bytes` (not 0) from `start` on, which
+/// are a region now. False when the VMM refuses.
+pub fn add_region(start: u64, bytes: u64) -> bool {
+    let last = check_address(start.wrapping_add(bytes - 1));
+    install(slot_of(check_address(start))..=slot_of(last))
+}
+
+/// Puts the VMM's entries into slots of the top-level table, if there is one.
+fn install(slots: RangeInclusive<u16>) -> bool {
+    let table = TOP_LEVEL.load(Relaxed);
+    if table.is_null() {
+        return true;
+    }
+    for slot in slots {
+        let entry = host::hypercall(CallNumber::TopLevel, slot.into(), 0, 0, 0);
+        if host::is_error(entry) {
+            return false;
+        }
+        // SAFETY: who called `umbra_map` has promised that nothing else uses the slots.
+        unsafe { table.add(slot.into()).write_volatile(entry) };
+    }
+    flush();
     true
 }
 

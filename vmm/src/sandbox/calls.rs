@@ -99,9 +99,9 @@ impl Dispatcher {
         self.shadow.features().bits().into()
     }
 
-    fn region_add(&mut self, region: Region, context: &ExitContext) -> Handled {
+    fn region_add(&mut self, region: Region, context: &mut ExitContext) -> Handled {
         self.guest.add_region(region, context.ram.end())?;
-        self.add_checked(&region)?;
+        self.add_checked(&region, context)?;
         Ok(0)
     }
 
@@ -116,9 +116,15 @@ impl Dispatcher {
     }
 
     /// Adds a new region to the tables of the check shadow, if there are any.
-    fn add_checked(&mut self, region: &Region) -> Result<(), CallFailure> {
-        let Some(windows) = self.shadow.windows_mut() else { return Ok(()) };
-        match windows.add_checked(checked(region)) {
+    fn add_checked(
+        &mut self,
+        region: &Region,
+        context: &mut ExitContext,
+    ) -> Result<(), CallFailure> {
+        let windows = self.shadow.windows_mut().filter(|windows| windows.has_check_shadow());
+        let Some(windows) = windows else { return Ok(()) };
+        context.others.pause()?;
+        match windows.add_checked(checked(region), context.memslots) {
             Err(ShadowError::Tables(error)) => Err(CallError::Tables(error).into()),
             other => Ok(other.map_err(Outcome::from)?),
         }
@@ -282,7 +288,7 @@ impl Dispatcher {
         };
         let key = self.guest.add_virtual(va, len, || windows.next_key(va, len).ok_or(none))?;
         windows.add_virtual(key, len, context.memslots).map_err(Outcome::from)?;
-        self.add_checked(&Region::virtual_memory(va, len, key))?;
+        self.add_checked(&Region::virtual_memory(va, len, key), context)?;
         Ok(key)
     }
 

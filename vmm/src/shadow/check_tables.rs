@@ -78,6 +78,8 @@ pub(super) struct CheckTables {
     windows: [Window; 3],
     _patterns: Mapping,
     tables: Mapping,
+    /// The memslot of these.
+    memslot: u32,
     /// Tables in use.
     used: u64,
     entries: Mapping,
@@ -102,19 +104,14 @@ impl CheckTables {
         let [patterns, tables, entries] = windows.map(reserve);
         let (mut patterns, tables, entries) = (patterns?, tables?, entries?);
         fill_patterns(&mut patterns);
-        for (mapping, window) in [&patterns, &tables, &entries].into_iter().zip(windows) {
-            let Window { gpa, bytes } = window;
-            let outside = ShadowError::OutsideWindow { gpa, len: bytes };
-            let host = mapping.pointer(0, bytes).ok_or(outside)?;
-            // Nobody writes to the patterns.
-            memslots
-                .map(gpa, host, bytes, gpa == layout.patterns.gpa)
-                .map_err(|source| ShadowError::Memslot { gpa, source })?;
-        }
+        show(&patterns, layout.patterns, true, memslots)?;
+        show(&entries, layout.entries, false, memslots)?;
+        let memslot = show(&tables, layout.tables, false, memslots)?;
         let mut this = Self {
             windows,
             _patterns: patterns,
             tables,
+            memslot,
             used: NO_REGION.len() as u64,
             filled: vec![false; (layout.entries.bytes / PAGE_SIZE) as usize],
             entries,
@@ -146,8 +143,7 @@ impl CheckTables {
 
     /// Adds a region. `entry_of` makes the entry of a group that was in no region so far.
     ///
-    /// The guest may run. What its CPUs hold of these tables until they forget it is older: all of
-    /// the region accessible.
+    /// If the guest has used the tables, [`Self::renew`] has to follow.
     pub(super) fn add(
         &mut self,
         region: CheckedRegion,
@@ -169,6 +165,16 @@ impl CheckTables {
             }
             self.add_table(va, TABLE | self.windows[2].gpa + table * PAGE_SIZE)?;
         }
+        Ok(())
+    }
+
+    /// Makes the host forget what it knows of the tables: one that has tables of its own for the
+    /// guest's does not see that the VMM has changed them. Every vCPU stands still.
+    pub(super) fn renew(&mut self, memslots: &mut dyn Memslots) -> Result<(), ShadowError> {
+        let window = self.windows[1];
+        let gpa = window.gpa;
+        memslots.unmap(self.memslot).map_err(|source| ShadowError::Memslot { gpa, source })?;
+        self.memslot = show(&self.tables, window, false, memslots)?;
         Ok(())
     }
 
@@ -259,6 +265,18 @@ impl CheckTables {
         let filled = self.filled.iter().filter(|filled| **filled).count() as u64;
         self.windows[0].bytes + (self.used + filled) * PAGE_SIZE
     }
+}
+
+/// Shows a window to the guest.
+fn show(
+    mapping: &Mapping,
+    window: Window,
+    readonly: bool,
+    memslots: &mut dyn Memslots,
+) -> Result<u32, ShadowError> {
+    let Window { gpa, bytes } = window;
+    let host = mapping.pointer(0, bytes).ok_or(ShadowError::OutsideWindow { gpa, len: bytes })?;
+    memslots.map(gpa, host, bytes, readonly).map_err(|source| ShadowError::Memslot { gpa, source })
 }
 
 /// Stores an entry. Nothing happens outside the mapping.

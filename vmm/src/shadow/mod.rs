@@ -22,8 +22,8 @@ pub mod windows;
 #[cfg(test)]
 mod tests;
 
-pub use check_tables::{CheckedRegion, TableError};
 pub use accounting::{Figures, ProcessMemory};
+pub use check_tables::{CheckedRegion, TableError};
 pub use error::ShadowError;
 pub use layout::{CHUNK_BYTES, Layout, LayoutError, Window};
 pub use memory::ShadowBacking;

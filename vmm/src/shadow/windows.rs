@@ -340,17 +340,31 @@ impl Windows {
             let has_page = self.page_window().is_some();
             self.check = Some(CheckTables::new(self.layout(), has_page, memslots)?);
             for region in regions {
-                self.add_checked(region)?;
+                self.add_to_tables(region)?;
             }
         }
         Ok(self.check.as_ref().map_or(0, |tables| tables.top_level(slot)))
     }
 
-    /// Adds a region to the check shadow's tables, if there are any.
+    /// Whether there is a check shadow.
+    pub fn has_check_shadow(&self) -> bool {
+        self.check.is_some()
+    }
+
+    /// Adds a region to the check shadow's tables, if there are any. Every vCPU stands still.
     ///
     /// # Errors
-    /// It does not fit.
-    pub fn add_checked(&mut self, region: CheckedRegion) -> Result<(), ShadowError> {
+    /// It does not fit, or the host refuses a memslot.
+    pub fn add_checked(
+        &mut self,
+        region: CheckedRegion,
+        memslots: &mut dyn Memslots,
+    ) -> Result<(), ShadowError> {
+        self.add_to_tables(region)?;
+        self.check.as_mut().map_or(Ok(()), |tables| tables.renew(memslots))
+    }
+
+    fn add_to_tables(&mut self, region: CheckedRegion) -> Result<(), ShadowError> {
         let Some(tables) = &mut self.check else { return Ok(()) };
         let shadow = self.model.memory();
         let (patterns, byte) = (tables.patterns(), shadow.layout().byte.gpa);
