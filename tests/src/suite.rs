@@ -1,11 +1,14 @@
 //! A list of tests that is made at run time. It prints why it skips a test.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Trial};
 use umbra::machine::Kvm;
+use umbra::machine::loader::LoadError;
 use umbra::machine::probe::runs_programs;
 use umbra::machine::stats::emulates_ring0;
+use umbra::sandbox::GuestFile;
 
 /// Something that a test may need and a machine may lack.
 #[derive(Clone, Debug)]
@@ -21,6 +24,15 @@ pub enum Need {
 /// Whether KVM emulates ring 0 here.
 fn ring0_is_emulated() -> bool {
     Kvm::open().is_ok_and(|kvm| emulates_ring0(&kvm).unwrap_or(false))
+}
+
+/// The test kernel whose compiler checks inline, if it was built.
+///
+/// # Errors
+/// It was not, or cannot be read.
+pub fn inline_kernel() -> Result<GuestFile, LoadError> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guest");
+    GuestFile::open("test kernel", &folder.join("umbra-kernel-inline"))
 }
 
 fn host_is(host: &str) -> bool {
@@ -54,6 +66,12 @@ impl Need {
         let built = umbra::kernel::test_kernel().is_some();
         let missing =
             (!built).then(|| "the test kernel was not built: `cargo xtask guest` does".to_owned());
+        Self::kvm().and(&Self::unless(missing))
+    }
+
+    /// A usable `/dev/kvm` and the test kernel whose compiler checks inline.
+    pub fn inline_kernel() -> Self {
+        let missing = inline_kernel().err().map(|error| format!("{error}: `cargo xtask guest`"));
         Self::kvm().and(&Self::unless(missing))
     }
 

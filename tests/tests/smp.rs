@@ -12,7 +12,7 @@ use umbra::kernel::{irqchip, test_kernel};
 use umbra::report::Finding;
 use umbra::sandbox::{self, Config, Distinct, Outcome, RunReport, ShadowMode};
 use umbra::shadow::Notify;
-use umbra_tests::suite::{Need, Suite};
+use umbra_tests::suite::{Need, Suite, inline_kernel};
 
 /// Allocator operations of each CPU.
 const OPERATIONS: u32 = 300;
@@ -20,8 +20,16 @@ const OPERATIONS: u32 = 300;
 /// `guest/kernel/src/stress.rs`.
 const PLANTED: u64 = 4;
 
+/// How the kernel checks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Checks {
+    Calls,
+    Inline,
+}
+
 /// The report and the kernel's output of a run that does `work` so often.
 fn run(
+    checks: Checks,
     cpus: u8,
     shadow: ShadowMode,
     notify: Notify,
@@ -29,7 +37,10 @@ fn run(
     operations: u32,
 ) -> (RunReport, String) {
     let config = Config {
-        kernel: test_kernel().expect("checked before").into(),
+        kernel: match checks {
+            Checks::Calls => test_kernel().expect("checked before").into(),
+            Checks::Inline => inline_kernel().expect("checked before"),
+        },
         cmdline: format!("scenarios=- {work}={operations}"),
         cpus,
         irqchip: irqchip(cpus),
@@ -101,8 +112,8 @@ fn told(finding: &Finding) -> Bug {
     (finding.cpu, object.offset, names)
 }
 
-fn stress(cpus: u8, shadow: ShadowMode, notify: Notify) {
-    let (report, said) = run(cpus, shadow, notify, "smp", OPERATIONS);
+fn stress(checks: Checks, cpus: u8, shadow: ShadowMode, notify: Notify) {
+    let (report, said) = run(checks, cpus, shadow, notify, "smp", OPERATIONS);
     let mut found: Vec<_> = report.findings.iter().map(|(finding, _)| told(finding)).collect();
     let mut expected = planted(cpus.into());
     found.sort();
@@ -111,7 +122,7 @@ fn stress(cpus: u8, shadow: ShadowMode, notify: Notify) {
     let events = &report.stats.events;
     assert_eq!(report.stats.guest.cpus, cpus);
     // No notification was lost or came twice.
-    let (other, nothing) = run(cpus, shadow, notify, "smp", 0);
+    let (other, nothing) = run(checks, cpus, shadow, notify, "smp", 0);
     let other = &other.stats.events;
     assert_eq!(counted(&nothing), (0, 0));
     assert_eq!(
@@ -128,10 +139,10 @@ fn stress(cpus: u8, shadow: ShadowMode, notify: Notify) {
 }
 
 /// NMIs come at any point of a record or a drain, and write records of their own. None is lost.
-fn nmis() {
+fn nmis(checks: Checks) {
     const NMIS: u32 = 1000;
     let run = |nmis| {
-        let (report, said) = run(2, ShadowMode::PerPage, Notify::Ring, "nmi", nmis);
+        let (report, said) = run(checks, 2, ShadowMode::PerPage, Notify::Ring, "nmi", nmis);
         assert_eq!(report.stats.findings_total, 0, "{said}");
         let words = said.lines().filter_map(|line| line.strip_prefix("nmi: ")?.split(' ').nth(2));
         let counted: Vec<u64> = words.filter_map(|word| word.parse().ok()).collect();
@@ -146,7 +157,7 @@ fn nmis() {
 
 fn main() -> ExitCode {
     let mut suite = Suite::default();
-    let kernel = Need::test_kernel();
+    let (kernel, inline) = (Need::test_kernel(), Need::inline_kernel());
     for cpus in [2, 4] {
         for (name, shadow, notify) in [
             ("per-page/ring", ShadowMode::PerPage, Notify::Ring),
@@ -154,10 +165,17 @@ fn main() -> ExitCode {
             ("full/ring", ShadowMode::Full, Notify::Ring),
             ("full/sync", ShadowMode::Full, Notify::Sync),
         ] {
-            suite
-                .add(format!("{cpus} CPUs, {name}"), &kernel, move || stress(cpus, shadow, notify));
+            suite.add(format!("{cpus} CPUs, {name}"), &kernel, move || {
+                stress(Checks::Calls, cpus, shadow, notify);
+            });
+        }
+        for (name, shadow) in [("per-page", ShadowMode::PerPage), ("full", ShadowMode::Full)] {
+            suite.add(format!("{cpus} CPUs, {name}/inline"), &inline, move || {
+                stress(Checks::Inline, cpus, shadow, Notify::Ring);
+            });
         }
     }
-    suite.add("NMIs", &kernel, nmis);
+    suite.add("NMIs", &kernel, || nmis(Checks::Calls));
+    suite.add("NMIs, inline", &inline, || nmis(Checks::Inline));
     suite.run()
 }

@@ -70,7 +70,7 @@ impl Dispatcher {
 
     fn call(&mut self, call: Call, context: &mut ExitContext) -> Handled {
         match call {
-            Call::Hello { flags } => Ok(self.hello(flags)),
+            Call::Hello { flags } => self.hello(flags),
             Call::RegionAdd(region) => self.region_add(region, context),
             Call::Activate => Ok(self.guest.activate()),
             Call::TopLevel { slot } => self.top_level(slot, context),
@@ -93,10 +93,13 @@ impl Dispatcher {
         }
     }
 
-    fn hello(&mut self, flags: GuestFlags) -> u64 {
+    fn hello(&mut self, flags: GuestFlags) -> Handled {
+        if flags.has(GuestFlags::INLINE) && self.shadow.notify() == Some(Notify::Sync) {
+            return Err(Outcome::InlineInSync.into());
+        }
         self.shadow.allow_reclaim(flags);
         self.guest.hello(flags);
-        self.shadow.features().bits().into()
+        Ok(self.shadow.features().bits().into())
     }
 
     fn region_add(&mut self, region: Region, context: &mut ExitContext) -> Handled {

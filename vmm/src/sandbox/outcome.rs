@@ -105,6 +105,13 @@ pub enum Outcome {
     /// The user ended the run.
     #[error("interrupted")]
     Interrupted,
+    /// The guest's compiler checks inline, and its shadow is read-only.
+    #[error(
+        "the guest's compiler checks inline, so it must write its shadow itself, which \
+         `--notify sync` does not let it do: run it without that, or build it with checks that \
+         are calls"
+    )]
+    InlineInSync,
     /// The guest needs more shadow than it may have.
     #[error("{0}")]
     ShadowLimit(ShadowError),
@@ -156,6 +163,7 @@ impl Outcome {
             Self::Stuck { .. } => "stuck",
             Self::TimeLimit(_) => "time-limit",
             Self::Interrupted => "interrupted",
+            Self::InlineInSync => "inline-in-sync",
             Self::ShadowLimit(_) => "shadow-limit",
             Self::Shadow(_) | Self::Host(_) | Self::Unstoppable { .. } => "host-error",
         }
@@ -172,7 +180,11 @@ impl Outcome {
             | Self::Halted
             | Self::DebugExit { success: true, .. }
             | Self::FindingLimit(_) => u8::from(findings),
-            Self::ShadowLimit(_) | Self::Shadow(_) | Self::Host(_) | Self::Unstoppable { .. } => 2,
+            Self::InlineInSync
+            | Self::ShadowLimit(_)
+            | Self::Shadow(_)
+            | Self::Host(_)
+            | Self::Unstoppable { .. } => 2,
             Self::Failed
             | Self::DebugExit { success: false, .. }
             | Self::Panic
