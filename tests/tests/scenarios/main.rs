@@ -21,7 +21,7 @@ use umbra::provenance::QuarantineSize;
 use umbra::sandbox::{Config, GuestFile, RunReport, ShadowMode};
 use umbra::shadow::{CHUNK_BYTES, Notify};
 use umbra::verdicts::{self, Verdict};
-use umbra_tests::suite::{Need, Suite, has_program};
+use umbra_tests::suite::{Need, Suite, has_program, inline_kernel};
 use umbra_tests::table::{SUITE, hold, table};
 
 /// Guest memory of these tests, in bytes.
@@ -128,6 +128,8 @@ struct Configuration {
     title: &'static str,
     shadow: ShadowMode,
     notify: Notify,
+    /// The kernel's compiler checks inline.
+    inline: bool,
     run: OnceLock<Outcome>,
 }
 
@@ -138,20 +140,71 @@ impl Configuration {
         shadow: ShadowMode,
         notify: Notify,
     ) -> Self {
-        Self { name, title, shadow, notify, run: OnceLock::new() }
+        Self { name, title, shadow, notify, inline: false, run: OnceLock::new() }
+    }
+
+    const fn inline(name: &'static str, title: &'static str, shadow: ShadowMode) -> Self {
+        let (notify, inline) = (Notify::Ring, true);
+        Self { name, title, shadow, notify, inline, run: OnceLock::new() }
+    }
+
+    fn kernel(&self) -> GuestFile {
+        if self.inline {
+            inline_kernel().expect("checked before")
+        } else {
+            test_kernel().expect("checked before").into()
+        }
     }
 
     fn get(&self) -> &Outcome {
-        self.run.get_or_init(|| boot(self.shadow, self.notify, &all(), LITTLE_CHURN))
+        self.run.get_or_init(|| {
+            let quarantine = QuarantineSize::Auto;
+            boot_file(self.kernel(), quarantine, self.shadow, self.notify, &all(), LITTLE_CHURN)
+        })
+    }
+
+    /// Fails unless a scenario ran here, with exactly the expected findings.
+    #[track_caller]
+    fn finds(&self, scenario: &Scenario) {
+        let (name, verdict) = (scenario.name.as_str(), self.get().verdict(&scenario.name));
+        if self.inline && MISSED_INLINE.contains(&name) {
+            return exactly(&[], verdict);
+        }
+        if self.inline && LAST_BYTE_INLINE.contains(&name) {
+            let without_offset = |found: &[Expected]| -> Vec<_> {
+                found.iter().map(|e| (e.kind.clone(), e.access.clone(), e.size)).collect()
+            };
+            assert!(!verdict.good(), "the compiler tells where the access begins");
+            return assert_eq!(without_offset(&verdict.found), without_offset(&scenario.expected));
+        }
+        exactly(&scenario.expected, verdict);
     }
 }
+
+/// What only calls find. Where no memory is there is no shadow either, and inline checks read
+/// zeros, as those of Linux do: its `kasan_init` maps one page of zeros there.
+const MISSED_INLINE: [&str; 1] = ["beyond_memory"];
+
+/// Unaligned accesses whose last byte is bad. LLVM's inline checks pass on the last byte's address
+/// then (`instrumentUnusualSizeOrAlignment` in its `AddressSanitizer.cpp`), for Linux as well.
+const LAST_BYTE_INLINE: [&str; 6] = [
+    "linked_list_oob",
+    "buddy_oob",
+    "talc_oob",
+    "packed_header_oob",
+    "kmalloc_unaligned_oob",
+    "page_crossing_uaf",
+];
 
 static RING: Configuration = Configuration::new("per-page/ring", "`ring`", PER_PAGE, Notify::Ring);
 static SYNC: Configuration = Configuration::new("per-page/sync", "`sync`", PER_PAGE, Notify::Sync);
 static FULL_RING: Configuration = Configuration::new("full/ring", "`full`", FULL, Notify::Ring);
 static FULL_SYNC: Configuration =
     Configuration::new("full/sync", "`full`, `sync`", FULL, Notify::Sync);
-static CONFIGURATIONS: [&Configuration; 4] = [&RING, &SYNC, &FULL_RING, &FULL_SYNC];
+static INLINE: Configuration = Configuration::inline("per-page/inline", "inline", PER_PAGE);
+static FULL_INLINE: Configuration = Configuration::inline("full/inline", "`full`, inline", FULL);
+static CONFIGURATIONS: [&Configuration; 6] =
+    [&RING, &SYNC, &FULL_RING, &FULL_SYNC, &INLINE, &FULL_INLINE];
 
 /// Fails unless a scenario ran, with exactly the expected findings.
 #[track_caller]
@@ -178,6 +231,7 @@ fn no_stray_findings(configuration: &Configuration) {
 fn the_same_findings(other: &Configuration) {
     let [other, ring] = [other, &RING].map(|configuration| {
         let mut findings = configuration.get().findings();
+        findings.retain(|(task, ..)| !other.inline || !MISSED_INLINE.contains(&task.as_str()));
         findings.sort();
         findings
     });
@@ -414,17 +468,19 @@ fn the_table_is_true() {
 
 fn main() -> ExitCode {
     let mut suite = Suite::default();
-    let need = Need::test_kernel();
+    let (calls, inline) = (Need::test_kernel(), Need::inline_kernel());
+    let need = calls.clone().and(&inline);
     for configuration in CONFIGURATIONS {
+        let need = if configuration.inline { &inline } else { &calls };
         for scenario in all() {
-            suite.add(format!("{}/{}", configuration.name, scenario.name), &need, move || {
-                exactly(&scenario.expected, configuration.get().verdict(&scenario.name));
+            suite.add(format!("{}/{}", configuration.name, scenario.name), need, move || {
+                configuration.finds(&scenario);
             });
         }
-        suite.add(format!("{}: no stray findings", configuration.name), &need, || {
+        suite.add(format!("{}: no stray findings", configuration.name), need, || {
             no_stray_findings(configuration)
         });
-        suite.add(format!("{}: the same findings", configuration.name), &need, || {
+        suite.add(format!("{}: the same findings", configuration.name), need, || {
             the_same_findings(configuration)
         });
     }

@@ -4,22 +4,21 @@
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use umbra::kernel::{irqchip, test_kernel};
-use umbra::sandbox::{self, Config, ShadowMode};
-use umbra::shadow::Notify;
+use umbra::kernel::irqchip;
+use umbra::sandbox::{self, Config};
 
-use super::{CONFIGURATIONS, MEMORY, PER_PAGE, Screen};
+use super::{CONFIGURATIONS, Configuration, INLINE, MEMORY, RING, Screen};
 
 /// Runs the kernel's random operations, and compares its counts with the findings.
-fn random(shadow: ShadowMode, notify: Notify, operations: u64, seed: u64, tell_each: u64) {
+fn random(configuration: &Configuration, operations: u64, seed: u64, tell_each: u64) {
     let console = Screen::default();
     let config = Config {
-        kernel: test_kernel().expect("checked before").into(),
+        kernel: configuration.kernel(),
         irqchip: irqchip(1),
         cmdline: format!("random={operations}:{seed}:{tell_each} scenarios=-"),
         memory: MEMORY,
-        shadow,
-        notify,
+        shadow: configuration.shadow,
+        notify: configuration.notify,
         timeout: Some(Duration::from_secs(300 + operations / 200)),
         count_instructions: true,
         ..Config::default()
@@ -67,11 +66,11 @@ fn random(shadow: ShadowMode, notify: Notify, operations: u64, seed: u64, tell_e
 pub fn random_operations() {
     for (i, configuration) in CONFIGURATIONS.iter().enumerate() {
         // In `sync` mode each is some calls, of 10 µs each.
-        random(configuration.shadow, configuration.notify, 1000, 1 + i as u64, 25);
+        random(configuration, 1000, 1 + i as u64, 25);
     }
 }
 
 /// Takes minutes where ring 0 is emulated.
 pub fn a_million_random_operations() {
-    random(PER_PAGE, Notify::Ring, 1_000_000, 7, 1000);
+    [&RING, &INLINE].into_iter().for_each(|run| random(run, 500_000, 7, 1000));
 }
