@@ -49,6 +49,10 @@ pub struct Mapping {
     pub bytes: u64,
 }
 
+/// Called when a CPU forgets its translation of the check shadow of an address, or for `u64::MAX`
+/// of all.
+pub type ForgetFn = extern "C" fn(address: u64);
+
 impl Offer {
     /// Whether Umbra keeps shadow in this run.
     pub fn checks(&self) -> bool {

@@ -138,6 +138,29 @@ fn stress(checks: Checks, cpus: u8, shadow: ShadowMode, notify: Notify) {
     }
 }
 
+/// Inline checks with page tables that lag behind as long as they may: no false finding, and each
+/// bug is found when the CPU that makes it has had a tick.
+fn lagging(cpus: u8) {
+    let (report, said) =
+        run(Checks::Inline, cpus, ShadowMode::PerPage, Notify::Ring, "lag smp", OPERATIONS);
+    let findings = report.findings.iter().map(|(finding, _)| finding);
+    let (pages, objects): (Vec<_>, Vec<_>) =
+        findings.partition(|finding| finding.kind == "use-after-free");
+    let mut found: Vec<_> = objects.into_iter().map(told).collect();
+    let mut expected = planted(cpus.into());
+    found.sort();
+    expected.sort();
+    assert_eq!(found, expected);
+    let mut users: Vec<_> = pages.iter().map(|finding| finding.cpu).collect();
+    let mut expected: Vec<_> = expected.iter().map(|(cpu, ..)| *cpu).collect();
+    users.sort();
+    expected.sort();
+    assert_eq!(users, expected);
+    // They do lag.
+    let missed = format!("smp: {} bugs missed before a tick, 0 after it", expected.len());
+    assert!(said.contains(&missed), "{said}");
+}
+
 /// NMIs come at any point of a record or a drain, and write records of their own. None is lost.
 fn nmis(checks: Checks) {
     const NMIS: u32 = 1000;
@@ -174,6 +197,9 @@ fn main() -> ExitCode {
                 stress(Checks::Inline, cpus, shadow, Notify::Ring);
             });
         }
+    }
+    for cpus in [2, 4] {
+        suite.add(format!("{cpus} CPUs, tables that lag"), &inline, move || lagging(cpus));
     }
     suite.add("NMIs", &kernel, || nmis(Checks::Calls));
     suite.add("NMIs, inline", &inline, || nmis(Checks::Inline));

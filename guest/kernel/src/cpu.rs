@@ -168,6 +168,7 @@ pub fn idle_unless(ready: impl Fn() -> bool) {
     unsafe {
         if !ready() {
             asm!("sti", "hlt", "cli", options(nostack));
+            umbra_guest::tick();
         }
     }
 }

@@ -2,7 +2,8 @@
 //! command line names. It is an ordinary small kernel, instrumented as any other would be.
 //!
 //! Command line: `scenarios=a,b` (default: all; `-`: none), `without=a,b` (all others), `churn=N`
-//! (operations of the churn scenarios), `keep` (a churn does not free its live objects),
+//! (operations of the churn scenarios), `keep` (a churn does not free its live objects), `lag` (see
+//! [`lag`]),
 //! `bench=...` (see [`bench`]), `smp=N` (see [`stress`]), `nmi=N` (see [`nmi`]), `random=...` (see
 //! [`random`]), `slots` (prints the slot size of each cache).
 #![no_std]
@@ -21,6 +22,7 @@ mod console;
 mod cpu;
 mod fault;
 mod heap;
+mod lag;
 mod layout;
 mod memory;
 mod nmi;

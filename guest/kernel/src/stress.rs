@@ -15,7 +15,7 @@ use umbra_guest::codes::{PAGE_SIZE, SLAB_REDZONE};
 
 use crate::scenarios::churn::Random;
 use crate::slab::{kfree, kmalloc, krealloc};
-use crate::{cpu, page, println, smp, thread};
+use crate::{cpu, lag, page, println, smp, thread};
 
 /// Slots that all CPUs share.
 const PLACES: usize = 32;
@@ -38,6 +38,9 @@ pub fn run(command_line: &str) {
         OPERATIONS.store(operations, Relaxed);
         println!("smp: {} CPUs", smp::running());
         cpu::set_task(thread::new_task("cpu0"));
+        if command_line.split_ascii_whitespace().any(|word| word == "lag") {
+            smp::on_all(lag::begin);
+        }
         smp::on_all(stress);
         PLACE.iter().for_each(|place| drop_object(place.swap(0, Relaxed)));
         println!("smp: {} allocations, {} frees", ALLOCATIONS.load(Relaxed), FREES.load(Relaxed));
@@ -52,11 +55,20 @@ pub fn run(command_line: &str) {
                 TURN.store(turn, Relaxed);
                 STEP.store(0, Release);
                 smp::on_all(plant);
+                if lag::is_on() {
+                    STEP.store(0, Release);
+                    smp::on_all(plant_in_page);
+                }
             }
         }
+        let [early, late] = [&MISSED_EARLY, &MISSED].map(|count| count.load(Relaxed));
+        println!("smp: {early} bugs missed before a tick, {late} after it");
         println!("smp: done");
     }
 }
+
+/// Operations of a CPU between two ticks.
+const TICK: u64 = 256;
 
 /// The events that the stress made.
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
@@ -110,7 +122,10 @@ fn drop_object(at: u64) {
 fn stress(number: usize) {
     let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ (number as u64 + 1) << 32);
     let mut own = [0u64; OWN];
-    for _ in 0..OPERATIONS.load(Relaxed) {
+    for turn in 0..OPERATIONS.load(Relaxed) {
+        if turn % TICK == 0 {
+            umbra_guest::tick();
+        }
         let r = random.next();
         let mine = &mut own[(r % OWN as u64) as usize];
         match r >> 8 & 15 {
@@ -236,6 +251,41 @@ fn plant(number: usize) {
                 break;
             }
         }
+    }
+}
+
+/// Planted bugs that were missed before the CPU's tick, and after it.
+static MISSED_EARLY: AtomicU64 = AtomicU64::new(0);
+static MISSED: AtomicU64 = AtomicU64::new(0);
+
+/// Pages that share a page of shadow, as a power of two.
+const GROUP_ORDER: usize = 3;
+
+/// The first CPU frees pages that the second has used, which then uses them again, before and after
+/// a tick. No other page shares their shadow: it is a pattern.
+fn plant_in_page(number: usize) {
+    let turn = TURN.load(Relaxed);
+    let (a, b) = (turn / PLANTED, turn % PLANTED);
+    if number == a {
+        OBJECT.store(page::alloc(GROUP_ORDER).unwrap_or(0), Relaxed);
+        STEP.store(1, Release);
+        wait_for(2);
+        page::free(OBJECT.load(Relaxed));
+        STEP.store(3, Release);
+    }
+    if number == b {
+        let found = || {
+            let before = umbra_guest::violations();
+            USES[turn](OBJECT.load(Relaxed));
+            umbra_guest::violations() != before
+        };
+        wait_for(1);
+        assert!(!found());
+        STEP.store(2, Release);
+        wait_for(3);
+        MISSED_EARLY.fetch_add((!found()).into(), Relaxed);
+        umbra_guest::tick();
+        MISSED.fetch_add((!found()).into(), Relaxed);
     }
 }
 

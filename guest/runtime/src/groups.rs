@@ -3,16 +3,20 @@
 
 use core::arch::asm;
 use core::hint::spin_loop;
-use core::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use core::ptr::null_mut;
+use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 
 use umbra_shadow::abi::Features;
 use umbra_shadow::abi::check_shadow::{CHECK_OFFSET, ENTRY_WINDOW, check_address};
 use umbra_shadow::codes::{GRANULE_SHIFT, PAGE_SHIFT, SHADOW_PER_PAGE};
 use umbra_shadow::group::{self, Entry, GROUP_SHIFT, GroupTable, PAGES};
 
+use umbra_shadow::runtime::ForgetFn;
+
+use crate::cpu::without_interrupts;
 use crate::host::Host;
 use crate::shadow::{byte_shadow, fill, page_shadow};
-use crate::state;
+use crate::state::{self, CPUS};
 
 static PATTERNS: AtomicU64 = AtomicU64::new(0);
 static BYTE_WINDOW: AtomicU64 = AtomicU64::new(0);
@@ -21,6 +25,69 @@ static BYTE_WINDOW: AtomicU64 = AtomicU64::new(0);
 pub fn set_host(host: &Host) {
     PATTERNS.store(host.patterns, Relaxed);
     BYTE_WINDOW.store(host.byte_window.0, Relaxed);
+}
+
+/// Rises when a CPU has poisoned or promoted pages, and another one has looked at it since it last
+/// rose: all that CPUs did between two looks of any CPU has one number. So CPUs seldom write it.
+static GENERATION: AtomicU64 = AtomicU64::new(0);
+/// The highest that a CPU has looked at.
+static SEEN: AtomicU64 = AtomicU64::new(0);
+/// The one that each CPU has looked at.
+static FLUSHED: [AtomicU64; CPUS] = [const { AtomicU64::new(0) }; CPUS];
+/// The kernel's [`ForgetFn`], or null.
+static ON_FORGET: AtomicPtr<()> = AtomicPtr::new(null_mut());
+
+/// This CPU forgets all translations of check shadow that have changed elsewhere since it did so
+/// last. Each CPU calls it now and then: at its timer's tick, when it was idle, when it switches to
+/// another task.
+pub fn tick() {
+    let flushed = &FLUSHED[state::cpu_of(state::current())];
+    let generation = GENERATION.load(SeqCst);
+    if flushed.load(Relaxed) == generation {
+        return;
+    }
+    // Before the flush: a change that this flush misses finds this number, and makes a new one.
+    SEEN.fetch_max(generation, SeqCst);
+    without_interrupts(|| {
+        on_forget(u64::MAX);
+        flush_global();
+    });
+    flushed.store(generation, Relaxed);
+}
+
+/// This CPU has changed entries that others may have translations of.
+#[inline]
+fn announce() {
+    if SEEN.load(SeqCst) == GENERATION.load(SeqCst) {
+        GENERATION.fetch_add(1, SeqCst);
+    }
+}
+
+/// Sets what is called when this CPU forgets a translation.
+pub fn set_on_forget(call: ForgetFn) {
+    ON_FORGET.store(call as *mut (), Relaxed);
+}
+
+#[inline]
+fn on_forget(address: u64) {
+    let call = ON_FORGET.load(Relaxed);
+    if !call.is_null() {
+        // SAFETY: `set_on_forget` stores only a `ForgetFn`.
+        let call: ForgetFn = unsafe { core::mem::transmute(call) };
+        call(address);
+    }
+}
+
+/// Drops all translations of this CPU, also the global ones (Intel SDM volume 3, 4.10.4.1).
+fn flush_global() {
+    const PGE: u64 = 1 << 7;
+    // SAFETY: global pages are off for an instruction.
+    unsafe {
+        let cr4: u64;
+        asm!("mov {}, cr4", out(reg) cr4, options(nomem, nostack));
+        asm!("mov cr4, {}", in(reg) cr4 & !PGE, options(nostack));
+        asm!("mov cr4, {}", in(reg) cr4, options(nostack));
+    }
 }
 
 /// The page at `place` has become busy.
@@ -38,6 +105,7 @@ pub fn settle(place: u64, pages: u64, value: u8) {
 /// This CPU drops its translation of the check shadow of `address`.
 #[inline]
 pub fn forget(address: u64) {
+    on_forget(address);
     // SAFETY: drops a translation.
     unsafe {
         asm!("invlpg [{}]", in(reg) check_address(address), options(nostack, preserves_flags));
@@ -116,6 +184,7 @@ impl GroupTable for Entries {
 
     #[inline]
     fn forget(&self, group: u64) {
+        announce();
         state::addresses(place_of(group)).for_each(forget);
     }
 

@@ -14,7 +14,7 @@ use umbra_shadow::abi::{
 
 use crate::cpu::{interrupts_off, restore_interrupts};
 use crate::released::ReleaseBuffer;
-use crate::{host, settings, stack, stamp, state};
+use crate::{host, settings, stack, stamp, state, tables};
 
 /// A CPU's event ring. It has a cache line of its own, since its CPU writes to it at events: in one
 /// that is shared, they would slow down another CPU's.
@@ -277,6 +277,7 @@ impl Ring {
                 if settings::has_doorbell() {
                     host::ring_doorbell();
                 }
+                tables::umbra_tick();
                 self.set_quick(n);
             }
             let stamp = |to| stamp::of(record.is_allocation(), to);
@@ -302,6 +303,7 @@ impl Ring {
         if self.is_in_record() {
             return;
         }
+        tables::umbra_tick();
         let cpu = state::cpu_of(actor);
         self.quarantined.store(0, Relaxed);
         // What interrupts this looks at everything.

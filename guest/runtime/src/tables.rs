@@ -9,10 +9,11 @@ use core::sync::atomic::{AtomicPtr, Ordering::Relaxed};
 use umbra_shadow::abi::check_shadow::{CHECK_SLOT, CHECK_SLOTS, check_address, slot_of};
 use umbra_shadow::abi::{CallNumber, Features};
 use umbra_shadow::model::Shadow;
+use umbra_shadow::runtime::ForgetFn;
 use umbra_shadow::two_level::TwoLevel;
 
 use crate::shadow::Windows;
-use crate::{INLINE, host, state};
+use crate::{INLINE, groups, host, state};
 
 /// Entries of a page table.
 const ENTRIES: usize = 512;
@@ -122,6 +123,24 @@ fn install(slots: RangeInclusive<u16>) -> bool {
     }
     flush();
     true
+}
+
+/// This CPU forgets translations of check shadow that other CPUs have changed. Each CPU calls this
+/// at its timer's tick, when it was idle, and when it switches to another task, and then finds what
+/// other CPUs have freed or poisoned as whole pages until now. It is a comparison if nothing has
+/// changed, or where the compiler makes calls.
+#[unsafe(no_mangle)]
+pub extern "C" fn umbra_tick() {
+    if INLINE && state::mode().has(Features::PER_PAGE) {
+        groups::tick();
+    }
+}
+
+/// Sets what is called when a CPU forgets a translation of check shadow: for kernels that test
+/// themselves with page tables that lag behind.
+#[unsafe(no_mangle)]
+pub extern "C" fn umbra_on_forget(call: ForgetFn) {
+    groups::set_on_forget(call);
 }
 
 /// Whether global pages and the no-execute bit are on, which the entries use.

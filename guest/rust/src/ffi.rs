@@ -3,7 +3,7 @@
 use core::ffi::c_void;
 
 use umbra_shadow::abi::RingHeader;
-use umbra_shadow::runtime::{CurrentFn, Offer, ReleaseFn, Trap};
+use umbra_shadow::runtime::{CurrentFn, ForgetFn, Offer, ReleaseFn, Trap};
 
 unsafe extern "C" {
     pub fn umbra_discover(offer: &mut Offer) -> u32;
@@ -14,6 +14,8 @@ unsafe extern "C" {
     pub fn umbra_activate(features: u32, text_end: u64, current: Option<CurrentFn>);
     pub fn umbra_is_inline() -> bool;
     pub fn umbra_map(features: u32, table: *mut u64, stack: u64, stack_bytes: u64) -> bool;
+    pub fn umbra_tick();
+    pub fn umbra_on_forget(call: ForgetFn);
     pub fn umbra_poison(address: u64, bytes: u64, code: u8);
     pub fn umbra_unpoison(address: u64, bytes: u64);
     pub fn umbra_check(address: u64, bytes: u64, write: bool) -> bool;

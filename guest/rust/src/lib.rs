@@ -10,7 +10,7 @@ mod checked;
 mod ffi;
 
 pub use checked::Checked;
-pub use umbra_shadow::runtime::{CurrentFn, Mapping, Offer, Region, ReleaseFn, Trap};
+pub use umbra_shadow::runtime::{CurrentFn, ForgetFn, Mapping, Offer, Region, ReleaseFn, Trap};
 pub use umbra_shadow::{abi, codes};
 
 /// Looks for Umbra. `features` is 0 where there is none, or where it keeps no shadow.
@@ -202,6 +202,14 @@ safe_bindings! {
     /// A thread has ended, and nothing runs on its stack any more. The stack becomes inaccessible,
     /// until it is allocated again, becomes a stack again, or is unpoisoned. It may be freed.
     stack_free = umbra_stack_free(start: u64, bytes: u64);
+    /// This CPU forgets translations of check shadow that other CPUs have changed. Each CPU calls
+    /// this at its timer's tick, when it was idle, and when it switches to another task, and then
+    /// finds what other CPUs have freed or poisoned as whole pages until now. It is a comparison if
+    /// nothing has changed, or where the compiler makes calls.
+    tick = umbra_tick();
+    /// Sets what is called when a CPU forgets a translation of check shadow: for kernels that test
+    /// themselves with page tables that lag behind.
+    on_forget = umbra_on_forget(call: ForgetFn);
     /// Ends the guest, 0 for success. Needs Umbra underneath.
     exit = umbra_exit(code: u64) -> !;
     /// Ends the guest after a panic. Needs Umbra underneath.
