@@ -442,7 +442,7 @@ fn summary(report: &RunReport) -> String {
     let shadow = &stats.shadow;
     format!(
         "{outcome}; {findings}; shadow {} at its peak (1/8 of the guest's memory is {})",
-        size(shadow.page_bytes + shadow.byte_peak_resident_bytes),
+        size(shadow.peak_bytes()),
         size(stats.guest.memory_bytes / 8),
     )
 }

@@ -257,7 +257,7 @@ fn compare(
             s.shadow.mode,
             size(s.shadow.page_bytes),
             size(s.shadow.byte_peak_resident_bytes),
-            size(s.shadow.page_bytes + s.shadow.byte_peak_resident_bytes),
+            size(s.shadow.peak_bytes()),
             s.findings,
             instructions,
             s.exits.total,

@@ -122,6 +122,7 @@ pub fn measure() -> Vec<Figure> {
             virtual_bytes: 0,
             quarantine_batch: 0,
             redzone: Redzone::Off,
+            patterns: 0,
         }));
         let mut pairs: Vec<_> =
             (0..PAIRS).map(|_| (turn(&mut producers[..1]), turn(&mut producers))).collect();

@@ -145,7 +145,7 @@ fn ways(two: &Replay, full: Option<&Replay>, memory: u64) -> Vec<Way> {
 
 fn figures(two: &Replay, memory: u64) -> Vec<Figure> {
     const GROUP: &str = "replay of a trace, two-level";
-    let bytes = (two.figures.page_bytes + two.figures.byte_peak_resident_bytes) as f64;
+    let bytes = two.figures.peak_bytes() as f64;
     let whole = two.events >= WHOLE && memory == RECORDED;
     let limit = |figure: Figure, most| if whole { figure.limit(most) } else { figure };
     let share = bytes / (memory as f64 / 8.0) * 100.0;

@@ -57,7 +57,7 @@ pub fn figures(meter: &Meter, slice: &Path) -> Result<(Vec<Figure>, String)> {
         ));
         if mode != Mode::OFF {
             let shadow = &run.stats.shadow;
-            let bytes = (shadow.page_bytes + shadow.byte_peak_resident_bytes) as f64 / KIB;
+            let bytes = shadow.peak_bytes() as f64 / KIB;
             all.push(Figure::new(GROUP, format!("{name}: shadow, at the peak"), bytes, "KiB"));
         }
         runs.push((mode, instructions));

@@ -37,7 +37,7 @@ fn found(run: &Run) -> BTreeSet<String> {
 }
 
 fn shadow_bytes(run: &Run) -> f64 {
-    (run.stats.shadow.page_bytes + run.stats.shadow.byte_peak_resident_bytes) as f64
+    run.stats.shadow.peak_bytes() as f64
 }
 
 /// Measures all of these.

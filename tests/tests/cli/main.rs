@@ -332,7 +332,7 @@ fn stats_have_the_documented_fields() {
     assert!(run.figure("/quarantine/bytes") > 0 && run.figure("/provenance/freed") > 0);
     has_exactly(
         &s["shadow"],
-        "mode:s notify:s page_bytes:n byte_mapped_bytes:n byte_resident_bytes:n \
+        "mode:s notify:s page_bytes:n check_bytes:n byte_mapped_bytes:n byte_resident_bytes:n \
          byte_peak_resident_bytes:n byte_used_peak_bytes:n byte_unused_bytes:n faults:n \
          released_bytes:n",
     );

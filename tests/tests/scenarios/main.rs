@@ -21,6 +21,7 @@ use umbra::provenance::QuarantineSize;
 use umbra::sandbox::{Config, GuestFile, RunReport, ShadowMode};
 use umbra::shadow::{CHUNK_BYTES, Notify};
 use umbra::verdicts::{self, Verdict};
+use umbra_shadow::group::PATTERN_BYTES;
 use umbra_tests::suite::{Need, Suite, has_program, inline_kernel};
 use umbra_tests::table::{SUITE, hold, table};
 
@@ -316,7 +317,7 @@ fn giving_shadow_back_loses_nothing() {
 
 /// Peak, resident and used shadow are consistent, and far below 1/8 of the memory.
 fn figures_fit_together() {
-    for configuration in [&RING, &SYNC] {
+    for configuration in [&RING, &SYNC, &INLINE] {
         let s = &configuration.get().report.stats.shadow;
         assert_eq!(s.page_bytes, MEMORY / 4096 + VIRTUAL / 4096, "{}", configuration.name);
         assert!(s.byte_resident_bytes <= s.byte_peak_resident_bytes, "{s:?}");
@@ -325,7 +326,12 @@ fn figures_fit_together() {
             s.byte_used_peak_bytes > 0 && s.byte_used_peak_bytes <= s.byte_peak_resident_bytes,
             "{s:?}"
         );
-        assert!(s.page_bytes + s.byte_peak_resident_bytes < MEMORY / 8 / 10, "{s:?}");
+        assert!(s.peak_bytes() < MEMORY / 8 / 5, "{s:?}");
+        // The pattern pages, an entry for each group, and some tables above.
+        let entries = s.page_bytes..s.page_bytes + (128 << 10);
+        let check = configuration.inline.then(|| s.check_bytes - PATTERN_BYTES);
+        assert!(check.is_none_or(|bytes| entries.contains(&bytes)), "{s:?}");
+        assert!(configuration.inline || s.check_bytes == 0, "{s:?}");
     }
     let full = &FULL_RING.get().report.stats.shadow;
     // The used part of virtual memory, in chunks.

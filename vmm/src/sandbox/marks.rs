@@ -103,8 +103,7 @@ impl Marks {
             allocations: events.allocations,
             rss_bytes: memory.resident,
             rss_peak_bytes: memory.resident_peak,
-            shadow_peak_bytes: shadow
-                .map_or(0, |shadow| shadow.page_bytes + shadow.byte_peak_resident_bytes),
+            shadow_peak_bytes: shadow.map_or(0, |shadow| shadow.peak_bytes()),
         });
     }
 

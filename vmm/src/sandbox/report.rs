@@ -77,7 +77,7 @@ impl RunReport {
             mode: stats.shadow.mode,
             notify: stats.shadow.notify,
             limit_bytes: config.shadow_limit,
-            peak_bytes: stats.shadow.page_bytes + stats.shadow.byte_peak_resident_bytes,
+            peak_bytes: stats.shadow.peak_bytes(),
         });
         RunSummary {
             kernel_bytes: config.kernel.bytes(),

@@ -60,6 +60,8 @@ pub struct ShadowStats {
     pub notify: &'static str,
     /// Page shadow, there from the start; that of virtual memory from when the guest asked for it.
     pub page_bytes: u64,
+    /// Pattern pages and page tables of the check shadow; 0 if the kernel does not check inline.
+    pub check_bytes: u64,
     /// Byte shadow that is mapped, at the end.
     pub byte_mapped_bytes: u64,
     /// Byte shadow that is resident at the end, by the kernel's count.
@@ -74,6 +76,13 @@ pub struct ShadowStats {
     pub faults: u64,
     /// Byte shadow that was reclaimed.
     pub released_bytes: u64,
+}
+
+impl ShadowStats {
+    /// All shadow at its peak, in bytes.
+    pub fn peak_bytes(&self) -> u64 {
+        self.page_bytes + self.check_bytes + self.byte_peak_resident_bytes
+    }
 }
 
 /// Costs of redzones: bytes of live slots beyond what their caches hand out. At most 2,040 bytes of
@@ -205,7 +214,9 @@ fn with_memory(host: HostStats, ram: &Ram, shadow: &ShadowStats) -> HostStats {
             rss_peak_bytes: memory.resident_peak,
             vmm_overhead_bytes: memory
                 .resident
-                .saturating_sub(guest + shadow.page_bytes + shadow.byte_resident_bytes),
+                .saturating_sub(guest)
+                .saturating_sub(shadow.page_bytes + shadow.check_bytes)
+                .saturating_sub(shadow.byte_resident_bytes),
             ..host
         },
         (Err(error), _) | (_, Err(error)) => {
@@ -226,6 +237,7 @@ fn shadow_stats(config: &Config, dispatcher: &mut Dispatcher) -> ShadowStats {
             Ok(figures) => {
                 shadow = ShadowStats {
                     page_bytes: figures.page_bytes,
+                    check_bytes: figures.check_bytes,
                     byte_mapped_bytes: figures.byte_mapped_bytes,
                     byte_resident_bytes: figures.byte_resident_bytes,
                     byte_peak_resident_bytes: figures.byte_peak_resident_bytes,

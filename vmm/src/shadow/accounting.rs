@@ -147,6 +147,11 @@ pub struct Figures {
 }
 
 impl Figures {
+    /// All shadow at its peak, in bytes.
+    pub fn peak_bytes(&self) -> u64 {
+        self.page_bytes + self.check_bytes + self.byte_peak_resident_bytes
+    }
+
     /// The share of the resident byte shadow that no byte-checked page uses, 0 to 1.
     pub fn unused_share(&self) -> f64 {
         if self.byte_resident_bytes == 0 {
