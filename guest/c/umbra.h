@@ -216,9 +216,10 @@ bool umbra_ring_setup(uint64_t cpu, struct umbra_ring_header *memory, uint64_t b
 
 /*
  * Turns checks on. No other CPU may run yet. The kernel's code ends at `text_end`. `current` may be
- * null.
+ * null. Where the compiler checks inline, this maps all windows; false when that fails, and checks
+ * stay off then.
  */
-void umbra_activate(uint32_t features, uint64_t text_end, umbra_current_fn current);
+bool umbra_activate(uint32_t features, uint64_t text_end, umbra_current_fn current);
 
 /*
  * All steps of the start except the mapping: adds the regions, sets up the first CPU's ring, turns
@@ -239,9 +240,25 @@ static inline bool umbra_start(const struct umbra_offer *offer, const struct umb
 	if (offer->features & UMBRA_RING &&
 	    !umbra_ring_setup(0, (struct umbra_ring_header *)ring, ring_bytes, text_start))
 		return false;
-	umbra_activate(offer->features, text_end, current);
-	return true;
+	return umbra_activate(offer->features, text_end, current);
 }
+
+/*
+ * Where the compiler checks inline, the kernel's entry code calls this before any checked code. It
+ * maps a scratch page wherever check shadow will be. `table` is the top-level page table, at an
+ * address that may be written as long as the kernel runs; nothing else uses its slots 472 to 503,
+ * and tables that are made later get these slots from it. `offset` is what the image's addresses
+ * are above the guest-physical ones. CR4.PGE and EFER.NXE are set on each CPU before
+ * umbra_activate(), and CR0.WP where checked code runs.
+ */
+void umbra_early(uint64_t *table, uint64_t offset);
+
+/*
+ * Where the compiler checks inline, each CPU calls this at its timer's tick, when it was idle, and
+ * when it switches to another task: it then finds what other CPUs have freed or poisoned as whole
+ * pages until now.
+ */
+void umbra_tick(void);
 
 /*
  * Runs the constructors between two symbols of the linker script, in order. Those that the compiler

@@ -20,12 +20,12 @@ pub fn run(context: &Context) -> Result<()> {
 }
 
 /// Builds the runtime and, with every compiler that is available or can be installed,
-/// `target/guest/c-kernel-COMPILER`. Returns the kernels, and prints which compilers are missing.
+/// `target/guest/c-kernel-COMPILER`, and `c-kernel-COMPILER-inline` with inline checks. Returns the
+/// kernels, and prints which compilers are missing.
 pub fn build(context: &Context) -> Result<Vec<String>> {
     let folder = guest::build_library(context)?;
     let mut built = Vec::new();
     for compiler in COMPILERS {
-        let kernel = folder.join(format!("c-kernel-{compiler}"));
         if !setup::programs(context, &[compiler, "make"])? {
             context.progress.say(&format!(
                 "not built: the C test kernel by {compiler}: install {compiler} and make \
@@ -33,14 +33,19 @@ pub fn build(context: &Context) -> Result<Vec<String>> {
             ));
             continue;
         }
-        context.progress.step(&format!("building the C test kernel with {compiler}"));
-        let out = folder.join(format!("c-{compiler}"));
-        let variables = [("UMBRA", &folder), ("OUT", &out), ("KERNEL", &kernel)];
-        Command::new("make", &context.root)
-            .args(["-f", "guest/c/kernel/Makefile", &format!("CC={compiler}")])
-            .args(variables.map(|(name, path)| format!("{name}={}", path.display())))
-            .run_or_fail(&context.progress)?;
-        built.push(kernel.display().to_string());
+        for (checks, suffix) in [("outline", ""), ("inline", "-inline")] {
+            let what = format!("building the C test kernel with {compiler}, checks {checks}");
+            context.progress.step(&what);
+            let kernel = folder.join(format!("c-kernel-{compiler}{suffix}"));
+            let out = folder.join(format!("c-{compiler}{suffix}"));
+            let variables = [("UMBRA", &folder), ("OUT", &out), ("KERNEL", &kernel)];
+            Command::new("make", &context.root)
+                .args(["-f", "guest/c/kernel/Makefile", &format!("CC={compiler}")])
+                .args([format!("UMBRA_CHECKS={checks}")])
+                .args(variables.map(|(name, path)| format!("{name}={}", path.display())))
+                .run_or_fail(&context.progress)?;
+            built.push(kernel.display().to_string());
+        }
     }
     Ok(built)
 }

@@ -161,8 +161,10 @@ pub fn library(context: &Context) -> Result<()> {
 pub fn build_library(context: &Context) -> Result<PathBuf> {
     let guest = Guest::new(context)?;
     context.progress.step("building the guest runtime");
-    let object = guest.plain(&RUNTIME)?;
-    guest.archive(&object)?;
+    for runtime in [&RUNTIME, &RUNTIME_INLINE] {
+        let object = guest.plain(runtime)?;
+        guest.archive(runtime, &object)?;
+    }
     for name in ["umbra.h", "umbra.mk"] {
         install(&context.root.join("guest/c").join(name), &guest.folder.join(name))?;
     }
@@ -327,12 +329,13 @@ impl<'a> Guest<'a> {
 
     /// The runtime as an archive, for kernels in any language. Its memory functions are weak there.
     /// A kernel may have its own, which are checked only as far as they are instrumented.
-    fn archive(&self, object: &Path) -> Result<()> {
+    fn archive(&self, runtime: &Plain, object: &Path) -> Result<()> {
         let ar = which("ar")
             .or_else(|| which("llvm-ar"))
             .context("ar was not found: install binutils")?;
-        let [member, archive] =
-            ["libumbra_rt.o", "libumbra_rt.a"].map(|name| self.folder.join("runtime").join(name));
+        let name = runtime.object.replace(".o", ".a");
+        let folder = self.folder.join(runtime.part);
+        let [member, archive] = ["libumbra_rt.o", &name].map(|name| folder.join(name));
         Command::new(&self.tools.objcopy, &self.folder)
             .args(RUNTIME.renamed.iter().map(|(_, name)| format!("--weaken-symbol={name}")))
             .args([object, &member])
@@ -349,7 +352,7 @@ impl<'a> Guest<'a> {
             .args(["crsD"])
             .args([&archive, &member])
             .run_or_fail(&self.context.progress)?;
-        install(&archive, &self.folder.join("libumbra_rt.a"))
+        install(&archive, &self.folder.join(name))
     }
 
     /// Links the test kernel with these objects.

@@ -31,7 +31,24 @@ boot_high:
 	mov %eax, %ss
 	/* End of the frame chain. */
 	xor %ebp, %ebp
-	mov %rsi, %rdi
+	/* For inline checks: write protection, global pages, the no-execute bit, and a scratch page. */
+	mov %cr0, %rax
+	or $0x10000, %rax
+	mov %rax, %cr0
+	mov %cr4, %rax
+	or $0x80, %rax
+	mov %rax, %cr4
+	mov $0xc0000080, %ecx
+	rdmsr
+	or $0x800, %eax
+	wrmsr
+	push %rsi
+	push %rsi
+	movabs $boot_pml4, %rdi
+	movabs $IMAGE_MAP, %rsi
+	call umbra_early
+	pop %rdi
+	pop %rsi
 	call kernel_main
 	ud2
 

@@ -101,11 +101,6 @@ pub fn stack() -> u64 {
     (&raw const boot_stack) as u64
 }
 
-/// The top-level page table.
-pub fn top_level() -> *mut u64 {
-    (&raw mut boot_pml4).cast()
-}
-
 /// The guest-physical address behind the image.
 pub fn image_end() -> u64 {
     (&raw const __image_end) as u64 - IMAGE_MAP

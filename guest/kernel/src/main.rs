@@ -116,8 +116,6 @@ fn start_checks(offer: &Offer, info: &boot::BootInfo, cpus: usize, early: &mut E
         // SAFETY: this memory was taken for the ring, and is zero as all memory is at start.
         ring: unsafe { core::slice::from_raw_parts_mut(ring, RING) },
         current: Some(cpu::cpu_current),
-        top_level: boot::top_level(),
-        stack: boot::stack()..boot::stack() + boot::BOOT_STACK,
     };
     // SAFETY: the shadow of both regions was mapped above, or this maps it.
     if let Err(error) = unsafe { umbra_guest::start(offer, config) } {

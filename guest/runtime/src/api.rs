@@ -31,7 +31,7 @@ pub extern "C" fn umbra_discover(offer: &mut Offer) -> u32 {
     }
     offer.features = host.features.bits();
     settings::set(Some(&host));
-    // Where the compiler checks inline, the kernel maps nothing: `umbra_map` does.
+    // Where the compiler checks inline, the kernel maps nothing: `umbra_activate` does.
     if !INLINE {
         (offer.page_window, offer.page_window_bytes) = host.page_window;
         (offer.byte_window, offer.byte_window_bytes) = host.byte_window;
@@ -85,11 +85,21 @@ pub extern "C" fn umbra_ring_setup(
 /// Turns the checks on. Windows are mapped, regions added and rings set up by now. The kernel's
 /// code ends at `text_end`; `current` returns CPU and task (may be null).
 ///
+/// Where the compiler checks inline, this maps the windows. False when that fails, and checks stay
+/// off then.
+///
 /// # Safety
-/// Shadow is mapped for all regions, and no other CPU runs yet.
+/// Shadow is mapped for all regions, or the compiler checks inline, and no other CPU runs yet.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn umbra_activate(offered: u32, text_end: u64, current: Option<CurrentFn>) {
+pub unsafe extern "C" fn umbra_activate(
+    offered: u32,
+    text_end: u64,
+    current: Option<CurrentFn>,
+) -> bool {
     let offered = Features::from_bits(offered);
+    if INLINE && offered.has(Features::SHADOW) && !tables::map(offered) {
+        return false;
+    }
     stack::set_text_end(text_end);
     state::set_current(current);
     state::set_mode(offered);
@@ -98,6 +108,7 @@ pub unsafe extern "C" fn umbra_activate(offered: u32, text_end: u64, current: Op
         unsafe { checks::activate(offered) }
         host::hypercall(CallNumber::Activate, 0, 0, 0, 0);
     }
+    true
 }
 
 /// Makes `bytes` from `address` on inaccessible.

@@ -4,15 +4,18 @@
 use core::arch::asm;
 use core::ops::RangeInclusive;
 use core::ptr::{addr_of_mut, null_mut};
-use core::sync::atomic::{AtomicPtr, Ordering::Relaxed};
+use core::sync::atomic::{AtomicBool, AtomicPtr, Ordering::Relaxed};
 
 use umbra_shadow::abi::check_shadow::{CHECK_SLOT, CHECK_SLOTS, check_address, slot_of};
 use umbra_shadow::abi::{CallNumber, Features};
+use umbra_shadow::codes::PAGE_SIZE;
 use umbra_shadow::model::Shadow;
 use umbra_shadow::runtime::ForgetFn;
 use umbra_shadow::two_level::TwoLevel;
 
+use crate::cpu::without_interrupts;
 use crate::shadow::Windows;
+use crate::stack::frame_pointer;
 use crate::{INLINE, groups, host, state};
 
 /// Entries of a page table.
@@ -26,25 +29,26 @@ struct Table(#[allow(dead_code, reason = "only its address is used")] [u64; ENTR
 /// Three levels of tables, all of whose entries lead to the scratch page behind them.
 static mut SCRATCH: [Table; 4] = [const { Table([0; ENTRIES]) }; 4];
 
-/// The top-level table, once the VMM's tables are there.
+/// The kernel's top-level table, and whether the VMM's tables are in it.
 static TOP_LEVEL: AtomicPtr<u64> = AtomicPtr::new(null_mut());
+static IS_MAPPED: AtomicBool = AtomicBool::new(false);
 
-/// Whether this runtime is for kernels whose compiler checks inline.
-#[unsafe(no_mangle)]
-pub extern "C" fn umbra_is_inline() -> bool {
-    INLINE
-}
+/// Pages of the stack that runs at [`map`], from its innermost frame on, that become byte-checked.
+/// The kernel makes the rest so: `umbra_stack_alloc`.
+const STACK_PAGES: u64 = 4;
 
 /// Maps one scratch page wherever check shadow will be. The first thing that a kernel does whose
 /// compiler checks inline: its entry code calls this before any checked code. Where the page is
 /// not zero, because code has stored the shadow of its stack there, checks call the runtime, which
 /// reports nothing until [`umbra_activate`](crate::api::umbra_activate).
 ///
-/// `table` is the top-level page table, at an address that may be written. `offset` is what the
-/// image's addresses are above the guest-physical ones.
+/// `table` is the top-level page table, at an address that may be written as long as the kernel
+/// runs. `offset` is what the image's addresses are above the guest-physical ones. CR4.PGE and
+/// EFER.NXE are set on each CPU before [`umbra_activate`](crate::api::umbra_activate), and CR0.WP
+/// where checked code runs.
 ///
 /// # Safety
-/// Nothing else uses the table.
+/// Nothing else uses the table's upper slots from 472 to 503.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umbra_early(table: *mut u64, offset: u64) {
     if !INLINE {
@@ -66,36 +70,27 @@ pub unsafe extern "C" fn umbra_early(table: *mut u64, offset: u64) {
             table.add(usize::from(CHECK_SLOT + slot)).write_volatile(link(0));
         }
     }
+    TOP_LEVEL.store(table, Relaxed);
     flush();
 }
 
 /// Maps the check shadow and all windows by tables of the VMM, in a kernel whose compiler checks
-/// inline. All regions were added. The stack that runs now is from `stack` on, so many bytes: its
-/// shadow can be stored to afterwards. False when the VMM refuses, or CR4.PGE or EFER.NXE is clear.
-///
-/// # Safety
-/// As [`umbra_early`]; no other CPU runs yet.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn umbra_map(
-    offered: u32,
-    table: *mut u64,
-    stack: u64,
-    stack_bytes: u64,
-) -> bool {
-    if !INLINE {
-        return true;
-    }
-    if !can_use_tables() {
+/// inline. All regions were added. False when the VMM refuses, when CR4.PGE or EFER.NXE is clear,
+/// or without [`umbra_early`].
+pub fn map(offered: Features) -> bool {
+    let table = TOP_LEVEL.load(Relaxed);
+    if table.is_null() || !can_use_tables() || !install(CHECK_SLOT..=CHECK_SLOT + CHECK_SLOTS - 1) {
         return false;
     }
-    TOP_LEVEL.store(table, Relaxed);
-    if !install(CHECK_SLOT..=CHECK_SLOT + CHECK_SLOTS - 1) {
-        return false;
-    }
-    if Features::from_bits(offered).has(Features::PER_PAGE)
-        && let Some(place) = state::place(stack, stack.wrapping_add(stack_bytes.wrapping_sub(1)))
+    IS_MAPPED.store(true, Relaxed);
+    // Checked code that runs on this stack may store its shadow at once.
+    let here = frame_pointer() & !(PAGE_SIZE - 1);
+    if offered.has(Features::PER_PAGE)
+        && let Some(place) = state::place(here, here)
     {
-        let _ = TwoLevel::new(Windows).promote(place, stack_bytes);
+        let end = (0..STACK_PAGES).map(|page| here + page * PAGE_SIZE);
+        let pages = end.take_while(|at| state::place(*at, *at).is_some()).count() as u64;
+        let _ = without_interrupts(|| TwoLevel::new(Windows).promote(place, pages * PAGE_SIZE));
     }
     true
 }
@@ -103,22 +98,22 @@ pub unsafe extern "C" fn umbra_map(
 /// Installs the tables again that have the check shadow of `bytes` (not 0) from `start` on, which
 /// are a region now. False when the VMM refuses.
 pub fn add_region(start: u64, bytes: u64) -> bool {
+    if !IS_MAPPED.load(Relaxed) {
+        return true;
+    }
     let last = check_address(start.wrapping_add(bytes - 1));
     install(slot_of(check_address(start))..=slot_of(last))
 }
 
-/// Puts the VMM's entries into slots of the top-level table, if there is one.
+/// Puts the VMM's entries into slots of the top-level table.
 fn install(slots: RangeInclusive<u16>) -> bool {
     let table = TOP_LEVEL.load(Relaxed);
-    if table.is_null() {
-        return true;
-    }
     for slot in slots {
         let entry = host::hypercall(CallNumber::TopLevel, slot.into(), 0, 0, 0);
         if host::is_error(entry) {
             return false;
         }
-        // SAFETY: who called `umbra_map` has promised that nothing else uses the slots.
+        // SAFETY: who called `umbra_early` has promised that nothing else uses the slots.
         unsafe { table.add(slot.into()).write_volatile(entry) };
     }
     flush();

@@ -11,9 +11,7 @@ unsafe extern "C" {
     pub fn umbra_virtual_add(start: u64, bytes: u64) -> u64;
     pub fn umbra_ring_setup(cpu: u64, memory: *mut RingHeader, bytes: u64, text_start: u64)
     -> bool;
-    pub fn umbra_activate(features: u32, text_end: u64, current: Option<CurrentFn>);
-    pub fn umbra_is_inline() -> bool;
-    pub fn umbra_map(features: u32, table: *mut u64, stack: u64, stack_bytes: u64) -> bool;
+    pub fn umbra_activate(features: u32, text_end: u64, current: Option<CurrentFn>) -> bool;
     pub fn umbra_tick();
     pub fn umbra_on_forget(call: ForgetFn);
     pub fn umbra_poison(address: u64, bytes: u64, code: u8);

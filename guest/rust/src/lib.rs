@@ -31,12 +31,6 @@ pub struct StartConfig<'a> {
     pub ring: &'static mut [u8],
     /// Returns CPU and task.
     pub current: Option<CurrentFn>,
-    /// The top-level page table. Where the compiler checks inline ([`is_inline`]), the VMM's tables
-    /// of the check shadow are put there.
-    pub top_level: *mut u64,
-    /// The stack that runs now. Where the compiler checks inline, its shadow can be stored to from
-    /// here on.
-    pub stack: core::ops::Range<u64>,
 }
 
 /// Why checks could not be turned on.
@@ -46,16 +40,9 @@ pub enum StartError {
     Region(Region),
     /// The ring's memory was refused.
     Ring,
-    /// The VMM refused the page tables of the check shadow, or CR4.PGE or EFER.NXE is clear.
+    /// The compiler checks inline, and the VMM refused the page tables of the check shadow, or
+    /// CR4.PGE or EFER.NXE is clear.
     Tables,
-}
-
-/// Whether the kernel's compiler checks inline: it was linked with the runtime for that. Then the
-/// entry code has called `umbra_early`, [`start`](fn@start) maps all windows, and the kernel maps
-/// no [`Offer::mappings`].
-pub fn is_inline() -> bool {
-    // SAFETY: returns a constant.
-    unsafe { ffi::umbra_is_inline() }
 }
 
 /// Turns checks on. Does nothing when `offer` has none.
@@ -64,8 +51,7 @@ pub fn is_inline() -> bool {
 /// A region, the ring or the page tables were refused; checks stay off.
 ///
 /// # Safety
-/// Shadow is mapped for all regions, or this maps it; nothing else uses the top-level page table's
-/// slots of the check shadow. The ring is used for nothing else, and no other CPU runs yet.
+/// Shadow is mapped for all regions, or the compiler checks inline, and this maps it. The ring is used for nothing else, and no other CPU runs yet.
 pub unsafe fn start(offer: &Offer, config: StartConfig) -> Result<(), StartError> {
     if !offer.checks() {
         return Ok(());
@@ -76,11 +62,6 @@ pub unsafe fn start(offer: &Offer, config: StartConfig) -> Result<(), StartError
             if !ffi::umbra_region_add(region.start, region.bytes, region.gpa) {
                 return Err(StartError::Region(*region));
             }
-        }
-        let stack = config.stack;
-        let bytes = stack.end - stack.start;
-        if !ffi::umbra_map(offer.features, config.top_level, stack.start, bytes) {
-            return Err(StartError::Tables);
         }
         let ring = config.ring;
         if offer.rings()
@@ -93,9 +74,12 @@ pub unsafe fn start(offer: &Offer, config: StartConfig) -> Result<(), StartError
         {
             return Err(StartError::Ring);
         }
-        ffi::umbra_activate(offer.features, config.text.end, config.current);
+        if ffi::umbra_activate(offer.features, config.text.end, config.current) {
+            Ok(())
+        } else {
+            Err(StartError::Tables)
+        }
     }
-    Ok(())
 }
 
 /// Asks for shadow for virtual memory that maps single pages, which come and go (vmalloc): `bytes`
