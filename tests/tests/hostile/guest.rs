@@ -1,7 +1,7 @@
 //! Guests that misbehave, assembled here and wrapped into a small ELF file.
 //!
 //! They run on the boot page tables, which map the first 4 GiB one to one; a prologue adds the GiBs
-//! of the two shadow windows, so that a virtual address is the guest-physical one everywhere.
+//! of the shadow windows, so that a virtual address is the guest-physical one everywhere.
 
 use iced_x86::code_asm::*;
 use umbra::machine::layout::{BOOT_PDPT, BOOT_PML4, GDT};
@@ -18,6 +18,8 @@ pub const PAGE_WINDOW_BYTES: u64 = RAM / 4096;
 pub const BYTE_WINDOW: u64 = 5 << 30;
 /// Its bytes, likewise.
 pub const BYTE_WINDOW_BYTES: u64 = RAM / 8;
+/// Start of what the check shadow needs: patterns, tables, entries.
+pub const CHECK_WINDOWS: u64 = 6 << 30;
 /// Bytes of virtual memory that can have shadow.
 pub const VIRTUAL_BYTES: u64 = 4 << 30;
 /// The code.
@@ -82,9 +84,9 @@ pub struct Guest {
     data: Vec<u8>,
 }
 
-/// Two page directories, for the GiB of each window.
+/// Page directories for the GiB of each window.
 fn window_tables() -> Vec<u8> {
-    let entries = (PAGE_WINDOW..BYTE_WINDOW + (1 << 30)).step_by(2 << 20);
+    let entries = (PAGE_WINDOW..CHECK_WINDOWS + (1 << 30)).step_by(2 << 20);
     entries.flat_map(|gpa| (gpa | 0x83).to_le_bytes()).collect()
 }
 
@@ -107,7 +109,9 @@ impl Guest {
         a.mov(rax, DATA | 3)?;
         a.mov(qword_ptr(rbx + 4 * 8), rax)?;
         a.mov(rax, (DATA + 4096) | 3)?;
-        a.mov(qword_ptr(rbx + 5 * 8), rax)
+        a.mov(qword_ptr(rbx + 5 * 8), rax)?;
+        a.mov(rax, (DATA + 8192) | 3)?;
+        a.mov(qword_ptr(rbx + 6 * 8), rax)
     }
 
     /// Puts `bytes` into the guest's memory. Returns their address.

@@ -7,6 +7,7 @@ mod files;
 mod guest;
 mod linux;
 mod smp;
+mod tables;
 mod windows;
 
 use std::process::ExitCode;
@@ -79,7 +80,7 @@ fn ring0_is_emulated() -> bool {
 fn main() -> ExitCode {
     let mut suite = Suite::default();
     let kvm = Need::kvm().and(&Need::machine());
-    let all = [calls::ALL, crash::ALL, files::ALL, linux::ALL, windows::ALL, smp::ALL];
+    let all = [calls::ALL, crash::ALL, files::ALL, linux::ALL, windows::ALL, tables::ALL, smp::ALL];
     for (name, test) in all.into_iter().flatten() {
         suite.add(*name, &kvm, test);
     }
