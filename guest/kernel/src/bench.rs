@@ -22,7 +22,7 @@
 use core::arch::{asm, global_asm};
 
 use umbra_guest::abi::{CallNumber, PORT};
-use umbra_guest::codes::{GRANULE_SHIFT, PAGE_SIZE, SLAB_REDZONE};
+use umbra_guest::codes::{FREE_PAGE, GRANULE_SHIFT, PAGE_SIZE, SLAB_REDZONE};
 
 use crate::boot::BootInfo;
 use crate::slab::{kfree, kmalloc};
@@ -119,6 +119,13 @@ unsafe extern "C" fn allocate_and_free(bytes: u64) {
     }
 }
 
+/// Allocates a page and frees it.
+unsafe extern "C" fn page_and_back(_: u64) {
+    if let Some(at) = page::alloc(0) {
+        page::free(at);
+    }
+}
+
 /// Makes the page of `at` wholly accessible, then byte-checked.
 unsafe extern "C" fn demote_and_promote(at: u64) {
     umbra_guest::unpoison(at, PAGE_SIZE);
@@ -146,13 +153,24 @@ fn with_arguments<F: Copy>(f: F) -> Function {
     unsafe { core::mem::transmute_copy(&f) }
 }
 
-/// The calls of `bench=call`: the function and its arguments, for an unused page at `at`.
+/// The calls of `bench=call`: the function and its arguments, for an unused page at `at`. None of
+/// the seven pages behind it is byte-checked, unless the name ends with `-beside`.
 fn calls(name: &str, at: u64) -> Option<(Function, [u64; 5])> {
     let redzone = u64::from(SLAB_REDZONE);
     Some(match name {
         "poison" => (umbra_poison, [at, 8, redzone, 0, 0]),
         "unpoison" => (umbra_unpoison, [at, 8, 0, 0, 0]),
+        "poison-page" => (umbra_poison, [at, PAGE_SIZE, FREE_PAGE.into(), 0, 0]),
         "unpoison-page" => (umbra_unpoison, [at, PAGE_SIZE, 0, 0, 0]),
+        "poison-page-beside" => {
+            umbra_guest::poison(at + PAGE_SIZE, 8, SLAB_REDZONE);
+            (umbra_poison, [at, PAGE_SIZE, FREE_PAGE.into(), 0, 0])
+        }
+        "unpoison-page-beside" => {
+            umbra_guest::poison(at + PAGE_SIZE, 8, SLAB_REDZONE);
+            (umbra_unpoison, [at, PAGE_SIZE, 0, 0, 0])
+        }
+        "page" => (with_arguments(page_and_back as unsafe extern "C" fn(u64)), [0; 5]),
         "promote" => {
             (with_arguments(demote_and_promote as unsafe extern "C" fn(u64)), [at, 0, 0, 0, 0])
         }
@@ -231,7 +249,7 @@ fn bench(word: &str, initrd: &[u8]) -> Option<()> {
             repeat(rounds, f, [at, text()?.parse().ok()?, 0, 0, 0]);
         }
         "call" => {
-            let (f, arguments) = calls(text()?, page::alloc(0)?)?;
+            let (f, arguments) = calls(text()?, page::alloc(3)?)?;
             repeat(rounds, f, arguments);
         }
         "record" => {
