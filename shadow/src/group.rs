@@ -214,6 +214,24 @@ const fn in_bytes(classes: u64) -> u8 {
 /// that is under way, when that has ended.
 #[inline]
 pub fn settle<T: GroupTable>(table: &T, group: u64, pages: u8, value: u8) {
+    let from = table.entry(group);
+    let classes = table.classes(group);
+    if !from.is_real() && !from.is_busy() && in_bytes(classes) == 0 {
+        let to = Entry::pattern(table.patterns(), poisoned(classes));
+        if table.exchange(group, from, to.after(from)) {
+            if value != PAGE_VALID {
+                table.forget(group);
+            }
+            return;
+        }
+    }
+    settle_slowly(table, group, pages, value);
+}
+
+/// [`settle`] in all cases: also a group that is real, or that another CPU changes.
+#[cold]
+#[inline(never)]
+fn settle_slowly<T: GroupTable>(table: &T, group: u64, pages: u8, value: u8) {
     let was_real = loop {
         let from = table.entry(group);
         if from.is_busy() {
@@ -316,8 +334,12 @@ fn fill_all_pages<T: GroupTable>(table: &T, group: u64, pattern: u8) {
 }
 
 /// [`settle`] for all groups of `pages` pages from page number `first` on.
+#[inline]
 pub fn settle_pages<T: GroupTable>(table: &T, first: u64, pages: u64, value: u8) {
     let group_pages = u64::from(PAGES);
+    if pages == 1 {
+        return settle(table, first / group_pages, 1 << (first % group_pages), value);
+    }
     let (mut page, end) = (first, first + pages);
     while page < end {
         let group = page / group_pages;

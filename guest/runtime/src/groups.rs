@@ -96,6 +96,13 @@ pub fn open(place: u64) {
     group::open(&Entries, place >> GROUP_SHIFT);
 }
 
+/// [`settle`] for the page at `place`.
+#[inline(always)]
+pub fn settle_page(place: u64, value: u8) {
+    let page = place >> PAGE_SHIFT & u64::from(PAGES - 1);
+    group::settle(&Entries, place >> GROUP_SHIFT, 1 << page, value);
+}
+
 /// The page shadow of `pages` pages from `place` on has become `value`.
 #[inline]
 pub fn settle(place: u64, pages: u64, value: u8) {
@@ -129,6 +136,12 @@ pub fn is_stale_store() -> bool {
         forget(address);
     }
     is_real
+}
+
+#[cold]
+#[inline(never)]
+fn forget_aliases(group: u64) {
+    state::addresses(place_of(group)).for_each(forget);
 }
 
 struct Entries;
@@ -185,7 +198,10 @@ impl GroupTable for Entries {
     #[inline]
     fn forget(&self, group: u64) {
         announce();
-        state::addresses(place_of(group)).for_each(forget);
+        match state::only_address(place_of(group)) {
+            Some(address) => forget(address),
+            None => forget_aliases(group),
+        }
     }
 
     fn pause(&self) {

@@ -149,6 +149,31 @@ impl ShadowMemory for Windows {
     }
 }
 
+/// The place of a whole page of the first region, if the guest keeps two-level shadow: the most
+/// frequent change of whole pages. All else goes through the model.
+#[inline(always)]
+fn whole_page(address: u64, len: u64) -> Option<u64> {
+    let kinds = Features::SHADOW | Features::RING | Features::SYNC;
+    let wanted = Features::PER_PAGE | Features::RING;
+    if len != codes::PAGE_SIZE
+        || address & (codes::PAGE_SIZE - 1) != 0
+        || state::mode().bits() & kinds.bits() != wanted.bits()
+    {
+        return None;
+    }
+    state::place_in_first(address, address + (codes::PAGE_SIZE - 1))
+}
+
+/// Sets a whole page that has shadow.
+#[inline(always)]
+fn set_page(place: u64, value: u8) {
+    // SAFETY: the shadow of regions is mapped.
+    unsafe { page_shadow(place).write_volatile(value) }
+    if INLINE {
+        groups::settle_page(place, value);
+    }
+}
+
 fn full() -> bool {
     state::mode().has(Features::FULL)
 }
@@ -163,7 +188,20 @@ fn covered(address: u64, len: u64) -> Option<u64> {
 
 /// Poisons memory, as this run's mode requires. Memory outside all regions has no shadow and does
 /// not change.
+#[inline(never)]
 pub fn poison(address: u64, len: u64, code: u8) {
+    if let Some(place) = whole_page(address, len)
+        && code >= codes::POISON_MIN
+    {
+        // The translation that this forgets must be that of the CPU that has stored the page.
+        return without_interrupts(|| set_page(place, code));
+    }
+    poison_any(address, len, code);
+}
+
+/// [`poison`] in all cases.
+#[inline(never)]
+fn poison_any(address: u64, len: u64, code: u8) {
     let Some(place) = covered(address, len) else { return };
     if state::mode().has(Features::SYNC) {
         host::hypercall(CallNumber::Poison, address, len, u64::from(code), 0);
@@ -181,7 +219,17 @@ pub fn unpoison(address: u64, len: u64) {
 }
 
 /// [`unpoison`], which also passes the use of the memory to the VMM in `sync` mode.
+#[inline(never)]
 pub fn unpoison_for(address: u64, len: u64, memory_use: MemoryUse) {
+    if let Some(place) = whole_page(address, len) {
+        return set_page(place, codes::PAGE_VALID);
+    }
+    unpoison_any(address, len, memory_use);
+}
+
+/// [`unpoison_for`] in all cases.
+#[inline(never)]
+fn unpoison_any(address: u64, len: u64, memory_use: MemoryUse) {
     let Some(place) = covered(address, len) else { return };
     if state::mode().has(Features::SYNC) {
         host::hypercall(CallNumber::Unpoison, address, len, memory_use.into(), 0);

@@ -20,6 +20,8 @@ static REGION_COUNT: AtomicUsize = AtomicUsize::new(0);
 static REGION: [RegionState; REGIONS] = [const {
     RegionState { first: AtomicU64::new(0), last: AtomicU64::new(0), to_place: AtomicU64::new(0) }
 }; REGIONS];
+/// The places from here on are in no region but the first, if they are in that one.
+static ALIASED_END: AtomicU64 = AtomicU64::new(0);
 static SUPPRESSED: [AtomicU32; CPUS] = [const { AtomicU32::new(0) }; CPUS];
 static REPORTING: [AtomicBool; CPUS] = [const { AtomicBool::new(false) }; CPUS];
 
@@ -84,12 +86,22 @@ pub fn has_room() -> bool {
     REGION_COUNT.load(Relaxed) < REGIONS
 }
 
+/// The first place behind a region.
+fn region_end(region: &RegionState) -> u64 {
+    let last = region.last.load(Relaxed);
+    last.wrapping_add(region.to_place.load(Relaxed)).wrapping_add(1)
+}
+
 /// Adds a region of memory that is mapped one to one, or of virtual memory, whose start has this
 /// key. False when the table is full.
 pub fn add_region(start: u64, bytes: u64, key: u64) -> bool {
     let n = REGION_COUNT.load(Relaxed);
     let Some(region) = REGION.get(n) else { return false };
     region.to_place.store(key.wrapping_sub(start), Relaxed);
+    let first_end = region_end(&REGION[0]);
+    let aliases = n != 0 && key < first_end;
+    let end = if aliases { key.saturating_add(bytes) } else { 0 };
+    ALIASED_END.fetch_max(if n == 0 { key } else { end }, Relaxed);
     region.first.store(start, Relaxed);
     region.last.store(start.wrapping_add(bytes - 1), Relaxed);
     REGION_COUNT.store(n + 1, Relaxed);
@@ -98,16 +110,32 @@ pub fn add_region(start: u64, bytes: u64, key: u64) -> bool {
 
 /// Where the shadow of `first..=last` is looked up, if all of it is in one region: by its address,
 /// or in a kernel that is checked inline by its key.
-#[inline]
+#[inline(always)]
 pub fn place(first: u64, last: u64) -> Option<u64> {
+    match place_in_first(first, last) {
+        None => place_in_others(first, last),
+        some => some,
+    }
+}
+
+#[inline(never)]
+fn place_in_others(first: u64, last: u64) -> Option<u64> {
     let n = REGION_COUNT.load(Relaxed);
-    REGION.iter().take(n).find_map(|region| region.place(first, last))
+    REGION.iter().take(n).skip(1).find_map(|region| region.place(first, last))
 }
 
 /// [`place`] for the first region only, where most objects are.
 #[inline(always)]
 pub fn place_in_first(first: u64, last: u64) -> Option<u64> {
     REGION[0].place(first, last)
+}
+
+/// The only address that has this place, if that is in the first region, and in no other one.
+#[inline(always)]
+pub fn only_address(place: u64) -> Option<u64> {
+    let address = place.wrapping_sub(REGION[0].to_place.load(Relaxed));
+    (place >= ALIASED_END.load(Relaxed) && address <= REGION[0].last.load(Relaxed))
+        .then_some(address)
 }
 
 /// The addresses of all regions that have this place.

@@ -163,7 +163,7 @@ impl CheckTables {
                     store(&mut self.entries, group, entry_of(group).bits());
                 }
             }
-            self.add_table(va, TABLE | self.windows[2].gpa + table * PAGE_SIZE)?;
+            self.add_table(va, (self.windows[2].gpa + table * PAGE_SIZE) | TABLE)?;
         }
         Ok(())
     }
@@ -204,7 +204,7 @@ impl CheckTables {
                 let Window { gpa, bytes: len } = self.windows[1];
                 return Err(ShadowError::OutsideWindow { gpa, len });
             };
-            store(&mut self.tables, place, gpa + offset | LARGE);
+            store(&mut self.tables, place, (gpa + offset) | LARGE);
         }
         Ok(())
     }
@@ -251,7 +251,7 @@ impl CheckTables {
 
     /// The entry that points to a table.
     fn link(&self, table: u64) -> u64 {
-        TABLE | self.windows[1].gpa + table * PAGE_SIZE
+        (self.windows[1].gpa + table * PAGE_SIZE) | TABLE
     }
 
     /// The table that an entry points to. Only the guest writes others than [`Self::link`] made,
