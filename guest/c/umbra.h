@@ -14,6 +14,9 @@
  *   6. umbra_stack_alloc()         for the stack that runs now, then the constructors
  *      (.init_array), which register the redzones of globals
  *
+ * Where the compiler checks inline (UMBRA_CHECKS=inline in umbra.mk), step 0 is umbra_early(), and
+ * step 2 has nothing to map.
+ *
  * After that allocators call umbra_alloc() and umbra_free(). Without Umbra, or before
  * umbra_activate(), every function except umbra_exit*() does nothing, and every check is a single
  * `ret`.
