@@ -31,7 +31,7 @@ boot_high:
 	mov %eax, %ss
 	/* End of the frame chain. */
 	xor %ebp, %ebp
-	/* For inline checks: write protection, global pages, the no-execute bit, and a scratch page. */
+	/* For inline checks: write protection, global pages, no-execute, and a scratch page. */
 	mov %cr0, %rax
 	or $0x10000, %rax
 	mov %rax, %cr0

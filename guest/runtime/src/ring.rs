@@ -242,8 +242,9 @@ impl Ring {
         self.quick.store(quick.min(records.saturating_sub(RING_SPARE)), Release);
     }
 
-    /// [`Ring::write_after`] where there is no ring, or it is full, or the doorbell is due, or stamps are
-    /// counted. A record for which there is no room in the middle of another one is lost.
+    /// [`Ring::write_after`] where there is no ring, or it is full, or the doorbell is due, or
+    /// stamps are counted. A record for which there is no room in the middle of another one is
+    /// lost.
     ///
     /// # Safety
     /// As [`Ring::write`].

@@ -1,5 +1,5 @@
-//! The page tables of a kernel that is checked inline: the VMM's, which have all shadow in them, and
-//! before them a scratch page.
+//! The page tables of a kernel that is checked inline: the VMM's, which have all shadow in them,
+//! and before them a scratch page.
 
 use core::arch::asm;
 use core::ops::RangeInclusive;

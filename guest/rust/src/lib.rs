@@ -51,7 +51,8 @@ pub enum StartError {
 /// A region, the ring or the page tables were refused; checks stay off.
 ///
 /// # Safety
-/// Shadow is mapped for all regions, or the compiler checks inline, and this maps it. The ring is used for nothing else, and no other CPU runs yet.
+/// Shadow is mapped for all regions, or the compiler checks inline, and this maps it. The ring is
+/// used for nothing else, and no other CPU runs yet.
 pub unsafe fn start(offer: &Offer, config: StartConfig) -> Result<(), StartError> {
     if !offer.checks() {
         return Ok(());
