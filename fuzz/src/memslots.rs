@@ -24,7 +24,8 @@ impl Windows {
 
 impl Memslots for Windows {
     fn map(&mut self, gpa: u64, host: *mut u8, len: u64, _: bool) -> Result<u32, MemslotError> {
-        let inside = [self.layout.page, self.layout.byte]
+        let Layout { page, byte, patterns, tables, entries, .. } = self.layout;
+        let inside = [page, byte, patterns, tables, entries]
             .iter()
             .any(|window| len > 0 && window.offset(gpa, len).is_some());
         assert!(inside, "{len:#x} bytes at {gpa:#x} are no part of a window");

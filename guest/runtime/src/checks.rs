@@ -31,7 +31,7 @@ use umbra_shadow::abi::Access::{self, Read, Write};
 use umbra_shadow::abi::Features;
 
 use crate::stack::frame_pointer;
-use crate::{INLINE, groups, host, shadow, state};
+use crate::{INLINE, groups, host, ring, shadow, state};
 
 /// Bytes of one check's stub.
 pub const STUB: usize = 384;
@@ -472,6 +472,7 @@ pub fn report_from(fp: u64, address: u64, size: u64, access: Access, ip: u64) ->
     let actor = state::current();
     let mut reported = false;
     state::reporting(actor, || {
+        ring::wait_for_others(actor);
         host::report(fp, address, size, actor & !0xffff | u64::from(access), ip);
         reported = true;
     });

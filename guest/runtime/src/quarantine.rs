@@ -7,8 +7,8 @@
 //! list of it, and calls the allocators' release functions.
 //!
 //! Memory must not leave before its free has poisoned it. So the record of such a free becomes
-//! visible after that. Until then, for some instructions, a report of another CPU on that memory
-//! does not know who freed it.
+//! visible after that. A report of another CPU on that memory waits for the record
+//! ([`ring::wait_for_others`]).
 
 use core::ffi::c_void;
 use core::ptr::null_mut;

@@ -2,6 +2,7 @@
 //! (`sync` mode).
 
 use core::arch::asm;
+use core::hint::spin_loop;
 use core::mem::offset_of;
 use core::sync::atomic::{
     AtomicPtr, AtomicU64, Ordering::Relaxed, Ordering::Release, compiler_fence,
@@ -115,7 +116,8 @@ pub unsafe fn push_slowly(record: PackedRecord, address: u64, fp: u64) {
     unsafe { push(record, address, fp) }
 }
 
-/// Calls `first`, writes a record to a ring, and raises its count. The stamp is taken last.
+/// Claims a record of a ring, calls `first`, writes the record, and raises the count. The stamp is
+/// taken last.
 ///
 /// # Safety
 /// As [`Ring::write`]; `header` is this CPU's ring, and it has room for a record: `set_up` got
@@ -130,10 +132,10 @@ unsafe fn put(
     stamp: impl FnOnce(*mut [u32; 2]),
     first: impl FnOnce(),
 ) {
-    first();
     // SAFETY: the caller's promises.
     unsafe {
         let n = claim(header);
+        first();
         let to = header.add(1).cast::<RawRecord>().add(n as usize);
         let depth = stack::walk(fp, (&raw mut (*to).frames).cast());
         (&raw mut (*to).head).write(record.head(depth));
@@ -176,6 +178,18 @@ unsafe fn publish(header: *mut RingHeader) {
     unsafe {
         asm!("movsq", inout("rsi") &raw const (*header).claimed => _,
              inout("rdi") &raw mut (*header).count => _, options(nostack, preserves_flags));
+    }
+}
+
+/// Waits until no other CPU is in the middle of a record, or for so long that one must have been
+/// preempted there: a report on memory that another CPU frees right now then knows who did it.
+pub fn wait_for_others(actor: u64) {
+    const PATIENCE: u32 = 1 << 12;
+    let own = state::cpu_of(actor);
+    for (cpu, ring) in RINGS.iter().enumerate() {
+        if cpu != own && ring.exists() {
+            (0..PATIENCE).take_while(|_| ring.is_in_record()).for_each(|_| spin_loop());
+        }
     }
 }
 

@@ -118,7 +118,7 @@ pub fn place(first: u64, last: u64) -> Option<u64> {
     }
 }
 
-#[inline(never)]
+#[inline]
 fn place_in_others(first: u64, last: u64) -> Option<u64> {
     let n = REGION_COUNT.load(Relaxed);
     REGION.iter().take(n).skip(1).find_map(|region| region.place(first, last))

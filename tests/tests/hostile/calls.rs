@@ -124,7 +124,7 @@ fn wild_calls(mode: &str) {
 }
 
 fn unknown_calls() {
-    let rows: Vec<Row> = (18..24)
+    let rows: Vec<Row> = (19..24)
         .chain([0, 255, 0x8000_0000, 0xffff_ffff])
         .map(|number| [number, 1, 2, 3, 4])
         .collect();
