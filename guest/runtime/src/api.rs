@@ -60,10 +60,7 @@ pub extern "C" fn umbra_virtual_add(start: u64, bytes: u64) -> u64 {
         return 0;
     }
     let key = host::hypercall(CallNumber::VirtualAdd, start, bytes, 0, 0);
-    if host::is_error(key)
-        || !state::add_region(start, bytes, key)
-        || !tables::add_region(start, bytes)
-    {
+    if host::is_error(key) || !state::add_region(start, bytes, key) {
         return 0;
     }
     key
@@ -422,8 +419,13 @@ pub extern "C" fn umbra_invalid_free(address: u64) {
 /// A thread gets a stack. It becomes accessible, and stays byte-checked.
 #[unsafe(no_mangle)]
 pub extern "C" fn umbra_stack_alloc(start: u64, bytes: u64) {
-    shadow::unpoison_for(start, bytes, MemoryUse::Stack);
-    shadow::promote(start, bytes);
+    if state::mode().has(Features::SYNC) {
+        // The VMM promotes at the first poisoning.
+        shadow::unpoison_for(start, bytes, MemoryUse::Stack);
+    } else {
+        // Byte-checked pages stay so: what interrupts this stack may store its shadow.
+        shadow::set_on_stack(start, bytes / codes::GRANULE, 0);
+    }
 }
 
 /// A thread has ended, and nothing runs on its stack any more. The stack becomes inaccessible,
@@ -507,7 +509,7 @@ const KERNEL_CODE: u64 = 8;
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub unsafe extern "C" fn umbra_page_fault(trap: &mut Trap) -> bool {
-    if INLINE && groups::is_stale_store() {
+    if INLINE && groups::is_stale_store(trap.rip) {
         return true;
     }
     let Some((size, access)) = checks::running(trap.rip, trap.rsi) else { return false };

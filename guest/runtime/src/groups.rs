@@ -41,18 +41,18 @@ static ON_FORGET: AtomicPtr<()> = AtomicPtr::new(null_mut());
 /// last. Each CPU calls it now and then: at its timer's tick, when it was idle, when it switches to
 /// another task.
 pub fn tick() {
-    let flushed = &FLUSHED[state::cpu_of(state::current())];
-    let generation = GENERATION.load(SeqCst);
-    if flushed.load(Relaxed) == generation {
-        return;
-    }
-    // Before the flush: a change that this flush misses finds this number, and makes a new one.
-    SEEN.fetch_max(generation, SeqCst);
     without_interrupts(|| {
+        let flushed = &FLUSHED[state::cpu_of(state::current())];
+        let generation = GENERATION.load(SeqCst);
+        if flushed.load(Relaxed) == generation && state::knows_cpu() {
+            return;
+        }
+        // Before the flush: a change that this flush misses finds this number, and makes a new one.
+        SEEN.fetch_max(generation, SeqCst);
         on_forget(u64::MAX);
         flush_global();
+        flushed.store(generation, Relaxed);
     });
-    flushed.store(generation, Relaxed);
 }
 
 /// This CPU has changed entries that others may have translations of.
@@ -119,15 +119,16 @@ pub fn forget(address: u64) {
     }
 }
 
-/// Whether the page fault that this CPU handles was a store to the check shadow of a group that is
-/// real by now: the compiler's, to the shadow of its stack, by a translation that is out of date.
-/// This CPU forgets that, and the store can be repeated.
-pub fn is_stale_store() -> bool {
+/// Whether the page fault of the instruction at `rip` was a store to the check shadow of a group
+/// that is real by now: the compiler's, to the shadow of its stack, by a translation that is out of
+/// date. This CPU forgets that, and the store can be repeated. A load does not fault there; a jump
+/// would again.
+pub fn is_stale_store(rip: u64) -> bool {
     let at: u64;
     // SAFETY: reads a register.
     unsafe { asm!("mov {}, cr2", out(reg) at, options(nomem, nostack, preserves_flags)) };
     let address = at.wrapping_sub(CHECK_OFFSET) << GRANULE_SHIFT;
-    if check_address(address) != at || state::mode() == Features::default() {
+    if at == rip || check_address(address) != at || state::mode() == Features::default() {
         return false;
     }
     let is_real = state::place(address, address)

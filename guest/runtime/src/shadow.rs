@@ -164,7 +164,8 @@ fn whole_page(address: u64, len: u64) -> Option<u64> {
     state::place_in_first(address, address + (codes::PAGE_SIZE - 1))
 }
 
-/// Sets a whole page that has shadow.
+/// Sets a whole page that has shadow, with interrupts off: the CPU that changes the group's entry
+/// forgets it.
 #[inline(always)]
 fn set_page(place: u64, value: u8) {
     // SAFETY: the shadow of regions is mapped.
@@ -193,7 +194,6 @@ pub fn poison(address: u64, len: u64, code: u8) {
     if let Some(place) = whole_page(address, len)
         && code >= codes::POISON_MIN
     {
-        // The translation that this forgets must be that of the CPU that has stored the page.
         return without_interrupts(|| set_page(place, code));
     }
     poison_any(address, len, code);
@@ -222,7 +222,7 @@ pub fn unpoison(address: u64, len: u64) {
 #[inline(never)]
 pub fn unpoison_for(address: u64, len: u64, memory_use: MemoryUse) {
     if let Some(place) = whole_page(address, len) {
-        return set_page(place, codes::PAGE_VALID);
+        return without_interrupts(|| set_page(place, codes::PAGE_VALID));
     }
     unpoison_any(address, len, memory_use);
 }

@@ -5,12 +5,15 @@ use core::sync::atomic::{
 };
 
 use umbra_shadow::abi::Features;
+use umbra_shadow::group::GROUP_SHIFT;
 use umbra_shadow::runtime::CurrentFn;
 
 use crate::INLINE;
 
 /// Most regions a kernel may have.
 pub const REGIONS: usize = 16;
+/// The bits of a place in its group.
+const GROUP_MASK: u64 = (1 << GROUP_SHIFT) - 1;
 /// Most CPUs whose rings and suppression counts are kept.
 pub const CPUS: usize = 64;
 
@@ -18,9 +21,14 @@ static MODE: AtomicU32 = AtomicU32::new(0);
 static CURRENT: AtomicPtr<()> = AtomicPtr::new(core::ptr::null_mut());
 static REGION_COUNT: AtomicUsize = AtomicUsize::new(0);
 static REGION: [RegionState; REGIONS] = [const {
-    RegionState { first: AtomicU64::new(0), last: AtomicU64::new(0), to_place: AtomicU64::new(0) }
+    RegionState {
+        first: AtomicU64::new(u64::MAX),
+        last: AtomicU64::new(0),
+        to_place: AtomicU64::new(0),
+    }
 }; REGIONS];
-/// The places from here on are in no region but the first, if they are in that one.
+/// The groups from this place on have memory of no region but the first, if they have any of that
+/// one.
 static ALIASED_END: AtomicU64 = AtomicU64::new(0);
 static SUPPRESSED: [AtomicU32; CPUS] = [const { AtomicU32::new(0) }; CPUS];
 static REPORTING: [AtomicBool; CPUS] = [const { AtomicBool::new(false) }; CPUS];
@@ -37,13 +45,18 @@ struct RegionState {
 }
 
 impl RegionState {
-    /// The place of `first..=last`, if this region has all of it. Without a region both limits are
-    /// 0, and nothing is in it.
+    /// The place of `first..=last`, if this region has all of it.
     #[inline(always)]
     fn place(&self, first: u64, last: u64) -> Option<u64> {
         let holds =
             self.first.load(Relaxed) <= first && last <= self.last.load(Relaxed) && first <= last;
         holds.then(|| if INLINE { first.wrapping_add(self.to_place.load(Relaxed)) } else { first })
+    }
+
+    /// The first and the last place of the region, in a kernel that is checked inline.
+    fn places(&self) -> [u64; 2] {
+        let to_place = self.to_place.load(Relaxed);
+        [&self.first, &self.last].map(|at| at.load(Relaxed).wrapping_add(to_place))
     }
 }
 
@@ -86,10 +99,9 @@ pub fn has_room() -> bool {
     REGION_COUNT.load(Relaxed) < REGIONS
 }
 
-/// The first place behind a region.
-fn region_end(region: &RegionState) -> u64 {
-    let last = region.last.load(Relaxed);
-    last.wrapping_add(region.to_place.load(Relaxed)).wrapping_add(1)
+/// The place behind the group of a place.
+fn group_end(place: u64) -> u64 {
+    (place | GROUP_MASK).wrapping_add(1)
 }
 
 /// Adds a region of memory that is mapped one to one, or of virtual memory, whose start has this
@@ -98,12 +110,14 @@ pub fn add_region(start: u64, bytes: u64, key: u64) -> bool {
     let n = REGION_COUNT.load(Relaxed);
     let Some(region) = REGION.get(n) else { return false };
     region.to_place.store(key.wrapping_sub(start), Relaxed);
-    let first_end = region_end(&REGION[0]);
-    let aliases = n != 0 && key < first_end;
-    let end = if aliases { key.saturating_add(bytes) } else { 0 };
-    ALIASED_END.fetch_max(if n == 0 { key } else { end }, Relaxed);
     region.first.store(start, Relaxed);
     region.last.store(start.wrapping_add(bytes - 1), Relaxed);
+    let ([first, last], [_, last_of_first]) = (region.places(), REGION[0].places());
+    if n == 0 {
+        ALIASED_END.store(group_end(first), Relaxed);
+    } else if first < group_end(last_of_first) {
+        ALIASED_END.fetch_max(group_end(last), Relaxed);
+    }
     REGION_COUNT.store(n + 1, Relaxed);
     true
 }
@@ -130,7 +144,8 @@ pub fn place_in_first(first: u64, last: u64) -> Option<u64> {
     REGION[0].place(first, last)
 }
 
-/// The only address that has this place, if that is in the first region, and in no other one.
+/// The only address of the group at this place, if it has memory of the first region, and of no
+/// other one.
 #[inline(always)]
 pub fn only_address(place: u64) -> Option<u64> {
     let address = place.wrapping_sub(REGION[0].to_place.load(Relaxed));
@@ -138,15 +153,19 @@ pub fn only_address(place: u64) -> Option<u64> {
         .then_some(address)
 }
 
-/// The addresses of all regions that have this place.
-#[inline]
+/// The addresses of the group at this place in all regions that have memory of it.
 pub fn addresses(place: u64) -> impl Iterator<Item = u64> {
     let n = REGION_COUNT.load(Relaxed);
     REGION.iter().take(n).filter_map(move |region| {
-        let address = place.wrapping_sub(region.to_place.load(Relaxed));
-        let first = region.first.load(Relaxed);
-        (first <= address && address <= region.last.load(Relaxed)).then_some(address)
+        let [first, last] = region.places();
+        (first <= place | GROUP_MASK && place <= last)
+            .then(|| place.wrapping_sub(region.to_place.load(Relaxed)))
     })
+}
+
+/// Whether the kernel tells its CPUs apart.
+pub fn knows_cpu() -> bool {
+    !CURRENT.load(Relaxed).is_null()
 }
 
 /// Turns reports on this CPU off, or on again. Calls nest.

@@ -2,11 +2,10 @@
 //! and before them a scratch page.
 
 use core::arch::asm;
-use core::ops::RangeInclusive;
 use core::ptr::{addr_of_mut, null_mut};
-use core::sync::atomic::{AtomicBool, AtomicPtr, Ordering::Relaxed};
+use core::sync::atomic::{AtomicPtr, Ordering::Relaxed};
 
-use umbra_shadow::abi::check_shadow::{CHECK_SLOT, CHECK_SLOTS, check_address, slot_of};
+use umbra_shadow::abi::check_shadow::{CHECK_SLOT, CHECK_SLOTS};
 use umbra_shadow::abi::{CallNumber, Features};
 use umbra_shadow::codes::PAGE_SIZE;
 use umbra_shadow::model::Shadow;
@@ -29,9 +28,8 @@ struct Table(#[allow(dead_code, reason = "only its address is used")] [u64; ENTR
 /// Three levels of tables, all of whose entries lead to the scratch page behind them.
 static mut SCRATCH: [Table; 4] = [const { Table([0; ENTRIES]) }; 4];
 
-/// The kernel's top-level table, and whether the VMM's tables are in it.
+/// The kernel's top-level table.
 static TOP_LEVEL: AtomicPtr<u64> = AtomicPtr::new(null_mut());
-static IS_MAPPED: AtomicBool = AtomicBool::new(false);
 
 /// Pages of the stack that runs at [`map`], from its innermost frame on, that become byte-checked.
 /// The kernel makes the rest so: `umbra_stack_alloc`.
@@ -79,10 +77,9 @@ pub unsafe extern "C" fn umbra_early(table: *mut u64, offset: u64) {
 /// or without [`umbra_early`].
 pub fn map(offered: Features) -> bool {
     let table = TOP_LEVEL.load(Relaxed);
-    if table.is_null() || !can_use_tables() || !install(CHECK_SLOT..=CHECK_SLOT + CHECK_SLOTS - 1) {
+    if table.is_null() || !can_use_tables() || !install(table) {
         return false;
     }
-    IS_MAPPED.store(true, Relaxed);
     // Checked code that runs on this stack may store its shadow at once.
     let here = frame_pointer() & !(PAGE_SIZE - 1);
     if offered.has(Features::PER_PAGE)
@@ -95,20 +92,9 @@ pub fn map(offered: Features) -> bool {
     true
 }
 
-/// Installs the tables again that have the check shadow of `bytes` (not 0) from `start` on, which
-/// are a region now. False when the VMM refuses.
-pub fn add_region(start: u64, bytes: u64) -> bool {
-    if !IS_MAPPED.load(Relaxed) {
-        return true;
-    }
-    let last = check_address(start.wrapping_add(bytes - 1));
-    install(slot_of(check_address(start))..=slot_of(last))
-}
-
-/// Puts the VMM's entries into slots of the top-level table.
-fn install(slots: RangeInclusive<u16>) -> bool {
-    let table = TOP_LEVEL.load(Relaxed);
-    for slot in slots {
+/// Puts the VMM's entries into the top-level table. They never change.
+fn install(table: *mut u64) -> bool {
+    for slot in CHECK_SLOT..CHECK_SLOT + CHECK_SLOTS {
         let entry = host::hypercall(CallNumber::TopLevel, slot.into(), 0, 0, 0);
         if host::is_error(entry) {
             return false;

@@ -50,13 +50,18 @@ fn tables_for_bad_regions() {
         region(0xffff_ec00_0000_0000, RAM, 0),
         region(0xffff_f400_0000_0000 - 0x1000, 0x1000, RAM - 0x1000),
     ] {
-        assert_eq!(refused(&[bad, top_level(SLOTS[0])], ""), 1, "{bad:x?}");
+        // Neither does a second try succeed without it.
+        assert_eq!(refused(&[bad, top_level(SLOTS[0]), top_level(SLOTS[0])], ""), 2, "{bad:x?}");
         let good = region(DIRECT, RAM, 0);
         assert_eq!(refused(&[good, top_level(SLOTS[0]), bad], ""), 1, "{bad:x?}");
     }
     // Other memory in the same 16 MiB.
     let rows =
         [region(DIRECT, 0x1000, 0), top_level(SLOTS[0]), virtual_add(DIRECT + RAM / 2, 4096)];
+    assert_eq!(refused(&rows, ""), 1);
+    // What was refused is no region, and another one may be there.
+    let good = region(DIRECT, RAM, 0);
+    let rows = [top_level(SLOTS[0]), region(DIRECT, 0x1000, 0x1000), good];
     assert_eq!(refused(&rows, ""), 1);
 }
 

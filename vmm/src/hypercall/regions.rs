@@ -101,6 +101,11 @@ impl Regions {
         Ok(region.key)
     }
 
+    /// Takes back the region that was added last.
+    pub fn remove_last(&mut self) {
+        self.regions.pop();
+    }
+
     /// Refuses a region whose virtual memory overlaps another's, and any if there are too many.
     fn check(&self, region: &Region) -> Result<(), CallError> {
         if self.regions.iter().any(|other| region.va <= other.last() && other.va <= region.last()) {

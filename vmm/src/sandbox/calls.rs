@@ -118,7 +118,8 @@ impl Dispatcher {
         }
     }
 
-    /// Adds a new region to the tables of the check shadow, if there are any.
+    /// Adds a new region to the tables of the check shadow, if there are any. If it is refused
+    /// there, it is no region.
     fn add_checked(
         &mut self,
         region: &Region,
@@ -128,7 +129,10 @@ impl Dispatcher {
         let Some(windows) = windows else { return Ok(()) };
         context.others.pause()?;
         match windows.add_checked(checked(region), context.memslots) {
-            Err(ShadowError::Tables(error)) => Err(CallError::Tables(error).into()),
+            Err(ShadowError::Tables(error)) => {
+                self.guest.remove_last_region();
+                Err(CallError::Tables(error).into())
+            }
             other => Ok(other.map_err(Outcome::from)?),
         }
     }

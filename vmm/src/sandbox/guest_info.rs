@@ -95,6 +95,11 @@ impl GuestInfo {
         self.regions.add(region, ram_end)
     }
 
+    /// Takes back the region that was added last.
+    pub(super) fn remove_last_region(&mut self) {
+        self.regions.remove_last();
+    }
+
     /// Adds virtual memory; see [`Regions::add_virtual`].
     pub(super) fn add_virtual(
         &mut self,

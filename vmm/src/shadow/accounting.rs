@@ -105,7 +105,6 @@ impl ProcessMemory {
 #[derive(Debug)]
 pub(super) struct Accounting {
     page_bytes: u64,
-    check_bytes: u64,
     faults: u64,
     released_bytes: u64,
     peak_resident: u64,
@@ -166,7 +165,6 @@ impl Accounting {
     pub(super) fn new(chunks: usize, page_bytes: u64) -> Self {
         Self {
             page_bytes,
-            check_bytes: 0,
             faults: 0,
             released_bytes: 0,
             peak_resident: 0,
@@ -184,11 +182,6 @@ impl Accounting {
     /// Counts page shadow that is resident from now on.
     pub(super) fn count_page_bytes(&mut self, bytes: u64) {
         self.page_bytes = self.page_bytes.saturating_add(bytes);
-    }
-
-    /// Counts the pattern pages and page tables of a check shadow, which are resident from now on.
-    pub(super) fn set_check_bytes(&mut self, bytes: u64) {
-        self.check_bytes = bytes;
     }
 
     pub(super) fn count_fault(&mut self) {
@@ -221,14 +214,18 @@ impl Accounting {
         self.released_bytes = self.released_bytes.saturating_add(bytes);
     }
 
-    /// All figures, as of now.
-    pub(super) fn figures(&mut self, shadow: &ShadowBacking) -> io::Result<Figures> {
+    /// All figures, as of now. The check shadow has `check_bytes`.
+    pub(super) fn figures(
+        &mut self,
+        shadow: &ShadowBacking,
+        check_bytes: u64,
+    ) -> io::Result<Figures> {
         let resident = self.sample(shadow)?;
         let used = shadow.used_bytes();
         self.note_used(shadow, used);
         Ok(Figures {
             page_bytes: self.page_bytes,
-            check_bytes: self.check_bytes,
+            check_bytes,
             byte_mapped_bytes: shadow.mapped_bytes(),
             byte_mapped_peak_bytes: shadow.mapped_peak_bytes(),
             byte_resident_bytes: resident,

@@ -7,9 +7,12 @@
 //! - The entries of the last level are one array by group, as the page shadow is one by page. A
 //!   table of them serves 16 MiB of keys. All aliases of that memory use the same table, so the
 //!   addresses of a region are congruent to its keys modulo 16 MiB.
-//! - Where there is no region, all tables are the same three, which lead to the pattern page of
-//!   accessible memory.
+//! - Where there is no region, the tables of the two lowest levels are the same two, which lead to
+//!   the pattern page of accessible memory.
 //! - The windows are mapped beside, in large pages.
+
+use std::collections::BTreeMap;
+use std::io;
 
 use umbra_shadow::abi::check_shadow::{
     BYTE_WINDOW, CHECK_SLOT, CHECK_SLOTS, ENTRY_WINDOW, PAGE_WINDOW, TOP_LEVEL_SHIFT,
@@ -33,11 +36,12 @@ const TABLE_COVERS: u64 = ENTRIES << GROUP_SHIFT;
 const TABLE: u64 = 1 << 0 | 1 << 1 | 1 << 5;
 /// Bits of one that maps a large page: also dirty, large, global, and not executable (table 4-18).
 const LARGE: u64 = TABLE | 1 << 6 | 1 << 7 | 1 << 8 | 1 << 63;
-/// The address in an entry.
-const FRAME: u64 = 0x000f_ffff_ffff_f000;
 
-/// The tables that all memory without a region shares: of the last level, and the two above.
-const NO_REGION: [u64; 3] = [0, 1, 2];
+/// The tables that all memory without a region shares: of the last level, and the one above.
+const NO_REGION: [u64; 2] = [0, 1];
+/// The tables of the top-level slots, one for each, so that the guest's entries never change.
+const FIRST_OF_SLOTS: u64 = 2;
+const FIRST_FREE: u64 = FIRST_OF_SLOTS + CHECK_SLOTS as u64;
 
 /// Why a region is not in the tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -72,21 +76,23 @@ pub struct CheckedRegion {
     pub key: u64,
 }
 
-/// All tables of a guest.
+/// All tables of a guest. The guest can write to them, so nothing is ever read back.
 #[derive(Debug)]
 pub(super) struct CheckTables {
     windows: [Window; 3],
-    _patterns: Mapping,
+    patterns: Mapping,
     tables: Mapping,
-    /// The memslot of these.
-    memslot: u32,
+    entries: Mapping,
+    /// The memslots of these three.
+    memslots: [u32; 3],
     /// Tables in use.
     used: u64,
-    entries: Mapping,
+    /// The tables above the last level, by the GiB of addresses that each is for.
+    middle: BTreeMap<u64, u64>,
+    /// The tables of the last level, by the 2 MiB of addresses that each is for.
+    last: BTreeMap<u64, u64>,
     /// Which tables of the last level are filled.
     filled: Vec<bool>,
-    /// The entries of the guest's top-level table, from [`CHECK_SLOT`] on.
-    top: [u64; CHECK_SLOTS as usize],
 }
 
 impl CheckTables {
@@ -102,31 +108,29 @@ impl CheckTables {
             Mapping::new(bytes).map_err(|source| ShadowError::Reserve { bytes, source })
         };
         let [patterns, tables, entries] = windows.map(reserve);
-        let (mut patterns, tables, entries) = (patterns?, tables?, entries?);
-        fill_patterns(&mut patterns);
-        show(&patterns, layout.patterns, true, memslots)?;
-        show(&entries, layout.entries, false, memslots)?;
-        let memslot = show(&tables, layout.tables, false, memslots)?;
         let mut this = Self {
             windows,
-            _patterns: patterns,
-            tables,
-            memslot,
-            used: NO_REGION.len() as u64,
+            patterns: patterns?,
+            tables: tables?,
+            entries: entries?,
+            memslots: [0; 3],
+            used: FIRST_FREE,
+            middle: BTreeMap::new(),
+            last: BTreeMap::new(),
             filled: vec![false; (layout.entries.bytes / PAGE_SIZE) as usize],
-            entries,
-            top: [0; CHECK_SLOTS as usize],
         };
-        this.fill_table(NO_REGION[0], Entry::pattern(layout.patterns.gpa, 0).bits());
-        for level in 1..NO_REGION.len() {
-            this.fill_table(NO_REGION[level], this.link(NO_REGION[level - 1]));
-        }
-        this.top = [this.link(NO_REGION[2]); CHECK_SLOTS as usize];
+        fill_patterns(&mut this.patterns);
+        this.fill_shared();
         let page = if has_page { layout.page.bytes } else { 0 };
-        let byte = layout.byte;
-        this.map_window(BYTE_WINDOW, byte.gpa, byte.bytes)?;
+        this.map_window(BYTE_WINDOW, layout.byte.gpa, layout.byte.bytes)?;
         this.map_window(PAGE_WINDOW, layout.page.gpa, page)?;
         this.map_window(ENTRY_WINDOW, layout.entries.gpa, layout.entries.bytes)?;
+        // Nobody writes to the patterns.
+        this.memslots = [
+            show(&this.patterns, layout.patterns, true, memslots)?,
+            show(&this.tables, layout.tables, false, memslots)?,
+            show(&this.entries, layout.entries, false, memslots)?,
+        ];
         Ok(this)
     }
 
@@ -137,11 +141,21 @@ impl CheckTables {
 
     /// The entry for a slot of the guest's top-level table; 0 if it is none of these.
     pub(super) fn top_level(&self, slot: u16) -> u64 {
-        let slot = slot.checked_sub(CHECK_SLOT);
-        slot.and_then(|slot| self.top.get(usize::from(slot))).copied().unwrap_or(0)
+        let slot = slot.checked_sub(CHECK_SLOT).filter(|slot| *slot < CHECK_SLOTS);
+        slot.map_or(0, |slot| self.link(FIRST_OF_SLOTS + u64::from(slot)))
     }
 
-    /// Adds a region. `entry_of` makes the entry of a group that was in no region so far.
+    /// Whether a group's entry points to its own shadow, or is about to.
+    pub(super) fn is_real(&self, group: u64) -> bool {
+        let bits = group.checked_mul(8).and_then(|at| self.entries.load_u64(at));
+        bits.is_some_and(|bits| {
+            let entry = Entry::from_bits(bits);
+            entry.is_real() || entry.is_busy()
+        })
+    }
+
+    /// Adds a region, or nothing of it. `entry_of` makes the entry of a group that was in no region
+    /// so far.
     ///
     /// If the guest has used the tables, [`Self::renew`] has to follow.
     pub(super) fn add(
@@ -154,16 +168,17 @@ impl CheckTables {
             return Err(TableError::Congruence { va, key });
         }
         let before = va % TABLE_COVERS;
-        for unit in 0..(before + bytes).div_ceil(TABLE_COVERS) {
-            let (va, table) =
-                (va - before + unit * TABLE_COVERS, (key - before) / TABLE_COVERS + unit);
-            let filled = self.filled.get_mut(table as usize).ok_or(TableError::Full)?;
-            if !std::mem::replace(filled, true) {
-                for group in table * ENTRIES..(table + 1) * ENTRIES {
-                    store(&mut self.entries, group, entry_of(group).bits());
-                }
-            }
-            self.add_table(va, (self.windows[2].gpa + table * PAGE_SIZE) | TABLE)?;
+        let units = 0..(before + bytes).div_ceil(TABLE_COVERS);
+        let unit = |unit| (va - before + unit * TABLE_COVERS, (key - before) / TABLE_COVERS + unit);
+        for (va, table) in units.clone().map(unit) {
+            self.make_room(va, table)?;
+        }
+        for (va, table) in units.map(unit) {
+            self.fill_entries(table, &entry_of);
+            let at = check_address(va);
+            self.last.insert(at / LARGE_PAGE, table);
+            let (empty, gpa) = (self.link(NO_REGION[0]), self.windows[2].gpa);
+            self.set(at, empty, (gpa + table * PAGE_SIZE) | TABLE)?;
         }
         Ok(())
     }
@@ -172,75 +187,88 @@ impl CheckTables {
     /// guest's does not see that the VMM has changed them. Every vCPU stands still.
     pub(super) fn renew(&mut self, memslots: &mut dyn Memslots) -> Result<(), ShadowError> {
         let window = self.windows[1];
-        let gpa = window.gpa;
-        memslots.unmap(self.memslot).map_err(|source| ShadowError::Memslot { gpa, source })?;
-        self.memslot = show(&self.tables, window, false, memslots)?;
+        hide(self.memslots[1], window, memslots)?;
+        self.memslots[1] = show(&self.tables, window, false, memslots)?;
         Ok(())
     }
 
-    /// Puts a table of the last level, whose entry is `new`, where the check shadow of `va` is.
-    fn add_table(&mut self, va: u64, new: u64) -> Result<(), TableError> {
+    /// Takes all of it from the guest.
+    pub(super) fn remove(self, memslots: &mut dyn Memslots) -> Result<(), ShadowError> {
+        let all = self.memslots.into_iter().zip(self.windows);
+        all.map(|(memslot, window)| hide(memslot, window, memslots)).collect()
+    }
+
+    /// Checks that a table of the last level may be where the check shadow of `va` is, and makes
+    /// the table above.
+    fn make_room(&mut self, va: u64, table: u64) -> Result<(), TableError> {
         let at = check_address(va);
         let windows = slot_of(BYTE_WINDOW)..=slot_of(ENTRY_WINDOW);
-        if va < 0xffff_8000_0000_0000 || windows.contains(&slot_of(at)) {
+        let other = self.last.get(&(at / LARGE_PAGE)).is_some_and(|last| *last != table);
+        if other || va < 0xffff_8000_0000_0000 || windows.contains(&slot_of(at)) {
             return Err(TableError::Shared { va });
         }
-        let place = self.place(at, self.link(NO_REGION[0]), NO_REGION)?;
-        match self.load(place) {
-            Some(old) if old == new => Ok(()),
-            Some(old) if old == self.link(NO_REGION[0]) => {
-                store(&mut self.tables, place, new);
-                Ok(())
+        if table >= self.filled.len() as u64 {
+            return Err(TableError::Full);
+        }
+        let empty = self.link(NO_REGION[0]);
+        self.middle_table(at, empty).map(drop)
+    }
+
+    /// Fills a table of the last level, if that was not done before.
+    fn fill_entries(&mut self, table: u64, entry_of: &impl Fn(u64) -> Entry) {
+        let Some(filled) = self.filled.get_mut(table as usize) else { return };
+        if !std::mem::replace(filled, true) {
+            for group in table * ENTRIES..(table + 1) * ENTRIES {
+                store(&mut self.entries, group, entry_of(group).bits());
             }
-            _ => Err(TableError::Shared { va }),
         }
     }
 
     /// Maps a window at `at`, in large pages. Both, and `gpa`, are multiples of these.
     fn map_window(&mut self, at: u64, gpa: u64, bytes: u64) -> Result<(), ShadowError> {
         for offset in (0..bytes).step_by(LARGE_PAGE as usize) {
-            let place = self.place(at + offset, 0, [0; 3]);
-            let Ok(place) = place else {
-                let Window { gpa, bytes: len } = self.windows[1];
-                return Err(ShadowError::OutsideWindow { gpa, len });
-            };
-            store(&mut self.tables, place, (gpa + offset) | LARGE);
+            self.set(at + offset, 0, (gpa + offset) | LARGE)?;
         }
         Ok(())
     }
 
-    /// The place of the entry for 2 MiB at `at`, among all entries in tables. Makes the two tables
-    /// above that, in the place of those in `shared`; new ones at first have `empty` in the lower
-    /// level, and the shared one in the upper.
-    fn place(&mut self, at: u64, empty: u64, shared: [u64; 3]) -> Result<u64, TableError> {
-        let top = usize::from(slot_of(at) - CHECK_SLOT);
-        let above = if empty == 0 { 0 } else { self.link(shared[1]) };
-        if self.top[top] == self.link(NO_REGION[2]) {
-            self.top[top] = self.new_table(above)?;
-        }
-        let upper = self.table_at(self.top[top]) * ENTRIES + (at >> 30) % ENTRIES;
-        let mut entry = self.load(upper).unwrap_or(0);
-        if entry == above {
-            entry = self.new_table(empty)?;
-            store(&mut self.tables, upper, entry);
-        }
-        Ok(self.table_at(entry) * ENTRIES + (at >> 21) % ENTRIES)
+    /// Sets the entry for 2 MiB of addresses at `at`, in the table that [`Self::middle_table`] has.
+    fn set(&mut self, at: u64, empty: u64, entry: u64) -> Result<(), TableError> {
+        let table = self.middle_table(at, empty)?;
+        store(&mut self.tables, table * ENTRIES + (at / LARGE_PAGE) % ENTRIES, entry);
+        Ok(())
     }
 
-    /// The entry at a place among all entries in tables.
-    fn load(&self, place: u64) -> Option<u64> {
-        self.tables.load_u64(place.checked_mul(8)?)
-    }
-
-    /// Takes a table and fills it. Returns the entry that points to it.
-    fn new_table(&mut self, fill: u64) -> Result<u64, TableError> {
+    /// The table above the last level for the GiB of addresses at `at`. A new one has entries
+    /// `empty`.
+    fn middle_table(&mut self, at: u64, empty: u64) -> Result<u64, TableError> {
+        let gib = at >> 30;
+        if let Some(table) = self.middle.get(&gib) {
+            return Ok(*table);
+        }
         let table = self.used;
         if (table + 1) * PAGE_SIZE > self.windows[1].bytes {
             return Err(TableError::Full);
         }
         self.used += 1;
-        self.fill_table(table, fill);
-        Ok(self.link(table))
+        self.fill_table(table, empty);
+        self.middle.insert(gib, table);
+        let of_slot = FIRST_OF_SLOTS + u64::from(slot_of(at) - CHECK_SLOT);
+        let link = self.link(table);
+        store(&mut self.tables, of_slot * ENTRIES + gib % ENTRIES, link);
+        Ok(table)
+    }
+
+    /// Fills the tables that are there from the start.
+    fn fill_shared(&mut self) {
+        let windows = slot_of(BYTE_WINDOW)..=slot_of(ENTRY_WINDOW);
+        self.fill_table(NO_REGION[0], Entry::pattern(self.patterns(), 0).bits());
+        self.fill_table(NO_REGION[1], self.link(NO_REGION[0]));
+        for slot in 0..CHECK_SLOTS {
+            let is_window = windows.contains(&(CHECK_SLOT + slot));
+            let empty = if is_window { 0 } else { self.link(NO_REGION[1]) };
+            self.fill_table(FIRST_OF_SLOTS + u64::from(slot), empty);
+        }
     }
 
     fn fill_table(&mut self, table: u64, entry: u64) {
@@ -254,19 +282,11 @@ impl CheckTables {
         (self.windows[1].gpa + table * PAGE_SIZE) | TABLE
     }
 
-    /// The table that an entry points to. Only the guest writes others than [`Self::link`] made,
-    /// and loses by it: what is beyond all tables is not stored.
-    fn table_at(&self, entry: u64) -> u64 {
-        (entry & FRAME).wrapping_sub(self.windows[1].gpa) / PAGE_SIZE
-    }
-
-    /// Host memory of patterns and tables that is resident, in bytes.
-    pub(super) fn resident_bytes(&self) -> u64 {
-        let filled = self.filled.iter().filter(|filled| **filled).count() as u64;
-        self.windows[0].bytes + (self.used + filled) * PAGE_SIZE
+    /// Host memory of patterns and tables, in bytes. It only grows.
+    pub(super) fn resident_bytes(&self) -> io::Result<u64> {
+        [&self.patterns, &self.tables, &self.entries].into_iter().map(Mapping::resident_bytes).sum()
     }
 }
-
 /// Shows a window to the guest.
 fn show(
     mapping: &Mapping,
@@ -277,6 +297,11 @@ fn show(
     let Window { gpa, bytes } = window;
     let host = mapping.pointer(0, bytes).ok_or(ShadowError::OutsideWindow { gpa, len: bytes })?;
     memslots.map(gpa, host, bytes, readonly).map_err(|source| ShadowError::Memslot { gpa, source })
+}
+
+/// Takes a window from the guest.
+fn hide(memslot: u32, window: Window, memslots: &mut dyn Memslots) -> Result<(), ShadowError> {
+    memslots.unmap(memslot).map_err(|source| ShadowError::Memslot { gpa: window.gpa, source })
 }
 
 /// Stores an entry. Nothing happens outside the mapping.

@@ -1,7 +1,8 @@
 //! Reclaims the host memory of byte shadow that no page uses.
 //!
 //! One 4 KiB page of byte shadow serves eight guest pages, whose eight page-shadow values are one
-//! aligned `u64`. When none of them is `PAGE_BYTES` or `PAGE_BUSY`, the byte shadow is dead.
+//! aligned `u64`. When none of them is `PAGE_BYTES` or `PAGE_BUSY`, and no entry of a check shadow
+//! points to it, the byte shadow is dead.
 //!
 //! It is looked for in small steps while the guest runs ([`Windows::find_unused`]). Only for the
 //! rest, [`Windows::reclaim`], must every vCPU be stopped, and that is bounded, too.
@@ -12,7 +13,10 @@
 //!   `PAGE_BYTES` after the last one, so the page counts as used;
 //! - *before a promotion's first store*: the page is not used yet, and a promotion writes all 512
 //!   bytes;
-//! - *after a demotion*: the guest changed the page shadow and will not read the byte shadow again;
+//! - *after a demotion*: the guest changed the page shadow and will not read the byte shadow again,
+//!   but for inline checks. Their entry is exchanged after the page shadow, and as long as it points
+//!   to the page, that counts as used. A CPU with an older translation reads zeroes until its next
+//!   tick, as it might have read what was there before;
 //! - *in a check, between its two loads*, while another vCPU demoted the page: it then reads
 //!   zeroes, "accessible", where it would have read garbage. The page has just been freed or handed
 //!   out as a whole; which of the two the check sees was a race in the guest already.
@@ -120,8 +124,7 @@ impl Windows {
     fn unused_runs(&self, range: Range<u64>) -> Vec<Range<u64>> {
         let mut runs: Vec<Range<u64>> = Vec::new();
         for at in range.step_by(HOST_PAGE as usize) {
-            let (chunk, page) = (at / CHUNK_BYTES, at % CHUNK_BYTES / HOST_PAGE);
-            if !self.model.memory().shadow_page_in_use(chunk as usize, page) {
+            if !self.shadow_page_in_use(at / HOST_PAGE) {
                 match runs.last_mut() {
                     Some(last) if last.end == at => last.end += HOST_PAGE,
                     _ => runs.push(at..at + HOST_PAGE),

@@ -11,6 +11,7 @@ use umbra_shadow::{
 
 use super::{layout::CHUNK_COVERS, *};
 
+mod check_tables;
 mod keys;
 mod reclaim;
 

@@ -11,7 +11,7 @@ use umbra_shadow::{
 
 use super::{
     accounting::{Accounting, Figures},
-    check_tables::{CheckTables, CheckedRegion},
+    check_tables::{CheckTables, CheckedRegion, TableError},
     error::ShadowError,
     layout::{CHUNK_BYTES, CHUNK_COVERS, Layout, Window},
     mapping::Mapping,
@@ -73,6 +73,8 @@ pub(super) enum WindowOffset {
 
 /// Chunks that are looked at for what they use, when another one is mapped.
 const SAMPLED: u32 = 16;
+/// Pages of byte shadow in a chunk.
+const CHUNK_PAGES: u64 = CHUNK_BYTES / PAGE_SIZE;
 /// Most chunks that are unmapped at once to make room: each takes the host a while.
 const UNMAPPED: usize = 16;
 /// What fails if the kernel does not tell how much of a file is resident.
@@ -336,14 +338,18 @@ impl Windows {
         regions: impl Iterator<Item = CheckedRegion>,
         memslots: &mut dyn Memslots,
     ) -> Result<u64, ShadowError> {
-        if self.check.is_none() {
-            let has_page = self.page_window().is_some();
-            self.check = Some(CheckTables::new(self.layout(), has_page, memslots)?);
-            for region in regions {
-                self.add_to_tables(region)?;
+        if let Some(tables) = &self.check {
+            return Ok(tables.top_level(slot));
+        }
+        let has_page = self.page_window().is_some();
+        let mut tables = CheckTables::new(self.layout(), has_page, memslots)?;
+        for region in regions {
+            if let Err(error) = self.add_to_tables(&mut tables, region) {
+                tables.remove(memslots)?;
+                return Err(error.into());
             }
         }
-        Ok(self.check.as_ref().map_or(0, |tables| tables.top_level(slot)))
+        Ok(self.check.insert(tables).top_level(slot))
     }
 
     /// Whether there is a check shadow.
@@ -360,12 +366,19 @@ impl Windows {
         region: CheckedRegion,
         memslots: &mut dyn Memslots,
     ) -> Result<(), ShadowError> {
-        self.add_to_tables(region)?;
-        self.check.as_mut().map_or(Ok(()), |tables| tables.renew(memslots))
+        let Some(mut tables) = self.check.take() else { return Ok(()) };
+        let added = self.add_to_tables(&mut tables, region);
+        let renewed = tables.renew(memslots);
+        self.check = Some(tables);
+        renewed?;
+        Ok(added?)
     }
 
-    fn add_to_tables(&mut self, region: CheckedRegion) -> Result<(), ShadowError> {
-        let Some(tables) = &mut self.check else { return Ok(()) };
+    fn add_to_tables(
+        &self,
+        tables: &mut CheckTables,
+        region: CheckedRegion,
+    ) -> Result<(), TableError> {
         let shadow = self.model.memory();
         let (patterns, byte) = (tables.patterns(), shadow.layout().byte.gpa);
         let entry_of = |group: u64| {
@@ -375,9 +388,7 @@ impl Windows {
                 None => Entry::real(real),
             }
         };
-        let added = tables.add(region, entry_of);
-        self.accounting.set_check_bytes(tables.resident_bytes());
-        Ok(added?)
+        tables.add(region, entry_of)
     }
 
     /// Asks the kernel how much byte shadow is resident, in bytes, and keeps the peak.
@@ -416,7 +427,10 @@ impl Windows {
     /// # Errors
     /// As for [`Self::sample`].
     pub fn figures(&mut self) -> Result<Figures, ShadowError> {
-        self.accounting.figures(self.model.memory()).map_err(ShadowError::host(RESIDENT))
+        let check = self.check.as_ref().map_or(Ok(0), CheckTables::resident_bytes);
+        check
+            .and_then(|check| self.accounting.figures(self.model.memory(), check))
+            .map_err(ShadowError::host(RESIDENT))
     }
 
     /// The place of `len` bytes at `gpa`, if all of it is shadow of RAM, or of virtual memory that
@@ -539,6 +553,24 @@ impl Windows {
         Ok(())
     }
 
+    /// Whether a page of byte shadow, counted from the first of the window, is used by a page that
+    /// is byte-checked or on its way to be. With a check shadow also if the group's entry still
+    /// points there: the group is in use until the guest exchanges that.
+    pub(super) fn shadow_page_in_use(&self, page: u64) -> bool {
+        let (chunk, in_chunk) = (page / CHUNK_PAGES, page % CHUNK_PAGES);
+        self.model.memory().shadow_page_in_use(chunk as usize, in_chunk) || self.is_real(page)
+    }
+
+    fn chunk_in_use(&self, chunk: usize) -> bool {
+        let first = chunk as u64 * CHUNK_PAGES;
+        self.model.memory().chunk_in_use(chunk)
+            || (first..first + CHUNK_PAGES).any(|page| self.is_real(page))
+    }
+
+    fn is_real(&self, page: u64) -> bool {
+        self.check.as_ref().is_some_and(|tables| tables.is_real(page))
+    }
+
     /// Unmaps some chunks other than `keep` without byte-checked pages, and reclaims their host
     /// memory.
     ///
@@ -555,7 +587,7 @@ impl Windows {
             .model
             .memory()
             .mapped_chunks()
-            .filter(|chunk| !keep.contains(chunk) && !self.model.memory().chunk_in_use(*chunk))
+            .filter(|chunk| !keep.contains(chunk) && !self.chunk_in_use(*chunk))
             .take(UNMAPPED)
             .collect();
         for chunk in unused {
@@ -563,7 +595,7 @@ impl Windows {
             if let Some(memslot) = self.memslots.get_mut(chunk).and_then(Option::take) {
                 let gpa = self.byte_window().gpa + at;
                 memslots.unmap(memslot).map_err(|source| ShadowError::Memslot { gpa, source })?;
-                if self.model.memory().chunk_in_use(chunk) {
+                if self.chunk_in_use(chunk) {
                     self.map_chunk(chunk, memslots)?;
                     continue;
                 }
