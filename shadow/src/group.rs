@@ -4,7 +4,7 @@
 //! The guest's page tables map the check shadow, page by page, and so they are the first level:
 //!
 //! - Where no page of a group is byte-checked, the group's [`Entry`] points to one of 256 *pattern
-//!   pages* that all groups share. Each of its eighths is 00 or FF, for a page that is accessible
+//!   pages* that all groups share. Each of its eighths is 00 or 80, for a page that is accessible
 //!   or poisoned as a whole.
 //! - Else the entry points to the group's own page in the byte-shadow window, the *real* one. There
 //!   the part of a page that is not byte-checked holds its page shadow, 512 times.

@@ -62,7 +62,7 @@ pub struct LayoutError {
     pub ram_end: u64,
 }
 
-/// The place of both windows.
+/// The place of all windows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// The first address behind guest memory; everything below it has shadow.
