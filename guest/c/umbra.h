@@ -18,8 +18,8 @@
  * step 2 has nothing to map.
  *
  * After that allocators call umbra_alloc() and umbra_free(). Without Umbra, or before
- * umbra_activate(), every function except umbra_exit*() does nothing, and every check that is a call
- * is a single `ret`.
+ * umbra_activate(), every function except umbra_exit*() does nothing, and a check that is a call is
+ * a single `ret`.
  *
  * Code compiled with stack instrumentation stores to the byte shadow of its own stack, from its
  * first frame on (gcc always, clang before 16 for some variables). So compile the code that runs
@@ -392,8 +392,8 @@ void umbra_name_task(uint32_t id, const char *name, uint64_t len);
  * The page-fault handler calls this first, with the registers at the fault. If the fault was a
  * check's, for an address without shadow, the access is reported and the result is true: load rip
  * and rsp from `trap` and return from the interrupt. The access itself then faults again, with the
- * result false. Where the compiler checks inline, the result is true as well if the shadow of a stack
- * can be stored to by now; rip and rsp stay then.
+ * result false. Where the compiler checks inline, the result is true as well if the shadow of a
+ * stack can be stored to by now; rip and rsp stay then.
  */
 bool umbra_page_fault(struct umbra_trap *trap);
 

@@ -194,8 +194,8 @@ impl CheckTables {
 
     /// Takes all of it from the guest.
     pub(super) fn remove(self, memslots: &mut dyn Memslots) -> Result<(), ShadowError> {
-        let all = self.memslots.into_iter().zip(self.windows);
-        all.map(|(memslot, window)| hide(memslot, window, memslots)).collect()
+        let mut all = self.memslots.into_iter().zip(self.windows);
+        all.try_for_each(|(memslot, window)| hide(memslot, window, memslots))
     }
 
     /// Checks that a table of the last level may be where the check shadow of `va` is, and makes

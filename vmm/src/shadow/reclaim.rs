@@ -14,8 +14,8 @@
 //! - *before a promotion's first store*: the page is not used yet, and a promotion writes all 512
 //!   bytes;
 //! - *after a demotion*: the guest changed the page shadow and will not read the byte shadow again,
-//!   but for inline checks. Their entry is exchanged after the page shadow, and as long as it points
-//!   to the page, that counts as used. A CPU with an older translation reads zeroes until its next
+//!   but for inline checks. Their entry is exchanged after the page shadow. As long as it points to
+//!   the page, that counts as used. A CPU with an older translation reads zeroes until its next
 //!   tick, as it might have read what was there before;
 //! - *in a check, between its two loads*, while another vCPU demoted the page: it then reads
 //!   zeroes, "accessible", where it would have read garbage. The page has just been freed or handed
